@@ -1,0 +1,68 @@
+"""A compensated linear layer: integer weight, low-rank branch on the unquantized input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels.formats import LowRank, QuantizedWeight
+from kernels.reference import fake_quantize_activations
+
+
+class CompensatedLinear(nn.Module):
+    """y = Q(x) W^T + (x D^T) U^T + b, with W from integer codes, Q the activation quantizer (identity when weight-only)
+    and U D the low-rank branch, which always sees the unquantized x. Takes the place of a `torch.nn.Linear`.
+
+    x: [..., in] of any float dtype; y: [..., out] of the same dtype. The weight is dequantized in float32 and cast.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    up: Tensor | None
+    down: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        *,
+        low_rank: LowRank | None = None,
+        bias: Tensor | None = None,
+        activation_bits: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.bits, self.group_size, self.activation_bits = weight.bits, weight.group_size, activation_bits
+        self.out_features, self.in_features = weight.codes.shape
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("zero_point", weight.zero_point)
+        self.register_buffer("up", None if low_rank is None else low_rank.up)
+        self.register_buffer("down", None if low_rank is None else low_rank.down)
+        self.register_buffer("bias", bias)
+
+    def quantized(self) -> QuantizedWeight:
+        """The integer weight, as a value."""
+        return QuantizedWeight(
+            codes=self.codes,
+            scale=self.scale,
+            zero_point=self.zero_point,
+            bits=self.bits,
+            group_size=self.group_size,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = x if self.activation_bits is None else fake_quantize_activations(x, self.activation_bits)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = functional.linear(inner, self.quantized().dequantize(x.dtype), bias)
+        if self.up is not None and self.down is not None:
+            y = y + functional.linear(functional.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return y
+
+    def extra_repr(self) -> str:
+        rank = 0 if self.down is None else self.down.shape[0]
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, activation_bits={self.activation_bits}, rank={rank}"
+        )

@@ -1,0 +1,184 @@
+"""The artifact as others see it: a directory of objects that its `artifact.json` names, with size and sha256 of each.
+
+    <output>/<name>/<id>/artifact.json     written last, once: with it the artifact becomes visible
+    <output>/<name>/latest.json            points to the newest id
+
+This is the reader's side (`resolve`, `verify`, `pull`) and the names; `assemble` writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from pipeline.report import BitsPerWeight, ModelReport, Quality
+from workers.config import Config
+from workers.errors import IntegrityError, ObjectNotFoundError, RequestError
+from workers.storage import ObjectStore, fetch, open_store
+from workers.storage.names import check_key
+
+DOCUMENT = "artifact.json"
+LATEST = "latest.json"
+REPORT = "report/report.json"
+REPORT_PAGE = "report/report.html"
+
+MAX_DOCUMENT_BYTES = 64 << 20
+"""An artifact.json names files, not tensors: this is room for a hundred thousand."""
+
+
+class FileEntry(Config):
+    """One object of an artifact."""
+
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class LedgerSummary(Config):
+    """How many source tensors met which fate."""
+
+    quantized: int
+    kept: int
+    dropped: int
+
+
+class ArtifactDocument(Config):
+    """artifact.json."""
+
+    schema_version: int = 1
+    name: str
+    id: str
+    created: str
+    base_model: ModelReport
+    recipe: Mapping[str, Any]
+    ledger: LedgerSummary
+    baseline: Quality | None
+    quantized: Quality | None
+    compensated: Quality | None
+    bits_per_weight: BitsPerWeight
+    software: Mapping[str, str]
+    files: Mapping[str, FileEntry]
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A visible artifact. existing: it was there before this run."""
+
+    uri: str
+    document: ArtifactDocument
+    existing: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """Names of one artifact's objects below an output root."""
+
+    store: ObjectStore
+    name: str
+    id: str
+
+    def key(self, path: str) -> str:
+        """The key of the artifact's file `path`."""
+        return f"{self.name}/{self.id}/{path}"
+
+    @property
+    def uri(self) -> str:
+        """The artifact's root URI."""
+        return f"{self.store.uri.rstrip('/')}/{self.name}/{self.id}"
+
+    def published(self) -> Published | None:
+        """The artifact, when it is visible."""
+        try:
+            document = read_document(open_store(self.uri))
+        except ObjectNotFoundError:
+            return None
+        return Published(self.uri, document, existing=True)
+
+
+def read_document(store: ObjectStore) -> ArtifactDocument:
+    """artifact.json at a store's root. ObjectNotFoundError when the artifact is not visible, IntegrityError when the
+    document is not one."""
+    size = store.size(DOCUMENT)
+    if size > MAX_DOCUMENT_BYTES:
+        raise IntegrityError(f"{store.uri_of(DOCUMENT)}: {size} bytes, expected at most {MAX_DOCUMENT_BYTES}")
+    try:
+        document = ArtifactDocument.model_validate_json(store.read(DOCUMENT))
+    except ValidationError as error:
+        raise IntegrityError(f"{store.uri_of(DOCUMENT)}: not an artifact's: {error}") from error
+    for path in document.files:
+        check_key(path)
+    return document
+
+
+def resolve(uri: str) -> tuple[ObjectStore, ArtifactDocument]:
+    """The artifact at `uri`: an artifact's root, or the root of a name, whose latest.json then says which.
+
+    RequestError when neither is there.
+    """
+    store = open_store(uri)
+    try:
+        return store, read_document(store)
+    except ObjectNotFoundError:
+        pass
+    try:
+        pointer = json.loads(store.read(LATEST))
+        newest = check_key(str(pointer["id"]))
+    except ObjectNotFoundError as error:
+        raise RequestError(f"{uri}: no {DOCUMENT} and no {LATEST}: expected a published artifact") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{store.uri_of(LATEST)}: {error}: expected an object with an id") from error
+    below = open_store(f"{uri.rstrip('/')}/{newest}")
+    try:
+        return below, read_document(below)
+    except ObjectNotFoundError as error:
+        raise RequestError(f"{uri}: {LATEST} names {newest}, which has no {DOCUMENT}") from error
+
+
+def verify(uri: str, done: Callable[[str, int], None] = lambda *_: None) -> ArtifactDocument:
+    """Reads every byte of an artifact and compares it with artifact.json; `done(path, bytes)` after each file.
+
+    IntegrityError listing every file that is missing, of another size or of other content.
+    """
+    store, document = resolve(uri)
+    problems: list[str] = []
+    for path, entry in sorted(document.files.items()):
+        problem = _difference(store, path, entry)
+        if problem is not None:
+            problems.append(problem)
+        done(path, entry.size)
+    if problems:
+        raise IntegrityError(f"{store.uri}: {len(problems)} of {len(document.files)} files differ:\n" + "\n".join(problems))
+    return document
+
+
+def pull(uri: str, destination: Path, done: Callable[[str, int], None] = lambda *_: None) -> ArtifactDocument:
+    """Downloads an artifact into a directory, resuming what an earlier pull left; every byte is checked.
+
+    artifact.json comes last, so a directory that has it is whole.
+    """
+    store, document = resolve(uri)
+    for path, entry in sorted(document.files.items()):
+        fetch(store, path, destination / path, size=entry.size, sha256=entry.sha256)
+        done(path, entry.size)
+    text = store.read(DOCUMENT)
+    (destination / DOCUMENT).write_bytes(text)
+    return document
+
+
+def _difference(store: ObjectStore, path: str, entry: FileEntry) -> str | None:
+    try:
+        size = store.size(path)
+        if size != entry.size:
+            return f"{path}: {size} bytes, expected {entry.size}"
+        sha256 = hashlib.sha256()
+        for piece in store.stream(path):
+            sha256.update(piece)
+    except ObjectNotFoundError:
+        return f"{path}: missing"
+    actual = sha256.hexdigest()
+    return None if actual == entry.sha256 else f"{path}: sha256 {actual}, expected {entry.sha256}"

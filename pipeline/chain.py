@@ -1,0 +1,189 @@
+"""The chain of block tasks: which half of which block can run now, and what a resumed job need not do again.
+
+A block's first half (`forward`) needs the hidden states that the block before it made; its second half needs the first.
+With `propagate: original` the first halves form the chain and the second halves run beside it; with `compressed` a
+block's whole task is one link. The state is data; `assign` and `settle` are the only transitions, so the chain can be
+tested without a worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from pipeline.policies import Placement
+from workers.tasks import BLOCK, FORWARD, BlockRecord, BlockSpec, HiddenRecord
+from workers.workspace import Blob, Workspace
+
+
+class Half(Enum):
+    """A method of the worker."""
+
+    FORWARD = "forward"
+    BLOCK = "block"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A piece of work for one worker: one half of one block."""
+
+    half: Half
+    spec: BlockSpec
+
+
+@dataclass(slots=True)
+class BlockState:
+    """One block. spec: known when its inputs are. record: when it is done. outputs: hidden states behind it, when known;
+    present: whether their bytes are there. needed: whether its first half must run for a block behind it."""
+
+    spec: BlockSpec | None = None
+    record: BlockRecord | None = None
+    reused: bool = False
+    outputs: tuple[Blob, ...] | None = None
+    present: bool = False
+    needed: bool = False
+    running: Half | None = None
+    forwarded: bool = False
+    holder: int | None = None
+
+
+SpecOf = Callable[[int, tuple[Blob, ...]], BlockSpec]
+"""Index and inputs -> the block's task."""
+
+
+@dataclass(slots=True)
+class Chain:
+    """All blocks of a job. `open` looks up what is finished; then `assign` and `settle` until `done`."""
+
+    spec_of: SpecOf
+    first: tuple[Blob, ...]
+    count: int
+    propagate: str
+    placement: Placement = field(default_factory=Placement)
+    blocks: list[BlockState] = field(default_factory=list)
+
+    @classmethod
+    def open(
+        cls, workspace: Workspace, spec_of: SpecOf, first: tuple[Blob, ...], count: int, propagate: str
+    ) -> Chain:
+        """Follows the chain of records as far as it goes: a block is done when its record and its bytes are there."""
+        chain = cls(spec_of, first, count, propagate, blocks=[BlockState() for _ in range(count)])
+        inputs: tuple[Blob, ...] | None = first
+        for index, state in enumerate(chain.blocks):
+            if inputs is None:
+                break
+            spec = state.spec = spec_of(index, inputs)
+            record = workspace.lookup(BLOCK, spec.key(), BlockRecord)
+            if record is not None and _stored(workspace, record):
+                state.record, state.reused = record, True
+            state.outputs = _known_outputs(workspace, spec, record, propagate)
+            state.present = state.outputs is not None and all(workspace.has(blob) for blob in state.outputs)
+            inputs = state.outputs
+        chain._mark_needed()
+        return chain
+
+    @property
+    def done(self) -> bool:
+        """Whether every block has its record."""
+        return all(state.record is not None for state in self.blocks)
+
+    @property
+    def records(self) -> list[BlockRecord]:
+        """The records, in block order; call when `done`."""
+        return [state.record for state in self.blocks if state.record is not None]
+
+    @property
+    def boundaries(self) -> list[Blob]:
+        """Every blob of hidden states that the chain knows of."""
+        known = [state.outputs for state in self.blocks if state.outputs is not None]
+        return [*self.first, *(blob for outputs in known for blob in outputs)]
+
+    def assign(self, worker: int) -> Link | None:
+        """The next piece of work for an idle worker, now counted as running; None when there is none for it."""
+        held: dict[int, int] = {}
+        orphans: list[int] = []
+        starts: list[int] = []
+        for index, state in enumerate(self.blocks):
+            if state.running is not None or state.spec is None:
+                continue
+            if state.record is None and state.holder is not None:
+                held[index] = state.holder
+            elif state.record is None and state.forwarded and self._inputs_present(index):
+                orphans.append(index)
+            elif state.needed and self._inputs_present(index):
+                starts.append(index)
+        index = self.placement.choose(worker, held, orphans, starts)
+        if index is None:
+            return None
+        state = self.blocks[index]
+        whole = self.propagate == "compressed" or state.forwarded
+        state.running = Half.BLOCK if whole else Half.FORWARD
+        assert state.spec is not None
+        return Link(state.running, state.spec)
+
+    def settle(self, link: Link, worker: int, value: HiddenRecord | BlockRecord | None) -> None:
+        """A piece of work came back with its record, or with None: to be done again."""
+        index = link.spec.index
+        state = self.blocks[index]
+        state.running = None
+        if value is None:
+            return
+        if isinstance(value, HiddenRecord):
+            state.forwarded, state.needed = True, False
+            state.holder = worker if state.record is None else None
+            self._set_outputs(index, value.outputs)
+        else:
+            state.record, state.holder, state.needed = value, None, False
+            if self.propagate == "compressed":
+                self._set_outputs(index, value.outputs)
+
+    def lost(self, worker: int) -> None:
+        """A worker's process died: what it held in memory is gone, what was committed is not."""
+        for state in self.blocks:
+            if state.holder == worker:
+                state.holder = None
+
+    def _inputs_present(self, index: int) -> bool:
+        return index == 0 or self.blocks[index - 1].present
+
+    def _set_outputs(self, index: int, outputs: tuple[Blob, ...]) -> None:
+        state = self.blocks[index]
+        state.outputs, state.present = outputs, True
+        if index + 1 < self.count and self.blocks[index + 1].spec is None:
+            self.blocks[index + 1].spec = self.spec_of(index + 1, outputs)
+            self.blocks[index + 1].needed = True
+
+    def _mark_needed(self) -> None:
+        """From the last block back: a first half must run when its block is not done, or when a block behind it must run
+        and the hidden states between them are gone (they are discarded when a job has been published)."""
+        behind = False
+        for state in reversed(self.blocks):
+            state.needed = state.record is None or (behind and not state.present)
+            behind = state.needed
+
+
+def _known_outputs(
+    workspace: Workspace, spec: BlockSpec, record: BlockRecord | None, propagate: str
+) -> tuple[Blob, ...] | None:
+    if propagate == "compressed":
+        return None if record is None else record.outputs
+    found = workspace.lookup(FORWARD, spec.forward_key(), HiddenRecord)
+    return None if found is None else found.outputs
+
+
+def _stored(workspace: Workspace, record: BlockRecord) -> bool:
+    blobs: Sequence[Blob] = [record.checkpoint] if record.adapter is None else [record.checkpoint, record.adapter]
+    return all(workspace.has(blob) for blob in blobs)
+
+
+def errors_of(record: BlockRecord) -> Mapping[str, float | None]:
+    """The block's mean relative output errors, before and after compensation, for the progress display."""
+
+    def mean(values: list[float]) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    return {
+        "error_quantized": mean([m.error_quantized for m in record.modules if m.error_quantized is not None]),
+        "error_compensated": mean([m.error_compensated for m in record.modules if m.error_compensated is not None]),
+    }

@@ -1,0 +1,223 @@
+"""The `counterweight` command. Every import that costs time is inside the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="counterweight",
+    help="Compress large language models to 2-8 bits, and put back what quantization takes away.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Manifest = Annotated[str, typer.Argument(help="Path or URI of a manifest (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a field: spec.recipe.weights.bits=3. Repeatable.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
+ArtifactUri = Annotated[
+    str, typer.Argument(help="URI of an artifact, or of a name for its latest artifact.", show_default=False)
+]
+
+
+@app.command()
+def run(
+    manifest: Manifest,
+    set_: Overrides = None,
+    output: Annotated[str | None, typer.Option(help="Replaces spec.output.uri.", show_default=False)] = None,
+    address: Annotated[
+        str | None, typer.Option(help="auto, local or ray://host:port; default: an embedded Ray.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a job to the end; the last line of stdout is the artifact's URI."""
+    from pipeline.manifest import load_manifest
+    from pipeline.progress import make_progress
+    from pipeline.run import run_job
+
+    overrides = [*(set_ or []), *([] if output is None else [f"spec.output.uri={json.dumps(output)}"])]
+    job = load_manifest(manifest, overrides).job
+    with make_progress(sys.stderr) as progress:
+        published = run_job(job, progress, address=address)
+        progress.finish(_summary(published.document, published.uri))
+    if as_json:
+        _print_json(published.document.model_dump(mode="json"))
+    typer.echo(published.uri)
+
+
+@app.command()
+def plan(manifest: Manifest, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a job would do and need, from headers alone."""
+    from pipeline.manifest import load_manifest
+    from pipeline.model_source import open_model
+    from pipeline.plan import make_plan
+
+    job = load_manifest(manifest, set_ or []).job
+    made = make_plan(job, open_model(job.spec.model.uri))
+    if as_json:
+        _print_json(made.model_dump(mode="json"))
+        return
+    _print_rows(
+        f"plan of {made.name}",
+        [
+            ("model", f"{made.model_type}, {made.parameters:,} parameters, {_bytes(made.source_bytes)}"),
+            ("quantized", f"{made.quantized:,} weights in {len(made.blocks)} blocks"),
+            ("calibration", f"{made.tokens:,} tokens"),
+            ("peak per worker", _bytes(made.peak_bytes_per_worker)),
+            ("arithmetic", f"{made.flops / 1e12:.3g} TFLOP"),
+            ("storage", f"{_bytes(made.storage_read_bytes)} read, {_bytes(made.storage_written_bytes)} written"),
+            ("headers read", _bytes(made.header_bytes_read)),
+            ("does not fit", "; ".join(made.problems) or "nothing"),
+        ],
+    )
+
+
+@app.command()
+def pull(uri: ArtifactUri, destination: Path, as_json: AsJson = False) -> None:
+    """Download an artifact, resuming where an earlier pull stopped; every byte is checked."""
+    from pipeline.artifact import pull as fetch_artifact
+
+    document = fetch_artifact(uri, destination, _each_file)
+    facts = {"id": document.id, "files": len(document.files), "bytes": sum(f.size for f in document.files.values())}
+    if as_json:
+        _print_json(facts)
+    else:
+        _print_rows(f"pulled {document.name}", [(name, str(value)) for name, value in facts.items()])
+    typer.echo(str(destination))
+
+
+@app.command()
+def verify(uri: ArtifactUri, as_json: AsJson = False) -> None:
+    """Read every byte of an artifact and compare it with its digest."""
+    from pipeline.artifact import verify as check_artifact
+
+    document = check_artifact(uri, _each_file)
+    facts = {"id": document.id, "files": len(document.files), "bytes": sum(f.size for f in document.files.values())}
+    if as_json:
+        _print_json(facts)
+    else:
+        _print_rows(f"{document.name} is whole", [(name, str(value)) for name, value in facts.items()])
+
+
+@app.command("eval")
+def evaluate(
+    artifact: ArtifactUri,
+    against: Annotated[
+        str | None, typer.Option(help="Where the original model is; default: where it was.", show_default=False)
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="URI or path of a text; default: the report's.", show_default=False)
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="Windows to measure; default: the report's, or all.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a window; default: the report's.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Validate an artifact again: perplexity, KL and agreement, against the model it was made from."""
+    from pipeline.evaluate import evaluate_artifact
+
+    found = evaluate_artifact(
+        artifact, against=against, text=text, windows=windows, sequence_length=sequence_length, device=device
+    )
+    if as_json:
+        _print_json({name: quality.model_dump() for name, quality in found.items()})
+        return
+    _print_rows(
+        f"{artifact}",
+        [
+            (name, f"perplexity {q.perplexity:.4f}   KL {q.kl:.5f}   top-1 agreement {q.top1_agreement:.4f}")
+            for name, q in found.items()
+        ],
+    )
+
+
+@app.command()
+def schema() -> None:
+    """Print the manifest's JSON Schema."""
+    from pipeline.manifest import schema_text
+
+    typer.echo(schema_text(), nl=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 0 done; 2 the request is wrong; 3 a gate failed; 4 the surroundings
+    failed and a retry makes sense; 130 interrupted. Errors are lines on stderr, without a traceback."""
+    from workers.errors import CounterweightError
+
+    return _guarded(lambda: app(args=None if arguments is None else list(arguments), standalone_mode=False), CounterweightError)
+
+
+def _guarded(call: Callable[[], Any], expected: type[Any]) -> int:
+    from click.exceptions import Abort, ClickException
+
+    try:
+        code = call()
+    except expected as error:
+        typer.echo(f"error: {error}", err=True)
+        return int(error.exit_code)
+    except ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, Abort):
+        typer.echo("interrupted: finished blocks are kept; run the same command again to resume", err=True)
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def _each_file(path: str, size: int) -> None:
+    typer.echo(f"{path}  {_bytes(size)}", err=True)
+
+
+def _summary(document: Any, uri: str) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name in ("baseline", "quantized", "compensated"):
+        quality = getattr(document, name)
+        if quality is not None:
+            label = "original" if name == "baseline" else name
+            rows.append((label, f"perplexity {quality.perplexity:.4f}   KL {quality.kl:.5f}"))
+    bits = document.bits_per_weight
+    rows.append(
+        (
+            "bits per weight",
+            f"{bits.total:.3f} all in ({bits.weights:.3f} codes, {bits.scales:.3f} scales, {bits.factors:.3f} factors)",
+        )
+    )
+    rows.append(("report", f"{uri}/report/report.html"))
+    return rows
+
+
+def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    typer.echo(title)
+    for name, value in rows:
+        typer.echo(f"  {name.ljust(width)}  {value}")
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, sort_keys=True))
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+if __name__ == "__main__":
+    entry()

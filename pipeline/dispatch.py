@@ -1,0 +1,103 @@
+"""Tasks on workers: who is idle, what came back, what is tried again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.policies import Failure, RetryPolicy, Verdict, describe
+from pipeline.pool import Outcome, WorkerPool
+from workers.errors import CounterweightError, WorkerError
+
+WAIT_SECONDS = 0.2
+"""How long one look at the workers lasts: short enough that an interrupt is felt at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A call of a worker's method. name: for people, and what tries are counted by."""
+
+    name: str
+    method: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A task that left its worker: with a value, or to be tried again (retry), perhaps because the worker died."""
+
+    task: Task
+    worker: int
+    value: Any = None
+    retry: bool = False
+    worker_died: bool = False
+
+
+class Dispatcher:
+    """Starts tasks on idle workers and turns outcomes into values, retries or a final error."""
+
+    def __init__(self, pool: WorkerPool, policy: RetryPolicy, note: Callable[[str], None]) -> None:
+        self._pool, self._policy, self._note = pool, policy, note
+        self._running: dict[int, Task] = {}
+        self._tries: dict[str, int] = {}
+        self.idle: set[int] = set(range(pool.size))
+
+    @property
+    def busy(self) -> bool:
+        """Whether any task is running."""
+        return bool(self._running)
+
+    def start(self, worker: int, task: Task) -> None:
+        """Starts a task on an idle worker."""
+        self.idle.remove(worker)
+        self._tries[task.name] = self._tries.get(task.name, 0) + 1
+        self._running[self._pool.submit(worker, task.method, *task.arguments)] = task
+
+    def collect(self) -> list[Finished]:
+        """What finished within `WAIT_SECONDS`. Raises the task's error when it is final, the worker's process first
+        replaced when it died."""
+        return [self._settle(outcome) for outcome in self._pool.wait(WAIT_SECONDS)]
+
+    def run_all(self, tasks: Sequence[Task], done: Callable[[int], None] = lambda _: None) -> list[Any]:
+        """Runs independent tasks on any workers; their values in the tasks' order. done: called with the number of
+        finished tasks after each."""
+        waiting = list(range(len(tasks)))
+        index_of = {task.name: index for index, task in enumerate(tasks)}
+        values: dict[int, Any] = {}
+        while len(values) < len(tasks):
+            while waiting and self.idle:
+                self.start(min(self.idle), tasks[waiting.pop(0)])
+            for finished in self.collect():
+                index = index_of[finished.task.name]
+                if finished.retry:
+                    waiting.insert(0, index)
+                else:
+                    values[index] = finished.value
+                    done(len(values))
+        return [values[index] for index in range(len(tasks))]
+
+    def _settle(self, outcome: Outcome) -> Finished:
+        task = self._running.pop(outcome.ticket)
+        if outcome.worker_died:
+            self._pool.restart(outcome.worker)
+        self.idle.add(outcome.worker)
+        if outcome.error is None:
+            return Finished(task, outcome.worker, value=outcome.value)
+        tries = self._tries[task.name]
+        verdict = self._policy.judge(Failure(outcome.error, outcome.worker_died), tries)
+        if verdict is Verdict.FAIL:
+            raise _named(task, outcome.error, tries)
+        self._note(f"{task.name}: try {tries} of {self._policy.attempts} failed: {describe(outcome.error)}")
+        return Finished(task, outcome.worker, retry=True, worker_died=outcome.worker_died)
+
+
+def _named(task: Task, error: BaseException, tries: int) -> BaseException:
+    """The final error with the task's name in it, keeping its class and so its exit code."""
+    attempts = f" after {tries} tries" if tries > 1 else ""
+    if isinstance(error, CounterweightError):
+        named = type(error)(f"{task.name}{attempts}: {error}")
+    else:
+        named = WorkerError(f"{task.name}{attempts}: {describe(error)}")
+    named.__cause__ = error
+    return named

@@ -1,0 +1,104 @@
+"""Validates a published artifact again, in this process, against the model it was made from."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from pipeline.artifact import REPORT, resolve
+from pipeline.manifest import resolve_uri
+from pipeline.model_source import open_model
+from pipeline.report import Quality, Report, qualities
+from workers.calibration.source import TextSource, TokenSource
+from workers.calibration.tokens import token_set
+from workers.compressed import LEDGER
+from workers.errors import RequestError
+from workers.evaluation import EvaluateSpec
+from workers.keys import digest
+from workers.storage import open_store
+from workers.tasks import Setting
+from workers.worker import Worker
+from workers.workspace import Workspace
+
+
+def evaluate_artifact(
+    uri: str,
+    *,
+    against: str | None = None,
+    text: str | None = None,
+    windows: int | None = None,
+    sequence_length: int | None = None,
+    device: str = "cpu",
+) -> dict[str, Quality]:
+    """Baseline, quantized and compensated quality.
+
+    What is not given is taken from the artifact's own report. RequestError when the report has no text to repeat, or
+    when the model at hand is not the one that the artifact was made from.
+    """
+    if device not in ("cpu", "cuda"):
+        raise RequestError(f"--device: {device!r}: expected cpu or cuda")
+    store, document = resolve(uri)
+    report = Report.model_validate_json(store.read(REPORT, sha256=document.files[REPORT].sha256))
+    source = open_model(_absolute(against) if against is not None else document.base_model.uri)
+    worker = Worker("cuda" if device == "cuda" else "cpu", threads=len(os.sched_getaffinity(0)))
+    digests = {name: found.sha256 for name, found in worker.inspect(source.uri, source.tensors).items()}
+    if digest(digests) != document.base_model.digest:
+        raise RequestError(
+            f"{source.uri}: digest {digest(digests)[:16]}: expected {document.base_model.digest[:16]}, the model that "
+            f"{document.name} was made from"
+        )
+    tokens = token_set(
+        _text(text, report),
+        source.tokenizer(),
+        vocabulary=source.skeleton.vocabulary,
+        length=sequence_length or _reported_length(report),
+        sequences=windows if windows is not None or text is not None else _reported_windows(report),
+        sampling="consecutive",
+        seed=0,
+        field="--text",
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch).as_uri()
+        blob = Workspace(open_store(place)).put_tensors({"input_ids": tokens.ids})
+        spec = EvaluateSpec(
+            setting=Setting(
+                source=source.uri,
+                config=source.checkpoint.config,
+                workspace=place,
+                compute_dtype="float32",
+                device="cuda" if device == "cuda" else "cpu",
+            ),
+            tensors=digests,
+            artifact=store.uri,
+            ledger=document.files[LEDGER].sha256,
+            tokens=blob,
+            start=0,
+            stop=tokens.sequences,
+        )
+        record = worker.evaluate(spec)
+    baseline, quantized, compensated = qualities(record.windows)
+    return {"baseline": baseline, "quantized": quantized, "compensated": compensated}
+
+
+def _absolute(uri: str) -> str:
+    return resolve_uri(uri, Path.cwd().as_uri())
+
+
+def _text(text: str | None, report: Report) -> TokenSource:
+    if text is not None:
+        return TextSource(uri=_absolute(text))
+    if report.validation is None:
+        raise RequestError("--text: the artifact was published without validation: expected a text to measure on")
+    source: TokenSource = TypeAdapter(TokenSource).validate_python(dict(report.validation.source))
+    return source
+
+
+def _reported_length(report: Report) -> int:
+    return (report.validation or report.calibration).sequence_length
+
+
+def _reported_windows(report: Report) -> int | None:
+    return None if report.validation is None else report.validation.sequences

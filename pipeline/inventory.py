@@ -1,0 +1,52 @@
+"""The first look at the source's bytes: a digest of every tensor, and no NaN."""
+
+from __future__ import annotations
+
+from pipeline.dispatch import Dispatcher, Task
+from pipeline.model_source import ModelSource, check_stored_head
+from workers.checkpoint.digest import TensorDigest
+from workers.errors import CheckpointError
+
+INSPECT_BYTES = 1 << 30
+"""Source bytes per task: enough to keep a worker busy, small enough to spread a model over many."""
+
+SHOWN = 20
+"""Bad tensors listed in one error."""
+
+
+def inventory(source: ModelSource, dispatcher: Dispatcher) -> dict[str, str]:
+    """sha256 of every source tensor, by workers, each byte read once.
+
+    Keys of durable work are made from these, and every later read is checked against them. CheckpointError listing the
+    tensors that hold NaN or infinity.
+    """
+    batches = _batches(source)
+    tasks = [
+        Task(f"inventory {number + 1} of {len(batches)}", "inspect", (source.uri, batch))
+        for number, batch in enumerate(batches)
+    ]
+    found: dict[str, TensorDigest] = {}
+    for part in dispatcher.run_all(tasks):
+        found |= part
+    bad = sorted(name for name, tensor in found.items() if not tensor.finite)
+    if bad:
+        lines = [f"{source.checkpoint.entry(name).file}: {name}: holds NaN or infinity" for name in bad[:SHOWN]]
+        raise CheckpointError("\n".join([*lines, f"expected finite weights; {len(bad)} tensors are not"]))
+    digests = {name: tensor.sha256 for name, tensor in found.items()}
+    check_stored_head(source, digests)
+    return digests
+
+
+def _batches(source: ModelSource) -> list[list[str]]:
+    """Tensors that lie together, in batches of about `INSPECT_BYTES`."""
+    entry = source.checkpoint.entry
+    batches: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(source.tensors, key=lambda n: (entry(n).file, entry(n).start)):
+        length = entry(name).length
+        if batches[-1] and size + length > INSPECT_BYTES:
+            batches.append([])
+            size = 0
+        batches[-1].append(name)
+        size += length
+    return batches

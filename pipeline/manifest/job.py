@@ -1,0 +1,192 @@
+"""The typed manifest of one compression job. Field docstrings become the descriptions in the JSON Schema."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
+
+from workers.calibration.source import TokenSource
+from workers.config import Config
+from workers.recipe import Recipe
+
+MAX_URI = 2000  # characters
+SMALLEST_SHARE = 0.01  # of a GPU; Ray counts in units of 0.0001
+
+_NAME = Field(
+    pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$",
+    json_schema_extra={
+        "patternErrorMessage": (
+            "1 to 63 lower-case letters, digits and '-', beginning and ending with a letter or digit"
+        )
+    },
+)
+_LABEL_KEY = StringConstraints(pattern=r"^[A-Za-z0-9]([-_./A-Za-z0-9]{0,98}[A-Za-z0-9])?$")
+_LABEL_VALUE = StringConstraints(max_length=200)
+_URI = StringConstraints(min_length=1, max_length=MAX_URI)
+
+
+def _text_by_default(source: Any) -> Any:
+    # `text: {uri: ...}` reads as it is meant; the union itself needs a tag to give clear errors.
+    return {"kind": "text", **source} if isinstance(source, dict) and "kind" not in source else source
+
+
+Tokens = Annotated[TokenSource, BeforeValidator(_text_by_default)]
+"""A token source; without a `kind` it is a text."""
+
+
+class Section(Config):
+    """A mapping of the manifest. Strict: a quoted number is no number, and 1 is not true."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Metadata(Section):
+    """What the job is called."""
+
+    name: Annotated[str, _NAME]
+    """Name of the job and of the folder its artifacts are published in: 1 to 63 lower-case letters, digits
+    and '-'.
+    """
+    labels: Annotated[
+        dict[Annotated[str, _LABEL_KEY], Annotated[str, _LABEL_VALUE]],
+        Field(max_length=64, json_schema_extra={"additionalProperties": False}),
+    ] = Field(default_factory=dict)
+    """Free key-value pairs for people and tools; without influence on the result."""
+
+
+class Model(Section):
+    """The model to compress."""
+
+    uri: Annotated[str, _URI]
+    """A transformers checkpoint in safetensors: `file:`, `s3:`, `hf:owner/name[@revision]`, or a path
+    relative to the manifest.
+    """
+
+
+class Calibration(Section):
+    """The tokens that statistics are gathered on, and how they pass through the model."""
+
+    source: Tokens
+    """Where the tokens come from; without a `kind`, a text."""
+    sequences: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    """Number of windows cut from the source."""
+    sequence_length: Annotated[int, Field(ge=2, le=1_048_576)] = 2048
+    """Tokens of a window."""
+    sampling: Literal["random", "consecutive"] = "random"
+    """`random`: windows at random places of the text; `consecutive`: side by side, from its start."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """Seed of random sampling."""
+    propagate: Literal["original", "compressed"] = "original"
+    """`original`: every block sees the original model's activations, and all blocks are independent;
+    `compressed`: a block sees what the compressed blocks before it produce, one block after the other.
+    """
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that the blocks compute in while activations are captured; statistics are summed in float32 or
+    wider.
+    """
+
+
+class Gates(Section):
+    """Bounds that the compressed model must keep; beyond one of them nothing is published."""
+
+    perplexity_ratio: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Largest perplexity of the compressed model, as a multiple of the original's; null: no bound."""
+    kl: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Largest mean Kullback-Leibler divergence from the original's next-token distribution, in nats; null: no
+    bound.
+    """
+
+
+class Validation(Section):
+    """How the compressed model is judged before it is published."""
+
+    text: Tokens
+    """What it is judged on; without a `kind`, a text. Not the calibration's."""
+    sequence_length: Annotated[int, Field(ge=2, le=1_048_576)] | None = None
+    """Tokens of a window; null: the calibration's."""
+    windows: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """Number of windows, from the start of the text; null: all."""
+    gates: Gates = Field(default_factory=Gates)
+    """Bounds for publication."""
+
+
+class Resources(Section):
+    """What the job may use; without influence on the result."""
+
+    workers: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Number of worker processes."""
+    gpus_per_worker: Annotated[float, Field(ge=0, le=64)] = 0.0
+    """GPUs of a worker: a whole number, or a share from 0.01 where workers share one; 0: the CPU computes."""
+    cpus_per_worker: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU cores of a worker; null: the cluster's cores divided by the workers."""
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _whole_or_share(cls, value: float) -> float:
+        if (value > 1 and not value.is_integer()) or 0 < value < SMALLEST_SHARE:
+            raise ValueError(f"expected 0, a share of a GPU from {SMALLEST_SHARE} to 1, or a whole number")
+        return value
+
+
+class Output(Section):
+    """Where the artifact goes."""
+
+    uri: Annotated[str, _URI]
+    """Folder of artifacts: `file:`, `s3:` or a path relative to the manifest."""
+
+
+class JobSpec(Section):
+    """What is to be compressed, how, on what, and where to."""
+
+    model: Model
+    """The model to compress."""
+    calibration: Calibration
+    """What statistics are gathered on."""
+    recipe: Recipe
+    """What is done to the weights."""
+    validation: Validation | None = None
+    """How the result is judged; null: it is published unjudged."""
+    resources: Resources = Field(default_factory=Resources)
+    """What the job may use."""
+    output: Output
+    """Where the artifact goes."""
+
+    @property
+    def validation_sequence_length(self) -> int | None:
+        """Tokens of a validation window, or None without validation."""
+        if self.validation is None:
+            return None
+        return self.validation.sequence_length or self.calibration.sequence_length
+
+
+class CompressionJob(Section):
+    """A manifest: the compression of one model."""
+
+    apiVersion: Literal["counterweight/v1"]
+    """Version of the manifest's format."""
+    kind: Literal["CompressionJob"]
+    """What the manifest describes."""
+    metadata: Metadata
+    """What the job is called."""
+    spec: JobSpec
+    """What it does."""
+
+
+def canonical(job: CompressionJob) -> bytes:
+    """Canonical JSON of what determines the job's result, the bytes of its inputs excepted.
+
+    Two manifests with equal `canonical` bytes, equal digests of the model and equal digests of the tokens ask
+    for the same artifact. So names, labels, resources, the output and every URI are left out; the caller adds
+    the digests. A default written out is the same as a default left out.
+    """
+    spec = job.spec.model_dump(
+        mode="json",
+        include={"calibration": True, "recipe": True, "validation": True},
+        exclude={"calibration": {"source"}, "validation": {"text"}},
+    )
+    if spec["validation"] is not None:
+        spec["validation"]["sequence_length"] = job.spec.validation_sequence_length
+    content = {"apiVersion": job.apiVersion, **spec}
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -1,0 +1,59 @@
+"""The manifest's JSON Schema, for editors, other programs and the explanation of errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from pipeline.manifest.job import CompressionJob
+from workers.calibration.source import TextSource
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def job_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a `CompressionJob`; a fresh copy, the caller's to change."""
+    copy: dict[str, Any] = json.loads(schema_text())
+    return copy
+
+
+@cache
+def schema_text() -> str:
+    """`job_schema` as `manifests/schema.json` holds it."""
+    schema = {"$schema": DIALECT, **CompressionJob.model_json_schema()}
+    _require_tags(schema)
+    _tidy(schema)
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def _require_tags(schema: dict[str, Any]) -> None:
+    """Makes the tag of a union's branches a required key, as validation does: pydantic lists it as optional
+    because it has a default, and `{uri: ...}` would then be both a text and a file of tokens.
+    """
+    for node in _mappings(schema):
+        discriminator = node.get("discriminator")
+        if discriminator is None or "oneOf" not in node:
+            continue
+        for reference in discriminator["mapping"].values():
+            name = reference.removeprefix("#/$defs/")
+            required = schema["$defs"][name].setdefault("required", [])
+            if name != TextSource.__name__ and discriminator["propertyName"] not in required:
+                required.insert(0, discriminator["propertyName"])
+
+
+def _tidy(schema: dict[str, Any]) -> None:
+    """Drops the titles that pydantic makes up from field names, and the line breaks of our sources."""
+    for node in _mappings(schema):
+        if isinstance(node.get("title"), str):
+            del node["title"]
+        if isinstance(node.get("description"), str):
+            node["description"] = " ".join(node["description"].split())
+
+
+def _mappings(node: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _mappings(child)

@@ -1,0 +1,149 @@
+"""Where a manifest's URIs lead: relative ones are relative to the manifest's directory.
+
+Nothing else is done to them. Environment variables and `~` are not expanded, because what a manifest means
+must not depend on who runs it; a relative path that begins with one is refused, because a folder called `~`
+is never meant.
+"""
+
+from __future__ import annotations
+
+import os.path
+import posixpath
+import re
+from collections.abc import Callable
+from pathlib import Path as FilePath
+from urllib.parse import unquote
+
+from pipeline.manifest.explain import Complaint
+from pipeline.manifest.job import MAX_URI, CompressionJob
+from pipeline.manifest.problems import Path, show
+from workers.calibration.source import DatasetSource, StandardLibrarySource, TokenSource
+from workers.errors import RequestError
+from workers.storage.names import file_root, s3_root
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_HUB = re.compile(r"hf:(//)?([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*(@\w[\w./-]*)?", re.ASCII)
+_EXPECTED = "expected file:, s3: or a path relative to the manifest"
+
+
+def resolve_uri(uri: str, base: str | None) -> str:
+    """`uri` as an absolute `file:///` or `s3://` URI.
+
+    base: absolute URI of the directory that relative ones are relative to, or None where there is none (a
+    manifest that came over the network). In `file:` and in relative URIs, `..` is resolved by the text alone.
+    Raises `RequestError`.
+    """
+    if not uri or len(uri) > MAX_URI or not uri.isprintable():
+        raise RequestError(f"expected 1 to {MAX_URI} printable characters")
+    scheme = _SCHEME.match(uri)
+    if scheme is None:
+        return _absolute_file(uri) if uri.startswith("/") else _join(uri, base)
+    if scheme[1] == "file":
+        root = file_root(uri) if uri.startswith("file:/") else None
+        if root is not None:
+            return _absolute_file(str(root))
+        if base is not None and base.startswith("s3:"):
+            raise RequestError(f"a relative file: URI in a manifest that lies in s3: {_EXPECTED}")
+        return _join(unquote(uri.removeprefix("file:"), errors="surrogateescape"), base)
+    if scheme[1] == "s3":
+        s3_root(uri)
+        return uri
+    raise RequestError(f"{_EXPECTED}; a colon in a name needs './' before it")
+
+
+def resolve_model_uri(uri: str, base: str | None) -> str:
+    """As `resolve_uri`; an `hf:` URI has nothing to resolve: it is checked and kept. Raises
+    `RequestError`.
+    """
+    if not uri.startswith("hf:"):
+        return resolve_uri(uri, base)
+    if _HUB.fullmatch(uri) is None or ".." in uri:
+        raise RequestError("expected hf:owner/name or hf:owner/name@revision")
+    return uri
+
+
+def resolve_dataset_path(path: str, base: str | None) -> str:
+    """A hub name as it is; a local directory (`./...`, `../...`, `/...` or `file:...`) as an absolute path.
+
+    Raises `RequestError`.
+    """
+    if not path.startswith((".", "/", "file:")):
+        return path
+    root = file_root(resolve_uri(path, base))
+    if root is None:
+        raise RequestError("expected a hub name: a manifest that lies in s3 has no local directory beside it")
+    return str(root)
+
+
+def resolve_uris(job: CompressionJob, base: str | None) -> tuple[CompressionJob, list[Complaint]]:
+    """The job with absolute URIs, and what is wrong with those that cannot be made absolute; these stay as
+    they were.
+    """
+    resolver = _Resolver(base)
+    spec = job.spec
+    calibration, validation = spec.calibration, spec.validation
+    model = resolver.apply(resolve_model_uri, spec.model.uri, ("spec", "model", "uri"))
+    source = resolver.tokens(calibration.source, ("spec", "calibration", "source"))
+    if validation is not None:
+        text = resolver.tokens(validation.text, ("spec", "validation", "text"))
+        validation = validation.model_copy(update={"text": text})
+    output = resolver.apply(resolve_uri, spec.output.uri, ("spec", "output", "uri"))
+    resolved = spec.model_copy(
+        update={
+            "model": spec.model.model_copy(update={"uri": model}),
+            "calibration": calibration.model_copy(update={"source": source}),
+            "validation": validation,
+            "output": spec.output.model_copy(update={"uri": output}),
+        }
+    )
+    return job.model_copy(update={"spec": resolved}), resolver.complaints
+
+
+class _Resolver:
+    """Resolves one URI after another and notes what is wrong where."""
+
+    def __init__(self, base: str | None) -> None:
+        self._base = base
+        self.complaints: list[Complaint] = []
+
+    def apply(self, resolve: Callable[[str, str | None], str], uri: str, path: Path) -> str:
+        try:
+            return resolve(uri, self._base)
+        except RequestError as error:
+            # The storage's errors name the URI themselves.
+            cause = str(error).removeprefix(f"storage URI {uri!r}: ")
+            self.complaints.append(Complaint(path=path, text=f"{show(uri)}: {cause[:200]}"))
+            return uri
+
+    def tokens(self, source: TokenSource, path: Path) -> TokenSource:
+        if isinstance(source, StandardLibrarySource):
+            return source
+        if isinstance(source, DatasetSource):
+            local = self.apply(resolve_dataset_path, source.path, (*path, "path"))
+            return source.model_copy(update={"path": local})
+        return source.model_copy(update={"uri": self.apply(resolve_uri, source.uri, (*path, "uri"))})
+
+
+def _join(path: str, base: str | None) -> str:
+    if base is None:
+        raise RequestError("relative, but this manifest has no directory: expected file:/... or s3://...")
+    if path.startswith(("~", "$")):
+        raise RequestError("'~' and variables are not expanded: expected the path written out, or './~...'")
+    root = file_root(base)
+    if root is not None:
+        return _absolute_file(os.path.join(root, path))
+    place = s3_root(base)
+    if place is None:
+        raise RequestError(f"relative to {base!r}: expected that to be file: or s3:")
+    bucket, prefix = place
+    key = posixpath.normpath(posixpath.join(prefix, path))
+    if key == ".." or key.startswith("../"):
+        raise RequestError(f"leads out of the bucket {bucket!r}")
+    uri = f"s3://{bucket}" if key == "." else f"s3://{bucket}/{key}"
+    s3_root(uri)
+    return uri
+
+
+def _absolute_file(path: str) -> str:
+    # A second leading slash has a meaning of its own in POSIX, and normpath keeps it.
+    return FilePath("/" + os.path.normpath(path).lstrip("/")).as_uri()

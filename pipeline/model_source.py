@@ -1,0 +1,92 @@
+"""The source model of a job: where its checkpoint lies, opened from headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from workers.checkpoint.reader import Checkpoint
+from workers.errors import CheckpointError, RequestError, StorageError
+from workers.skeleton import EMBEDDING, LM_HEAD, Skeleton
+from workers.storage import ObjectStore, open_store
+
+HUB = "hf:"
+
+IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
+"""Tensors that old exports hold and no model needs: the frequencies follow from the config."""
+
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+"""What a snapshot of a hub repository consists of; never pickles, never code."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """An opened checkpoint that matches its architecture: exact names, shapes and float dtypes."""
+
+    uri: str
+    store: ObjectStore
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Tensors that the artifact leaves out."""
+        return tuple(name for name in self.checkpoint.names if IGNORED.fullmatch(name))
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Tensors that count."""
+        return tuple(name for name in self.checkpoint.names if not IGNORED.fullmatch(name))
+
+    def block_tensors(self, index: int) -> tuple[str, ...]:
+        """Tensors that block `index` is made from."""
+        parts = self.skeleton.sources(index, self.checkpoint.names).values()
+        return tuple(dict.fromkeys(part.source for part in parts))
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the whole model, shared ones once."""
+        return sum(prod(self.checkpoint.entry(name).shape) for name in self.tensors)
+
+    def tokenizer(self) -> bytes | None:
+        """tokenizer.json, or None."""
+        return self.store.read("tokenizer.json") if self.store.exists("tokenizer.json") else None
+
+
+def open_model(uri: str) -> ModelSource:
+    """Opens `file:`, `s3:` or `hf:` (a hub repository, downloaded to the local cache first) and checks the checkpoint
+    against its architecture. CheckpointError, UnsupportedModelError, RequestError, StorageError."""
+    root = _snapshot(uri) if uri.startswith(HUB) else uri
+    store = open_store(root)
+    checkpoint = Checkpoint.open(store)
+    skeleton = Skeleton(checkpoint.config)
+    source = ModelSource(root, store, checkpoint, skeleton)
+    # A tied model's head may be stored or not; when it is, `inventory` compares it with the embedding.
+    optional = [*source.dropped, *([LM_HEAD] if skeleton.tied else [])]
+    checkpoint.expect(skeleton.expected(checkpoint.names), optional=optional)
+    return source
+
+
+def check_stored_head(source: ModelSource, digests: Mapping[str, str]) -> None:
+    """A tied model whose stored head is not its embedding is not tied: CheckpointError."""
+    if source.skeleton.tied and LM_HEAD in digests and digests[LM_HEAD] != digests[EMBEDDING]:
+        raise CheckpointError(
+            f"{source.uri}: config.json: tie_word_embeddings: true: but {LM_HEAD} differs from {EMBEDDING}"
+        )
+
+
+def _snapshot(uri: str) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = uri.removeprefix(HUB).removeprefix("//").partition("@")
+    try:
+        path = snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES)
+    except HFValidationError as error:
+        raise RequestError(f"spec.model.uri: {uri}: {error}") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise StorageError(f"spec.model.uri: {uri}: {error}") from error
+    return Path(path).resolve().as_uri()

@@ -1,0 +1,359 @@
+"""Runs a job: inventory, tokens, blocks, assembly, validation, publication.
+
+The object store is the only truth. Each stage asks it what is done, hands the rest to workers, and leaves records behind;
+the driver can be killed anywhere and started again, and finds its way by the same keys. It never touches a weight.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pipeline.artifact import Artifact, FileEntry, Published
+from pipeline.assemble import Assembler, Parts, job_recipe, now, publish, software
+from pipeline.chain import Chain, Half, Link, errors_of
+from pipeline.dispatch import Dispatcher, Task
+from pipeline.inventory import inventory
+from pipeline.manifest import CompressionJob, canonical
+from pipeline.model_source import ModelSource
+from pipeline.plan import block_recipe
+from pipeline.policies import RetryPolicy
+from pipeline.pool import WorkerPool
+from pipeline.progress import Progress
+from pipeline.report import (
+    ModelReport,
+    Report,
+    TaskReport,
+    TokensReport,
+    bits_per_weight,
+    qualities,
+)
+from pipeline.report_html import render
+from pipeline.validate import Windows, check_gates, validate
+from workers.calibration.source import TokenSource
+from workers.calibration.tokens import TokenSet, token_set
+from workers.errors import GateError
+from workers.keys import digest
+from workers.skeleton import EMBEDDING, LM_HEAD, NORM
+from workers.storage import open_store
+from workers.tasks import (
+    BlockRecord,
+    BlockSpec,
+    Device,
+    EmbedSpec,
+    HiddenRecord,
+    KeepRecord,
+    KeepSpec,
+    LedgerEntry,
+    Setting,
+)
+from workers.workspace import WORK, Blob, Workspace
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Wall seconds per stage."""
+
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+    _stage: str = ""
+    _since: float = 0.0
+
+    def stage(self, name: str) -> None:
+        """Ends the running stage and begins the next; an empty name only ends."""
+        now = time.perf_counter()
+        if self._stage:
+            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
+        self._stage, self._since = name, now
+        if name:
+            self.progress.stage(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The job's token sets."""
+
+    calibration: TokenSet
+    validation: TokenSet | None
+
+
+class Orchestrator:
+    """One job on one pool of workers."""
+
+    def __init__(
+        self, job: CompressionJob, source: ModelSource, pool: WorkerPool, device: Device, progress: Progress
+    ) -> None:
+        self._job, self._source, self._progress, self._workers = job, source, progress, pool.size
+        self._store = open_store(job.spec.output.uri)
+        self._workspace = Workspace(self._store)
+        self._dispatcher = Dispatcher(pool, RetryPolicy(), progress.note)
+        self._watch = Stopwatch(progress)
+        self._setting = Setting(
+            source=source.uri,
+            config=source.checkpoint.config,
+            workspace=job.spec.output.uri,
+            compute_dtype=job.spec.calibration.compute_dtype,
+            device=device,
+        )
+        self._links: dict[str, Link] = {}
+
+    def run(self) -> Published:
+        """To the end. Raises what is final: a wrong request, a failed gate, failing surroundings."""
+        tokens = self._tokens()
+        self._watch.stage("inventory")
+        digests = inventory(self._source, self._dispatcher)
+        artifact = Artifact(self._store, self._job.metadata.name, self._identity(digests, tokens))
+        if (published := artifact.published()) is not None:
+            blocks = self._source.skeleton.blocks
+            self._progress.note(f"already published: all {blocks} blocks are reused, nothing is left to do")
+            self._watch.stage("")
+            return published
+        self._watch.stage("blocks")
+        chain = self._blocks(digests, tokens.calibration)
+        self._watch.stage("assemble")
+        parts = self._parts(digests, chain.records)
+        assembler = Assembler(artifact, self._source, self._workspace, self._dispatcher, parts)
+        files = assembler.assemble()
+        windows, validations = self._validate(artifact, files, digests, tokens.validation)
+        self._watch.stage("publish")
+        reports = [*_task_reports(chain), *validations]
+        report = self._report(artifact, parts, tokens, digests, windows, reports)
+        self._gate(artifact, report)
+        published = publish(artifact, report, files, parts.ledger)
+        for blob in dict.fromkeys(chain.boundaries):
+            self._workspace.discard(blob)
+        self._watch.stage("")
+        return published
+
+    # -- stages, in order ---------------------------------------------------------------------------------------
+
+    def _tokens(self) -> Tokens:
+        self._watch.stage("tokens")
+        spec = self._job.spec
+        tokenizer = self._source.tokenizer()
+        vocabulary = self._source.skeleton.vocabulary
+        calibration = spec.calibration
+        first = token_set(
+            calibration.source,
+            tokenizer,
+            vocabulary=vocabulary,
+            length=calibration.sequence_length,
+            sequences=calibration.sequences,
+            sampling=calibration.sampling,
+            seed=calibration.seed,
+            field="spec.calibration.source",
+        )
+        if spec.validation is None:
+            return Tokens(first, None)
+        second = token_set(
+            spec.validation.text,
+            tokenizer,
+            vocabulary=vocabulary,
+            length=spec.validation.sequence_length or calibration.sequence_length,
+            sequences=spec.validation.windows,
+            sampling="consecutive",
+            seed=0,
+            field="spec.validation.text",
+        )
+        return Tokens(first, second)
+
+    def _identity(self, digests: Mapping[str, str], tokens: Tokens) -> str:
+        """The artifact's id: of everything that determines its bytes and its figures."""
+        validation = tokens.validation
+        everything = {
+            "job": canonical(self._job).decode(),
+            "setting": self._setting.determines(),
+            "software": software(),
+            "tensors": dict(digests),
+            "calibration": tokens.calibration.digest,
+            "validation": None if validation is None else validation.digest,
+        }
+        return digest(everything)[:16]
+
+    def _blocks(self, digests: Mapping[str, str], calibration: TokenSet) -> Chain:
+        embed = EmbedSpec(
+            setting=self._setting, tokens=self._store_tokens(calibration), tensor=(EMBEDDING, digests[EMBEDDING])
+        )
+        hidden: HiddenRecord = self._dispatcher.run_all([Task("embedding", "embed", (embed,))])[0]
+        propagate = self._job.spec.calibration.propagate
+
+        def spec_of(index: int, inputs: tuple[Blob, ...]) -> BlockSpec:
+            return BlockSpec(
+                setting=self._setting,
+                index=index,
+                tensors={name: digests[name] for name in self._source.block_tensors(index)},
+                inputs=inputs,
+                recipe=block_recipe(self._source, index, self._job.spec.recipe),
+                propagate=propagate,
+            )
+
+        count = self._source.skeleton.blocks
+        chain = Chain.open(self._workspace, spec_of, hidden.outputs, count, propagate)
+        self._announce(chain)
+        while not chain.done:
+            self._step(chain)
+        return chain
+
+    def _announce(self, chain: Chain) -> None:
+        reused = [state.record for state in chain.blocks if state.record is not None]
+        self._progress.plan(chain.count, len(reused))
+        if reused:
+            self._progress.note(f"resuming: {len(reused)} of {chain.count} blocks were finished before and are reused")
+        for record in reused:
+            self._block_done(record, reused=True)
+
+    def _step(self, chain: Chain) -> None:
+        """Gives every idle worker what it can do, then takes in what has finished."""
+        for worker in sorted(self._dispatcher.idle):
+            link = chain.assign(worker)
+            if link is None:
+                continue
+            task = Task(f"block {link.spec.index} ({link.half.value})", link.half.value, (link.spec,))
+            self._links[task.name] = link
+            self._dispatcher.start(worker, task)
+            self._progress.block_started(link.spec.index, worker)
+        for finished in self._dispatcher.collect():
+            link = self._links.pop(finished.task.name)
+            if finished.worker_died:
+                chain.lost(finished.worker)
+            chain.settle(link, finished.worker, finished.value)
+            if link.half is Half.BLOCK and finished.value is not None:
+                self._block_done(finished.value, reused=False)
+
+    def _block_done(self, record: BlockRecord, *, reused: bool) -> None:
+        errors = errors_of(record)
+        self._progress.block_done(
+            record.index,
+            seconds=record.timing.total,
+            peak_bytes=record.timing.host_peak_bytes,
+            error_quantized=errors["error_quantized"],
+            error_compensated=errors["error_compensated"],
+            reused=reused,
+        )
+        if reused:
+            return
+        for module in record.modules:
+            for fallback in module.fallbacks:
+                self._progress.note(f"{module.name}: {fallback.step}: {fallback.cause}")
+
+    def _parts(self, digests: Mapping[str, str], records: list[BlockRecord]) -> Parts:
+        """What lies outside the blocks: the embedding before them, norm and head behind, and what nobody needs."""
+        dropped = {name: "follows from the config" for name in self._source.dropped}
+        last = [NORM]
+        if LM_HEAD in digests and self._source.skeleton.tied:
+            dropped[LM_HEAD] = "tied: equal to the embedding, stored once"
+        elif LM_HEAD in digests:
+            last.append(LM_HEAD)
+        specs = [
+            KeepSpec(setting=self._setting, tensors={name: digests[name] for name in names})
+            for names in ([EMBEDDING], last)
+        ]
+        tasks = [Task(f"kept tensors {n + 1} of {len(specs)}", "keep", (spec,)) for n, spec in enumerate(specs)]
+        first, behind = self._dispatcher.run_all(tasks)
+        entries = [
+            LedgerEntry(
+                source=name,
+                shape=self._source.checkpoint.entry(name).shape,
+                fate="dropped",
+                stored_as=(),
+                reason=reason,
+            )
+            for name, reason in dropped.items()
+        ]
+        return Parts(first, records, behind, entries)
+
+    def _validate(
+        self,
+        artifact: Artifact,
+        files: Mapping[str, FileEntry],
+        digests: Mapping[str, str],
+        validation: TokenSet | None,
+    ) -> tuple[Windows | None, list[TaskReport]]:
+        if validation is None:
+            return None, []
+        self._watch.stage("validate")
+        return validate(
+            self._dispatcher,
+            self._setting,
+            digests,
+            artifact,
+            files,
+            self._store_tokens(validation),
+            validation.sequences,
+            self._workers,
+            self._progress.windows,
+        )
+
+    def _report(
+        self,
+        artifact: Artifact,
+        parts: Parts,
+        tokens: Tokens,
+        digests: Mapping[str, str],
+        windows: Windows | None,
+        tasks: list[TaskReport],
+    ) -> Report:
+        spec = self._job.spec
+        parameters = self._source.parameters
+        baseline, quantized, compensated = (None, None, None) if windows is None else qualities(windows)
+        validation = None
+        if spec.validation is not None and tokens.validation is not None:
+            validation = _tokens_report(spec.validation.text, tokens.validation)
+        return Report(
+            name=artifact.name,
+            id=artifact.id,
+            created=now(),
+            model=ModelReport(
+                uri=spec.model.uri,
+                model_type=str(self._source.checkpoint.config["model_type"]),
+                parameters=parameters,
+                digest=digest(dict(digests)),
+            ),
+            recipe=job_recipe(self._job),
+            calibration=_tokens_report(spec.calibration.source, tokens.calibration),
+            validation=validation,
+            baseline=baseline,
+            quantized=quantized,
+            compensated=compensated,
+            bits_per_weight=bits_per_weight(parts.blocks, parts.kept_bits, parameters),
+            modules=tuple(module for record in parts.blocks for module in record.modules),
+            tasks=tuple(tasks),
+            stages=dict(self._watch.seconds),
+            software=software(),
+        )
+
+    def _gate(self, artifact: Artifact, report: Report) -> None:
+        """Lets a good model pass; of one that fails nothing stays but its report, outside the artifact."""
+        validation = self._job.spec.validation
+        if validation is None or report.baseline is None or report.compensated is None:
+            return
+        try:
+            check_gates(validation.gates, report.baseline, report.compensated)
+        except GateError as error:
+            place = f"{WORK}/failed/{artifact.name}-{artifact.id}"
+            self._store.write(f"{place}/report.json", report.model_dump_json(indent=1).encode())
+            self._store.write(f"{place}/report.html", render(report).encode())
+            for info in list(self._store.list(artifact.key(""))):
+                self._store.delete(info.key)
+            raise GateError(f"{error}\nnothing was published; the report: {self._store.uri_of(place)}") from error
+
+    def _store_tokens(self, tokens: TokenSet) -> Blob:
+        return self._workspace.put_tensors({"input_ids": tokens.ids})
+
+
+def _task_reports(chain: Chain) -> list[TaskReport]:
+    return [
+        TaskReport(name=f"block {state.record.index}", reused=state.reused, timing=state.record.timing)
+        for state in chain.blocks
+        if state.record is not None
+    ]
+
+
+def _tokens_report(source: TokenSource, tokens: TokenSet) -> TokensReport:
+    return TokensReport(
+        source=source.model_dump(mode="json"),
+        sequences=tokens.sequences,
+        sequence_length=tokens.length,
+        digest=tokens.digest,
+    )

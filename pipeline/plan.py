@@ -1,0 +1,238 @@
+"""What a job will do and need, from headers and the manifest alone; no tensor is read.
+
+Sizes are estimates with the same shape as the truth: every term is named, and the plan says which is largest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from math import prod
+
+from pipeline.manifest import CompressionJob
+from pipeline.model_source import ModelSource
+from workers.config import Config
+from workers.errors import ManifestError
+from workers.recipe import ModuleRecipe, Recipe
+from workers.skeleton import EMBEDDING, LM_HEAD, NORM
+from workers.worker import DTYPES, shard_sequences
+
+PROCESS_BYTES = 600 << 20
+"""A worker process with torch, transformers and Ray imported, before its first task (measured: 480-560 MiB)."""
+
+
+class BlockPlan(Config):
+    """One block task. linears: full name as stored -> [out, in]; recipe: name in the block -> what applies."""
+
+    index: int
+    parameters: int
+    source_bytes: int
+    linears: Mapping[str, tuple[int, int]]
+    recipe: Mapping[str, ModuleRecipe]
+    statistics_bytes: int
+    activation_bytes: int
+    solve_bytes: int
+    peak_bytes: int
+    forward_flops: int
+    statistics_flops: int
+
+
+class Plan(Config):
+    """A whole job.
+
+    quantized, kept: parameters. tokens: of calibration. storage_*_bytes: traffic with the object store.
+    """
+
+    name: str
+    model: str
+    model_type: str
+    parameters: int
+    quantized: int
+    source_bytes: int
+    tokens: int
+    blocks: tuple[BlockPlan, ...]
+    peak_bytes_per_worker: int
+    storage_read_bytes: int
+    storage_written_bytes: int
+    flops: int
+    header_bytes_read: int
+    problems: tuple[str, ...]
+
+
+def block_recipe(source: ModelSource, index: int, recipe: Recipe) -> dict[str, ModuleRecipe]:
+    """Linear (name in the block) -> what applies to it; kept linears are absent.
+
+    Patterns of the recipe are matched against the name as the artifact stores it.
+    """
+    skeleton = source.skeleton
+    result: dict[str, ModuleRecipe] = {}
+    for group in skeleton.block_linears(index):
+        for name in group:
+            part = recipe.for_module(_stored(source, index, name))
+            if part is not None:
+                result[name] = part
+    return result
+
+
+def make_plan(job: CompressionJob, source: ModelSource) -> Plan:
+    """The plan of a job. ManifestError for what the recipe asks and the model cannot give (a rank above a layer's size,
+    a group size that does not divide a width, an override that matches nothing)."""
+    _check_overrides(job.spec.recipe, source)
+    blocks = tuple(_block_plan(job, source, index) for index in range(source.skeleton.blocks))
+    calibration = job.spec.calibration
+    tokens = calibration.sequences * calibration.sequence_length
+    boundary = tokens * source.skeleton.hidden_size * DTYPES[calibration.compute_dtype].itemsize
+    total = sum(_bytes(source, name) for name in source.tensors)
+    validation = 0 if job.spec.validation is None else 2
+    written = _artifact_bytes(source, blocks) + boundary * (len(blocks) + 1)
+    peak = max(block.peak_bytes for block in blocks)
+    return Plan(
+        name=job.metadata.name,
+        model=source.uri,
+        model_type=str(source.checkpoint.config["model_type"]),
+        parameters=source.parameters,
+        quantized=sum(prod(block.linears[_full(source, block, n)]) for block in blocks for n in block.recipe),
+        source_bytes=total,
+        tokens=tokens,
+        blocks=blocks,
+        peak_bytes_per_worker=PROCESS_BYTES + peak,
+        storage_read_bytes=total * (2 + validation) + boundary * len(blocks),
+        storage_written_bytes=written,
+        flops=sum(block.forward_flops + block.statistics_flops for block in blocks),
+        header_bytes_read=source.checkpoint.bytes_read,
+        problems=tuple(_misfits(job, PROCESS_BYTES + peak)),
+    )
+
+
+def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPlan:
+    calibration = job.spec.calibration
+    skeleton = source.skeleton
+    shapes = skeleton.block_parameters(index)
+    groups = skeleton.block_linears(index)
+    recipe = block_recipe(source, index, job.spec.recipe)
+    linears = {name: _matrix(shapes[f"{name}.weight"]) for group in groups for name in group}
+    _check_recipe(source, index, recipe, linears)
+    itemsize = DTYPES[calibration.compute_dtype].itemsize
+    names = source.block_tensors(index)
+    stored = sum(_bytes(source, name) for name in names)
+    parameters = sum(prod(shape) for shape in shapes.values())
+    widths = [linears[group[0]][1] for group in groups if any(name in recipe for name in group)]
+    # The running sum and one shard's product per thread, for each distinct input.
+    statistics = sum(width * width * (8 + 4) for width in widths)
+    shard = shard_sequences(calibration.sequence_length) * calibration.sequence_length
+    intermediate = max((rows for rows, _ in linears.values()), default=0)
+    activations = shard * itemsize * (skeleton.hidden_size * 6 + intermediate * 3)
+    largest = max(widths, default=0)
+    # float64 Hessian, its factor and its inverse, and float32 copies of the widest layer.
+    solve = largest * largest * 8 * 3 + max((rows * columns for rows, columns in linears.values()), default=0) * 16
+    tokens = calibration.sequences * calibration.sequence_length
+    active = _active_share(source, linears)
+    return BlockPlan(
+        index=index,
+        parameters=parameters,
+        source_bytes=stored,
+        linears={_stored(source, index, name): shape for name, shape in linears.items()},
+        recipe=recipe,
+        statistics_bytes=statistics,
+        activation_bytes=activations,
+        solve_bytes=solve,
+        peak_bytes=stored + parameters * itemsize + statistics + max(activations, solve),
+        forward_flops=int(2 * tokens * sum(prod(shape) * active[name] for name, shape in linears.items())),
+        statistics_flops=int(
+            sum(
+                tokens * active[group[0]] * linears[group[0]][1] ** 2
+                for group in groups
+                if any(name in recipe for name in group)
+            )
+        ),
+    )
+
+
+def _active_share(source: ModelSource, linears: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+    """Share of the tokens that reach each linear: experts see theirs only."""
+    config = source.checkpoint.config
+    experts = source.skeleton.experts
+    share = int(config.get("num_experts_per_tok", 1)) / experts if experts else 1.0
+    return {name: share if ".experts." in f".{name}." else 1.0 for name in linears}
+
+
+def _check_recipe(
+    source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe], linears: Mapping[str, tuple[int, int]]
+) -> None:
+    problems: list[str] = []
+    for name, part in recipe.items():
+        rows, columns = linears[name]
+        where = _stored(source, index, name)
+        group = part.weights.group_size
+        if group is not None and columns % group:
+            problems.append(
+                f"spec.recipe.weights.group_size: {group}: expected a divisor of {columns}, the width of {where}"
+            )
+        problem = part.compensation.problem(rows, columns)
+        if problem is not None:
+            problems.append(f"spec.recipe.compensation: {where} [{rows}, {columns}]: {problem}")
+    if problems:
+        raise ManifestError("\n".join(problems[:20]))
+
+
+def _check_overrides(recipe: Recipe, source: ModelSource) -> None:
+    """A pattern that matches no module would do nothing: an error, not a log line."""
+    from fnmatch import fnmatchcase
+
+    names = {
+        _stored(source, index, name)
+        for index in range(source.skeleton.blocks)
+        for group in source.skeleton.block_linears(index)
+        for name in group
+    } | {"lm_head"}
+    patterns = [(f"spec.recipe.overrides.{i}.match", item.match) for i, item in enumerate(recipe.overrides)]
+    patterns += [(f"spec.recipe.keep.{i}", pattern) for i, pattern in enumerate(recipe.keep)]
+    idle = [
+        f"{field}: {pattern!r}: matches no linear layer of the model, expected a glob such as '*.mlp.down_proj'"
+        for field, pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    if idle:
+        raise ManifestError("\n".join(idle))
+
+
+def _misfits(job: CompressionJob, peak: int) -> list[str]:
+    workers = job.spec.resources.workers
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if job.spec.resources.gpus_per_worker == 0 and peak * workers > available:
+        return [
+            f"{workers} workers of {peak / 2**30:.1f} GiB need {peak * workers / 2**30:.1f} GiB: "
+            f"this machine has {available / 2**30:.1f} GiB"
+        ]
+    return []
+
+
+def _artifact_bytes(source: ModelSource, blocks: tuple[BlockPlan, ...]) -> int:
+    outside = [name for name in (EMBEDDING, NORM, LM_HEAD) if name in source.tensors]
+    total = sum(_bytes(source, name) for name in outside)
+    for block in blocks:
+        quantized = 0
+        for name, part in block.recipe.items():
+            rows, columns = block.linears[_full(source, block, name)]
+            quantized += rows * columns
+            scales = rows * (columns // part.weights.group_size if part.weights.group_size else 1)
+            total += (rows * columns * part.weights.bits) // 8 + scales * 2
+        total += (block.parameters - quantized) * 2
+    return total
+
+
+def _full(source: ModelSource, block: BlockPlan, name: str) -> str:
+    return _stored(source, block.index, name)
+
+
+def _stored(source: ModelSource, index: int, name: str) -> str:
+    return source.skeleton.disk_name(index, f"{name}.weight").removesuffix(".weight")
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    rows, columns = shape
+    return (rows, columns)
+
+
+def _bytes(source: ModelSource, name: str) -> int:
+    return source.checkpoint.entry(name).length

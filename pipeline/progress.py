@@ -1,0 +1,338 @@
+"""What a running job shows: on a terminal a display that stays in place, elsewhere one plain line per event.
+
+Everything is written to the stream that `make_progress` is given, which is stderr: stdout belongs to the result.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from pipeline.units import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.text import Text
+
+Clock = Callable[[], float]
+"""Seconds since some fixed moment, never going back."""
+
+REFRESHES_PER_SECOND = 4.0
+BAR_WIDTH = 40  # characters
+
+
+class Progress(ABC):
+    """What the orchestrator tells about a job, in the order in which it happens. A context manager: leaving it, in
+    whatever way, gives the terminal back as it was."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    @abstractmethod
+    def stage(self, name: str) -> None:
+        """The job enters a stage: tokens, inventory, blocks, assemble, validate, publish."""
+
+    @abstractmethod
+    def plan(self, blocks: int, reused: int) -> None:
+        """The model has `blocks` blocks, of which `reused` were finished before; `block_done` follows for those too."""
+
+    @abstractmethod
+    def block_started(self, index: int, worker: int) -> None:
+        """A worker takes up a block, or the second half of one."""
+
+    @abstractmethod
+    def block_done(
+        self,
+        index: int,
+        *,
+        seconds: float,
+        peak_bytes: int,
+        error_quantized: float | None,
+        error_compensated: float | None,
+        reused: bool,
+    ) -> None:
+        """A block is finished. seconds and peak_bytes: of its task. error_*: its modules' mean relative output error
+        before and after the low-rank branch, None when no token reached one. reused: an earlier job made it."""
+
+    @abstractmethod
+    def windows(self, done: int, total: int) -> None:
+        """`done` of `total` parts of the validation are finished."""
+
+    @abstractmethod
+    def note(self, text: str) -> None:
+        """Something that the user should see: a warning, a retry, a fall-back."""
+
+    @abstractmethod
+    def finish(self, lines: Sequence[tuple[str, str]]) -> None:
+        """The job is done; lines: label and value of each line of the summary."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCount:
+    """How many blocks are done, and how long the rest will take at the pace so far.
+
+    The pace is the wall time since `since` per block that this job finished itself, so it holds for any number of
+    workers; blocks that were reused took none of it. own: blocks that this job finished. latest: when the last of
+    them was.
+    """
+
+    blocks: int = 0
+    done: int = 0
+    own: int = 0
+    since: float = 0.0
+    latest: float = 0.0
+
+    def finished(self, now: float, *, reused: bool) -> BlockCount:
+        """With one more block done."""
+        if reused:
+            return replace(self, done=self.done + 1)
+        return replace(self, done=self.done + 1, own=self.own + 1, latest=now)
+
+    def left(self, now: float) -> float | None:
+        """Seconds until the last block is done; None before the first block that was not reused."""
+        remaining = self.blocks - self.done
+        if remaining <= 0:
+            return 0.0
+        if self.own == 0:
+            return None
+        pace = (self.latest - self.since) / self.own
+        return max(pace * remaining - (now - self.latest), 0.0)
+
+
+def one_line(text: str) -> str:
+    """`text` on a single line, without control characters: messages quote names that others chose."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _errors(quantized: float | None, compensated: float | None) -> str:
+    if quantized is None or compensated is None:
+        return "no error measured"
+    # Equal errors mean that there is no branch: a single figure says so.
+    after = "" if compensated == quantized else f" -> {compensated:.1e}"
+    return f"error {quantized:.1e}{after}"
+
+
+def _aligned(lines: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    clean = [(one_line(label), one_line(value)) for label, value in lines]
+    width = max((len(label) for label, _ in clean), default=0)
+    return [(label.ljust(width), value) for label, value in clean]
+
+
+class PlainProgress(Progress):
+    """One line per event, for logs; each is flushed, so that the last one survives a kill."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._count = BlockCount()
+        self._started: dict[int, int] = {}
+
+    def stage(self, name: str) -> None:
+        self._line(f"stage {name}")
+
+    def plan(self, blocks: int, reused: int) -> None:
+        self._count = BlockCount(blocks)
+        self._line(f"{blocks} blocks, {reused} of them finished before")
+
+    def block_started(self, index: int, worker: int) -> None:
+        # The second half of a block on the worker that did the first is no event.
+        if self._started.get(index) != worker:
+            self._started[index] = worker
+            self._line(f"block {index} started on worker {worker}")
+
+    def block_done(
+        self,
+        index: int,
+        *,
+        seconds: float,
+        peak_bytes: int,
+        error_quantized: float | None,
+        error_compensated: float | None,
+        reused: bool,
+    ) -> None:
+        self._count = self._count.finished(0.0, reused=reused)
+        errors = _errors(error_quantized, error_compensated)
+        count = f"({self._count.done}/{self._count.blocks})"
+        if reused:
+            self._line(f"block {index} reused {count}, {errors}")
+        else:
+            cost = f"in {seconds_text(seconds)}, peak {bytes_text(peak_bytes)}"
+            self._line(f"block {index} done {count} {cost}, {errors}")
+
+    def windows(self, done: int, total: int) -> None:
+        self._line(f"validation {done}/{total} done")
+
+    def note(self, text: str) -> None:
+        self._line(f"note: {one_line(text)}")
+
+    def finish(self, lines: Sequence[tuple[str, str]]) -> None:
+        for label, value in _aligned(lines):
+            self._line(f"{label}  {value}")
+
+    def _line(self, text: str) -> None:
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+
+@dataclass(slots=True)
+class _View:
+    """What the live display shows. A second thread draws it at any time, so its values are replaced, not changed."""
+
+    stage: str = "starting"
+    count: BlockCount = field(default_factory=BlockCount)
+    running: dict[int, int] = field(default_factory=dict)
+    """Worker -> the block it is on."""
+    peak_bytes: int = 0
+    last: str = ""
+    validation: tuple[int, int] | None = None
+
+
+class LiveProgress(Progress):
+    """A few lines at the bottom of a terminal, redrawn in place; notes scroll by above them."""
+
+    def __init__(self, console: Console, *, clock: Clock = time.monotonic) -> None:
+        from rich.live import Live
+
+        self._console, self._clock = console, clock
+        self._view = _View()
+        self._began = clock()
+        self._live = Live(
+            console=console,
+            get_renderable=self._render,
+            refresh_per_second=REFRESHES_PER_SECOND,
+            # A library that warns on stderr would tear the display; stdout is not ours to touch.
+            redirect_stdout=False,
+            redirect_stderr=console.file is sys.stderr,
+        )
+
+    def __enter__(self) -> Self:
+        self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def stage(self, name: str) -> None:
+        self._view.stage = name
+        self._live.refresh()
+
+    def plan(self, blocks: int, reused: int) -> None:
+        now = self._clock()
+        self._view.count = BlockCount(blocks, since=now, latest=now)
+        self._live.refresh()
+
+    def block_started(self, index: int, worker: int) -> None:
+        self._view.running = {**self._view.running, worker: index}
+        self._live.refresh()
+
+    def block_done(
+        self,
+        index: int,
+        *,
+        seconds: float,
+        peak_bytes: int,
+        error_quantized: float | None,
+        error_compensated: float | None,
+        reused: bool,
+    ) -> None:
+        view = self._view
+        view.count = view.count.finished(self._clock(), reused=reused)
+        view.running = {worker: block for worker, block in view.running.items() if block != index}
+        how = "reused" if reused else f"in {seconds_text(seconds)}"
+        view.last = f"block {index} {how}, {_errors(error_quantized, error_compensated)}"
+        if not reused:  # a reused block's memory was another job's
+            view.peak_bytes = max(view.peak_bytes, peak_bytes)
+        self._live.refresh()
+
+    def windows(self, done: int, total: int) -> None:
+        self._view.validation = (done, total)
+        self._live.refresh()
+
+    def note(self, text: str) -> None:
+        from rich.text import Text
+
+        self._console.print(Text(f"note: {one_line(text)}", style="yellow"))
+
+    def finish(self, lines: Sequence[tuple[str, str]]) -> None:
+        from rich.text import Text
+
+        self._view.stage = "done"
+        self._live.stop()
+        for label, value in _aligned(lines):
+            # Soft wrapping leaves an address in one piece, so that it can be copied.
+            self._console.print(Text.assemble((f"{label}  ", "bold"), value), soft_wrap=True)
+
+    # -- drawing ------------------------------------------------------------------------------------------------
+
+    def _render(self) -> RenderableType:
+        from rich.console import Group
+
+        view, now = self._view, self._clock()
+        count, validation = view.count, view.validation
+        rows: list[RenderableType] = [self._heading(view.stage, count, now)]
+        if count.blocks:
+            rows.append(self._bar("blocks", count.done, count.blocks))
+        if validation is not None:
+            rows.append(self._bar("validation", *validation))
+        rows += self._facts()
+        return Group(*rows)
+
+    def _heading(self, stage: str, count: BlockCount, now: float) -> Text:
+        from rich.text import Text
+
+        elapsed = f"   {seconds_text(now - self._began)} elapsed"
+        line = Text.assemble((one_line(stage), "bold cyan"), elapsed, no_wrap=True, overflow="ellipsis")
+        if stage == "blocks" and count.blocks:
+            left = count.left(now)
+            line.append("   time left unknown" if left is None else f"   {seconds_text(left)} left")
+        return line
+
+    def _bar(self, label: str, done: int, total: int) -> RenderableType:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(width=len("validation"))
+        grid.add_column(width=BAR_WIDTH)
+        bar = ProgressBar(total=total, completed=done, complete_style="cyan", finished_style="green")
+        grid.add_row(Text(label), bar, Text(f"{done}/{total}"))
+        return grid
+
+    def _facts(self) -> list[RenderableType]:
+        from rich.text import Text
+
+        view = self._view
+        facts = []
+        if view.running:
+            pairs = [f"block {block} on worker {worker}" for worker, block in sorted(view.running.items())]
+            facts.append(("running", ", ".join(pairs)))
+        if view.last:
+            facts.append(("last", view.last))
+        if view.peak_bytes:
+            facts.append(("memory", f"peak {bytes_text(view.peak_bytes)} in one task"))
+        width = len("validation")
+        return [
+            Text.assemble((f"{label.ljust(width)} ", "dim"), value, no_wrap=True, overflow="ellipsis")
+            for label, value in facts
+        ]
+
+
+def make_progress(stream: TextIO) -> Progress:
+    """The live display when `stream` is a terminal, plain lines otherwise."""
+    if not stream.isatty():
+        return PlainProgress(stream)
+    from rich.console import Console
+
+    return LiveProgress(Console(file=stream, highlight=False, markup=False, emoji=False))

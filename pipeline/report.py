@@ -1,0 +1,123 @@
+"""report.json: what a job cost and won, in numbers that were measured.
+
+Contract (DESIGN section 6). What is claimed without compensation was measured without it. Bits per weight are all in:
+codes, scales with zero points, low-rank factors, residual store, over the weights that were quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import exp
+from typing import Any
+
+from workers.block import ModuleReport
+from workers.config import Config
+from workers.evaluation import BASELINE, COMPENSATED, QUANTIZED, WindowMetrics
+from workers.tasks import BlockRecord, Timing
+
+
+class Quality(Config):
+    """A model on the validation windows.
+
+    perplexity: exp of the mean over windows of the mean negative log-likelihood. kl: mean KL(baseline || this), in nats
+    per token. top1_agreement: share of tokens with the baseline's most probable next token.
+    """
+
+    perplexity: float
+    kl: float
+    top1_agreement: float
+
+
+class BitsPerWeight(Config):
+    """Storage per quantized weight, in bits. model: everything the artifact stores over all of the model's weights."""
+
+    weights: float
+    scales: float
+    factors: float
+    residual: float
+    total: float
+    model: float
+
+
+class TaskReport(Config):
+    """One task: where its seconds went, its memory's high-water mark; reused: found finished, not run by this job."""
+
+    name: str
+    reused: bool
+    timing: Timing
+
+
+class ModelReport(Config):
+    """The source model. digest: of every tensor's digest."""
+
+    uri: str
+    model_type: str
+    parameters: int
+    digest: str
+
+
+class TokensReport(Config):
+    """A token set. digest: of its ids."""
+
+    source: Mapping[str, Any]
+    sequences: int
+    sequence_length: int
+    digest: str
+
+
+class Report(Config):
+    """The whole report. baseline, quantized and compensated are None when the job has no validation; without low-rank
+    branches compensated equals quantized, because it is the same model."""
+
+    schema_version: int = 1
+    name: str
+    id: str
+    created: str
+    model: ModelReport
+    recipe: Mapping[str, Any]
+    calibration: TokensReport
+    validation: TokensReport | None
+    baseline: Quality | None
+    quantized: Quality | None
+    compensated: Quality | None
+    bits_per_weight: BitsPerWeight
+    modules: tuple[ModuleReport, ...]
+    tasks: tuple[TaskReport, ...]
+    stages: Mapping[str, float]
+    """Stage of the job -> seconds of wall time."""
+    software: Mapping[str, str]
+
+
+def quality(windows: Sequence[WindowMetrics]) -> Quality:
+    """Means over windows, in the order given."""
+    count = len(windows)
+    return Quality(
+        perplexity=exp(sum(window.nll for window in windows) / count),
+        kl=sum(window.kl for window in windows) / count,
+        top1_agreement=sum(window.agreement for window in windows) / count,
+    )
+
+
+def qualities(windows: Mapping[str, Sequence[WindowMetrics]]) -> tuple[Quality, Quality, Quality]:
+    """Baseline, quantized, compensated; without a compensated variant the quantized model is what is served."""
+    quantized = quality(windows[QUANTIZED])
+    compensated = quality(windows[COMPENSATED]) if COMPENSATED in windows else quantized
+    return quality(windows[BASELINE]), quantized, compensated
+
+
+def bits_per_weight(records: Iterable[BlockRecord], kept_bits: int, parameters: int) -> BitsPerWeight:
+    """kept_bits: bits of all tensors that were carried over. parameters: of the whole model."""
+    modules = [module for record in records for module in record.modules]
+    weights = sum(module.rows * module.columns for module in modules)
+    codes = sum(module.code_bits for module in modules)
+    scales = sum(module.scale_bits for module in modules)
+    factors = sum(module.factor_bits for module in modules)
+    per = max(weights, 1)
+    return BitsPerWeight(
+        weights=codes / per,
+        scales=scales / per,
+        factors=factors / per,
+        residual=0.0,
+        total=(codes + scales + factors) / per,
+        model=(codes + scales + factors + kept_bits) / parameters,
+    )

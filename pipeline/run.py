@@ -1,0 +1,55 @@
+"""From a manifest to a published artifact: what `counterweight run` does, for callers in Python too."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+from pipeline.artifact import Published
+from pipeline.manifest import CompressionJob
+from pipeline.model_source import ModelSource, open_model
+from pipeline.orchestrator import Orchestrator
+from pipeline.plan import make_plan
+from pipeline.pool import PoolSize, RayPool, cluster, threads_per_worker
+from pipeline.progress import Progress
+from workers.errors import RequestError
+from workers.storage import open_store
+from workers.storage.probe import probe
+
+
+def run_job(job: CompressionJob, progress: Progress, *, address: str | None = None) -> Published:
+    """Runs a job to its end on an embedded Ray, or on the one at `address`.
+
+    Raises RequestError (the manifest, the model, the texts, an object store without an atomic create), GateError,
+    SurroundingsError; nothing is published then.
+    """
+    size = pool_size(job, address)
+    with ThreadPoolExecutor(1) as background:
+        # Opening the model costs the import of transformers; Ray's processes start meanwhile.
+        opening = background.submit(_open, job)
+        with cluster(address, size):
+            pool = RayPool(size)
+            try:
+                source = opening.result()
+                return Orchestrator(job, source, pool, size.device, progress).run()
+            finally:
+                pool.close()
+
+
+def pool_size(job: CompressionJob, address: str | None) -> PoolSize:
+    """Workers as the manifest asks; on an embedded cluster they share this machine's CPUs unless it says otherwise."""
+    resources = job.spec.resources
+    embedded = address in (None, "local")
+    available = sorted(os.sched_getaffinity(0)) if embedded else [0]
+    cpus = threads_per_worker(resources.cpus_per_worker, resources.workers, available=available)
+    return PoolSize(workers=resources.workers, cpus=cpus, gpus=resources.gpus_per_worker)
+
+
+def _open(job: CompressionJob) -> ModelSource:
+    """The model, checked against its architecture and the recipe; and the output, checked for what we need of it."""
+    source = open_model(job.spec.model.uri)
+    plan = make_plan(job, source)
+    if plan.problems:
+        raise RequestError("spec.resources: " + "; ".join(plan.problems))
+    probe(open_store(job.spec.output.uri))
+    return source

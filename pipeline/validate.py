@@ -1,0 +1,74 @@
+"""Distributed validation, and the gates that a publication must pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from pipeline.artifact import Artifact, FileEntry
+from pipeline.dispatch import Dispatcher, Task
+from pipeline.manifest import Gates
+from pipeline.report import Quality, TaskReport
+from workers.compressed import LEDGER
+from workers.errors import GateError
+from workers.evaluation import EvaluateRecord, EvaluateSpec, WindowMetrics
+from workers.tasks import Setting
+from workers.workspace import Blob
+
+Windows = dict[str, list[WindowMetrics]]
+
+
+def validate(
+    dispatcher: Dispatcher,
+    setting: Setting,
+    digests: Mapping[str, str],
+    artifact: Artifact,
+    files: Mapping[str, FileEntry],
+    tokens: Blob,
+    windows: int,
+    workers: int,
+    done: Callable[[int, int], None],
+) -> tuple[Windows, list[TaskReport]]:
+    """Measures the assembled files, as they lie in the store, against the original on `windows` windows.
+
+    Every worker reads the model once, for its share of the windows. A window's numbers do not depend on its share, and
+    they are put together in order, so neither do the means. done(finished tasks, all tasks).
+    """
+    share = -(-windows // workers)
+    specs = [
+        EvaluateSpec(
+            setting=setting,
+            tensors=digests,
+            artifact=artifact.uri,
+            ledger=files[LEDGER].sha256,
+            tokens=tokens,
+            start=start,
+            stop=min(start + share, windows),
+        )
+        for start in range(0, windows, share)
+    ]
+    tasks = [Task(f"validation of windows {s.start} to {s.stop - 1}", "evaluate", (s,)) for s in specs]
+    records: list[EvaluateRecord] = dispatcher.run_all(tasks, lambda count: done(count, len(tasks)))
+    merged: Windows = {}
+    for record in records:
+        for variant, found in record.windows.items():
+            merged.setdefault(variant, []).extend(found)
+    reports = [
+        TaskReport(name=task.name, reused=False, timing=record.timing)
+        for task, record in zip(tasks, records, strict=True)
+    ]
+    return merged, reports
+
+
+def check_gates(gates: Gates, baseline: Quality, compensated: Quality) -> None:
+    """GateError naming every gate that the model as it is served does not pass."""
+    failures: list[str] = []
+    ratio = compensated.perplexity / baseline.perplexity
+    if gates.perplexity_ratio is not None and not ratio <= gates.perplexity_ratio:
+        failures.append(
+            f"spec.validation.gates.perplexity_ratio: {ratio:.4f} (perplexity {compensated.perplexity:.4f}, original "
+            f"{baseline.perplexity:.4f}): expected at most {gates.perplexity_ratio:g}"
+        )
+    if gates.kl is not None and not compensated.kl <= gates.kl:
+        failures.append(f"spec.validation.gates.kl: {compensated.kl:.5f}: expected at most {gates.kl:g}")
+    if failures:
+        raise GateError("\n".join(failures))

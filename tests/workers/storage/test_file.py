@@ -1,0 +1,251 @@
+"""What is particular to a directory: links, permissions, full disks, crashes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from workers.errors import CounterweightError, ObjectNotFoundError, RequestError, StorageError
+from workers.storage import ObjectInfo, open_store
+from workers.storage.file import FileStore
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(root: Path) -> FileStore:
+    return FileStore(root)
+
+
+def files(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def test_a_root_that_does_not_exist_is_an_empty_store(store: FileStore, root: Path) -> None:
+    assert list(store.list()) == []
+    assert not store.exists("a")
+    assert store.abort_stale_writes(timedelta(0)) == 0
+    store.delete("a")
+    assert not root.exists()
+
+
+def test_other_users_may_read_what_the_umask_lets_them(store: FileStore, root: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        store.write("a", b"data")
+        store.create("b", b"data")
+        store.copy("a", "c")
+    finally:
+        os.umask(umask)
+    assert [(root / name).stat().st_mode & 0o777 for name in "abc"] == [0o644] * 3
+
+
+def test_files_being_written_are_neither_listed_nor_objects(store: FileStore, root: Path) -> None:
+    with store.open_writer("a/b") as writer:
+        writer.write(b"data")
+        (temporary,) = files(root)
+        assert temporary.startswith("a/.counterweight-tmp-")
+        assert list(store.list()) == []
+        with pytest.raises(RequestError, match="being written"):
+            store.exists(temporary)
+    assert files(root) == []
+
+
+def test_no_operation_leaves_a_temporary_file(store: FileStore, root: Path) -> None:
+    store.write("a", b"1")
+    store.create("b", b"2")
+    store.create("b", b"3")
+    store.copy("a", "c")
+    with pytest.raises(ObjectNotFoundError):
+        store.copy("absent", "d")
+    assert files(root) == ["a", "b", "c"]
+
+
+def test_linked_files_are_objects(store: FileStore, root: Path, tmp_path: Path) -> None:
+    # The Hugging Face cache: snapshots hold links to blobs.
+    (tmp_path / "blob").write_bytes(b"weights")
+    (tmp_path / "elsewhere").mkdir()
+    root.mkdir()
+    (root / "model").symlink_to(tmp_path / "blob")
+    (root / "broken").symlink_to(tmp_path / "gone")
+    (root / "directory").symlink_to(tmp_path / "elsewhere")
+    (root / "cycle").symlink_to(root)
+    assert list(store.list()) == [ObjectInfo(key="model", size=7)]
+    assert store.read("model") == b"weights"
+    store.write("model", b"other")
+    assert (tmp_path / "blob").read_bytes() == b"weights"
+    store.delete("broken")
+    assert not (root / "broken").is_symlink()
+
+
+def test_names_that_are_no_keys_are_not_listed(store: FileStore, root: Path) -> None:
+    store.write("a", b"1")
+    for name in (b"back\\slash", b"new\nline", b"not-utf8-\xff", b".counterweight-tmp-0"):
+        Path(os.fsdecode(bytes(root) + b"/" + name)).write_bytes(b"2")
+    os.mkfifo(root / "pipe")
+    assert list(store.list()) == [ObjectInfo(key="a", size=1)]
+
+
+def test_delete_takes_empty_directories_along_but_not_the_root(store: FileStore, root: Path) -> None:
+    store.write("a/b/c/d", b"1")
+    store.write("a/e", b"2")
+    store.delete("a/b/c/d")
+    assert [path.name for path in (root / "a").iterdir()] == ["e"]
+    store.delete("a/e")
+    assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize("operation", ["write", "create", "copy"])
+@pytest.mark.parametrize("key", ["a", "file/below"])
+def test_a_key_that_is_anothers_directory_is_refused(
+    store: FileStore, root: Path, operation: str, key: str
+) -> None:
+    store.write("a/b", b"1")
+    store.write("file", b"2")
+    operations: dict[str, Callable[[], object]] = {
+        "write": lambda: store.write(key, b"3"),
+        "create": lambda: store.create(key, b"3"),
+        "copy": lambda: store.copy("file", key),
+    }
+    with pytest.raises(RequestError, match="no key may be a directory of another key"):
+        operations[operation]()
+    assert files(root) == ["a/b", "file"]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "text"),
+    [
+        (errno.ENOSPC, StorageError, r"write file:///.*/a: No space left on device \(ENOSPC\)"),
+        (errno.EIO, StorageError, r"EIO"),
+        (errno.EDQUOT, StorageError, r"EDQUOT"),
+        (errno.EACCES, RequestError, r"Permission denied \(EACCES\)"),
+        (errno.EROFS, RequestError, r"EROFS"),
+    ],
+)
+def test_what_the_system_refuses_is_told_in_one_line(
+    store: FileStore,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    kind: type[Exception],
+    text: str,
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    store.write("a", b"earlier")
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(CounterweightError, match=text) as caught:
+        store.write("a", b"data")
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)
+    with pytest.raises(kind, match=r"create file:///.*/b: "):
+        store.create("b", b"data")
+    assert files(root) == ["a"]
+    assert store.read("a") == b"earlier"
+
+
+def test_a_disk_that_fills_up_while_writing(store: FileStore, root: Path) -> None:
+    # The kernel refuses to let files grow beyond a limit, as it refuses when the disk is full.
+    program = f"""
+import resource, signal
+from workers.errors import StorageError
+from workers.storage import open_store
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+store = open_store({store.uri!r})
+store.write("small", bytes(1000))
+for attempt in (lambda: store.write("big", bytes(2 << 20)), lambda: store.create("big", bytes(2 << 20))):
+    try:
+        attempt()
+    except StorageError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert [line.split(" (")[1] for line in done.stdout.splitlines()] == ["EFBIG)", "EFBIG)"]
+    assert files(root) == ["small"]
+
+
+def test_a_killed_writer_leaves_nothing_visible(store: FileStore, root: Path) -> None:
+    program = f"""
+import sys, time
+from workers.storage import open_store
+store = open_store({store.uri!r})
+writer = store.open_writer("a/big")
+writer.write(bytes(1 << 20))
+print("written", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "written\n"
+        process.send_signal(signal.SIGKILL)
+    assert list(store.list()) == []
+    assert not store.exists("a/big")
+    (left,) = files(root)
+    assert store.abort_stale_writes(timedelta(hours=1)) == 0
+    os.utime(root / left, (time.time() - 7200,) * 2)
+    store.write("old", b"data")
+    os.utime(root / "old", (time.time() - 7200,) * 2)
+    assert store.abort_stale_writes(timedelta(hours=1)) == 1
+    assert files(root) == ["old"]
+
+
+def test_a_link_whose_answer_was_lost_is_won(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def repeated(source: str, target: str) -> None:
+        link(source, target)
+        link(source, target)  # as NFS does when it heard no answer
+
+    monkeypatch.setattr(os, "link", repeated)
+    assert store.create("a", b"mine")
+    assert not store.create("a", b"other")
+    assert store.read("a") == b"mine"
+
+
+def test_a_file_that_shrinks_while_it_is_read(store: FileStore, root: Path) -> None:
+    store.write("a", bytes(100))
+    stream = store.stream("a", chunk=10)
+    assert len(next(stream)) == 10
+    os.truncate(root / "a", 20)
+    with pytest.raises(StorageError, match="ended at byte 20"):
+        list(stream)
+
+
+def test_an_object_replaced_while_it_is_streamed_is_not_mixed(store: FileStore) -> None:
+    store.write("a", b"old" * 100)
+    stream = store.stream("a", chunk=10)
+    head = next(stream)
+    store.write("a", b"new" * 100)
+    assert head + b"".join(stream) == b"old" * 100
+
+
+def test_file_users_do_not_pay_for_boto3(tmp_path: Path) -> None:
+    program = f"""
+import sys
+from workers.storage import open_store, probe
+store = open_store({tmp_path.as_uri()!r})
+probe(store)
+assert "boto3" not in sys.modules and "botocore" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_opening_touches_nothing(root: Path) -> None:
+    open_store(root.as_uri())
+    assert not root.exists()

@@ -1,0 +1,1 @@
+"""What a block is calibrated on: texts, token sets, activations and their statistics."""

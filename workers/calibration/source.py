@@ -1,0 +1,56 @@
+"""Where tokens come from, as the manifest says it; and how windows are cut from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from workers.config import Config
+
+Name = Annotated[str, Field(min_length=1, max_length=2000)]
+
+
+class TextSource(Config):
+    """A UTF-8 text file, tokenized whole and once."""
+
+    kind: Literal["text"] = "text"
+    uri: Name
+    """`file:`, `s3:` or a path relative to the manifest."""
+
+
+class StandardLibrarySource(Config):
+    """The running interpreter's own standard library: text that every machine has (the demo uses it)."""
+
+    kind: Literal["standard_library"] = "standard_library"
+    part: Literal["train", "calibration", "evaluation"]
+    """Disjoint sets of files."""
+
+
+class TokensSource(Config):
+    """Token ids prepared elsewhere: a safetensors file with one integer tensor `input_ids` [sequences, length]."""
+
+    kind: Literal["tokens"] = "tokens"
+    uri: Name
+    """`file:`, `s3:` or a path relative to the manifest."""
+
+
+class DatasetSource(Config):
+    """A Hugging Face dataset, by hub name or local directory; its text column is joined by blank lines."""
+
+    kind: Literal["dataset"] = "dataset"
+    path: Name
+    """Hub name, or a local directory: beginning with `/`, `./`, `../` or `file:`, relative to the manifest."""
+    name: Name | None = None
+    """Configuration of a data set that has several."""
+    split: Name = "train"
+    """Part of the data set."""
+    column: Name = "text"
+    """Column that holds the text."""
+    rows: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
+    """Read at most this many rows; absent: all."""
+
+
+TokenSource = Annotated[
+    TextSource | StandardLibrarySource | TokensSource | DatasetSource, Field(discriminator="kind")
+]

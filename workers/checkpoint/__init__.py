@@ -1,0 +1,21 @@
+"""Safetensors checkpoints: a strict reader that works by range requests, and a streaming writer.
+
+Invariants: opening reads headers, never a tensor. What a strict reading refuses is refused before any work
+begins, with everything that is wrong in one error. Memory is bounded by the tensors asked for plus 64 MiB.
+Equal tensors have equal digests; equal input to the writer gives equal bytes.
+"""
+
+from workers.checkpoint.digest import TensorDigest, tensor_digest
+from workers.checkpoint.header import TensorEntry
+from workers.checkpoint.reader import Checkpoint
+from workers.checkpoint.writer import read_safetensors, serialize_safetensors, write_safetensors
+
+__all__ = [
+    "Checkpoint",
+    "TensorDigest",
+    "TensorEntry",
+    "read_safetensors",
+    "serialize_safetensors",
+    "tensor_digest",
+    "write_safetensors",
+]

@@ -1,0 +1,330 @@
+"""A source checkpoint: opened by its headers alone, checked as a whole, then read tensor by tensor.
+
+Nothing is taken on trust: what transformers accepts in silence (missing tensors, extra ones, an index that
+points elsewhere, duplicate names) is an error here, and every tensor can be verified against the digest
+recorded for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from workers.checkpoint.buffers import Bytes, allocate, check_booleans
+from workers.checkpoint.digest import Inspector, TensorDigest, tensor_digest
+from workers.checkpoint.header import (
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    TensorEntry,
+    dtype_word,
+    header_length,
+    parse_header,
+)
+from workers.checkpoint.layout import INDEX, read_layout
+from workers.checkpoint.ranges import MAX_READ, Read, plan_reads
+from workers.checkpoint.refusal import refusal, show
+from workers.errors import CheckpointError, IntegrityError, ObjectNotFoundError
+from workers.storage import ObjectStore
+
+# Requests in flight. With pieces of `ranges.MAX_READ` this bounds what is held beside the tensors to 64 MiB.
+CONCURRENCY = 4
+
+COPYABLE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files beside the weights that an artifact carries over unchanged."""
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class Checkpoint:
+    """A transformers checkpoint in safetensors whose headers have been read and agree with each other.
+
+    config: config.json as parsed. bytes_read: bytes requested from the store so far. Picklable when the store
+    is; reads run in threads of their own, but one `Checkpoint` is for one caller at a time.
+
+    Every method raises `CheckpointError`, naming file and tensor, where the checkpoint is not what it should
+    be, and `StorageError` as the store does.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        *,
+        config: Mapping[str, Any],
+        entries: Mapping[str, TensorEntry],
+        bytes_read: int,
+    ) -> None:
+        self._store = store
+        self._entries = entries
+        self.config = config
+        self.bytes_read = bytes_read
+        self.names: tuple[str, ...] = tuple(sorted(entries))
+
+    @classmethod
+    def open(cls, store: ObjectStore, *, quantized: bool = False) -> Checkpoint:
+        """Reads the config, the index and the headers at the root of `store`, and no tensor.
+
+        1. The config asks for nothing that is refused (`layout.check_config`); quantized: an artifact of ours is opened,
+           whose config may say how its weights are quantized.
+        2. One safetensors file, or an index that names files beside itself (`layout.read_layout`).
+        3. Every file exists and its header is strict (`header.parse_header`).
+        4. The index and the headers have the same tensors in the same files, and no tensor twice.
+        """
+        with _naming(store.uri):
+            layout = read_layout(store, quantized=quantized)
+            lengths = _header_lengths(store, layout.shards)
+            headers = _headers(store, lengths)
+            entries = _agreed(headers, layout.weight_map)
+        header_bytes = sum(LENGTH_BYTES + length for _, length in lengths.values())
+        return cls(store, config=layout.config, entries=entries, bytes_read=layout.bytes_read + header_bytes)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Where the tensor lies, its dtype and its shape."""
+        entry = self._entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self._store.uri}: no tensor {show(name)} in the checkpoint")
+        return entry
+
+    def expect(self, expected: Mapping[str, Sequence[int]], *, optional: Collection[str] = ()) -> None:
+        """Raises `CheckpointError` listing every difference from the tensors that an architecture wants.
+
+        expected: name -> shape, of floating-point tensors (F64, F32, F16 or BF16). optional: names that may
+        be absent although expected (a tied head), or present although not (stored rotary frequencies; never
+        read).
+        """
+        allowed = set(optional)
+        problems = [
+            f"tensor {show(name)}: missing, expected shape {list(shape)}"
+            for name, shape in expected.items()
+            if name not in self._entries and name not in allowed
+        ]
+        for name in self.names:
+            entry, shape = self._entries[name], expected.get(name)
+            where = f"{entry.file}: tensor {show(name)}"
+            if shape is None:
+                if name not in allowed:
+                    problems.append(f"{where}: shape {list(entry.shape)}, expected no such tensor")
+                continue
+            if entry.shape != tuple(shape):
+                problems.append(f"{where}: shape {list(entry.shape)}, expected {list(shape)}")
+            if not entry.dtype.is_floating_point:
+                word = dtype_word(entry.dtype, where=where)
+                problems.append(f"{where}: dtype {word}, expected F64, F32, F16 or BF16")
+        if problems:
+            raise refusal(f"{self._store.uri}: not the tensors that the config's architecture has", problems)
+
+    def read(self, name: str, *, sha256: str | None = None) -> Tensor:
+        """One tensor on the CPU, in memory of its own; `sha256` as for `read_many`."""
+        return self.read_many([name], sha256=None if sha256 is None else {name: sha256})[name]
+
+    def read_many(
+        self, names: Iterable[str], *, sha256: Mapping[str, str] | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors by name, on the CPU, each in memory of its own; neighbours share requests.
+
+        sha256: the digests recorded for all of `names` (`digest`, `inspect`). A tensor that differs is read
+        once more. When the same wrong bytes come again, the source has changed since: `CheckpointError`. When
+        others come, the storage cannot be relied on: `IntegrityError`, and a retry makes sense.
+        """
+        entries = [self.entry(name) for name in dict.fromkeys(names)]
+        for entry in entries:
+            if sha256 is not None and entry.name not in sha256:
+                raise CheckpointError(f"{self._store.uri}: no sha256 recorded for tensor {show(entry.name)}")
+        tensors = self._load(entries)
+        if sha256 is not None:
+            digests = _in_parallel(tensor_digest, [tensors[entry.name] for entry in entries])
+            for entry, digest in zip(entries, digests, strict=True):
+                if digest != sha256[entry.name]:
+                    tensors[entry.name] = self._reread(entry, digest, sha256[entry.name])
+        with _naming(self._store.uri):
+            for entry in entries:
+                check_booleans(entry, tensors[entry.name])
+        return tensors
+
+    def digest(self, name: str) -> str:
+        """The sha256 (hex) of a tensor's dtype, shape and bytes; `workers.checkpoint.digest` says how."""
+        return self.inspect([name])[name].sha256
+
+    def inspect(self, names: Iterable[str]) -> dict[str, TensorDigest]:
+        """Digest and finiteness of each tensor, by name, from one pass over its bytes.
+
+        Bounded memory: `CONCURRENCY` pieces of at most `ranges.MAX_READ` bytes are held, and no tensor.
+        """
+        entries = [self.entry(name) for name in dict.fromkeys(names)]
+        groups = plan_reads(entries)
+        found: dict[str, TensorDigest] = {}
+        for group, digests in zip(groups, _in_parallel(self._inspect_group, groups), strict=True):
+            found.update(digests)
+            self.bytes_read += sum(read.length for read in group)
+        return {entry.name: found[entry.name] for entry in entries}
+
+    def check_finite(self, names: Iterable[str]) -> None:
+        """Raises `CheckpointError` listing the tensors among `names` that hold a NaN or an infinity."""
+        problems = [
+            f"{self.entry(name).file}: tensor {show(name)}: holds NaN or infinity, expected finite numbers"
+            for name, found in sorted(self.inspect(names).items())
+            if not found.finite
+        ]
+        if problems:
+            raise refusal(self._store.uri, problems)
+
+    def copyable_files(self) -> list[str]:
+        """Those of `COPYABLE_FILES` that exist: the tokenizer and the generation settings."""
+        return [key for key in COPYABLE_FILES if self._store.exists(key)]
+
+    def _load(self, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
+        allocated = {entry.name: allocate(entry) for entry in entries}
+
+        def fill(read: Read) -> int:
+            data = self._fetch(read)
+            for part in read.parts:
+                target = allocated[part.entry.name][1][part.offset : part.offset + part.length]
+                target[:] = data[part.position : part.position + part.length]
+            return read.length
+
+        reads = [read for group in plan_reads(entries) for read in group]
+        for length in _in_parallel(fill, reads):
+            self.bytes_read += length
+        return {name: tensor for name, (tensor, _) in allocated.items()}
+
+    def _reread(self, entry: TensorEntry, first: str, expected: str) -> Tensor:
+        tensor = self._load([entry])[entry.name]
+        second = tensor_digest(tensor)
+        if second == expected:
+            return tensor
+        problem = f"{entry.file}: tensor {show(entry.name)}: sha256 {second}, expected {expected}"
+        if second == first:
+            raise CheckpointError(f"{self._store.uri}: {problem}: the source changed while the job ran")
+        raise IntegrityError(f"{self._store.uri}: {problem}: two reads gave different bytes")
+
+    def _inspect_group(self, group: tuple[Read, ...]) -> dict[str, TensorDigest]:
+        inspectors: dict[str, Inspector] = {}
+        for read in group:
+            data = self._fetch(read)
+            for part in read.parts:
+                name = part.entry.name
+                if name not in inspectors:
+                    inspectors[name] = Inspector(part.entry.dtype, part.entry.shape)
+                inspectors[name].update(data[part.position : part.position + part.length])
+        return {name: inspector.result() for name, inspector in inspectors.items()}
+
+    def _fetch(self, read: Read) -> Bytes:
+        # Not every store has a range of no bytes.
+        data = self._store.read_range(read.file, read.start, read.length) if read.length else b""
+        return np.frombuffer(data, dtype=np.uint8)
+
+
+def _in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
+    """Results in the order of `items`; the first failure cancels what has not begun."""
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        yield from pool.map(work, items)
+
+
+@contextmanager
+def _naming(uri: str) -> Iterator[None]:
+    """Puts the checkpoint's URI in front of what the block refuses."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{uri}: {error}") from error
+
+
+def _gathered(outcomes: Iterable[_Result | CheckpointError]) -> list[_Result]:
+    """The results, or one error for all that failed."""
+    results: list[_Result] = []
+    problems: list[str] = []
+    for outcome in outcomes:
+        if isinstance(outcome, CheckpointError):
+            problems.append(str(outcome))
+        else:
+            results.append(outcome)
+    if problems:
+        raise refusal("safetensors files", problems) if len(problems) > 1 else CheckpointError(problems[0])
+    return results
+
+
+def _header_lengths(store: ObjectStore, shards: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """shard -> (file size, header length)."""
+
+    def look(shard: str) -> tuple[str, tuple[int, int]] | CheckpointError:
+        try:
+            size = store.size(shard)
+            prefix = store.read_range(shard, 0, min(size, LENGTH_BYTES)) if size else b""
+            return shard, (size, header_length(prefix, file=shard, file_size=size))
+        except ObjectNotFoundError:
+            return CheckpointError(f"{shard}: not found, but {INDEX} names it")
+        except CheckpointError as error:
+            return error
+
+    lengths = dict(_gathered(_in_parallel(look, shards)))
+    total = sum(length for _, length in lengths.values())
+    if (
+        total > MAX_HEADER_BYTES
+    ):  # one file's limit holds for all together, and so does the memory it stands for
+        raise CheckpointError(f"headers of {total} bytes in all, expected at most {MAX_HEADER_BYTES}")
+    return lengths
+
+
+def _headers(store: ObjectStore, lengths: Mapping[str, tuple[int, int]]) -> list[Mapping[str, TensorEntry]]:
+    def parse(shard: str) -> Mapping[str, TensorEntry] | CheckpointError:
+        size, length = lengths[shard]
+        try:
+            return parse_header(_header_bytes(store, shard, length), file=shard, file_size=size).entries
+        except CheckpointError as error:
+            return error
+
+    return _gathered(_in_parallel(parse, list(lengths)))
+
+
+def _header_bytes(store: ObjectStore, shard: str, length: int) -> bytearray:
+    # In pieces: a store may hold what it reads twice, which for a hostile header would be 200 MB.
+    header = bytearray(length)
+    for begin in range(0, length, MAX_READ):
+        count = min(MAX_READ, length - begin)
+        header[begin : begin + count] = store.read_range(shard, LENGTH_BYTES + begin, count)
+    return header
+
+
+def _agreed(
+    headers: Sequence[Mapping[str, TensorEntry]], weight_map: Mapping[str, str] | None
+) -> dict[str, TensorEntry]:
+    """The union of the headers, when no tensor is in two files and the index says the same."""
+    entries: dict[str, TensorEntry] = {}
+    problems: list[str] = []
+    for header in headers:
+        for name, entry in header.items():
+            first = entries.setdefault(name, entry)
+            if first is not entry:
+                problems.append(f"tensor {show(name)}: in both {first.file} and {entry.file}")
+    if len(entries) > MAX_TENSORS:
+        raise CheckpointError(f"{len(entries)} tensors in all, expected at most {MAX_TENSORS}")
+    if weight_map is not None:
+        problems += [
+            f"{shard}: tensor {show(name)}: named by {INDEX}, but not in the file"
+            for name, shard in weight_map.items()
+            if name not in entries or entries[name].file != shard
+        ]
+        problems += [
+            f"{entry.file}: tensor {show(name)}: in the file, but not named by {INDEX}"
+            for name, entry in entries.items()
+            if name not in weight_map
+        ]
+    if problems:
+        raise refusal("the files and the index disagree", problems)
+    return entries

@@ -1,0 +1,160 @@
+"""Safetensors files, written tensor by tensor; and small ones, as bytes.
+
+The bytes are a function of names, values and metadata alone: tensors in the safetensors library's own order
+(dtypes as in `header.DTYPES`, widest first, then names), the header padded with spaces to a multiple of
+eight. For one metadata key the file is the library's, byte for byte; it writes several keys in no fixed
+order, here they are sorted.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.checkpoint.buffers import allocate, check_booleans, flat_bytes
+from workers.checkpoint.header import (
+    DTYPES,
+    LENGTH_BYTES,
+    MAX_DIMENSIONS,
+    MAX_HEADER_BYTES,
+    MAX_METADATA_BYTES,
+    MAX_TENSORS,
+    METADATA,
+    check_name,
+    dtype_word,
+    header_length,
+    parse_header,
+)
+from workers.checkpoint.refusal import show
+from workers.errors import CheckpointError, IntegrityError
+from workers.storage import ObjectStore, Written
+
+PT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
+"""What transformers wants to find in a file that torch wrote."""
+
+_RANKS = {word: rank for rank, word in enumerate(DTYPES)}
+
+
+def write_safetensors(
+    store: ObjectStore, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = PT_METADATA
+) -> Written:
+    """Writes `tensors` as one object, and returns its size and its sha256, computed on the way.
+
+    Streams: what is held beside the tensors is at most a copy of one of them (when it is on a GPU or not
+    contiguous). Views are written as what they show; tensors that share memory are each written whole.
+    Nothing is visible under `key` unless everything was written.
+
+    Raises `CheckpointError` for what a strict reader would refuse (names, dtypes, sparse or meta tensors),
+    before the first byte; `IntegrityError` when the store counted other bytes than were handed over;
+    `StorageError` as the store does.
+    """
+    plan = _plan(tensors, metadata, file=key)
+    with store.open_writer(key) as writer:
+        for piece in _pieces(plan, tensors):
+            writer.write(piece)
+        written = writer.commit()
+    if written.size != plan.size:
+        raise IntegrityError(f"write {store.uri_of(key)}: {written.size} bytes written, expected {plan.size}")
+    return written
+
+
+def serialize_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = PT_METADATA) -> bytes:
+    """The bytes that `write_safetensors` writes, for files that fit in memory. Raises `CheckpointError`
+    likewise."""
+    buffer = io.BytesIO()
+    for piece in _pieces(_plan(tensors, metadata, file="safetensors bytes"), tensors):
+        buffer.write(piece)
+    return buffer.getvalue()
+
+
+def safetensors_pieces(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = PT_METADATA
+) -> Iterator[memoryview]:
+    """The bytes that `write_safetensors` writes, piece by piece, for a caller that hashes or sends them
+    itself.
+
+    A piece is valid until the next one is taken. Raises `CheckpointError` likewise.
+    """
+    yield from _pieces(_plan(tensors, metadata, file="safetensors bytes"), tensors)
+
+
+def read_safetensors(data: bytes, *, file: str = "safetensors bytes") -> dict[str, Tensor]:
+    """The tensors of a whole safetensors file, each in memory of its own.
+
+    `file` names it in errors. Raises `CheckpointError` for whatever `header.parse_header` refuses.
+    """
+    length = header_length(data[:LENGTH_BYTES], file=file, file_size=len(data))
+    header = parse_header(data[LENGTH_BYTES : LENGTH_BYTES + length], file=file, file_size=len(data))
+    everything = np.frombuffer(data, dtype=np.uint8)
+    tensors: dict[str, Tensor] = {}
+    for entry in header.entries.values():
+        tensor, flat = allocate(entry)
+        flat[:] = everything[entry.start : entry.start + entry.length]
+        check_booleans(entry, tensor)
+        tensors[entry.name] = tensor
+    return tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """names: in writing order. header: with its length in front. size: of the whole file."""
+
+    names: tuple[str, ...]
+    header: bytes
+    size: int
+
+
+def _plan(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, file: str) -> _Plan:
+    if len(tensors) > MAX_TENSORS:
+        raise CheckpointError(f"{file}: {len(tensors)} tensors, expected at most {MAX_TENSORS}")
+    words: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        check_name(name, file=file)
+        words[name] = _checked_word(tensor, where=f"{file}: tensor {show(name)}")
+    names = tuple(sorted(tensors, key=lambda name: (_RANKS[words[name]], name)))
+    members: dict[str, object] = {}
+    if metadata:
+        members[METADATA] = dict(sorted(metadata.items()))
+        if len(_json(members[METADATA])) > MAX_METADATA_BYTES:
+            raise CheckpointError(f"{file}: {METADATA}, expected at most {MAX_METADATA_BYTES} bytes")
+    position = 0
+    for name in names:
+        tensor = tensors[name]
+        end = position + tensor.numel() * tensor.element_size()
+        members[name] = {"dtype": words[name], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = _json(members)
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{file}: header of {len(text)} bytes, expected at most {MAX_HEADER_BYTES}")
+    header = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    return _Plan(names=names, header=header, size=len(header) + position)
+
+
+def _checked_word(tensor: Tensor, *, where: str) -> str:
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise CheckpointError(
+            f"{where}: {tensor.layout} on {tensor.device}, expected a dense tensor that has its data"
+        )
+    if tensor.ndim > MAX_DIMENSIONS:
+        raise CheckpointError(f"{where}: {tensor.ndim} dimensions, expected at most {MAX_DIMENSIONS}")
+    return dtype_word(tensor.dtype, where=where)
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _pieces(plan: _Plan, tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    yield memoryview(plan.header)
+    for name in plan.names:
+        flat = flat_bytes(tensors[name])
+        if flat.size:
+            yield flat.data

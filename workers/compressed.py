@@ -1,0 +1,141 @@
+"""Our own loader of an artifact's weights: strict, verified, one block at a time.
+
+Files below an artifact's root that this module knows:
+
+    config.json                                model configuration, quantization in compressed-tensors' form
+    ledger.json                                what became of every source tensor, how every stored one is to be read
+    model-*.safetensors (+ index)              packed weights and everything that was kept
+    compensation/adapter_model.safetensors     low-rank branches, when there are any
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from workers.block import CompressedLinear, install
+from workers.checkpoint.header import LENGTH_BYTES, header_length, parse_header
+from workers.checkpoint.reader import Checkpoint
+from workers.config import Config
+from workers.errors import CheckpointError, ObjectNotFoundError
+from workers.interchange import PACKED, adapter_names, read_branch, read_weight, source_config
+from workers.skeleton import EMBEDDING, LM_HEAD, NORM, Block, Skeleton
+from workers.storage import ObjectStore
+from workers.tasks import LedgerEntry, ModuleFormat
+
+LEDGER = "ledger.json"
+ADAPTER = "compensation/adapter_model.safetensors"
+ADAPTER_CONFIG = "compensation/adapter_config.json"
+
+
+class Ledger(Config):
+    """The account of an artifact's tensors.
+
+    entries: what became of each source tensor. formats: quantized linear -> how it is stored. tensors: every stored
+    tensor (checkpoint and adapter) -> sha256 of its dtype, shape and bytes.
+    """
+
+    schema_version: int = 1
+    entries: tuple[LedgerEntry, ...]
+    formats: Mapping[str, ModuleFormat]
+    tensors: Mapping[str, str]
+
+
+class CompressedModel:
+    """An artifact, opened: headers read, names and digests agreed on, no tensor loaded.
+
+    Raises CheckpointError when files and ledger disagree, StorageError as the store does.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, adapter: Checkpoint | None, ledger: Ledger) -> None:
+        self.skeleton = Skeleton(source_config(checkpoint.config))
+        self.ledger = ledger
+        self._checkpoint, self._adapter = checkpoint, adapter
+        branches = {name for name, form in ledger.formats.items() if form.rank}
+        expected = {name for module in branches for name in adapter_names(module)}
+        found = set() if adapter is None else set(adapter.names)
+        stored = set(checkpoint.names) | found
+        problems = [f"adapter: missing {name}" for name in sorted(expected - found)]
+        problems += [f"adapter: unexpected {name}" for name in sorted(found - expected)]
+        problems += [f"{LEDGER}: no digest of {name}" for name in sorted(stored - ledger.tensors.keys())]
+        problems += [f"missing tensor {name}" for name in sorted(ledger.tensors.keys() - stored)]
+        if problems:
+            raise CheckpointError("; ".join(problems[:5]) + ("" if len(problems) <= 5 else f"; {len(problems)} in all"))
+
+    @classmethod
+    def open(cls, store: ObjectStore) -> CompressedModel:
+        """Reads config.json, ledger.json and headers."""
+        checkpoint = Checkpoint.open(store, quantized=True)
+        try:
+            ledger = Ledger.model_validate_json(store.read(LEDGER))
+        except ObjectNotFoundError as error:
+            raise CheckpointError(f"{store.uri}: no {LEDGER}: expected an artifact of Counterweight") from error
+        except ValidationError as error:
+            raise CheckpointError(f"{store.uri_of(LEDGER)}: {error}") from error
+        adapter = _open_file(store, ADAPTER) if any(form.rank for form in ledger.formats.values()) else None
+        return cls(checkpoint, adapter, ledger)
+
+    def block(self, index: int, device: torch.device, dtype: torch.dtype) -> tuple[Block, dict[str, CompressedLinear]]:
+        """Block `index` with its kept parameters filled in, and its compressed linears, not yet installed.
+
+        Linears that are quantized hold no weight until `install` puts their compressed selves in place.
+        """
+        skeleton = self.skeleton
+        linears: dict[str, CompressedLinear] = {}
+        parameters: dict[str, Tensor] = {}
+        for parameter in skeleton.block_parameters(index):
+            stored = skeleton.disk_name(index, parameter)
+            module = stored.removesuffix(".weight")
+            form = self.ledger.formats.get(module)
+            if form is not None and parameter.endswith(".weight"):
+                linears[parameter.removesuffix(".weight")] = self._linear(module, form, device)
+            else:
+                parameters[parameter] = self._read(stored)
+        return skeleton.block(index, parameters, device, dtype, absent=linears), linears
+
+    def embedding(self) -> Tensor:
+        """The embedding [vocabulary, hidden]."""
+        return self._read(EMBEDDING)
+
+    def head(self) -> dict[str, Tensor]:
+        """Final norm and lm_head (of a tied model: the embedding)."""
+        return {NORM: self._read(NORM), LM_HEAD: self._read(EMBEDDING if self.skeleton.tied else LM_HEAD)}
+
+    def _read(self, name: str) -> Tensor:
+        return self._checkpoint.read(name, sha256=self._digest(name))
+
+    def _digest(self, name: str) -> str:
+        if name not in self.ledger.tensors:
+            raise CheckpointError(f"{LEDGER}: no digest of tensor {name}")
+        return self.ledger.tensors[name]
+
+    def _linear(self, module: str, form: ModuleFormat, device: torch.device) -> CompressedLinear:
+        names = [f"{module}.{name}" for name in (PACKED[:3] if form.symmetric else PACKED)]
+        tensors = self._checkpoint.read_many(names, sha256={name: self._digest(name) for name in names})
+        branch = None
+        if form.rank and self._adapter is not None:
+            factors = adapter_names(module)
+            branch = read_branch(
+                self._adapter.read_many(factors, sha256={name: self._digest(name) for name in factors}), module, form
+            )
+        weight = read_weight(tensors, module, form)
+        return CompressedLinear(weight=weight, low_rank=branch, activation_bits=form.activation_bits).to(device)
+
+
+def filled(
+    model: CompressedModel, index: int, device: torch.device, dtype: torch.dtype, *, compensated: bool = True
+) -> Block:
+    """Block `index` ready to run, with or without its low-rank branches."""
+    block, linears = model.block(index, device, dtype)
+    install(block, linears, compensated=compensated)
+    return block
+
+
+def _open_file(store: ObjectStore, key: str) -> Checkpoint:
+    size = store.size(key)
+    length = header_length(store.read_range(key, 0, min(LENGTH_BYTES, size)), file=key, file_size=size)
+    header = parse_header(store.read_range(key, LENGTH_BYTES, length), file=key, file_size=size)
+    return Checkpoint(store, config={}, entries=header.entries, bytes_read=LENGTH_BYTES + length)

@@ -1,0 +1,133 @@
+"""Validation of an artifact on a range of windows: perplexity, KL divergence, agreement; block by block.
+
+The original, the quantized model (without its low-rank branches) and the compensated one advance together, one block of
+each in memory at a time, on the same tokens, in float32. What is claimed without compensation is measured without it. A
+window's numbers depend on that window alone, so windows can be spread over workers and put together in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from workers.block import install
+from workers.compressed import CompressedModel
+from workers.config import Config
+from workers.keys import digest
+from workers.parallel import OrderedPool
+from workers.skeleton import Block
+from workers.tasks import Setting, Timing
+from workers.workspace import Blob, Record
+
+EVALUATE = "evaluate"
+
+BASELINE, QUANTIZED, COMPENSATED = "baseline", "quantized", "compensated"
+
+
+class EvaluateSpec(Config):
+    """Windows [start, stop) of a token set, for an artifact and the model it was made from."""
+
+    setting: Setting
+    tensors: Mapping[str, str]
+    """Every source tensor -> sha256."""
+    artifact: str
+    """Root URI of the artifact's files."""
+    ledger: str
+    """sha256 of the artifact's ledger, which holds the digest of every stored tensor."""
+    tokens: Blob
+    start: int
+    stop: int
+
+    def key(self) -> str:
+        shared = {**self.setting.determines(), "compute_dtype": "float32"}
+        return digest([EVALUATE, shared, dict(self.tensors), self.ledger, self.tokens.sha256, self.start, self.stop])
+
+
+class WindowMetrics(Config):
+    """One window under one model.
+
+    nll: mean negative log-likelihood of its tokens but the first, in nats. kl: mean over positions of
+    KL(baseline || this), in nats. agreement: share of positions with the baseline's most probable token.
+    """
+
+    nll: float
+    kl: float
+    agreement: float
+
+
+class EvaluateRecord(Record):
+    """Variant -> metrics of the windows, in order. Without any low-rank branch there is no `compensated`."""
+
+    windows: Mapping[str, tuple[WindowMetrics, ...]]
+    timing: Timing
+
+
+Blocks = Callable[[int], Mapping[str, Block]]
+"""Index -> the block under each variant."""
+
+
+def advance(
+    hidden: Mapping[str, Sequence[Tensor]], blocks: Blocks, count: int, pool: OrderedPool
+) -> dict[str, list[Tensor]]:
+    """Runs each variant's hidden states (a list of batches) through its own blocks."""
+    current = {variant: list(batches) for variant, batches in hidden.items()}
+    for index in range(count):
+        variants = blocks(index)
+        for variant, batches in current.items():
+            current[variant] = list(pool.map(variants[variant].run, batches))
+    return current
+
+
+def variants_of(model: CompressedModel) -> tuple[str, ...]:
+    """The variants that differ: an artifact without branches is not measured twice."""
+    compensated = any(form.rank for form in model.ledger.formats.values())
+    return (BASELINE, QUANTIZED, COMPENSATED) if compensated else (BASELINE, QUANTIZED)
+
+
+def compressed_blocks(
+    model: CompressedModel, index: int, variants: Iterable[str], device: torch.device
+) -> dict[str, Block]:
+    """Block `index` of an artifact, without and with its branches."""
+    block, linears = model.block(index, device, torch.float32)
+    blocks: dict[str, Block] = {}
+    for variant in variants:
+        blocks[variant] = block.replica()
+        install(blocks[variant], linears, compensated=variant == COMPENSATED)
+    return blocks
+
+
+@torch.no_grad()
+def measure(
+    hidden: Mapping[str, Sequence[Tensor]], tokens: Sequence[Tensor], head: nn.Module, pool: OrderedPool
+) -> dict[str, list[WindowMetrics]]:
+    """Metrics per window from the last hidden states; tokens: [windows, length] per batch, as `hidden`."""
+
+    def one(batch: int) -> dict[str, list[WindowMetrics]]:
+        found: dict[str, list[WindowMetrics]] = {variant: [] for variant in hidden}
+        for row, ids in enumerate(tokens[batch]):
+            reference = _log_probabilities(head, hidden[BASELINE][batch][row])
+            for variant in hidden:
+                own = reference if variant == BASELINE else _log_probabilities(head, hidden[variant][batch][row])
+                found[variant].append(_window(reference, own, ids))
+        return found
+
+    merged: dict[str, list[WindowMetrics]] = {variant: [] for variant in hidden}
+    for found in pool.map(one, range(len(tokens))):
+        for variant, windows in found.items():
+            merged[variant] += windows
+    return merged
+
+
+def _log_probabilities(head: nn.Module, hidden: Tensor) -> Tensor:
+    return functional.log_softmax(head(hidden.unsqueeze(0))[0].float(), dim=-1)  # [length, vocabulary]
+
+
+def _window(reference: Tensor, own: Tensor, ids: Tensor) -> WindowMetrics:
+    targets = ids[1:].long().to(own.device)
+    nll = -own[:-1].gather(1, targets[:, None]).mean(dtype=torch.float64)
+    kl = functional.kl_div(own, reference, reduction="none", log_target=True).sum(-1).mean(dtype=torch.float64)
+    agreement = (own.argmax(-1) == reference.argmax(-1)).double().mean()
+    return WindowMetrics(nll=float(nll), kl=max(float(kl), 0.0), agreement=float(agreement))

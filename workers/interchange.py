@@ -1,0 +1,229 @@
+"""The artifact in other people's terms: compressed-tensors for the codes, PEFT for the low-rank branch.
+
+What a stock loader can represent is written so that it loads with the right logits; what it cannot is written so that it
+*refuses*. transformers skips a quantization method it does not know and then starts from random weights, so refusal
+needs an unknown `model_type` as well as our own `quant_method`; PEFT refuses an unknown `peft_type`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.formats import LowRank, QuantizedWeight
+from kernels.packing import from_checkpoint, to_checkpoint
+from workers.architecture import Family
+from workers.errors import CheckpointError
+from workers.tasks import ModuleFormat
+
+QUANT_METHOD = "counterweight"
+"""`quant_method` of an artifact that only our own loader may open; also the prefix of its `model_type`."""
+
+ADAPTER_PREFIX = "base_model.model."
+EXPERTS = ".experts."
+EXPERT_TARGET = "re:.*[.]experts[.].*"
+
+PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+"""Tensors of one quantized linear, after its name and a dot; the last only for an asymmetric grid."""
+
+
+def weight_tensors(module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """A quantized linear's tensors under their checkpoint names."""
+    return {f"{module}.{name}": tensor for name, tensor in to_checkpoint(weight).items()}
+
+
+def factor_tensors(module: str, branch: LowRank) -> dict[str, Tensor]:
+    """A low-rank branch under PEFT's names: lora_A [rank, in], lora_B [out, rank]."""
+    return dict(zip(adapter_names(module), (branch.down.contiguous(), branch.up.contiguous()), strict=True))
+
+
+def adapter_names(module: str) -> tuple[str, str]:
+    """PEFT's names of a branch's factors: A (down) and B (up)."""
+    return (f"{ADAPTER_PREFIX}{module}.lora_A.weight", f"{ADAPTER_PREFIX}{module}.lora_B.weight")
+
+
+def read_weight(tensors: Mapping[str, Tensor], module: str, form: ModuleFormat) -> QuantizedWeight:
+    """The quantized linear `module` from its stored tensors; CheckpointError when they are not what `form` says."""
+    local = {name.rsplit(".", 1)[1]: tensor for name, tensor in tensors.items()}
+    try:
+        return from_checkpoint(local, bits=form.bits, group_size=form.group_size, symmetric=form.symmetric)
+    except ValueError as error:
+        raise CheckpointError(f"{module}: {error}") from error
+
+
+def read_branch(adapter: Mapping[str, Tensor], module: str, form: ModuleFormat) -> LowRank | None:
+    """The low-rank branch of `module`, or None when its format has rank 0; CheckpointError when shapes disagree."""
+    if form.rank == 0:
+        return None
+    down, up = (adapter[name] for name in adapter_names(module))
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != form.rank or up.shape[1] != form.rank:
+        raise CheckpointError(f"adapter: {module}: {list(up.shape)} x {list(down.shape)}: expected rank {form.rank}")
+    return LowRank(up=up, down=down)
+
+
+def scale_dtype(module: str, source: torch.dtype) -> torch.dtype:
+    """Dtype in which a linear's scales are stored.
+
+    The source's, but float32 for experts: transformers dequantizes experts in the dtype of their scales when it fuses
+    them, so 16-bit scales would give other logits than ours (relative error 4e-3 to 1e-2 on the reference Mixtral).
+    """
+    return torch.float32 if EXPERTS in f".{module}." else source
+
+
+def refusal_of_weights(formats: Mapping[str, ModuleFormat], experts: Sequence[str]) -> str | None:
+    """Why stock transformers cannot represent these weights, or None when it can.
+
+    experts: names of all expert linears of the model. Dense layers can have any mixture of schemes.
+    """
+    if not experts:
+        return None
+    kinds = {_scheme(formats[name]) if name in formats else None for name in experts}
+    if kinds == {None}:
+        return None
+    if len(kinds) > 1:
+        return "experts of more than one format: transformers fuses all experts of a block into one tensor"
+    (kind,) = kinds
+    if kind is not None and not kind[2]:
+        return "experts on an asymmetric grid: transformers ignores their zero points"
+    if kind is not None and kind[3] is not None:
+        return "experts with quantized activations: transformers runs them on unquantized activations"
+    return None
+
+
+def refusal_of_adapter(formats: Mapping[str, ModuleFormat]) -> str | None:
+    """Why stock PEFT cannot represent the branches, or None when it can."""
+    if any(form.rank and EXPERTS in f".{name}." for name, form in formats.items()):
+        return "low-rank branches on experts: PEFT has no linear layer to attach them to once experts are fused"
+    return None
+
+
+def artifact_config(
+    source: Mapping[str, Any], formats: Mapping[str, ModuleFormat], linears: Sequence[str], family: Family
+) -> dict[str, Any]:
+    """config.json of the artifact: the source's, with the quantization in compressed-tensors' form.
+
+    linears: names of all linears inside the blocks, quantized or kept, as stored.
+    """
+    config = {**source}
+    experts = [name for name in linears if EXPERTS in f".{name}."]
+    reason = refusal_of_weights(formats, experts)
+    if reason is not None:
+        config["model_type"] = f"{QUANT_METHOD}_{source['model_type']}"
+        config["architectures"] = []
+        config["quantization_config"] = {
+            "quant_method": QUANT_METHOD,
+            "base_model_type": source["model_type"],
+            "reason": reason,
+        }
+        return config
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": _groups(formats, experts),
+        "ignore": _ignored(formats, linears, family),
+        "kv_cache_scheme": None,
+    }
+    return config
+
+
+def source_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's own config.json out of an artifact's; CheckpointError when the artifact is not one of ours."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping):
+        raise CheckpointError("config.json: no quantization_config: expected an artifact of Counterweight")
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    if quantization.get("quant_method") == QUANT_METHOD:
+        plain["model_type"] = quantization.get("base_model_type")
+    return plain
+
+
+def adapter_config(formats: Mapping[str, ModuleFormat], base: str) -> dict[str, Any]:
+    """adapter_config.json: a LoRA of scaling 1 with a rank per module. base: name of the artifact it belongs to."""
+    ranks = {name: form.rank for name, form in formats.items() if form.rank}
+    reason = refusal_of_adapter(formats)
+    if reason is not None:
+        return {"peft_type": QUANT_METHOD.upper(), "reason": reason, "rank_pattern": ranks}
+    first = next(iter(ranks.values()))
+    # PEFT reads pattern keys as regular expressions on the end of a module's name; a full name with dots escaped
+    # matches that module alone.
+    pattern = {_pattern(name): rank for name, rank in ranks.items()}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": first,
+        "lora_alpha": first,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "target_modules": sorted(ranks),
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+    }
+
+
+def _pattern(name: str) -> str:
+    return "^" + name.replace(".", r"\.") + "$"
+
+
+Scheme = tuple[int, int | None, bool, int | None]
+
+
+def _scheme(form: ModuleFormat) -> Scheme:
+    return (form.bits, form.group_size, form.symmetric, form.activation_bits)
+
+
+def _groups(formats: Mapping[str, ModuleFormat], experts: Sequence[str]) -> dict[str, Any]:
+    schemes: dict[Scheme, list[str]] = {}
+    for name, form in formats.items():
+        schemes.setdefault(_scheme(form), []).append(name)
+    if len(schemes) == 1:
+        return {"group_0": _group(next(iter(schemes)), ["Linear"])}
+    groups: dict[str, Any] = {}
+    for index, (scheme, names) in enumerate(schemes.items()):
+        targets = [name for name in names if EXPERTS not in f".{name}."]
+        if len(targets) < len(names):
+            targets.append(EXPERT_TARGET)
+        groups[f"group_{index}"] = _group(scheme, targets)
+    return groups
+
+
+def _group(scheme: Scheme, targets: Sequence[str]) -> dict[str, Any]:
+    bits, group_size, symmetric, activation_bits = scheme
+    weights: dict[str, Any] = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "channel" if group_size is None else "group",
+        "group_size": group_size,
+        "dynamic": False,
+    }
+    activations = None
+    if activation_bits is not None:
+        activations = {
+            "num_bits": activation_bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        }
+    # The group names the format itself: with activations, compressed-tensors would otherwise infer one byte a weight.
+    return {
+        "targets": list(targets),
+        "format": "pack-quantized",
+        "weights": weights,
+        "input_activations": activations,
+        "output_activations": None,
+    }
+
+
+def _ignored(formats: Mapping[str, ModuleFormat], linears: Sequence[str], family: Family) -> list[str]:
+    kept = [name for name in linears if name not in formats]
+    routers = ["re:.*[.]gate$"] if family.experts is not None else []
+    return ["lm_head", *routers, *kept]

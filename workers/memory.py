@@ -1,0 +1,43 @@
+"""Peak memory of one task in this process, on the host and on a GPU."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begins a new measurement. Where the kernel cannot reset its high-water mark, the peak is the process's whole life's."""
+    if _CLEAR.exists():
+        _CLEAR.write_text("5")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def host_peak_bytes() -> int:
+    """Largest resident set since `reset_peak`, in bytes."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def device_peak_bytes(device: torch.device) -> int:
+    """Largest allocation on the GPU since `reset_peak`, in bytes; 0 on a CPU."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
+
+
+def release(device: torch.device) -> None:
+    """Gives back what a finished block held, so that the next one starts from the same level."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

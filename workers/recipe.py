@@ -1,0 +1,97 @@
+"""What is done to a model's weights: the recipe, and its meaning for one module.
+
+A recipe is part of the manifest; it knows nothing of jobs, files or clusters. `Recipe.for_module` resolves overrides, so
+a block task is handed exactly what applies to its modules and nothing that does not (its key must not change when another
+block's override does).
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from workers.compensation import Compensation, NoCompensation
+from workers.config import Config
+from workers.quantization import GPTQ, Quantizer, WeightFormat
+
+
+class Weights(WeightFormat):
+    """Integer grid of the weights and the algorithm that chooses the codes."""
+
+    quantizer: Quantizer = Field(default_factory=GPTQ)
+    """How the codes are chosen."""
+
+    def format(self) -> WeightFormat:
+        """The grid alone."""
+        return WeightFormat(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+
+
+class Activations(Config):
+    """Dynamic, symmetric, per-token quantization of the inputs of quantized layers; absent: weight-only."""
+
+    bits: Literal[8] = 8
+    """Bits of an activation code. Only 8 until the transforms that make fewer bits usable exist."""
+
+
+class Override(Config):
+    """Replaces parts of the recipe for the modules whose full name matches a glob; later overrides win."""
+
+    match: Annotated[str, Field(min_length=1, max_length=200)]
+    """Glob over module names such as `model.layers.0.mlp.down_proj`; `*` crosses dots."""
+    weights: Weights | None = None
+    """Replaces the recipe's weights as a whole; null: they hold."""
+    compensation: Compensation | None = None
+    """Replaces the recipe's compensation as a whole; null: it holds."""
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Override:
+        if self.weights is None and self.compensation is None:
+            raise ValueError("an override must set weights or compensation, or it does nothing")
+        return self
+
+
+class ModuleRecipe(Config):
+    """The recipe as it applies to one linear layer."""
+
+    weights: Weights
+    activations: Activations | None
+    compensation: Compensation
+
+
+class Recipe(Config):
+    """How every linear layer of every block is compressed."""
+
+    weights: Weights
+    """Grid and quantizer of the weights."""
+    activations: Activations | None = None
+    """Quantization of the inputs; null: weight-only."""
+    compensation: Compensation = Field(default_factory=NoCompensation)
+    """What the low-rank branch puts back."""
+    overrides: tuple[Override, ...] = ()
+    """Exceptions for some modules."""
+    keep: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ("lm_head",)
+    """Globs of module names that stay in the source's 16 or 32 bits. Embeddings, norms and routers always do."""
+
+    @field_validator("keep")
+    @classmethod
+    def _keeps_head(cls, keep: tuple[str, ...]) -> tuple[str, ...]:
+        if not any(fnmatchcase("lm_head", pattern) for pattern in keep):
+            raise ValueError("expected a pattern for lm_head: quantizing it is not supported")
+        return keep
+
+    def keeps(self, module: str) -> bool:
+        """Whether the linear `module` (full name) is left alone."""
+        return any(fnmatchcase(module, pattern) for pattern in self.keep)
+
+    def for_module(self, module: str) -> ModuleRecipe | None:
+        """What applies to the linear `module` (full name), or None when it is kept."""
+        if self.keeps(module):
+            return None
+        weights, compensation = self.weights, self.compensation
+        for override in self.overrides:
+            if fnmatchcase(module, override.match):
+                weights = override.weights or weights
+                compensation = override.compensation or compensation
+        return ModuleRecipe(weights=weights, activations=self.activations, compensation=compensation)

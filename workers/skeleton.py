@@ -1,0 +1,386 @@
+"""One block at a time of a transformers model: built without weights, filled from a checkpoint, run alone.
+
+transformers' base model already knows masks, rotary embeddings and layer types, so a single block is run by *it*: a base
+model with exactly that layer, no final norm, fed with hidden states instead of tokens. The embedding is its embedding
+module, and the head is the causal model with no layer at all (final norm, lm_head, logit soft-capping). Nothing is
+allocated before its weights arrive: modules are built on the meta device.
+
+Experts that transformers fuses into 3-D parameters are unfused into one linear per projection and expert, because each
+has its own input statistics, its own grid and its own low-rank branch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from workers.architecture import EXPERT, Family, Siblings, family_of, sibling_groups
+from workers.errors import CheckpointError, UnsupportedModelError
+
+MAX_LAYERS = 1024
+"""More layers than any published model; a config that claims more is refused before anything is built."""
+
+MAX_WIDTH = 1 << 20
+"""Bound on every size in a config: a hostile file must not make us build (even on the meta device) without limit."""
+
+SIZE_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+)
+
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Where a module's parameter comes from: a whole source tensor, or row `index`, columns [start, stop) of a fused one."""
+
+    source: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The parameter, as a view of the source tensor."""
+        part = tensor if self.expert is None else tensor[self.expert]
+        return part if self.rows is None else part[self.rows[0] : self.rows[1]]
+
+
+class LinearExperts(nn.Module):
+    """A sparse MLP's experts as separate linears, a drop-in for transformers' fused experts module.
+
+    Called as transformers calls its own: hidden [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k].
+    An expert without tokens is not run.
+    """
+
+    def __init__(self, experts: int, hidden: int, intermediate: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+        for expert in range(experts):
+            self.add_module(
+                str(expert),
+                nn.ModuleDict(
+                    {
+                        "gate_proj": nn.Linear(hidden, intermediate, bias=False),
+                        "up_proj": nn.Linear(hidden, intermediate, bias=False),
+                        "down_proj": nn.Linear(intermediate, hidden, bias=False),
+                    }
+                ),
+            )
+        self.experts = experts
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden_states)
+        for expert in range(self.experts):
+            token, slot = torch.where(top_k_index == expert)
+            if token.numel() == 0:
+                continue
+            module = self.get_submodule(str(expert))
+            x = hidden_states[token]
+            inner = self.activation(module["gate_proj"](x)) * module["up_proj"](x)
+            weighted = module["down_proj"](inner) * top_k_weights[token, slot, None]
+            output.index_add_(0, token, weighted.to(output.dtype))
+        return output
+
+
+class Skeleton:
+    """Builds the parts of one model from its config.json alone; holds no weights.
+
+    Raises UnsupportedModelError for an unknown family or an impossible configuration.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.family: Family = family_of(config.get("model_type"))
+        _check_sizes(config)
+        self.config = _parse(config)
+        self.config._attn_implementation = "eager" if self.family.eager_attention else "sdpa"
+        self.blocks: int = self.config.num_hidden_layers
+        self.hidden_size: int = self.config.hidden_size
+        self.vocabulary: int = self.config.vocab_size
+        self.tied: bool = bool(self.config.tie_word_embeddings)
+        self.experts: int = 0
+        if self.family.experts is not None:
+            self.experts = int(getattr(self.config, self.family.experts.count_key))
+
+    # -- names and shapes ---------------------------------------------------------------------------------------
+
+    def block_module(self, index: int) -> nn.Module:
+        """Block `index` on the meta device, experts unfused; parameter names are relative to the block."""
+        try:
+            with torch.device("meta"):
+                base = _base_class(self.config)(_with_layers(self.config, [index]))
+                layer = type(base.layers[0])(self.config, index)
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+            raise UnsupportedModelError(f"config.json: transformers cannot build block {index}: {error}") from error
+        return self._unfused(layer)
+
+    def block_parameters(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Parameter name (relative to the block) -> shape."""
+        return {name: tuple(p.shape) for name, p in self.block_module(index).named_parameters()}
+
+    def block_linears(self, index: int) -> tuple[Siblings, ...]:
+        """The quantizable linears of block `index`, grouped by shared input."""
+        module = self.block_module(index)
+        linears = frozenset(name for name, m in module.named_modules() if isinstance(m, nn.Linear))
+        return sibling_groups(self.family, linears, self.experts)
+
+    def sources(self, index: int, available: Iterable[str]) -> dict[str, Slice]:
+        """Parameter of block `index` -> where it lies in the checkpoint whose tensor names are `available`."""
+        names = set(available)
+        prefix = f"model.layers.{index}."
+        result: dict[str, Slice] = {}
+        for parameter, shape in self.block_parameters(index).items():
+            result[parameter] = self._source(prefix, parameter, shape, names)
+        return result
+
+    def expected(self, available: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the checkpoint must hold -> its shape. `available` decides between fused and apart."""
+        names = set(available)
+        hidden, vocabulary = self.hidden_size, self.vocabulary
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocabulary, hidden), NORM: (hidden,)}
+        if not self.tied:
+            shapes[LM_HEAD] = (vocabulary, hidden)
+        for index in range(self.blocks):
+            for parameter, shape in self.block_parameters(index).items():
+                source = self._source(f"model.layers.{index}.", parameter, shape, names)
+                if source.expert is None:
+                    shapes[source.source] = shape
+                else:
+                    rows = shape[0] if source.rows is None else 2 * shape[0]
+                    shapes[source.source] = (self.experts, rows, shape[1])
+        return shapes
+
+    def disk_name(self, index: int, parameter: str) -> str:
+        """On-disk name of a block's parameter in a checkpoint that keeps experts apart (how we write it)."""
+        return self._apart(f"model.layers.{index}.", parameter)
+
+    def _apart(self, prefix: str, parameter: str) -> str:
+        layout = self.family.experts
+        if layout is not None and parameter.startswith(f"{layout.module}."):
+            expert = parameter.removeprefix(f"{layout.module}.").split(".", 1)[0]
+            for module, disk in layout.on_disk.items():
+                if parameter == f"{module.replace(EXPERT, expert)}.weight":
+                    return f"{prefix}{disk.replace(EXPERT, expert)}.weight"
+        for module, disk in self.family.renames.items():
+            if parameter.startswith(module) and self._is_sparse(parameter):
+                return prefix + disk + parameter.removeprefix(module)
+        return prefix + parameter
+
+    def _is_sparse(self, parameter: str) -> bool:
+        return self.family.experts is not None and parameter.startswith("mlp.")
+
+    def _source(self, prefix: str, parameter: str, shape: tuple[int, ...], names: set[str]) -> Slice:
+        layout = self.family.experts
+        apart = self._apart(prefix, parameter)
+        if apart in names or layout is None or not self._is_sparse(parameter):
+            return Slice(apart)
+        if not parameter.startswith(f"{layout.module}."):
+            plain = prefix + parameter
+            return Slice(plain if plain in names else apart)
+        expert, projection, _ = parameter.removeprefix(f"{layout.module}.").split(".")
+        gate_up, down = (prefix + name for name in layout.fused_on_disk)
+        if projection == "down_proj":
+            return Slice(down, int(expert)) if down in names else Slice(apart)
+        if gate_up not in names:
+            return Slice(apart)
+        start = 0 if projection == "gate_proj" else shape[0]
+        return Slice(gate_up, int(expert), (start, start + shape[0]))
+
+    def _unfused(self, layer: nn.Module) -> nn.Module:
+        layout = self.family.experts
+        if layout is None:
+            return layer
+        parent_name, _, leaf = layout.module.rpartition(".")
+        parent = layer.get_submodule(parent_name)
+        fused = getattr(parent, leaf, None)
+        if fused is None:
+            return layer
+        experts, double, hidden = fused.gate_up_proj.shape
+        with torch.device("meta"):
+            setattr(parent, leaf, LinearExperts(experts, hidden, double // 2, fused.act_fn))
+        return layer
+
+    # -- parts that run -----------------------------------------------------------------------------------------
+
+    def embedding(self, weight: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """tokens [batch, length] int64 -> hidden states [batch, length, hidden]."""
+        with torch.device("meta"):
+            module = _base_class(self.config)(_with_layers(self.config, [])).embed_tokens
+        return _filled_embedding(module, weight.to(device, dtype))
+
+    def block(
+        self,
+        index: int,
+        parameters: Mapping[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        absent: Container[str] = (),
+    ) -> Block:
+        """Block `index`, filled with `parameters` (names relative to the block, any float dtype).
+
+        absent: linears whose weight is not given because another module will take their place. Any other parameter that
+        is missing, and any that the block does not have, is a CheckpointError.
+        """
+        layer = self.block_module(index)
+        filled = {name: value.to(device, dtype) for name, value in parameters.items()}
+        wrong = layer.load_state_dict(filled, assign=True, strict=False)
+        missing = [name for name in wrong.missing_keys if name.removesuffix(".weight") not in absent]
+        if missing or wrong.unexpected_keys:
+            raise CheckpointError(f"block {index}: missing {missing}, unexpected {wrong.unexpected_keys}")
+        return Block(self._around(layer, index, device), self.block_linears(index))
+
+    def head(self, parameters: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """hidden states [batch, length, hidden] -> logits [batch, length, vocabulary], in `dtype`.
+
+        parameters: `model.norm.weight`, and `lm_head.weight` (of a tied model: the embedding).
+        """
+        model = self._causal(_with_layers(self.config, []))
+        _fill_head(model, parameters, device, dtype)
+        model.model.rotary_emb = _rotary(model.model, self.config, device)
+        return _Head(model).eval()
+
+    def causal_shell(
+        self, embedding: Tensor, head: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> PreTrainedModel:
+        """The whole causal model without its blocks, for a caller that appends them to `model.layers` in order."""
+        model = self._causal(_with_layers(self.config, []))
+        model.config = model.model.config = copy.deepcopy(self.config)
+        _filled_embedding(model.model.embed_tokens, embedding.to(device, dtype))
+        _fill_head(model, head, device, dtype)
+        if self.tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        model.model.rotary_emb = _rotary(model.model, self.config, device)
+        return model
+
+    def _causal(self, config: PreTrainedConfig) -> PreTrainedModel:
+        with torch.device("meta"):
+            model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)](config)
+        return model
+
+    def _around(self, layer: nn.Module, index: int, device: torch.device) -> PreTrainedModel:
+        with torch.device("meta"):
+            base = _base_class(self.config)(_with_layers(self.config, [index]))
+        base.layers = nn.ModuleList([layer])
+        base.norm = nn.Identity()
+        base.embed_tokens = None
+        base.rotary_emb = _rotary(base, self.config, device)
+        return base.eval()
+
+
+class Block:
+    """A filled block: `run` hidden states through it, look up its linears, copy it for another thread."""
+
+    def __init__(self, base: PreTrainedModel, siblings: tuple[Siblings, ...]) -> None:
+        self._base = base
+        self.siblings = siblings
+
+    @property
+    def layer(self) -> nn.Module:
+        """The decoder layer itself; module names are relative to it."""
+        return self._base.layers[0]
+
+    def linear(self, name: str) -> nn.Linear:
+        """A linear by its name in the tables."""
+        module = self.layer.get_submodule(name)
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"{name} is a {type(module).__name__}, expected a linear layer")
+        return module
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Puts `module` where the linear `name` was."""
+        self.layer.set_submodule(name, module)
+
+    def replica(self) -> Block:
+        """A copy that shares every tensor but has its own modules, so that another thread can hook and run it."""
+        shared = [*self._base.parameters(), *self._base.buffers()]
+        return Block(copy.deepcopy(self._base, {id(tensor): tensor for tensor in shared}), self.siblings)
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor) -> Tensor:
+        """hidden [batch, length, hidden] -> the block's output, same shape and dtype; causal, positions from 0."""
+        output: Tensor = self._base(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return output
+
+
+class _Head(nn.Module):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
+        return logits
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    for field in SIZE_FIELDS:
+        value = config.get(field)
+        if value is None:
+            continue
+        bound = MAX_LAYERS if field == "num_hidden_layers" else MAX_WIDTH
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= bound:
+            raise CheckpointError(f"config.json: {field}: {value!r}: expected an integer from 1 to {bound}")
+
+
+def _parse(config: Mapping[str, Any]) -> PreTrainedConfig:
+    try:
+        return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"config.json: transformers refuses it: {error}") from error
+
+
+def _base_class(config: PreTrainedConfig) -> Any:
+    from transformers import MODEL_MAPPING
+
+    return MODEL_MAPPING[type(config)]
+
+
+def _with_layers(config: PreTrainedConfig, indices: list[int]) -> PreTrainedConfig:
+    """The config of a model that has only these layers of the whole."""
+    part = copy.deepcopy(config)
+    part._attn_implementation = config._attn_implementation
+    types = getattr(config, "layer_types", None)
+    part.num_hidden_layers = len(indices)
+    if types is not None:
+        part.layer_types = [types[index] for index in indices]
+    return part
+
+
+def _filled_embedding(module: nn.Module, weight: Tensor) -> nn.Module:
+    """Puts the weight in; a scaled embedding (Gemma) also keeps its scale in a buffer, which meta lost."""
+    module.load_state_dict({"weight": weight}, assign=True, strict=False)
+    if isinstance(getattr(module, "embed_scale", None), Tensor):
+        module.embed_scale = torch.tensor(module.scalar_embed_scale, device=weight.device)
+    return module.eval()
+
+
+def _fill_head(
+    model: PreTrainedModel, parameters: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> None:
+    model.model.norm.load_state_dict({"weight": parameters[NORM].to(device, dtype)}, assign=True)
+    model.lm_head.load_state_dict({"weight": parameters[LM_HEAD].to(device, dtype)}, assign=True)
+
+
+def _rotary(base: Any, config: PreTrainedConfig, device: torch.device) -> nn.Module:
+    """The family's rotary embedding with real buffers (those built on the meta device hold no values)."""
+    with torch.device(device):
+        module: nn.Module = type(base.rotary_emb)(config)
+    return module

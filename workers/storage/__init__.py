@@ -1,0 +1,26 @@
+"""Object storage: `file:` and `s3:` behind one narrow interface."""
+
+from workers.storage.base import (
+    ObjectInfo,
+    ObjectStore,
+    Writer,
+    Written,
+    open_store,
+    sha256_hex,
+)
+from workers.storage.fetch import fetch
+from workers.storage.names import check_key, split_uri
+from workers.storage.probe import probe
+
+__all__ = [
+    "ObjectInfo",
+    "ObjectStore",
+    "Writer",
+    "Written",
+    "check_key",
+    "fetch",
+    "open_store",
+    "probe",
+    "sha256_hex",
+    "split_uri",
+]

@@ -1,0 +1,236 @@
+"""One narrow interface over object storage.
+
+A store is bound to a root URI (`file:///directory` or `s3://bucket/prefix`); everything below the root is
+addressed by a key, a relative POSIX path. Both kinds behave the same wherever the interface speaks; where a
+difference cannot be hidden, the docstring says so. What keys and URIs may look like is in
+`workers.storage.names`.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+from workers.errors import IntegrityError, RequestError, StorageError
+from workers.storage.names import EXPECTED_URI, file_root, s3_root
+
+# Large enough that per-chunk Python work vanishes beside the network, small enough to hold dozens of them.
+STREAM_CHUNK = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectInfo:
+    """One listed object: its key, relative to the store's root, and its size in bytes."""
+
+    key: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What a `Writer` committed: size in bytes, and the sha256 (hex) of every byte as it was handed over."""
+
+    size: int
+    sha256: str
+
+
+class Writer(abc.ABC):
+    """Writes one object piece by piece in bounded memory; nothing is visible before `commit`.
+
+    A context manager: leaving the block without a commit (by an exception or not) aborts, and an abort
+    leaves neither a temporary file nor an open multipart upload behind. Not thread-safe, not picklable.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._size = 0
+        self._digest = hashlib.sha256()
+        self._open = True
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Appends `data` (any C-contiguous buffer); the caller may reuse the buffer afterwards.
+
+        Raises `StorageError` when the store fails, `ValueError` after commit or abort.
+        """
+        self._require_open()
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        self._size += len(view)
+        self._append(view)
+
+    def commit(self) -> Written:
+        """Makes the object visible, whole, replacing an earlier one under the same key.
+
+        Raises `StorageError` when the store fails (the object is then not visible, unless the store lost
+        only its acknowledgement and could not be asked), `ValueError` after commit or abort.
+        """
+        self._require_open()
+        self._publish()
+        self._open = False
+        return Written(size=self._size, sha256=self._digest.hexdigest())
+
+    def abort(self) -> None:
+        """Discards everything written; does nothing after commit or abort. Raises `StorageError`."""
+        if self._open:
+            self._open = False
+            self._discard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.abort()
+        except StorageError as failure:
+            if error is None:
+                raise
+            # The first error is the one to act on; what was left behind is for abort_stale_writes.
+            error.add_note(f"and the abort failed: {failure}")
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise ValueError(f"writer of {self.uri}: already committed or aborted")
+
+    @abc.abstractmethod
+    def _append(self, view: memoryview) -> None: ...
+
+    @abc.abstractmethod
+    def _publish(self) -> None: ...
+
+    @abc.abstractmethod
+    def _discard(self) -> None: ...
+
+
+class ObjectStore(abc.ABC):
+    """Objects below one root URI. Thread-safe, and picklable: it travels as its URI and opens itself again.
+
+    Every method raises `RequestError` where trying again cannot help (a malformed key, a missing bucket,
+    missing rights or credentials), `ObjectNotFoundError` where a named object is absent, and otherwise
+    `StorageError`; each text names the operation, the URI and the cause in one line.
+
+    No key may be a directory of another key (`a` and `a/b`): a file system cannot hold both.
+    """
+
+    uri: str
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.uri!r})"
+
+    def read(self, key: str, *, sha256: str | None = None) -> bytes:
+        """The whole object. With `sha256` (hex), every byte is verified: a mismatch is read once more,
+        because a bit may have turned on the way, and then raises `IntegrityError`."""
+        try:
+            data = self._read(key)
+        except IntegrityError:  # the store's own checksum already told
+            data = self._read(key)
+        if sha256 is None or sha256_hex(data) == sha256:
+            return data
+        data = self._read(key)
+        actual = sha256_hex(data)
+        if actual != sha256:
+            raise IntegrityError(
+                f"read {self.uri_of(key)}: sha256 is {actual} ({len(data)} bytes), expected {sha256}, twice"
+            )
+        return data
+
+    @abc.abstractmethod
+    def below(self, key: str) -> ObjectStore:
+        """The store whose root is `key` in this one; on `s3:` they share connections."""
+
+    @abc.abstractmethod
+    def uri_of(self, key: str) -> str:
+        """The object's own URI; `split_uri` takes it apart again."""
+
+    @abc.abstractmethod
+    def _read(self, key: str) -> bytes: ...
+
+    @abc.abstractmethod
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """Exactly `length` bytes from offset `start`; a range beyond the object's end is a `StorageError`."""
+
+    @abc.abstractmethod
+    def stream(self, key: str, *, start: int = 0, chunk: int = STREAM_CHUNK) -> Iterator[bytes]:
+        """The bytes from `start` to the end, in pieces of at most `chunk` bytes.
+
+        A connection that breaks, ends early or stalls is resumed where it stopped, at most three times; an
+        object replaced meanwhile is a `StorageError`, never a mixture. `start` beyond the end is a
+        `StorageError`.
+        """
+
+    @abc.abstractmethod
+    def size(self, key: str) -> int:
+        """The object's size in bytes."""
+
+    @abc.abstractmethod
+    def exists(self, key: str) -> bool:
+        """Whether an object is visible under `key`."""
+
+    @abc.abstractmethod
+    def write(self, key: str, data: bytes | bytearray | memoryview) -> None:
+        """Writes the object whole: a reader sees the earlier object or this one. Replaces what is there."""
+
+    @abc.abstractmethod
+    def create(self, key: str, data: bytes) -> bool:
+        """Creates the object once: True when this call created it, False when the key was taken; of any
+        number of concurrent callers exactly one gets True. The primitive of coordination, for small
+        records.
+
+        An acknowledgement lost on the way is resolved by asking the store whose object it is. When that too
+        fails, `StorageError`: the outcome is unknown, and a further call may return False for this caller's
+        own record.
+        """
+
+    @abc.abstractmethod
+    def open_writer(self, key: str) -> Writer:
+        """A `Writer` for an object of any size."""
+
+    @abc.abstractmethod
+    def copy(self, source_key: str, key: str) -> None:
+        """Copies within the store, without the bytes passing through this process's network; replaces
+        `key`."""
+
+    @abc.abstractmethod
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """The objects whose keys begin with `prefix` (any string, not only a directory), in key order.
+
+        Names that are no valid keys (directory markers and files that something else put there) and files
+        being written are left out; on `file:`, linked files are listed, linked directories are not entered.
+        """
+
+    @abc.abstractmethod
+    def delete(self, key: str) -> None:
+        """Deletes the object; a key without an object is not an error."""
+
+    @abc.abstractmethod
+    def abort_stale_writes(self, older_than: timedelta) -> int:
+        """Removes what killed writers left below the root (temporary files, multipart uploads) and that was
+        begun longer than `older_than` ago; returns how many. Younger than any live writer may be is the
+        caller's duty."""
+
+
+def sha256_hex(data: bytes | bytearray | memoryview) -> str:
+    """The sha256 of `data` as 64 lower-case hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def open_store(uri: str) -> ObjectStore:
+    """The store at a root URI. Opening touches neither disk nor network. Raises `RequestError` for other
+    schemes."""
+    # Each backend is imported when asked for: boto3 costs a third of a second that file: users need not pay.
+    root = file_root(uri)
+    if root is not None:
+        from workers.storage.file import FileStore
+
+        return FileStore(root)
+    if s3_root(uri) is not None:
+        from workers.storage.s3 import S3Store
+
+        return S3Store(uri)
+    raise RequestError(f"storage URI {uri!r}: {EXPECTED_URI}")

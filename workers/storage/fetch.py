@@ -1,0 +1,107 @@
+"""Downloads one object to a local file, resumably, every byte verified."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from workers.errors import IntegrityError, RequestError, StorageError
+from workers.storage.base import ObjectStore
+
+_CHUNK = 4 << 20
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+def fetch(store: ObjectStore, key: str, path: Path, *, size: int, sha256: str) -> None:
+    """Makes `path` hold the object of `size` bytes with digest `sha256` (hex); returns at once when it
+    already does.
+
+    Bytes gather in `<path>.partial`, which a killed or failed download leaves behind and the next one
+    continues. `path` appears whole, by a rename, after every byte was hashed, those of an earlier attempt
+    included. A wrong digest discards the partial file; where bytes of an earlier attempt may be to blame,
+    or a bit on the way, the download starts once more from nothing.
+
+    Raises `IntegrityError` when size or digest differ, `ObjectNotFoundError` and `StorageError` as the
+    store does, `StorageError` also when the disk is full or another process downloads to the same path, and
+    `RequestError` when the path cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with _failing(partial):
+        if path.is_file() and path.stat().st_size == size and _hash_file(path) == sha256:
+            return
+        actual_size = store.size(key)
+        if actual_size != size:
+            raise IntegrityError(
+                f"fetch {store.uri_of(key)}: the object has {actual_size} bytes, expected {size}"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_alone(partial)
+        try:
+            if _fill(store, key, descriptor, size) != sha256:
+                os.ftruncate(descriptor, 0)
+                actual = _fill(store, key, descriptor, size)
+                if actual != sha256:
+                    partial.unlink()
+                    raise IntegrityError(
+                        f"fetch {store.uri_of(key)}: sha256 is {actual}, expected {sha256}, twice"
+                    )
+            os.fsync(descriptor)
+            os.replace(partial, path)
+        finally:
+            os.close(descriptor)
+
+
+def _fill(store: ObjectStore, key: str, descriptor: int, size: int) -> str:
+    """Appends what is missing to the partial file; returns the sha256 of all of it."""
+    if os.fstat(descriptor).st_size > size:
+        os.ftruncate(descriptor, 0)
+    digest = hashlib.sha256()
+    position = 0
+    while piece := os.pread(descriptor, _CHUNK, position):
+        digest.update(piece)
+        position += len(piece)
+    if position < size:
+        for piece in store.stream(key, start=position):
+            digest.update(piece)
+            view = memoryview(piece)
+            while view:
+                written = os.pwrite(descriptor, view, position)
+                view = view[written:]
+                position += written
+    return digest.hexdigest()
+
+
+def _open_alone(partial: Path) -> int:
+    """Opens the partial file for this process alone: two that append to one file would spoil it for both."""
+    while True:
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(partial)):
+                return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise StorageError(f"fetch to {partial}: another process is downloading it") from error
+        except FileNotFoundError:
+            pass
+        # Between our open and our lock its owner finished and renamed it: what we hold is the finished file.
+        os.close(descriptor)
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _failing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        text = f"fetch to {path}: {error.strerror or error}"
+        raise (RequestError(text) if error.errno in _REFUSED else StorageError(text)) from error

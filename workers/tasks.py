@@ -1,0 +1,183 @@
+"""The tasks of the data plane as values: what is asked (specs, with their keys) and what was found (records).
+
+A spec is everything a worker needs and nothing it does not; its key is the digest of what determines the result. Specs
+travel to workers, records come back and are committed under the key. Neither holds a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from workers.block import ModuleReport
+from workers.config import Config
+from workers.keys import digest, numerics
+from workers.recipe import ModuleRecipe
+from workers.workspace import Blob, Record
+
+SHARD_TOKENS = 4096
+"""Tokens of one shard of hidden states. Part of the numerics: statistics are reduced shard by shard."""
+
+FORWARD, BLOCK, EMBED, KEEP = "forward", "block", "embed", "keep"
+
+IRRELEVANT_CONFIG = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+"""Fields of config.json that cannot change a block's result."""
+
+ComputeDtype = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda"]
+
+
+class Setting(Config):
+    """What every task of a job shares."""
+
+    source: str
+    """Root URI of the source checkpoint."""
+    config: Mapping[str, Any]
+    """The source's config.json."""
+    workspace: str
+    """Root URI of the durable state."""
+    compute_dtype: ComputeDtype
+    device: Device
+    """Where the arithmetic was asked to run: bits differ between kinds of device, so results do not mix."""
+
+    def determines(self) -> dict[str, Any]:
+        """The part of a key that all tasks share."""
+        config = {name: value for name, value in self.config.items() if name not in IRRELEVANT_CONFIG}
+        return {
+            "numerics": numerics(),
+            "config": config,
+            "compute_dtype": self.compute_dtype,
+            "device": self.device,
+            "shard_tokens": SHARD_TOKENS,
+        }
+
+
+class EmbedSpec(Config):
+    """Tokens to the hidden states that enter block 0."""
+
+    setting: Setting
+    tokens: Blob
+    """A safetensors blob with `input_ids` [sequences, length] int32."""
+    tensor: tuple[str, str]
+    """Name and sha256 of the embedding."""
+
+    def key(self) -> str:
+        return digest([EMBED, self.setting.determines(), self.tokens.sha256, self.tensor[1]])
+
+
+class BlockSpec(Config):
+    """One transformer block: which, from which weights, on which inputs, compressed how."""
+
+    setting: Setting
+    index: int
+    tensors: Mapping[str, str]
+    """Source tensors of the block -> sha256."""
+    inputs: tuple[Blob, ...]
+    """Hidden states that enter the block, one blob per shard, in order."""
+    recipe: Mapping[str, ModuleRecipe]
+    """Linear (name relative to the block) -> what applies to it; linears that are kept are absent."""
+    propagate: Literal["original", "compressed"]
+
+    def forward_key(self) -> str:
+        """Key of the block's *original* output: no recipe enters, so jobs that differ in recipe share it."""
+        return digest(
+            [
+                FORWARD,
+                self.setting.determines(),
+                self.index,
+                dict(self.tensors),
+                [blob.sha256 for blob in self.inputs],
+            ]
+        )
+
+    def key(self) -> str:
+        """Key of the compressed block."""
+        recipe = {name: part.model_dump(mode="json") for name, part in self.recipe.items()}
+        return digest([BLOCK, self.forward_key(), self.propagate, recipe])
+
+
+class KeepSpec(Config):
+    """Tensors outside the blocks that the artifact carries over as they are."""
+
+    setting: Setting
+    tensors: Mapping[str, str]
+
+    def key(self) -> str:
+        return digest([KEEP, numerics(), dict(self.tensors)])
+
+
+class Timing(Config):
+    """Where a task's time went, in seconds, and its memory's high-water marks, in bytes."""
+
+    load: float = 0.0
+    forward: float = 0.0
+    solve: float = 0.0
+    write: float = 0.0
+    host_peak_bytes: int = 0
+    device_peak_bytes: int = 0
+    device: str = "cpu"
+
+    @property
+    def total(self) -> float:
+        return self.load + self.forward + self.solve + self.write
+
+
+class HiddenRecord(Record):
+    """Hidden states at a block's boundary, one blob per shard."""
+
+    outputs: tuple[Blob, ...]
+    timing: Timing
+
+
+class LedgerEntry(Config):
+    """What became of one source tensor."""
+
+    source: str
+    shape: tuple[int, ...]
+    fate: Literal["quantized", "kept", "dropped"]
+    stored_as: tuple[str, ...]
+    """Names of the checkpoint's tensors that hold it; empty when dropped."""
+    reason: str = ""
+
+
+class ModuleFormat(Config):
+    """How one quantized linear is stored: what a loader must know beside the tensors."""
+
+    bits: Literal[2, 3, 4, 8]
+    group_size: int | None
+    symmetric: bool
+    activation_bits: int | None
+    rank: int
+
+
+class BlockRecord(Record):
+    """A compressed block: finished checkpoint shard, adapter factors, what it cost and won."""
+
+    index: int
+    checkpoint: Blob
+    adapter: Blob | None
+    outputs: tuple[Blob, ...]
+    """Hidden states after the *compressed* block (propagate: compressed); otherwise empty."""
+    tensors: Mapping[str, str]
+    """Tensors in the checkpoint shard -> sha256 of dtype, shape and bytes."""
+    factors: Mapping[str, str]
+    """Tensors of the adapter -> sha256, likewise."""
+    modules: tuple[ModuleReport, ...]
+    formats: Mapping[str, ModuleFormat]
+    """Full module name, as stored -> format."""
+    kept_bits: int = Field(ge=0)
+    """Bits of the block's tensors that were carried over: norms, biases, routers, kept linears."""
+    ledger: tuple[LedgerEntry, ...]
+    timing: Timing
+
+
+class KeepRecord(Record):
+    """Tensors carried over: one checkpoint shard."""
+
+    checkpoint: Blob
+    tensors: Mapping[str, str]
+    ledger: tuple[LedgerEntry, ...]
+    bits: int = Field(ge=0)
+    timing: Timing

@@ -1,0 +1,397 @@
+"""A worker: one process, one device, doing tasks one after another. Knows no job.
+
+Each method is one task: look the record up (somebody may have finished it), otherwise do the work and commit it. A
+block's task has two halves, because the block after it waits only for the first:
+
+1. `forward` reads the block's weights, runs the *original* block over its inputs, gathers the statistics, stores the
+   outputs. The statistics and the block stay in this process.
+2. `block` solves, stores the finished checkpoint shard and commits. When the first half was done elsewhere or by a
+   process that died, it is done again here; the result has the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.architecture import Siblings
+from workers.block import CompressedLinear, ModuleReport, calibrate, compress, install, tensor_bits
+from workers.calibration.statistics import InputStatistics
+from workers.checkpoint.digest import TensorDigest, tensor_digest
+from workers.checkpoint.reader import Checkpoint
+from workers.compressed import CompressedModel
+from workers.errors import CheckpointError
+from workers.evaluation import (
+    BASELINE,
+    EVALUATE,
+    EvaluateRecord,
+    EvaluateSpec,
+    advance,
+    compressed_blocks,
+    measure,
+    variants_of,
+)
+from workers.interchange import factor_tensors, scale_dtype, weight_tensors
+from workers.join import join_tensors
+from workers.memory import device_peak_bytes, host_peak_bytes, release, reset_peak
+from workers.parallel import OrderedPool
+from workers.skeleton import Block, Skeleton
+from workers.storage import open_store
+from workers.storage.base import Written
+from workers.tasks import (
+    BLOCK,
+    EMBED,
+    FORWARD,
+    KEEP,
+    SHARD_TOKENS,
+    BlockRecord,
+    BlockSpec,
+    Device,
+    EmbedSpec,
+    HiddenRecord,
+    KeepRecord,
+    KeepSpec,
+    LedgerEntry,
+    ModuleFormat,
+    Setting,
+    Timing,
+)
+from workers.workspace import Blob, Workspace
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """The first half of a block's task, kept for the second."""
+
+    key: str
+    block: Block
+    parameters: dict[str, Tensor]  # as in the source: what is kept is carried over, what is solved is solved from it
+    statistics: dict[Siblings, InputStatistics]
+    outputs: tuple[Blob, ...]
+    timing: Timing
+
+
+class Worker:
+    """Runs tasks on one device.
+
+    device: `cuda` runs on the GPU when there is one and on the CPU otherwise; the records say which it was.
+    threads: on a CPU, how many threads share the shards and the solves; results do not depend on it.
+    """
+
+    def __init__(self, device: Device = "cpu", threads: int = 1) -> None:
+        # One thread inside an operation, several operations at a time: bits then do not depend on `threads`.
+        torch.set_num_threads(1)
+        # Float32 products must be float32 products: TF32 keeps 10 bits of mantissa.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        on_gpu = device == "cuda" and torch.cuda.is_available()
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        self._pool = OrderedPool(1 if on_gpu else threads)
+        self._sources: dict[str, tuple[Checkpoint, Skeleton]] = {}
+        self._held: _Held | None = None
+
+    def ready(self) -> str:
+        """The kind of device this worker computes on."""
+        return self.device.type
+
+    def inspect(self, source: str, names: Iterable[str]) -> dict[str, TensorDigest]:
+        """Digest and finiteness of source tensors; reads each byte once, in bounded memory."""
+        return Checkpoint.open(open_store(source)).inspect(names)
+
+    def embed(self, spec: EmbedSpec) -> HiddenRecord:
+        """Token ids to the hidden states that enter block 0, cut into shards."""
+        workspace = Workspace(open_store(spec.setting.workspace))
+        key = spec.key()
+        if (done := workspace.lookup(EMBED, key, HiddenRecord)) is not None and _all_there(workspace, done.outputs):
+            return done
+        clock = _Clock(self.device)
+        checkpoint, skeleton = self._source(spec.setting)
+        name, sha256 = spec.tensor
+        weight = checkpoint.read(name, sha256=sha256)
+        module = skeleton.embedding(weight, self.device, DTYPES[spec.setting.compute_dtype])
+        ids = workspace.get_tensors(spec.tokens)["input_ids"]
+        clock.lap("load")
+        with torch.no_grad():
+            shards = [module(part.long().to(self.device)) for part in ids.split(shard_sequences(ids.shape[1]))]
+        clock.lap("forward")
+        outputs = tuple(_put_hidden(workspace, shard) for shard in shards)
+        clock.lap("write")
+        return workspace.commit(EMBED, key, HiddenRecord(outputs=outputs, timing=clock.timing()))
+
+    def keep(self, spec: KeepSpec) -> KeepRecord:
+        """Carries tensors outside the blocks over into a checkpoint shard of their own."""
+        workspace = Workspace(open_store(spec.setting.workspace))
+        key = spec.key()
+        if (done := workspace.lookup(KEEP, key, KeepRecord)) is not None and workspace.has(done.checkpoint):
+            return done
+        clock = _Clock(self.device)
+        checkpoint, _ = self._source(spec.setting)
+        tensors = checkpoint.read_many(spec.tensors, sha256=spec.tensors)
+        clock.lap("load")
+        blob = workspace.put_tensors(tensors)
+        clock.lap("write")
+        record = KeepRecord(
+            checkpoint=blob,
+            tensors={name: tensor_digest(tensor) for name, tensor in tensors.items()},
+            ledger=tuple(
+                LedgerEntry(source=name, shape=tuple(tensor.shape), fate="kept", stored_as=(name,))
+                for name, tensor in tensors.items()
+            ),
+            bits=sum(tensor_bits(tensor) for tensor in tensors.values()),
+            timing=clock.timing(),
+        )
+        return workspace.commit(KEEP, key, record)
+
+    def forward(self, spec: BlockSpec) -> HiddenRecord:
+        """First half of a block's task; returns where the original block's outputs are."""
+        workspace = Workspace(open_store(spec.setting.workspace))
+        held = self._calibrated(spec, workspace)
+        record = HiddenRecord(outputs=held.outputs, timing=held.timing)
+        return workspace.commit(FORWARD, held.key, record)
+
+    def block(self, spec: BlockSpec) -> BlockRecord:
+        """The whole of a block's task; the first half is not repeated when this process has just done it."""
+        workspace = Workspace(open_store(spec.setting.workspace))
+        key = spec.key()
+        if (done := workspace.lookup(BLOCK, key, BlockRecord)) is not None and _shards_there(workspace, done):
+            return done
+        held = self._calibrated(spec, workspace)
+        self._held = None
+        clock = _Clock(self.device, held.timing)
+        weights = {name: held.parameters[f"{name}.weight"] for name in spec.recipe}
+        linears, reports = compress(
+            {name: weight.to(self.device) for name, weight in weights.items()},
+            held.statistics,
+            spec.recipe,
+            scale_dtypes={name: scale_dtype(name, weight.dtype) for name, weight in weights.items()},
+            pool=self._pool,
+        )
+        clock.lap("solve")
+        outputs = self._propagate(spec, held.block, linears, workspace)
+        clock.lap("forward")
+        _, skeleton = self._source(spec.setting)
+        record = _write(spec, skeleton, held, linears, reports, outputs, workspace)
+        clock.lap("write")
+        record = record.model_copy(update={"timing": clock.timing()})
+        del held, linears
+        release(self.device)
+        return workspace.commit(BLOCK, key, record)
+
+    def evaluate(self, spec: EvaluateSpec) -> EvaluateRecord:
+        """Metrics of a range of windows under the original, the quantized and the compensated model."""
+        workspace = Workspace(open_store(spec.setting.workspace))
+        key = spec.key()
+        if (done := workspace.lookup(EVALUATE, key, EvaluateRecord)) is not None:
+            return done
+        clock = _Clock(self.device)
+        _, skeleton = self._source(spec.setting)
+        model = CompressedModel.open(open_store(spec.artifact))
+        variants = variants_of(model)
+        ids = workspace.get_tensors(spec.tokens)["input_ids"][spec.start : spec.stop].long().to(self.device)
+        batches = ids.split(shard_sequences(ids.shape[1]))
+        embed = skeleton.embedding(model.embedding(), self.device, torch.float32)
+        with torch.no_grad():
+            first = [embed(batch) for batch in batches]
+
+        def blocks(index: int) -> dict[str, Block]:
+            release(self.device)
+            found = compressed_blocks(model, index, variants[1:], self.device)
+            names = {part.source for part in skeleton.sources(index, spec.tensors).values()}
+            digests = {name: spec.tensors[name] for name in names}
+            return {BASELINE: self.load_block(spec.setting, index, digests, torch.float32)[0], **found}
+
+        hidden = advance({variant: first for variant in variants}, blocks, skeleton.blocks, self._pool)
+        head = skeleton.head(model.head(), self.device, torch.float32)
+        windows = measure(hidden, batches, head, self._pool)
+        clock.lap("forward")
+        record = EvaluateRecord(
+            windows={variant: tuple(found) for variant, found in windows.items()}, timing=clock.timing()
+        )
+        release(self.device)
+        return workspace.commit(EVALUATE, key, record)
+
+    def join(self, workspace: str, parts: Sequence[tuple[Blob, Sequence[str]]], output: str, key: str) -> Written:
+        """Writes blobs of tensors as one file below the root URI `output`; returns its size and sha256."""
+        return join_tensors(Workspace(open_store(workspace)), parts, open_store(output), key)
+
+    def close(self) -> None:
+        """Drops what is held and ends the threads."""
+        self._held = None
+        self._pool.close()
+
+    # -- internals ----------------------------------------------------------------------------------------------
+
+    def _source(self, setting: Setting) -> tuple[Checkpoint, Skeleton]:
+        if setting.source not in self._sources:
+            self._sources.clear()
+            checkpoint = Checkpoint.open(open_store(setting.source))
+            self._sources[setting.source] = (checkpoint, Skeleton(setting.config))
+        return self._sources[setting.source]
+
+    def _calibrated(self, spec: BlockSpec, workspace: Workspace) -> _Held:
+        key = spec.forward_key()
+        if self._held is not None and self._held.key == key:
+            return self._held
+        self._held = None
+        release(self.device)
+        clock = _Clock(self.device)
+        dtype = DTYPES[spec.setting.compute_dtype]
+        block, parameters = self.load_block(spec.setting, spec.index, spec.tensors, dtype)
+        clock.lap("load")
+        groups = [group for group in block.siblings if any(name in spec.recipe for name in group)]
+        keep_outputs = spec.propagate == "original"
+
+        def emit(output: Tensor) -> Blob | None:
+            return _put_hidden(workspace, output) if keep_outputs else None
+
+        inputs = [_loader(workspace, blob, self.device) for blob in spec.inputs]
+        statistics, outputs = calibrate(block, inputs, emit, groups, self._pool)
+        clock.lap("forward")
+        stored = tuple(blob for blob in outputs if blob is not None)
+        self._held = _Held(key, block, parameters, statistics, stored, clock.timing())
+        return self._held
+
+    def load_block(
+        self, setting: Setting, index: int, digests: Mapping[str, str], dtype: torch.dtype
+    ) -> tuple[Block, dict[str, Tensor]]:
+        """A source block on the device, every tensor verified; and its parameters on the CPU, as the source has them."""
+        checkpoint, skeleton = self._source(setting)
+        slices = skeleton.sources(index, checkpoint.names)
+        tensors = checkpoint.read_many(digests, sha256=digests)
+        absent = {part.source for part in slices.values()} - tensors.keys()
+        if absent:
+            raise CheckpointError(f"block {index}: the task lists no digest for {sorted(absent)[:3]}")
+        parameters = {name: part.of(tensors[part.source]) for name, part in slices.items()}
+        return skeleton.block(index, parameters, self.device, dtype), parameters
+
+    def _propagate(
+        self, spec: BlockSpec, block: Block, linears: Mapping[str, CompressedLinear], workspace: Workspace
+    ) -> tuple[Blob, ...]:
+        if spec.propagate == "original":
+            return ()
+        install(block, linears)
+        inputs = [_loader(workspace, blob, self.device) for blob in spec.inputs]
+        emitted = self._pool.map(lambda load: _put_hidden(workspace, block.run(load())), inputs)
+        return tuple(emitted)
+
+
+def shard_sequences(length: int) -> int:
+    """Sequences of `length` tokens in one shard of hidden states."""
+    return max(1, SHARD_TOKENS // length)
+
+
+def _loader(workspace: Workspace, blob: Blob, device: torch.device) -> Callable[[], Tensor]:
+    return lambda: workspace.get_tensors(blob)["hidden"].to(device)
+
+
+def _put_hidden(workspace: Workspace, hidden: Tensor) -> Blob:
+    return workspace.put_tensors({"hidden": hidden.cpu()})
+
+
+def _all_there(workspace: Workspace, blobs: Iterable[Blob]) -> bool:
+    return all(workspace.has(blob) for blob in blobs)
+
+
+def _shards_there(workspace: Workspace, record: BlockRecord) -> bool:
+    blobs = [record.checkpoint, *record.outputs]
+    return _all_there(workspace, blobs if record.adapter is None else [*blobs, record.adapter])
+
+
+def _write(
+    spec: BlockSpec,
+    skeleton: Skeleton,
+    held: _Held,
+    linears: Mapping[str, CompressedLinear],
+    reports: Iterable[ModuleReport],
+    outputs: tuple[Blob, ...],
+    workspace: Workspace,
+) -> BlockRecord:
+    """Stores the block as a finished checkpoint shard (and its factors), and says what became of each parameter."""
+    tensors: dict[str, Tensor] = {}
+    factors: dict[str, Tensor] = {}
+    formats: dict[str, ModuleFormat] = {}
+    ledger: list[LedgerEntry] = []
+    kept_bits = 0
+    slices = skeleton.sources(spec.index, spec.tensors)
+    for parameter, part in slices.items():
+        stored = skeleton.disk_name(spec.index, parameter)
+        module = parameter.removesuffix(".weight")
+        if parameter.endswith(".weight") and module in linears:
+            linear, name = linears[module], stored.removesuffix(".weight")
+            packed = weight_tensors(name, linear.weight)
+            tensors.update(packed)
+            factors.update({} if linear.low_rank is None else factor_tensors(name, linear.low_rank))
+            formats[name] = _format(linear)
+            shape = tuple(linear.weight.codes.shape)
+            ledger.append(LedgerEntry(source=part.source, shape=shape, fate="quantized", stored_as=tuple(packed)))
+        else:
+            kept = tensors[stored] = held.parameters[parameter]
+            kept_bits += tensor_bits(kept)
+            ledger.append(LedgerEntry(source=part.source, shape=tuple(kept.shape), fate="kept", stored_as=(stored,)))
+    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+    factors = {name: tensor.cpu() for name, tensor in factors.items()}
+    return BlockRecord(
+        index=spec.index,
+        checkpoint=workspace.put_tensors(tensors),
+        adapter=workspace.put_tensors(factors) if factors else None,
+        outputs=outputs,
+        tensors={name: tensor_digest(tensor) for name, tensor in tensors.items()},
+        factors={name: tensor_digest(tensor) for name, tensor in factors.items()},
+        modules=tuple(
+            report.model_copy(update={"name": _full_name(skeleton, spec.index, report.name)}) for report in reports
+        ),
+        formats=formats,
+        kept_bits=kept_bits,
+        ledger=tuple(ledger),
+        timing=held.timing,
+    )
+
+
+def _full_name(skeleton: Skeleton, index: int, module: str) -> str:
+    return skeleton.disk_name(index, f"{module}.weight").removesuffix(".weight")
+
+
+def _format(linear: CompressedLinear) -> ModuleFormat:
+    weight, branch = linear.weight, linear.low_rank
+    return ModuleFormat.model_validate(
+        {
+            "bits": weight.bits,
+            "group_size": weight.group_size,
+            "symmetric": weight.zero_point is None,
+            "activation_bits": linear.activation_bits,
+            "rank": 0 if branch is None else branch.rank,
+        }
+    )
+
+
+class _Clock:
+    """Seconds per phase and peak memory of one task."""
+
+    def __init__(self, device: torch.device, before: Timing | None = None) -> None:
+        self._device, self._timing = device, before or Timing(device=device.type)
+        self._peak = (0, 0) if before is None else (before.host_peak_bytes, before.device_peak_bytes)
+        reset_peak(device)
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Books the time since the last lap under `phase`."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        spent = getattr(self._timing, phase) + now - self._last
+        self._timing = self._timing.model_copy(update={phase: spent})
+        self._last = now
+
+    def timing(self) -> Timing:
+        """The account so far."""
+        return self._timing.model_copy(
+            update={
+                "host_peak_bytes": max(self._peak[0], host_peak_bytes()),
+                "device_peak_bytes": max(self._peak[1], device_peak_bytes(self._device)),
+            }
+        )
