@@ -13,23 +13,29 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from pipeline.report import BitsPerWeight, ModelReport, Quality
-from workers.config import Config
+from workers.compressed import LEDGER
+from workers.config import Config, first_problem
 from workers.errors import IntegrityError, ObjectNotFoundError, RequestError
 from workers.storage import ObjectStore, fetch, open_store
 from workers.storage.names import check_key
 
+CONFIG = "config.json"
 DOCUMENT = "artifact.json"
+INDEX = "model.safetensors.index.json"
 LATEST = "latest.json"
 REPORT = "report/report.json"
 REPORT_PAGE = "report/report.html"
 
-MAX_DOCUMENT_BYTES = 64 << 20
+MAX_DOCUMENT_BYTES = 16 << 20
 """An artifact.json names files, not tensors: this is room for a hundred thousand."""
+
+MAX_POINTER_BYTES = 64 << 10
+"""A latest.json has an id, a URI and a time."""
 
 
 class FileEntry(Config):
@@ -50,9 +56,9 @@ class LedgerSummary(Config):
 class ArtifactDocument(Config):
     """artifact.json."""
 
-    schema_version: int = 1
-    name: str
-    id: str
+    schema_version: Literal[1] = 1
+    name: str = Field(pattern=r"^[a-z0-9-]{1,63}$")
+    id: str = Field(pattern=r"^[0-9a-f]{16}$")
     created: str
     base_model: ModelReport
     recipe: Mapping[str, Any]
@@ -103,13 +109,10 @@ class Artifact:
 def read_document(store: ObjectStore) -> ArtifactDocument:
     """artifact.json at a store's root. ObjectNotFoundError when the artifact is not visible, IntegrityError when the
     document is not one."""
-    size = store.size(DOCUMENT)
-    if size > MAX_DOCUMENT_BYTES:
-        raise IntegrityError(f"{store.uri_of(DOCUMENT)}: {size} bytes, expected at most {MAX_DOCUMENT_BYTES}")
     try:
-        document = ArtifactDocument.model_validate_json(store.read(DOCUMENT))
+        document = ArtifactDocument.model_validate_json(_bounded(store, DOCUMENT, MAX_DOCUMENT_BYTES))
     except ValidationError as error:
-        raise IntegrityError(f"{store.uri_of(DOCUMENT)}: not an artifact's: {error}") from error
+        raise IntegrityError(f"{store.uri_of(DOCUMENT)}: not an artifact's: {first_problem(error)}") from error
     for path in document.files:
         check_key(path)
     return document
@@ -126,17 +129,37 @@ def resolve(uri: str) -> tuple[ObjectStore, ArtifactDocument]:
     except ObjectNotFoundError:
         pass
     try:
-        pointer = json.loads(store.read(LATEST))
-        newest = check_key(str(pointer["id"]))
+        pointer = _bounded(store, LATEST, MAX_POINTER_BYTES)
     except ObjectNotFoundError as error:
         raise RequestError(f"{uri}: no {DOCUMENT} and no {LATEST}: expected a published artifact") from error
-    except (ValueError, KeyError, TypeError) as error:
+    try:
+        newest = check_key(str(json.loads(pointer)["id"]))
+    except (ValueError, KeyError, TypeError, RecursionError, RequestError) as error:
         raise IntegrityError(f"{store.uri_of(LATEST)}: {error}: expected an object with an id") from error
-    below = open_store(f"{uri.rstrip('/')}/{newest}")
+    below = store.below(newest)
     try:
         return below, read_document(below)
     except ObjectNotFoundError as error:
         raise RequestError(f"{uri}: {LATEST} names {newest}, which has no {DOCUMENT}") from error
+
+
+def open_artifact(uri: str) -> tuple[ObjectStore, ArtifactDocument]:
+    """As `resolve`; the files that say how the tensors are to be read are compared with artifact.json. The tensors'
+    own digests stand in one of them, the ledger.
+
+    IntegrityError when one differs or is not named.
+    """
+    store, document = resolve(uri)
+    for path in (CONFIG, LEDGER, INDEX):
+        store.read(path, sha256=file_entry(store, document, path).sha256)
+    return store, document
+
+
+def file_entry(store: ObjectStore, document: ArtifactDocument, path: str) -> FileEntry:
+    """What artifact.json says of a file that every artifact has; IntegrityError when it says nothing."""
+    if path not in document.files:
+        raise IntegrityError(f"{store.uri_of(DOCUMENT)}: files: no {path}: expected every file of an artifact")
+    return document.files[path]
 
 
 def verify(uri: str, done: Callable[[str, int], None] = lambda *_: None) -> ArtifactDocument:
@@ -152,7 +175,9 @@ def verify(uri: str, done: Callable[[str, int], None] = lambda *_: None) -> Arti
             problems.append(problem)
         done(path, entry.size)
     if problems:
-        raise IntegrityError(f"{store.uri}: {len(problems)} of {len(document.files)} files differ:\n" + "\n".join(problems))
+        raise IntegrityError(
+            f"{store.uri}: {len(problems)} of {len(document.files)} files differ:\n" + "\n".join(problems)
+        )
     return document
 
 
@@ -162,12 +187,22 @@ def pull(uri: str, destination: Path, done: Callable[[str, int], None] = lambda 
     artifact.json comes last, so a directory that has it is whole.
     """
     store, document = resolve(uri)
+    text = store.read(DOCUMENT)
+    local = open_store(destination.absolute().as_uri())
+    if local.exists(DOCUMENT) and local.read(DOCUMENT) != text:
+        local.delete(DOCUMENT)  # another artifact's: from now on its files are being replaced
     for path, entry in sorted(document.files.items()):
         fetch(store, path, destination / path, size=entry.size, sha256=entry.sha256)
         done(path, entry.size)
-    text = store.read(DOCUMENT)
-    (destination / DOCUMENT).write_bytes(text)
+    local.write(DOCUMENT, text)
     return document
+
+
+def _bounded(store: ObjectStore, key: str, most: int) -> bytes:
+    size = store.size(key)
+    if size > most:
+        raise IntegrityError(f"{store.uri_of(key)}: {size} bytes, expected at most {most}")
+    return store.read_range(key, 0, size)
 
 
 def _difference(store: ObjectStore, path: str, entry: FileEntry) -> str | None:

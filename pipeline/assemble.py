@@ -15,7 +15,9 @@ from importlib import metadata
 from typing import Any
 
 from pipeline.artifact import (
+    CONFIG,
     DOCUMENT,
+    INDEX,
     LATEST,
     REPORT,
     REPORT_PAGE,
@@ -31,15 +33,12 @@ from pipeline.model_source import ModelSource
 from pipeline.report import Report
 from pipeline.report_html import render
 from workers.compressed import ADAPTER, ADAPTER_CONFIG, LEDGER, Ledger
-from workers.errors import IntegrityError
+from workers.errors import IntegrityError, ObjectNotFoundError
 from workers.interchange import adapter_config, artifact_config
 from workers.storage import sha256_hex
 from workers.storage.base import Written
-from workers.tasks import BlockRecord, KeepRecord, LedgerEntry
+from workers.tasks import BlockRecord, KeepRecord, LedgerEntry, ModuleFormat
 from workers.workspace import Blob, Workspace
-
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 
 SOFTWARE = ("counterweight", "torch", "transformers", "ray", "safetensors", "pydantic")
 
@@ -57,7 +56,7 @@ class Parts:
     def ledger(self) -> Ledger:
         """The account of every source tensor and every stored one."""
         entries = [*self.first.ledger, *self.last.ledger, *self.dropped]
-        formats = {}
+        formats: dict[str, ModuleFormat] = {}
         tensors = {**self.first.tensors, **self.last.tensors}
         for record in self.blocks:
             entries += record.ledger
@@ -110,7 +109,7 @@ class Assembler:
             raise IntegrityError(f"{len(missing)} source tensors are not accounted for: {', '.join(missing[:5])}")
 
     def _shards(self) -> None:
-        records = [self._parts.first, *self._parts.blocks, self._parts.last]
+        records: list[BlockRecord | KeepRecord] = [self._parts.first, *self._parts.blocks, self._parts.last]
         weight_map: dict[str, str] = {}
         total = 0
         for number, record in enumerate(records, start=1):
@@ -174,8 +173,25 @@ def publish(artifact: Artifact, report: Report, files: Mapping[str, FileEntry], 
     published = artifact.published()
     if published is None:
         raise IntegrityError(f"{artifact.uri}: {DOCUMENT} was written and is gone")
-    store.write(f"{artifact.name}/{LATEST}", _json({"id": artifact.id, "uri": artifact.uri}))
+    _point(artifact, published.document)
     return Published(published.uri, published.document, existing=False)
+
+
+def repair_pointer(artifact: Artifact, document: ArtifactDocument) -> None:
+    """Completes a publication whose driver was killed before its last write: an artifact that is newer than the one that
+    latest.json names takes its place."""
+    try:
+        pointer = json.loads(artifact.store.read(f"{artifact.name}/{LATEST}"))
+        newest = str(pointer["created"])
+    except (ObjectNotFoundError, ValueError, KeyError, TypeError):
+        newest = ""
+    if newest < document.created:
+        _point(artifact, document)
+
+
+def _point(artifact: Artifact, document: ArtifactDocument) -> None:
+    pointer = {"id": artifact.id, "uri": artifact.uri, "created": document.created}
+    artifact.store.write(f"{artifact.name}/{LATEST}", _json(pointer))
 
 
 def software() -> dict[str, str]:

@@ -60,15 +60,14 @@ class Chain:
     first: tuple[Blob, ...]
     count: int
     propagate: str
+    has: Callable[[Blob], bool]
     placement: Placement = field(default_factory=Placement)
     blocks: list[BlockState] = field(default_factory=list)
 
     @classmethod
-    def open(
-        cls, workspace: Workspace, spec_of: SpecOf, first: tuple[Blob, ...], count: int, propagate: str
-    ) -> Chain:
+    def open(cls, workspace: Workspace, spec_of: SpecOf, first: tuple[Blob, ...], count: int, propagate: str) -> Chain:
         """Follows the chain of records as far as it goes: a block is done when its record and its bytes are there."""
-        chain = cls(spec_of, first, count, propagate, blocks=[BlockState() for _ in range(count)])
+        chain = cls(spec_of, first, count, propagate, workspace.has, blocks=[BlockState() for _ in range(count)])
         inputs: tuple[Blob, ...] | None = first
         for index, state in enumerate(chain.blocks):
             if inputs is None:
@@ -94,10 +93,11 @@ class Chain:
         return [state.record for state in self.blocks if state.record is not None]
 
     @property
-    def boundaries(self) -> list[Blob]:
-        """Every blob of hidden states that the chain knows of."""
+    def discardable(self) -> list[Blob]:
+        """Every blob of hidden states that can be made again: all but the embedding's output, from which a job that
+        shares this chain, and runs now, finds its way when the others are gone."""
         known = [state.outputs for state in self.blocks if state.outputs is not None]
-        return [*self.first, *(blob for outputs in known for blob in outputs)]
+        return [blob for outputs in known for blob in outputs]
 
     def assign(self, worker: int) -> Link | None:
         """The next piece of work for an idle worker, now counted as running; None when there is none for it."""
@@ -113,12 +113,12 @@ class Chain:
                 orphans.append(index)
             elif state.needed and self._inputs_present(index):
                 starts.append(index)
-        index = self.placement.choose(worker, held, orphans, starts)
-        if index is None:
+        chosen = self.placement.choose(worker, held, orphans, starts)
+        if chosen is None:
             return None
-        state = self.blocks[index]
-        whole = self.propagate == "compressed" or state.forwarded
-        state.running = Half.BLOCK if whole else Half.FORWARD
+        state = self.blocks[chosen]
+        first_half = self.propagate == "original" and chosen in starts
+        state.running = Half.FORWARD if first_half else Half.BLOCK
         assert state.spec is not None
         return Link(state.running, state.spec)
 
@@ -128,14 +128,16 @@ class Chain:
         state = self.blocks[index]
         state.running = None
         if value is None:
+            self._look_again(index)
             return
         if isinstance(value, HiddenRecord):
             state.forwarded, state.needed = True, False
             state.holder = worker if state.record is None else None
             self._set_outputs(index, value.outputs)
         else:
-            state.record, state.holder, state.needed = value, None, False
+            state.record, state.holder = value, None
             if self.propagate == "compressed":
+                state.needed = False
                 self._set_outputs(index, value.outputs)
 
     def lost(self, worker: int) -> None:
@@ -146,6 +148,14 @@ class Chain:
 
     def _inputs_present(self, index: int) -> bool:
         return index == 0 or self.blocks[index - 1].present
+
+    def _look_again(self, index: int) -> None:
+        """After a failure: hidden states may be gone, discarded by a job that shares them and has been published. Then
+        the first halves that made them must run again, back to the first whose own inputs are there."""
+        for state in reversed(self.blocks[:index]):
+            if state.outputs is not None and all(self.has(blob) for blob in state.outputs):
+                return
+            state.present, state.forwarded, state.needed = False, False, True
 
     def _set_outputs(self, index: int, outputs: tuple[Blob, ...]) -> None:
         state = self.blocks[index]

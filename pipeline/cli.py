@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +29,10 @@ ArtifactUri = Annotated[
 ]
 
 
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""What every misuse of the command line is. typer may bring its own copy of click, whose classes only it exports."""
+
+
 @app.command()
 def run(
     manifest: Manifest,
@@ -39,29 +43,32 @@ def run(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a job to the end; the last line of stdout is the artifact's URI."""
+    """Run a job to the end; the last line of stdout is the artifact's URI (with --json: its `uri`)."""
     from pipeline.manifest import load_manifest
-    from pipeline.progress import make_progress
-    from pipeline.run import run_job
 
-    overrides = [*(set_ or []), *([] if output is None else [f"spec.output.uri={json.dumps(output)}"])]
+    overrides = [*(set_ or []), *([] if output is None else [f"spec.output.uri={json.dumps(_absolute(output))}"])]
     job = load_manifest(manifest, overrides).job
+    from pipeline.progress import make_progress
+    from pipeline.run import run_job  # a wrong manifest need not wait for transformers and Ray
+
     with make_progress(sys.stderr) as progress:
         published = run_job(job, progress, address=address)
         progress.finish(_summary(published.document, published.uri))
     if as_json:
-        _print_json(published.document.model_dump(mode="json"))
-    typer.echo(published.uri)
+        _print_json({"uri": published.uri, **published.document.model_dump(mode="json")})
+    else:
+        typer.echo(published.uri)
 
 
 @app.command()
 def plan(manifest: Manifest, set_: Overrides = None, as_json: AsJson = False) -> None:
     """Say what a job would do and need, from headers alone."""
     from pipeline.manifest import load_manifest
+
+    job = load_manifest(manifest, set_ or []).job
     from pipeline.model_source import open_model
     from pipeline.plan import make_plan
 
-    job = load_manifest(manifest, set_ or []).job
     made = make_plan(job, open_model(job.spec.model.uri))
     if as_json:
         _print_json(made.model_dump(mode="json"))
@@ -86,12 +93,12 @@ def pull(uri: ArtifactUri, destination: Path, as_json: AsJson = False) -> None:
     """Download an artifact, resuming where an earlier pull stopped; every byte is checked."""
     from pipeline.artifact import pull as fetch_artifact
 
-    document = fetch_artifact(uri, destination, _each_file)
+    document = fetch_artifact(_absolute(uri), destination, _each_file)
     facts = {"id": document.id, "files": len(document.files), "bytes": sum(f.size for f in document.files.values())}
     if as_json:
-        _print_json(facts)
-    else:
-        _print_rows(f"pulled {document.name}", [(name, str(value)) for name, value in facts.items()])
+        _print_json({**facts, "destination": str(destination)})
+        return
+    _print_rows(f"pulled {document.name}", [(name, str(value)) for name, value in facts.items()])
     typer.echo(str(destination))
 
 
@@ -100,7 +107,7 @@ def verify(uri: ArtifactUri, as_json: AsJson = False) -> None:
     """Read every byte of an artifact and compare it with its digest."""
     from pipeline.artifact import verify as check_artifact
 
-    document = check_artifact(uri, _each_file)
+    document = check_artifact(_absolute(uri), _each_file)
     facts = {"id": document.id, "files": len(document.files), "bytes": sum(f.size for f in document.files.values())}
     if as_json:
         _print_json(facts)
@@ -126,7 +133,12 @@ def evaluate(
     from pipeline.evaluate import evaluate_artifact
 
     found = evaluate_artifact(
-        artifact, against=against, text=text, windows=windows, sequence_length=sequence_length, device=device
+        _absolute(artifact),
+        against=None if against is None else _absolute(against),
+        text=None if text is None else _absolute(text),
+        windows=windows,
+        sequence_length=sequence_length,
+        device=device,
     )
     if as_json:
         _print_json({name: quality.model_dump() for name, quality in found.items()})
@@ -153,21 +165,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed and a retry makes sense; 130 interrupted. Errors are lines on stderr, without a traceback."""
     from workers.errors import CounterweightError
 
-    return _guarded(lambda: app(args=None if arguments is None else list(arguments), standalone_mode=False), CounterweightError)
-
-
-def _guarded(call: Callable[[], Any], expected: type[Any]) -> int:
-    from click.exceptions import Abort, ClickException
-
     try:
-        code = call()
-    except expected as error:
-        typer.echo(f"error: {error}", err=True)
-        return int(error.exit_code)
-    except ClickException as error:
-        error.show()
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except CounterweightError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}", err=True)
+        return error.exit_code
+    except USAGE_ERROR as error:
+        # Without any command typer has printed the help by now, and there is nothing left to say.
+        for line in error.format_message().splitlines():
+            typer.echo(f"error: {line}", err=True)
         return 2
-    except (KeyboardInterrupt, Abort):
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted: finished blocks are kept; run the same command again to resume", err=True)
         return 130
     return code if isinstance(code, int) else 0
@@ -176,6 +185,17 @@ def _guarded(call: Callable[[], Any], expected: type[Any]) -> int:
 def entry() -> None:
     """The console script."""
     sys.exit(main())
+
+
+def _absolute(uri: str) -> str:
+    """A path or URI given on the command line; paths are relative to the working directory."""
+    from pipeline.manifest import resolve_uri
+    from workers.errors import RequestError
+
+    try:
+        return uri if uri.startswith("hf:") else resolve_uri(uri, Path.cwd().as_uri())
+    except RequestError as error:
+        raise RequestError(f"{uri!r}: {error}") from error
 
 
 def _each_file(path: str, size: int) -> None:

@@ -6,16 +6,16 @@ import os
 import tempfile
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
-from pipeline.artifact import REPORT, resolve
-from pipeline.manifest import resolve_uri
+from pipeline.artifact import REPORT, file_entry, open_artifact
 from pipeline.model_source import open_model
 from pipeline.report import Quality, Report, qualities
 from workers.calibration.source import TextSource, TokenSource
 from workers.calibration.tokens import token_set
 from workers.compressed import LEDGER
-from workers.errors import RequestError
+from workers.config import first_problem
+from workers.errors import IntegrityError, RequestError
 from workers.evaluation import EvaluateSpec
 from workers.keys import digest
 from workers.storage import open_store
@@ -40,9 +40,9 @@ def evaluate_artifact(
     """
     if device not in ("cpu", "cuda"):
         raise RequestError(f"--device: {device!r}: expected cpu or cuda")
-    store, document = resolve(uri)
-    report = Report.model_validate_json(store.read(REPORT, sha256=document.files[REPORT].sha256))
-    source = open_model(_absolute(against) if against is not None else document.base_model.uri)
+    store, document = open_artifact(uri)
+    report = _report(store.read(REPORT, sha256=file_entry(store, document, REPORT).sha256), store.uri_of(REPORT))
+    source = open_model(against or document.base_model.uri)
     worker = Worker("cuda" if device == "cuda" else "cpu", threads=len(os.sched_getaffinity(0)))
     digests = {name: found.sha256 for name, found in worker.inspect(source.uri, source.tensors).items()}
     if digest(digests) != document.base_model.digest:
@@ -83,16 +83,22 @@ def evaluate_artifact(
     return {"baseline": baseline, "quantized": quantized, "compensated": compensated}
 
 
-def _absolute(uri: str) -> str:
-    return resolve_uri(uri, Path.cwd().as_uri())
+def _report(text: bytes, uri: str) -> Report:
+    try:
+        return Report.model_validate_json(text)
+    except ValidationError as error:
+        raise IntegrityError(f"{uri}: not a report: {first_problem(error)}") from error
 
 
 def _text(text: str | None, report: Report) -> TokenSource:
     if text is not None:
-        return TextSource(uri=_absolute(text))
+        return TextSource(uri=text)
     if report.validation is None:
         raise RequestError("--text: the artifact was published without validation: expected a text to measure on")
-    source: TokenSource = TypeAdapter(TokenSource).validate_python(dict(report.validation.source))
+    try:
+        source: TokenSource = TypeAdapter(TokenSource).validate_python(dict(report.validation.source))
+    except ValidationError as error:
+        raise IntegrityError(f"{REPORT}: validation.source: {first_problem(error)}") from error
     return source
 
 

@@ -80,7 +80,7 @@ def check_stored_head(source: ModelSource, digests: Mapping[str, str]) -> None:
 
 def _snapshot(uri: str) -> str:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = uri.removeprefix(HUB).removeprefix("//").partition("@")
     try:

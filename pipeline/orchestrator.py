@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.artifact import Artifact, FileEntry, Published
-from pipeline.assemble import Assembler, Parts, job_recipe, now, publish, software
+from pipeline.assemble import Assembler, Parts, job_recipe, now, publish, repair_pointer, software
 from pipeline.chain import Chain, Half, Link, errors_of
 from pipeline.dispatch import Dispatcher, Task
 from pipeline.inventory import inventory
@@ -43,7 +43,6 @@ from workers.tasks import (
     Device,
     EmbedSpec,
     HiddenRecord,
-    KeepRecord,
     KeepSpec,
     LedgerEntry,
     Setting,
@@ -105,6 +104,7 @@ class Orchestrator:
         digests = inventory(self._source, self._dispatcher)
         artifact = Artifact(self._store, self._job.metadata.name, self._identity(digests, tokens))
         if (published := artifact.published()) is not None:
+            repair_pointer(artifact, published.document)
             blocks = self._source.skeleton.blocks
             self._progress.note(f"already published: all {blocks} blocks are reused, nothing is left to do")
             self._watch.stage("")
@@ -121,7 +121,7 @@ class Orchestrator:
         report = self._report(artifact, parts, tokens, digests, windows, reports)
         self._gate(artifact, report)
         published = publish(artifact, report, files, parts.ledger)
-        for blob in dict.fromkeys(chain.boundaries):
+        for blob in dict.fromkeys(chain.discardable):
             self._workspace.discard(blob)
         self._watch.stage("")
         return published
@@ -239,7 +239,7 @@ class Orchestrator:
 
     def _parts(self, digests: Mapping[str, str], records: list[BlockRecord]) -> Parts:
         """What lies outside the blocks: the embedding before them, norm and head behind, and what nobody needs."""
-        dropped = {name: "follows from the config" for name in self._source.dropped}
+        dropped = dict.fromkeys(self._source.dropped, "follows from the config")
         last = [NORM]
         if LM_HEAD in digests and self._source.skeleton.tied:
             dropped[LM_HEAD] = "tied: equal to the embedding, stored once"

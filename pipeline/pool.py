@@ -122,10 +122,13 @@ class RayPool:
         try:
             return Outcome(ticket, worker, value=self._ray.get(reference))
         except errors.RayTaskError as error:
-            cause = error.cause
-            return Outcome(ticket, worker, error=cause if isinstance(cause, CounterweightError) else error)
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            if cause is not error and not isinstance(cause, CounterweightError):
+                cause.__cause__ = error  # a defect: where it was raised stands in Ray's text
+            return Outcome(ticket, worker, error=cause)
         except errors.RayError as error:  # the actor or its node is gone, or ran out of memory
-            return Outcome(ticket, worker, error=WorkerError(f"worker {worker} died: {error}"), worker_died=True)
+            text = " ".join(str(error).split())
+            return Outcome(ticket, worker, error=WorkerError(f"worker {worker} died: {text}"), worker_died=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.artifact import Published
@@ -12,9 +13,10 @@ from pipeline.orchestrator import Orchestrator
 from pipeline.plan import make_plan
 from pipeline.pool import PoolSize, RayPool, cluster, threads_per_worker
 from pipeline.progress import Progress
-from workers.errors import RequestError
+from workers.errors import RequestError, WorkerError
 from workers.storage import open_store
 from workers.storage.probe import probe
+from workers.tasks import Device
 
 
 def run_job(job: CompressionJob, progress: Progress, *, address: str | None = None) -> Published:
@@ -31,7 +33,8 @@ def run_job(job: CompressionJob, progress: Progress, *, address: str | None = No
             pool = RayPool(size)
             try:
                 source = opening.result()
-                return Orchestrator(job, source, pool, size.device, progress).run()
+                device = _device(pool.start(), size.device, progress)
+                return Orchestrator(job, source, pool, device, progress).run()
             finally:
                 pool.close()
 
@@ -43,6 +46,16 @@ def pool_size(job: CompressionJob, address: str | None) -> PoolSize:
     available = sorted(os.sched_getaffinity(0)) if embedded else [0]
     cpus = threads_per_worker(resources.cpus_per_worker, resources.workers, available=available)
     return PoolSize(workers=resources.workers, cpus=cpus, gpus=resources.gpus_per_worker)
+
+
+def _device(found: Sequence[str], asked: Device, progress: Progress) -> Device:
+    """What the workers compute on, which is part of every key; WorkerError when they differ, because bits would too."""
+    kinds = sorted(set(found))
+    if len(kinds) > 1:
+        raise WorkerError(f"workers compute on {' and '.join(kinds)}: expected the same kind of device everywhere")
+    if kinds != [asked]:
+        progress.note(f"no {asked} device on the workers' machines: they compute on the {kinds[0]}")
+    return "cuda" if kinds == ["cuda"] else "cpu"
 
 
 def _open(job: CompressionJob) -> ModelSource:

@@ -7,7 +7,7 @@ import json
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from pipeline.artifact import resolve
+from pipeline.artifact import open_artifact
 from workers.block import install
 from workers.compressed import CompressedModel
 
@@ -23,7 +23,7 @@ def load_model(
     dense weights are in memory at a time; quantized layers stay quantized. RequestError when there is no artifact,
     CheckpointError when it is not what its ledger says.
     """
-    store, document = resolve(uri)
+    store, document = open_artifact(uri)
     model = CompressedModel.open(store)
     place = torch.device(device)
     embedding = model.embedding()
@@ -34,5 +34,6 @@ def load_model(
         install(block, linears, compensated=compensated)
         shell.model.layers.append(block.layer)
     if GENERATION_CONFIG in document.files:
-        shell.generation_config = GenerationConfig.from_dict(json.loads(store.read(GENERATION_CONFIG)))
+        text = store.read(GENERATION_CONFIG, sha256=document.files[GENERATION_CONFIG].sha256)
+        shell.generation_config = GenerationConfig.from_dict(json.loads(text))
     return shell.eval()

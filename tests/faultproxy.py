@@ -29,6 +29,7 @@ class Fault(enum.Enum):
     LOST_REPLY = enum.auto()  # the server did it, and the client never hears of it
     TRUNCATED = enum.auto()  # the connection ends after half of the answer's body
     STALLED = enum.auto()  # half of the answer's body, and then nothing
+    WHOLE = enum.auto()  # the server is not told of the Range (one that checks signatures of it will refuse)
     FLIPPED = enum.auto()  # the last bit of the answer's body is wrong
 
 
@@ -82,6 +83,12 @@ class FaultProxy:
         """Keeps the first requests of this kind waiting until so many are under way, for two seconds at
         most."""
         self._hold = (number, method, containing)
+
+    @property
+    def held(self) -> int:
+        """How many requests that `hold_until` names are under way."""
+        with self._lock:
+            return self._at_once
 
     def count(self, method: str, containing: str = "") -> int:
         """How many requests have come."""
@@ -155,6 +162,10 @@ class FaultProxy:
         if fault is Fault.RESET:
             _reset(client)
             return
+        if fault is Fault.WHOLE:
+            head = b"\r\n".join(
+                line for line in head.split(b"\r\n") if not line.lower().startswith(b"range:")
+            )
         reply_head, reply_body = self._forward(head, body)
         if fault is Fault.LOST_REPLY:
             _reset(client)

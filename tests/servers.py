@@ -9,10 +9,12 @@ absence is a failure.
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
 import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -112,21 +114,34 @@ def absent(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
+def start_ceph(directory: Path) -> S3Server:
+    """Starts what does not run of the Ceph below `directory`; returns where it listens."""
+    return _start("ceph_rgw.py", ["--directory", str(directory)])
+
+
+def kill_ceph(directory: Path) -> None:
+    """Kills every daemon of the Ceph below `directory` without warning, as a power cut would."""
+    for record in (directory / "run").glob("*.json"):
+        os.kill(json.loads(record.read_text())["pid"], signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def _scripted(script: str, where: Sequence[str], how: Sequence[str] = ()) -> Iterator[S3Server]:
-    command = [sys.executable, str(_SCRIPTS / script)]
     try:
-        started = subprocess.run(
-            [*command, "start", *where, *how], stdout=subprocess.PIPE, text=True, timeout=180, check=True
-        )
-        answer: Mapping[str, str] = json.loads(started.stdout)
-        yield S3Server(**answer)
+        yield _start(script, [*where, *how])
     finally:
-        subprocess.run([*command, "stop", *where], timeout=60, check=True)
+        subprocess.run([sys.executable, str(_SCRIPTS / script), "stop", *where], timeout=60, check=True)
+
+
+def _start(script: str, arguments: Sequence[str]) -> S3Server:
+    command = [sys.executable, str(_SCRIPTS / script), "start", *arguments]
+    started = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=180, check=True)
+    answer: Mapping[str, str] = json.loads(started.stdout)
+    return S3Server(**answer)
 
 
 def _swift_python() -> Path:
-    if not Path("/usr/lib").glob("**/liberasurecode.so.1"):
+    if ctypes.util.find_library("erasurecode") is None:
         absent("liberasurecode is not installed")
     home = Path(tempfile.gettempdir()) / f"counterweight-swift-{_SWIFT_VERSION}-{os.getuid()}"
     home.mkdir(mode=0o700, exist_ok=True)

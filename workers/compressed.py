@@ -19,7 +19,7 @@ from torch import Tensor
 from workers.block import CompressedLinear, install
 from workers.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 from workers.checkpoint.reader import Checkpoint
-from workers.config import Config
+from workers.config import Config, first_problem
 from workers.errors import CheckpointError, ObjectNotFoundError
 from workers.interchange import PACKED, adapter_names, read_branch, read_weight, source_config
 from workers.skeleton import EMBEDDING, LM_HEAD, NORM, Block, Skeleton
@@ -74,7 +74,7 @@ class CompressedModel:
         except ObjectNotFoundError as error:
             raise CheckpointError(f"{store.uri}: no {LEDGER}: expected an artifact of Counterweight") from error
         except ValidationError as error:
-            raise CheckpointError(f"{store.uri_of(LEDGER)}: {error}") from error
+            raise CheckpointError(f"{store.uri_of(LEDGER)}: {first_problem(error)}") from error
         adapter = _open_file(store, ADAPTER) if any(form.rank for form in ledger.formats.values()) else None
         return cls(checkpoint, adapter, ledger)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -27,6 +28,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
+@cache
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in LIBRARIES}
+
+
 def numerics() -> dict[str, str | int]:
     """What computes: part of every key, so that work of other versions never matches."""
-    return {"counterweight": NUMERICS, **{name: metadata.version(name) for name in LIBRARIES}}
+    return {"counterweight": NUMERICS, **_versions()}

@@ -12,40 +12,24 @@ has its own input statistics, its own grid and its own low-rank branch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from workers.architecture import EXPERT, Family, Siblings, family_of, sibling_groups
 from workers.errors import CheckpointError, UnsupportedModelError
-
-MAX_LAYERS = 1024
-"""More layers than any published model; a config that claims more is refused before anything is built."""
-
-MAX_WIDTH = 1 << 20
-"""Bound on every size in a config: a hostile file must not make us build (even on the meta device) without limit."""
-
-SIZE_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "num_local_experts",
-    "num_experts",
-    "num_experts_per_tok",
-)
+from workers.model_config import parse_config
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +44,14 @@ class Slice:
         """The parameter, as a view of the source tensor."""
         part = tensor if self.expert is None else tensor[self.expert]
         return part if self.rows is None else part[self.rows[0] : self.rows[1]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Anatomy:
+    """A block's parameter shapes and its quantizable linears."""
+
+    parameters: Mapping[str, tuple[int, ...]]
+    linears: tuple[Siblings, ...]
 
 
 class LinearExperts(nn.Module):
@@ -91,10 +83,9 @@ class LinearExperts(nn.Module):
             token, slot = torch.where(top_k_index == expert)
             if token.numel() == 0:
                 continue
-            module = self.get_submodule(str(expert))
+            gate, up, down = (self.get_submodule(f"{expert}.{name}") for name in PROJECTIONS)
             x = hidden_states[token]
-            inner = self.activation(module["gate_proj"](x)) * module["up_proj"](x)
-            weighted = module["down_proj"](inner) * top_k_weights[token, slot, None]
+            weighted = down(self.activation(gate(x)) * up(x)) * top_k_weights[token, slot, None]
             output.index_add_(0, token, weighted.to(output.dtype))
         return output
 
@@ -107,38 +98,44 @@ class Skeleton:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.family: Family = family_of(config.get("model_type"))
-        _check_sizes(config)
-        self.config = _parse(config)
+        self.config = parse_config(config)
         self.config._attn_implementation = "eager" if self.family.eager_attention else "sdpa"
         self.blocks: int = self.config.num_hidden_layers
         self.hidden_size: int = self.config.hidden_size
         self.vocabulary: int = self.config.vocab_size
         self.tied: bool = bool(self.config.tie_word_embeddings)
+        self._anatomies: dict[int, _Anatomy] = {}
         self.experts: int = 0
         if self.family.experts is not None:
             self.experts = int(getattr(self.config, self.family.experts.count_key))
+        self._causal(_with_layers(self.config, []))  # what cannot be built is refused now, not by a worker
 
     # -- names and shapes ---------------------------------------------------------------------------------------
 
     def block_module(self, index: int) -> nn.Module:
         """Block `index` on the meta device, experts unfused; parameter names are relative to the block."""
-        try:
-            with torch.device("meta"):
-                base = _base_class(self.config)(_with_layers(self.config, [index]))
-                layer = type(base.layers[0])(self.config, index)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
-            raise UnsupportedModelError(f"config.json: transformers cannot build block {index}: {error}") from error
+        with _building(f"block {index}"):
+            base = _base_class(self.config)(_with_layers(self.config, [index]))
+            layer = type(base.layers[0])(self.config, index)
         return self._unfused(layer)
 
-    def block_parameters(self, index: int) -> dict[str, tuple[int, ...]]:
+    def block_parameters(self, index: int) -> Mapping[str, tuple[int, ...]]:
         """Parameter name (relative to the block) -> shape."""
-        return {name: tuple(p.shape) for name, p in self.block_module(index).named_parameters()}
+        return self._anatomy(index).parameters
 
     def block_linears(self, index: int) -> tuple[Siblings, ...]:
         """The quantizable linears of block `index`, grouped by shared input."""
-        module = self.block_module(index)
-        linears = frozenset(name for name, m in module.named_modules() if isinstance(m, nn.Linear))
-        return sibling_groups(self.family, linears, self.experts)
+        return self._anatomy(index).linears
+
+    def _anatomy(self, index: int) -> _Anatomy:
+        if index not in self._anatomies:
+            module = self.block_module(index)
+            linears = frozenset(name for name, m in module.named_modules() if isinstance(m, nn.Linear))
+            self._anatomies[index] = _Anatomy(
+                parameters={name: tuple(p.shape) for name, p in module.named_parameters()},
+                linears=sibling_groups(self.family, linears, self.experts),
+            )
+        return self._anatomies[index]
 
     def sources(self, index: int, available: Iterable[str]) -> dict[str, Slice]:
         """Parameter of block `index` -> where it lies in the checkpoint whose tensor names are `available`."""
@@ -270,7 +267,7 @@ class Skeleton:
         return model
 
     def _causal(self, config: PreTrainedConfig) -> PreTrainedModel:
-        with torch.device("meta"):
+        with _building("the model around the blocks"):
             model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)](config)
         return model
 
@@ -294,7 +291,8 @@ class Block:
     @property
     def layer(self) -> nn.Module:
         """The decoder layer itself; module names are relative to it."""
-        return self._base.layers[0]
+        layer: nn.Module = self._base.layers[0]
+        return layer
 
     def linear(self, name: str) -> nn.Linear:
         """A linear by its name in the tables."""
@@ -330,21 +328,22 @@ class _Head(nn.Module):
         return logits
 
 
-def _check_sizes(config: Mapping[str, Any]) -> None:
-    for field in SIZE_FIELDS:
-        value = config.get(field)
-        if value is None:
-            continue
-        bound = MAX_LAYERS if field == "num_hidden_layers" else MAX_WIDTH
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= bound:
-            raise CheckpointError(f"config.json: {field}: {value!r}: expected an integer from 1 to {bound}")
-
-
-def _parse(config: Mapping[str, Any]) -> PreTrainedConfig:
+@contextmanager
+def _building(what: str) -> Iterator[None]:
+    """The meta device; what transformers makes of an impossible config becomes an UnsupportedModelError."""
     try:
-        return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"config.json: transformers refuses it: {error}") from error
+        with torch.device("meta"):
+            yield
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise UnsupportedModelError(f"config.json: transformers cannot build {what}: {error}") from error
 
 
 def _base_class(config: PreTrainedConfig) -> Any:

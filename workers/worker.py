@@ -37,7 +37,7 @@ from workers.evaluation import (
 )
 from workers.interchange import factor_tensors, scale_dtype, weight_tensors
 from workers.join import join_tensors
-from workers.memory import device_peak_bytes, host_peak_bytes, release, reset_peak
+from workers.memory import device_peak_bytes, host_peak_bytes, release, reset_peak, settle
 from workers.parallel import OrderedPool
 from workers.skeleton import Block, Skeleton
 from workers.storage import open_store
@@ -94,6 +94,7 @@ class Worker:
         self._pool = OrderedPool(1 if on_gpu else threads)
         self._sources: dict[str, tuple[Checkpoint, Skeleton]] = {}
         self._held: _Held | None = None
+        settle()
 
     def ready(self) -> str:
         """The kind of device this worker computes on."""
@@ -205,7 +206,7 @@ class Worker:
             digests = {name: spec.tensors[name] for name in names}
             return {BASELINE: self.load_block(spec.setting, index, digests, torch.float32)[0], **found}
 
-        hidden = advance({variant: first for variant in variants}, blocks, skeleton.blocks, self._pool)
+        hidden = advance(dict.fromkeys(variants, first), blocks, skeleton.blocks, self._pool)
         head = skeleton.head(model.head(), self.device, torch.float32)
         windows = measure(hidden, batches, head, self._pool)
         clock.lap("forward")

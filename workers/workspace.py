@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from workers.checkpoint.writer import read_safetensors, safetensors_pieces
-from workers.config import Config
+from workers.config import Config, first_problem
 from workers.errors import IntegrityError, ObjectNotFoundError
 from workers.storage import ObjectStore, sha256_hex
 
@@ -102,7 +102,9 @@ class Workspace:
         try:
             return record.model_validate_json(data)
         except ValidationError as error:
-            raise IntegrityError(f"{self.store.uri_of(name)}: not a {record.__name__}: {error}") from error
+            raise IntegrityError(
+                f"{self.store.uri_of(name)}: not a {record.__name__}: {first_problem(error)}"
+            ) from error
 
     def commit(self, kind: str, key: str, record: AnyRecord) -> AnyRecord:
         """Publishes a task's record once; returns the record that holds, ours or an earlier one."""
@@ -118,4 +120,3 @@ class Workspace:
         """Keys of the committed tasks of a kind."""
         for info in self.store.list(f"{COMMITS}/{kind}/"):
             yield info.key.rsplit("/", 1)[1].removesuffix(".json")
-

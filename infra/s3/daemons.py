@@ -1,4 +1,4 @@
-"""Starts daemons that outlive the command which started them, and stops exactly those again, by process id."""
+"""Starts daemons that outlive the command which started them, and stops exactly those, by process id."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ trains longer.
 1. text of the `train` part -> byte-level BPE tokenizer
 2. random windows of the tokens -> AdamW with warm-up and cosine decay
 3. weights rounded to bf16, saved, loaded back; perplexity of what was saved on the `evaluation` part
-4. finished files moved into the output directory
+4. finished files copied into the output directory
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -41,9 +42,9 @@ POSITIONS = 512
 WINDOW = 256
 EVALUATION_WINDOWS = 64
 SEED = 0
-# Measured with the first 90 seconds of training, perplexity on the evaluation part: 16 windows at 2e-3 with the
-# usual initial deviation of 0.02 gives 141, 8 windows at 3e-3 gives 163 (on a busier machine), with 0.08 it gives 93.
-# 0.02 is meant for models many times wider; 0.08 is near 1 / sqrt(hidden size).
+# Each measured with 410,000 tokens of training, as perplexity on the evaluation part: 8 windows a step at 3e-3 give 100;
+# 16 windows at 2e-3 give 158; the usual initial deviation of 0.02 instead of 0.08 gives 124. The usual one is meant for
+# wider models; 0.08 is near 1 / sqrt(hidden size).
 BATCH = 8
 PEAK_LEARNING_RATE = 3e-3
 INITIAL_DEVIATION = 0.08
@@ -93,7 +94,7 @@ def train_tokenizer(text: str, directory: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
-    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
         eos_token=EOS,
@@ -152,9 +153,7 @@ def new_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), fused=True)
 
 
-def train(
-    model: LlamaForCausalLM, tokens: torch.Tensor, budget: Budget, log: Callable[[str], None]
-) -> TrainingRun:
+def train(model: LlamaForCausalLM, tokens: torch.Tensor, budget: Budget, log: Callable[[str], None]) -> TrainingRun:
     """Train `model` in place on random windows of `tokens` (`[tokens]`) until the budget is spent."""
     generator = torch.Generator().manual_seed(SEED)
     optimizer = new_optimizer(model)
@@ -196,21 +195,22 @@ def save(model: LlamaForCausalLM, directory: Path) -> None:
 
 
 def publish(finished: Path, output: Path) -> None:
-    """Move the files of `finished` into `output`, on the same file system, each by one atomic rename.
+    """Copy the files of `finished` into `output`, each to appear there whole, by a rename.
 
     `training.json` goes last: it describes the weights, so it must not be there before them.
     """
     output.mkdir(parents=True, exist_ok=True)
     for path in sorted(finished.iterdir(), key=lambda path: (path.name == "training.json", path.name)):
-        path.chmod(0o644)  # safetensors writes for the owner alone
-        os.replace(path, output / path.name)
+        partial = output / f".{path.name}.partial"
+        # Contents without the mode: safetensors writes its file for the owner alone.
+        shutil.copyfile(path, partial)
+        os.replace(partial, output / path.name)
 
 
 def run(budget: Budget, output: Path, command: str, library: Path | None) -> dict[str, object]:
     """Train on `library` (None: that of this interpreter), save, measure; returns what `training.json` says."""
     torch.manual_seed(SEED)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".training-") as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         text = standard_library_text("train", library=library)
         train_tokenizer(text, directory)

@@ -99,9 +99,7 @@ class _Limits:
 
 
 class _YamlDocument:
-    """Reads PyYAML's events; its composer and constructor, where aliases, tags and YAML 1.1 live, are not
-    used.
-    """
+    """Reads the events of PyYAML, not its objects: aliases, tags and YAML 1.1 come in with those."""
 
     def __init__(self, text: str, name: str) -> None:
         self._events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
@@ -219,8 +217,8 @@ def _number(text: str, path: Path) -> int | float:
 
 
 def _string(text: str, path: Path) -> str:
-    # JSON writes characters beyond the first 65,536 as two escapes, and YAML readers leave them in halves. A half
-    # alone is no character, and no file, key or URI could hold it.
+    # JSON writes characters beyond the first 65,536 as two escapes, and YAML readers leave them in halves. A
+    # half alone is no character, and no file, key or URI could hold it.
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError as error:

@@ -1,6 +1,4 @@
-"""What a JSON Schema asks for, in words: `an integer from 1 to 128`, `2, 3, 4 or 8`, `a mapping with
-kind`.
-"""
+"""What a JSON Schema asks for, in words: `an integer from 1 to 128`, `2, 3, 4 or 8`, `a mapping with uri`."""
 
 from __future__ import annotations
 

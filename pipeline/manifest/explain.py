@@ -65,8 +65,9 @@ class _Located:
 
 
 def explain(error: ValidationError, document: object, schema: Schema) -> list[Complaint]:
-    """What `error`, the refusal of `document` by the model that `schema` describes, says; in the order of the
-    fields.
+    """What `error` says, in the order of the fields.
+
+    document: what the model refused. schema: the model's JSON Schema.
     """
     found = [_locate(each, schema) for each in error.errors(include_url=False)]
     unions: dict[Path, list[_Located]] = defaultdict(list)
@@ -135,9 +136,7 @@ def _member(node: Schema, step: str | int) -> Schema:
 def _union_complaints(
     errors: Sequence[_Located], union: tuple[Path, Schema], document: object, root: Schema
 ) -> list[Complaint]:
-    """The errors of the branch that the author meant, or one line about the choice when that cannot be
-    told.
-    """
+    """The errors of the branch that was meant, or one line about the choice when that cannot be told."""
     misshapen: dict[str, int] = defaultdict(int)
     for each in errors:
         misshapen[each.branch] += each.error["type"] in _SHAPE_ERRORS

@@ -52,9 +52,7 @@ def resolve_uri(uri: str, base: str | None) -> str:
 
 
 def resolve_model_uri(uri: str, base: str | None) -> str:
-    """As `resolve_uri`; an `hf:` URI has nothing to resolve: it is checked and kept. Raises
-    `RequestError`.
-    """
+    """As `resolve_uri`, but an `hf:` URI is only checked and kept. Raises `RequestError`."""
     if not uri.startswith("hf:"):
         return resolve_uri(uri, base)
     if _HUB.fullmatch(uri) is None or ".." in uri:
@@ -76,9 +74,7 @@ def resolve_dataset_path(path: str, base: str | None) -> str:
 
 
 def resolve_uris(job: CompressionJob, base: str | None) -> tuple[CompressionJob, list[Complaint]]:
-    """The job with absolute URIs, and what is wrong with those that cannot be made absolute; these stay as
-    they were.
-    """
+    """The job with absolute URIs, and what is wrong with those that cannot be made absolute."""
     resolver = _Resolver(base)
     spec = job.spec
     calibration, validation = spec.calibration, spec.validation

@@ -126,9 +126,7 @@ def opener() -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("case", BOMBS)
-def test_a_bomb_is_refused_in_bounded_time_and_memory(
-    opener: subprocess.Popen[str], tmp_path: Path, case: str
-) -> None:
+def test_a_bomb_is_refused_in_bounded_time_and_memory(opener: subprocess.Popen[str], tmp_path: Path, case: str) -> None:
     arm, problem = BOMBS[case]
     root = tmp_path / "bomb"
     write_checkpoint(root, {})

@@ -302,9 +302,7 @@ def test_the_same_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 
 def test_all_broken_shards_are_named(tmp_path: Path) -> None:
     shards = {name: GOOD[: 90 + number] for number, name in enumerate(SHARDS)}
-    with pytest.raises(
-        CheckpointError, match=r"(?s)2 problems.*model-1.safetensors: .*model-2.safetensors: "
-    ):
+    with pytest.raises(CheckpointError, match=r"(?s)2 problems.*model-1.safetensors: .*model-2.safetensors: "):
         Checkpoint.open(write_checkpoint(tmp_path, shards, index=index_of(SHARDS)))
 
 
@@ -356,6 +354,17 @@ def test_a_config_that_asks_for_too_much_is_refused(tmp_path: Path, case: str) -
     with pytest.raises(CheckpointError, match=rf"{tmp_path.as_uri()}: config.json: ") as caught:
         Checkpoint.open(store)
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["auto_map", "transformers_weights", "compression_config"])
+def test_an_artifacts_config_may_be_quantized_and_nothing_else(tmp_path: Path, key: str) -> None:
+    config: dict[str, Any] = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    store = write_checkpoint(tmp_path, {"model.safetensors": GOOD}, config=config)
+    assert Checkpoint.open(store, quantized=True).names == ("a",)
+    store = write_checkpoint(tmp_path, {"model.safetensors": GOOD}, config={**config, key: {"x": "y"}})
+    with pytest.raises(CheckpointError, match=rf"config.json: {key}: ") as caught:
+        Checkpoint.open(store, quantized=True)
+    assert "quantization_config" not in str(caught.value)
 
 
 def test_a_deep_value_under_a_refused_key_is_still_a_clear_error(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ DEMO = REPOSITORY / "manifests" / "demo"
 MODEL = DEMO / "model"
 WINDOW = 256
 WINDOWS = 16
-# PERPLEXITY_BOUND
-MAXIMUM_PERPLEXITY = 0.0
+# Measured 15.92 on CPython 3.11.7, 3.12.1, 3.13.0 and Debian's 3.11: the files of these windows are the same in all.
+# 15% more for a version where they are not.
+MEASURED_PERPLEXITY = 15.92
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,8 @@ def test_perplexity_on_the_evaluation_part(model: PreTrainedModel, tokenizer: To
     log_probabilities = model(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
     target_log_probabilities = log_probabilities.gather(-1, windows[:, 1:, None])
     perplexity = math.exp(-target_log_probabilities.mean().item())
-    assert perplexity < MAXIMUM_PERPLEXITY
-    # A model that sees its answers, or an evaluation part that was trained on, would be far below.
-    assert perplexity > MAXIMUM_PERPLEXITY / 3
+    # From below too: a model that was trained on these files would do much better.
+    assert MEASURED_PERPLEXITY / 2 < perplexity < MEASURED_PERPLEXITY * 1.15
 
 
 def test_shape_is_the_documented_one(model: PreTrainedModel) -> None:

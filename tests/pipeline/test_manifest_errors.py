@@ -130,13 +130,13 @@ class TestErrors:
                 "spec.recipe.compensation.rank={fraction: 2}",
                 "spec.recipe.compensation.rank.fraction: 2: expected a",
             ),
-            ("spec.recipe.compensation.rank={}", "spec.recipe.compensation.rank"),
+            ("spec.recipe.compensation.rank={}", "spec.recipe.compensation.rank: {}: expected a mapping"),
             ("spec.recipe.compensation.rank={cuont: 4}", "spec.recipe.compensation.rank"),
             ("spec.recipe.compensation.rank.fraction=0.5", "spec.recipe.compensation.rank"),
             ("spec.recipe.compensation.rank=4", "spec.recipe.compensation.rank: 4: expected a mapping"),
             (
-                "spec.recipe.compensation={kind: svd}",
-                "spec.recipe.compensation.rank: missing: expected a mapping",
+                "spec.recipe.compensation={kind: svd, rank: null}",
+                "spec.recipe.compensation.rank: null: expected a mapping with fraction, count or energy",
             ),
         ],
     )

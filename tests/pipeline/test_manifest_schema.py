@@ -14,6 +14,9 @@ from pipeline.manifest.expectation import expectation, resolve
 from pipeline.manifest.overrides import apply_overrides
 from tests.pipeline.manifest_documents import FULL, MINIMAL, job, refused
 
+# A larger one than the layer's shape allows is refused where the shape is known.
+BOUNDED_BY_THE_LAYER = {"Weights.group_size", "CountRank.count"}
+
 
 def conforms(text: str, *overrides: str) -> bool:
     document = parse_yaml(text, name="job.yaml")
@@ -27,6 +30,11 @@ def properties() -> Iterator[Any]:
     for owner, definition in [("CompressionJob", schema), *schema["$defs"].items()]:
         for key, node in definition.get("properties", {}).items():
             if "const" not in node:
+                # A model of one key is described as a whole.
+                single = (
+                    {"description": definition["description"]} if len(definition["properties"]) == 1 else {}
+                )
+                node = {**single, **resolve(node, schema), **node}
                 yield pytest.param(f"{owner}.{key}", node, id=f"{owner}.{key}")
 
 
@@ -42,15 +50,16 @@ def test_changing_a_copy_changes_no_other() -> None:
 @pytest.mark.parametrize(("name", "node"), list(properties()))
 class TestEveryKey:
     def test_is_described_in_one_line(self, name: str, node: dict[str, Any]) -> None:
-        described = {**resolve(node, job_schema()), **node}.get("description", "")
+        described = node.get("description", "")
         assert described.rstrip("`").endswith((".", ")")), f"{name} has no docstring that ends in a full stop"
         assert "\n" not in described
 
     def test_is_bounded_when_it_is_an_integer(self, name: str, node: dict[str, Any]) -> None:
         for branch in [node, *node.get("anyOf", [])]:
-            if branch.get("type") == "integer" and not {"enum", "const"} & branch.keys():
+            if branch.get("type") == "integer" and "enum" not in branch:
                 assert {"minimum", "exclusiveMinimum"} & branch.keys(), f"{name} has no lower bound"
-                assert {"maximum", "exclusiveMaximum"} & branch.keys(), f"{name} has no upper bound"
+                bounded = {"maximum", "exclusiveMaximum"} & branch.keys() or name in BOUNDED_BY_THE_LAYER
+                assert bounded, f"{name} has no upper bound"
 
     def test_is_told_in_words_when_it_is_missing(self, name: str, node: dict[str, Any]) -> None:
         assert expectation(node, job_schema()), f"{name}: nothing to say about what is expected"

@@ -51,6 +51,4 @@ class DatasetSource(Config):
     """Read at most this many rows; absent: all."""
 
 
-TokenSource = Annotated[
-    TextSource | StandardLibrarySource | TokensSource | DatasetSource, Field(discriminator="kind")
-]
+TokenSource = Annotated[TextSource | StandardLibrarySource | TokensSource | DatasetSource, Field(discriminator="kind")]

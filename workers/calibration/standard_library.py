@@ -69,9 +69,7 @@ def standard_library_files(part: Part, *, library: Path | None = None) -> list[P
     root = (Path(sysconfig.get_path("stdlib")) if library is None else library).absolute()
     files = [root / name for name in _source_names(root) if _part_of(name) == part]
     if not files:
-        raise RequestError(
-            f"standard library: {root}: no .py file of the part {part!r}: expected one or more"
-        )
+        raise RequestError(f"standard library: {root}: no .py file of the part {part!r}: expected one or more")
     return files
 
 

@@ -22,12 +22,10 @@ class InputStatistics:
     """Moments of the rows x [tokens, in] that entered a layer.
 
     gram: sum over tokens of x x^T, [in, in] float64, symmetric.
-    absolute_sum: sum over tokens of |x|, [in] float64.
     tokens: number of rows summed.
     """
 
     gram: Tensor
-    absolute_sum: Tensor
     tokens: int
 
     @property
@@ -45,17 +43,12 @@ class InputStatistics:
         """E[x x^T], [in, in] float64; zeros when no token was seen."""
         return self.gram / max(self.tokens, 1)
 
-    def mean_absolute(self) -> Tensor:
-        """E|x|, [in] float64; zeros when no token was seen."""
-        return self.absolute_sum / max(self.tokens, 1)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardMoments:
     """One shard's contribution: only the lower triangle of `lower` [in, in] (float32) holds meaning."""
 
     lower: Tensor
-    absolute_sum: Tensor
     tokens: int
 
     @classmethod
@@ -67,7 +60,7 @@ class ShardMoments:
         for start in range(0, width, TRIANGLE_BLOCK):
             stop = min(start + TRIANGLE_BLOCK, width)
             torch.mm(x[:, start:stop].T, x[:, :stop], out=lower[start:stop, :stop])
-        return cls(lower=lower, absolute_sum=x.abs().sum(0).double(), tokens=int(x.shape[0]))
+        return cls(lower=lower, tokens=int(x.shape[0]))
 
 
 class Accumulator:
@@ -75,7 +68,6 @@ class Accumulator:
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self._gram = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self._absolute = torch.zeros(width, dtype=torch.float64, device=device)
         self._tokens = 0
 
     def add(self, shard: ShardMoments) -> None:
@@ -85,12 +77,9 @@ class Accumulator:
                 f"a shard of width {shard.lower.shape[0]} cannot join statistics of width {self._gram.shape[0]}"
             )
         self._gram += shard.lower
-        self._absolute += shard.absolute_sum
         self._tokens += shard.tokens
 
     def result(self) -> InputStatistics:
         """The sum so far; zeros when nothing was added."""
         lower = self._gram.tril()
-        return InputStatistics(
-            gram=lower + lower.tril(-1).T, absolute_sum=self._absolute.clone(), tokens=self._tokens
-        )
+        return InputStatistics(gram=lower + lower.tril(-1).T, tokens=self._tokens)

@@ -20,7 +20,7 @@ from workers.calibration.source import (
 from workers.calibration.standard_library import standard_library_text
 from workers.checkpoint.digest import tensor_digest
 from workers.checkpoint.writer import read_safetensors
-from workers.errors import CheckpointError, RequestError
+from workers.errors import CheckpointError, ObjectNotFoundError, RequestError
 from workers.storage import open_store, split_uri
 
 Sampling = Literal["consecutive", "random"]
@@ -80,14 +80,21 @@ def _text(source: TextSource | StandardLibrarySource | DatasetSource, field: str
     if isinstance(source, StandardLibrarySource):
         return standard_library_text(source.part)
     if isinstance(source, TextSource):
-        root, key = split_uri(source.uri)
-        data = open_store(root).read(key)
+        data = _read(source.uri, field)
         try:
             # Line ends as Python reads text: a file with CRLF gives the tokens that every other tool gets from it.
             return data.decode().replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             raise RequestError(f"{field}: {source.uri}: not UTF-8 text at byte {error.start}") from error
     return _dataset_text(source, field)
+
+
+def _read(uri: str, field: str) -> bytes:
+    root, key = split_uri(uri)
+    try:
+        return open_store(root).read(key)
+    except ObjectNotFoundError as error:
+        raise RequestError(f"{field}.uri: {uri}: no such file") from error
 
 
 def _dataset_text(source: DatasetSource, field: str) -> str:
@@ -118,9 +125,7 @@ def _tokenize(text: str, tokenizer: bytes | None, field: str) -> list[int]:
     return ids
 
 
-def _cut(
-    stream: list[int], length: int, sequences: int | None, sampling: Sampling, seed: int, field: str
-) -> Tensor:
+def _cut(stream: list[int], length: int, sequences: int | None, sampling: Sampling, seed: int, field: str) -> Tensor:
     available = len(stream) // length
     wanted = available if sequences is None else sequences
     if available < max(wanted, 1):
@@ -136,9 +141,9 @@ def _cut(
 
 
 def _prepared(source: TokensSource, length: int, sequences: int | None, field: str) -> Tensor:
-    root, key = split_uri(source.uri)
+    data = _read(source.uri, field)
     try:
-        tensors = read_safetensors(open_store(root).read(key), file=source.uri)
+        tensors = read_safetensors(data, file=source.uri)
     except CheckpointError as error:
         raise RequestError(f"{field}: {error}") from error
     ids = tensors.get("input_ids")

@@ -33,6 +33,4 @@ def check_booleans(entry: TensorEntry, tensor: Tensor) -> None:
     if tensor.dtype == torch.bool and tensor.numel():
         largest = int(flat_bytes(tensor).max())
         if largest > 1:
-            raise CheckpointError(
-                f"{entry.file}: tensor {show(entry.name)}: a BOOL of {largest}, expected 0 or 1"
-            )
+            raise CheckpointError(f"{entry.file}: tensor {show(entry.name)}: a BOOL of {largest}, expected 0 or 1")

@@ -97,9 +97,7 @@ def header_length(prefix: bytes, *, file: str, file_size: int) -> int:
     Raises `CheckpointError` when the file is too short, or the length beyond the file or `MAX_HEADER_BYTES`.
     """
     if file_size < LENGTH_BYTES or len(prefix) < LENGTH_BYTES:
-        raise CheckpointError(
-            f"{file}: {file_size} bytes, expected at least {LENGTH_BYTES} (a safetensors file)"
-        )
+        raise CheckpointError(f"{file}: {file_size} bytes, expected at least {LENGTH_BYTES} (a safetensors file)")
     length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(f"{file}: header of {length} bytes, expected at most {MAX_HEADER_BYTES}")
@@ -201,9 +199,7 @@ class _Scanner:
     def fields(self, name: str) -> object:
         """The object that describes the tensor `name`, as a list of (field, value)."""
         try:
-            return self._parsed(
-                self._decoded(self._take(_ENTRY, "an object of dtype, shape and data_offsets"))
-            )
+            return self._parsed(self._decoded(self._take(_ENTRY, "an object of dtype, shape and data_offsets")))
         except CheckpointError as error:
             raise CheckpointError(f"{error}, for tensor {show(name)}") from error
 
@@ -212,9 +208,7 @@ class _Scanner:
         if not _PADDING.fullmatch(self._data, self.position):
             raise self.misfit("text after the header's object, expected spaces")
 
-    def _take(
-        self, pattern: re.Pattern[bytes], expected: str, limit: int = MAX_METADATA_BYTES
-    ) -> bytes | bytearray:
+    def _take(self, pattern: re.Pattern[bytes], expected: str, limit: int = MAX_METADATA_BYTES) -> bytes | bytearray:
         match = pattern.match(self._data, self.position)
         if match is None:
             found = bytes(self._data[self.position : self.position + 24])
@@ -290,9 +284,7 @@ def _entry(pairs: object, name: str, file: str, data_start: int) -> TensorEntry:
             f"shape {show(list(shape))} of {word} takes {length} bytes, "
             f"but data_offsets {list(offsets)} hold {offsets[1] - offsets[0]}"
         )
-    return TensorEntry(
-        name=name, dtype=dtype, shape=shape, file=file, start=data_start + offsets[0], length=length
-    )
+    return TensorEntry(name=name, dtype=dtype, shape=shape, file=file, start=data_start + offsets[0], length=length)
 
 
 def _counts(value: object, field: str) -> tuple[int, ...]:

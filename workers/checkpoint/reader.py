@@ -80,11 +80,12 @@ class Checkpoint:
     def open(cls, store: ObjectStore, *, quantized: bool = False) -> Checkpoint:
         """Reads the config, the index and the headers at the root of `store`, and no tensor.
 
-        1. The config asks for nothing that is refused (`layout.check_config`); quantized: an artifact of ours is opened,
-           whose config may say how its weights are quantized.
+        1. The config asks for nothing that is refused (`layout.check_config`).
         2. One safetensors file, or an index that names files beside itself (`layout.read_layout`).
         3. Every file exists and its header is strict (`header.parse_header`).
         4. The index and the headers have the same tensors in the same files, and no tensor twice.
+
+        quantized: an artifact of ours is opened, whose config may say how its weights are quantized.
         """
         with _naming(store.uri):
             layout = read_layout(store, quantized=quantized)
@@ -133,9 +134,7 @@ class Checkpoint:
         """One tensor on the CPU, in memory of its own; `sha256` as for `read_many`."""
         return self.read_many([name], sha256=None if sha256 is None else {name: sha256})[name]
 
-    def read_many(
-        self, names: Iterable[str], *, sha256: Mapping[str, str] | None = None
-    ) -> dict[str, Tensor]:
+    def read_many(self, names: Iterable[str], *, sha256: Mapping[str, str] | None = None) -> dict[str, Tensor]:
         """The tensors by name, on the CPU, each in memory of its own; neighbours share requests.
 
         sha256: the digests recorded for all of `names` (`digest`, `inspect`). A tensor that differs is read
@@ -274,9 +273,7 @@ def _header_lengths(store: ObjectStore, shards: Sequence[str]) -> dict[str, tupl
 
     lengths = dict(_gathered(_in_parallel(look, shards)))
     total = sum(length for _, length in lengths.values())
-    if (
-        total > MAX_HEADER_BYTES
-    ):  # one file's limit holds for all together, and so does the memory it stands for
+    if total > MAX_HEADER_BYTES:  # one file's limit holds for all together, and so does the memory it stands for
         raise CheckpointError(f"headers of {total} bytes in all, expected at most {MAX_HEADER_BYTES}")
     return lengths
 

@@ -69,7 +69,7 @@ def serialize_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     """The bytes that `write_safetensors` writes, for files that fit in memory. Raises `CheckpointError`
     likewise."""
     buffer = io.BytesIO()
-    for piece in _pieces(_plan(tensors, metadata, file="safetensors bytes"), tensors):
+    for piece in safetensors_pieces(tensors, metadata):
         buffer.write(piece)
     return buffer.getvalue()
 
@@ -140,9 +140,7 @@ def _plan(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, file: s
 
 def _checked_word(tensor: Tensor, *, where: str) -> str:
     if tensor.layout != torch.strided or tensor.is_meta:
-        raise CheckpointError(
-            f"{where}: {tensor.layout} on {tensor.device}, expected a dense tensor that has its data"
-        )
+        raise CheckpointError(f"{where}: {tensor.layout} on {tensor.device}, expected a dense tensor that has its data")
     if tensor.ndim > MAX_DIMENSIONS:
         raise CheckpointError(f"{where}: {tensor.ndim} dimensions, expected at most {MAX_DIMENSIONS}")
     return dtype_word(tensor.dtype, where=where)

@@ -39,7 +39,8 @@ class Columns:
         steps = grid.scale.float().T.contiguous().unbind(0)
         self._steps = [steps[group] for group in groups]
         low, high = grid.format.lowest, grid.format.highest
-        self._bounds: list[tuple[Tensor | int, Tensor | int]] = [(low, high)] * len(groups)
+        self._range = (low, high)
+        self._bounds: list[tuple[Tensor, Tensor]] | None = None
         if grid.zero_point is not None:
             zeros = grid.zero_point.float().T.contiguous()
             lows, highs = (low - zeros).unbind(0), (high - zeros).unbind(0)
@@ -59,13 +60,23 @@ class Columns:
             aim[stop:].addmm_(feed[start:stop, stop:].T, error[start:stop])
         return codes
 
-    def descend(self, metric: Metric, codes: Tensor, block_size: int) -> Tensor:
-        """One pass of cyclic coordinate descent: each column in turn to its best codes given all the others."""
+    def descend(self, metric: Metric, codes: Tensor, passes: int, block_size: int) -> Tensor:
+        """Cyclic coordinate descent: each column in turn to its best codes given all the others; stops at a fixed point."""
         pull = (metric.hessian / metric.hessian.diagonal()).float()
-        error, updated, change = torch.empty_like(codes), torch.empty_like(codes), torch.empty_like(codes[0])
-        targets, before, after, errors, pulls = (m.unbind(0) for m in (self._target, codes, updated, error, pull))
-        for j, step in enumerate(self._steps):
-            torch.addcmul(targets[j], before[j], step, value=-1, out=errors[j])
+        error = torch.empty_like(codes)
+        for target, code, step, left in zip(self._target, codes, self._steps, error, strict=True):
+            torch.addcmul(target, code, step, value=-1, out=left)
+        for _ in range(passes):
+            updated = self._sweep(pull, codes, error, block_size)
+            if torch.equal(updated, codes):
+                break
+            codes = updated
+        return codes
+
+    def _sweep(self, pull: Tensor, codes: Tensor, error: Tensor, block_size: int) -> Tensor:
+        """One pass of `descend`. pull: row j is H_jk / H_kk. error: target minus value of each code, kept up to date."""
+        updated, change = torch.empty_like(codes), torch.empty_like(codes[0])
+        before, after, errors, pulls = (matrix.unbind(0) for matrix in (codes, updated, error, pull))
         for start, stop in self._blocks(block_size):
             slope = pull[:, start:stop].T @ error
             slopes = slope.unbind(0)
@@ -81,17 +92,17 @@ class Columns:
         """Codes as they are stored: [out, in] int8 in the order of the weight, zero point added back."""
         stored = torch.empty_like(codes)
         stored[self._order] = codes
-        grouped = stored.T.unflatten(1, (self._grid.scale.shape[1], -1))
+        rows = stored.T.contiguous()
         if self._grid.zero_point is not None:
-            grouped = grouped + self._grid.zero_point.unsqueeze(-1)
-        return grouped.flatten(1).to(torch.int8).contiguous()
+            groups: Tensor = rows.view(len(rows), self._grid.scale.shape[1], -1)
+            groups += self._grid.zero_point.unsqueeze(-1)
+        return rows.to(torch.int8)
 
     def _clamp(self, code: Tensor, j: int) -> None:
-        low, high = self._bounds[j]
-        if isinstance(low, Tensor):
-            torch.clamp(code, low, high, out=code)
+        if self._bounds is None:
+            code.clamp_(*self._range)
         else:
-            code.clamp_(low, high)
+            torch.clamp(code, *self._bounds[j], out=code)
 
     def _blocks(self, block_size: int) -> Iterator[tuple[int, int]]:
         for start in range(0, len(self._steps), block_size):

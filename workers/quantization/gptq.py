@@ -26,7 +26,7 @@ from workers.calibration.statistics import InputStatistics
 from workers.config import Config
 from workers.quantization.columns import Columns, Metric
 from workers.quantization.grid import MeanSquare, ScaleSearch, WeightFormat
-from workers.quantization.inputs import checked_statistics, checked_weight
+from workers.quantization.inputs import checked_matrix, checked_statistics
 from workers.quantization.result import Fallback, QuantizationResult
 
 _DAMPING_ATTEMPTS = 4  # the damping that was asked for, then three times ten times more
@@ -60,13 +60,16 @@ class GPTQ(Config):
         for a weight that is not a finite matrix, that groups do not tile, or whose scales do not fit `scale_dtype`, and for
         statistics that are absent, not finite or of another width.
         """
-        matrix = checked_weight(weight)
-        hessian = checked_statistics(statistics, matrix).mean_gram()
+        matrix = checked_matrix("weight", weight)
+        hessian = checked_statistics(statistics, matrix.shape[1]).mean_gram()
         power = hessian.diagonal()
-        order = power.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(power), device=power.device)
+        order = power.argsort(descending=True, stable=True)
+        if not self.act_order:
+            order = order.sort().values
         dead = int((power <= 0).sum())
         if dead == len(power):
-            return self._round(matrix, format, scale_dtype, Fallback(step="gptq.tokens", cause="no token: round to nearest"))
+            no_token = Fallback(step="gptq.tokens", cause="no calibration token arrived: rounded to nearest")
+            return self._round(matrix, format, scale_dtype, no_token)
         fallbacks: list[Fallback] = []
         if dead:
             cause = f"{dead} of {len(power)} columns: no input but zero was seen: rounded to nearest"
@@ -78,11 +81,7 @@ class GPTQ(Config):
         grid = self.scale.fit(matrix, format, scale_dtype, importance)
         columns = Columns(matrix, grid, order)
         codes = columns.feed_back(metric, self.block_size)
-        for _ in range(self.refinement):
-            refined = columns.descend(metric, codes, self.block_size)
-            if torch.equal(refined, codes):
-                break
-            codes = refined
+        codes = columns.descend(metric, codes, self.refinement, self.block_size)
         return QuantizationResult(weight=grid.with_codes(columns.restore(codes)), fallbacks=tuple(fallbacks))
 
     def _factorize(self, hessian: Tensor, order: Tensor, fallbacks: list[Fallback]) -> Metric | None:
@@ -100,7 +99,7 @@ class GPTQ(Config):
                     cause = f"no Cholesky factor at {self.damping:g}: raised to {damping:g}"
                     fallbacks.append(Fallback(step="gptq.damping", cause=cause))
                 return Metric(hessian=damped, root=root.flip(0, 1))
-        cause = f"no Cholesky factor up to a damping of {damping:g}: round to nearest"
+        cause = f"no Cholesky factor up to a damping of {damping:g}: rounded to nearest"
         fallbacks.append(Fallback(step="gptq.cholesky", cause=cause))
         return None
 

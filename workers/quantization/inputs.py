@@ -8,21 +8,22 @@ from torch import Tensor
 from workers.calibration.statistics import InputStatistics
 
 
-def checked_weight(weight: Tensor) -> Tensor:
-    """`weight` in float32; ValueError unless it is a finite matrix with at least one row and one column."""
-    if weight.ndim != 2 or weight.numel() == 0 or not weight.is_floating_point():
-        raise ValueError(f"weight: {weight.dtype} {list(weight.shape)}: expected a floating-point matrix [out, in]")
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("weight: holds NaN or infinity: expected finite values")
-    return weight.float()
+def checked_matrix(name: str, matrix: Tensor) -> Tensor:
+    """`matrix` in float32; ValueError with its name unless it is finite, [out, in], with at least one row and column."""
+    if matrix.ndim != 2 or matrix.numel() == 0 or not matrix.is_floating_point():
+        kind = str(matrix.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: {kind} {list(matrix.shape)}: expected a floating-point matrix [out, in]")
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError(f"{name}: holds NaN or infinity: expected finite values")
+    return matrix.float()
 
 
-def checked_statistics(statistics: InputStatistics | None, weight: Tensor) -> InputStatistics:
-    """`statistics` when they are finite and of the input of `weight`; ValueError otherwise."""
+def checked_statistics(statistics: InputStatistics | None, columns: int) -> InputStatistics:
+    """`statistics` when they are finite and of an input of width `columns`; ValueError otherwise."""
     if statistics is None:
-        raise ValueError("statistics: none: this algorithm needs those of the layer's input")
-    if statistics.width != weight.shape[1]:
-        raise ValueError(f"statistics: width {statistics.width}: expected {weight.shape[1]}, the weight's input columns")
+        raise ValueError("statistics: none: expected those of the layer's input")
+    if statistics.width != columns:
+        raise ValueError(f"statistics: width {statistics.width}: expected {columns}, the weight's input columns")
     if not bool(torch.isfinite(statistics.gram).all()):
         raise ValueError("statistics: the Gram matrix holds NaN or infinity: expected finite values")
     return statistics

@@ -11,7 +11,7 @@ from torch import Tensor
 from workers.calibration.statistics import InputStatistics
 from workers.config import Config
 from workers.quantization.grid import AbsoluteMaximum, ScaleSearch, WeightFormat
-from workers.quantization.inputs import checked_statistics, checked_weight
+from workers.quantization.inputs import checked_matrix, checked_statistics
 from workers.quantization.result import Fallback, QuantizationResult
 
 
@@ -31,11 +31,11 @@ class RTN(Config):
         search is unweighted, which the result records. Raises ValueError for a weight that is not a finite matrix, that
         groups do not tile, or whose scales do not fit `scale_dtype`.
         """
-        matrix = checked_weight(weight)
+        matrix = checked_matrix("weight", weight)
         importance = None
         fallbacks: tuple[Fallback, ...] = ()
         if self.scale.weighted:
-            gram = checked_statistics(statistics, matrix).mean_gram()
+            gram = checked_statistics(statistics, matrix.shape[1]).mean_gram()
             importance = gram.diagonal().float()
             if not bool((importance > 0).any()):
                 importance = None

@@ -7,6 +7,7 @@ won itself and whose acknowledgement was lost, and it checks no bytes where the 
 
 from __future__ import annotations
 
+import random
 import time
 import uuid
 from collections.abc import Iterator
@@ -214,7 +215,8 @@ class S3Store(ObjectStore):
                 return owner == attempt
             if failure is not None:
                 raise failure
-            time.sleep(_CONFLICT_PAUSE * 2**conflicts)  # nobody has won yet, or the winner was deleted since
+            if conflicts + 1 < _MAX_CONFLICTS:  # nobody has won yet, or the winner was deleted since
+                time.sleep(random.uniform(0.5, 1) * _CONFLICT_PAUSE * 2**conflicts)
         raise StorageError(f"create {uri}: conflicting writers {_MAX_CONFLICTS} times in a row")
 
     def _attempt(self, key: str) -> str | None:

@@ -127,25 +127,18 @@ def make_client(settings: S3Settings) -> Any:
     # boto3 reads AWS_DEFAULT_REGION and the profile; the other SDKs and Kubernetes set AWS_REGION.
     region = core.get_config_variable("region") or os.environ.get("AWS_REGION")
     session = boto3.session.Session(botocore_session=core, region_name=region)
-    styled = (core.get_scoped_config().get("s3") or {}).get("addressing_style")
-    try:
-        client = session.client("s3", config=_config(settings, styled))
-    except ValueError as error:
-        raise RequestError(f"S3 endpoint of the environment: {error}") from error
-    if styled is None and ".amazonaws.com" not in str(client.meta.endpoint_url):
-        # Few S3-compatible servers answer to bucket.host, the style that boto3 would choose for a host name.
-        client = session.client("s3", config=_config(settings, "path"))
-    return client
-
-
-def _config(settings: S3Settings, addressing_style: str | None) -> Any:
-    return Config(
+    # Addressing is boto3's choice, and a good one: what the profile says; else by path wherever an endpoint
+    # is configured, which every server understands, and by host at AWS.
+    config = Config(
         connect_timeout=settings.connect_timeout,
         read_timeout=settings.read_timeout,
         retries={"mode": "standard", "total_max_attempts": settings.total_max_attempts},
         max_pool_connections=settings.connections,
-        s3={"addressing_style": addressing_style} if addressing_style else None,
     )
+    try:
+        return session.client("s3", config=config)
+    except ValueError as error:
+        raise RequestError(f"S3 endpoint of the environment: {error}") from error
 
 
 def status_of(error: ClientError) -> int:

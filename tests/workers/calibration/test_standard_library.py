@@ -29,9 +29,7 @@ def write_library(root: Path, names: list[str]) -> Path:
 
 
 def names_of(root: Path) -> set[str]:
-    return {
-        p.relative_to(root).as_posix() for part in PARTS for p in standard_library_files(part, library=root)
-    }
+    return {p.relative_to(root).as_posix() for part in PARTS for p in standard_library_files(part, library=root)}
 
 
 def test_parts_are_disjoint_and_of_the_promised_share() -> None:
@@ -100,9 +98,7 @@ def test_text_joins_the_files_in_sorted_order(tmp_path: Path) -> None:
 
 
 def test_real_library_has_no_tests_tables_or_installed_packages() -> None:
-    names = {
-        p.relative_to(STANDARD_LIBRARY).as_posix() for part in PARTS for p in standard_library_files(part)
-    }
+    names = {p.relative_to(STANDARD_LIBRARY).as_posix() for part in PARTS for p in standard_library_files(part)}
     unwanted = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}
     assert not [name for name in names if unwanted & set(name.split("/"))]
     assert not names & {"pydoc_data/topics.py", "stringprep.py", "html/entities.py", "sitecustomize.py"}

@@ -52,9 +52,7 @@ def test_pieces_do_not_matter(piece: int) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize(
-    "position", [0, 131_072, 299_999]
-)  # first, inside, last: beyond one block of the scan
+@pytest.mark.parametrize("position", [0, 131_072, 299_999])  # first, inside, last: beyond one block of the scan
 def test_one_bad_element_is_found_anywhere(dtype: torch.dtype, bad: float, position: int) -> None:
     tensor = torch.ones(300_000, dtype=dtype)
     assert inspected(tensor).finite
@@ -73,9 +71,7 @@ def test_every_half_precision_pattern_is_judged_as_torch_judges_it() -> None:
 def test_extremes_are_finite() -> None:
     for dtype in FLOATS:
         limits = torch.finfo(dtype)
-        tensor = torch.tensor(
-            [limits.max, limits.min, limits.tiny, -0.0, limits.smallest_normal / 2], dtype=dtype
-        )
+        tensor = torch.tensor([limits.max, limits.min, limits.tiny, -0.0, limits.smallest_normal / 2], dtype=dtype)
         assert inspected(tensor).finite
 
 

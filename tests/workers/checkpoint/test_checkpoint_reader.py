@@ -142,9 +142,7 @@ def test_tensors_that_are_not_finite_are_all_named(tmp_path: Path, bad: float) -
     checkpoint = open_single(tmp_path, tensors)
     checkpoint.check_finite(["good"])
     assert [digest.finite for digest in checkpoint.inspect(tensors).values()] == [True, False, False]
-    with pytest.raises(
-        CheckpointError, match=r"(?s)2 problems.*model.safetensors: tensor 'one'.*'two'"
-    ) as caught:
+    with pytest.raises(CheckpointError, match=r"(?s)2 problems.*model.safetensors: tensor 'one'.*'two'") as caught:
         checkpoint.check_finite(checkpoint.names)
     assert "good" not in str(caught.value)
 
@@ -201,9 +199,7 @@ def test_a_bit_that_turned_on_the_way_is_read_again(tmp_path: Path) -> None:
 def test_storage_that_answers_differently_each_time_is_not_the_sources_fault(tmp_path: Path) -> None:
     tensor = torch.arange(4.0)
     checkpoint = _behind(_Flipper(times=9), tmp_path, {"a": tensor})
-    with pytest.raises(
-        IntegrityError, match=r"model.safetensors: tensor 'a'.*two reads gave different bytes"
-    ):
+    with pytest.raises(IntegrityError, match=r"model.safetensors: tensor 'a'.*two reads gave different bytes"):
         checkpoint.read("a", sha256=tensor_digest(tensor))
 
 
@@ -257,9 +253,7 @@ def test_an_index_that_names_the_single_file_is_no_contradiction(tmp_path: Path)
 
 
 def test_other_files_beside_the_index_are_left_alone(tmp_path: Path) -> None:
-    store = write_checkpoint(
-        tmp_path, {**SHARDS, "consolidated.safetensors": b"not ours"}, index=index_of(SHARDS)
-    )
+    store = write_checkpoint(tmp_path, {**SHARDS, "consolidated.safetensors": b"not ours"}, index=index_of(SHARDS))
     (tmp_path / "pytorch_model.bin").write_bytes(b"not ours")
     assert Checkpoint.open(store).names == ("a", "b", "c")
 

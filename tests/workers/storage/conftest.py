@@ -31,8 +31,13 @@ def moto() -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="session")
-def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with ceph_server(tmp_path_factory.mktemp("ceph")) as server:
+def ceph_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ceph")
+
+
+@pytest.fixture(scope="session")
+def ceph(ceph_directory: Path) -> Iterator[S3Server]:
+    with ceph_server(ceph_directory) as server:
         yield _with_bucket(server)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from workers.errors import CounterweightError, ObjectNotFoundError, RequestError, StorageError
-from workers.storage import ObjectInfo, open_store
+from workers.storage import ObjectInfo, file, open_store, sha256_hex
 from workers.storage.file import FileStore
 
 
@@ -216,6 +216,46 @@ def test_a_link_whose_answer_was_lost_is_won(store: FileStore, monkeypatch: pyte
     assert store.create("a", b"mine")
     assert not store.create("a", b"other")
     assert store.read("a") == b"mine"
+
+
+class FlipsOnce(FileStore):
+    """The first read of anything is wrong in one bit."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.reads = 0
+
+    def _read(self, key: str) -> bytes:
+        self.reads += 1
+        data = super()._read(key)
+        return data if self.reads > 1 else bytes([data[0] ^ 1]) + data[1:]
+
+
+def test_a_wrong_bit_is_read_again_where_a_digest_tells(root: Path) -> None:
+    store = FlipsOnce(root)
+    store.write("a", b"data")
+    assert store.read("a", sha256=sha256_hex(b"data")) == b"data"
+    assert store.reads == 2
+    assert store.read("a", sha256=sha256_hex(b"data")) == b"data"
+    assert store.reads == 3
+
+
+def test_a_directory_that_a_delete_takes_away_is_made_again(
+    store: FileStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_directory = file._make_directory
+    removed: list[Path] = []
+
+    def make_and_lose_once(path: Path) -> None:
+        make_directory(path)
+        if not removed:
+            path.rmdir()
+            removed.append(path)
+
+    monkeypatch.setattr(file, "_make_directory", make_and_lose_once)
+    store.write("a/b", b"data")
+    assert removed == [root / "a"]
+    assert store.read("a/b") == b"data"
 
 
 def test_a_file_that_shrinks_while_it_is_read(store: FileStore, root: Path) -> None:

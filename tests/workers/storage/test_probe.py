@@ -63,6 +63,16 @@ class RefusesAndWrites(FileStore):
         return not taken
 
 
+class LosersWrite(FileStore):
+    """Tells the truth about who won, and lets a loser write."""
+
+    def create(self, key: str, data: bytes) -> bool:
+        won = super().create(key, data)
+        if not won and "race" in key:
+            self.write(key, data)
+        return won
+
+
 class NeverCreates(FileStore):
     def create(self, key: str, data: bytes) -> bool:
         return False
@@ -119,6 +129,7 @@ class NeverDeletes(FileStore):
         (Overwrites, "succeeded twice"),
         (LooksFirst, "of 8 concurrent creators"),
         (RefusesAndWrites, "replaced the object"),
+        (LosersWrite, "what the winner of a race wrote"),
         (NeverCreates, "fresh key"),
         (ReadsStale, "a read after a write"),
         (ListsLate, "did not show them in order"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faultproxy import Fault, FaultProxy
+from tests.servers import Connect, S3Server
 from workers.errors import IntegrityError, StorageError
 from workers.storage import fetch, sha256_hex
 from workers.storage.s3 import S3Store
@@ -76,6 +77,25 @@ def test_an_object_replaced_during_a_resumption_is_an_error(proxy: FaultProxy, s
         list(stream)
 
 
+def test_a_server_that_ignores_ranges_is_an_error(
+    moto: S3Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = connect(moto)
+    with FaultProxy(moto.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        store = S3Store(uri)
+        store.write("a", DATA)
+        proxy.inject(Fault.WHOLE, "GET", times=3)
+        reads: list[Callable[[], object]] = [
+            lambda: store.read_range("a", 1, 10),
+            lambda: store.read_range("a", 0, 10),
+            lambda: list(store.stream("a", start=1)),
+        ]
+        for read in reads:
+            with pytest.raises(StorageError, match="the server ignored the range"):
+                read()
+
+
 def test_a_flipped_bit_is_found_and_read_again(proxy: FaultProxy, store: S3Store) -> None:
     proxy.inject(Fault.FLIPPED, "GET", times=1)
     assert store.read("a", sha256=DIGEST) == DATA
@@ -126,6 +146,7 @@ def test_requests_that_fail_twice_are_repeated(
     assert proxy.count(method) - before == 3
 
 
+@pytest.mark.integration
 def test_a_server_that_stays_unavailable_is_given_up(proxied: Proxied) -> None:
     proxy, make = proxied
     proxy.inject(Fault.UNAVAILABLE, "PUT", times=100)
@@ -144,6 +165,7 @@ def test_a_lost_acknowledgement_of_a_creation_is_resolved_as_won(proxy: FaultPro
     assert store.read("b") == b"mine"
 
 
+@pytest.mark.integration
 def test_a_creation_whose_every_acknowledgement_is_lost_is_won(proxied: Proxied) -> None:
     proxy, make = proxied
     store = make(S3Settings(total_max_attempts=2))
@@ -208,6 +230,29 @@ def test_a_multipart_upload_survives(
     assert store.read("b", sha256=sha256_hex(BIG)) == BIG
 
 
+def test_a_lost_acknowledgement_of_a_whole_upload_is_resolved(proxied: Proxied) -> None:
+    proxy, make = proxied
+    store = make(S3Settings(part_size=5 * MIB, total_max_attempts=1))
+    proxy.inject(Fault.LOST_REPLY, "POST", times=1, containing="uploadId=")
+    store.write("b", BIG)
+    assert store.read("b", sha256=sha256_hex(BIG)) == BIG
+
+
+@pytest.mark.integration
+def test_an_abort_waits_for_the_parts_under_way(proxied: Proxied, store: S3Store) -> None:
+    """A part that arrives after the abort would stay in the bucket, invisible and paid for."""
+    proxy, make = proxied
+    proxy.hold_until(2, "PUT", containing="partNumber=")  # there is one: it is held for two seconds
+    writer = make(S3Settings(part_size=5 * MIB)).open_writer("b")
+    writer.write(BIG)
+    while not proxy.held:
+        time.sleep(0.01)
+    writer.abort()
+    assert proxy.held == 0
+    assert proxy.requests[-1].startswith("DELETE ")
+    assert store.abort_stale_writes(timedelta(seconds=-60)) == 0
+
+
 def test_a_lost_begin_of_an_upload_is_swept(proxy: FaultProxy, store: S3Store) -> None:
     """The server opened an upload of which we never learned; a second one carries the object."""
     proxy.inject(Fault.LOST_REPLY, "POST", times=1, containing="?uploads")
@@ -242,6 +287,7 @@ def test_the_first_error_is_told_when_the_abort_fails_too(proxied: Proxied, stor
     assert not store.exists("b")
 
 
+@pytest.mark.integration
 def test_a_listing_survives(proxy: FaultProxy, store: S3Store) -> None:
     store.write("b", b"")
     proxy.inject(Fault.RESET, "GET", times=1)

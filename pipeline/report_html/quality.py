@@ -1,0 +1,162 @@
+"""What the compression cost in quality, on text and per module."""
+
+from __future__ import annotations
+
+from pipeline.report import Quality, Report
+from pipeline.report_html.markup import Markup, tag
+from pipeline.report_html.modules import Panel, middle, panels
+from pipeline.report_html.plots import ErrorPlots, perplexity_plot
+from pipeline.report_html.tables import figure, legend, section, table
+from pipeline.report_html.text import NONE, count, exact, percent
+
+ERROR = "‖(W − W′)X‖² / ‖WX‖² over the calibration tokens"
+
+
+def has_compensation(report: Report) -> bool:
+    """Whether any module has a low-rank branch."""
+    return any(module.rank > 0 for module in report.modules)
+
+
+def gap_closed(report: Report) -> float | None:
+    """Share of the perplexity that quantization cost and compensation won back; None without validation, compensation
+    or cost. Negative when compensation made it worse."""
+    if report.baseline is None or report.quantized is None or report.compensated is None:
+        return None
+    gap = report.quantized.perplexity - report.baseline.perplexity
+    if gap <= 0 or not has_compensation(report):
+        return None
+    return (report.quantized.perplexity - report.compensated.perplexity) / gap
+
+
+def result_section(report: Report) -> Markup:
+    """The original, the quantized and the compensated model on the validation text."""
+    baseline, quantized, compensated = report.baseline, report.quantized, report.compensated
+    if baseline is None or quantized is None or compensated is None:
+        text = "This job had no validation: nothing was measured on text. All that is known are the errors per module."
+        return section("Result", tag("p", text, class_="warning"))
+    columns = [("original", "original", baseline), ("quantized", "before", quantized)]
+    if has_compensation(report):
+        columns.append(("compensated", "after", compensated))
+    rows = [
+        ("perplexity", *(exact(q.perplexity, ".4f") for _, _, q in columns)),
+        ("ratio to the original", *(_ratio(q, baseline) for _, _, q in columns)),
+        ("KL, nats per token", *(exact(q.kl, ".4g") for _, _, q in columns)),
+        ("top-1 agreement", *(_share(q.top1_agreement) for _, _, q in columns)),
+    ]
+    return section(
+        "Result",
+        tag("p", _verdict(report)),
+        tag(
+            "div",
+            table(["", *(label for label, _, _ in columns)], rows),
+            figure(
+                "Perplexity, lower is better",
+                perplexity_plot([(label, class_, q.perplexity) for label, class_, q in columns]),
+            ),
+            class_="pair",
+        ),
+        tag("p", _measured(report), class_="soft"),
+    )
+
+
+def _ratio(quality: Quality, baseline: Quality) -> str:
+    return exact(quality.perplexity / baseline.perplexity if baseline.perplexity > 0 else None, ".4f")
+
+
+def _share(value: float) -> Markup:
+    return tag("data", percent(value), value=repr(value), title=repr(value))
+
+
+def _verdict(report: Report) -> str:
+    if not has_compensation(report):
+        return "No module has a low-rank branch: the quantized model is what is served."
+    closed = gap_closed(report)
+    if closed is None:
+        return "Quantization alone did not raise the perplexity, so there was no gap for compensation to close."
+    if closed < 0:
+        return (
+            f"Compensation made it worse: it widened the perplexity gap that quantization left by {percent(-closed)}."
+        )
+    return f"Compensation closed {percent(closed)} of the perplexity gap between the quantized and the original model."
+
+
+def _measured(report: Report) -> str:
+    windows = "the validation windows"
+    if report.validation is not None:
+        windows = (
+            f"{count(report.validation.sequences, 'window')} of {count(report.validation.sequence_length, 'token')}"
+        )
+    return (
+        f"Measured side by side on {windows}, in float32. The quantized column was measured without low-rank branches, "
+        "not estimated. KL and agreement compare next-token distributions with the original's."
+    )
+
+
+def error_section(report: Report) -> Markup:
+    """Output error of every module, before and after compensation."""
+    found = tuple(panels(report.modules))
+    unmeasured = sum(panel.unmeasured for panel in found)
+    title = "Error per module"
+    if not found:
+        return section(title, tag("p", "No module was quantized."))
+    if not any(panel.spreads for panel in found):
+        return section(
+            title, tag("p", "No error was measured: no calibration token reached any module.", class_="warning")
+        )
+    compensated = has_compensation(report)
+    notes = [f"Relative output error {ERROR}; lower is better. All plots share one logarithmic axis."]
+    if any(panel.several for panel in found):
+        notes.append(
+            "Where a block has several modules of a kind (experts), a bar runs from the smallest to the largest error "
+            "and its tick is the median."
+        )
+    if unmeasured:
+        notes.append(f"{count(unmeasured, 'module has', 'modules have')} no error, because no token reached them.")
+    if any(value <= 0 for panel in found for value in (*panel.before, *panel.after)):
+        notes.append("Errors of exactly zero stand at the lower edge.")
+    return section(
+        title,
+        tag(
+            "figure",
+            _error_legend(found, compensated),
+            ErrorPlots(found, compensated).draw(),
+            tag("figcaption", " ".join(notes)),
+        ),
+        tag("h3", "By kind"),
+        _kinds(found, compensated),
+    )
+
+
+def _error_legend(found: tuple[Panel, ...], compensated: bool) -> Markup:
+    entries: list[tuple[str, str]] = []
+    shapes: list[str] = []
+    for shape in ("dot", "bar"):
+        if not any(panel.several == (shape == "bar") for panel in found if panel.spreads):
+            continue
+        suffix = ", range" if shape == "bar" else ""
+        entries.append(("before", f"quantized{suffix}"))
+        shapes.append("ring" if compensated and shape == "dot" else shape)
+        if compensated:
+            entries.append(("after", f"compensated{suffix}"))
+            shapes.append(shape)
+    return legend(entries, shapes=shapes)
+
+
+def _kinds(found: tuple[Panel, ...], compensated: bool) -> Markup:
+    head = ["kind", "modules", "median error"]
+    head += ["compensated", "ratio", "largest"] if compensated else ["largest"]
+    rows: list[list[str]] = []
+    for panel in found:
+        before, after = middle(panel.before), middle(panel.after)
+        row: list[str] = [panel.kind, f"{len(panel.before) + panel.unmeasured:,}", exact(before, ".3e")]
+        if compensated:
+            row += [exact(after, ".3e"), f"{after / before:.3f}" if before and after is not None else NONE]
+        rows.append([*row, _largest(panel)])
+    return table(head, rows)
+
+
+def _largest(panel: Panel) -> str:
+    if not panel.spreads:
+        return NONE
+    value, block = max((max(spread.after), spread.block) for spread in panel.spreads)
+    return f"{value:.3e} in block {block}"

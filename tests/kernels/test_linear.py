@@ -1,0 +1,75 @@
+"""The compensated layer against the sum written out in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.formats import LowRank, QuantizedWeight
+from kernels.linear import CompensatedLinear
+from kernels.reference import fake_quantize_activations
+
+OUT, IN = 6, 8
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+WEIGHT = QuantizedWeight(
+    codes=(random(OUT, IN) * 3).round().clamp(-8, 7).to(torch.int8),
+    scale=random(OUT, 2, seed=1).bfloat16(),
+    zero_point=torch.full((OUT, 2), 2, dtype=torch.int8),
+    bits=4,
+    group_size=4,
+)
+BRANCH = LowRank(up=random(OUT, 3, seed=2).bfloat16(), down=random(3, IN, seed=3).bfloat16())
+BIAS = random(OUT, seed=4)
+X = random(2, 5, IN, seed=5)
+
+
+@pytest.mark.parametrize("branch", [None, BRANCH])
+@pytest.mark.parametrize("bias", [None, BIAS])
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_is_the_sum_of_its_terms(branch: LowRank | None, bias: Tensor | None, activation_bits: int | None) -> None:
+    layer = CompensatedLinear(WEIGHT, low_rank=branch, bias=bias, activation_bits=activation_bits)
+    seen = X if activation_bits is None else fake_quantize_activations(X, activation_bits)
+    expected = seen.double() @ WEIGHT.dequantize(torch.float64).T
+    if branch is not None:
+        # The branch sees the input before it is quantized.
+        expected = expected + X.double() @ branch.down.double().T @ branch.up.double().T
+    if bias is not None:
+        expected = expected + bias.double()
+    torch.testing.assert_close(layer(X), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_every_term_has_a_say() -> None:
+    full = CompensatedLinear(WEIGHT, low_rank=BRANCH, bias=BIAS, activation_bits=8)(X)
+    for less in (
+        CompensatedLinear(WEIGHT, bias=BIAS, activation_bits=8),
+        CompensatedLinear(WEIGHT, low_rank=BRANCH, activation_bits=8),
+        CompensatedLinear(WEIGHT, low_rank=BRANCH, bias=BIAS),
+    ):
+        assert (less(X) - full).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_output_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
+    layer = CompensatedLinear(WEIGHT, low_rank=BRANCH, bias=BIAS, activation_bits=8)
+    assert layer(X.to(dtype)).dtype is dtype
+
+
+def test_the_weight_comes_back_as_a_value() -> None:
+    layer = CompensatedLinear(WEIGHT)
+    assert torch.equal(layer.quantized().dequantize(), WEIGHT.dequantize())
+    assert (layer.in_features, layer.out_features) == (IN, OUT)
+    assert "bits=4" in repr(layer)
+    assert "rank=0" in repr(layer)
+
+
+def test_buffers_follow_the_module_and_scales_keep_their_dtype() -> None:
+    layer = CompensatedLinear(WEIGHT, low_rank=BRANCH).to("meta")
+    assert all(buffer.is_meta for buffer in layer.buffers())
+    assert layer.scale.dtype is torch.bfloat16
+    assert layer.codes.dtype is torch.int8

@@ -1,0 +1,181 @@
+"""Tiny models of every family, random but not trivial, and the checkpoints and texts that tests make of them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+VOCABULARY = 128
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.5, 2.0, 3.0],
+    "long_factor": [1.0, 2.5, 4.0, 7.0],
+    "original_max_position_embeddings": 16,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model: its family, and what of its config is not `BASE`."""
+
+    family: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+BASE: Mapping[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+
+CASES: Mapping[str, Case] = {
+    "llama": Case("llama"),
+    "llama-rope": Case("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-yarn": Case("llama", {"rope_parameters": YARN_ROPE}),
+    "llama-tied-biased": Case("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "mistral": Case("mistral", {"sliding_window": 8, "head_dim": 32}),
+    "qwen2": Case("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": Case("qwen3", {"head_dim": 32}),
+    "phi3": Case("phi3", {"sliding_window": 20}),
+    "phi3-longrope": Case("phi3", {"rope_parameters": {**LONG_ROPE, "partial_rotary_factor": 0.5}}),
+    "gemma2": Case(
+        "gemma2",
+        {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    # Every sixth layer looks at everything, with a rotary embedding of its own.
+    "gemma3_text": Case(
+        "gemma3_text", {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 7, "query_pre_attn_scalar": 16}
+    ),
+    "mixtral": Case("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen3_moe": Case("qwen3_moe", {**MOE, "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
+}
+
+
+def build(case: str | Case, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """The model in float32. Norms and biases are random too: a model whose norms are ones hides a lost norm."""
+    chosen = CASES[case] if isinstance(case, str) else case
+    config = CONFIG_MAPPING[chosen.family](**{**BASE, **chosen.config, **changes})
+    attention = {"attn_implementation": "eager"} if chosen.family == "gemma2" else {}
+    model = AutoModelForCausalLM.from_config(config, **attention).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    centre = 0.0 if chosen.family.startswith("gemma") else 1.0  # Gemma's norms scale by 1 + weight
+    for name, parameter in model.named_parameters():
+        mean = centre if "norm" in name else 0.0
+        values = torch.randn(parameter.shape, generator=generator) * 0.2 + mean
+        parameter.data.copy_(values)
+    return model
+
+
+def save(
+    model: PreTrainedModel, directory: Path, dtype: torch.dtype = torch.float32, *, shard_size: str = "1GB"
+) -> Path:
+    """A checkpoint as transformers writes it, with a tokenizer. Rounds the model's own weights to `dtype` on the way, so
+    that it stays the checkpoint's equal."""
+    transformers_logging.disable_progress_bar()
+    _cast(model, dtype)
+    model.save_pretrained(directory, max_shard_size=shard_size)
+    _cast(model, torch.float32)
+    write_tokenizer(directory)
+    return directory
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():  # not the buffers: rotary frequencies are never stored, and stay float32
+        parameter.data = parameter.data.to(dtype)
+
+
+def save_fused(model: PreTrainedModel, directory: Path) -> Path:
+    """A checkpoint of a mixture of experts under transformers' own module names: experts fused, two tensors a block."""
+    save(model, directory)
+    (directory / "model.safetensors").unlink()
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    assert any(name.endswith(".experts.gate_up_proj") for name in tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def checkpoint(case: str | Case, directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """Builds and saves; returns the model in float32, with the values that the checkpoint holds."""
+    model = build(case, **changes)
+    save(model, directory, dtype)
+    return model
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json, parsed."""
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return config
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, as stored."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A tokenizer of words `w0`, `w1`, ...: word i has the id i."""
+    words = {f"w{index}": index for index in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_text(path: Path, tokens: int, *, seed: int = 0) -> Path:
+    """A text of `tokens` random words of `write_tokenizer`."""
+    draw = random.Random(seed)
+    path.write_text(" ".join(f"w{draw.randrange(VOCABULARY)}" for _ in range(tokens)))
+    return path
+
+
+def token_ids(sequences: int, length: int, *, seed: int = 0) -> Tensor:
+    """Random token ids [sequences, length] int64."""
+    return torch.randint(0, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,172 @@
+"""What the dispatcher does with outcomes, on a pool that plays a script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from pipeline.dispatch import Dispatcher, Task
+from pipeline.policies import RetryPolicy
+from pipeline.pool import Outcome
+from workers.errors import (
+    CheckpointError,
+    CounterweightError,
+    IntegrityError,
+    RequestError,
+    StorageError,
+    WorkerError,
+)
+
+DIED = "died"
+"""In a script: the worker's process is gone."""
+
+
+class ScriptedPool:
+    """Each call of a method takes the next item of that method's script; without one it returns its arguments."""
+
+    def __init__(self, size: int, script: dict[str, Sequence[Any]] | None = None) -> None:
+        self.size = size
+        self.calls: list[tuple[int, str]] = []
+        self.restarts: list[int] = []
+        self.order: Callable[[list[Outcome]], list[Outcome]] = lambda outcomes: outcomes[:1]
+        self._script = {method: list(items) for method, items in (script or {}).items()}
+        self._waiting: list[Outcome] = []
+
+    def submit(self, worker: int, method: str, *arguments: Any) -> int:
+        assert worker not in [outcome.worker for outcome in self._waiting], "a busy worker was given a task"
+        self.calls.append((worker, method))
+        ticket = len(self.calls)
+        items = self._script.get(method, [])
+        item = items.pop(0) if items else None
+        if item == DIED:
+            outcome = Outcome(ticket, worker, error=WorkerError(f"worker {worker} died"), worker_died=True)
+        elif isinstance(item, BaseException):
+            outcome = Outcome(ticket, worker, error=item)
+        else:
+            outcome = Outcome(ticket, worker, value=(method, *arguments))
+        self._waiting.append(outcome)
+        return ticket
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        assert seconds < 1, "an interrupt would not be felt"
+        chosen = self.order(self._waiting)
+        self._waiting = [outcome for outcome in self._waiting if outcome not in chosen]
+        return chosen
+
+    def restart(self, worker: int) -> None:
+        self.restarts.append(worker)
+
+    def close(self) -> None:
+        return None
+
+
+def tasks(count: int) -> list[Task]:
+    return [Task(f"task {number}", f"m{number}", (number,)) for number in range(count)]
+
+
+def dispatcher(pool: ScriptedPool, notes: list[str] | None = None) -> Dispatcher:
+    return Dispatcher(pool, RetryPolicy(), ([] if notes is None else notes).append)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_values_come_in_the_tasks_order_whoever_finishes_first(size: int, backwards: bool) -> None:
+    pool = ScriptedPool(size)
+    if backwards:
+        pool.order = lambda outcomes: outcomes[-1:]
+    done: list[int] = []
+    values = dispatcher(pool).run_all(tasks(7), done.append)
+    assert values == [(f"m{number}", number) for number in range(7)]
+    assert done == [1, 2, 3, 4, 5, 6, 7]
+    assert {worker for worker, _ in pool.calls} == set(range(size))
+
+
+def test_several_outcomes_at_once_are_all_taken_in() -> None:
+    pool = ScriptedPool(3)
+    pool.order = lambda outcomes: list(outcomes)
+    assert len(dispatcher(pool).run_all(tasks(8))) == 8
+
+
+def test_nothing_to_do_is_done() -> None:
+    assert dispatcher(ScriptedPool(1)).run_all([]) == []
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_failing_surroundings_are_tried_again_and_noted(failures: int) -> None:
+    notes: list[str] = []
+    pool = ScriptedPool(2, {"m1": [StorageError("write s3://b/k: 503 SlowDown")] * failures})
+    values = dispatcher(pool, notes).run_all(tasks(3))
+    assert values[1] == ("m1", 1)
+    assert [method for _, method in pool.calls].count("m1") == failures + 1
+    expected = [f"task 1: try {n + 1} of 3 failed: write s3://b/k: 503 SlowDown" for n in range(failures)]
+    assert notes == expected
+
+
+def test_after_three_tries_the_error_is_final_and_keeps_its_class() -> None:
+    pool = ScriptedPool(2, {"m1": [IntegrityError("sha256 differs")] * 9})
+    with pytest.raises(IntegrityError, match=r"^task 1 after 3 tries: sha256 differs$") as caught:
+        dispatcher(pool).run_all(tasks(3))
+    assert caught.value.exit_code == 4
+    assert [method for _, method in pool.calls].count("m1") == 3
+
+
+@pytest.mark.parametrize("error", [RequestError("not finite"), CheckpointError("changed while the job ran")])
+def test_a_wrong_request_is_final_at_once(error: CounterweightError) -> None:
+    pool = ScriptedPool(1, {"m0": [error]})
+    with pytest.raises(type(error), match=rf"^task 0: {error}$") as caught:
+        dispatcher(pool).run_all(tasks(2))
+    assert caught.value.exit_code == 2
+    assert caught.value.__cause__ is error
+    assert pool.calls == [(0, "m0")]
+
+
+def test_a_defect_is_not_repeated_and_is_named() -> None:
+    pool = ScriptedPool(1, {"m0": [ZeroDivisionError("division by zero")]})
+    with pytest.raises(WorkerError, match=r"^task 0: ZeroDivisionError: division by zero$") as caught:
+        dispatcher(pool).run_all(tasks(2))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert pool.calls == [(0, "m0")]
+
+
+def test_a_dead_worker_is_replaced_before_anything_else_is_given_to_it() -> None:
+    pool = ScriptedPool(1, {"m1": [DIED]})
+    assert len(dispatcher(pool).run_all(tasks(3))) == 3
+    assert pool.restarts == [0]
+
+
+def test_a_task_that_kills_three_workers_is_final() -> None:
+    pool = ScriptedPool(2, {"m0": [DIED] * 3})
+    with pytest.raises(WorkerError, match=r"^task 0 after 3 tries: worker \d died$"):
+        dispatcher(pool).run_all(tasks(1))
+    assert len(pool.restarts) == 3
+
+
+def test_tries_are_counted_per_task() -> None:
+    """Many tasks that fail twice each are no reason to give up."""
+    pool = ScriptedPool(2, {f"m{number}": [StorageError("x"), DIED] for number in range(5)})
+    assert len(dispatcher(pool).run_all(tasks(5))) == 5
+
+
+def test_a_failed_task_comes_before_those_that_have_not_begun() -> None:
+    pool = ScriptedPool(1, {"m0": [StorageError("x")]})
+    dispatcher(pool).run_all(tasks(3))
+    assert [method for _, method in pool.calls] == ["m0", "m0", "m1", "m2"]
+
+
+def test_one_step_says_who_is_idle_and_what_was_lost() -> None:
+    pool = ScriptedPool(2, {"m0": [DIED]})
+    running = dispatcher(pool)
+    first, second = tasks(2)
+    running.start(0, first)
+    running.start(1, second)
+    assert running.busy
+    assert running.idle == set()
+    (lost,) = running.collect()
+    assert (lost.task, lost.worker, lost.retry, lost.worker_died, lost.value) == (first, 0, True, True, None)
+    assert running.idle == {0}
+    (done,) = running.collect()
+    assert (done.task, done.worker, done.retry, done.value) == (second, 1, False, ("m1", 1))
+    assert not running.busy
+    assert running.idle == {0, 1}

@@ -1,0 +1,195 @@
+"""A job small enough to run in a second, a pool of workers in this process, and a progress that remembers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.artifact import Published
+from pipeline.manifest import CompressionJob, load_manifest
+from pipeline.model_source import open_model
+from pipeline.orchestrator import Orchestrator
+from pipeline.pool import Outcome
+from pipeline.progress import Progress
+from tests.models import Case, checkpoint, write_text
+from workers.errors import WorkerError
+from workers.worker import Worker
+
+MANIFEST = """\
+apiVersion: counterweight/v1
+kind: CompressionJob
+metadata: {name: tiny}
+spec:
+  model: {uri: model}
+  calibration: {source: {uri: calibration.txt}, sequences: 12, sequence_length: 32}
+  recipe:
+    weights: {bits: 4, group_size: 32}
+    compensation: {kind: svd, rank: {count: 4}}
+  validation: {text: {uri: validation.txt}}
+  output: {uri: out}
+"""
+
+
+def write_job(root: Path, *, case: str | Case = "llama", layers: int = 3, manifest: str = MANIFEST) -> Path:
+    """A model, two texts and a manifest beside each other; returns the manifest's path."""
+    root.mkdir(parents=True, exist_ok=True)
+    checkpoint(case, root / "model", torch.bfloat16, num_hidden_layers=layers)
+    write_text(root / "calibration.txt", 500)
+    write_text(root / "validation.txt", 7 * 32, seed=1)
+    path = root / "job.yaml"
+    path.write_text(manifest)
+    return path
+
+
+def job_of(path: Path, *overrides: str) -> CompressionJob:
+    """The job that a manifest describes."""
+    return load_manifest(str(path), overrides).job
+
+
+class Death(Enum):
+    """When a worker's process dies: before it did anything, or after its work is committed and before anyone knows."""
+
+    BEFORE = "before"
+    AFTER = "after"
+
+
+Fault = Callable[[int, str, tuple[Any, ...]], BaseException | Death | None]
+"""Worker, method and arguments of a call -> what goes wrong with it."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    worker: Worker
+    thread: ThreadPoolExecutor
+
+
+class LocalPool:
+    """Workers in threads of this process, with the faults that a test asks for."""
+
+    def __init__(self, size: int = 1, *, fault: Fault = lambda *_: None, threads: int = 1) -> None:
+        self.size = size
+        self.calls: list[tuple[int, str, tuple[Any, ...]]] = []
+        self.restarts: list[int] = []
+        self._fault, self._threads = fault, threads
+        self._slots = [self._fresh() for _ in range(size)]
+        self._pending: dict[Future[Any], tuple[int, int]] = {}
+        self._tickets = 0
+
+    def _fresh(self) -> _Slot:
+        return _Slot(Worker("cpu", self._threads), ThreadPoolExecutor(1))
+
+    def start(self) -> list[str]:
+        return [slot.worker.ready() for slot in self._slots]
+
+    def submit(self, worker: int, method: str, *arguments: Any) -> int:
+        self.calls.append((worker, method, arguments))
+        fault = self._fault(worker, method, arguments)
+        slot = self._slots[worker]
+        future: Future[Any] = slot.thread.submit(_call, slot.worker, method, arguments, fault)
+        self._tickets += 1
+        self._pending[future] = (self._tickets, worker)
+        return self._tickets
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        done, _ = wait(self._pending, timeout=seconds, return_when=FIRST_COMPLETED)
+        return [self._outcome(future) for future in sorted(done, key=lambda f: self._pending[f])]
+
+    def restart(self, worker: int) -> None:
+        self.restarts.append(worker)
+        self._slots[worker].thread.shutdown()
+        self._slots[worker] = self._fresh()
+
+    def close(self) -> None:
+        for slot in self._slots:
+            slot.thread.shutdown(cancel_futures=True)
+            slot.worker.close()
+
+    def _outcome(self, future: Future[Any]) -> Outcome:
+        ticket, worker = self._pending.pop(future)
+        error = future.exception()
+        if error is None:
+            return Outcome(ticket, worker, value=future.result())
+        return Outcome(ticket, worker, error=error, worker_died=isinstance(error, _Died))
+
+
+class _Died(WorkerError):
+    """Stands for the news that a process is gone."""
+
+
+def _call(worker: Worker, method: str, arguments: tuple[Any, ...], fault: BaseException | Death | None) -> Any:
+    if isinstance(fault, BaseException):
+        raise fault
+    if fault is Death.BEFORE:
+        raise _Died("worker died: killed by the test")
+    value = getattr(worker, method)(*arguments)
+    if fault is Death.AFTER:
+        raise _Died("worker died: killed by the test")
+    return value
+
+
+class Events(Progress):
+    """Every event as a tuple: its name, then its arguments."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+
+    def named(self, name: str) -> list[tuple[Any, ...]]:
+        """The arguments of each event of a name."""
+        return [event[1:] for event in self.seen if event[0] == name]
+
+    def stage(self, name: str) -> None:
+        self.seen.append(("stage", name))
+
+    def plan(self, blocks: int, reused: int) -> None:
+        self.seen.append(("plan", blocks, reused))
+
+    def block_started(self, index: int, worker: int) -> None:
+        self.seen.append(("block_started", index, worker))
+
+    def block_done(self, index: int, *, reused: bool, **_: Any) -> None:
+        self.seen.append(("block_done", index, reused))
+
+    def windows(self, done: int, total: int) -> None:
+        self.seen.append(("windows", done, total))
+
+    def note(self, text: str) -> None:
+        self.seen.append(("note", text))
+
+    def finish(self, lines: Sequence[tuple[str, str]]) -> None:
+        self.seen.append(("finish", tuple(lines)))
+
+
+def run_local(job: CompressionJob, pool: LocalPool | None = None, progress: Progress | None = None) -> Published:
+    """Runs a job in this process; closes the pool."""
+    pool = LocalPool() if pool is None else pool
+    try:
+        source = open_model(job.spec.model.uri)
+        return Orchestrator(job, source, pool, "cpu", Events() if progress is None else progress).run()
+    finally:
+        pool.close()
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    """Relative path -> bytes, of an artifact: what follows from its id, without times (report/*, artifact.json)."""
+    found = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {name: data for name, data in found.items() if not name.startswith("report/") and name != "artifact.json"}
+
+
+def local_path(uri: str) -> Path:
+    """The directory of a file: URI."""
+    return Path(uri.removeprefix("file://"))
+
+
+def until(condition: Callable[[], bool], *, seconds: float = 120.0) -> None:
+    """Waits for a condition; a test that waits longer than `seconds` fails."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)

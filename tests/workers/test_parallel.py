@@ -1,0 +1,101 @@
+"""Maps in order, on any number of threads, without running ahead."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from workers.parallel import OrderedPool
+
+
+@pytest.fixture(params=[1, 2, 3])
+def pool(request: pytest.FixtureRequest) -> Iterator[OrderedPool]:
+    opened = OrderedPool(request.param)
+    yield opened
+    opened.close()
+
+
+def test_results_come_in_the_order_of_the_items(pool: OrderedPool) -> None:
+    def slow_first(item: int) -> int:
+        time.sleep(0.02 if item % 3 == 0 else 0.0)
+        return item * item
+
+    assert list(pool.map(slow_first, range(12))) == [item * item for item in range(12)]
+
+
+def test_nothing_gives_nothing(pool: OrderedPool) -> None:
+    assert list(pool.map(str, [])) == []
+
+
+def test_at_most_one_more_than_threads_is_out(pool: OrderedPool) -> None:
+    """Shards are loaded by the function, so what has begun and was not taken is what is in memory."""
+    begun: list[int] = []
+    results = pool.map(begun.append, range(20))
+    for taken in range(1, 21):
+        next(results)
+        time.sleep(0.002)
+        assert len(begun) <= taken + pool.threads
+
+
+def test_items_are_drawn_as_they_are_needed(pool: OrderedPool) -> None:
+    drawn: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(20):
+            drawn.append(item)
+            yield item
+
+    results = pool.map(lambda item: item, items())
+    next(results)
+    assert len(drawn) <= 2 + pool.threads
+    results.close()
+
+
+def test_the_first_failure_is_raised_in_its_place(pool: OrderedPool) -> None:
+    def fail_at_three(item: int) -> int:
+        if item == 3:
+            raise KeyError("three")
+        return item
+
+    seen: list[int] = []
+    with pytest.raises(KeyError, match="three"):
+        for result in pool.map(fail_at_three, range(50)):
+            seen.append(result)
+    assert seen == [0, 1, 2]
+
+
+def test_a_failure_stops_what_has_not_begun(pool: OrderedPool) -> None:
+    begun: list[int] = []
+
+    def fail(item: int) -> None:
+        begun.append(item)
+        raise ValueError(item)
+
+    with pytest.raises(ValueError, match="0"):
+        list(pool.map(fail, range(50)))
+    pool.close()
+    assert len(begun) <= pool.threads + 1
+
+
+def test_threads_run_at_the_same_time() -> None:
+    barrier = threading.Barrier(3, timeout=10)
+    pool = OrderedPool(3)
+    assert sorted(pool.map(lambda _: barrier.wait(), range(3))) == [0, 1, 2]
+    pool.close()
+
+
+def test_closing_ends_the_threads() -> None:
+    before = threading.active_count()
+    pool = OrderedPool(3)
+    list(pool.map(str, range(5)))
+    pool.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_no_threads_are_refused(threads: int) -> None:
+    with pytest.raises(ValueError, match=f"threads: {threads}: expected at least 1"):
+        OrderedPool(threads)

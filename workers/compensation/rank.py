@@ -1,0 +1,69 @@
+"""How the rank of a low-rank branch is asked for."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from workers.config import Config
+
+
+class FractionRank(Config):
+    """A share of the largest rank that the layer can have."""
+
+    fraction: Annotated[float, Field(strict=True, gt=0, le=1)]
+    """Share of min(out, in), rounded to the nearest rank, at least 1."""
+
+    def problem(self, rows: int, columns: int) -> str | None:
+        """None: every layer can have a share of its own size."""
+        del rows, columns
+        return None
+
+    def resolve(self, rows: int, columns: int, singular_values: Tensor) -> int:
+        """The rank for a weight [rows, columns]."""
+        del singular_values
+        return max(1, round(self.fraction * min(rows, columns)))
+
+
+class CountRank(Config):
+    """The same rank for every layer."""
+
+    count: Annotated[int, Field(strict=True, ge=1)]
+    """The rank; more than min(out, in) of a layer is an error."""
+
+    def problem(self, rows: int, columns: int) -> str | None:
+        """Why a weight [rows, columns] is too small for the rank, or None when it is not."""
+        largest = min(rows, columns)
+        return f"rank.count: {self.count}: expected at most {largest}" if self.count > largest else None
+
+    def resolve(self, rows: int, columns: int, singular_values: Tensor) -> int:
+        """The rank for a weight [rows, columns]; ValueError when the weight is too small for it."""
+        del singular_values
+        problem = self.problem(rows, columns)
+        if problem is not None:
+            raise ValueError(f"[{rows}, {columns}]: {problem}")
+        return self.count
+
+
+class EnergyRank(Config):
+    """As many directions as it takes to hold a share of the (whitened) residual: each layer gets what it needs."""
+
+    energy: Annotated[float, Field(strict=True, gt=0, le=1)]
+    """Share of the sum of the singular values, as in ASER (Zhao et al. 2024); not of their squares."""
+
+    def problem(self, rows: int, columns: int) -> str | None:
+        """None: any share can be held by some rank."""
+        del rows, columns
+        return None
+
+    def resolve(self, rows: int, columns: int, singular_values: Tensor) -> int:
+        """The smallest r with sum_{i<=r} s_i >= energy * sum_i s_i; `singular_values` [min(rows, columns)] descend."""
+        del rows, columns
+        held = singular_values.cumsum(0)
+        return min(int((held < self.energy * held[-1]).sum()) + 1, len(held))
+
+
+Rank = FractionRank | CountRank | EnergyRank
+"""The rank of a branch: `{fraction: f}`, `{count: n}` or `{energy: a}`."""

@@ -1,0 +1,77 @@
+"""A config.json that nobody has checked, to a configuration that transformers accepts and can run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from workers.errors import CheckpointError
+
+MAX_LAYERS = 1024
+"""More layers than any published model; a config that claims more is refused before anything is built."""
+
+MAX_EXPERTS = 1024
+"""Of one block; twice the most that a published model has. Each becomes three modules, which take half a millisecond."""
+
+MAX_WIDTH = 1 << 20
+"""Bound on every other size in a config: a hostile file must not make us build (even on the meta device) without limit."""
+
+SIZE_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "query_pre_attn_scalar",
+)
+
+BOUNDS = {"num_hidden_layers": MAX_LAYERS, "num_local_experts": MAX_EXPERTS, "num_experts": MAX_EXPERTS}
+
+
+def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config of a `model_type` that transformers knows; `config` stays as it is.
+
+    CheckpointError for sizes out of bounds, for what transformers refuses, and for what it builds but cannot run.
+    """
+    _check_sizes(config)
+    try:
+        # A deep copy: transformers writes defaults into nested dictionaries such as `rope_parameters`.
+        parsed: PreTrainedConfig = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json: transformers refuses it: {error}") from error
+    _check_divisions(parsed)
+    parsed.return_dict = True
+    return parsed
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    for field in SIZE_FIELDS:
+        value = config.get(field)
+        if value is None:
+            continue
+        bound = BOUNDS.get(field, MAX_WIDTH)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= bound:
+            raise CheckpointError(f"config.json: {field}: {value!r}: expected an integer from 1 to {bound}")
+
+
+def _check_divisions(config: PreTrainedConfig) -> None:
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % groups:
+        raise CheckpointError(
+            f"config.json: num_key_value_heads: {groups}: expected a divisor of num_attention_heads, {heads}"
+        )
+    experts = getattr(config, "num_local_experts", None)
+    if experts is not None and config.num_experts_per_tok > experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok: {config.num_experts_per_tok}: expected at most {experts}, the experts"
+        )
