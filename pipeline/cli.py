@@ -29,6 +29,9 @@ ArtifactUri = Annotated[
 ]
 
 
+INTERRUPTED = 130
+"""Exit code of a command that a SIGINT ended, as shells have it."""
+
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """What every misuse of the command line is. typer may bring its own copy of click, whose classes only it exports."""
 
@@ -177,8 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             typer.echo(f"error: {line}", err=True)
         return 2
     except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # some versions of typer return it, others raise
         typer.echo("interrupted: finished blocks are kept; run the same command again to resume", err=True)
-        return 130
     return code if isinstance(code, int) else 0
 
 

@@ -281,6 +281,7 @@ class Orchestrator:
             files,
             self._store_tokens(validation),
             validation.sequences,
+            validation.length,
             self._workers,
             self._progress.windows,
         )

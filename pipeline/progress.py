@@ -5,6 +5,7 @@ Everything is written to the stream that `make_progress` is given, which is stde
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -111,7 +112,8 @@ class BlockCount:
 
 def one_line(text: str) -> str:
     """`text` on a single line, without control characters: messages quote names that others chose."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    marked = "".join(c if c.isprintable() else "\n" for c in text)
+    return re.sub(" *\n[ \n]*", " ", marked).strip()
 
 
 def _errors(quantized: float | None, compensated: float | None) -> str:

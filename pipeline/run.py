@@ -64,5 +64,8 @@ def _open(job: CompressionJob) -> ModelSource:
     plan = make_plan(job, source)
     if plan.problems:
         raise RequestError("spec.resources: " + "; ".join(plan.problems))
-    probe(open_store(job.spec.output.uri))
+    try:
+        probe(open_store(job.spec.output.uri))
+    except RequestError as error:
+        raise RequestError(f"spec.output.uri: {error}") from error
     return source

@@ -12,6 +12,7 @@ from workers.compressed import LEDGER
 from workers.errors import GateError
 from workers.evaluation import EvaluateRecord, EvaluateSpec, WindowMetrics
 from workers.tasks import Setting
+from workers.worker import shard_sequences
 from workers.workspace import Blob
 
 Windows = dict[str, list[WindowMetrics]]
@@ -25,15 +26,18 @@ def validate(
     files: Mapping[str, FileEntry],
     tokens: Blob,
     windows: int,
+    length: int,
     workers: int,
     done: Callable[[int, int], None],
 ) -> tuple[Windows, list[TaskReport]]:
-    """Measures the assembled files, as they lie in the store, against the original on `windows` windows.
+    """Measures the assembled files, as they lie in the store, against the original on `windows` windows of `length` tokens.
 
-    Every worker reads the model once, for its share of the windows. A window's numbers do not depend on its share, and
-    they are put together in order, so neither do the means. done(finished tasks, all tasks).
+    Every worker reads the model once, for its share of the windows: whole batches, because the last bits of a matrix
+    product may depend on its number of rows (an expert's few tokens). So a window's numbers do not depend on how many
+    workers there are, and they are put together in order, so neither do the means. done(finished tasks, all tasks).
     """
-    share = -(-windows // workers)
+    batch = shard_sequences(length)
+    share = -(-windows // (batch * workers)) * batch
     specs = [
         EvaluateSpec(
             setting=setting,

@@ -155,17 +155,13 @@ class FaultProxy:
         if fault in _REFUSALS:
             status, code = _REFUSALS[fault]
             text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{status}.</Message></Error>"
-            client.sendall(
-                _closing(f"HTTP/1.1 {status}\r\nContent-Length: {len(text)}".encode()) + text.encode()
-            )
+            client.sendall(_closing(f"HTTP/1.1 {status}\r\nContent-Length: {len(text)}".encode()) + text.encode())
             return
         if fault is Fault.RESET:
             _reset(client)
             return
         if fault is Fault.WHOLE:
-            head = b"\r\n".join(
-                line for line in head.split(b"\r\n") if not line.lower().startswith(b"range:")
-            )
+            head = b"\r\n".join(line for line in head.split(b"\r\n") if not line.lower().startswith(b"range:"))
         reply_head, reply_body = self._forward(head, body)
         if fault is Fault.LOST_REPLY:
             _reset(client)

@@ -131,6 +131,8 @@ def compress(
     dtype in which its scales are stored.
     """
     jobs = list(_solves(statistics, recipes, scale_dtypes))
+    if forgotten := recipes.keys() - {name for job in jobs for name in job.names}:
+        raise ValueError(f"no input statistics of {sorted(forgotten)}: expected those of every linear with a recipe")
     results: dict[str, CompressedLinear] = {}
     reports: list[ModuleReport] = []
     for solved in pool.map(lambda job: _solve(weights, job, statistics[job.group]), jobs):

@@ -86,12 +86,16 @@ class CompressedModel:
         skeleton = self.skeleton
         linears: dict[str, CompressedLinear] = {}
         parameters: dict[str, Tensor] = {}
-        for parameter in skeleton.block_parameters(index):
+        for parameter, shape in skeleton.block_parameters(index).items():
             stored = skeleton.disk_name(index, parameter)
             module = stored.removesuffix(".weight")
             form = self.ledger.formats.get(module)
             if form is not None and parameter.endswith(".weight"):
-                linears[parameter.removesuffix(".weight")] = self._linear(module, form, device)
+                linear = self._linear(module, form, device)
+                if tuple(linear.weight.codes.shape) != shape:
+                    stored_shape = list(linear.weight.codes.shape)
+                    raise CheckpointError(f"{module}: shape {stored_shape}: expected {list(shape)} (config.json)")
+                linears[parameter.removesuffix(".weight")] = linear
             else:
                 parameters[parameter] = self._read(stored)
         return skeleton.block(index, parameters, device, dtype, absent=linears), linears

@@ -2,7 +2,7 @@
 
 The original, the quantized model (without its low-rank branches) and the compensated one advance together, one block of
 each in memory at a time, on the same tokens, in float32. What is claimed without compensation is measured without it. A
-window's numbers depend on that window alone, so windows can be spread over workers and put together in order.
+window's numbers depend on its batch alone, so whole batches can be spread over workers and put together in order.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class _Held:
     """The first half of a block's task, kept for the second."""
 
-    key: str
+    key: tuple[str, str, frozenset[str]]
     block: Block
     parameters: dict[str, Tensor]  # as in the source: what is kept is carried over, what is solved is solved from it
     statistics: dict[Siblings, InputStatistics]
@@ -153,7 +153,7 @@ class Worker:
         workspace = Workspace(open_store(spec.setting.workspace))
         held = self._calibrated(spec, workspace)
         record = HiddenRecord(outputs=held.outputs, timing=held.timing)
-        return workspace.commit(FORWARD, held.key, record)
+        return workspace.commit(FORWARD, spec.forward_key(), record)
 
     def block(self, spec: BlockSpec) -> BlockRecord:
         """The whole of a block's task; the first half is not repeated when this process has just done it."""
@@ -235,7 +235,8 @@ class Worker:
         return self._sources[setting.source]
 
     def _calibrated(self, spec: BlockSpec, workspace: Workspace) -> _Held:
-        key = spec.forward_key()
+        # Which groups are gathered and whether outputs are stored depend on more than the forward key says.
+        key = (spec.forward_key(), spec.propagate, frozenset(spec.recipe))
         if self._held is not None and self._held.key == key:
             return self._held
         self._held = None

@@ -83,9 +83,7 @@ def start(directory: Path, port: int | None) -> dict[str, str]:
     """Starts what does not run yet, and waits until the gateway answers; returns what a client needs."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
-        raise StartError(
-            f"not installed: {', '.join(missing)} (Debian: ceph-mon ceph-osd radosgw ceph-common)"
-        )
+        raise StartError(f"not installed: {', '.join(missing)} (Debian: ceph-mon ceph-osd radosgw ceph-common)")
     state = directory / "state.json"
     if state.exists():
         ports = json.loads(state.read_text())
@@ -149,14 +147,10 @@ def _prepare(directory: Path, ports: dict[str, int]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="A one-node Ceph RADOS gateway on the loopback interface, for tests."
-    )
+    parser = argparse.ArgumentParser(description="A one-node Ceph RADOS gateway on the loopback interface, for tests.")
     parser.add_argument("action", choices=("start", "stop"))
     parser.add_argument("--directory", type=Path, required=True, help="data, logs and process ids")
-    parser.add_argument(
-        "--port", type=int, help="of the S3 endpoint, at the first start (default: a free one)"
-    )
+    parser.add_argument("--port", type=int, help="of the S3 endpoint, at the first start (default: a free one)")
     arguments = parser.parse_args()
     directory = arguments.directory.resolve()
     try:

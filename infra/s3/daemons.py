@@ -36,9 +36,7 @@ def free_ports(count: int) -> list[int]:
     raise StartError(f"no {count} free ports from {_PORTS.start} to {_PORTS.stop - 1}")
 
 
-def start_daemon(
-    directory: Path, name: str, command: Sequence[str | Path], environment: Mapping[str, str]
-) -> None:
+def start_daemon(directory: Path, name: str, command: Sequence[str | Path], environment: Mapping[str, str]) -> None:
     """Starts `command` in a session of its own unless the one started earlier still runs. Its output goes
     to `<directory>/log/<name>.out`, its process id to `<directory>/run/<name>.json`."""
     record = directory / "run" / f"{name}.json"
@@ -61,9 +59,7 @@ def start_daemon(
 def stop_daemons(directory: Path, *, patience: float = 5.0) -> None:
     """Stops every daemon started under `directory`, the last one first; kills what has not ended after
     `patience` seconds. Does nothing for those that are gone."""
-    records = sorted(
-        (directory / "run").glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True
-    )
+    records = sorted((directory / "run").glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for record in records:
         process = json.loads(record.read_text())
         for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, patience)):

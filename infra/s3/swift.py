@@ -125,9 +125,7 @@ def main() -> int:
     parser.add_argument("action", choices=("start", "stop"))
     parser.add_argument("--directory", type=Path, required=True, help="data, logs and process ids")
     parser.add_argument("--python", type=Path, help="interpreter of an environment with Swift (to start)")
-    parser.add_argument(
-        "--port", type=int, help="of the S3 endpoint, at the first start (default: a free one)"
-    )
+    parser.add_argument("--port", type=int, help="of the S3 endpoint, at the first start (default: a free one)")
     arguments = parser.parse_args()
     directory = arguments.directory.resolve()
     if arguments.action == "stop":

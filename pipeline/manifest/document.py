@@ -60,17 +60,20 @@ def parse_json(data: bytes | str, *, name: str) -> Any:
             parse_constant=_Literal,
         )
     except RecursionError as error:
-        raise ManifestError(f"{name}: nested deeper than {MAX_DEPTH} levels") from error
+        raise _too_deep(()) from error
     except json.JSONDecodeError as error:
-        raise ManifestError(
-            f"{name}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
-        ) from error
+        raise ManifestError(f"{name}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
     return _JsonDocument().read(parsed, ())
 
 
 def too_large(name: str) -> ManifestError:
     """The error for a text beyond `MAX_BYTES`."""
     return ManifestError(f"{name}: larger than {MAX_BYTES >> 10} KiB, expected a manifest of a few KiB")
+
+
+def _too_deep(path: Path) -> ManifestError:
+    """The error for a value below `path` that is nested beyond `MAX_DEPTH`."""
+    return problem(path[:3], f"nested deeper than {MAX_DEPTH} levels")
 
 
 def _text(data: bytes | str, name: str) -> str:
@@ -95,14 +98,29 @@ class _Limits:
         if self._values > MAX_VALUES:
             raise problem(path, f"more than {MAX_VALUES} values in one manifest")
         if len(path) > MAX_DEPTH:
-            raise problem(path[:3], f"nested deeper than {MAX_DEPTH} levels")
+            raise _too_deep(path)
+
+
+class _TooDeepError(yaml.YAMLError):
+    pass
+
+
+class _Scanner(yaml.SafeLoader):
+    """Stops at once where brackets are nested too deeply: it reads a thousand characters ahead, and takes
+    quadratic time for brackets.
+    """
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level >= MAX_DEPTH:
+            raise _TooDeepError
+        super().fetch_flow_collection_start(TokenClass)
 
 
 class _YamlDocument:
     """Reads the events of PyYAML, not its objects: aliases, tags and YAML 1.1 come in with those."""
 
     def __init__(self, text: str, name: str) -> None:
-        self._events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
+        self._events: Iterator[Any] = yaml.parse(text, Loader=_Scanner)
         self._name = name
         self._limits = _Limits()
 
@@ -110,15 +128,18 @@ class _YamlDocument:
         self._next()  # start of the stream
         if isinstance(self._next(), yaml.StreamEndEvent):
             raise ManifestError(f"{self._name}: empty, expected a manifest")
-        value = self._value(self._next(), path)
+        value = self._value(self._next(path), path)
         self._next()  # end of the document
         if not isinstance(event := self._next(), yaml.StreamEndEvent):
             raise ManifestError(f"{self._name}: {_line(event)}: a second document, expected one")
         return value
 
-    def _next(self) -> Any:
+    def _next(self, path: Path = ()) -> Any:
+        """The next event. path: of the value that it may begin."""
         try:
             return next(self._events)
+        except _TooDeepError as error:
+            raise _too_deep(path) from error
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark
             at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -131,9 +152,7 @@ class _YamlDocument:
     def _value(self, event: Any, path: Path) -> Any:
         self._limits.enter(path)
         if isinstance(event, yaml.AliasEvent):
-            raise problem(
-                path, f"{_line(event)}: an alias (*): expected the value itself, or quotes around it"
-            )
+            raise problem(path, f"{_line(event)}: an alias (*): expected the value itself, or quotes around it")
         if event.anchor is not None:
             raise problem(path, f"{_line(event)}: an anchor (&): expected none, or quotes around it")
         if event.tag is not None:
@@ -147,13 +166,13 @@ class _YamlDocument:
 
     def _sequence(self, path: Path) -> list[Any]:
         items: list[Any] = []
-        while not isinstance(event := self._next(), yaml.SequenceEndEvent):
+        while not isinstance(event := self._next((*path, len(items))), yaml.SequenceEndEvent):
             items.append(self._value(event, (*path, len(items))))
         return items
 
     def _mapping(self, path: Path) -> dict[str, Any]:
         members: dict[str, Any] = {}
-        while not isinstance(event := self._next(), yaml.MappingEndEvent):
+        while not isinstance(event := self._next(path), yaml.MappingEndEvent):
             if isinstance(event, yaml.CollectionStartEvent):
                 raise problem(path, f"{_line(event)}: a list or mapping as a key: expected a string")
             key = self._value(event, path)
@@ -161,7 +180,8 @@ class _YamlDocument:
                 raise problem(path, f"{_line(event)}: key {show(key)}: expected a string")
             if key in members:
                 raise problem((*path, key), f"{_line(event)}: key given twice")
-            members[key] = self._value(self._next(), (*path, key))
+            below = (*path, key)
+            members[key] = self._value(self._next(below), below)
         return members
 
 

@@ -31,6 +31,9 @@ from pipeline.manifest.problems import Path, alternatives, path_text, show
 # hint that the author meant another branch of a union.
 _SHAPE_ERRORS = frozenset({"model_type", "missing", "extra_forbidden"})
 
+# Many times what is shown, so that the branches of a union are judged whole; hostile ones have thousands.
+MAX_EXPLAINED = 200
+
 # pydantic's step for an error in a mapping's key rather than in its value.
 _KEY_STEP = "[key]"
 
@@ -65,11 +68,11 @@ class _Located:
 
 
 def explain(error: ValidationError, document: object, schema: Schema) -> list[Complaint]:
-    """What `error` says, in the order of the fields.
+    """What `error` says (its first `MAX_EXPLAINED` errors), in the order of the fields.
 
     document: what the model refused. schema: the model's JSON Schema.
     """
-    found = [_locate(each, schema) for each in error.errors(include_url=False)]
+    found = [_locate(each, schema) for each in error.errors(include_url=False)[:MAX_EXPLAINED]]
     unions: dict[Path, list[_Located]] = defaultdict(list)
     for each in found:
         if each.union is not None:

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 from pydantic import ValidationError
 
 from pipeline.manifest.document import MAX_BYTES, parse_json, parse_yaml, too_large
-from pipeline.manifest.explain import Complaint, explain
+from pipeline.manifest.explain import MAX_EXPLAINED, Complaint, explain
 from pipeline.manifest.job import CompressionJob
 from pipeline.manifest.overrides import apply_overrides
 from pipeline.manifest.problems import Path, path_text, problem, refusal, show, source_text
@@ -60,9 +60,7 @@ def load_manifest(location: str, overrides: Sequence[str] = ()) -> LoadedManifes
     return parse_manifest(data, name=location, base=base, overrides=overrides)
 
 
-def parse_manifest(
-    data: bytes | str, *, name: str, base: str | None, overrides: Sequence[str] = ()
-) -> LoadedManifest:
+def parse_manifest(data: bytes | str, *, name: str, base: str | None, overrides: Sequence[str] = ()) -> LoadedManifest:
     """The job that the text `data` describes.
 
     name: what errors of the text as a whole call it; `.json` at its end means JSON.
@@ -75,20 +73,21 @@ def parse_manifest(
     if not isinstance(document, dict):
         raise problem((), f"{show(document)}: expected a mapping with apiVersion, kind, metadata and spec")
     changed = apply_overrides(document, overrides)
-    job, complaints = _validated(document, base)
-    if job is None or complaints:
+    job, complaints = resolve_uris(_validated(document, changed), base)
+    if complaints:
         raise refusal([_line(complaint, changed) for complaint in complaints])
     return LoadedManifest(job=job, base=base)
 
 
-def _validated(document: dict[str, Any], base: str | None) -> tuple[CompressionJob | None, list[Complaint]]:
+def _validated(document: dict[str, Any], changed: Sequence[Path]) -> CompressionJob:
     try:
         # Strict mode takes a list for a tuple only from JSON: in Python the two differ, in a manifest they
         # cannot.
-        job = CompressionJob.model_validate_json(json.dumps(document, allow_nan=False), strict=True)
+        return CompressionJob.model_validate_json(json.dumps(document, allow_nan=False), strict=True)
     except ValidationError as error:
-        return None, explain(error, document, job_schema())
-    return resolve_uris(job, base)
+        complaints = explain(error, document, job_schema())
+        unexplained = max(0, error.error_count() - MAX_EXPLAINED)
+        raise refusal([_line(complaint, changed) for complaint in complaints], unexplained) from error
 
 
 def _line(complaint: Complaint, changed: Sequence[Path]) -> str:

@@ -55,10 +55,11 @@ def problem(path: Path, text: str) -> ManifestError:
     return ManifestError(f"{path_text(path)}: {text}")
 
 
-def refusal(lines: Sequence[str]) -> ManifestError:
-    """One error for all problems (at least one), of at most `MAX_LINES` lines."""
-    if len(lines) > MAX_LINES:
-        lines = [*lines[: MAX_LINES - 1], f"... and {len(lines) - MAX_LINES + 1} more problems"]
+def refusal(lines: Sequence[str], unexplained: int = 0) -> ManifestError:
+    """One error for all problems, in at most `MAX_LINES` lines; `unexplained` ones are only counted."""
+    total = len(lines) + unexplained
+    if total > MAX_LINES:
+        lines = [*lines[: MAX_LINES - 1], f"... and {total - MAX_LINES + 1} more problems"]
     return ManifestError("\n".join(lines))
 
 

@@ -67,8 +67,9 @@ def _compensation(compensation: Mapping[str, Any]) -> str:
     if kind == "none":
         return ", no compensation"
     traits = [str(kind)]
-    if compensation.get("whitening") is not None:
-        traits.append(f"{compensation['whitening']} whitening")
+    whitening = compensation.get("whitening")
+    if whitening is not None:
+        traits.append("no whitening" if whitening == "none" else f"{whitening} whitening")
     return f" + low rank{_rank(compensation.get('rank'))} ({', '.join(traits)})"
 
 

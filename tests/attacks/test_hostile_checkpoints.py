@@ -17,8 +17,7 @@ import torch
 
 from tests.workers.checkpoint.builders import INDEX, field, index_of, open_single, raw_file, write_checkpoint
 from workers.checkpoint import Checkpoint, read_safetensors, serialize_safetensors
-from workers.checkpoint.header import MAX_TENSORS
-from workers.checkpoint.strict_json import parse_object
+from workers.checkpoint.header import MAX_TENSORS, parse_header
 from workers.errors import CheckpointError
 
 GOOD = serialize_safetensors({"a": torch.arange(4.0)})
@@ -183,11 +182,29 @@ def test_the_good_file_is_not_refused(tmp_path: Path) -> None:
     assert torch.equal(open_single(tmp_path, GOOD).read("a"), torch.arange(4.0))
 
 
-def test_too_many_tensors_are_refused() -> None:
-    entry = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
-    header = b"{" + b",".join(b'"%d":%b' % (i, entry) for i in range(MAX_TENSORS + 1)) + b"}"
-    with pytest.raises(CheckpointError, match=rf"f: more than {MAX_TENSORS} tensors"):
-        read_safetensors(raw_file(header), file="f")
+def test_too_many_tensors_in_one_file_are_refused() -> None:
+    header = json.dumps({"a": field([0], [0, 0]), "b": field([0], [0, 0])}).encode()
+    size = 8 + len(header)
+    assert len(parse_header(header, file="f", file_size=size, already=MAX_TENSORS - 2).entries) == 2
+    with pytest.raises(CheckpointError, match=f"f: more than {MAX_TENSORS} tensors in all"):
+        parse_header(header, file="f", file_size=size, already=MAX_TENSORS - 1)
+
+
+def test_too_many_tensors_in_all_files_are_refused(tmp_path: Path) -> None:
+    entry, half = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}', MAX_TENSORS // 2
+    headers = [b",".join(b'"%d":%b' % (n, entry) for n in range(at, at + half + at // half)) for at in (0, half)]
+    shards = {name: raw_file(b"{" + header + b"}") for name, header in zip(SHARDS, headers, strict=True)}
+    with pytest.raises(CheckpointError, match=rf"model-2.safetensors: more than {MAX_TENSORS} tensors in all"):
+        Checkpoint.open(write_checkpoint(tmp_path, shards, index=index_of(SHARDS)))
+
+
+def test_headers_too_long_in_all_are_refused(tmp_path: Path) -> None:
+    for name in SHARDS:  # files of holes: only the lengths are ever read
+        with (tmp_path / name).open("wb") as file:
+            file.write((60_000_000).to_bytes(8, "little"))
+            file.truncate(60_000_008)
+    with pytest.raises(CheckpointError, match="headers of 120000000 bytes in all, expected at most 100000000"):
+        Checkpoint.open(write_checkpoint(tmp_path, {}, index=index_of(SHARDS)))
 
 
 def test_a_boolean_that_is_neither(tmp_path: Path) -> None:
@@ -379,8 +396,3 @@ def test_no_config_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config.json: not found"):
         Checkpoint.open(store)
-
-
-def test_strict_json_reads_what_json_reads() -> None:
-    value = {"a": [1, 2.5, -3e-4, None, True, "é\n"], "b": {"a": {}}}
-    assert parse_object(json.dumps(value).encode(), file="f", max_values=20) == value

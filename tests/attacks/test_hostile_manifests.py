@@ -202,7 +202,7 @@ JSON_ATTACKS = {
         JSON.replace('"bits":4', '"bits":' + "[" * 60 + "]" * 60),
         f"spec.recipe.weights: nested deeper than {MAX_DEPTH} levels",
     ),
-    "very deep": ("[" * MAX_BYTES, f"job.json: nested deeper than {MAX_DEPTH} levels"),
+    "very deep": ("[" * MAX_BYTES, f"manifest: nested deeper than {MAX_DEPTH} levels"),
     "trailing": (JSON + "{}", f"job.json: line 1, column {len(JSON) + 1}: not JSON: Extra data"),
     "comment": ("// none\n" + JSON, "job.json: line 1, column 1: not JSON: "),
     "empty": ("", "job.json: line 1, column 1: not JSON: "),
@@ -228,9 +228,14 @@ def test_hostile_json(text: str, start: str) -> None:
     check_lines(found)
 
 
-@pytest.mark.parametrize(
-    "data", [b"\x89PNG\r\n\x1a\n\0\0", os.urandom(64) + b"\xff", MINIMAL.encode("utf-16")]
-)
+def test_thousands_of_problems_are_counted() -> None:
+    with within_a_second():
+        found = refused(JSON.replace('["lm_head"]', f"[{'0,' * 4000}0]"), name="job.json")
+    assert found.startswith("spec.recipe.keep.0: 0: expected a string of 1 to 200 characters\n")
+    assert found.endswith("\n... and 3982 more problems")
+
+
+@pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\n\0\0", os.urandom(64) + b"\xff", MINIMAL.encode("utf-16")])
 @pytest.mark.parametrize("name", ["job.yaml", "job.json"])
 def test_binary_files(data: bytes, name: str) -> None:
     found = refused(data, name=name)

@@ -43,9 +43,7 @@ class TestEach:
         assert spec.validation.text != spec.calibration.source
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if path.stem.startswith("demo")], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem.startswith("demo")], ids=lambda path: path.stem)
 def test_the_demo_needs_nothing_but_the_repository(path: Path) -> None:
     spec = load_manifest(str(path)).job.spec
     assert spec.model.uri == (MANIFESTS / "demo" / "model").resolve().as_uri()

@@ -59,9 +59,7 @@ def job(text: str = FULL, *overrides: str, base: str | None = BASE) -> Compressi
     return parse_manifest(text, name="job.yaml", base=base, overrides=overrides).job
 
 
-def refused(
-    text: str | bytes = FULL, *overrides: str, name: str = "job.yaml", base: str | None = BASE
-) -> str:
+def refused(text: str | bytes = FULL, *overrides: str, name: str = "job.yaml", base: str | None = BASE) -> str:
     """What is said about a text that describes no job."""
     with pytest.raises(ManifestError) as caught:
         parse_manifest(text, name=name, base=base, overrides=overrides)

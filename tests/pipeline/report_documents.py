@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
 from pipeline.report import BitsPerWeight, ModelReport, Quality, Report, TaskReport, TokensReport
+from pipeline.report_html import render
 from workers.block import FallbackReport, ModuleReport
 from workers.tasks import Timing
 
@@ -216,3 +217,8 @@ def marks(node: Node, *classes: str) -> dict[str, Node]:
     found = {re.split(": ", circle.text)[0]: circle for circle in node.all("circle", *classes) if circle.text}
     assert found
     return found
+
+
+def page(made: Report) -> Node:
+    """The page of a report, read."""
+    return read(render(made))

@@ -17,9 +17,7 @@ from workers.workspace import AnyRecord, Blob, Workspace
 
 Propagate = Literal["original", "compressed"]
 
-SETTING = Setting(
-    source="file:///model", config={}, workspace="file:///work", compute_dtype="float32", device="cpu"
-)
+SETTING = Setting(source="file:///model", config={}, workspace="file:///work", compute_dtype="float32", device="cpu")
 
 
 def blob(*content: object) -> Blob:

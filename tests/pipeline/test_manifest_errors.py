@@ -193,9 +193,7 @@ class TestErrors:
         assert found.startswith(f"{path}: missing: expected ")
 
     def test_all_problems_are_told_at_once_in_order(self) -> None:
-        found = refused(
-            FULL, "spec.calibration.seed=-1", "spec.recipe.weights.bits=9", "spec.resources.workers=0"
-        )
+        found = refused(FULL, "spec.calibration.seed=-1", "spec.recipe.weights.bits=9", "spec.resources.workers=0")
         assert [line.partition(":")[0] for line in found.splitlines()] == [
             "spec.calibration.seed",
             "spec.recipe.weights.bits",

@@ -21,7 +21,7 @@ BOUNDED_BY_THE_LAYER = {"Weights.group_size", "CountRank.count"}
 def conforms(text: str, *overrides: str) -> bool:
     document = parse_yaml(text, name="job.yaml")
     apply_overrides(document, overrides)
-    return Draft202012Validator(job_schema()).is_valid(document)
+    return bool(Draft202012Validator(job_schema()).is_valid(document))
 
 
 def properties() -> Iterator[Any]:
@@ -31,9 +31,7 @@ def properties() -> Iterator[Any]:
         for key, node in definition.get("properties", {}).items():
             if "const" not in node:
                 # A model of one key is described as a whole.
-                single = (
-                    {"description": definition["description"]} if len(definition["properties"]) == 1 else {}
-                )
+                single = {"description": definition["description"]} if len(definition["properties"]) == 1 else {}
                 node = {**single, **resolve(node, schema), **node}
                 yield pytest.param(f"{owner}.{key}", node, id=f"{owner}.{key}")
 

@@ -96,9 +96,7 @@ class TestUris:
 
     @pytest.mark.parametrize("uri", ["hf:/", "hf:a/b/c", "hf:../a", "hf:/a", "hf:a/b@", "hf:a b"])
     def test_a_wrong_hub_name(self, uri: str) -> None:
-        assert refused(MINIMAL, f"spec.model.uri={uri}").startswith(
-            f"spec.model.uri: '{uri}': expected hf:owner/name"
-        )
+        assert refused(MINIMAL, f"spec.model.uri={uri}").startswith(f"spec.model.uri: '{uri}': expected hf:owner/name")
 
     def test_every_uri_of_a_job_is_resolved(self) -> None:
         spec = job(FULL).spec
@@ -135,16 +133,12 @@ class TestUris:
         ],
     )
     def test_a_data_set_is_a_hub_name_or_a_directory(self, path: str, resolved: str) -> None:
-        source = job(
-            MINIMAL, f"spec.calibration.source={{kind: dataset, path: '{path}'}}"
-        ).spec.calibration.source
+        source = job(MINIMAL, f"spec.calibration.source={{kind: dataset, path: '{path}'}}").spec.calibration.source
         assert source == DatasetSource(path=resolved)
 
 
 class TestLoading:
-    def test_from_a_path_a_uri_and_a_relative_path(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_from_a_path_a_uri_and_a_relative_path(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = tmp_path / "with space"
         folder.mkdir()
         path = folder / "job.yaml"

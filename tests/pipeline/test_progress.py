@@ -106,8 +106,8 @@ class TestPlain:
         stream = io.StringIO()
         progress = PlainProgress(stream)
         progress.note("a\r\nb\x1b[31m\x07 \u202e c")
-        progress.finish([("x\ny", "1\n2")])
-        assert stream.getvalue() == "note: a b [31m c\nx y  1 2\n"
+        progress.finish([("x\ny", "1\n2   3")])
+        assert stream.getvalue() == "note: a b [31m c\nx y  1 2   3\n"
 
     def test_every_line_is_flushed(self) -> None:
         raw = io.BytesIO()

@@ -70,9 +70,10 @@ def token_set(
     else:
         stream = _tokenize(_text(source, field), tokenizer, field)
         ids = _cut(stream, length, sequences, sampling, seed, field)
-    highest = int(ids.max())
-    if highest >= vocabulary or int(ids.min()) < 0:
-        raise RequestError(f"{field}: token id {highest}: expected ids from 0 to {vocabulary - 1} (config.json)")
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0 or highest >= vocabulary:
+        wrong = lowest if lowest < 0 else highest
+        raise RequestError(f"{field}: token id {wrong}: expected ids from 0 to {vocabulary - 1} (config.json)")
     return TokenSet(ids.to(torch.int32).contiguous())
 
 

@@ -23,8 +23,10 @@ def allocate(entry: TensorEntry) -> tuple[Tensor, Bytes]:
 
 def flat_bytes(tensor: Tensor) -> Bytes:
     """A dense tensor's elements as bytes, row-major: a view if it is contiguous on the CPU, else a copy."""
-    flat: Bytes = tensor.detach().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return flat
+    flat = tensor.detach().resolve_neg().cpu().contiguous().reshape(-1)
+    # One element is contiguous whatever its stride, but only a stride of one can be viewed as bytes.
+    result: Bytes = flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy()
+    return result
 
 
 def check_booleans(entry: TensorEntry, tensor: Tensor) -> None:

@@ -106,8 +106,10 @@ def header_length(prefix: bytes, *, file: str, file_size: int) -> int:
     return length
 
 
-def parse_header(header: bytes | bytearray, *, file: str, file_size: int) -> Header:
+def parse_header(header: bytes | bytearray, *, file: str, file_size: int, already: int = 0) -> Header:
     """Parses the header's JSON (without the eight length bytes) of a file of `file_size` bytes.
+
+    `already`: tensors that other files of the checkpoint have; `MAX_TENSORS` bounds them all together.
 
     Checks that the tensors fill the rest of the file exactly: no hole, no overlap, nothing behind the last.
     Raises `CheckpointError` naming the file, the tensor, the value and what was expected.
@@ -127,8 +129,8 @@ def parse_header(header: bytes | bytearray, *, file: str, file_size: int) -> Hea
         check_name(name, file=file)
         if name in entries:
             raise CheckpointError(f"{file}: tensor {show(name)} occurs twice in the header")
-        if len(entries) == MAX_TENSORS:
-            raise CheckpointError(f"{file}: more than {MAX_TENSORS} tensors")
+        if already + len(entries) == MAX_TENSORS:
+            raise CheckpointError(f"{file}: more than {MAX_TENSORS} tensors in all")
         try:
             entries[name] = _entry(scanner.fields(name), name, file, data_start)
         except _BadField as error:

@@ -20,7 +20,6 @@ from workers.checkpoint.digest import Inspector, TensorDigest, tensor_digest
 from workers.checkpoint.header import (
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
-    MAX_TENSORS,
     TensorEntry,
     dtype_word,
     header_length,
@@ -244,49 +243,48 @@ def _naming(uri: str) -> Iterator[None]:
         raise CheckpointError(f"{uri}: {error}") from error
 
 
-def _gathered(outcomes: Iterable[_Result | CheckpointError]) -> list[_Result]:
-    """The results, or one error for all that failed."""
-    results: list[_Result] = []
-    problems: list[str] = []
-    for outcome in outcomes:
-        if isinstance(outcome, CheckpointError):
-            problems.append(str(outcome))
-        else:
-            results.append(outcome)
-    if problems:
-        raise refusal("safetensors files", problems) if len(problems) > 1 else CheckpointError(problems[0])
-    return results
+def _of_files(problems: Sequence[str]) -> CheckpointError:
+    return CheckpointError(problems[0]) if len(problems) == 1 else refusal("safetensors files", problems)
 
 
 def _header_lengths(store: ObjectStore, shards: Sequence[str]) -> dict[str, tuple[int, int]]:
     """shard -> (file size, header length)."""
 
-    def look(shard: str) -> tuple[str, tuple[int, int]] | CheckpointError:
+    def look(shard: str) -> tuple[int, int] | str:
         try:
             size = store.size(shard)
             prefix = store.read_range(shard, 0, min(size, LENGTH_BYTES)) if size else b""
-            return shard, (size, header_length(prefix, file=shard, file_size=size))
+            return size, header_length(prefix, file=shard, file_size=size)
         except ObjectNotFoundError:
-            return CheckpointError(f"{shard}: not found, but {INDEX} names it")
+            return f"{shard}: not found, but {INDEX} names it"
         except CheckpointError as error:
-            return error
+            return str(error)
 
-    lengths = dict(_gathered(_in_parallel(look, shards)))
+    found = dict(zip(shards, _in_parallel(look, shards), strict=True))
+    problems = [outcome for outcome in found.values() if isinstance(outcome, str)]
+    if problems:
+        raise _of_files(problems)
+    lengths = {shard: outcome for shard, outcome in found.items() if not isinstance(outcome, str)}
     total = sum(length for _, length in lengths.values())
-    if total > MAX_HEADER_BYTES:  # one file's limit holds for all together, and so does the memory it stands for
+    if total > MAX_HEADER_BYTES:  # the limit of one file holds for all together, and so does the memory it stands for
         raise CheckpointError(f"headers of {total} bytes in all, expected at most {MAX_HEADER_BYTES}")
     return lengths
 
 
 def _headers(store: ObjectStore, lengths: Mapping[str, tuple[int, int]]) -> list[Mapping[str, TensorEntry]]:
-    def parse(shard: str) -> Mapping[str, TensorEntry] | CheckpointError:
-        size, length = lengths[shard]
+    """Fetched side by side, parsed one after the other: so the limit on tensors holds for all files together."""
+    headers: list[Mapping[str, TensorEntry]] = []
+    problems: list[str] = []
+    fetched = _in_parallel(lambda shard: _header_bytes(store, shard, lengths[shard][1]), list(lengths))
+    for shard, data in zip(lengths, fetched, strict=True):
         try:
-            return parse_header(_header_bytes(store, shard, length), file=shard, file_size=size).entries
+            already = sum(map(len, headers))
+            headers.append(parse_header(data, file=shard, file_size=lengths[shard][0], already=already).entries)
         except CheckpointError as error:
-            return error
-
-    return _gathered(_in_parallel(parse, list(lengths)))
+            problems.append(str(error))
+    if problems:
+        raise _of_files(problems)
+    return headers
 
 
 def _header_bytes(store: ObjectStore, shard: str, length: int) -> bytearray:
@@ -309,8 +307,6 @@ def _agreed(
             first = entries.setdefault(name, entry)
             if first is not entry:
                 problems.append(f"tensor {show(name)}: in both {first.file} and {entry.file}")
-    if len(entries) > MAX_TENSORS:
-        raise CheckpointError(f"{len(entries)} tensors in all, expected at most {MAX_TENSORS}")
     if weight_map is not None:
         problems += [
             f"{shard}: tensor {show(name)}: named by {INDEX}, but not in the file"

@@ -38,13 +38,14 @@ class GPTQ(Config):
 
     kind: Literal["gptq"] = "gptq"
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Share of the mean of diag(H) that is added to diag(H): what calibration did not see."""
+    """Share of a typical channel's E[x^2] (the median over those that had input) that is added to every channel's: what
+    calibration did not see. The usual mean is not typical: outlier channels make it larger than most channels' own."""
     act_order: bool = True
     """Whether columns are rounded in the order of decreasing E[x^2], so that the strongest still have all others to pass
     their error to. Groups keep their place and their scales: stored tensors are not permuted."""
     block_size: Annotated[int, Field(strict=True, ge=1, le=4096)] = 64
     """Columns between two updates of all columns to come; a matter of speed, the result is the same up to rounding."""
-    refinement: Annotated[int, Field(strict=True, ge=0, le=100)] = 3
+    refinement: Annotated[int, Field(strict=True, ge=0, le=100)] = 2
     """Passes of coordinate descent over the columns after GPTQ."""
     scale: ScaleSearch = Field(default_factory=MeanSquare)
     """How scales are chosen."""
@@ -87,11 +88,12 @@ class GPTQ(Config):
     def _factorize(self, hessian: Tensor, order: Tensor, fallbacks: list[Fallback]) -> Metric | None:
         """The damped metric in rounding order, or None when no damping makes it positive definite in float64."""
         permuted = hessian[order][:, order]
-        mean = permuted.diagonal().mean()
+        power = permuted.diagonal()
+        typical = power[power > 0].median()
         for attempt in range(_DAMPING_ATTEMPTS):
             damping = self.damping * _DAMPING_STEP**attempt
             damped = permuted.clone()
-            damped.diagonal().add_(mean * damping)
+            damped.diagonal().add_(typical * damping)
             # Reversed order turns the lower factor that LAPACK computes into the upper one.
             root, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
             if not int(failed):

@@ -36,9 +36,7 @@ def fetch(store: ObjectStore, key: str, path: Path, *, size: int, sha256: str) -
             return
         actual_size = store.size(key)
         if actual_size != size:
-            raise IntegrityError(
-                f"fetch {store.uri_of(key)}: the object has {actual_size} bytes, expected {size}"
-            )
+            raise IntegrityError(f"fetch {store.uri_of(key)}: the object has {actual_size} bytes, expected {size}")
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _open_alone(partial)
         try:
@@ -47,9 +45,7 @@ def fetch(store: ObjectStore, key: str, path: Path, *, size: int, sha256: str) -
                 actual = _fill(store, key, descriptor, size)
                 if actual != sha256:
                     partial.unlink()
-                    raise IntegrityError(
-                        f"fetch {store.uri_of(key)}: sha256 is {actual}, expected {sha256}, twice"
-                    )
+                    raise IntegrityError(f"fetch {store.uri_of(key)}: sha256 is {actual}, expected {sha256}, twice")
             os.fsync(descriptor)
             os.replace(partial, path)
         finally:

@@ -150,9 +150,7 @@ class FileStore(ObjectStore):
         path = self._root / directory
         try:
             with os.scandir(path) as found:
-                entries = [
-                    (f"{directory}/{entry.name}" if directory else entry.name, entry) for entry in found
-                ]
+                entries = [(f"{directory}/{entry.name}" if directory else entry.name, entry) for entry in found]
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:

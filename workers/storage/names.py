@@ -62,9 +62,7 @@ def is_key(name: str) -> bool:
 def check_range(uri: str, start: int, length: int) -> None:
     """Raises `RequestError` unless both are whole numbers from 0."""
     if start < 0 or length < 0:
-        raise RequestError(
-            f"read {uri}: range of {length} bytes from {start}: expected both to be at least 0"
-        )
+        raise RequestError(f"read {uri}: range of {length} bytes from {start}: expected both to be at least 0")
 
 
 def _utf8(key: str, part: str) -> bytes:
@@ -105,9 +103,7 @@ def s3_root(uri: str) -> tuple[str, str] | None:
         raise RequestError(f"storage URI {uri!r}: {EXPECTED_URI}")
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     if not bucket or not all(c.isascii() and (c.isalnum() or c in "-._") for c in bucket):
-        raise RequestError(
-            f"storage URI {uri!r}: bucket {bucket!r}: expected letters, digits, '-', '.' and '_'"
-        )
+        raise RequestError(f"storage URI {uri!r}: bucket {bucket!r}: expected letters, digits, '-', '.' and '_'")
     prefix = prefix.removesuffix("/")
     if prefix:
         check_key(prefix)

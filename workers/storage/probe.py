@@ -67,9 +67,7 @@ def _race(store: ObjectStore, key: str, threads: ThreadPoolExecutor) -> None:
 
     won = [record for record, wins in zip(records, threads.map(enter, records), strict=True) if wins]
     if len(won) != 1:
-        raise _refused(
-            store, f"{len(won)} of {RACERS} concurrent creators of one object were told that they won"
-        )
+        raise _refused(store, f"{len(won)} of {RACERS} concurrent creators of one object were told that they won")
     if store.read(key) != won[0]:
         raise _refused(store, "the object does not hold what the winner of a race wrote")
 
@@ -82,9 +80,7 @@ def _read_and_list(store: ObjectStore, prefix: str, keys: list[str]) -> None:
             raise _refused(store, "a read after a write returned something else")
     listed = [item.key for item in store.list(f"{prefix}/")]
     if listed != sorted(keys):
-        raise _refused(
-            store, f"a listing after writing {len(keys)} objects did not show them in order: {listed}"
-        )
+        raise _refused(store, f"a listing after writing {len(keys)} objects did not show them in order: {listed}")
     store.delete(plain)
     if plain in (item.key for item in store.list(f"{prefix}/")):
         raise _refused(store, "a listing showed a deleted object")

@@ -71,9 +71,7 @@ class S3Store(ObjectStore):
     def _name(self, key: str) -> str:
         name = self._prefix + check_key(key)
         if len(name.encode()) > MAX_KEY_BYTES:
-            raise RequestError(
-                f"object key {key[:200]!r}: longer than {MAX_KEY_BYTES} bytes below {self.uri}"
-            )
+            raise RequestError(f"object key {key[:200]!r}: longer than {MAX_KEY_BYTES} bytes below {self.uri}")
         return name
 
     def _s3(self) -> Any:
@@ -94,9 +92,7 @@ class S3Store(ObjectStore):
             return b""
         data = b"".join(self._bytes(key, start, start + length, STREAM_CHUNK))
         if len(data) != length:
-            raise StorageError(
-                f"read {uri}: up to byte {start + length}, but the object has {start + len(data)} bytes"
-            )
+            raise StorageError(f"read {uri}: up to byte {start + length}, but the object has {start + len(data)} bytes")
         return data
 
     def stream(self, key: str, *, start: int = 0, chunk: int = STREAM_CHUNK) -> Iterator[bytes]:
@@ -140,8 +136,7 @@ class S3Store(ObjectStore):
                 if resumes == MAX_RESUMES:
                     cause = type(broken).__name__ if broken else "ended early"
                     raise StorageError(
-                        f"read {uri}: broke off at byte {position} of {end}, resumed {resumes} times "
-                        f"({cause})"
+                        f"read {uri}: broke off at byte {position} of {end}, resumed {resumes} times ({cause})"
                     ) from broken
                 resumes += 1
 
@@ -250,9 +245,7 @@ class S3Store(ObjectStore):
         with s3_errors("list", f"s3://{self._bucket}/{full}"):
             pages = self._s3().get_paginator("list_objects_v2")
             page_size = self._connection.settings.page_size
-            for page in pages.paginate(
-                Bucket=self._bucket, Prefix=full, PaginationConfig={"PageSize": page_size}
-            ):
+            for page in pages.paginate(Bucket=self._bucket, Prefix=full, PaginationConfig={"PageSize": page_size}):
                 for item in page.get("Contents", ()):
                     key = str(item["Key"]).removeprefix(self._prefix)
                     if is_key(key):

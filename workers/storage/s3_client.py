@@ -78,12 +78,8 @@ class S3Settings(BaseModel):
     read_timeout: PositiveFloat = Field(
         default=30, description="seconds without a byte before a request counts as stalled (boto3's own: 60)"
     )
-    total_max_attempts: PositiveInt = Field(
-        default=5, description="tries of one request, with back-off and jitter"
-    )
-    connections: PositiveInt = Field(
-        default=32, description="pooled connections; threads beyond it open their own"
-    )
+    total_max_attempts: PositiveInt = Field(default=5, description="tries of one request, with back-off and jitter")
+    connections: PositiveInt = Field(default=32, description="pooled connections; threads beyond it open their own")
     part_size: int = Field(
         default=16 * MIB,
         ge=5 * MIB,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from torch import Tensor
 from tests.workers.checkpoint.builders import bits, every_dtype, random_tensor
 from workers.checkpoint import read_safetensors, serialize_safetensors, write_safetensors
 from workers.checkpoint.header import DTYPES, METADATA
-from workers.errors import CheckpointError, StorageError
+from workers.checkpoint.writer import safetensors_pieces
+from workers.errors import CheckpointError, IntegrityError, StorageError
+from workers.storage import Writer
 from workers.storage.file import FileStore
 
 NAMES = st.text(
@@ -55,10 +58,12 @@ def test_both_readers_read_both_writers(tensors: dict[str, Tensor]) -> None:
 
 
 def test_streaming_writes_the_serialized_bytes_and_their_sha256(tmp_path: Path) -> None:
-    store, tensors = FileStore(tmp_path), every_dtype()
+    store, tensors = FileStore(tmp_path), {**every_dtype(), "empty": torch.empty(0, 3), "scalar": torch.tensor(1)}
     written = write_safetensors(store, "shards/a.safetensors", tensors)
     data = store.read("shards/a.safetensors")
-    assert data == serialize_safetensors(tensors)
+    pieces = [bytes(piece) for piece in safetensors_pieces(tensors)]
+    assert data == serialize_safetensors(tensors) == b"".join(pieces)
+    assert all(pieces)  # none is empty: an S3 part must not be
     assert (written.size, written.sha256) == (len(data), hashlib.sha256(data).hexdigest())
 
 
@@ -84,10 +89,23 @@ def test_the_order_of_the_mapping_does_not_matter() -> None:
         lambda base: base[1:],
         lambda base: base[0, 0],
         lambda base: base[0].expand(5, 6),
+        lambda base: base[:1, ::6],
         lambda base: torch.complex(base, base).conj().imag,  # carries torch's negative bit
+        lambda base: torch.complex(base[:1, :1], base[:1, :1]).conj().imag,  # the same, and contiguous
         lambda base: torch.nn.Parameter(base),
     ],
-    ids=["transposed", "columns", "strided", "offset", "scalar", "expanded", "negated", "parameter"],
+    ids=[
+        "transposed",
+        "columns",
+        "strided",
+        "offset",
+        "scalar",
+        "expanded",
+        "one with a stride",
+        "negated",
+        "negated-one",
+        "parameter",
+    ],
 )
 def test_views_are_written_as_what_they_show(view: object) -> None:
     base = torch.randn(4, 6)
@@ -141,19 +159,18 @@ def test_metadata_beyond_the_readers_limit_is_refused() -> None:
 
 
 class _Breaking(FileStore):
-    """A store whose writer fails once the first tensor has been written."""
+    """A store whose disk is full after the first tensor."""
 
-    def open_writer(self, key: str):  # type: ignore[no-untyped-def]
-        writer = super().open_writer(key)
-        append, pieces = writer._append, []
+    def open_writer(self, key: str) -> Writer:
+        writer, pieces = super().open_writer(key), itertools.count()
+        write = writer.write
 
-        def breaking(view: memoryview) -> None:
-            pieces.append(len(view))
-            if len(pieces) > 2:
+        def breaking(data: bytes | bytearray | memoryview) -> None:
+            if next(pieces) == 2:
                 raise StorageError("the disk is full")
-            append(view)
+            write(data)
 
-        writer._append = breaking  # type: ignore[method-assign]
+        writer.write = breaking  # type: ignore[method-assign]
         return writer
 
 
@@ -161,3 +178,18 @@ def test_a_failure_on_the_way_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="disk is full"):
         write_safetensors(_Breaking(tmp_path), "a.safetensors", {"a": torch.zeros(4), "b": torch.zeros(4)})
     assert list(tmp_path.iterdir()) == []
+
+
+class _Losing(FileStore):
+    """A store that drops its second piece and thinks nothing of it."""
+
+    def open_writer(self, key: str) -> Writer:
+        writer, pieces = super().open_writer(key), itertools.count()
+        write = writer.write
+        writer.write = lambda data: None if next(pieces) == 1 else write(data)  # type: ignore[method-assign]
+        return writer
+
+
+def test_a_store_that_loses_bytes_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match=r"a.safetensors: \d+ bytes written, expected \d+"):
+        write_safetensors(_Losing(tmp_path), "a.safetensors", {"a": torch.zeros(4)})

@@ -86,9 +86,7 @@ def test_a_broken_download_is_continued(source: Counting, target: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize(
-    "left", [b"x" * 1000, DATA + b"x", DATA[:-1] + b"x"], ids=["wrong", "long", "last byte"]
-)
+@pytest.mark.parametrize("left", [b"x" * 1000, DATA + b"x", DATA[:-1] + b"x"], ids=["wrong", "long", "last byte"])
 def test_a_spoilt_partial_file_is_started_afresh(source: Counting, target: Path, left: bytes) -> None:
     target.parent.mkdir()
     target.with_name("model.partial").write_bytes(left)

@@ -109,9 +109,7 @@ def test_delete_takes_empty_directories_along_but_not_the_root(store: FileStore,
 
 @pytest.mark.parametrize("operation", ["write", "create", "copy"])
 @pytest.mark.parametrize("key", ["a", "file/below"])
-def test_a_key_that_is_anothers_directory_is_refused(
-    store: FileStore, root: Path, operation: str, key: str
-) -> None:
+def test_a_key_that_is_anothers_directory_is_refused(store: FileStore, root: Path, operation: str, key: str) -> None:
     store.write("a/b", b"1")
     store.write("file", b"2")
     operations: dict[str, Callable[[], object]] = {
@@ -173,9 +171,7 @@ for attempt in (lambda: store.write("big", bytes(2 << 20)), lambda: store.create
     except StorageError as error:
         print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert [line.split(" (")[1] for line in done.stdout.splitlines()] == ["EFBIG)", "EFBIG)"]
     assert files(root) == ["small"]
 

@@ -14,9 +14,7 @@ from workers.storage.file import FileStore
 from workers.storage.names import check_prefix, file_root, is_key, s3_root
 from workers.storage.s3 import S3Store
 
-segments = st.text(
-    st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="/\\"), min_size=1, max_size=60
-)
+segments = st.text(st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="/\\"), min_size=1, max_size=60)
 good_keys = (
     st.lists(segments, min_size=1, max_size=4)
     .filter(lambda parts: not any(p in (".", "..") or p.startswith(".counterweight-tmp-") for p in parts))
@@ -120,9 +118,7 @@ def test_split_uri(uri: str, root: str, key: str) -> None:
     assert s3_root(open_store(root).uri_of(key)) == s3_root(uri)
 
 
-@pytest.mark.parametrize(
-    "uri", ["file:///", "file:///a/", "s3://bucket", "s3://bucket/", "s3://bucket/a/", "hf:a/b"]
-)
+@pytest.mark.parametrize("uri", ["file:///", "file:///a/", "s3://bucket", "s3://bucket/", "s3://bucket/a/", "hf:a/b"])
 def test_split_uri_wants_an_object(uri: str) -> None:
     with pytest.raises(RequestError, match="expected"):
         split_uri(uri)

@@ -30,9 +30,7 @@ def test_a_directory_is_left_clean_of_directories(tmp_path: Path) -> None:
 @pytest.mark.integration
 def test_swift_is_refused(swift: S3Server, connect: Connect) -> None:
     store = open_store(connect(swift))
-    with pytest.raises(
-        RequestError, match=r"^refused: s3://.* of 8 concurrent creators .* told that they won"
-    ):
+    with pytest.raises(RequestError, match=r"^refused: s3://.* of 8 concurrent creators .* told that they won"):
         probe(store)
     assert list(store.list()) == []
 

@@ -128,9 +128,7 @@ def test_a_missing_bucket_at_a_real_server(ceph: S3Server, connect: Connect) -> 
 
 
 @pytest.mark.integration
-def test_wrong_keys_are_a_wrong_request(
-    ceph: S3Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_keys_are_a_wrong_request(ceph: S3Server, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = connect(ceph)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     for use in uses(S3Store(uri)):

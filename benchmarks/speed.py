@@ -1,0 +1,123 @@
+"""Wall time of W4A16 g128 GPTQ, Counterweight against llm-compressor, interleaved on one machine.
+
+    python benchmarks/speed.py --model DIR --text FILE [--repeats 3] [--sequences 128] [--length 256] [--record]
+
+Makes llm-compressor's environment under `.benchmark-envs/` the first time. Both read the same model, the same windows, and
+write a checkpoint; neither validates. Two figures each: from tokens ready to checkpoint written, and the whole process
+(for Counterweight with the start of an embedded Ray). `--set` changes our recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import ROOT, machine, record, table, versions
+
+ENVIRONMENT = ROOT / ".benchmark-envs" / "llmcompressor"
+PEER = "llmcompressor==0.14.0.1"
+TORCH = "torch==2.13.0"
+
+MANIFEST = """
+apiVersion: counterweight/v1
+kind: CompressionJob
+metadata: {{name: speed}}
+spec:
+  model: {{uri: {model}}}
+  calibration:
+    source: {{kind: text, uri: {text}}}
+    sequences: {sequences}
+    sequence_length: {length}
+    sampling: consecutive
+    compute_dtype: bfloat16
+  recipe: {{weights: {{bits: 4, group_size: 128, quantizer: {{kind: gptq}}}}}}
+  output: {{uri: {output}}}
+"""
+
+
+def environment() -> Path:
+    """The peer's interpreter; its environment is made when it is missing."""
+    python = ENVIRONMENT / "bin" / "python"
+    if not (ENVIRONMENT / "installed").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", TORCH, PEER], check=True)
+        (ENVIRONMENT / "installed").touch()
+    return python
+
+
+def peer(arguments: argparse.Namespace, scratch: Path) -> tuple[float, float]:
+    """Seconds from tokens ready to checkpoint written, and of the process."""
+    script = ROOT / "benchmarks" / "peers" / "llmcompressor_gptq.py"
+    numbers = [str(arguments.sequences), str(arguments.length)]
+    command = [str(environment()), str(script), arguments.model, arguments.text, str(scratch / "peer"), *numbers]
+    started = time.perf_counter()
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    wall = time.perf_counter() - started
+    return json.loads(done.stdout.splitlines()[-1])["quantize_and_save"], wall
+
+
+def ours(arguments: argparse.Namespace, scratch: Path) -> tuple[float, float]:
+    """The same two figures; tokens are ready when the stage after them begins."""
+    manifest = scratch / "job.yaml"
+    fields = {"model": Path(arguments.model).resolve(), "text": Path(arguments.text).resolve()}
+    manifest.write_text(
+        MANIFEST.format(
+            **fields, sequences=arguments.sequences, length=arguments.length, output=(scratch / "ours").resolve()
+        )
+    )
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(manifest)]
+    for override in arguments.set:
+        command += ["--set", override]
+    started = time.perf_counter()
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
+    wall = time.perf_counter() - started
+    root = Path(done.stdout.split()[-1].removeprefix("file://"))
+    stages = json.loads((root / "report" / "report.json").read_text())["stages"]
+    return sum(stages[name] for name in ("inventory", "blocks", "assemble")), wall
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--record", action="store_true")
+    arguments = parser.parse_args()
+    environment()
+    about = f"{machine()}. {versions('torch', 'transformers', 'ray')}; peer: {PEER} with {TORCH}."
+    found: dict[str, list[tuple[float, float]]] = {"llm-compressor": [], "counterweight": []}
+    for _ in range(arguments.repeats):
+        for name, measure in (("llm-compressor", peer), ("counterweight", ours)):
+            with tempfile.TemporaryDirectory() as scratch:
+                found[name].append(measure(arguments, Path(scratch)))
+            print(name, *(f"{seconds:.2f} s" for seconds in found[name][-1]), flush=True)
+    medians = {name: [statistics.median(column) for column in zip(*runs, strict=True)] for name, runs in found.items()}
+    rows = [
+        [
+            name,
+            ", ".join(f"{run[0]:.2f}" for run in runs),
+            f"{medians[name][0]:.2f}",
+            ", ".join(f"{run[1]:.2f}" for run in runs),
+            f"{medians[name][1]:.2f}",
+        ]
+        for name, runs in found.items()
+    ]
+    body = table(["", "tokens ready to checkpoint, s", "median", "whole process, s", "median"], rows)
+    ratios = [medians["llm-compressor"][i] / medians["counterweight"][i] for i in range(2)]
+    body += f"\n\nllm-compressor over Counterweight: {ratios[0]:.2f} from tokens to checkpoint, {ratios[1]:.2f} whole process."
+    print(body)
+    if arguments.record:
+        print(record("speed", "W4A16 g128 GPTQ against llm-compressor", body, about))
+
+
+if __name__ == "__main__":
+    main()

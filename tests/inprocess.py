@@ -1,0 +1,131 @@
+"""A pool whose workers are objects of this process, and whole jobs on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import Published
+from pipeline.manifest import parse_manifest
+from pipeline.model_source import open_model
+from pipeline.orchestrator import Orchestrator
+from pipeline.pool import Outcome
+from pipeline.progress import Progress
+from tests.models import write_text
+from workers.errors import CounterweightError
+from workers.worker import Worker
+
+
+class InProcessPool:
+    """`pipeline.pool.WorkerPool` without processes: a task runs when it is submitted.
+
+    Errors that are raised on purpose become outcomes, as they do under Ray; any other error is a defect and leaves here.
+    """
+
+    def __init__(self, workers: int = 1, threads: int = 1) -> None:
+        self.size = workers
+        self.calls: list[tuple[int, str]] = []
+        self._workers = [Worker("cpu", threads) for _ in range(workers)]
+        self._finished: list[Outcome] = []
+
+    def submit(self, worker: int, method: str, *arguments: Any) -> int:
+        self.calls.append((worker, method))
+        ticket = len(self.calls)
+        try:
+            value = getattr(self._workers[worker], method)(*arguments)
+            self._finished.append(Outcome(ticket, worker, value=value))
+        except CounterweightError as error:
+            self._finished.append(Outcome(ticket, worker, error=error))
+        return ticket
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    def restart(self, worker: int) -> None:
+        raise AssertionError("a worker of this process cannot die")
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
+
+
+@dataclass
+class RecordedProgress(Progress):
+    """Shows nothing; keeps what it was told."""
+
+    stages: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    done: list[tuple[int, bool]] = field(default_factory=list)
+
+    def stage(self, name: str) -> None:
+        self.stages.append(name)
+
+    def plan(self, blocks: int, reused: int) -> None:
+        pass
+
+    def block_started(self, index: int, worker: int) -> None:
+        pass
+
+    def block_done(
+        self,
+        index: int,
+        *,
+        seconds: float,
+        peak_bytes: int,
+        error_quantized: float | None,
+        error_compensated: float | None,
+        reused: bool,
+    ) -> None:
+        self.done.append((index, reused))
+
+    def windows(self, done: int, total: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def finish(self, lines: Sequence[tuple[str, str]]) -> None:
+        pass
+
+
+def run_job(
+    model: Path,
+    output: Path,
+    recipe: Mapping[str, Any],
+    *,
+    calibration: Mapping[str, Any] | None = None,
+    validation: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> Published:
+    """Compresses the checkpoint in `model`, made by `tests.models`; artifacts go below `output`.
+
+    calibration, validation: what is not the default of these tests; no validation: published unjudged.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    text = write_text(output / "text.txt", 4096).as_uri()
+    spec: dict[str, Any] = {
+        "model": {"uri": model.as_uri()},
+        "calibration": {"source": {"uri": text}, "sequences": 8, "sequence_length": 32, **(calibration or {})},
+        "recipe": dict(recipe),
+        "output": {"uri": (output / "artifacts").as_uri()},
+    }
+    if validation is not None:
+        spec["validation"] = {"text": {"uri": text}, "windows": 8, **validation}
+    document = {"apiVersion": "counterweight/v1", "kind": "CompressionJob", "metadata": {"name": "tiny"}, "spec": spec}
+    job = parse_manifest(json.dumps(document), name="tiny.json", base=output.as_uri()).job
+    pool = InProcessPool(workers, threads)
+    try:
+        return Orchestrator(job, open_model(job.spec.model.uri), pool, "cpu", progress or RecordedProgress()).run()
+    finally:
+        pool.close()
+
+
+def local(published: Published) -> Path:
+    """The artifact's directory."""
+    return Path(published.uri.removeprefix("file://"))

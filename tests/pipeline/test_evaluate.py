@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.artifact import pull
+from pipeline.evaluate import evaluate_artifact
+from tests.models import checkpoint, write_text
+from tests.pipeline.tiny import LocalPool, job_of, local_path, run_local, write_job
+from workers.errors import RequestError
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_job(tmp_path_factory.mktemp("job"), layers=2)
+
+
+@pytest.fixture(scope="module")
+def uri(manifest: Path) -> str:
+    """An artifact that three workers validated."""
+    return run_local(job_of(manifest), LocalPool(3)).uri
+
+
+def test_the_reports_figures_come_out_again_to_the_last_bit(uri: str, tmp_path: Path) -> None:
+    document = pull(uri, tmp_path / "pulled")
+    reported = {
+        "baseline": document.baseline,
+        "quantized": document.quantized,
+        "compensated": document.compensated,
+    }
+    assert evaluate_artifact(uri) == reported
+    assert evaluate_artifact((tmp_path / "pulled").as_uri()) == reported
+
+
+def test_another_model_is_refused(uri: str, manifest: Path, tmp_path: Path) -> None:
+    checkpoint("llama", tmp_path / "other", torch.bfloat16, num_hidden_layers=2, seed=1)
+    with pytest.raises(RequestError, match="the model that tiny was made from"):
+        evaluate_artifact(uri, against=(tmp_path / "other").as_uri())
+    shutil.copytree(manifest.parent / "model", tmp_path / "moved")
+    assert evaluate_artifact(uri, against=(tmp_path / "moved").as_uri(), windows=1)["baseline"].kl == 0.0
+
+
+def test_other_windows_lengths_and_texts_give_other_figures(uri: str, tmp_path: Path) -> None:
+    usual = evaluate_artifact(uri)["compensated"]
+    assert evaluate_artifact(uri, windows=3)["compensated"] != usual
+    assert evaluate_artifact(uri, windows=3, sequence_length=16)["compensated"] != usual
+    text = write_text(tmp_path / "text.txt", 100, seed=5).as_uri()
+    assert evaluate_artifact(uri, text=text)["compensated"] != usual
+    # All of a text that is given, not as many windows as the report had.
+    assert evaluate_artifact(uri, text=text) == evaluate_artifact(uri, text=text, windows=3)
+
+
+def test_more_windows_than_the_text_has(uri: str) -> None:
+    with pytest.raises(RequestError, match=r"^--text: 224 tokens make 7 windows of 32: expected at least 8"):
+        evaluate_artifact(uri, windows=8)
+
+
+def test_an_artifact_without_validation_needs_a_text(manifest: Path, tmp_path: Path) -> None:
+    unjudged = run_local(job_of(manifest, "spec.validation=", f"spec.output.uri={tmp_path}")).uri
+    with pytest.raises(RequestError, match=r"^--text: the artifact was published without validation"):
+        evaluate_artifact(unjudged)
+    found = evaluate_artifact(unjudged, text=(manifest.parent / "validation.txt").as_uri())
+    assert found["compensated"].perplexity > 1
+
+
+def test_a_device_that_is_none(uri: str) -> None:
+    with pytest.raises(RequestError, match=r"^--device: 'tpu': expected cpu or cuda"):
+        evaluate_artifact(uri, device="tpu")
+
+
+def test_what_was_damaged_is_not_measured(uri: str, tmp_path: Path) -> None:
+    shutil.copytree(local_path(uri), tmp_path / "copy")
+    report = tmp_path / "copy" / "report" / "report.json"
+    report.write_text(report.read_text().replace('"tiny"', '"tonY"'))
+    with pytest.raises(Exception, match=r"report\.json") as caught:
+        evaluate_artifact((tmp_path / "copy").as_uri())
+    assert type(caught.value).__name__ == "IntegrityError"

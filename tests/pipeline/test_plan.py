@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.model_source import ModelSource, open_model
+from pipeline.plan import PROCESS_BYTES, block_recipe, make_plan
+from tests.models import checkpoint, read_tensors
+from tests.pipeline.tiny import job_of, local_path, run_local, write_job
+from tests.workers.checkpoint.builders import RecordingStore
+from workers.checkpoint.header import LENGTH_BYTES
+from workers.errors import ManifestError
+from workers.recipe import Weights
+
+LINEARS = {
+    "self_attn.q_proj": (64, 64),
+    "self_attn.k_proj": (32, 64),
+    "self_attn.v_proj": (32, 64),
+    "self_attn.o_proj": (64, 64),
+    "mlp.gate_proj": (96, 64),
+    "mlp.up_proj": (96, 64),
+    "mlp.down_proj": (64, 96),
+}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_job(tmp_path_factory.mktemp("job"), layers=2)
+
+
+@pytest.fixture(scope="module")
+def source(manifest: Path) -> ModelSource:
+    return open_model((manifest.parent / "model").as_uri())
+
+
+def test_the_plan_counts_what_is_there(manifest: Path, source: ModelSource) -> None:
+    plan = make_plan(job_of(manifest), source)
+    tensors = read_tensors(manifest.parent / "model")
+    assert plan.parameters == sum(tensor.numel() for tensor in tensors.values())
+    assert plan.source_bytes == sum(tensor.numel() * 2 for tensor in tensors.values())
+    assert plan.quantized == 2 * sum(map(prod, LINEARS.values()))
+    assert plan.tokens == 12 * 32
+    assert [block.index for block in plan.blocks] == [0, 1]
+    for block in plan.blocks:
+        prefix = f"model.layers.{block.index}."
+        assert {name.removeprefix(prefix): shape for name, shape in block.linears.items()} == LINEARS
+        assert block.source_bytes == sum(t.numel() * 2 for name, t in tensors.items() if name.startswith(prefix))
+        assert block.parameters * 2 == block.source_bytes
+    assert plan.problems == ()
+
+
+def test_arithmetic_is_two_operations_a_weight_a_token_and_the_gram_matrices(
+    manifest: Path, source: ModelSource
+) -> None:
+    block = make_plan(job_of(manifest), source).blocks[0]
+    assert block.forward_flops == 2 * 384 * sum(map(prod, LINEARS.values()))
+    # One symmetric matrix per distinct input: q/k/v, o, gate/up (width 64) and down (width 96).
+    assert block.statistics_flops == 384 * (3 * 64**2 + 96**2)
+    assert block.statistics_bytes == (3 * 64**2 + 96**2) * 12
+
+
+def test_experts_see_their_share_of_the_tokens(tmp_path: Path) -> None:
+    manifest = write_job(tmp_path, case="mixtral", layers=1)
+    block = make_plan(job_of(manifest), open_model((tmp_path / "model").as_uri())).blocks[0]
+    attention = 64 * 64 * 2 + 32 * 64 * 2
+    one_expert = 3 * 64 * 96
+    assert block.forward_flops == 2 * 384 * (attention + 4 * one_expert * 2 // 4)
+
+
+def test_what_is_kept_is_not_in_a_blocks_recipe(manifest: Path, source: ModelSource) -> None:
+    job = job_of(
+        manifest,
+        "spec.recipe.keep=[lm_head, '*.o_proj', 'model.layers.1.mlp.*']",
+        "spec.recipe.overrides=[{match: '*.0.mlp.down_proj', weights: {bits: 8}}]",
+    )
+    first, second = (block_recipe(source, index, job.spec.recipe) for index in (0, 1))
+    assert set(first) == set(LINEARS) - {"self_attn.o_proj"}
+    assert set(second) == {f"self_attn.{letter}_proj" for letter in "qkv"}
+    assert first["mlp.down_proj"].weights == Weights(bits=8)
+    assert first["mlp.up_proj"].weights.bits == 4
+    plan = make_plan(job, source)
+    assert plan.quantized == sum(map(prod, LINEARS.values())) - 64 * 64 + 128 * 64
+
+
+def test_longer_sequences_and_more_workers_need_more_memory(manifest: Path, source: ModelSource) -> None:
+    plan = make_plan(job_of(manifest), source)
+    longer = make_plan(job_of(manifest, "spec.calibration.sequence_length=65536"), source)
+    assert longer.peak_bytes_per_worker > plan.peak_bytes_per_worker > PROCESS_BYTES
+    assert longer.blocks[0].activation_bytes > plan.blocks[0].activation_bytes
+    crowd = make_plan(job_of(manifest, "spec.resources.workers=5000"), source)
+    assert len(crowd.problems) == 1
+    assert crowd.problems[0].startswith("5000 workers of ")
+    # GPUs have memory of their own, which headers do not tell.
+    gpus = job_of(manifest, "spec.resources={workers: 5000, gpus_per_worker: 1}")
+    assert make_plan(gpus, source).problems == ()
+
+
+def test_all_that_the_recipe_asks_in_vain_is_listed(manifest: Path, source: ModelSource) -> None:
+    with pytest.raises(ManifestError) as caught:
+        make_plan(job_of(manifest, "spec.recipe.weights.group_size=128"), source)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(LINEARS)
+    assert (
+        "spec.recipe.weights.group_size: 128: expected a divisor of 96, the width of model.layers.0.mlp.down_proj"
+        in lines
+    )
+    overrides = "spec.recipe.overrides=[{match: 'a*', weights: {bits: 8}}, {match: '*.up_proj', weights: {bits: 8}}]"
+    with pytest.raises(ManifestError) as caught:
+        make_plan(job_of(manifest, overrides, "spec.recipe.keep=[lm_head, b]"), source)
+    assert [line.partition(": ")[0] for line in str(caught.value).splitlines()] == [
+        "spec.recipe.overrides.0.match",
+        "spec.recipe.keep.1",
+    ]
+
+
+def test_the_plans_storage_traffic_is_near_what_a_job_writes(
+    manifest: Path, tmp_path: Path, source: ModelSource
+) -> None:
+    job = job_of(manifest, f"spec.output.uri={tmp_path}", "spec.recipe.compensation={kind: none}")
+    plan = make_plan(job, source)
+    published = run_local(job)
+    shards = sum(path.stat().st_size for path in local_path(published.uri).glob("*.safetensors"))
+    hidden = 3 * 384 * 64 * 4
+    assert plan.storage_written_bytes == pytest.approx(shards + hidden, rel=0.1)
+
+
+class StrictStore(RecordingStore):
+    """Notes ranges, and lets nobody read a file of weights as a whole."""
+
+    def read(self, key: str, *, sha256: str | None = None) -> bytes:
+        assert not key.endswith(".safetensors")
+        return super().read(key, sha256=sha256)
+
+
+def test_a_plan_reads_headers_and_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = write_job(tmp_path)
+    checkpoint("llama", tmp_path / "model", torch.bfloat16, intermediate_size=20_000)
+    weights = tmp_path / "model" / "model.safetensors"
+    size = weights.stat().st_size
+    assert size > 10 << 20
+    store = StrictStore(tmp_path / "model")
+    monkeypatch.setattr("pipeline.model_source.open_store", lambda uri: store)
+    plan = make_plan(job_of(manifest), open_model((tmp_path / "model").as_uri()))
+    header = LENGTH_BYTES + int.from_bytes(weights.open("rb").read(LENGTH_BYTES), "little")
+    in_weights = [(start, length) for key, start, length in store.ranges if key == weights.name]
+    assert in_weights
+    assert all(start + length <= header for start, length in in_weights)
+    assert plan.header_bytes_read == sum(length for _, _, length in store.ranges)
+    assert plan.header_bytes_read < size / 1000
+    assert plan.source_bytes == pytest.approx(size, rel=0.01)
+
+
+def test_the_same_names_under_another_model_are_another_plan(manifest: Path, source: ModelSource) -> None:
+    """Nothing is remembered between plans."""
+    first = make_plan(job_of(manifest), source)
+    again = make_plan(job_of(manifest), replace(source))
+    assert first == again

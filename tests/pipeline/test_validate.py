@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.manifest import Gates
+from pipeline.report import Quality, Report
+from pipeline.validate import check_gates
+from tests.pipeline.tiny import Events, LocalPool, job_of, local_path, run_local, write_job
+from workers.errors import GateError
+
+ORIGINAL = Quality(perplexity=10.0, kl=0.0, top1_agreement=1.0)
+
+
+def served(perplexity: float = 11.0, kl: float = 0.1) -> Quality:
+    return Quality(perplexity=perplexity, kl=kl, top1_agreement=0.9)
+
+
+@pytest.mark.parametrize(
+    "gates",
+    [Gates(), Gates(perplexity_ratio=1.1), Gates(kl=0.1), Gates(perplexity_ratio=1.5, kl=1.0)],
+)
+def test_a_model_within_its_bounds_passes(gates: Gates) -> None:
+    check_gates(gates, ORIGINAL, served())
+
+
+def test_a_gate_names_what_was_measured_and_what_was_allowed() -> None:
+    with pytest.raises(GateError) as caught:
+        check_gates(Gates(perplexity_ratio=1.05, kl=0.05), ORIGINAL, served())
+    assert str(caught.value).splitlines() == [
+        "spec.validation.gates.perplexity_ratio: 1.1000 (perplexity 11.0000, original 10.0000): expected at most 1.05",
+        "spec.validation.gates.kl: 0.10000: expected at most 0.05",
+    ]
+
+
+def test_one_gate_alone_is_enough() -> None:
+    with pytest.raises(GateError, match=r"^spec.validation.gates.kl: "):
+        check_gates(Gates(perplexity_ratio=2.0, kl=0.05), ORIGINAL, served())
+
+
+@pytest.mark.parametrize("gates", [Gates(perplexity_ratio=1e6), Gates(kl=1e6)])
+def test_what_is_no_number_passes_no_gate(gates: Gates) -> None:
+    nothing = Quality.model_construct(perplexity=float("nan"), kl=float("nan"), top1_agreement=0.0)
+    with pytest.raises(GateError):
+        check_gates(gates, ORIGINAL, nothing)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_job(tmp_path_factory.mktemp("job"), layers=2)
+
+
+def report_of(uri: str) -> Report:
+    return Report.model_validate_json((local_path(uri) / "report" / "report.json").read_bytes())
+
+
+def test_the_windows_are_shared_out_without_gap_or_overlap_and_the_figures_do_not_notice(
+    manifest: Path, tmp_path: Path
+) -> None:
+    """Seven windows on one, two, three and nine workers: other shares, equal bits."""
+    figures = []
+    for workers in (1, 2, 3, 9):
+        pool, events = LocalPool(workers), Events()
+        published = run_local(job_of(manifest, f"spec.output.uri={tmp_path / str(workers)}"), pool, events)
+        specs = [arguments[0] for _, method, arguments in pool.calls if method == "evaluate"]
+        windows = [number for spec in sorted(specs, key=lambda s: s.start) for number in range(spec.start, spec.stop)]
+        assert windows == list(range(7))
+        assert len(specs) == min(workers, 7) if workers != 3 else len(specs) == 3
+        assert events.named("windows") == [(done + 1, len(specs)) for done in range(len(specs))]
+        report = report_of(published.uri)
+        names = [task.name for task in report.tasks if task.name.startswith("validation")]
+        assert len(names) == len(specs)
+        assert names[0].startswith("validation of windows 0 to ")
+        figures.append((report.baseline, report.quantized, report.compensated))
+    assert figures[1:] == figures[:1] * 3
+
+
+def test_without_a_validation_nothing_is_measured(manifest: Path, tmp_path: Path) -> None:
+    pool = LocalPool(1)
+    published = run_local(job_of(manifest, f"spec.output.uri={tmp_path}", "spec.validation="), pool)
+    assert published.document.baseline is None
+    assert published.document.compensated is None
+    assert "evaluate" not in [method for _, method, _ in pool.calls]
+
+
+def test_what_is_claimed_without_compensation_is_measured_without_it(manifest: Path, tmp_path: Path) -> None:
+    """The quantized figures of a compensated artifact are those of the artifact without compensation."""
+    compensated = run_local(job_of(manifest, f"spec.output.uri={tmp_path / 'with'}")).document
+    plain = run_local(
+        job_of(manifest, f"spec.output.uri={tmp_path / 'without'}", "spec.recipe.compensation={kind: none}")
+    ).document
+    assert compensated.quantized == plain.quantized == plain.compensated
+    assert compensated.compensated != compensated.quantized
+    assert compensated.baseline == plain.baseline
+    assert plain.baseline is not None
+    assert plain.baseline.kl == 0.0
+    assert plain.baseline.top1_agreement == 1.0

@@ -1,0 +1,155 @@
+"""Names, formats and configs in other people's terms. That stock loaders agree: tests/stock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.formats import LowRank, QuantizedWeight
+from workers.architecture import FAMILIES
+from workers.errors import CheckpointError
+from workers.interchange import (
+    QUANT_METHOD,
+    adapter_config,
+    adapter_names,
+    artifact_config,
+    factor_tensors,
+    read_branch,
+    read_weight,
+    refusal_of_adapter,
+    refusal_of_weights,
+    scale_dtype,
+    source_config,
+    weight_tensors,
+)
+from workers.tasks import ModuleFormat
+
+DENSE = "model.layers.0.mlp.down_proj"
+EXPERT = "model.layers.0.block_sparse_moe.experts.3.w2"
+OTHER_EXPERT = "model.layers.1.block_sparse_moe.experts.0.w1"
+
+
+def form(bits: int = 4, **changes: Any) -> ModuleFormat:
+    plain = {"bits": bits, "group_size": 32, "symmetric": True, "activation_bits": None, "rank": 0}
+    return ModuleFormat.model_validate({**plain, **changes})
+
+
+def weight(*, symmetric: bool = True) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(0)
+    return QuantizedWeight(
+        codes=torch.randint(-8, 8, (6, 64), generator=generator).to(torch.int8),
+        scale=torch.rand(6, 2, generator=generator).bfloat16(),
+        zero_point=None if symmetric else torch.randint(-8, 8, (6, 2), generator=generator).to(torch.int8),
+        bits=4,
+        group_size=32,
+    )
+
+
+BRANCH = LowRank(up=torch.ones(6, 2), down=torch.ones(2, 64))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_weight_comes_back(symmetric: bool) -> None:
+    stored = weight_tensors(DENSE, weight(symmetric=symmetric))
+    assert all(name.startswith(f"{DENSE}.weight_") for name in stored)
+    found = read_weight(stored, DENSE, form(symmetric=symmetric))
+    assert torch.equal(found.dequantize(), weight(symmetric=symmetric).dequantize())
+
+
+@pytest.mark.parametrize(
+    "wrong", [form(8), form(2), form(3), form(group_size=None), form(group_size=16), form(symmetric=False)], ids=str
+)
+def test_a_weight_of_another_format_is_refused(wrong: ModuleFormat) -> None:
+    with pytest.raises(CheckpointError, match=rf"^{DENSE}: "):
+        read_weight(weight_tensors(DENSE, weight()), DENSE, wrong)
+
+
+def test_a_branch_comes_back_under_the_names_of_peft() -> None:
+    stored = factor_tensors(DENSE, BRANCH)
+    assert list(stored) == [f"base_model.model.{DENSE}.lora_A.weight", f"base_model.model.{DENSE}.lora_B.weight"]
+    assert tuple(stored) == adapter_names(DENSE)
+    found = read_branch(stored, DENSE, form(rank=2))
+    assert found is not None
+    assert torch.equal(found.up, BRANCH.up)
+    assert torch.equal(found.down, BRANCH.down)
+    assert read_branch({}, DENSE, form()) is None
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [(torch.ones(3, 64), torch.ones(6, 3)), (torch.ones(2, 64), torch.ones(6, 3)), (torch.ones(2), torch.ones(6, 2))],
+)
+def test_a_branch_of_another_rank_is_refused(down: torch.Tensor, up: torch.Tensor) -> None:
+    stored = dict(zip(adapter_names(DENSE), (down, up), strict=True))
+    with pytest.raises(CheckpointError, match=f"{DENSE}: .*expected rank 2"):
+        read_branch(stored, DENSE, form(rank=2))
+
+
+def test_scales_of_experts_are_float32() -> None:
+    assert scale_dtype(DENSE, torch.bfloat16) is torch.bfloat16
+    assert scale_dtype("mlp.experts.0.gate_proj", torch.bfloat16) is torch.float32
+    assert scale_dtype(EXPERT, torch.float16) is torch.float32
+    assert scale_dtype("mlp.shared_expert.gate_proj", torch.float16) is torch.float16
+
+
+@pytest.mark.parametrize(
+    ("formats", "reason"),
+    [
+        ({DENSE: form(symmetric=False, activation_bits=8), EXPERT: form(), OTHER_EXPERT: form()}, None),
+        ({DENSE: form()}, None),
+        ({EXPERT: form(rank=4), OTHER_EXPERT: form()}, None),
+        ({EXPERT: form(), OTHER_EXPERT: form(8)}, "more than one format"),
+        ({EXPERT: form()}, "more than one format"),
+        ({EXPERT: form(symmetric=False), OTHER_EXPERT: form(symmetric=False)}, "asymmetric"),
+        ({EXPERT: form(activation_bits=8), OTHER_EXPERT: form(activation_bits=8)}, "quantized activations"),
+    ],
+)
+def test_what_stock_transformers_cannot_represent(formats: dict[str, ModuleFormat], reason: str | None) -> None:
+    found = refusal_of_weights(formats, [EXPERT, OTHER_EXPERT])
+    assert found is None if reason is None else found is not None and reason in found
+
+
+def test_branches_on_experts_are_not_for_peft() -> None:
+    assert refusal_of_adapter({DENSE: form(rank=4), EXPERT: form()}) is None
+    reason = refusal_of_adapter({DENSE: form(rank=4), EXPERT: form(rank=4)})
+    assert reason is not None
+    config = adapter_config({EXPERT: form(rank=4)}, "tiny")
+    assert config["peft_type"] == "COUNTERWEIGHT"
+    assert config["reason"] == reason
+
+
+SOURCE = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 64}
+
+
+def config_of(formats: dict[str, ModuleFormat], linears: list[str]) -> dict[str, Any]:
+    return artifact_config(SOURCE, formats, linears, FAMILIES["mixtral"])
+
+
+def test_a_refused_artifact_has_no_model_type_that_anybody_knows() -> None:
+    config = config_of({EXPERT: form(symmetric=False)}, [EXPERT])
+    assert config["model_type"] == "counterweight_mixtral"
+    assert config["architectures"] == []
+    assert config["quantization_config"]["quant_method"] == QUANT_METHOD
+    assert "asymmetric" in config["quantization_config"]["reason"]
+    assert config["hidden_size"] == 64
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_models_own_config_comes_back(symmetric: bool) -> None:
+    plain = source_config(config_of({EXPERT: form(symmetric=symmetric)}, [EXPERT]))
+    assert plain["model_type"] == "mixtral"
+    assert "quantization_config" not in plain
+    assert plain["hidden_size"] == 64
+
+
+def test_the_source_config_is_left_alone() -> None:
+    config_of({EXPERT: form()}, [EXPERT])
+    assert SOURCE == {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 64}
+
+
+@pytest.mark.parametrize("config", [{}, {"quantization_config": None}, {"quantization_config": "x"}])
+def test_a_config_that_is_not_ours_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="expected an artifact of Counterweight"):
+        source_config({"model_type": "llama", **config})

@@ -1,0 +1,146 @@
+"""Blobs known by their content, records created once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from workers.errors import IntegrityError, ObjectNotFoundError
+from workers.storage import open_store
+from workers.workspace import BLOBS, COMMITS, Blob, Record, Workspace
+
+
+class Found(Record):
+    """A record of the tests."""
+
+    value: int
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(open_store(tmp_path.as_uri()))
+
+
+TENSORS = {"b": torch.arange(6, dtype=torch.bfloat16).view(2, 3), "a": torch.ones(3)}
+
+
+def files(root: Path) -> list[str]:
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+def test_tensors_come_back_bit_for_bit(workspace: Workspace) -> None:
+    found = workspace.get_tensors(workspace.put_tensors(TENSORS))
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[name], TENSORS[name]) and found[name].dtype == TENSORS[name].dtype for name in TENSORS)
+
+
+def test_a_blob_is_named_by_its_bytes(workspace: Workspace, tmp_path: Path) -> None:
+    blob = workspace.put_tensors(TENSORS)
+    data = (tmp_path / blob.key).read_bytes()
+    assert blob == Blob(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+    assert blob.key == f"{BLOBS}/{blob.sha256}"
+    assert workspace.put_bytes(data) == blob
+    assert workspace.get_bytes(blob) == data
+
+
+def test_the_order_of_tensors_does_not_matter(workspace: Workspace) -> None:
+    assert workspace.put_tensors(TENSORS) == workspace.put_tensors(dict(reversed(TENSORS.items())))
+
+
+def test_what_is_there_is_not_written_again(workspace: Workspace, tmp_path: Path) -> None:
+    path = tmp_path / workspace.put_tensors(TENSORS).key
+    before = path.stat().st_ino, path.stat().st_mtime_ns
+    workspace.put_tensors(TENSORS)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == before
+
+
+def test_half_a_blob_is_written_again(workspace: Workspace, tmp_path: Path) -> None:
+    blob = workspace.put_tensors(TENSORS)
+    path = tmp_path / blob.key
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not workspace.has(blob)
+    assert workspace.put_tensors(TENSORS) == blob
+    assert workspace.has(blob)
+
+
+def test_other_bytes_are_never_taken(workspace: Workspace, tmp_path: Path) -> None:
+    blob = workspace.put_tensors(TENSORS)
+    path = tmp_path / blob.key
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match=blob.sha256[:16]):
+        workspace.get_tensors(blob)
+
+
+def test_a_discarded_blob_is_gone(workspace: Workspace) -> None:
+    blob = workspace.put_bytes(b"x")
+    workspace.discard(blob)
+    assert not workspace.has(blob)
+    with pytest.raises(ObjectNotFoundError):
+        workspace.get_bytes(blob)
+    workspace.discard(blob)
+
+
+def test_the_first_commit_holds(workspace: Workspace, tmp_path: Path) -> None:
+    assert workspace.lookup("kind", "key", Found) is None
+    assert workspace.commit("kind", "key", Found(value=1)) == Found(value=1)
+    assert workspace.commit("kind", "key", Found(value=2)) == Found(value=1)
+    assert workspace.lookup("kind", "key", Found) == Found(value=1)
+    assert files(tmp_path) == [f"{COMMITS}/kind/key.json"]
+
+
+def test_kinds_and_keys_are_apart(workspace: Workspace) -> None:
+    workspace.commit("kind", "key", Found(value=1))
+    assert workspace.lookup("other", "key", Found) is None
+    assert workspace.lookup("kind", "other", Found) is None
+
+
+def test_many_writers_agree_on_one_record(workspace: Workspace) -> None:
+    agreed: list[Found] = []
+    start = threading.Barrier(8)
+
+    def race(value: int) -> None:
+        start.wait()
+        agreed.append(workspace.commit("kind", "key", Found(value=value)))
+
+    threads = [threading.Thread(target=race, args=(value,)) for value in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(agreed) == 8
+    assert set(agreed) == {workspace.lookup("kind", "key", Found)}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"value": 1, "more": 2}', '{"value": "x"}', "{}", '{"value": NaN}'], ids=repr
+)
+def test_what_is_no_record_is_refused(workspace: Workspace, tmp_path: Path, text: str) -> None:
+    workspace.commit("kind", "key", Found(value=1))
+    (tmp_path / COMMITS / "kind" / "key.json").write_text(text)
+    with pytest.raises(IntegrityError, match="not a Found"):
+        workspace.lookup("kind", "key", Found)
+
+
+def test_keys_of_a_kind_are_listed(workspace: Workspace) -> None:
+    for key in ("b", "a"):
+        workspace.commit("kind", key, Found(value=1))
+    workspace.commit("other", "c", Found(value=1))
+    assert sorted(workspace.commits("kind")) == ["a", "b"]
+
+
+def test_travels_to_another_process(workspace: Workspace) -> None:
+    blob = workspace.put_bytes(b"x")
+    assert pickle.loads(pickle.dumps(workspace)).get_bytes(blob) == b"x"
+
+
+def test_a_record_is_json_that_people_can_read(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.commit("kind", "key", Found(value=1))
+    assert json.loads((tmp_path / COMMITS / "kind" / "key.json").read_text()) == {"value": 1}
