@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.units import bytes_text
+
 app = typer.Typer(
     name="counterweight",
     help="Compress large language models to 2-8 bits, and put back what quantization takes away.",
@@ -79,13 +81,13 @@ def plan(manifest: Manifest, set_: Overrides = None, as_json: AsJson = False) ->
     _print_rows(
         f"plan of {made.name}",
         [
-            ("model", f"{made.model_type}, {made.parameters:,} parameters, {_bytes(made.source_bytes)}"),
+            ("model", f"{made.model_type}, {made.parameters:,} parameters, {bytes_text(made.source_bytes)}"),
             ("quantized", f"{made.quantized:,} weights in {len(made.blocks)} blocks"),
             ("calibration", f"{made.tokens:,} tokens"),
-            ("peak per worker", _bytes(made.peak_bytes_per_worker)),
+            ("peak per worker", bytes_text(made.peak_bytes_per_worker)),
             ("arithmetic", f"{made.flops / 1e12:.3g} TFLOP"),
-            ("storage", f"{_bytes(made.storage_read_bytes)} read, {_bytes(made.storage_written_bytes)} written"),
-            ("headers read", _bytes(made.header_bytes_read)),
+            ("storage", f"{bytes_text(made.storage_read_bytes)} read, {bytes_text(made.storage_written_bytes)} written"),
+            ("headers read", bytes_text(made.header_bytes_read)),
             ("does not fit", "; ".join(made.problems) or "nothing"),
         ],
     )
@@ -203,7 +205,7 @@ def _absolute(uri: str) -> str:
 
 
 def _each_file(path: str, size: int) -> None:
-    typer.echo(f"{path}  {_bytes(size)}", err=True)
+    typer.echo(f"{path}  {bytes_text(size)}", err=True)
 
 
 def _summary(document: Any, uri: str) -> list[tuple[str, str]]:
@@ -233,14 +235,6 @@ def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, sort_keys=True))
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ EMBEDDED_STORE_BYTES = 128 << 20
 
 START_SECONDS = 120.0
 """How long a worker may take to import torch and answer for the first time, on a loaded machine."""
+
+CONNECT_SECONDS = 5.0
+"""How long a cluster may take to accept a connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,8 @@ def cluster(address: str | None, size: PoolSize) -> Iterator[None]:
     import ray
 
     embedded = address in (None, "local")
+    if address is not None and not embedded:
+        _answers(address)
     # Ray reads these from the environment only: no usage report, and no merging of our log lines.
     with _environment({"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}):
         try:
@@ -166,6 +172,17 @@ def cluster(address: str | None, size: PoolSize) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _answers(address: str) -> None:
+    """WorkerError when nobody listens at host:port, where Ray itself would try for four minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise WorkerError(f"Ray at {address}: {error.strerror or error}: expected a running cluster") from error
 
 
 def _admit(resources: Mapping[str, float], size: PoolSize) -> None:

@@ -48,7 +48,7 @@ def swift(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 def _with_bucket(server: S3Server) -> S3Server:
-    client = boto3.client(
+    client = boto3.session.Session().client(
         "s3",
         endpoint_url=server.endpoint,
         aws_access_key_id=server.access_key,

@@ -20,7 +20,7 @@ MIB = 1 << 20
 
 
 def acknowledged_parts(uri: str) -> int:
-    client = boto3.client("s3")
+    client = boto3.session.Session().client("s3")
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     uploads = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", ())
     places = [{"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]} for upload in uploads]

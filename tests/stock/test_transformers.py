@@ -1,0 +1,166 @@
+"""An artifact under stock transformers with compressed-tensors: the right logits, or a refusal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from pipeline import load_model
+from tests.inprocess import local, run_job
+from tests.models import BASE, MOE, Case, checkpoint, token_ids
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256}  # widths that groups of 128 tile
+RTN = {"quantizer": {"kind": "rtn"}}
+W4 = {"bits": 4, "group_size": 32, **RTN}
+MODELS: Mapping[str, Case] = {
+    "llama": Case("llama", {**WIDE, "num_hidden_layers": 2}),
+    "qwen2": Case("qwen2", WIDE),
+    "phi3": Case("phi3", WIDE),
+    "gemma3_text": Case("gemma3_text", {**WIDE, "head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32}),
+    "mixtral": Case("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96}),
+    "qwen3_moe": Case("qwen3_moe", {**MOE, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model and what is done to it."""
+
+    model: str
+    weights: Mapping[str, Any] = field(default_factory=lambda: W4)
+    rest: Mapping[str, Any] = field(default_factory=dict)
+
+
+A8 = {"activations": {"bits": 8}}
+REPRESENTED: Mapping[str, Recipe] = {
+    "llama w4 g32": Recipe("llama"),
+    "llama w4 g64": Recipe("llama", {"bits": 4, "group_size": 64, **RTN}),
+    "llama w4 g128": Recipe("llama", {"bits": 4, "group_size": 128, **RTN}),
+    "llama w3": Recipe("llama", {"bits": 3, **RTN}),
+    "llama w2 g32": Recipe("llama", {"bits": 2, "group_size": 32, **RTN}),
+    "llama w8": Recipe("llama", {"bits": 8, **RTN}),
+    "llama gptq": Recipe("llama", {"bits": 4, "group_size": 32, "quantizer": {"kind": "gptq"}}),
+    "llama asymmetric": Recipe("llama", {**W4, "symmetric": False}),
+    "llama asymmetric w3": Recipe("llama", {"bits": 3, "symmetric": False, **RTN}),
+    "llama asymmetric w8": Recipe("llama", {"bits": 8, "group_size": 32, "symmetric": False, **RTN}),
+    "llama a8": Recipe("llama", rest=A8),
+    "llama asymmetric a8": Recipe("llama", {**W4, "symmetric": False}, A8),
+    "llama w8 a8": Recipe("llama", {"bits": 8, **RTN}, A8),
+    "llama mixed": Recipe("llama", rest={"overrides": [{"match": "*.down_proj", "weights": {"bits": 8, **RTN}}]}),
+    "llama mixed a8": Recipe(
+        "llama",
+        rest={
+            **A8,
+            "overrides": [
+                {"match": "*.layers.1.*", "weights": {"bits": 3, "symmetric": False, **RTN}},
+                {"match": "*.down_proj", "weights": {"bits": 8, **RTN}},
+            ],
+        },
+    ),
+    "llama kept": Recipe("llama", rest={"keep": ["lm_head", "*.layers.0.mlp.*", "*.v_proj"]}),
+    "llama one left": Recipe("llama", rest={"keep": ["lm_head", "*.self_attn.*", "*gate_proj", "*up_proj", "*.0.*"]}),
+    "qwen2": Recipe("qwen2"),
+    "qwen2 a8": Recipe("qwen2", rest=A8),
+    "phi3": Recipe("phi3"),
+    "phi3 mixed": Recipe("phi3", rest={"overrides": [{"match": "*.qkv_proj", "weights": {"bits": 8, **RTN}}]}),
+    "gemma3_text": Recipe("gemma3_text"),
+    "mixtral": Recipe("mixtral"),
+    "mixtral w3": Recipe("mixtral", {"bits": 3, **RTN}),
+    "mixtral experts kept": Recipe("mixtral", rest={"keep": ["lm_head", "*.experts.*"]}),
+    "mixtral attention kept": Recipe("mixtral", rest={"keep": ["lm_head", "*.self_attn.*"]}),
+    "mixtral attention asymmetric a8": Recipe(
+        "mixtral",
+        {**W4, "symmetric": False},
+        {**A8, "keep": ["lm_head", "*.experts.*"]},
+    ),
+    "mixtral mixed": Recipe(
+        "mixtral", rest={"overrides": [{"match": "*.self_attn.*", "weights": {"bits": 8, **RTN}}]}
+    ),
+    "mixtral mixed the other way": Recipe(
+        "mixtral", rest={"overrides": [{"match": "*.experts.*", "weights": {"bits": 2, "group_size": 32, **RTN}}]}
+    ),
+    "qwen3_moe": Recipe("qwen3_moe"),
+    "qwen3_moe mixed": Recipe(
+        "qwen3_moe",
+        rest={"overrides": [{"match": "*.layers.1.mlp.*_proj", "weights": {"bits": 8, **RTN}}]},
+    ),
+    "qwen3_moe experts kept": Recipe("qwen3_moe", rest={"keep": ["lm_head", "*.experts.*"]}),
+    "qwen3_moe dense mlp kept": Recipe("qwen3_moe", rest={"keep": ["lm_head", "*.layers.1.mlp.*"]}),
+}
+
+REFUSED: Mapping[str, tuple[Recipe, str]] = {
+    "asymmetric experts": (Recipe("mixtral", {**W4, "symmetric": False}), "asymmetric grid"),
+    "experts with quantized activations": (Recipe("qwen3_moe", rest=A8), "quantized activations"),
+    "experts of two formats": (
+        Recipe("mixtral", rest={"overrides": [{"match": "*.experts.1.*", "weights": {"bits": 8, **RTN}}]}),
+        "more than one format",
+    ),
+    "some experts kept": (Recipe("mixtral", rest={"keep": ["lm_head", "*.layers.0.*.experts.*"]}), "one format"),
+    "one projection in another format": (
+        Recipe("qwen3_moe", rest={"overrides": [{"match": "*.experts.*.down_proj", "weights": {"bits": 8, **RTN}}]}),
+        "more than one format",
+    ),
+}
+
+Make = Callable[[Recipe], Path]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Artifacts by recipe; sources are made once."""
+    sources: dict[str, Path] = {}
+
+    def made(recipe: Recipe) -> Path:
+        if recipe.model not in sources:
+            sources[recipe.model] = tmp_path_factory.mktemp(recipe.model)
+            checkpoint(MODELS[recipe.model], sources[recipe.model], torch.bfloat16)
+        job = {"weights": dict(recipe.weights), **recipe.rest}
+        return local(run_job(sources[recipe.model], tmp_path_factory.mktemp("output"), job))
+
+    return made
+
+
+def stock(directory: Path, **options: Any) -> PreTrainedModel:
+    """As anybody loads it; nothing may be missing, unexpected or of another shape."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True, **options
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(ids).logits
+    return found
+
+
+@pytest.mark.parametrize("name", REPRESENTED)
+def test_stock_transformers_has_our_logits(name: str, make: Make) -> None:
+    directory = make(REPRESENTED[name])
+    ids = token_ids(2, 24)
+    ours = logits(load_model(directory.as_uri(), dtype=torch.float32, compensated=False), ids)
+    theirs = logits(stock(directory), ids)
+    print(f"\n{name}: {float((theirs - ours).abs().max()):.2e} of {float(ours.abs().max()):.1f}")
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5 * float(ours.abs().max()))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_stock_transformers_cannot_represent_it_refuses(name: str, make: Make) -> None:
+    recipe, reason = REFUSED[name]
+    directory = make(recipe)
+    with pytest.raises(ValueError, match="counterweight_"):
+        AutoConfig.from_pretrained(directory)
+    with pytest.raises(ValueError, match="counterweight_"):
+        AutoModelForCausalLM.from_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    assert reason in config["quantization_config"]["reason"]
+    assert torch.isfinite(logits(load_model(directory.as_uri()), token_ids(1, 8))).all()
