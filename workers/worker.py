@@ -292,7 +292,7 @@ def _loader(workspace: Workspace, blob: Blob, device: torch.device) -> Callable[
 
 
 def _put_hidden(workspace: Workspace, hidden: Tensor) -> Blob:
-    return workspace.put_tensors({"hidden": hidden.cpu()})
+    return workspace.put_tensors({"hidden": hidden.cpu()}, durable=False)
 
 
 def _all_there(workspace: Workspace, blobs: Iterable[Blob]) -> bool:

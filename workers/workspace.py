@@ -52,15 +52,18 @@ class Workspace:
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
 
-    def put_tensors(self, tensors: Mapping[str, Tensor]) -> Blob:
-        """Stores tensors as one safetensors blob; bytes that are already there are not written again."""
+    def put_tensors(self, tensors: Mapping[str, Tensor], *, durable: bool = True) -> Blob:
+        """Stores tensors as one safetensors blob; bytes that are already there are not written again.
+
+        durable: see `ObjectStore.open_writer`; False for hidden states, which a resumed job makes again when they are gone.
+        """
         digest, size = hashlib.sha256(), 0
         for piece in safetensors_pieces(tensors):
             digest.update(piece)
             size += len(piece)
         blob = Blob(sha256=digest.hexdigest(), size=size)
         if not self.has(blob):
-            with self.store.open_writer(blob.key) as writer:
+            with self.store.open_writer(blob.key, durable=durable) as writer:
                 for piece in safetensors_pieces(tensors):
                     writer.write(piece)
                 writer.commit()

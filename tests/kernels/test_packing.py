@@ -77,10 +77,8 @@ def test_three_bits_are_packed_densely() -> None:
     assert pack(codes(2, 64, 3), 3).shape == (2, 6)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_codes_out_of_range_are_refused(bits: int) -> None:
-    if bits == 8:
-        pytest.skip("every int8 is an 8-bit code")
     half = 1 << (bits - 1)
     for value in (half, -half - 1):
         with pytest.raises(ValueError, match=f"expected {-half} .. {half - 1}"):

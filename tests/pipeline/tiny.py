@@ -193,3 +193,22 @@ def until(condition: Callable[[], bool], *, seconds: float = 120.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
+
+
+def actor_pids(driver: int) -> list[int]:
+    """Processes of the workers that Ray runs for a driver: those two generations below it, in order of their ids."""
+    parents: dict[int, int] = {}
+    names: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            names[int(entry.name)] = (entry / "cmdline").read_text().partition("\0")[0]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended while we looked
+        if fields[0] != "Z":
+            parents[int(entry.name)] = int(fields[1])
+    return sorted(
+        pid for pid, parent in parents.items() if parents.get(parent) == driver and names[pid].startswith("ray::Worker")
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pipeline import load_model
 from tests.inprocess import local, run_job
-from tests.models import BASE, MOE, Case, checkpoint, token_ids
+from tests.models import MOE, Case, checkpoint, read_config, read_tensors, token_ids
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}  # widths that groups of 128 tile
 RTN = {"quantizer": {"kind": "rtn"}}
@@ -48,11 +49,7 @@ REPRESENTED: Mapping[str, Recipe] = {
     "llama w2 g32": Recipe("llama", {"bits": 2, "group_size": 32, **RTN}),
     "llama w8": Recipe("llama", {"bits": 8, **RTN}),
     "llama gptq": Recipe("llama", {"bits": 4, "group_size": 32, "quantizer": {"kind": "gptq"}}),
-    "llama asymmetric": Recipe("llama", {**W4, "symmetric": False}),
-    "llama asymmetric w3": Recipe("llama", {"bits": 3, "symmetric": False, **RTN}),
-    "llama asymmetric w8": Recipe("llama", {"bits": 8, "group_size": 32, "symmetric": False, **RTN}),
     "llama a8": Recipe("llama", rest=A8),
-    "llama asymmetric a8": Recipe("llama", {**W4, "symmetric": False}, A8),
     "llama w8 a8": Recipe("llama", {"bits": 8, **RTN}, A8),
     "llama mixed": Recipe("llama", rest={"overrides": [{"match": "*.down_proj", "weights": {"bits": 8, **RTN}}]}),
     "llama mixed a8": Recipe(
@@ -60,7 +57,7 @@ REPRESENTED: Mapping[str, Recipe] = {
         rest={
             **A8,
             "overrides": [
-                {"match": "*.layers.1.*", "weights": {"bits": 3, "symmetric": False, **RTN}},
+                {"match": "*.layers.1.*", "weights": {"bits": 3, **RTN}},
                 {"match": "*.down_proj", "weights": {"bits": 8, **RTN}},
             ],
         },
@@ -74,13 +71,7 @@ REPRESENTED: Mapping[str, Recipe] = {
     "gemma3_text": Recipe("gemma3_text"),
     "mixtral": Recipe("mixtral"),
     "mixtral w3": Recipe("mixtral", {"bits": 3, **RTN}),
-    "mixtral experts kept": Recipe("mixtral", rest={"keep": ["lm_head", "*.experts.*"]}),
     "mixtral attention kept": Recipe("mixtral", rest={"keep": ["lm_head", "*.self_attn.*"]}),
-    "mixtral attention asymmetric a8": Recipe(
-        "mixtral",
-        {**W4, "symmetric": False},
-        {**A8, "keep": ["lm_head", "*.experts.*"]},
-    ),
     "mixtral mixed": Recipe(
         "mixtral", rest={"overrides": [{"match": "*.self_attn.*", "weights": {"bits": 8, **RTN}}]}
     ),
@@ -92,9 +83,27 @@ REPRESENTED: Mapping[str, Recipe] = {
         "qwen3_moe",
         rest={"overrides": [{"match": "*.layers.1.mlp.*_proj", "weights": {"bits": 8, **RTN}}]},
     ),
-    "qwen3_moe experts kept": Recipe("qwen3_moe", rest={"keep": ["lm_head", "*.experts.*"]}),
     "qwen3_moe dense mlp kept": Recipe("qwen3_moe", rest={"keep": ["lm_head", "*.layers.1.mlp.*"]}),
 }
+
+ASYMMETRIC: Mapping[str, Mapping[str, Any]] = {
+    "w4 g32": {**W4, "symmetric": False},
+    "w3": {"bits": 3, "symmetric": False, **RTN},
+    "w2 g64": {"bits": 2, "group_size": 64, "symmetric": False, **RTN},
+    "w8 g128": {"bits": 8, "group_size": 128, "symmetric": False, **RTN},
+}
+
+STANDARD_BUT_NOT_LOADED: Mapping[str, Recipe] = {
+    **{f"llama asymmetric {name}": Recipe("llama", weights) for name, weights in ASYMMETRIC.items()},
+    "llama asymmetric a8": Recipe("llama", ASYMMETRIC["w4 g32"], A8),
+    "llama one asymmetric": Recipe(
+        "llama", rest={"overrides": [{"match": "*.layers.1.mlp.down_proj", "weights": ASYMMETRIC["w4 g32"]}]}
+    ),
+    "mixtral experts kept": Recipe("mixtral", rest={"keep": ["lm_head", "*.experts.*"]}),
+    "qwen3_moe experts kept": Recipe("qwen3_moe", rest={"keep": ["lm_head", "*.experts.*"]}),
+}
+"""Files in the standard form that transformers 5.23 with compressed-tensors 0.20 does not load yet: zero points packed
+under a module that still has them unpacked; experts in 16 bits beside quantized layers. It says so and stops."""
 
 REFUSED: Mapping[str, tuple[Recipe, str]] = {
     "asymmetric experts": (Recipe("mixtral", {**W4, "symmetric": False}), "asymmetric grid"),
@@ -148,9 +157,53 @@ def test_stock_transformers_has_our_logits(name: str, make: Make) -> None:
     directory = make(REPRESENTED[name])
     ids = token_ids(2, 24)
     ours = logits(load_model(directory.as_uri(), dtype=torch.float32, compensated=False), ids)
-    theirs = logits(stock(directory), ids)
-    print(f"\n{name}: {float((theirs - ours).abs().max()):.2e} of {float(ours.abs().max()):.1f}")
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5 * float(ours.abs().max()))
+    torch.testing.assert_close(logits(stock(directory), ids), ours, rtol=0, atol=1e-6 * float(ours.abs().max()))
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma3_text", "mixtral"])
+def test_in_the_dtype_of_the_checkpoint_too(model: str, make: Make) -> None:
+    directory = make(Recipe(model))
+    ids = token_ids(2, 24)
+    theirs = AutoModelForCausalLM.from_pretrained(directory).eval()
+    ours = load_model(directory.as_uri(), compensated=False)
+    assert theirs.dtype is ours.dtype is torch.bfloat16
+    expected = logits(ours, ids).float()
+    torch.testing.assert_close(logits(theirs, ids).float(), expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("model", ["llama", "mixtral"])
+def test_greedy_generation_is_the_same(model: str, make: Make) -> None:
+    directory = make(Recipe(model))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    prompt = tokenizer("w5 w17 w99 w3", return_tensors="pt")
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    ours = load_model(directory.as_uri(), dtype=torch.float32).generate(**prompt, **options)
+    assert ours.shape == (1, 12)
+    assert torch.equal(stock(directory).generate(**prompt, **options), ours)
+
+
+@pytest.mark.parametrize("name", STANDARD_BUT_NOT_LOADED)
+def test_what_stock_transformers_does_not_load_yet_it_does_not_load_wrong(name: str, make: Make) -> None:
+    directory = make(STANDARD_BUT_NOT_LOADED[name])
+    assert read_config(directory)["quantization_config"]["quant_method"] == "compressed-tensors"
+    with pytest.raises(RuntimeError, match=r"ignore_mismatched_sizes|conversion of the weights"):
+        stock(directory)
+
+
+@pytest.mark.parametrize("name", ASYMMETRIC)
+def test_compressed_tensors_itself_reads_asymmetric_weights_as_we_do(name: str, make: Make) -> None:
+    """What its default route through transformers cannot do, its decompressor can."""
+    directory = make(STANDARD_BUT_NOT_LOADED[f"llama asymmetric {name}"])
+    scheme = QuantizationScheme.model_validate(read_config(directory)["quantization_config"]["config_groups"]["group_0"])
+    tensors = read_tensors(directory)
+    modules = {key.rpartition(".")[0] for key in tensors if key.endswith(".weight_packed")}
+    assert len(modules) == 14
+    ours = {key: module for key, module in load_model(directory.as_uri()).named_modules() if key in modules}
+    for module, layer in ours.items():
+        local = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{module}.weight_")}
+        local["weight_scale"] = local["weight_scale"].float()
+        dense = PackedQuantizationCompressor.decompress(local, scheme)["weight"]
+        assert torch.equal(layer.quantized().dequantize(), dense)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -161,6 +214,5 @@ def test_what_stock_transformers_cannot_represent_it_refuses(name: str, make: Ma
         AutoConfig.from_pretrained(directory)
     with pytest.raises(ValueError, match="counterweight_"):
         AutoModelForCausalLM.from_pretrained(directory)
-    config = json.loads((directory / "config.json").read_text())
-    assert reason in config["quantization_config"]["reason"]
+    assert reason in read_config(directory)["quantization_config"]["reason"]
     assert torch.isfinite(logits(load_model(directory.as_uri()), token_ids(1, 8))).all()

@@ -130,8 +130,8 @@ class FileStore(ObjectStore):
                 _flush_directory(path.parent)
             return won
 
-    def open_writer(self, key: str) -> Writer:
-        return _FileWriter(self._path(key))
+    def open_writer(self, key: str, *, durable: bool = True) -> Writer:
+        return _FileWriter(self._path(key), durable)
 
     def copy(self, source_key: str, key: str) -> None:
         source, path = self._path(source_key), self._path(key)
@@ -236,11 +236,13 @@ class _Temporary:
     def flush(self) -> None:
         os.fsync(self.descriptor)
 
-    def publish(self) -> None:
-        self.flush()
+    def publish(self, *, durable: bool = True) -> None:
+        if durable:
+            self.flush()
         os.replace(self.path, self._target)
         self._published = True
-        _flush_directory(self._target.parent)
+        if durable:
+            _flush_directory(self._target.parent)
 
     def close(self) -> None:
         try:
@@ -259,9 +261,9 @@ class _Temporary:
 
 
 class _FileWriter(Writer):
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, durable: bool) -> None:
         super().__init__(path.as_uri())
-        self._path = path
+        self._path, self._durable = path, durable
         with _failing("write", path):
             self._temporary = _Temporary(path)
 
@@ -271,7 +273,7 @@ class _FileWriter(Writer):
 
     def _publish(self) -> None:
         with _failing("write", self._path):
-            self._temporary.publish()
+            self._temporary.publish(durable=self._durable)
             self._temporary.close()
 
     def _discard(self) -> None:

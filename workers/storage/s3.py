@@ -222,7 +222,7 @@ class S3Store(ObjectStore):
         except ObjectNotFoundError:
             return None
 
-    def open_writer(self, key: str) -> Writer:
+    def open_writer(self, key: str, *, durable: bool = True) -> Writer:
         return MultipartWriter(self._connection, self._bucket, self._name(key))
 
     def copy(self, source_key: str, key: str) -> None:

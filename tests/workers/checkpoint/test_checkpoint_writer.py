@@ -161,7 +161,7 @@ def test_metadata_beyond_the_readers_limit_is_refused() -> None:
 class _Breaking(FileStore):
     """A store whose disk is full after the first tensor."""
 
-    def open_writer(self, key: str) -> Writer:
+    def open_writer(self, key: str, *, durable: bool = True) -> Writer:
         writer, pieces = super().open_writer(key), itertools.count()
         write = writer.write
 
@@ -183,7 +183,7 @@ def test_a_failure_on_the_way_leaves_nothing(tmp_path: Path) -> None:
 class _Losing(FileStore):
     """A store that drops its second piece and thinks nothing of it."""
 
-    def open_writer(self, key: str) -> Writer:
+    def open_writer(self, key: str, *, durable: bool = True) -> Writer:
         writer, pieces = super().open_writer(key), itertools.count()
         write = writer.write
         writer.write = lambda data: None if next(pieces) == 1 else write(data)  # type: ignore[method-assign]

@@ -285,3 +285,16 @@ assert "boto3" not in sys.modules and "botocore" not in sys.modules
 def test_opening_touches_nothing(root: Path) -> None:
     open_store(root.as_uri())
     assert not root.exists()
+
+
+@pytest.mark.parametrize(("durable", "flushed"), [(True, True), (False, False)])
+def test_only_durable_writes_wait_for_the_disk(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch, durable: bool, flushed: bool
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with store.open_writer("a", durable=durable) as writer:
+        writer.write(b"bytes")
+        writer.commit()
+    assert bool(synced) is flushed
+    assert store.read("a") == b"bytes"
