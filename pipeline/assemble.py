@@ -126,7 +126,8 @@ class Assembler:
         arguments = (self._workspace.store.uri, parts, self._artifact.uri, ADAPTER)
         written: Written = self._dispatcher.run_all([Task("adapter", "join", arguments)])[0]
         self._files[ADAPTER] = FileEntry(size=written.size, sha256=written.sha256)
-        self._write(ADAPTER_CONFIG, _json(adapter_config(ledger.formats, self._artifact.name)))
+        family = self._source.skeleton.family
+        self._write(ADAPTER_CONFIG, _json(adapter_config(ledger.formats, self._artifact.name, family)))
 
     def _linears(self) -> list[str]:
         skeleton = self._source.skeleton

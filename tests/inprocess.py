@@ -108,7 +108,7 @@ def run_job(
     calibration, validation: what is not the default of these tests; no validation: published unjudged.
     """
     output.mkdir(parents=True, exist_ok=True)
-    text = write_text(output / "text.txt", 10_000).as_uri()
+    text = write_text(output / "text.txt", 20_000).as_uri()
     spec: dict[str, Any] = {
         "model": {"uri": model.as_uri()},
         "calibration": {"source": {"uri": text}, "sequences": 8, "sequence_length": 32, **(calibration or {})},

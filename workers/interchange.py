@@ -93,10 +93,21 @@ def refusal_of_weights(formats: Mapping[str, ModuleFormat], experts: Sequence[st
     return None
 
 
-def refusal_of_adapter(formats: Mapping[str, ModuleFormat]) -> str | None:
-    """Why stock PEFT cannot represent the branches, or None when it can."""
-    if any(form.rank and EXPERTS in f".{name}." for name, form in formats.items()):
+def refusal_of_adapter(formats: Mapping[str, ModuleFormat], family: Family) -> str | None:
+    """Why stock PEFT cannot represent the branches, or None when it can.
+
+    PEFT from 0.20 on fuses the adapters of experts as transformers fuses the experts, when all of them have one rank;
+    0.18 loads the same files without a word and leaves the experts out. And since it knows experts by the last part of
+    a name, it also takes a dense layer for one when the names are alike (Qwen3-MoE's dense blocks).
+    """
+    if family.experts is None:
+        return None
+    branches = [name for name, form in formats.items() if form.rank]
+    if any(EXPERTS in f".{name}." for name in branches):
         return "low-rank branches on experts: PEFT has no linear layer to attach them to once experts are fused"
+    projections = {name.rpartition(".")[2] for name in family.experts.on_disk.values()}
+    if any(name.rpartition(".")[2] in projections for name in branches):
+        return "low-rank branches on dense layers that are called as experts are: PEFT takes them for experts"
     return None
 
 
@@ -141,10 +152,10 @@ def source_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def adapter_config(formats: Mapping[str, ModuleFormat], base: str) -> dict[str, Any]:
+def adapter_config(formats: Mapping[str, ModuleFormat], base: str, family: Family) -> dict[str, Any]:
     """adapter_config.json: a LoRA of scaling 1 with a rank per module. base: name of the artifact it belongs to."""
     ranks = {name: form.rank for name, form in formats.items() if form.rank}
-    reason = refusal_of_adapter(formats)
+    reason = refusal_of_adapter(formats, family)
     if reason is not None:
         return {"peft_type": QUANT_METHOD.upper(), "reason": reason, "rank_pattern": ranks}
     first = next(iter(ranks.values()))

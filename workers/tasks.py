@@ -17,7 +17,7 @@ from workers.keys import digest, numerics
 from workers.recipe import ModuleRecipe
 from workers.workspace import Blob, Record
 
-SHARD_TOKENS = 8192
+SHARD_TOKENS = 4096
 """Tokens of one shard of hidden states. Part of the numerics: statistics are reduced shard by shard."""
 
 FORWARD, BLOCK, EMBED, KEEP = "forward", "block", "embed", "keep"

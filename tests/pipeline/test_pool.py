@@ -147,7 +147,7 @@ def test_a_killed_worker_is_noticed_and_replaced_and_the_other_works_on(pool: Ra
 
 
 def test_workers_that_do_not_start_are_given_up(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPUs are taken by `pool`: Ray would wait for ever."""
+    """Nobody has 64 CPUs here: Ray itself would wait for ever."""
     monkeypatch.setattr(module, "START_SECONDS", 3.0)
     waiting = RayPool(PoolSize(workers=1, cpus=64, gpus=0.0))
     with pytest.raises(WorkerError, match="1 workers did not start within 3 s"):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -212,3 +217,56 @@ def actor_pids(driver: int) -> list[int]:
     return sorted(
         pid for pid, parent in parents.items() if parents.get(parent) == driver and names[pid].startswith("ray::Worker")
     )
+
+
+class Run:
+    """`counterweight run` as a process of its own, in a session of its own, watched through its stderr."""
+
+    def __init__(self, manifest: Path, *arguments: str) -> None:
+        command = [sys.executable, "-m", "pipeline.cli", "run", str(manifest), *arguments]
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,
+        )
+
+    @property
+    def stderr(self) -> str:
+        """What has been written so far."""
+        return os.pread(self._log.fileno(), 1 << 20, 0).decode()
+
+    def wait_for(self, text: str, *, seconds: float = 200.0) -> None:
+        """Until stderr holds a text, which it must before the process ends."""
+        deadline = time.monotonic() + seconds
+        while text not in self.stderr:
+            assert self.process.poll() is None, f"ended with {self.process.poll()}: {self.stderr}"
+            assert time.monotonic() < deadline, f"no {text!r} in {seconds} s: {self.stderr}"
+            time.sleep(0.005)
+
+    def finish(self, *, seconds: float = 250.0) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr."""
+        try:
+            out, _ = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        return self.process.returncode, out, self.stderr
+
+    def kill(self) -> list[int]:
+        """SIGKILL to the driver and what shares its process group; returns the workers, which outlive it a moment."""
+        workers = actor_pids(self.process.pid)
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        return workers
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

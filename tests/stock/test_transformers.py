@@ -16,13 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from pipeline import load_model
 from tests.inprocess import local, run_job
-from tests.models import MOE, Case, checkpoint, read_config, read_tensors, token_ids
+from tests.models import MOE, Case, build, checkpoint, read_config, read_tensors, save_fused, token_ids
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}  # widths that groups of 128 tile
 RTN = {"quantizer": {"kind": "rtn"}}
 W4 = {"bits": 4, "group_size": 32, **RTN}
 MODELS: Mapping[str, Case] = {
     "llama": Case("llama", {**WIDE, "num_hidden_layers": 2}),
+    "llama-biased": Case("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "qwen2": Case("qwen2", WIDE),
     "phi3": Case("phi3", WIDE),
     "gemma3_text": Case("gemma3_text", {**WIDE, "head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32}),
@@ -64,6 +65,7 @@ REPRESENTED: Mapping[str, Recipe] = {
     ),
     "llama kept": Recipe("llama", rest={"keep": ["lm_head", "*.layers.0.mlp.*", "*.v_proj"]}),
     "llama one left": Recipe("llama", rest={"keep": ["lm_head", "*.self_attn.*", "*gate_proj", "*up_proj", "*.0.*"]}),
+    "llama biased and tied": Recipe("llama-biased"),
     "qwen2": Recipe("qwen2"),
     "qwen2 a8": Recipe("qwen2", rest=A8),
     "phi3": Recipe("phi3"),
@@ -157,6 +159,24 @@ def test_stock_transformers_has_our_logits(name: str, make: Make) -> None:
     directory = make(REPRESENTED[name])
     ids = token_ids(2, 24)
     ours = logits(load_model(directory.as_uri(), dtype=torch.float32, compensated=False), ids)
+    torch.testing.assert_close(logits(stock(directory), ids), ours, rtol=0, atol=1e-6 * float(ours.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_sources_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    checkpoint(MODELS["mixtral"], tmp_path / "model", dtype)
+    directory = local(run_job(tmp_path / "model", tmp_path / "output", {"weights": W4}))
+    ids = token_ids(2, 24)
+    ours = logits(load_model(directory.as_uri(), dtype=torch.float32), ids)
+    torch.testing.assert_close(logits(stock(directory), ids), ours, rtol=0, atol=1e-6 * float(ours.abs().max()))
+
+
+@pytest.mark.parametrize("model", ["mixtral", "qwen3_moe"])
+def test_a_source_of_fused_experts(model: str, tmp_path: Path) -> None:
+    save_fused(build(MODELS[model]), tmp_path / "model")
+    directory = local(run_job(tmp_path / "model", tmp_path / "output", {"weights": W4}))
+    ids = token_ids(2, 24)
+    ours = logits(load_model(directory.as_uri(), dtype=torch.float32), ids)
     torch.testing.assert_close(logits(stock(directory), ids), ours, rtol=0, atol=1e-6 * float(ours.abs().max()))
 
 

@@ -140,11 +140,11 @@ def parts_of(worker: Worker, spec: EvaluateSpec, bounds: Sequence[int]) -> dict[
 
 
 def test_a_window_does_not_depend_on_its_share(made: Made, worker: Worker, tmp_path: Path) -> None:
-    assert shard_sequences(1024) == 4
-    spec = evaluate_spec(made, tmp_path, token_ids(11, 1024))
+    batch = shard_sequences(1024)
+    spec = evaluate_spec(made, tmp_path, token_ids(2 * batch + 1, 1024))
     whole = worker.evaluate(spec).windows
-    assert parts_of(worker, spec, [4, 8]) == {variant: list(windows) for variant, windows in whole.items()}
-    for variant, windows in parts_of(worker, spec, [3]).items():  # a batch is cut: up to the last bits of float32
+    assert parts_of(worker, spec, [batch, 2 * batch]) == {variant: list(windows) for variant, windows in whole.items()}
+    for variant, windows in parts_of(worker, spec, [batch - 1]).items():  # a batch is cut: up to the last bits of float32
         assert_close(windows, whole[variant])
 
 
@@ -153,7 +153,7 @@ def test_the_number_of_workers_changes_no_figure(tmp_path: Path) -> None:
     checkpoint("mixtral", tmp_path / "model", torch.bfloat16, num_hidden_layers=1)
     documents = []
     for workers in (1, 3):
-        validation = {"windows": 9, "sequence_length": 1024}
+        validation = {"windows": 2 * shard_sequences(1024) + 1, "sequence_length": 1024}
         published = run_job(
             tmp_path / "model", tmp_path / str(workers), RECIPES["plain"], validation=validation, workers=workers
         )
@@ -168,7 +168,7 @@ def test_the_number_of_workers_changes_no_figure(tmp_path: Path) -> None:
 
 
 def test_threads_change_no_bit(made: Made, worker: Worker, tmp_path: Path) -> None:
-    ids = token_ids(6, 1024)
+    ids = token_ids(shard_sequences(1024) + 2, 1024)
     alone = Worker("cpu", 1).evaluate(evaluate_spec(made, tmp_path / "alone", ids))
     assert worker.evaluate(evaluate_spec(made, tmp_path / "two", ids)).windows == alone.windows
 

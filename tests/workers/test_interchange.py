@@ -111,13 +111,30 @@ def test_what_stock_transformers_cannot_represent(formats: dict[str, ModuleForma
     assert found is None if reason is None else found is not None and reason in found
 
 
-def test_branches_on_experts_are_not_for_peft() -> None:
-    assert refusal_of_adapter({DENSE: form(rank=4), EXPERT: form()}) is None
-    reason = refusal_of_adapter({DENSE: form(rank=4), EXPERT: form(rank=4)})
-    assert reason is not None
-    config = adapter_config({EXPERT: form(rank=4)}, "tiny")
-    assert config["peft_type"] == "COUNTERWEIGHT"
-    assert config["reason"] == reason
+@pytest.mark.parametrize(
+    ("family", "branches", "reason"),
+    [
+        ("llama", [DENSE], None),
+        ("mixtral", ["model.layers.0.self_attn.q_proj"], None),
+        ("mixtral", [EXPERT], "branches on experts"),
+        ("qwen3_moe", ["model.layers.0.self_attn.q_proj"], None),
+        ("qwen3_moe", ["model.layers.0.mlp.experts.1.up_proj"], "branches on experts"),
+        ("qwen3_moe", [DENSE], "takes them for experts"),
+    ],
+)
+def test_branches_that_are_not_for_peft(family: str, branches: list[str], reason: str | None) -> None:
+    formats = {**dict.fromkeys(branches, form(rank=4)), OTHER_EXPERT: form()}
+    found = refusal_of_adapter(formats, FAMILIES[family])
+    config = adapter_config(formats, "tiny", FAMILIES[family])
+    if reason is None:
+        assert found is None
+        assert config["peft_type"] == "LORA"
+        assert config["target_modules"] == branches
+    else:
+        assert found is not None
+        assert reason in found
+        assert config["peft_type"] == "COUNTERWEIGHT"
+        assert config["reason"] == found
 
 
 SOURCE = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 64}

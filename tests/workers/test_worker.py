@@ -24,7 +24,8 @@ from workers.workspace import Blob
 
 CPU = torch.device("cpu")
 GPTQ = {**RECIPE, "weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "gptq"}}}
-LENGTH = 1024  # four sequences fill a shard
+LENGTH = 1024
+SHARD = shard_sequences(LENGTH)  # sequences of one shard
 MakeWorker = Callable[..., Worker]
 
 
@@ -101,11 +102,11 @@ def test_inspection_finds_digests_and_numbers_that_are_none(site: Site, make: Ma
 
 
 def test_embedding_cuts_shards_of_a_fixed_number_of_tokens(site: Site, make: MakeWorker) -> None:
-    assert shard_sequences(LENGTH) == 4
-    ids = token_ids(6, LENGTH)
+    ids = token_ids(SHARD + 2, LENGTH)
     outputs = make().embed(site.embed(ids)).outputs
     hidden = [site.workspace.get_tensors(blob)["hidden"] for blob in outputs]
-    assert [len(shard) for shard in hidden] == [4, 2]
+    assert [len(shard) for shard in hidden] == [SHARD, 2]
+    assert SHARD > 2
     assert torch.equal(torch.cat(hidden), site.tensors["model.embed_tokens.weight"][ids].float())
 
 
@@ -117,7 +118,7 @@ def test_threads_change_no_bit(case: str, propagate: Any, tmp_path: Path, make: 
     for threads in (1, 2):
         site = Site(source=tmp_path / "model", work=tmp_path / f"work{threads}")
         worker = make(threads)
-        inputs = embedded(worker, site, sequences=6, length=LENGTH)
+        inputs = embedded(worker, site, sequences=SHARD + 2, length=LENGTH)
         found.append(content(worker.block(site.block(0, inputs, GPTQ, propagate))))
     assert found[0] == found[1]
 
@@ -210,7 +211,7 @@ def test_held_statistics_serve_only_the_task_they_were_gathered_for(site: Site, 
 
 def test_compressed_propagation_hands_on_the_compensated_blocks_outputs(site: Site, make: MakeWorker) -> None:
     worker = make()
-    inputs = embedded(worker, site, sequences=5, length=LENGTH)
+    inputs = embedded(worker, site, sequences=SHARD + 1, length=LENGTH)
     first = worker.block(site.block(0, inputs, propagate="compressed"))
     for before, after in zip(inputs, first.outputs, strict=True):
         hidden = site.workspace.get_tensors(before)["hidden"]
@@ -220,7 +221,7 @@ def test_compressed_propagation_hands_on_the_compensated_blocks_outputs(site: Si
 
 def test_compressed_propagation_differs_from_block_one_on(site: Site, make: MakeWorker) -> None:
     worker = make()
-    inputs = embedded(worker, site, sequences=5, length=LENGTH)
+    inputs = embedded(worker, site, sequences=SHARD + 1, length=LENGTH)
     specs = [site.block(0, inputs, GPTQ, propagate) for propagate in ("original", "compressed")]
     first_original, first_compressed = (worker.block(spec) for spec in specs)
     assert first_original.tensors == first_compressed.tensors

@@ -22,6 +22,11 @@ class NoCompensation(Config):
         del rows, columns
         return None
 
+    def anticipate(self, statistics: InputStatistics, rows: int) -> InputStatistics:
+        """`statistics`: nothing follows that the quantizer could count on."""
+        del rows
+        return statistics
+
     def solve(
         self, residual_target: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype
     ) -> CompensationResult:

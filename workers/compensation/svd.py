@@ -16,12 +16,12 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from kernels.formats import LowRank
 from workers.calibration.statistics import InputStatistics
-from workers.compensation.rank import FractionRank, Rank
+from workers.compensation.rank import EnergyRank, FractionRank, Rank
 from workers.compensation.result import CompensationResult
 from workers.config import Config
 from workers.quantization.inputs import checked_matrix, checked_statistics
@@ -41,9 +41,37 @@ class SVD(Config):
     """Share of the mean of E[x^2] that is added to each channel's: how much to trust directions that calibration saw
     little of."""
 
+    anticipation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far the quantizer leaves to the branch what the branch can do. 0: it minimizes its own error. 1: errors along
+    the strongest directions of the input, as many as the branch has ranks, cost it nothing. Needs full whitening and a
+    rank that is known in advance. The higher, the smaller the error with the branch and the larger without it."""
+
+    @model_validator(mode="after")
+    def _anticipates_what_it_does(self) -> SVD:
+        if self.anticipation and (self.whitening != "full" or isinstance(self.rank, EnergyRank)):
+            raise ValueError("anticipation: expected 0 unless whitening is full and rank is a fraction or a count")
+        return self
+
     def problem(self, rows: int, columns: int) -> str | None:
         """Why a layer [rows, columns] cannot have such a branch, or None when it can."""
         return self.rank.problem(rows, columns)
+
+    def anticipate(self, statistics: InputStatistics, rows: int) -> InputStatistics:
+        """The statistics with which to quantize a layer of `rows` outputs that this branch will follow.
+
+        A branch that reads the r leading eigenvectors of G removes any error along them, so only the rest of G is left to
+        the quantizer: G - anticipation * V_r diag(l_r) V_r^T. Taking the leading eigenvectors away leaves the smallest
+        determinant, to which the error of GPTQ is proportional where its rounding errors are alike in all columns
+        (H-SVDQuant, 2026, deflates by the branch's own directions instead).
+        """
+        if not self.anticipation:
+            return statistics
+        gram = checked_statistics(statistics, statistics.width).gram
+        values, vectors = torch.linalg.eigh(gram)
+        rank = self.rank.resolve(rows, statistics.width, values)
+        leading = vectors[:, -rank:]
+        taken = (leading * (self.anticipation * values[-rank:].clamp_min(0))) @ leading.T
+        return InputStatistics(gram=gram - taken, tokens=statistics.tokens)
 
     def solve(
         self, residual_target: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import best_of_all, damped, generator, layer, loss, of, optimal_brain_codes, row_losses
+from tests.workers.quantization.problems import best_of_all, damped, generator, layer, loss, of, optimal_brain_codes, row_losses
 from torch import Tensor
 
 from kernels.formats import QuantizedWeight
@@ -150,9 +150,8 @@ def test_an_outlier_channel_does_not_raise_the_damping_of_the_others() -> None:
     gram[:64, :64], gram[64, 64] = statistics.gram, 1e6 * statistics.gram.diagonal().max()
     with_outlier = InputStatistics(gram=gram, tokens=statistics.tokens)
     wider = torch.cat([weight, torch.zeros(32, 1)], 1)
-    alone = solve(PLAIN, weight, statistics).codes
-    beside = solve(PLAIN, wider, with_outlier).codes[:, :64]
-    assert (alone == beside).float().mean() > 0.97
+    alone, beside = solve(PLAIN, weight, statistics), solve(PLAIN, wider, with_outlier)
+    assert loss(wider, beside, with_outlier) < 1.02 * loss(weight, alone, statistics)
 
 
 def test_columns_that_later_ones_cannot_make_up_for_count_more_in_the_search() -> None:
@@ -207,12 +206,10 @@ def test_fewer_tokens_than_channels_is_no_fallback() -> None:
 
 
 def indefinite(lowest: float) -> tuple[Tensor, InputStatistics]:
-    """A "Gram matrix" with a median power of about one and one eigenvalue of `lowest`, as no input can have."""
-    weight, statistics = layer(rows=16, columns=48)
-    gram = statistics.mean_gram()
-    values, vectors = torch.linalg.eigh(gram)
-    values[0] = lowest * float(gram.diagonal().median())
-    return weight, InputStatistics(gram=(vectors * values) @ vectors.T, tokens=1)
+    """A "Gram matrix" with unit power in each channel and one eigenvalue of `lowest`, as no input can have."""
+    common = (1 - lowest) / 47
+    gram = (1 + common) * torch.eye(48, dtype=torch.float64) - common
+    return torch.randn(16, 48, generator=generator(0)), InputStatistics(gram=gram, tokens=1)
 
 
 def test_damping_is_raised_until_there_is_a_factor() -> None:
@@ -226,7 +223,7 @@ def test_damping_is_raised_until_there_is_a_factor() -> None:
 
 
 def test_without_any_factor_weights_are_rounded_to_nearest() -> None:
-    weight, statistics = indefinite(-50)
+    weight, statistics = indefinite(-20)
     result = PLAIN.solve(weight, statistics, WeightFormat(), scale_dtype=torch.float32)
     (fallback,) = result.fallbacks
     assert fallback.step == "gptq.cholesky"
@@ -236,8 +233,8 @@ def test_without_any_factor_weights_are_rounded_to_nearest() -> None:
 
 def test_one_column() -> None:
     weight = torch.tensor([[1.0], [-0.3], [0.0]])
-    solved = solve(GPTQ(), weight, of(torch.ones(5, 1)), WeightFormat(bits=8))
-    assert torch.allclose(solved.dequantize(), weight, atol=1e-3)
+    solved = solve(GPTQ(scale=AbsoluteMaximum()), weight, of(torch.ones(5, 1)), WeightFormat(bits=8))
+    assert torch.allclose(solved.dequantize(), weight, atol=0.5 / 127)
 
 
 @pytest.mark.parametrize(

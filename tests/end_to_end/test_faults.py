@@ -1,0 +1,367 @@
+"""Faults on the way: the same bytes as without them, or a clear error and nothing published.
+
+Most are made in this process, at every call and at every place; the last tests kill real processes under Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.artifact import DOCUMENT, verify
+from tests.pipeline.tiny import (
+    Death,
+    Events,
+    LocalPool,
+    Run,
+    actor_pids,
+    alive,
+    files_of,
+    job_of,
+    local_path,
+    run_local,
+    until,
+    write_job,
+)
+from workers.errors import CounterweightError, IntegrityError, RequestError, StorageError, WorkerError
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_job(tmp_path_factory.mktemp("job"), layers=2)
+
+
+@pytest.fixture(scope="module")
+def expected(manifest: Path) -> dict[str, bytes]:
+    """The artifact's bytes without any fault."""
+    return files_of(local_path(run_local(job_of(manifest)).uri))
+
+
+class Once:
+    """A fault at the `number`-th call of a job, and never again."""
+
+    def __init__(self, number: int, fault: BaseException | Death) -> None:
+        self._number, self._fault = number, fault
+        self.calls = 0
+
+    def __call__(self, worker: int, method: str, arguments: tuple[Any, ...]) -> BaseException | Death | None:
+        self.calls += 1
+        return self._fault if self.calls == self._number else None
+
+
+@pytest.mark.parametrize(
+    ("workers", "fault"),
+    [(1, Death.BEFORE), (2, Death.AFTER), (2, StorageError("read s3://b/k: 503 SlowDown"))],
+    ids=["a death before the work", "a death after the commit", "storage"],
+)
+def test_one_fault_at_any_call_leaves_no_trace_in_the_bytes(
+    manifest: Path, expected: dict[str, bytes], tmp_path: Path, workers: int, fault: BaseException | Death
+) -> None:
+    number, seen = 0, True
+    while seen:
+        number += 1
+        once, events = Once(number, fault), Events()
+        pool = LocalPool(workers, fault=once)
+        published = run_local(job_of(manifest, f"spec.output.uri={tmp_path / str(number)}"), pool, events)
+        seen = once.calls >= number
+        assert files_of(local_path(published.uri)) == expected
+        assert len(events.named("note")) == seen
+        assert len(pool.restarts) == (seen and isinstance(fault, Death))
+    # inspect, embed, two blocks of two halves, two times kept tensors, the adapter, the validation
+    assert number > 10
+
+
+def test_every_worker_dies_once_in_every_task(manifest: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    seen: set[tuple[str, int | None]] = set()
+
+    def fault(worker: int, method: str, arguments: tuple[Any, ...]) -> Death | None:
+        task = (
+            method,
+            getattr(arguments[0], "index", None),
+            getattr(arguments[0], "start", None),
+            str(arguments)[-80:],
+        )
+        if task in seen:
+            return None
+        seen.add(task)
+        return Death.AFTER
+
+    published = run_local(job_of(manifest, f"spec.output.uri={tmp_path}"), LocalPool(2, fault=fault))
+    assert files_of(local_path(published.uri)) == expected
+
+
+def test_compressed_propagation_survives_too(manifest: Path, tmp_path: Path) -> None:
+    settings = ["spec.calibration.propagate=compressed", "spec.validation="]
+    plain = run_local(job_of(manifest, f"spec.output.uri={tmp_path / 'plain'}", *settings))
+    for number in (3, 4):  # the two blocks
+        once = Once(number, Death.BEFORE)
+        job = job_of(manifest, f"spec.output.uri={tmp_path / str(number)}", *settings)
+        faulty = run_local(job, LocalPool(2, fault=once))
+        assert files_of(local_path(faulty.uri)) == files_of(local_path(plain.uri))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (StorageError("disk full"), StorageError, r"^block 1 \(block\) after 3 tries: disk full$"),
+        (RequestError("not finite"), RequestError, r"^block 1 \(block\): not finite$"),
+        (ZeroDivisionError("oops"), WorkerError, r"^block 1 \(block\): ZeroDivisionError: oops$"),
+    ],
+)
+def test_a_fault_that_stays_ends_the_job_by_name_and_keeps_what_is_done(
+    manifest: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    error: Exception,
+    kind: type[CounterweightError],
+    text: str,
+) -> None:
+    def fault(worker: int, method: str, arguments: tuple[Any, ...]) -> Exception | None:
+        return error if method == "block" and arguments[0].index == 1 else None
+
+    job = job_of(manifest, f"spec.output.uri={tmp_path}")
+    with pytest.raises(kind, match=text):
+        run_local(job, LocalPool(1, fault=fault))
+    assert not list(tmp_path.rglob(DOCUMENT))
+    events = Events()
+    published = run_local(job, progress=events)
+    assert events.named("plan") == [(2, 1)]
+    assert files_of(local_path(published.uri)) == expected
+
+
+def hidden_states(output: Path) -> list[Path]:
+    """Blobs of hidden states, told by what they hold."""
+    blobs = (output / "_work" / "blobs").iterdir()
+    return [path for path in blobs if b'"hidden"' in path.read_bytes()[:200]]
+
+
+def stopped_behind(manifest: Path, output: Path, method: str) -> None:
+    """A job that stops at the first call of a method."""
+
+    def fault(worker: int, called: str, arguments: tuple[Any, ...]) -> Exception | None:
+        return RequestError("stopped") if called == method else None
+
+    with pytest.raises(RequestError, match="stopped"):
+        run_local(job_of(manifest, f"spec.output.uri={output}"), LocalPool(1, fault=fault))
+
+
+def test_a_bit_that_turned_in_a_stored_activation_is_found(manifest: Path, tmp_path: Path) -> None:
+    stopped_behind(manifest, tmp_path, "forward")  # the embedding's output is there
+    (blob,) = hidden_states(tmp_path)
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    with pytest.raises(IntegrityError, match=rf"^block 0 \(forward\) after 3 tries: .*{blob.name}: sha256 is"):
+        run_local(job_of(manifest, f"spec.output.uri={tmp_path}"))
+    assert not list(tmp_path.rglob(DOCUMENT))
+    blob.unlink()  # what the message names can be thrown away: it is made again
+    assert run_local(job_of(manifest, f"spec.output.uri={tmp_path}")).document.id
+
+
+def test_a_finished_block_that_rotted_is_found_before_it_is_published(manifest: Path, tmp_path: Path) -> None:
+    stopped_behind(manifest, tmp_path, "keep")  # all blocks are done
+    blobs = [path for path in (tmp_path / "_work" / "blobs").iterdir() if b"weight_packed" in path.read_bytes()[:4000]]
+    assert len(blobs) == 2
+    data = bytearray(blobs[0].read_bytes())
+    data[-1] ^= 1
+    blobs[0].write_bytes(data)
+    with pytest.raises(CounterweightError) as caught:
+        run_local(job_of(manifest, f"spec.output.uri={tmp_path}"))
+    assert not list(tmp_path.rglob(DOCUMENT))
+    assert "sha256" in str(caught.value)
+
+
+def test_a_blob_that_is_gone_is_made_again(manifest: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    stopped_behind(manifest, tmp_path, "keep")
+    for path in (tmp_path / "_work" / "blobs").iterdir():
+        if b"weight_packed" in path.read_bytes()[:4000]:
+            path.unlink()
+            break
+    events = Events()
+    published = run_local(job_of(manifest, f"spec.output.uri={tmp_path}"), progress=events)
+    assert events.named("plan") == [(2, 1)]
+    assert files_of(local_path(published.uri)) == expected
+
+
+def test_a_record_that_is_none_is_an_error_by_name(manifest: Path, tmp_path: Path) -> None:
+    stopped_behind(manifest, tmp_path, "keep")
+    record = next((tmp_path / "_work" / "commits" / "block").iterdir())
+    record.write_text('{"index": 0}')
+    with pytest.raises(IntegrityError, match=f"{record.name}: not a BlockRecord: ") as caught:
+        run_local(job_of(manifest, f"spec.output.uri={tmp_path}"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_source_that_changed_under_the_job_is_refused(manifest: Path, tmp_path: Path) -> None:
+    other = write_job(tmp_path / "job", layers=2)
+    model = other.parent / "model" / "model.safetensors"
+
+    def fault(worker: int, method: str, arguments: tuple[Any, ...]) -> None:
+        if method == "embed":
+            data = bytearray(model.read_bytes())
+            data[-1] ^= 1
+            model.write_bytes(data)
+
+    with pytest.raises(RequestError, match="the source changed while the job ran"):
+        run_local(job_of(other), LocalPool(1, fault=fault))
+    assert not list((other.parent / "out").rglob(DOCUMENT))
+
+
+# -- two jobs on one workspace --------------------------------------------------------------------------------------
+
+
+class Beside(Once):
+    """Something that happens at the `number`-th call of a job, before the call."""
+
+    def __init__(self, number: int, act: Callable[[], object]) -> None:
+        super().__init__(number, Death.BEFORE)
+        self._act = act
+
+    def __call__(self, worker: int, method: str, arguments: tuple[Any, ...]) -> None:
+        if super().__call__(worker, method, arguments):
+            self._act()
+
+
+def test_a_job_goes_on_when_one_that_shares_its_work_is_published_and_throws_hidden_states_away(
+    manifest: Path, tmp_path: Path
+) -> None:
+    """A sweep: jobs that differ in bits share the original's activations. At each call of the second job in turn, the
+    first one runs to its end beside it."""
+    sweep = ["spec.recipe.weights.bits=3", "spec.validation="]
+    alone = run_local(job_of(manifest, f"spec.output.uri={tmp_path / 'alone'}", *sweep))
+    beside = Beside(0, lambda: None)
+    run_local(job_of(manifest, f"spec.output.uri={tmp_path / 'count'}", *sweep), LocalPool(1, fault=beside))
+    for number in range(1, beside.calls + 1):
+        output = f"spec.output.uri={tmp_path / str(number)}"
+        first = partial(run_local, job_of(manifest, output, "spec.validation="))
+        published = run_local(job_of(manifest, output, *sweep), LocalPool(1, fault=Beside(number, first)))
+        assert files_of(local_path(published.uri)) == files_of(local_path(alone.uri))
+
+
+def test_two_runs_of_one_job_at_once_publish_one_artifact(
+    manifest: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    for attempt in range(3):
+        job = job_of(manifest, f"spec.output.uri={tmp_path / str(attempt)}")
+        with ThreadPoolExecutor(2) as threads:
+            first = threads.submit(run_local, job, LocalPool(2))
+            time.sleep(0.15 * attempt)  # the second is behind by a part of the job
+            second = threads.submit(run_local, job, LocalPool(2))
+            found = [first.result(), second.result()]
+        assert found[0].document == found[1].document
+        assert verify(found[0].uri) == found[0].document
+        assert files_of(local_path(found[0].uri)) == expected
+        assert len(list((tmp_path / str(attempt)).rglob(DOCUMENT))) == 1
+
+
+# -- real processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def long_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job whose blocks take long enough to be met half done: four shards of hidden states each."""
+    manifest = write_job(tmp_path_factory.mktemp("long"), layers=3)
+    text = manifest.read_text().replace("sequences: 12, sequence_length: 32", "sequences: 512, sequence_length: 32")
+    words = (manifest.parent / "calibration.txt").read_text()
+    (manifest.parent / "calibration.txt").write_text(" ".join([words] * 40))
+    manifest.write_text(text)
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def long_expected(long_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("expected")
+    return files_of(local_path(run_local(job_of(long_manifest, f"spec.output.uri={output}")).uri))
+
+
+def commits(output: Path) -> dict[str, tuple[int, bytes]]:
+    """Committed records: name -> time and bytes."""
+    found = (output / "_work" / "commits").rglob("*.json")
+    return {path.relative_to(output).as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+
+@pytest.fixture
+def driver() -> Iterator[list[Run]]:
+    """Runs of a test; what is left of them is killed at its end."""
+    runs: list[Run] = []
+    yield runs
+    for run in runs:
+        if run.process.poll() is None:
+            run.kill()
+
+
+@pytest.mark.end_to_end
+def test_a_worker_killed_in_the_middle_of_a_block_is_replaced(
+    long_manifest: Path, long_expected: dict[str, bytes], tmp_path: Path, driver: list[Run]
+) -> None:
+    """Two workers, of which one is killed in each of the first two blocks."""
+    settings = [
+        "--output",
+        str(tmp_path),
+        "--set",
+        "spec.resources.workers=2",
+        "--set",
+        "spec.resources.cpus_per_worker=1",
+    ]
+    run = Run(long_manifest, *settings)
+    driver.append(run)
+    for block in (0, 1):
+        run.wait_for(f"block {block} started")
+        victim = actor_pids(run.process.pid)[0 if block == 0 else -1]
+        os.kill(victim, signal.SIGKILL)
+    code, out, err = run.finish()
+    assert code == 0, err
+    assert "of 3 failed: worker " in err
+    assert files_of(local_path(out.strip())) == long_expected
+    assert verify(out.strip())
+
+
+@pytest.mark.end_to_end
+def test_a_job_that_is_interrupted_then_killed_then_run_twice_at_once_ends_in_the_same_bytes(
+    long_manifest: Path, long_expected: dict[str, bytes], tmp_path: Path, driver: list[Run]
+) -> None:
+    # 1. Control-C, as a terminal sends it: to the whole group.
+    run = Run(long_manifest, "--output", str(tmp_path))
+    driver.append(run)
+    run.wait_for("block 0 started")
+    workers = actor_pids(run.process.pid)
+    os.killpg(run.process.pid, signal.SIGINT)
+    started = time.monotonic()
+    code, out, err = run.finish(seconds=60)
+    assert code == 130, err
+    assert out == ""
+    assert err.splitlines()[-1] == "interrupted: finished blocks are kept; run the same command again to resume"
+    assert "Traceback" not in err
+    assert time.monotonic() - started < 45
+    until(lambda: not any(map(alive, workers)), seconds=30)
+    # 2. The driver is killed with everything around it, when a block has been committed.
+    run = Run(long_manifest, "--output", str(tmp_path))
+    driver.append(run)
+    run.wait_for("block 1 started")
+    workers = run.kill()
+    until(lambda: not any(map(alive, workers)), seconds=60)
+    assert not list(tmp_path.rglob(DOCUMENT))
+    before = commits(tmp_path)
+    done = [name for name in before if "/block/" in name]
+    assert 1 <= len(done) < 3
+    # 3. Two drivers on what is left.
+    runs = [Run(long_manifest, "--output", str(tmp_path)) for _ in range(2)]
+    driver += runs
+    ends = [run.finish() for run in runs]
+    assert [code for code, _, _ in ends] == [0, 0], [err for _, _, err in ends]
+    assert ends[0][1] == ends[1][1]
+    after = commits(tmp_path)
+    assert {name: after[name] for name in before} == before, "committed work was done again"
+    assert any(f"resuming: {len(done)} of 3 blocks were finished before" in err for _, _, err in ends)
+    (document,) = tmp_path.rglob(DOCUMENT)
+    assert document.parent == local_path(ends[0][1].strip())
+    assert files_of(document.parent) == long_expected
+    assert verify(ends[0][1].strip())
