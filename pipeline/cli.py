@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +58,9 @@ def run(
     from pipeline.run import run_job  # a wrong manifest need not wait for transformers and Ray
 
     with make_progress(sys.stderr) as progress:
-        published = run_job(job, progress, address=address)
+        # Ray's threads print what they think of dead workers; stdout holds the result and nothing else.
+        with redirect_stdout(sys.stderr):
+            published = run_job(job, progress, address=address)
         progress.finish(_summary(published.document, published.uri))
     if as_json:
         _print_json({"uri": published.uri, **published.document.model_dump(mode="json")})

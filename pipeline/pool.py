@@ -20,6 +20,9 @@ from workers.tasks import Device
 EMBEDDED_STORE_BYTES = 128 << 20
 """Ray's object store in the embedded cluster: tasks exchange records of kilobytes; tensors go through storage."""
 
+LOOPBACK = "127.0.0.2"
+"""Address of the embedded node. Ray 2.60 replaces 127.0.0.1 by an address that other machines can reach."""
+
 START_SECONDS = 120.0
 """How long a worker may take to import torch and answer for the first time, on a loaded machine."""
 
@@ -160,7 +163,7 @@ def cluster(address: str | None, size: PoolSize) -> Iterator[None]:
                     object_store_memory=EMBEDDED_STORE_BYTES,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
-                    _node_ip_address="127.0.0.1",
+                    _node_ip_address=LOOPBACK,
                 )
             else:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

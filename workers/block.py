@@ -130,7 +130,7 @@ def compress(
     weights: linear -> weight [out, in] as the source has it; factors are stored in its dtype. scale_dtypes: linear ->
     dtype in which its scales are stored.
     """
-    jobs = list(_solves(statistics, recipes, scale_dtypes))
+    jobs = list(_solves(weights, statistics, recipes, scale_dtypes))
     if forgotten := recipes.keys() - {name for job in jobs for name in job.names}:
         raise ValueError(f"no input statistics of {sorted(forgotten)}: expected those of every linear with a recipe")
     results: dict[str, CompressedLinear] = {}
@@ -167,17 +167,23 @@ class _Job:
 
 
 def _solves(
+    weights: Mapping[str, Tensor],
     statistics: Mapping[Siblings, InputStatistics],
     recipes: Mapping[str, ModuleRecipe],
     scale_dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[_Job]:
-    """Siblings that share a recipe share a solve: rows are independent given the Hessian."""
+    """Siblings that share a recipe share a solve, because rows are independent given the Hessian; but not where a branch is
+    anticipated, because its rank, and with it the Hessian, depends on the number of rows."""
     for group in statistics:
         waiting = [name for name in group if name in recipes]
         while waiting:
-            recipe = recipes[waiting[0]]
-            together = [name for name in waiting if recipes[name] == recipe]
-            waiting = [name for name in waiting if recipes[name] != recipe]
+            recipe, rows = recipes[waiting[0]], weights[waiting[0]].shape[0]
+            together = [
+                name
+                for name in waiting
+                if recipes[name] == recipe and (not recipe.compensation.anticipates or weights[name].shape[0] == rows)
+            ]
+            waiting = [name for name in waiting if name not in together]
             yield _Job(group=group, names=tuple(together), recipe=recipe, scale_dtype=scale_dtypes[together[0]])
 
 
@@ -187,8 +193,9 @@ def _solve(
     started = time.perf_counter()
     sources = [weights[name].float() for name in job.names]
     recipe = job.recipe
+    foreseen = recipe.compensation.anticipate(statistics, sources[0].shape[0])
     quantized = recipe.weights.quantizer.solve(
-        torch.cat(sources), statistics, recipe.weights.format(), scale_dtype=job.scale_dtype
+        torch.cat(sources), foreseen, recipe.weights.format(), scale_dtype=job.scale_dtype
     )
     gram = statistics.gram.float()
     share = (time.perf_counter() - started) / len(job.names)

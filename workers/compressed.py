@@ -66,11 +66,11 @@ class CompressedModel:
             raise CheckpointError("; ".join(problems[:5]) + ("" if len(problems) <= 5 else f"; {len(problems)} in all"))
 
     @classmethod
-    def open(cls, store: ObjectStore) -> CompressedModel:
-        """Reads config.json, ledger.json and headers."""
+    def open(cls, store: ObjectStore, *, ledger_sha256: str | None = None) -> CompressedModel:
+        """Reads config.json, ledger.json and headers. IntegrityError when the ledger is not the one of this sha256."""
         checkpoint = Checkpoint.open(store, quantized=True)
         try:
-            ledger = Ledger.model_validate_json(store.read(LEDGER))
+            ledger = Ledger.model_validate_json(store.read(LEDGER, sha256=ledger_sha256))
         except ObjectNotFoundError as error:
             raise CheckpointError(f"{store.uri}: no {LEDGER}: expected an artifact of Counterweight") from error
         except ValidationError as error:
@@ -92,12 +92,11 @@ class CompressedModel:
             form = self.ledger.formats.get(module)
             if form is not None and parameter.endswith(".weight"):
                 linear = self._linear(module, form, device)
-                if tuple(linear.weight.codes.shape) != shape:
-                    stored_shape = list(linear.weight.codes.shape)
-                    raise CheckpointError(f"{module}: shape {stored_shape}: expected {list(shape)} (config.json)")
+                _expect_shape(module, linear.weight.codes, shape)
                 linears[parameter.removesuffix(".weight")] = linear
             else:
                 parameters[parameter] = self._read(stored)
+                _expect_shape(stored, parameters[parameter], shape)
         return skeleton.block(index, parameters, device, dtype, absent=linears), linears
 
     def embedding(self) -> Tensor:
@@ -136,6 +135,11 @@ def filled(
     block, linears = model.block(index, device, dtype)
     install(block, linears, compensated=compensated)
     return block
+
+
+def _expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{name}: shape {list(tensor.shape)}: expected {list(shape)} (config.json)")
 
 
 def _open_file(store: ObjectStore, key: str) -> Checkpoint:

@@ -134,7 +134,7 @@ def artifact_config(
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": _groups(formats, experts),
+        "config_groups": _groups(formats),
         "ignore": _ignored(formats, linears, family),
         "kv_cache_scheme": None,
     }
@@ -190,19 +190,24 @@ def _scheme(form: ModuleFormat) -> Scheme:
     return (form.bits, form.group_size, form.symmetric, form.activation_bits)
 
 
-def _groups(formats: Mapping[str, ModuleFormat], experts: Sequence[str]) -> dict[str, Any]:
-    schemes: dict[Scheme, list[str]] = {}
+def _groups(formats: Mapping[str, ModuleFormat]) -> dict[str, Any]:
+    """One group for all linears when one scheme fits, otherwise one per scheme with the names of its layers.
+
+    With `dequantize=True`, which nobody needs for these files, transformers reads every dense layer by the first group
+    that names no experts. Most bits first, and experts apart: then a layer of another group has too few words and
+    loading fails, where fewer bits would have made other weights of the same words.
+    """
+    schemes: dict[tuple[Scheme, bool], list[str]] = {}
     for name, form in formats.items():
-        schemes.setdefault(_scheme(form), []).append(name)
-    if len(schemes) == 1:
-        return {"group_0": _group(next(iter(schemes)), ["Linear"])}
-    groups: dict[str, Any] = {}
-    for index, (scheme, names) in enumerate(schemes.items()):
-        targets = [name for name in names if EXPERTS not in f".{name}."]
-        if len(targets) < len(names):
-            targets.append(EXPERT_TARGET)
-        groups[f"group_{index}"] = _group(scheme, targets)
-    return groups
+        schemes.setdefault((_scheme(form), EXPERTS in f".{name}."), []).append(name)
+    if len({scheme for scheme, _ in schemes}) == 1:
+        (scheme, _), *_ = schemes
+        return {"group_0": _group(scheme, ["Linear"])}
+    ordered = sorted(schemes.items(), key=lambda item: item[0][0][0], reverse=True)
+    return {
+        f"group_{index}": _group(scheme, [EXPERT_TARGET] if are_experts else names)
+        for index, ((scheme, are_experts), names) in enumerate(ordered)
+    }
 
 
 def _group(scheme: Scheme, targets: Sequence[str]) -> dict[str, Any]:

@@ -191,7 +191,7 @@ class Worker:
             return done
         clock = _Clock(self.device)
         _, skeleton = self._source(spec.setting)
-        model = CompressedModel.open(open_store(spec.artifact))
+        model = CompressedModel.open(open_store(spec.artifact), ledger_sha256=spec.ledger)
         variants = variants_of(model)
         ids = workspace.get_tensors(spec.tokens)["input_ids"][spec.start : spec.stop].long().to(self.device)
         batches = ids.split(shard_sequences(ids.shape[1]))

@@ -320,6 +320,7 @@ def test_a_worker_killed_in_the_middle_of_a_block_is_replaced(
     code, out, err = run.finish()
     assert code == 0, err
     assert "of 3 failed: worker " in err
+    assert len(out.splitlines()) == 1, "Ray's own words about dead workers are not the result"
     assert files_of(local_path(out.strip())) == long_expected
     assert verify(out.strip())
 

@@ -28,6 +28,7 @@ def quantized(
 ) -> QuantizedWeight:
     groups = 1 if group_size is None else -(-columns // group_size)
     scale = torch.rand(rows, groups, generator=torch.Generator().manual_seed(1)) + 0.5
+    scale[::2] *= -1  # a scale may have either sign
     return QuantizedWeight(
         codes=codes(rows, columns, bits),
         scale=scale,

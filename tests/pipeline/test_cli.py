@@ -326,6 +326,19 @@ def test_storage_that_refuses_connections_is_exit_4(
     assert "Traceback" not in ran.err
 
 
+def test_storage_without_keys_is_a_wrong_request_told_before_anything_is_computed(
+    command: Command, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    ran = command("run", job, "--output", "s3://bucket/prefix")
+    refused(ran, "spec.output.uri: ", "NoCredentialsError", job=job)
+
+
 def test_an_interrupt_is_130_and_one_line(command: Command, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

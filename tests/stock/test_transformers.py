@@ -12,7 +12,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
 
 from pipeline import load_model
 from tests.inprocess import local, run_job
@@ -23,6 +23,7 @@ RTN = {"quantizer": {"kind": "rtn"}}
 W4 = {"bits": 4, "group_size": 32, **RTN}
 MODELS: Mapping[str, Case] = {
     "llama": Case("llama", {**WIDE, "num_hidden_layers": 2}),
+    "llama-12": Case("llama", {"num_hidden_layers": 12, "hidden_size": 32, "intermediate_size": 32}),
     "llama-biased": Case("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "qwen2": Case("qwen2", WIDE),
     "phi3": Case("phi3", WIDE),
@@ -63,6 +64,7 @@ REPRESENTED: Mapping[str, Recipe] = {
             ],
         },
     ),
+    "llama 1 and 11": Recipe("llama-12", rest={"overrides": [{"match": "*.layers.1.*", "weights": {"bits": 8, **RTN}}]}),
     "llama kept": Recipe("llama", rest={"keep": ["lm_head", "*.layers.0.mlp.*", "*.v_proj"]}),
     "llama one left": Recipe("llama", rest={"keep": ["lm_head", "*.self_attn.*", "*gate_proj", "*up_proj", "*.0.*"]}),
     "llama biased and tied": Recipe("llama-biased"),
@@ -86,6 +88,14 @@ REPRESENTED: Mapping[str, Recipe] = {
         rest={"overrides": [{"match": "*.layers.1.mlp.*_proj", "weights": {"bits": 8, **RTN}}]},
     ),
     "qwen3_moe dense mlp kept": Recipe("qwen3_moe", rest={"keep": ["lm_head", "*.layers.1.mlp.*"]}),
+}
+
+DENSE_SCHEMES: Mapping[str, Mapping[str, Any]] = {
+    "w8": {"bits": 8},
+    "w4": {"bits": 4},
+    "w4 g32": {"bits": 4, "group_size": 32},
+    "w3 g32": {"bits": 3, "group_size": 32},
+    "w2 g64": {"bits": 2, "group_size": 64},
 }
 
 ASYMMETRIC: Mapping[str, Mapping[str, Any]] = {
@@ -191,15 +201,36 @@ def test_in_the_dtype_of_the_checkpoint_too(model: str, make: Make) -> None:
     torch.testing.assert_close(logits(theirs, ids).float(), expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("model", ["llama", "mixtral"])
+@pytest.mark.parametrize("first", DENSE_SCHEMES)
+@pytest.mark.parametrize("other", DENSE_SCHEMES)
+def test_dequantizing_a_mixture_fails_rather_than_mistakes_it(first: str, other: str, make: Make) -> None:
+    """On request, transformers dequantizes while loading, and reads every dense layer by one and the same scheme."""
+    down = {"match": "*.down_proj", "weights": {**DENSE_SCHEMES[other], **RTN}}
+    directory = make(Recipe("llama", {**DENSE_SCHEMES[first], **RTN}, {"overrides": [down]}))
+    ids = token_ids(2, 24)
+    ours = logits(load_model(directory.as_uri(), dtype=torch.float32), ids)
+    try:
+        theirs = logits(stock(directory, quantization_config=CompressedTensorsConfig(dequantize=True)), ids)
+    except RuntimeError:
+        assert first != other
+        return
+    # In bfloat16, the dtype of the scales: a rounding of each weight.
+    assert (theirs - ours).abs().max() < 0.05 * ours.abs().max()
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen2", "gemma3_text", "mixtral"])
 def test_greedy_generation_is_the_same(model: str, make: Make) -> None:
     directory = make(Recipe(model))
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    prompt = tokenizer("w5 w17 w99 w3", return_tensors="pt")
+    prompt = token_ids(1, 4)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-    ours = load_model(directory.as_uri(), dtype=torch.float32).generate(**prompt, **options)
+    ours = load_model(directory.as_uri(), dtype=torch.float32).generate(prompt, **options)
     assert ours.shape == (1, 12)
-    assert torch.equal(stock(directory).generate(**prompt, **options), ours)
+    assert torch.equal(stock(directory).generate(prompt, **options), ours)
+
+
+def test_the_tokenizer_comes_along(make: Make) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(make(Recipe("llama")))
+    assert tokenizer("w5 w17 w99").input_ids == [5, 17, 99]
 
 
 @pytest.mark.parametrize("name", STANDARD_BUT_NOT_LOADED)

@@ -303,3 +303,27 @@ def test_an_installed_block_is_the_block_with_other_weights(case: str, compensat
     assert isinstance(installed.layer.get_submodule("self_attn.o_proj"), CompensatedLinear)
     torch.testing.assert_close(installed.run(hidden[0]), dense.run(hidden[0]), rtol=1e-4, atol=1e-4)
     assert (installed.run(hidden[0]) - block.run(hidden[0])).abs().max() > 1e-3
+
+
+def test_a_branch_that_is_anticipated_is_quantized_for_and_pays() -> None:
+    """Siblings of other sizes have other ranks, so each has a solve of its own."""
+    block = block_of("llama")
+    group = block.siblings[0]
+    width = block.linear(group[0]).weight.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    strength = torch.logspace(0, -1.5, width)  # directions of unlike energy, as inputs of trained models have
+    mixing = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    statistics = {group: InputStatistics.of(torch.randn(4096, width, generator=generator) * strength @ mixing)}
+    quantized: dict[float, float] = {}
+    with_branch: dict[float, float] = {}
+    for share in (0.0, 0.9):
+        recipe = module_recipe(
+            weights={"bits": 2, "quantizer": {"kind": "gptq"}},
+            compensation={"kind": "svd", "rank": {"fraction": 0.25}, "anticipation": share},
+        )
+        _, reports = compressed(block, statistics, dict.fromkeys(group, recipe))
+        assert len({report.rank for report in reports.values()}) == 2
+        quantized[share] = sum(report.error_quantized or 0.0 for report in reports.values())
+        with_branch[share] = sum(report.error_compensated or 0.0 for report in reports.values())
+    assert quantized[0.9] > quantized[0.0]
+    assert with_branch[0.9] < with_branch[0.0]

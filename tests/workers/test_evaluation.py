@@ -20,6 +20,7 @@ from tests.inprocess import local, run_job
 from tests.models import checkpoint, token_ids
 from tests.workers.specs import Site
 from workers.compressed import LEDGER
+from workers.errors import IntegrityError
 from workers.evaluation import BASELINE, COMPENSATED, QUANTIZED, EvaluateRecord, EvaluateSpec, WindowMetrics
 from workers.storage import sha256_hex
 from workers.worker import Worker, shard_sequences
@@ -150,20 +151,20 @@ def test_a_window_does_not_depend_on_its_share(made: Made, worker: Worker, tmp_p
 
 def test_the_number_of_workers_changes_no_figure(tmp_path: Path) -> None:
     """Experts see a handful of tokens, and the bits of so small a product depend on how many: batches stay whole."""
-    checkpoint("mixtral", tmp_path / "model", torch.bfloat16, num_hidden_layers=1)
+    checkpoint("mixtral", tmp_path / "model", torch.bfloat16, num_local_experts=8)
     documents = []
-    for workers in (1, 3):
-        validation = {"windows": 2 * shard_sequences(1024) + 1, "sequence_length": 1024}
+    for workers in (1, 10):
+        validation = {"windows": 20, "sequence_length": 16}
         published = run_job(
             tmp_path / "model", tmp_path / str(workers), RECIPES["plain"], validation=validation, workers=workers
         )
         documents.append(published.document)
-    one, three = documents
-    assert one.id == three.id
-    assert (one.baseline, one.quantized) == (three.baseline, three.quantized)
+    one, ten = documents
+    assert one.id == ten.id
+    assert (one.baseline, one.quantized) == (ten.baseline, ten.quantized)
     reports = {REPORT, REPORT_PAGE}
     assert {path: entry for path, entry in one.files.items() if path not in reports} == {
-        path: entry for path, entry in three.files.items() if path not in reports
+        path: entry for path, entry in ten.files.items() if path not in reports
     }
 
 
@@ -183,6 +184,13 @@ def test_a_finished_evaluation_is_looked_up(made: Made, worker: Worker, tmp_path
     done = worker.evaluate(spec)
     elsewhere = spec.model_copy(update={"artifact": (tmp_path / "nothing here").as_uri()})
     assert worker.evaluate(elsewhere) == done
+
+
+def test_another_ledger_than_the_keys_is_refused(made: Made, worker: Worker, tmp_path: Path) -> None:
+    """Otherwise a record would be found under the key of an artifact that it was not measured on."""
+    spec = evaluate_spec(made, tmp_path, token_ids(2, LENGTH))
+    with pytest.raises(IntegrityError, match=LEDGER):
+        worker.evaluate(spec.model_copy(update={"artifact": made.artifacts["plain"].as_uri()}))
 
 
 def test_what_is_measured_determines_the_key(made: Made, tmp_path: Path) -> None:

@@ -13,7 +13,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.models import BASE, LLAMA3_ROPE, LONG_ROPE, YARN_ROPE, CASES, MOE, build, checkpoint, read_config, read_tensors, save, save_fused, token_ids
+from tests.models import (
+    BASE,
+    CASES,
+    LLAMA3_ROPE,
+    LONG_ROPE,
+    MOE,
+    YARN_ROPE,
+    build,
+    checkpoint,
+    read_config,
+    read_tensors,
+    save,
+    save_fused,
+    token_ids,
+)
 from workers.architecture import FAMILIES
 from workers.errors import CheckpointError, UnsupportedModelError
 from workers.skeleton import EMBEDDING, LM_HEAD, NORM, Block, LinearExperts, Skeleton

@@ -22,6 +22,11 @@ class NoCompensation(Config):
         del rows, columns
         return None
 
+    @property
+    def anticipates(self) -> bool:
+        """Never."""
+        return False
+
     def anticipate(self, statistics: InputStatistics, rows: int) -> InputStatistics:
         """`statistics`: nothing follows that the quantizer could count on."""
         del rows

@@ -56,15 +56,21 @@ class SVD(Config):
         """Why a layer [rows, columns] cannot have such a branch, or None when it can."""
         return self.rank.problem(rows, columns)
 
+    @property
+    def anticipates(self) -> bool:
+        """Whether `anticipate` changes the statistics."""
+        return self.anticipation > 0
+
     def anticipate(self, statistics: InputStatistics, rows: int) -> InputStatistics:
         """The statistics with which to quantize a layer of `rows` outputs that this branch will follow.
 
         A branch that reads the r leading eigenvectors of G removes any error along them, so only the rest of G is left to
-        the quantizer: G - anticipation * V_r diag(l_r) V_r^T. Taking the leading eigenvectors away leaves the smallest
-        determinant, to which the error of GPTQ is proportional where its rounding errors are alike in all columns
-        (H-SVDQuant, 2026, deflates by the branch's own directions instead).
+        the quantizer: G - anticipation * V_r diag(l_r) V_r^T. The leading ones, because what GPTQ pays is the sum of the
+        squared pivots of G's Cholesky factor, whose product is the determinant: no other r directions lower it as much.
+        (H-SVDQuant, 2026, deflates by the branch's own directions instead.) Layers may share a solve only if they have the
+        same rank. Raises ValueError for statistics that are not finite and for a rank that the layer is too small for.
         """
-        if not self.anticipation:
+        if not self.anticipates:
             return statistics
         gram = checked_statistics(statistics, statistics.width).gram
         values, vectors = torch.linalg.eigh(gram)

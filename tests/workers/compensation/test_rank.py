@@ -27,7 +27,7 @@ def test_a_count_is_that_count_where_it_fits() -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(63, 96), (96, 63)])
 def test_a_count_beyond_the_layer_is_an_error(rows: int, columns: int) -> None:
     assert CountRank(count=64).problem(rows, columns) == "rank.count: 64: expected at most 63"
-    with pytest.raises(ValueError, match="rank.count: 64: expected at most 63"):
+    with pytest.raises(ValueError, match=r"rank\.count: 64: expected at most 63"):
         CountRank(count=64).resolve(rows, columns, NONE)
 
 

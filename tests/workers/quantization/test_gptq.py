@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
-from tests.workers.quantization.problems import best_of_all, damped, generator, layer, loss, of, optimal_brain_codes, row_losses
 from torch import Tensor
 
 from kernels.formats import QuantizedWeight
+from tests.workers.quantization.problems import (
+    best_of_all,
+    damped,
+    generator,
+    layer,
+    loss,
+    of,
+    optimal_brain_codes,
+    row_losses,
+)
 from workers.calibration.statistics import InputStatistics
 from workers.quantization import GPTQ, RTN, AbsoluteMaximum, MeanSquare, WeightFormat
 from workers.quantization.grid import Grid
@@ -109,7 +120,7 @@ def test_refinement_never_loses_and_stops_where_no_single_code_can_improve() -> 
     losses = [
         row_losses(weight, solve(GPTQ(refinement=passes), weight, statistics), metric) for passes in (0, 1, 2, 100)
     ]
-    for before, after in zip(losses, losses[1:], strict=False):
+    for before, after in pairwise(losses):
         assert bool((after <= before * (1 + 1e-5)).all())
     assert losses[-1].sum() < 0.99 * losses[0].sum()
     solved = solve(GPTQ(refinement=100), weight, statistics)
@@ -117,9 +128,9 @@ def test_refinement_never_loses_and_stops_where_no_single_code_can_improve() -> 
         for change in (-1, 1):
             codes = solved.codes.clone()
             codes[:, column] = (codes[:, column] + change).clamp(-8, 7)
-            moved = row_losses(weight, Grid(
-                format=WeightFormat(), scale=solved.scale, zero_point=None
-            ).with_codes(codes), metric)
+            moved = row_losses(
+                weight, Grid(format=WeightFormat(), scale=solved.scale, zero_point=None).with_codes(codes), metric
+            )
             assert bool((moved >= losses[-1] * (1 - 1e-5)).all())
 
 
@@ -180,9 +191,7 @@ def test_dead_columns_are_rounded_to_nearest_and_counted() -> None:
     dead = torch.tensor([3, 17, 40])
     gram = statistics.gram.clone()
     gram[dead], gram[:, dead] = 0, 0
-    result = PLAIN.solve(
-        weight, InputStatistics(gram=gram, tokens=9), WeightFormat(), scale_dtype=torch.float32
-    )
+    result = PLAIN.solve(weight, InputStatistics(gram=gram, tokens=9), WeightFormat(), scale_dtype=torch.float32)
     (fallback,) = result.fallbacks
     assert fallback.step == "gptq.dead_columns"
     assert fallback.cause.startswith("3 of 48")

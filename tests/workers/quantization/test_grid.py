@@ -113,9 +113,7 @@ def test_rounding_of_the_scale_comes_before_the_codes() -> None:
 
 def test_more_candidates_find_better_scales() -> None:
     weight = torch.randn(256, 64, generator=generator(3))
-    few, many = (
-        error(weight, MeanSquare(candidates=count), WeightFormat(bits=3)).sum() for count in (3, 40)
-    )
+    few, many = (error(weight, MeanSquare(candidates=count), WeightFormat(bits=3)).sum() for count in (3, 40))
     assert many < 0.99 * few
 
 
@@ -202,7 +200,7 @@ def test_groups_must_tile_the_input() -> None:
 
 
 def test_a_scale_must_fit_its_dtype() -> None:
-    with pytest.raises(ValueError, match="exceeds the range of torch.float16"):
+    with pytest.raises(ValueError, match=r"exceeds the range of torch\.float16"):
         RTN().solve(torch.full((1, 32), 1e7), None, WeightFormat(), scale_dtype=torch.float16)
 
 
