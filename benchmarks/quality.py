@@ -54,7 +54,8 @@ def main() -> None:
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
     about = f"{machine()}. {versions('torch', 'transformers')}."
-    manifests = arguments.manifests or [ROOT / "manifests" / "demo.yaml", *sorted((ROOT / "manifests").glob("reference-*.yaml"))]
+    shipped = ROOT / "manifests"
+    manifests = arguments.manifests or [shipped / "demo.yaml", *sorted(shipped.glob("reference-*.yaml"))]
     rows = []
     for manifest in manifests:
         rows.append(row(manifest.name, run(manifest, arguments.set)))

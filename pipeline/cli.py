@@ -89,7 +89,10 @@ def plan(manifest: Manifest, set_: Overrides = None, as_json: AsJson = False) ->
             ("calibration", f"{made.tokens:,} tokens"),
             ("peak per worker", bytes_text(made.peak_bytes_per_worker)),
             ("arithmetic", f"{made.flops / 1e12:.3g} TFLOP"),
-            ("storage", f"{bytes_text(made.storage_read_bytes)} read, {bytes_text(made.storage_written_bytes)} written"),
+            (
+                "storage",
+                f"{bytes_text(made.storage_read_bytes)} read, {bytes_text(made.storage_written_bytes)} written",
+            ),
             ("headers read", bytes_text(made.header_bytes_read)),
             ("does not fit", "; ".join(made.problems) or "nothing"),
         ],

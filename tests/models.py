@@ -138,7 +138,9 @@ def save_fused(model: PreTrainedModel, directory: Path) -> Path:
     return directory
 
 
-def checkpoint(case: str | Case, directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+def checkpoint(
+    case: str | Case, directory: Path, dtype: torch.dtype = torch.float32, **changes: Any
+) -> PreTrainedModel:
     """Builds and saves; returns the model in float32, with the values that the checkpoint holds."""
     model = build(case, **changes)
     save(model, directory, dtype)

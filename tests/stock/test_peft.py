@@ -35,7 +35,10 @@ RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "one rank": ("llama", {"compensation": SVD}),
     "a rank for each module": ("llama", {"compensation": {"kind": "svd", "rank": {"energy": 0.5}}}),
     "a share": ("qwen2", {"compensation": {"kind": "svd", "rank": {"fraction": 0.2}}}),
-    "some modules": ("llama", {"compensation": NONE, "overrides": [{"match": "*.1.mlp.down_proj", "compensation": SVD}]}),
+    "some modules": (
+        "llama",
+        {"compensation": NONE, "overrides": [{"match": "*.1.mlp.down_proj", "compensation": SVD}]},
+    ),
     # Block 1's names are ends and beginnings of block 11's: a pattern that is too loose gives it a wrong rank.
     "names that begin alike": (
         "llama-12",

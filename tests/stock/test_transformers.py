@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ REPRESENTED: Mapping[str, Recipe] = {
             ],
         },
     ),
-    "llama 1 and 11": Recipe("llama-12", rest={"overrides": [{"match": "*.layers.1.*", "weights": {"bits": 8, **RTN}}]}),
+    "llama 1 and 11": Recipe(
+        "llama-12", rest={"overrides": [{"match": "*.layers.1.*", "weights": {"bits": 8, **RTN}}]}
+    ),
     "llama kept": Recipe("llama", rest={"keep": ["lm_head", "*.layers.0.mlp.*", "*.v_proj"]}),
     "llama one left": Recipe("llama", rest={"keep": ["lm_head", "*.self_attn.*", "*gate_proj", "*up_proj", "*.0.*"]}),
     "llama biased and tied": Recipe("llama-biased"),
@@ -76,9 +79,7 @@ REPRESENTED: Mapping[str, Recipe] = {
     "mixtral": Recipe("mixtral"),
     "mixtral w3": Recipe("mixtral", {"bits": 3, **RTN}),
     "mixtral attention kept": Recipe("mixtral", rest={"keep": ["lm_head", "*.self_attn.*"]}),
-    "mixtral mixed": Recipe(
-        "mixtral", rest={"overrides": [{"match": "*.self_attn.*", "weights": {"bits": 8, **RTN}}]}
-    ),
+    "mixtral mixed": Recipe("mixtral", rest={"overrides": [{"match": "*.self_attn.*", "weights": {"bits": 8, **RTN}}]}),
     "mixtral mixed the other way": Recipe(
         "mixtral", rest={"overrides": [{"match": "*.experts.*", "weights": {"bits": 2, "group_size": 32, **RTN}}]}
     ),
@@ -201,8 +202,8 @@ def test_in_the_dtype_of_the_checkpoint_too(model: str, make: Make) -> None:
     torch.testing.assert_close(logits(theirs, ids).float(), expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("first", DENSE_SCHEMES)
-@pytest.mark.parametrize("other", DENSE_SCHEMES)
+@pytest.mark.parametrize(("first", "other"), combinations(DENSE_SCHEMES, 2))
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 def test_dequantizing_a_mixture_fails_rather_than_mistakes_it(first: str, other: str, make: Make) -> None:
     """On request, transformers dequantizes while loading, and reads every dense layer by one and the same scheme."""
     down = {"match": "*.down_proj", "weights": {**DENSE_SCHEMES[other], **RTN}}
@@ -212,7 +213,6 @@ def test_dequantizing_a_mixture_fails_rather_than_mistakes_it(first: str, other:
     try:
         theirs = logits(stock(directory, quantization_config=CompressedTensorsConfig(dequantize=True)), ids)
     except RuntimeError:
-        assert first != other
         return
     # In bfloat16, the dtype of the scales: a rounding of each weight.
     assert (theirs - ours).abs().max() < 0.05 * ours.abs().max()
@@ -245,13 +245,17 @@ def test_what_stock_transformers_does_not_load_yet_it_does_not_load_wrong(name: 
 def test_compressed_tensors_itself_reads_asymmetric_weights_as_we_do(name: str, make: Make) -> None:
     """What its default route through transformers cannot do, its decompressor can."""
     directory = make(STANDARD_BUT_NOT_LOADED[f"llama asymmetric {name}"])
-    scheme = QuantizationScheme.model_validate(read_config(directory)["quantization_config"]["config_groups"]["group_0"])
+    scheme = QuantizationScheme.model_validate(
+        read_config(directory)["quantization_config"]["config_groups"]["group_0"]
+    )
     tensors = read_tensors(directory)
     modules = {key.rpartition(".")[0] for key in tensors if key.endswith(".weight_packed")}
     assert len(modules) == 14
     ours = {key: module for key, module in load_model(directory.as_uri()).named_modules() if key in modules}
     for module, layer in ours.items():
-        local = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{module}.weight_")}
+        local = {
+            key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{module}.weight_")
+        }
         local["weight_scale"] = local["weight_scale"].float()
         dense = PackedQuantizationCompressor.decompress(local, scheme)["weight"]
         assert torch.equal(layer.quantized().dequantize(), dense)

@@ -63,9 +63,7 @@ class Site:
 
     def embed(self, ids: Tensor) -> EmbedSpec:
         """The task that makes block 0's inputs."""
-        return EmbedSpec(
-            setting=self.setting, tokens=self.put_tokens(ids), tensor=(EMBEDDING, self.digests[EMBEDDING])
-        )
+        return EmbedSpec(setting=self.setting, tokens=self.put_tokens(ids), tensor=(EMBEDDING, self.digests[EMBEDDING]))
 
     def block(
         self,

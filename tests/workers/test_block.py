@@ -276,9 +276,7 @@ def test_scales_are_stored_as_asked_and_factors_as_the_weight(dtype: torch.dtype
     group = block.siblings[1]
     weights = {name: block.linear(name).weight.detach().bfloat16() for name in group}
     recipes = dict.fromkeys(group, module_recipe(compensation={"kind": "svd"}))
-    linears, _ = compress(
-        weights, statistics, recipes, scale_dtypes=dict.fromkeys(group, dtype), pool=OrderedPool(1)
-    )
+    linears, _ = compress(weights, statistics, recipes, scale_dtypes=dict.fromkeys(group, dtype), pool=OrderedPool(1))
     linear = linears["self_attn.o_proj"]
     assert linear.weight.scale.dtype is dtype
     assert linear.low_rank is not None

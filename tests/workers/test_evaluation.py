@@ -145,7 +145,9 @@ def test_a_window_does_not_depend_on_its_share(made: Made, worker: Worker, tmp_p
     spec = evaluate_spec(made, tmp_path, token_ids(2 * batch + 1, 1024))
     whole = worker.evaluate(spec).windows
     assert parts_of(worker, spec, [batch, 2 * batch]) == {variant: list(windows) for variant, windows in whole.items()}
-    for variant, windows in parts_of(worker, spec, [batch - 1]).items():  # a batch is cut: up to the last bits of float32
+    for variant, windows in parts_of(
+        worker, spec, [batch - 1]
+    ).items():  # a batch is cut: up to the last bits of float32
         assert_close(windows, whole[variant])
 
 

@@ -60,11 +60,10 @@ def test_the_first_failure_is_raised_in_its_place(pool: OrderedPool) -> None:
             raise KeyError("three")
         return item
 
-    seen: list[int] = []
+    results = pool.map(fail_at_three, range(50))
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(KeyError, match="three"):
-        for result in pool.map(fail_at_three, range(50)):
-            seen.append(result)
-    assert seen == [0, 1, 2]
+        next(results)
 
 
 def test_a_failure_stops_what_has_not_begun(pool: OrderedPool) -> None:
