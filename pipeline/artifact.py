@@ -8,7 +8,6 @@ This is the reader's side (`resolve`, `verify`, `pull`) and the names; `assemble
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pipeline.report import BitsPerWeight, ModelReport, Quality
 from workers.compressed import LEDGER
 from workers.config import Config, first_problem
 from workers.errors import IntegrityError, ObjectNotFoundError, RequestError
-from workers.storage import ObjectStore, fetch, open_store
+from workers.storage import ObjectStore, fetch, open_store, stream_sha256
 from workers.storage.names import check_key
 
 CONFIG = "config.json"
@@ -210,10 +209,7 @@ def _difference(store: ObjectStore, path: str, entry: FileEntry) -> str | None:
         size = store.size(path)
         if size != entry.size:
             return f"{path}: {size} bytes, expected {entry.size}"
-        sha256 = hashlib.sha256()
-        for piece in store.stream(path):
-            sha256.update(piece)
+        actual = stream_sha256(store, path)
     except ObjectNotFoundError:
         return f"{path}: missing"
-    actual = sha256.hexdigest()
     return None if actual == entry.sha256 else f"{path}: sha256 {actual}, expected {entry.sha256}"

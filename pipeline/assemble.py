@@ -88,12 +88,14 @@ class Assembler:
            recipe said so (the block task has seen to that); anything else is an error.
         2. Shards are copied under the names that transformers expects; the index follows.
         3. Factors are joined into one adapter file.
-        4. config.json and ledger.json; tokenizer files as they are.
+        4. Workers read what was copied and joined, and compare it with what the tasks had written.
+        5. config.json and ledger.json; tokenizer files as they are.
         """
         ledger = self._parts.ledger
         self._check_account(ledger)
         self._shards()
         self._adapter(ledger)
+        self._check_bytes()
         linears = self._linears()
         config = artifact_config(self._source.checkpoint.config, ledger.formats, linears, self._source.skeleton.family)
         self._write(CONFIG, _json(config))
@@ -128,6 +130,24 @@ class Assembler:
         self._files[ADAPTER] = FileEntry(size=written.size, sha256=written.sha256)
         family = self._source.skeleton.family
         self._write(ADAPTER_CONFIG, _json(adapter_config(ledger.formats, self._artifact.name, family)))
+
+    def _check_bytes(self) -> None:
+        """A finished shard may have rotted since its task was done. It is discarded then, so that the next run makes it
+        anew; what differs once is read again, because a bit may have turned on the way."""
+        suspects = [path for path in self._files if path.endswith(".safetensors")]
+        for _ in range(2):
+            tasks = [Task(f"check of {path}", "checksum", (self._artifact.uri, path)) for path in suspects]
+            found = self._dispatcher.run_all(tasks)
+            suspects = [
+                path for path, sha256 in zip(suspects, found, strict=True) if sha256 != self._files[path].sha256
+            ]
+        if not suspects:
+            return
+        for path in suspects:
+            self._workspace.discard(Blob(sha256=self._files[path].sha256, size=self._files[path].size))
+        raise IntegrityError(
+            f"{', '.join(suspects)}: not the bytes that were written (sha256): discarded, to be made anew by the next run"
+        )
 
     def _linears(self) -> list[str]:
         skeleton = self._source.skeleton

@@ -15,7 +15,8 @@ from workers.config import Config
 from workers.errors import ManifestError
 from workers.recipe import ModuleRecipe, Recipe
 from workers.skeleton import EMBEDDING, LM_HEAD, NORM
-from workers.worker import DTYPES, shard_sequences
+from workers.tasks import shard_sequences
+from workers.worker import DTYPES
 
 PROCESS_BYTES = 600 << 20
 """A worker process with torch, transformers and Ray imported, before its first task (measured: 480-560 MiB)."""

@@ -28,7 +28,7 @@ def run_job(job: CompressionJob, progress: Progress, *, address: str | None = No
     size = pool_size(job, address)
     with ThreadPoolExecutor(1) as background:
         # Opening the model costs the import of transformers; Ray's processes start meanwhile.
-        opening = background.submit(_open, job)
+        opening = background.submit(_open, job, _embedded(address))
         with cluster(address, size):
             pool = RayPool(size)
             try:
@@ -42,8 +42,7 @@ def run_job(job: CompressionJob, progress: Progress, *, address: str | None = No
 def pool_size(job: CompressionJob, address: str | None) -> PoolSize:
     """Workers as the manifest asks; on an embedded cluster they share this machine's CPUs unless it says otherwise."""
     resources = job.spec.resources
-    embedded = address in (None, "local")
-    available = sorted(os.sched_getaffinity(0)) if embedded else [0]
+    available = sorted(os.sched_getaffinity(0)) if _embedded(address) else [0]
     cpus = threads_per_worker(resources.cpus_per_worker, resources.workers, available=available)
     return PoolSize(workers=resources.workers, cpus=cpus, gpus=resources.gpus_per_worker)
 
@@ -58,11 +57,18 @@ def _device(found: Sequence[str], asked: Device, progress: Progress) -> Device:
     return "cuda" if kinds == ["cuda"] else "cpu"
 
 
-def _open(job: CompressionJob) -> ModelSource:
-    """The model, checked against its architecture and the recipe; and the output, checked for what we need of it."""
+def _embedded(address: str | None) -> bool:
+    return address in (None, "local")
+
+
+def _open(job: CompressionJob, here: bool) -> ModelSource:
+    """The model, checked against its architecture and the recipe; and the output, checked for what we need of it.
+
+    here: the workers run on this machine, so they must fit into it.
+    """
     source = open_model(job.spec.model.uri)
     plan = make_plan(job, source)
-    if plan.problems:
+    if plan.problems and here:
         raise RequestError("spec.resources: " + "; ".join(plan.problems))
     try:
         probe(open_store(job.spec.output.uri))

@@ -11,8 +11,7 @@ from pipeline.report import Quality, TaskReport
 from workers.compressed import LEDGER
 from workers.errors import GateError
 from workers.evaluation import EvaluateRecord, EvaluateSpec, WindowMetrics
-from workers.tasks import Setting
-from workers.worker import shard_sequences
+from workers.tasks import Setting, shard_sequences
 from workers.workspace import Blob
 
 Windows = dict[str, list[WindowMetrics]]

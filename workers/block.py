@@ -249,7 +249,8 @@ def _split(weight: QuantizedWeight, like: Sequence[Tensor]) -> Iterator[Quantize
 
 def _energy(matrix: Tensor, gram: Tensor) -> float:
     """tr(M G M^T): the squared norm of M X, for a Gram matrix G = X X^T."""
-    return float(((matrix @ gram) * matrix).sum(dtype=torch.float64))
+    # Where next to nothing is left, rounding may leave less than nothing.
+    return max(float(((matrix @ gram) * matrix).sum(dtype=torch.float64)), 0.0)
 
 
 def tensor_bits(tensor: Tensor) -> int:

@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from workers.block import CompressedLinear, install
+from workers.block import CompressedLinear
 from workers.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 from workers.checkpoint.reader import Checkpoint
 from workers.config import Config, first_problem
@@ -126,15 +126,6 @@ class CompressedModel:
             )
         weight = read_weight(tensors, module, form)
         return CompressedLinear(weight=weight, low_rank=branch, activation_bits=form.activation_bits).to(device)
-
-
-def filled(
-    model: CompressedModel, index: int, device: torch.device, dtype: torch.dtype, *, compensated: bool = True
-) -> Block:
-    """Block `index` ready to run, with or without its low-rank branches."""
-    block, linears = model.block(index, device, dtype)
-    install(block, linears, compensated=compensated)
-    return block
 
 
 def _expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -76,7 +76,9 @@ def scale_dtype(module: str, source: torch.dtype) -> torch.dtype:
 def refusal_of_weights(formats: Mapping[str, ModuleFormat], experts: Sequence[str]) -> str | None:
     """Why stock transformers cannot represent these weights, or None when it can.
 
-    experts: names of all expert linears of the model. Dense layers can have any mixture of schemes.
+    experts: names of all expert linears of the model. Dense layers can have any mixture of schemes. Two things have a
+    standard form that transformers 5.23 with compressed-tensors 0.20 does not load yet, and says so: zero points of dense
+    layers, and experts in 16 bits beside quantized layers. They are written in that form, which its decompressor reads.
     """
     if not experts:
         return None

@@ -20,6 +20,12 @@ from workers.workspace import Blob, Record
 SHARD_TOKENS = 4096
 """Tokens of one shard of hidden states. Part of the numerics: statistics are reduced shard by shard."""
 
+
+def shard_sequences(length: int) -> int:
+    """Sequences of `length` tokens in one shard of hidden states."""
+    return max(1, SHARD_TOKENS // length)
+
+
 FORWARD, BLOCK, EMBED, KEEP = "forward", "block", "embed", "keep"
 
 IRRELEVANT_CONFIG = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")

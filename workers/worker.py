@@ -40,14 +40,13 @@ from workers.join import join_tensors
 from workers.memory import device_peak_bytes, host_peak_bytes, release, reset_peak, settle
 from workers.parallel import OrderedPool
 from workers.skeleton import Block, Skeleton
-from workers.storage import open_store
+from workers.storage import open_store, stream_sha256
 from workers.storage.base import Written
 from workers.tasks import (
     BLOCK,
     EMBED,
     FORWARD,
     KEEP,
-    SHARD_TOKENS,
     BlockRecord,
     BlockSpec,
     Device,
@@ -59,6 +58,7 @@ from workers.tasks import (
     ModuleFormat,
     Setting,
     Timing,
+    shard_sequences,
 )
 from workers.workspace import Blob, Workspace
 
@@ -220,6 +220,10 @@ class Worker:
         """Writes blobs of tensors as one file below the root URI `output`; returns its size and sha256."""
         return join_tensors(Workspace(open_store(workspace)), parts, open_store(output), key)
 
+    def checksum(self, root: str, key: str) -> str:
+        """sha256 of an object's bytes, in bounded memory."""
+        return stream_sha256(open_store(root), key)
+
     def close(self) -> None:
         """Drops what is held and ends the threads."""
         self._held = None
@@ -280,11 +284,6 @@ class Worker:
         inputs = [_loader(workspace, blob, self.device) for blob in spec.inputs]
         emitted = self._pool.map(lambda load: _put_hidden(workspace, block.run(load())), inputs)
         return tuple(emitted)
-
-
-def shard_sequences(length: int) -> int:
-    """Sequences of `length` tokens in one shard of hidden states."""
-    return max(1, SHARD_TOKENS // length)
 
 
 def _loader(workspace: Workspace, blob: Blob, device: torch.device) -> Callable[[], Tensor]:

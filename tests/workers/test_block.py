@@ -198,6 +198,17 @@ def test_errors_are_those_of_the_outputs(quantizer: str, compensation: dict[str,
             assert report.error_compensated < 0.9 * report.error_quantized
 
 
+def test_an_error_is_never_negative() -> None:
+    """Eight tokens span eight directions: a branch of rank 16 leaves nothing but rounding."""
+    block = block_of("qwen2")
+    statistics, _ = calibrated(block, shards(1, sequences=1, length=8))
+    recipe = module_recipe(compensation={"kind": "svd", "rank": {"count": 16}})
+    _, reports = compressed(block, statistics, {name: recipe for group in block.siblings for name in group})
+    for report in reports.values():
+        assert report.error_compensated is not None
+        assert 0 <= report.error_compensated < 1e-6
+
+
 def test_siblings_of_one_recipe_get_what_each_would_get_alone() -> None:
     block = block_of("llama")
     statistics, _ = calibrated(block, shards())

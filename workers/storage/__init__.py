@@ -7,6 +7,7 @@ from workers.storage.base import (
     Written,
     open_store,
     sha256_hex,
+    stream_sha256,
 )
 from workers.storage.fetch import fetch
 from workers.storage.names import check_key, split_uri
@@ -23,4 +24,5 @@ __all__ = [
     "probe",
     "sha256_hex",
     "split_uri",
+    "stream_sha256",
 ]

@@ -224,6 +224,14 @@ def sha256_hex(data: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def stream_sha256(store: ObjectStore, key: str) -> str:
+    """The sha256 of an object, read piece by piece."""
+    digest = hashlib.sha256()
+    for piece in store.stream(key):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 def open_store(uri: str) -> ObjectStore:
     """The store at a root URI. Opening touches neither disk nor network. Raises `RequestError` for other
     schemes."""
