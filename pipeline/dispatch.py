@@ -41,7 +41,9 @@ class Dispatcher:
         self._pool, self._policy, self._note = pool, policy, note
         self._running: dict[int, Task] = {}
         self._tries: dict[str, int] = {}
-        self.idle: set[int] = set(range(pool.size))
+        self.idle: list[int] = list(range(pool.size))
+        """Longest idle first: a fresh process, which has torch to import, comes behind those that wait, and a task that
+        failed is tried on another worker when there is one."""
 
     @property
     def busy(self) -> bool:
@@ -67,7 +69,7 @@ class Dispatcher:
         values: dict[int, Any] = {}
         while len(values) < len(tasks):
             while waiting and self.idle:
-                self.start(min(self.idle), tasks[waiting.pop(0)])
+                self.start(self.idle[0], tasks[waiting.pop(0)])
             for finished in self.collect():
                 index = index_of[finished.task.name]
                 if finished.retry:
@@ -81,7 +83,7 @@ class Dispatcher:
         task = self._running.pop(outcome.ticket)
         if outcome.worker_died:
             self._pool.restart(outcome.worker)
-        self.idle.add(outcome.worker)
+        self.idle.append(outcome.worker)
         if outcome.error is None:
             return Finished(task, outcome.worker, value=outcome.value)
         tries = self._tries[task.name]

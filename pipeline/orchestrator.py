@@ -205,7 +205,7 @@ class Orchestrator:
 
     def _step(self, chain: Chain) -> None:
         """Gives every idle worker what it can do, then takes in what has finished."""
-        for worker in sorted(self._dispatcher.idle):
+        for worker in list(self._dispatcher.idle):
             link = chain.assign(worker)
             if link is None:
                 continue

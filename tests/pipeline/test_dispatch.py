@@ -162,11 +162,18 @@ def test_one_step_says_who_is_idle_and_what_was_lost() -> None:
     running.start(0, first)
     running.start(1, second)
     assert running.busy
-    assert running.idle == set()
+    assert running.idle == []
     (lost,) = running.collect()
     assert (lost.task, lost.worker, lost.retry, lost.worker_died, lost.value) == (first, 0, True, True, None)
-    assert running.idle == {0}
+    assert running.idle == [0]
     (done,) = running.collect()
     assert (done.task, done.worker, done.retry, done.value) == (second, 1, False, ("m1", 1))
     assert not running.busy
-    assert running.idle == {0, 1}
+    assert running.idle == [0, 1]
+
+
+def test_a_task_that_failed_goes_to_the_worker_that_has_waited_longest() -> None:
+    """Not to the process that has just been started in the place of a dead one, nor to the machine that is at fault."""
+    pool = ScriptedPool(3, {"m0": [DIED, StorageError("x")]})
+    dispatcher(pool).run_all(tasks(1))
+    assert pool.calls == [(0, "m0"), (1, "m0"), (2, "m0")]
