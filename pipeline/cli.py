@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -50,7 +51,10 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a job to the end; the last line of stdout is the artifact's URI (with --json: its `uri`)."""
-    from pipeline.manifest import load_manifest
+    from workers.process import importing
+
+    with importing():
+        from pipeline.manifest import load_manifest
 
     overrides = [*(set_ or []), *([] if output is None else [f"spec.output.uri={json.dumps(_absolute(output))}"])]
     job = load_manifest(manifest, overrides).job
@@ -196,7 +200,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Nothing is left to do, but taking torch and transformers apart piece by piece would last more than a second.
+    os._exit(code)
 
 
 def _absolute(uri: str) -> str:

@@ -1,4 +1,4 @@
-"""Runs a job: inventory, tokens, blocks, assembly, validation, publication.
+"""Runs a job on its tokens: inventory, blocks, assembly, validation, publication.
 
 The object store is the only truth. Each stage asks it what is done, hands the rest to workers, and leaves records behind;
 the driver can be killed anywhere and started again, and finds its way by the same keys. It never touches a weight.
@@ -30,9 +30,10 @@ from pipeline.report import (
     qualities,
 )
 from pipeline.report_html import render
+from pipeline.tokens import Tokens
 from pipeline.validate import Windows, check_gates, validate
 from workers.calibration.source import TokenSource
-from workers.calibration.tokens import TokenSet, token_set
+from workers.calibration.tokens import TokenSet
 from workers.errors import GateError
 from workers.keys import digest
 from workers.skeleton import EMBEDDING, LM_HEAD, NORM
@@ -69,21 +70,20 @@ class Stopwatch:
             self.progress.stage(name)
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """The job's token sets."""
-
-    calibration: TokenSet
-    validation: TokenSet | None
-
-
 class Orchestrator:
     """One job on one pool of workers."""
 
     def __init__(
-        self, job: CompressionJob, source: ModelSource, pool: WorkerPool, device: Device, progress: Progress
+        self,
+        job: CompressionJob,
+        source: ModelSource,
+        tokens: Tokens,
+        pool: WorkerPool,
+        device: Device,
+        progress: Progress,
     ) -> None:
-        self._job, self._source, self._progress, self._workers = job, source, progress, pool.size
+        self._job, self._source, self._tokens = job, source, tokens
+        self._progress, self._workers = progress, pool.size
         self._store = open_store(job.spec.output.uri)
         self._workspace = Workspace(self._store)
         self._dispatcher = Dispatcher(pool, RetryPolicy(), progress.note)
@@ -99,7 +99,7 @@ class Orchestrator:
 
     def run(self) -> Published:
         """To the end. Raises what is final: a wrong request, a failed gate, failing surroundings."""
-        tokens = self._tokens()
+        tokens = self._tokens
         self._watch.stage("inventory")
         digests = inventory(self._source, self._dispatcher)
         artifact = Artifact(self._store, self._job.metadata.name, self._identity(digests, tokens))
@@ -127,36 +127,6 @@ class Orchestrator:
         return published
 
     # -- stages, in order ---------------------------------------------------------------------------------------
-
-    def _tokens(self) -> Tokens:
-        self._watch.stage("tokens")
-        spec = self._job.spec
-        tokenizer = self._source.tokenizer()
-        vocabulary = self._source.skeleton.vocabulary
-        calibration = spec.calibration
-        first = token_set(
-            calibration.source,
-            tokenizer,
-            vocabulary=vocabulary,
-            length=calibration.sequence_length,
-            sequences=calibration.sequences,
-            sampling=calibration.sampling,
-            seed=calibration.seed,
-            field="spec.calibration.source",
-        )
-        if spec.validation is None:
-            return Tokens(first, None)
-        second = token_set(
-            spec.validation.text,
-            tokenizer,
-            vocabulary=vocabulary,
-            length=spec.validation.sequence_length or calibration.sequence_length,
-            sequences=spec.validation.windows,
-            sampling="consecutive",
-            seed=0,
-            field="spec.validation.text",
-        )
-        return Tokens(first, second)
 
     def _identity(self, digests: Mapping[str, str], tokens: Tokens) -> str:
         """The artifact's id: of everything that determines its bytes and its figures."""
@@ -320,7 +290,7 @@ class Orchestrator:
             bits_per_weight=bits_per_weight(parts.blocks, parts.kept_bits, parameters),
             modules=tuple(module for record in parts.blocks for module in record.modules),
             tasks=tuple(tasks),
-            stages=dict(self._watch.seconds),
+            stages={"tokens": tokens.seconds, **self._watch.seconds},
             software=software(),
         )
 

@@ -7,15 +7,19 @@ to do about a failure is the orchestrator's policy.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from workers.errors import CounterweightError, RequestError, WorkerError
-from workers.tasks import Device
+from workers.process import WorkerProcess
+
+if TYPE_CHECKING:
+    from workers.tasks import Device
 
 EMBEDDED_STORE_BYTES = 128 << 20
 """Ray's object store in the embedded cluster: tasks exchange records of kilobytes; tensors go through storage."""
@@ -79,10 +83,8 @@ class RayPool:
     def __init__(self, size: PoolSize) -> None:
         import ray
 
-        from workers.worker import Worker
-
         self._ray = ray
-        self._class = ray.remote(Worker).options(
+        self._class = ray.remote(WorkerProcess).options(
             num_cpus=size.cpus, num_gpus=size.gpus, max_restarts=0, max_task_retries=0
         )
         self._arguments = (size.device, size.cpus)
@@ -91,9 +93,9 @@ class RayPool:
         self._pending: dict[Any, tuple[int, int]] = {}
         self._tickets = 0
 
-    def start(self) -> list[str]:
+    def devices(self) -> list[str]:
         """Waits until every worker answers; returns the device each computes on. WorkerError when one does not."""
-        calls = [actor.ready.remote() for actor in self._actors]
+        calls = [actor.call.remote("ready") for actor in self._actors]
         try:
             devices: list[str] = self._ray.get(calls, timeout=START_SECONDS)
         except self._ray.exceptions.GetTimeoutError as error:
@@ -103,7 +105,7 @@ class RayPool:
         return devices
 
     def submit(self, worker: int, method: str, *arguments: Any) -> int:
-        reference = getattr(self._actors[worker], method).remote(*arguments)
+        reference = self._actors[worker].call.remote(method, *arguments)
         self._tickets += 1
         self._pending[reference] = (self._tickets, worker)
         return self._tickets
@@ -158,7 +160,7 @@ def cluster(address: str | None, size: PoolSize) -> Iterator[None]:
                 ray.init(
                     address="local",
                     num_cpus=max(size.workers * size.cpus, 1),
-                    num_gpus=max(_real_gpus(), int(-(-size.workers * size.gpus // 1))),
+                    num_gpus=_embedded_gpus(size),
                     include_dashboard=False,
                     object_store_memory=EMBEDDED_STORE_BYTES,
                     log_to_driver=False,
@@ -196,10 +198,13 @@ def _admit(resources: Mapping[str, float], size: PoolSize) -> None:
         raise RequestError(f"spec.resources: asks for {' and '.join(short)}: the cluster has {have}")
 
 
-def _real_gpus() -> int:
+def _embedded_gpus(size: PoolSize) -> int:
+    """GPUs of the embedded node: this machine's, or as many pretended ones as the workers ask for."""
+    if size.gpus <= 0:
+        return 0
     from torch import cuda
 
-    return int(cuda.device_count())
+    return max(int(cuda.device_count()), math.ceil(size.workers * size.gpus))
 
 
 @contextmanager

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
-from pipeline.artifact import Published
 from pipeline.manifest import CompressionJob
-from pipeline.model_source import ModelSource, open_model
-from pipeline.orchestrator import Orchestrator
-from pipeline.plan import make_plan
 from pipeline.pool import PoolSize, RayPool, cluster, threads_per_worker
 from pipeline.progress import Progress
 from workers.errors import RequestError, WorkerError
-from workers.storage import open_store
-from workers.storage.probe import probe
-from workers.tasks import Device
+from workers.process import importing
+
+if TYPE_CHECKING:
+    from pipeline.artifact import Published
+    from pipeline.model_source import ModelSource
+    from pipeline.tokens import Tokens
+    from workers.tasks import Device
 
 
 def run_job(job: CompressionJob, progress: Progress, *, address: str | None = None) -> Published:
@@ -27,14 +28,16 @@ def run_job(job: CompressionJob, progress: Progress, *, address: str | None = No
     """
     size = pool_size(job, address)
     with ThreadPoolExecutor(1) as background:
-        # Opening the model costs the import of transformers; Ray's processes start meanwhile.
+        # The model's tables cost the import of transformers, the texts are tokenized; Ray's processes start meanwhile.
         opening = background.submit(_open, job, _embedded(address))
         with cluster(address, size):
             pool = RayPool(size)
             try:
-                source = opening.result()
-                device = _device(pool.start(), size.device, progress)
-                return Orchestrator(job, source, pool, device, progress).run()
+                source, tokens = opening.result()
+                from pipeline.orchestrator import Orchestrator
+
+                device = _device(pool.devices(), size.device, progress)
+                return Orchestrator(job, source, tokens, pool, device, progress).run()
             finally:
                 pool.close()
 
@@ -61,11 +64,18 @@ def _embedded(address: str | None) -> bool:
     return address in (None, "local")
 
 
-def _open(job: CompressionJob, here: bool) -> ModelSource:
-    """The model, checked against its architecture and the recipe; and the output, checked for what we need of it.
+def _open(job: CompressionJob, here: bool) -> tuple[ModelSource, Tokens]:
+    """The model, checked against its architecture and the recipe, and the tokens; the output, checked for what we need of it.
 
     here: the workers run on this machine, so they must fit into it.
     """
+    with importing():
+        from pipeline.model_source import open_model
+        from pipeline.orchestrator import Orchestrator  # noqa: F401  here, while Ray starts
+        from pipeline.plan import make_plan
+        from pipeline.tokens import read_tokens
+        from workers.storage import open_store
+        from workers.storage.probe import probe
     source = open_model(job.spec.model.uri)
     plan = make_plan(job, source)
     if plan.problems and here:
@@ -74,4 +84,4 @@ def _open(job: CompressionJob, here: bool) -> ModelSource:
         probe(open_store(job.spec.output.uri))
     except RequestError as error:
         raise RequestError(f"spec.output.uri: {error}") from error
-    return source
+    return source, read_tokens(job, source)

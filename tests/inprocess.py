@@ -14,6 +14,7 @@ from pipeline.model_source import open_model
 from pipeline.orchestrator import Orchestrator
 from pipeline.pool import Outcome
 from pipeline.progress import Progress
+from pipeline.tokens import read_tokens
 from tests.models import write_text
 from workers.errors import CounterweightError
 from workers.worker import Worker
@@ -121,7 +122,8 @@ def run_job(
     job = parse_manifest(json.dumps(document), name="tiny.json", base=output.as_uri()).job
     pool = InProcessPool(workers, threads)
     try:
-        return Orchestrator(job, open_model(job.spec.model.uri), pool, "cpu", progress or RecordedProgress()).run()
+        source = open_model(job.spec.model.uri)
+        return Orchestrator(job, source, read_tokens(job, source), pool, "cpu", progress or RecordedProgress()).run()
     finally:
         pool.close()
 

@@ -17,7 +17,7 @@ from workers.keys import digest, numerics
 from workers.recipe import ModuleRecipe
 from workers.workspace import Blob, Record
 
-SHARD_TOKENS = 4096
+SHARD_TOKENS = 8192
 """Tokens of one shard of hidden states. Part of the numerics: statistics are reduced shard by shard."""
 
 

@@ -84,7 +84,7 @@ def outcome_of(pool: RayPool, ticket: int) -> Outcome:
 def test_gpus_that_are_not_there_are_pretended_and_workers_say_what_they_compute_on(pool: RayPool) -> None:
     import ray
 
-    assert pool.start() == ["cpu", "cpu"]
+    assert pool.devices() == ["cpu", "cpu"]
     assert ray.cluster_resources()["GPU"] == 2
     assert ray.cluster_resources()["CPU"] == 2
 
@@ -121,7 +121,7 @@ def test_a_defect_is_one_line_and_its_traceback_is_not_lost(pool: RayPool) -> No
 
 
 def test_a_killed_worker_is_noticed_and_replaced_and_the_other_works_on(pool: RayPool, model: str) -> None:
-    pool.start()
+    pool.devices()
     before = actor_pids(os.getpid())
     assert len(before) == 2
     victim = before[0]
@@ -151,7 +151,7 @@ def test_workers_that_do_not_start_are_given_up(ray_cluster: None, monkeypatch: 
     monkeypatch.setattr(module, "START_SECONDS", 3.0)
     waiting = RayPool(PoolSize(workers=1, cpus=64, gpus=0.0))
     with pytest.raises(WorkerError, match="1 workers did not start within 3 s"):
-        waiting.start()
+        waiting.devices()
     waiting.close()
 
 

@@ -14,9 +14,17 @@ from pipeline.report_html.modules import Place, expert_tokens, panels, place_of,
 from pipeline.report_html.svg import Linear, Logarithmic, around, round_step
 from pipeline.report_html.text import count, exact, percent, power_of_ten, recipe_line
 from tests.pipeline.report_documents import mixtral, module, read
-from workers.compensation import SVD, CountRank, EnergyRank, FractionRank
-from workers.quantization import RTN
-from workers.recipe import Activations, Override, Recipe, Weights
+from workers.recipe import (
+    RTN,
+    SVD,
+    Activations,
+    CountRank,
+    EnergyRank,
+    FractionRank,
+    Override,
+    Recipe,
+    Weights,
+)
 
 
 class TestMarkup:

@@ -23,6 +23,7 @@ from pipeline.model_source import open_model
 from pipeline.orchestrator import Orchestrator
 from pipeline.pool import Outcome
 from pipeline.progress import Progress
+from pipeline.tokens import read_tokens
 from tests.models import Case, checkpoint, write_text
 from workers.errors import WorkerError
 from workers.worker import Worker
@@ -89,9 +90,6 @@ class LocalPool:
 
     def _fresh(self) -> _Slot:
         return _Slot(Worker("cpu", self._threads), ThreadPoolExecutor(1))
-
-    def start(self) -> list[str]:
-        return [slot.worker.ready() for slot in self._slots]
 
     def submit(self, worker: int, method: str, *arguments: Any) -> int:
         self.calls.append((worker, method, arguments))
@@ -176,7 +174,9 @@ def run_local(job: CompressionJob, pool: LocalPool | None = None, progress: Prog
     pool = LocalPool() if pool is None else pool
     try:
         source = open_model(job.spec.model.uri)
-        return Orchestrator(job, source, pool, "cpu", Events() if progress is None else progress).run()
+        return Orchestrator(
+            job, source, read_tokens(job, source), pool, "cpu", Events() if progress is None else progress
+        ).run()
     finally:
         pool.close()
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import torch
+from torch import Tensor
 
-from pydantic import Field
-
-from workers.compensation.none import NoCompensation
-from workers.compensation.rank import CountRank, EnergyRank, FractionRank, Rank
+from workers.calibration.statistics import InputStatistics
 from workers.compensation.result import CompensationResult
-from workers.compensation.svd import SVD
+from workers.compensation.svd import deflated, svd
+from workers.recipe.compensation import SVD, Compensation
 
-Compensation = Annotated[NoCompensation | SVD, Field(discriminator="kind")]
-"""How the error of quantization is compensated."""
+__all__ = ["CompensationResult", "anticipate", "compensate"]
 
-__all__ = [
-    "SVD",
-    "Compensation",
-    "CompensationResult",
-    "CountRank",
-    "EnergyRank",
-    "FractionRank",
-    "NoCompensation",
-    "Rank",
-]
+
+def anticipate(options: Compensation, statistics: InputStatistics, rows: int) -> InputStatistics:
+    """The statistics with which to quantize a layer of `rows` outputs, when this compensation will follow."""
+    return deflated(options, statistics, rows) if isinstance(options, SVD) and options.anticipates else statistics
+
+
+def compensate(
+    options: Compensation, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype
+) -> CompensationResult:
+    """The branch for `residual` [out, in] = W - Q that `options` ask for, factors stored in `dtype`; see `svd`."""
+    if isinstance(options, SVD):
+        return svd(options, residual, statistics, dtype)
+    return CompensationResult(low_rank=None, captured=0.0, singular_values=residual.new_zeros(0, dtype=torch.float64))

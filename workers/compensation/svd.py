@@ -13,123 +13,88 @@ solution under other names in ASER, Zhao et al. 2024, and EoRA, Liu et al. 2024)
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from kernels.formats import LowRank
 from workers.calibration.statistics import InputStatistics
-from workers.compensation.rank import EnergyRank, FractionRank, Rank
 from workers.compensation.result import CompensationResult
-from workers.config import Config
 from workers.quantization.inputs import checked_matrix, checked_statistics
 from workers.quantization.result import Fallback
+from workers.recipe.compensation import SVD
 
 
-class SVD(Config):
-    """Truncated singular value decomposition of the (whitened) residual."""
+def deflated(options: SVD, statistics: InputStatistics, rows: int) -> InputStatistics:
+    """The statistics with which to quantize a layer of `rows` outputs that this branch will follow.
 
-    kind: Literal["svd"] = "svd"
-    rank: Rank = Field(default_factory=lambda: FractionRank(fraction=0.1))
-    """Rank of the branch."""
-    whitening: Literal["none", "diagonal", "full"] = "full"
-    """The metric: none, the plain residual; diagonal, each input channel by its E[x^2]; full, the layer's output error on
-    the calibration tokens."""
-    damping: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the mean of E[x^2] that is added to each channel's: how much to trust directions that calibration saw
-    little of."""
+    A branch that reads the r leading eigenvectors of G removes any error along them, so only the rest of G is left to
+    the quantizer: G - anticipation * V_r diag(l_r) V_r^T. The leading ones, because what GPTQ pays is the sum of the
+    squared pivots of G's Cholesky factor, whose product is the determinant: no other r directions lower it as much.
+    (H-SVDQuant, 2026, deflates by the branch's own directions instead.) Layers may share a solve only if they have the
+    same rank. Raises ValueError for statistics that are not finite and for a rank that the layer is too small for.
+    """
+    if not options.anticipates:
+        return statistics
+    gram = checked_statistics(statistics, statistics.width).gram
+    values, vectors = torch.linalg.eigh(gram)
+    rank = options.rank.resolve(rows, statistics.width, values)
+    leading = vectors[:, -rank:]
+    taken = (leading * (options.anticipation * values[-rank:].clamp_min(0))) @ leading.T
+    return InputStatistics(gram=gram - taken, tokens=statistics.tokens)
 
-    anticipation: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """How far the quantizer leaves to the branch what the branch can do. 0: it minimizes its own error. 1: errors along
-    the strongest directions of the input, as many as the branch has ranks, cost it nothing. Needs full whitening and a
-    rank that is known in advance. The higher, the smaller the error with the branch and the larger without it."""
 
-    @model_validator(mode="after")
-    def _anticipates_what_it_does(self) -> SVD:
-        if self.anticipation and (self.whitening != "full" or isinstance(self.rank, EnergyRank)):
-            raise ValueError("anticipation: expected 0 unless whitening is full and rank is a fraction or a count")
-        return self
+def svd(
+    options: SVD, residual_target: Tensor, statistics: InputStatistics | None, dtype: torch.dtype
+) -> CompensationResult:
+    """The branch for `residual_target` [out, in] = W - Q, with factors stored in `dtype`; computed in float64.
 
-    def problem(self, rows: int, columns: int) -> str | None:
-        """Why a layer [rows, columns] cannot have such a branch, or None when it can."""
-        return self.rank.problem(rows, columns)
-
-    @property
-    def anticipates(self) -> bool:
-        """Whether `anticipate` changes the statistics."""
-        return self.anticipation > 0
-
-    def anticipate(self, statistics: InputStatistics, rows: int) -> InputStatistics:
-        """The statistics with which to quantize a layer of `rows` outputs that this branch will follow.
-
-        A branch that reads the r leading eigenvectors of G removes any error along them, so only the rest of G is left to
-        the quantizer: G - anticipation * V_r diag(l_r) V_r^T. The leading ones, because what GPTQ pays is the sum of the
-        squared pivots of G's Cholesky factor, whose product is the determinant: no other r directions lower it as much.
-        (H-SVDQuant, 2026, deflates by the branch's own directions instead.) Layers may share a solve only if they have the
-        same rank. Raises ValueError for statistics that are not finite and for a rank that the layer is too small for.
-        """
-        if not self.anticipates:
-            return statistics
-        gram = checked_statistics(statistics, statistics.width).gram
-        values, vectors = torch.linalg.eigh(gram)
-        rank = self.rank.resolve(rows, statistics.width, values)
-        leading = vectors[:, -rank:]
-        taken = (leading * (self.anticipation * values[-rank:].clamp_min(0))) @ leading.T
-        return InputStatistics(gram=gram - taken, tokens=statistics.tokens)
-
-    def solve(
-        self, residual_target: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype
-    ) -> CompensationResult:
-        """The branch for `residual_target` [out, in] = W - Q, with factors stored in `dtype`; computed in float64.
-
-        statistics: of the layer's input; None only when whitening is `none`. Recorded fallbacks: no token (plain SVD), a
-        residual of zero (no branch). Raises ValueError for a residual that is not a finite matrix, for statistics that are
-        absent, not finite or of another width, and for a rank that the layer is too small for.
-        """
-        residual = checked_matrix("residual", residual_target).double()
-        rows, columns = residual.shape
-        root, fallbacks = self._root(columns, statistics)
-        whitened = _times(residual, root)
-        energy = whitened.square().sum()
-        if not bool(energy > 0):
-            cause = "the residual is zero on every input that was seen: no branch"
-            return CompensationResult(
-                low_rank=None,
-                captured=1.0,
-                singular_values=energy.new_zeros(0),
-                fallbacks=(*fallbacks, Fallback(step="svd.residual", cause=cause)),
-            )
-        values, vectors = _spectrum(whitened)
-        low_rank = _factors(vectors[:, : self.rank.resolve(rows, columns, values)], residual, dtype)
-        left = whitened - low_rank.up.double() @ _times(low_rank.down.double(), root)
+    statistics: of the layer's input; None only when whitening is `none`. Recorded fallbacks: no token (plain SVD), a
+    residual of zero (no branch). Raises ValueError for a residual that is not a finite matrix, for statistics that are
+    absent, not finite or of another width, and for a rank that the layer is too small for.
+    """
+    residual = checked_matrix("residual", residual_target).double()
+    rows, columns = residual.shape
+    root, fallbacks = _root(options, columns, statistics)
+    whitened = _times(residual, root)
+    energy = whitened.square().sum()
+    if not bool(energy > 0):
+        cause = "the residual is zero on every input that was seen: no branch"
         return CompensationResult(
-            low_rank=low_rank,
-            captured=1 - float(left.square().sum() / energy),
-            singular_values=values,
-            fallbacks=fallbacks,
+            low_rank=None,
+            captured=1.0,
+            singular_values=energy.new_zeros(0),
+            fallbacks=(*fallbacks, Fallback(step="svd.residual", cause=cause)),
         )
+    values, vectors = _spectrum(whitened)
+    low_rank = _factors(vectors[:, : options.rank.resolve(rows, columns, values)], residual, dtype)
+    left = whitened - low_rank.up.double() @ _times(low_rank.down.double(), root)
+    return CompensationResult(
+        low_rank=low_rank,
+        captured=1 - float(left.square().sum() / energy),
+        singular_values=values,
+        fallbacks=fallbacks,
+    )
 
-    def _root(self, columns: int, statistics: InputStatistics | None) -> tuple[Tensor | None, tuple[Fallback, ...]]:
-        """A root R of the metric, G = R R^T: [in, in], its diagonal [in], or None for the identity."""
-        if self.whitening == "none":
-            return None, ()
-        gram = checked_statistics(statistics, columns).mean_gram()
-        power = gram.diagonal()
-        if not bool((power > 0).any()):
-            return None, (Fallback(step="svd.tokens", cause="no calibration token arrived: plain residual"),)
-        floor = self.damping * power.mean()
-        if self.whitening == "diagonal":
-            return (power + floor).sqrt(), ()
-        damped = gram.clone()
-        damped.diagonal().add_(floor)
-        root, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed):
-            # Fewer tokens than channels: semidefinite, so no Cholesky factor, but a root all the same.
-            values, vectors = torch.linalg.eigh(damped)
-            root = vectors * values.clamp_min(0).sqrt()
-        return root, ()
+
+def _root(options: SVD, columns: int, statistics: InputStatistics | None) -> tuple[Tensor | None, tuple[Fallback, ...]]:
+    """A root R of the metric, G = R R^T: [in, in], its diagonal [in], or None for the identity."""
+    if options.whitening == "none":
+        return None, ()
+    gram = checked_statistics(statistics, columns).mean_gram()
+    power = gram.diagonal()
+    if not bool((power > 0).any()):
+        return None, (Fallback(step="svd.tokens", cause="no calibration token arrived: plain residual"),)
+    floor = options.damping * power.mean()
+    if options.whitening == "diagonal":
+        return (power + floor).sqrt(), ()
+    damped = gram.clone()
+    damped.diagonal().add_(floor)
+    root, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        # Fewer tokens than channels: semidefinite, so no Cholesky factor, but a root all the same.
+        values, vectors = torch.linalg.eigh(damped)
+        root = vectors * values.clamp_min(0).sqrt()
+    return root, ()
 
 
 def _times(matrix: Tensor, root: Tensor | None) -> Tensor:

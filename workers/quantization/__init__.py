@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import torch
+from torch import Tensor
 
-from pydantic import Field
-
-from workers.quantization.gptq import GPTQ
-from workers.quantization.grid import AbsoluteMaximum, Grid, MeanSquare, ScaleSearch, WeightFormat
+from workers.calibration.statistics import InputStatistics
+from workers.quantization.gptq import gptq
+from workers.quantization.grid import Grid, fit
 from workers.quantization.result import Fallback, QuantizationResult
-from workers.quantization.rtn import RTN
+from workers.quantization.rtn import rtn
+from workers.recipe.weights import RTN, Quantizer, WeightFormat
 
-Quantizer = Annotated[RTN | GPTQ, Field(discriminator="kind")]
-"""How codes are chosen."""
+__all__ = ["Fallback", "Grid", "QuantizationResult", "fit", "quantize"]
 
-__all__ = [
-    "GPTQ",
-    "RTN",
-    "AbsoluteMaximum",
-    "Fallback",
-    "Grid",
-    "MeanSquare",
-    "QuantizationResult",
-    "Quantizer",
-    "ScaleSearch",
-    "WeightFormat",
-]
+
+def quantize(
+    options: Quantizer,
+    weight: Tensor,
+    statistics: InputStatistics | None,
+    format: WeightFormat,
+    *,
+    scale_dtype: torch.dtype,
+) -> QuantizationResult:
+    """Codes of `weight` [out, in] as `options` ask. Arguments and errors: see `gptq` and `rtn`."""
+    if isinstance(options, RTN):
+        return rtn(options, weight, statistics, format, scale_dtype)
+    return gptq(options, weight, statistics, format, scale_dtype)

@@ -16,97 +16,79 @@ make up for, hence the importance of column j in the search for scales.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from workers.calibration.statistics import InputStatistics
-from workers.config import Config
 from workers.quantization.columns import Columns, Metric
-from workers.quantization.grid import MeanSquare, ScaleSearch, WeightFormat
+from workers.quantization.grid import fit
 from workers.quantization.inputs import checked_matrix, checked_statistics
 from workers.quantization.result import Fallback, QuantizationResult
+from workers.recipe.weights import GPTQ, WeightFormat
 
 _DAMPING_ATTEMPTS = 4  # the damping that was asked for, then three times ten times more
 _DAMPING_STEP = 10.0
 
 
-class GPTQ(Config):
-    """Rounding with error feedback through the second moments of the layer's input, then coordinate descent."""
+def gptq(
+    options: GPTQ, weight: Tensor, statistics: InputStatistics | None, format: WeightFormat, scale_dtype: torch.dtype
+) -> QuantizationResult:
+    """Codes of `weight` [out, in] with the smallest ||(W - Q) X||^2 that this greedy order finds.
 
-    kind: Literal["gptq"] = "gptq"
-    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Share of a typical channel's E[x^2] (the median over those that had input) that is added to every channel's: what
-    calibration did not see. The usual mean is not typical: outlier channels make it larger than most channels' own."""
-    act_order: bool = True
-    """Whether columns are rounded in the order of decreasing E[x^2], so that the strongest still have all others to pass
-    their error to. Groups keep their place and their scales: stored tensors are not permuted."""
-    block_size: Annotated[int, Field(strict=True, ge=1, le=4096)] = 64
-    """Columns between two updates of all columns to come; a matter of speed, the result is the same up to rounding."""
-    refinement: Annotated[int, Field(strict=True, ge=0, le=100)] = 2
-    """Passes of coordinate descent over the columns after GPTQ."""
-    scale: ScaleSearch = Field(default_factory=MeanSquare)
-    """How scales are chosen."""
+    Rows are independent, so layers that share an input may be stacked along `out`. Factorization in float64, the
+    loop over columns in float32. Recorded fallbacks: no token (round to nearest), columns whose input was always
+    zero (rounded to nearest), damping raised, no Cholesky factor at any damping (round to nearest). Raises ValueError
+    for a weight that is not a finite matrix, that groups do not tile, or whose scales do not fit `scale_dtype`, and for
+    statistics that are absent, not finite or of another width.
+    """
+    matrix = checked_matrix("weight", weight)
+    hessian = checked_statistics(statistics, matrix.shape[1]).mean_gram()
+    power = hessian.diagonal()
+    order = power.argsort(descending=True, stable=True)
+    if not options.act_order:
+        order = order.sort().values
+    dead = int((power <= 0).sum())
+    if dead == len(power):
+        no_token = Fallback(step="gptq.tokens", cause="no calibration token arrived: rounded to nearest")
+        return _round(options, matrix, format, scale_dtype, no_token)
+    fallbacks: list[Fallback] = []
+    if dead:
+        cause = f"{dead} of {len(power)} columns: no input but zero was seen: rounded to nearest"
+        fallbacks.append(Fallback(step="gptq.dead_columns", cause=cause))
+    metric = _factorize(options.damping, hessian, order, fallbacks)
+    if metric is None:
+        return _round(options, matrix, format, scale_dtype, *fallbacks)
+    importance = torch.empty_like(power).index_copy_(0, order, metric.root.diagonal().square()).float()
+    grid = fit(options.scale, matrix, format, scale_dtype, importance)
+    columns = Columns(matrix, grid, order)
+    codes = columns.feed_back(metric, options.block_size)
+    codes = columns.descend(metric, codes, options.refinement, options.block_size)
+    return QuantizationResult(weight=grid.with_codes(columns.restore(codes)), fallbacks=tuple(fallbacks))
 
-    def solve(
-        self, weight: Tensor, statistics: InputStatistics | None, format: WeightFormat, *, scale_dtype: torch.dtype
-    ) -> QuantizationResult:
-        """Codes of `weight` [out, in] with the smallest ||(W - Q) X||^2 that this greedy order finds.
 
-        Rows are independent, so layers that share an input may be stacked along `out`. Factorization in float64, the
-        loop over columns in float32. Recorded fallbacks: no token (round to nearest), columns whose input was always
-        zero (rounded to nearest), damping raised, no Cholesky factor at any damping (round to nearest). Raises ValueError
-        for a weight that is not a finite matrix, that groups do not tile, or whose scales do not fit `scale_dtype`, and for
-        statistics that are absent, not finite or of another width.
-        """
-        matrix = checked_matrix("weight", weight)
-        hessian = checked_statistics(statistics, matrix.shape[1]).mean_gram()
-        power = hessian.diagonal()
-        order = power.argsort(descending=True, stable=True)
-        if not self.act_order:
-            order = order.sort().values
-        dead = int((power <= 0).sum())
-        if dead == len(power):
-            no_token = Fallback(step="gptq.tokens", cause="no calibration token arrived: rounded to nearest")
-            return self._round(matrix, format, scale_dtype, no_token)
-        fallbacks: list[Fallback] = []
-        if dead:
-            cause = f"{dead} of {len(power)} columns: no input but zero was seen: rounded to nearest"
-            fallbacks.append(Fallback(step="gptq.dead_columns", cause=cause))
-        metric = self._factorize(hessian, order, fallbacks)
-        if metric is None:
-            return self._round(matrix, format, scale_dtype, *fallbacks)
-        importance = torch.empty_like(power).index_copy_(0, order, metric.root.diagonal().square()).float()
-        grid = self.scale.fit(matrix, format, scale_dtype, importance)
-        columns = Columns(matrix, grid, order)
-        codes = columns.feed_back(metric, self.block_size)
-        codes = columns.descend(metric, codes, self.refinement, self.block_size)
-        return QuantizationResult(weight=grid.with_codes(columns.restore(codes)), fallbacks=tuple(fallbacks))
+def _factorize(damping_asked: float, hessian: Tensor, order: Tensor, fallbacks: list[Fallback]) -> Metric | None:
+    """The damped metric in rounding order, or None when no damping makes it positive definite in float64."""
+    permuted = hessian[order][:, order]
+    power = permuted.diagonal()
+    typical = power[power > 0].median()
+    for attempt in range(_DAMPING_ATTEMPTS):
+        damping = damping_asked * _DAMPING_STEP**attempt
+        damped = permuted.clone()
+        damped.diagonal().add_(typical * damping)
+        # Reversed order turns the lower factor that LAPACK computes into the upper one.
+        root, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failed):
+            if attempt:
+                cause = f"no Cholesky factor at {damping_asked:g}: raised to {damping:g}"
+                fallbacks.append(Fallback(step="gptq.damping", cause=cause))
+            return Metric(hessian=damped, root=root.flip(0, 1))
+    cause = f"no Cholesky factor up to a damping of {damping:g}: rounded to nearest"
+    fallbacks.append(Fallback(step="gptq.cholesky", cause=cause))
+    return None
 
-    def _factorize(self, hessian: Tensor, order: Tensor, fallbacks: list[Fallback]) -> Metric | None:
-        """The damped metric in rounding order, or None when no damping makes it positive definite in float64."""
-        permuted = hessian[order][:, order]
-        power = permuted.diagonal()
-        typical = power[power > 0].median()
-        for attempt in range(_DAMPING_ATTEMPTS):
-            damping = self.damping * _DAMPING_STEP**attempt
-            damped = permuted.clone()
-            damped.diagonal().add_(typical * damping)
-            # Reversed order turns the lower factor that LAPACK computes into the upper one.
-            root, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if not int(failed):
-                if attempt:
-                    cause = f"no Cholesky factor at {self.damping:g}: raised to {damping:g}"
-                    fallbacks.append(Fallback(step="gptq.damping", cause=cause))
-                return Metric(hessian=damped, root=root.flip(0, 1))
-        cause = f"no Cholesky factor up to a damping of {damping:g}: rounded to nearest"
-        fallbacks.append(Fallback(step="gptq.cholesky", cause=cause))
-        return None
 
-    def _round(
-        self, weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype, *fallbacks: Fallback
-    ) -> QuantizationResult:
-        grid = self.scale.fit(weight, format, scale_dtype, None)
-        return QuantizationResult(weight=grid.round(weight), fallbacks=fallbacks)
+def _round(
+    options: GPTQ, weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype, *fallbacks: Fallback
+) -> QuantizationResult:
+    grid = fit(options.scale, weight, format, scale_dtype, None)
+    return QuantizationResult(weight=grid.round(weight), fallbacks=fallbacks)

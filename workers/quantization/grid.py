@@ -8,50 +8,16 @@ with them, zero points included, so what is searched and solved with is what wil
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from kernels.formats import QuantizedWeight
-from workers.config import Config
+from workers.recipe.weights import AbsoluteMaximum, MeanSquare, ScaleSearch, WeightFormat
 
 _STRIDE = 4
 """Every fourth candidate is tried first, then the three on either side of the best. On the reference model this costs 0.1%
 of the output error against trying all of them, for 16 trials instead of 40 (20 candidates, both signs)."""
-
-
-class WeightFormat(Config):
-    """The grid of a quantized weight."""
-
-    bits: Literal[2, 3, 4, 8] = 4
-    """Bits of a code."""
-    group_size: Annotated[int, Field(strict=True, gt=0, multiple_of=32)] | None = None
-    """Input columns that share a scale, a multiple of 32; null: one scale per output channel."""
-    symmetric: bool = True
-    """Whether the grid is centred on zero; otherwise each group has a zero point of its own."""
-
-    @property
-    def lowest(self) -> int:
-        """The smallest code."""
-        return -(1 << (self.bits - 1))
-
-    @property
-    def highest(self) -> int:
-        """The largest code."""
-        return (1 << (self.bits - 1)) - 1
-
-    def columns_per_group(self, columns: int) -> int:
-        """Columns that share a scale in a weight of this width.
-
-        ValueError when groups do not tile it: stock loaders (compressed-tensors 0.20) refuse a ragged last group.
-        """
-        if self.group_size is None:
-            return columns
-        if columns % self.group_size:
-            raise ValueError(f"weight: {columns} input columns: expected a multiple of group_size {self.group_size}")
-        return self.group_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,118 +51,87 @@ class Grid:
         )
 
 
-class AbsoluteMaximum(Config):
-    """The smallest scale that moves no value by more than half a step: the whole range of the group is covered."""
+def fit(
+    search: ScaleSearch, weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype, importance: Tensor | None
+) -> Grid:
+    """The grid of `weight` [out, in] float32, its scales rounded to `scale_dtype`.
 
-    kind: Literal["absmax"] = "absmax"
-
-    @property
-    def weighted(self) -> bool:
-        """False: nothing is searched, so the importance of a column has no say."""
-        return False
-
-    def fit(self, weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype, importance: Tensor | None) -> Grid:
-        """The grid of `weight` [out, in] float32; `importance` has no say."""
-        del importance
-        groups = weight.unflatten(1, (-1, format.columns_per_group(weight.shape[1])))
-        scale, zero = _cover(*_range(groups, format), format, scale_dtype)
-        return _grid(scale, zero, format)
-
-
-class MeanSquare(Config):
-    """The scale with the smallest error of rounding and clipping, among candidates that give up part of the range.
-
-    Candidates are evenly spaced multiples, 1 - shrink .. 1, of the range that `absmax` covers; the error of a group is
-    sum_j importance_j * |q(w_j) - w_j|**norm.
+    importance: [in] float32, non-negative; it has a say when the search is weighted, and None then means that all columns
+    are alike (the quantizers say so in a `Fallback`). ValueError for groups that do not tile the weight and for a scale
+    that does not fit its dtype.
     """
-
-    kind: Literal["mse"] = "mse"
-    norm: Annotated[float, Field(gt=0, le=8)] = 2.0
-    """Exponent of the rounding error. 2 is the exponent of the output error; others cost a power per element."""
-    candidates: Annotated[int, Field(strict=True, ge=2, le=1000)] = 20
-    """How many ranges are tried, for each sign."""
-    shrink: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """The share of the range that the boldest candidate gives up."""
-    weighted: bool = True
-    """Whether a column counts by what its rounding errors cost. RTN: E[x^2] of its input. GPTQ: the part of E[x^2] that
-    the columns rounded after it cannot make up for."""
-    signed: bool = True
-    """Whether a symmetric scale may be negative. Codes reach one step further down than up; the sign decides which end of
-    the group gets that step. Costs nothing at inference; no effect on an asymmetric grid."""
-
-    def fit(self, weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype, importance: Tensor | None) -> Grid:
-        """The grid of `weight` [out, in] float32.
-
-        importance: [in] float32, non-negative; it has a say when `weighted`, and None then means that all columns are
-        alike (the quantizers say so in a `Fallback`).
-        """
-        width = format.columns_per_group(weight.shape[1])
-        counts = None
-        if self.weighted and importance is not None:
-            # Only ratios matter; a mean of one keeps float32 sums in range whatever the units of the input.
-            mean = importance.mean().clamp_min(torch.finfo(torch.float32).tiny)
-            counts = (importance / mean).unflatten(0, (-1, width))
-        parts = [
-            self._search(rows.unflatten(1, (-1, width)), counts, format, scale_dtype)
-            for rows in weight.split(max(1, _chunk_elements(weight.device) // weight.shape[1]))
-        ]
-        return _grid(torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts]), format)
-
-    def _search(
-        self, groups: Tensor, counts: Tensor | None, format: WeightFormat, scale_dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Scale (stored dtype) and zero point (float32) of `groups` [rows, groups, columns], each [rows, groups, 1]."""
-        low, high = _range(groups, format)
-        workspace = torch.empty_like(groups), torch.empty_like(groups)
-
-        def place(index: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
-            factor = 1 - self.shrink * index / (self.candidates - 1)
-            scale, zero = _cover(low * factor, high * factor, format, scale_dtype)
-            return (scale * sign).to(scale_dtype), zero
-
-        index, sign, least = torch.zeros_like(low), torch.ones_like(low), torch.full_like(low, torch.inf)
-
-        def consider(index_tried: Tensor, sign_tried: Tensor) -> None:
-            nonlocal index, sign, least
-            error = self._error(groups, counts, *place(index_tried, sign_tried), format, workspace)
-            better = error < least
-            index, sign = torch.where(better, index_tried, index), torch.where(better, sign_tried, sign)
-            least = torch.where(better, error, least)
-
-        for direction in (1, -1) if self.signed and format.symmetric else (1,):
-            for tried in range(0, self.candidates, _STRIDE):
-                consider(torch.full_like(low, tried), torch.full_like(low, direction))
-        coarse = index
-        for offset in (offset for near in range(1, _STRIDE) for offset in (-near, near)):
-            consider((coarse + offset).clamp_(0, self.candidates - 1), sign)
-        return place(index, sign)
-
-    def _error(
-        self,
-        groups: Tensor,
-        counts: Tensor | None,
-        scale: Tensor,
-        zero: Tensor,
-        format: WeightFormat,
-        workspace: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """What rounding `groups` to this grid costs each group, [rows, groups, 1]."""
-        exact, error = workspace
-        step = scale.float()
-        torch.div(groups, step, out=exact)
-        torch.round(exact, out=error)
-        if format.symmetric:
-            error.clamp_(format.lowest, format.highest)
-        else:
-            error.clamp_(format.lowest - zero, format.highest - zero)
-        error.sub_(exact)
-        error = error.square_() if self.norm == 2 else error.abs_().pow_(self.norm)
-        total = (error if counts is None else error.mul_(counts)).sum(-1, keepdim=True)
-        return total.mul_(step.abs().pow(self.norm))
+    width = format.columns_per_group(weight.shape[1])
+    if isinstance(search, AbsoluteMaximum):
+        groups = weight.unflatten(1, (-1, width))
+        return _grid(*_cover(*_range(groups, format), format, scale_dtype), format)
+    counts = None
+    if search.weighted and importance is not None:
+        # Only ratios matter; a mean of one keeps float32 sums in range whatever the units of the input.
+        mean = importance.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        counts = (importance / mean).unflatten(0, (-1, width))
+    parts = [
+        _search(search, rows.unflatten(1, (-1, width)), counts, format, scale_dtype)
+        for rows in weight.split(max(1, _chunk_elements(weight.device) // weight.shape[1]))
+    ]
+    return _grid(torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts]), format)
 
 
-ScaleSearch = Annotated[AbsoluteMaximum | MeanSquare, Field(discriminator="kind")]
-"""How the scales of a grid are chosen."""
+def _search(
+    search: MeanSquare,
+    groups: Tensor,
+    counts: Tensor | None,
+    format: WeightFormat,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Scale (stored dtype) and zero point (float32) of `groups` [rows, groups, columns], each [rows, groups, 1]."""
+    low, high = _range(groups, format)
+    workspace = torch.empty_like(groups), torch.empty_like(groups)
+
+    def place(index: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+        factor = 1 - search.shrink * index / (search.candidates - 1)
+        scale, zero = _cover(low * factor, high * factor, format, scale_dtype)
+        return (scale * sign).to(scale_dtype), zero
+
+    index, sign, least = torch.zeros_like(low), torch.ones_like(low), torch.full_like(low, torch.inf)
+
+    def consider(index_tried: Tensor, sign_tried: Tensor) -> None:
+        nonlocal index, sign, least
+        error = _error(search.norm, groups, counts, *place(index_tried, sign_tried), format, workspace)
+        better = error < least
+        index, sign = torch.where(better, index_tried, index), torch.where(better, sign_tried, sign)
+        least = torch.where(better, error, least)
+
+    for direction in (1, -1) if search.signed and format.symmetric else (1,):
+        for tried in range(0, search.candidates, _STRIDE):
+            consider(torch.full_like(low, tried), torch.full_like(low, direction))
+    coarse = index
+    for offset in (offset for near in range(1, _STRIDE) for offset in (-near, near)):
+        consider((coarse + offset).clamp_(0, search.candidates - 1), sign)
+    return place(index, sign)
+
+
+def _error(
+    norm: float,
+    groups: Tensor,
+    counts: Tensor | None,
+    scale: Tensor,
+    zero: Tensor,
+    format: WeightFormat,
+    workspace: tuple[Tensor, Tensor],
+) -> Tensor:
+    """What rounding `groups` to this grid costs each group, [rows, groups, 1]."""
+    exact, error = workspace
+    step = scale.float()
+    torch.div(groups, step, out=exact)
+    torch.round(exact, out=error)
+    if format.symmetric:
+        error.clamp_(format.lowest, format.highest)
+    else:
+        error.clamp_(format.lowest - zero, format.highest - zero)
+    error.sub_(exact)
+    error = error.square_() if norm == 2 else error.abs_().pow_(norm)
+    total = (error if counts is None else error.mul_(counts)).sum(-1, keepdim=True)
+    return total.mul_(step.abs().pow(norm))
 
 
 def _range(groups: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:

@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from workers.calibration.statistics import InputStatistics
-from workers.config import Config
-from workers.quantization.grid import AbsoluteMaximum, ScaleSearch, WeightFormat
+from workers.quantization.grid import fit
 from workers.quantization.inputs import checked_matrix, checked_statistics
 from workers.quantization.result import Fallback, QuantizationResult
+from workers.recipe.weights import RTN, WeightFormat
 
 
-class RTN(Config):
-    """Round to nearest. Needs no calibration unless its scale search is weighted."""
+def rtn(
+    options: RTN, weight: Tensor, statistics: InputStatistics | None, format: WeightFormat, scale_dtype: torch.dtype
+) -> QuantizationResult:
+    """Codes of `weight` [out, in] on the searched grid.
 
-    kind: Literal["rtn"] = "rtn"
-    scale: ScaleSearch = Field(default_factory=AbsoluteMaximum)
-    """How scales are chosen."""
-
-    def solve(
-        self, weight: Tensor, statistics: InputStatistics | None, format: WeightFormat, *, scale_dtype: torch.dtype
-    ) -> QuantizationResult:
-        """Codes of `weight` [out, in] on the searched grid.
-
-        statistics: of the layer's input, [in]; None only when the scale search is not weighted. Without a token the
-        search is unweighted, which the result records. Raises ValueError for a weight that is not a finite matrix, that
-        groups do not tile, or whose scales do not fit `scale_dtype`.
-        """
-        matrix = checked_matrix("weight", weight)
-        importance = None
-        fallbacks: tuple[Fallback, ...] = ()
-        if self.scale.weighted:
-            gram = checked_statistics(statistics, matrix.shape[1]).mean_gram()
-            importance = gram.diagonal().float()
-            if not bool((importance > 0).any()):
-                importance = None
-                fallbacks = (Fallback(step="rtn.scale", cause="no calibration token arrived: unweighted scales"),)
-        grid = self.scale.fit(matrix, format, scale_dtype, importance)
-        return QuantizationResult(weight=grid.round(matrix), fallbacks=fallbacks)
+    statistics: of the layer's input, [in]; None only when the scale search is not weighted. Without a token the
+    search is unweighted, which the result records. Raises ValueError for a weight that is not a finite matrix, that
+    groups do not tile, or whose scales do not fit `scale_dtype`.
+    """
+    matrix = checked_matrix("weight", weight)
+    importance = None
+    fallbacks: tuple[Fallback, ...] = ()
+    if options.scale.weighted:
+        gram = checked_statistics(statistics, matrix.shape[1]).mean_gram()
+        importance = gram.diagonal().float()
+        if not bool((importance > 0).any()):
+            importance = None
+            fallbacks = (Fallback(step="rtn.scale", cause="no calibration token arrived: unweighted scales"),)
+    grid = fit(options.scale, matrix, format, scale_dtype, importance)
+    return QuantizationResult(weight=grid.round(matrix), fallbacks=fallbacks)

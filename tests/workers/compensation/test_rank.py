@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from workers.compensation import CountRank, EnergyRank, FractionRank, Rank
+from workers.recipe import CountRank, EnergyRank, FractionRank, Rank
 
 NONE = torch.zeros(0)
 

@@ -10,9 +10,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from workers.calibration.statistics import InputStatistics
-from workers.compensation import SVD, Compensation, CountRank, EnergyRank, NoCompensation
+from workers.compensation import anticipate, compensate
 from workers.compensation.result import CompensationResult
-from workers.quantization import GPTQ, WeightFormat
+from workers.quantization import quantize
+from workers.recipe import GPTQ, SVD, Compensation, CountRank, EnergyRank, NoCompensation, WeightFormat
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 
@@ -33,7 +34,7 @@ def problem(rows: int, columns: int, seed: int = 0, tokens: int = 400) -> tuple[
 
 def solve(residual: Tensor, statistics: InputStatistics | None, rank: int = 5, **options: object) -> CompensationResult:
     compensation = SVD.model_validate({"rank": {"count": rank}, **options})
-    return compensation.solve(residual, statistics, dtype=torch.float64)
+    return compensate(compensation, residual, statistics, dtype=torch.float64)
 
 
 def product(result: CompensationResult) -> Tensor:
@@ -169,7 +170,7 @@ def test_damping_leads_from_the_whitened_to_the_plain_solution() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_factors_in_the_stored_dtype_lose_almost_nothing(dtype: torch.dtype) -> None:
     residual, statistics = problem(64, 96)
-    stored = SVD(rank=CountRank(count=8)).solve(residual, statistics, dtype=dtype)
+    stored = compensate(SVD(rank=CountRank(count=8)), residual, statistics, dtype=dtype)
     assert stored.low_rank is not None
     assert stored.low_rank.up.dtype == stored.low_rank.down.dtype == dtype
     assert stored.low_rank.up.is_contiguous()
@@ -182,14 +183,14 @@ def test_factors_in_the_stored_dtype_lose_almost_nothing(dtype: torch.dtype) -> 
 def test_residuals_of_any_size_fit_float16(size: float) -> None:
     residual, statistics = problem(24, 40)
     exact = solve(residual, statistics)
-    stored = SVD(rank=CountRank(count=5)).solve(residual * size, statistics, dtype=torch.float16)
+    stored = compensate(SVD(rank=CountRank(count=5)), residual * size, statistics, dtype=torch.float16)
     assert stored.captured == pytest.approx(exact.captured, abs=1e-3)
 
 
 def test_energy_sets_the_rank() -> None:
     residual, statistics = problem(24, 40)
     for energy in (0.3, 0.6, 0.9):
-        result = SVD(rank=EnergyRank(energy=energy)).solve(residual, statistics, dtype=torch.float32)
+        result = compensate(SVD(rank=EnergyRank(energy=energy)), residual, statistics, dtype=torch.float32)
         values = result.singular_values
         share = values.cumsum(0) / values.sum()
         assert share[result.rank - 1] >= energy
@@ -217,9 +218,9 @@ def test_nothing_to_put_back() -> None:
 def test_no_compensation_adds_nothing() -> None:
     residual, statistics = problem(24, 40)
     none = NoCompensation()
-    result = none.solve(residual, statistics, dtype=torch.float32)
+    result = compensate(none, residual, statistics, dtype=torch.float32)
     assert (result.low_rank, result.rank, result.captured, result.fallbacks) == (None, 0, 0.0, ())
-    assert none.anticipate(statistics, 24) is statistics
+    assert anticipate(none, statistics, 24) is statistics
     assert none.problem(1, 1) is None
 
 
@@ -247,9 +248,9 @@ def test_a_rank_that_does_not_fit_is_known_before_solving() -> None:
 def test_anticipation_takes_the_leading_directions_from_the_metric() -> None:
     _, statistics = problem(24, 40)
     values = torch.linalg.eigvalsh(statistics.gram)
-    assert SVD().anticipate(statistics, 24) is statistics
+    assert anticipate(SVD(), statistics, 24) is statistics
     for share in (0.5, 1.0):
-        left = SVD(rank=CountRank(count=7), anticipation=share).anticipate(statistics, 24)
+        left = anticipate(SVD(rank=CountRank(count=7), anticipation=share), statistics, 24)
         expected = torch.cat([values[:-7], (1 - share) * values[-7:]]).sort().values
         assert torch.allclose(torch.linalg.eigvalsh(left.gram), expected, atol=1e-9 * float(values[-1]))
         assert left.tokens == statistics.tokens
@@ -262,10 +263,10 @@ def test_anticipation_pays_with_the_branch_and_costs_without_it() -> None:
         metric = statistics.mean_gram()
         for share, sums in totals.items():
             compensation = SVD(rank=CountRank(count=8), anticipation=share)
-            foreseen = compensation.anticipate(statistics, 64)
-            solved = GPTQ().solve(weight, foreseen, WeightFormat(), scale_dtype=torch.float32).weight
+            foreseen = anticipate(compensation, statistics, 64)
+            solved = quantize(GPTQ(), weight, foreseen, WeightFormat(), scale_dtype=torch.float32).weight
             residual = weight - solved.dequantize()
-            branch = product(compensation.solve(residual, statistics, dtype=torch.float64))
+            branch = product(compensate(compensation, residual, statistics, dtype=torch.float64))
             sums[0] += loss(residual - branch, metric)
             sums[1] += loss(residual, metric)
     assert totals[1.0][0] < totals[0.9][0] < 0.95 * totals[0.0][0]

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from workers.compensation import Compensation, NoCompensation
 from workers.config import Config
-from workers.quantization import GPTQ, Quantizer, WeightFormat
+from workers.recipe.compensation import Compensation, NoCompensation
+from workers.recipe.weights import GPTQ, Quantizer, WeightFormat
 
 
 class Weights(WeightFormat):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
-from torch import Tensor
 
 from workers.config import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FractionRank(Config):

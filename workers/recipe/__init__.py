@@ -1,0 +1,31 @@
+"""Recipes: everything that a manifest can ask of a layer, as values. No torch here, so that a wrong manifest is refused
+before anything heavy is imported."""
+
+from __future__ import annotations
+
+from workers.recipe.compensation import SVD, Compensation, NoCompensation
+from workers.recipe.rank import CountRank, EnergyRank, FractionRank, Rank
+from workers.recipe.recipe import Activations, ModuleRecipe, Override, Recipe, Weights
+from workers.recipe.weights import GPTQ, RTN, AbsoluteMaximum, MeanSquare, Quantizer, ScaleSearch, WeightFormat
+
+__all__ = [
+    "GPTQ",
+    "RTN",
+    "SVD",
+    "AbsoluteMaximum",
+    "Activations",
+    "Compensation",
+    "CountRank",
+    "EnergyRank",
+    "FractionRank",
+    "MeanSquare",
+    "ModuleRecipe",
+    "NoCompensation",
+    "Override",
+    "Quantizer",
+    "Rank",
+    "Recipe",
+    "ScaleSearch",
+    "WeightFormat",
+    "Weights",
+]

@@ -1,0 +1,111 @@
+"""What a manifest can ask of the weights: their grid, the search for its scales, the quantizer that chooses the codes.
+
+Options only, without torch: `workers/quantization` computes with them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from workers.config import Config
+
+
+class WeightFormat(Config):
+    """The grid of a quantized weight."""
+
+    bits: Literal[2, 3, 4, 8] = 4
+    """Bits of a code."""
+    group_size: Annotated[int, Field(strict=True, gt=0, multiple_of=32)] | None = None
+    """Input columns that share a scale, a multiple of 32; null: one scale per output channel."""
+    symmetric: bool = True
+    """Whether the grid is centred on zero; otherwise each group has a zero point of its own."""
+
+    @property
+    def lowest(self) -> int:
+        """The smallest code."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """The largest code."""
+        return (1 << (self.bits - 1)) - 1
+
+    def columns_per_group(self, columns: int) -> int:
+        """Columns that share a scale in a weight of this width.
+
+        ValueError when groups do not tile it: stock loaders (compressed-tensors 0.20) refuse a ragged last group.
+        """
+        if self.group_size is None:
+            return columns
+        if columns % self.group_size:
+            raise ValueError(f"weight: {columns} input columns: expected a multiple of group_size {self.group_size}")
+        return self.group_size
+
+
+class AbsoluteMaximum(Config):
+    """The smallest scale that moves no value by more than half a step: the whole range of the group is covered."""
+
+    kind: Literal["absmax"] = "absmax"
+
+    @property
+    def weighted(self) -> bool:
+        """False: nothing is searched, so the importance of a column has no say."""
+        return False
+
+
+class MeanSquare(Config):
+    """The scale with the smallest error of rounding and clipping, among candidates that give up part of the range.
+
+    Candidates are evenly spaced multiples, 1 - shrink .. 1, of the range that `absmax` covers; the error of a group is
+    sum_j importance_j * |q(w_j) - w_j|**norm.
+    """
+
+    kind: Literal["mse"] = "mse"
+    norm: Annotated[float, Field(gt=0, le=8)] = 2.0
+    """Exponent of the rounding error. 2 is the exponent of the output error; others cost a power per element."""
+    candidates: Annotated[int, Field(strict=True, ge=2, le=1000)] = 20
+    """How many ranges are tried, for each sign."""
+    shrink: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """The share of the range that the boldest candidate gives up."""
+    weighted: bool = True
+    """Whether a column counts by what its rounding errors cost. RTN: E[x^2] of its input. GPTQ: the part of E[x^2] that
+    the columns rounded after it cannot make up for."""
+    signed: bool = True
+    """Whether a symmetric scale may be negative. Codes reach one step further down than up; the sign decides which end of
+    the group gets that step. Costs nothing at inference; no effect on an asymmetric grid."""
+
+
+ScaleSearch = Annotated[AbsoluteMaximum | MeanSquare, Field(discriminator="kind")]
+"""How the scales of a grid are chosen."""
+
+
+class RTN(Config):
+    """Round to nearest. Needs no calibration unless its scale search is weighted."""
+
+    kind: Literal["rtn"] = "rtn"
+    scale: ScaleSearch = Field(default_factory=AbsoluteMaximum)
+    """How scales are chosen."""
+
+
+class GPTQ(Config):
+    """Rounding with error feedback through the second moments of the layer's input, then coordinate descent."""
+
+    kind: Literal["gptq"] = "gptq"
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Share of a typical channel's E[x^2] (the median over those that had input) that is added to every channel's: what
+    calibration did not see. The usual mean is not typical: outlier channels make it larger than most channels' own."""
+    act_order: bool = True
+    """Whether columns are rounded in the order of decreasing E[x^2], so that the strongest still have all others to pass
+    their error to. Groups keep their place and their scales: stored tensors are not permuted."""
+    block_size: Annotated[int, Field(strict=True, ge=1, le=4096)] = 64
+    """Columns between two updates of all columns to come; a matter of speed, the result is the same up to rounding."""
+    refinement: Annotated[int, Field(strict=True, ge=0, le=100)] = 2
+    """Passes of coordinate descent over the columns after GPTQ."""
+    scale: ScaleSearch = Field(default_factory=MeanSquare)
+    """How scales are chosen."""
+
+
+Quantizer = Annotated[RTN | GPTQ, Field(discriminator="kind")]
+"""How codes are chosen."""
