@@ -53,6 +53,16 @@ class QuantizedWeight:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationFormat:
+    """Dynamic, symmetric quantization of a layer's input. bits of a code; clip: share of the largest magnitude that codes
+    reach; group_size: channels of a token that share a scale, or None for one scale per token."""
+
+    bits: int
+    clip: float = 1.0
+    group_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LowRank:
     """A low-rank branch y += up @ (down @ x), applied to the layer's unquantized input.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.formats import LowRank, QuantizedWeight
+from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
 from kernels.reference import fake_quantize_activations
 
 
@@ -29,10 +29,10 @@ class CompensatedLinear(nn.Module):
         *,
         low_rank: LowRank | None = None,
         bias: Tensor | None = None,
-        activation_bits: int | None = None,
+        activations: ActivationFormat | None = None,
     ) -> None:
         super().__init__()
-        self.bits, self.group_size, self.activation_bits = weight.bits, weight.group_size, activation_bits
+        self.bits, self.group_size, self.activations = weight.bits, weight.group_size, activations
         self.out_features, self.in_features = weight.codes.shape
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scale", weight.scale)
@@ -52,7 +52,7 @@ class CompensatedLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = x if self.activation_bits is None else fake_quantize_activations(x, self.activation_bits)
+        inner = x if self.activations is None else fake_quantize_activations(x, self.activations)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y = functional.linear(inner, self.quantized().dequantize(x.dtype), bias)
         if self.up is not None and self.down is not None:
@@ -63,5 +63,5 @@ class CompensatedLinear(nn.Module):
         rank = 0 if self.down is None else self.down.shape[0]
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"group_size={self.group_size}, activation_bits={self.activation_bits}, rank={rank}"
+            f"group_size={self.group_size}, activations={self.activations}, rank={rank}"
         )

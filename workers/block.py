@@ -18,17 +18,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from kernels.formats import LowRank, QuantizedWeight
+from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
 from kernels.linear import CompensatedLinear
 from workers.architecture import Siblings
-from workers.calibration.statistics import Accumulator, InputStatistics, ShardMoments
-from workers.compensation import anticipate, compensate
+from workers.calibration.clipping import activation_format, best_clip
+from workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from workers.config import Config
 from workers.errors import RequestError
 from workers.parallel import OrderedPool
-from workers.quantization import quantize
-from workers.recipe import ModuleRecipe
+from workers.recipe import Activations, ModuleRecipe
 from workers.skeleton import Block
+from workers.solve import shares_a_solve, solve
 
 PARALLEL_WIDTH = 1024
 """Input columns of the widest layer from which solves run side by side. Below, an operation on one column is so short
@@ -39,11 +39,11 @@ Output = TypeVar("Output")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressedLinear:
-    """What became of one linear layer. activation_bits: bits of its input at inference, None when weight-only."""
+    """What became of one linear layer. activations: how its input is quantized at inference, None when weight-only."""
 
     weight: QuantizedWeight
     low_rank: LowRank | None
-    activation_bits: int | None
+    activations: ActivationFormat | None
 
     def to(self, device: torch.device) -> CompressedLinear:
         """The same layer on another device."""
@@ -51,7 +51,7 @@ class CompressedLinear:
         return CompressedLinear(
             weight=self.weight.to(device),
             low_rank=None if branch is None else branch.to(device),
-            activation_bits=self.activation_bits,
+            activations=self.activations,
         )
 
 
@@ -65,8 +65,9 @@ class FallbackReport(Config):
 class ModuleReport(Config):
     """What one linear layer cost and won.
 
-    error_quantized, error_compensated: ||(W - W') X||^2 / ||W X||^2 over the calibration tokens, before and after the
-    low-rank branch; None when no token reached the layer. Bits are of storage, in sum over the layer.
+    error_quantized, error_compensated: squared error of the output over the calibration tokens, quantized inputs included,
+    relative to the original output, before and after the low-rank branch; None when no token reached the layer. Bits are of
+    storage, in sum over the layer.
     """
 
     name: str
@@ -89,10 +90,10 @@ def calibrate(
     block: Block,
     inputs: Sequence[Callable[[], Tensor]],
     emit: Callable[[Tensor], Output],
-    groups: Sequence[Siblings],
+    gatherings: Mapping[Siblings, Gathering],
     pool: OrderedPool,
 ) -> tuple[dict[Siblings, InputStatistics], list[Output]]:
-    """Runs the block over its inputs and gathers the moments of what enters each of `groups`.
+    """Runs the block over its inputs and gathers the moments of what enters each group of `gatherings`.
 
     inputs: one callable per shard that loads its hidden states [sequences, length, hidden]; the shards' number and order
     are part of the result. emit: what to do with a shard's output (write it, drop it). At most `pool.threads` + 1 shards
@@ -105,13 +106,13 @@ def calibrate(
     def run(load: Callable[[], Tensor]) -> tuple[dict[Siblings, ShardMoments], Output]:
         replica = replicas.get()
         try:
-            with _Tap(replica, groups) as tap:
+            with _Tap(replica, gatherings) as tap:
                 output = replica.run(load())
             return tap.moments, emit(output)
         finally:
             replicas.put(replica)
 
-    accumulators = {group: _accumulator(block, group) for group in groups}
+    accumulators = {group: _accumulator(block, group, gathering) for group, gathering in gatherings.items()}
     outputs: list[Output] = []
     for moments, output in pool.map(run, inputs):
         for group, shard in moments.items():
@@ -122,6 +123,56 @@ def calibrate(
         if not bool(torch.isfinite(found.gram).all()):
             raise RequestError(f"the input of {group[0]} is not finite on the calibration tokens")
     return statistics, outputs
+
+
+def gatherings_of(
+    block: Block, recipes: Mapping[str, ModuleRecipe], load: Callable[[], Tensor]
+) -> dict[Siblings, Gathering]:
+    """What is to be gathered of the input of each group of siblings that has a recipe.
+
+    load: the first shard of the block's input, on which activation clips are searched where a recipe asks for that.
+    """
+    groups = {
+        group: [recipes[name] for name in group if name in recipes]
+        for group in block.siblings
+        if any(name in recipes for name in group)
+    }
+    searched = {
+        group: own[0].activations
+        for group, own in groups.items()
+        if own[0].activations is not None and own[0].activations.clip == "search"
+    }
+    clips = _searched_clips(block, searched, load) if searched else {}
+    return {
+        group: Gathering(
+            activations=None
+            if own[0].activations is None
+            else activation_format(own[0].activations, clips.get(group, 1.0)),
+            absolute=any(recipe.compensation.needs_magnitudes for recipe in own),
+        )
+        for group, own in groups.items()
+    }
+
+
+def _searched_clips(
+    block: Block, searched: Mapping[Siblings, Activations], load: Callable[[], Tensor]
+) -> dict[Siblings, float]:
+    clips: dict[Siblings, float] = {}
+    handles = []
+    for group, asked in searched.items():
+
+        def take(
+            _: nn.Module, arguments: tuple[Tensor, ...], group: Siblings = group, asked: Activations = asked
+        ) -> None:
+            clips[group] = best_clip(arguments[0], asked)
+
+        handles.append(block.linear(group[0]).register_forward_pre_hook(take))
+    try:
+        block.run(load())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return clips
 
 
 def compress(
@@ -142,9 +193,9 @@ def compress(
         raise ValueError(f"no input statistics of {sorted(forgotten)}: expected those of every linear with a recipe")
     results: dict[str, CompressedLinear] = {}
     reports: list[ModuleReport] = []
-    solve = partial(_solve, weights, statistics)
+    one = partial(_solve, weights, statistics)
     side_by_side = any(statistics[job.group].width >= PARALLEL_WIDTH for job in jobs)
-    for solved in pool.map(solve, jobs) if side_by_side else map(solve, jobs):
+    for solved in pool.map(one, jobs) if side_by_side else map(one, jobs):
         for name, linear, report in solved:
             results[name] = linear
             reports.append(report)
@@ -162,7 +213,7 @@ def install(block: Block, linears: Mapping[str, CompressedLinear], *, compensate
                 linear.weight,
                 low_rank=linear.low_rank if compensated else None,
                 bias=None if bias is None else bias.detach(),
-                activation_bits=linear.activation_bits,
+                activations=linear.activations,
             ),
         )
 
@@ -181,8 +232,7 @@ def _solves(
     recipes: Mapping[str, ModuleRecipe],
     scale_dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[_Job]:
-    """Siblings that share a recipe share a solve, because rows are independent given the Hessian; but not where a branch is
-    anticipated, because its rank, and with it the Hessian, depends on the number of rows."""
+    """Siblings that share a recipe share a solve when they can."""
     for group in statistics:
         waiting = [name for name in group if name in recipes]
         while waiting:
@@ -190,7 +240,7 @@ def _solves(
             together = [
                 name
                 for name in waiting
-                if recipes[name] == recipe and (not recipe.compensation.anticipates or weights[name].shape[0] == rows)
+                if recipes[name] == recipe and (shares_a_solve(recipe) or weights[name].shape[0] == rows)
             ]
             waiting = [name for name in waiting if name not in together]
             yield _Job(group=group, names=tuple(together), recipe=recipe, scale_dtype=scale_dtypes[together[0]])
@@ -200,33 +250,24 @@ def _solve(
     weights: Mapping[str, Tensor], gathered: Mapping[Siblings, InputStatistics], job: _Job
 ) -> list[tuple[str, CompressedLinear, ModuleReport]]:
     started = time.perf_counter()
-    statistics = gathered[job.group]
-    sources = [weights[name].float() for name in job.names]
-    recipe = job.recipe
-    foreseen = anticipate(recipe.compensation, statistics, sources[0].shape[0])
-    quantized = quantize(
-        recipe.weights.quantizer, torch.cat(sources), foreseen, recipe.weights.format(), scale_dtype=job.scale_dtype
+    statistics, recipe = gathered[job.group], job.recipe
+    solutions = solve(
+        recipe,
+        [weights[name].float() for name in job.names],
+        statistics,
+        [weights[name].float() for name in job.group if name in weights],
+        scale_dtype=job.scale_dtype,
+        factor_dtype=weights[job.names[0]].dtype,
     )
-    gram = statistics.gram.float()
-    share = (time.perf_counter() - started) / len(job.names)
-    solved: list[tuple[str, CompressedLinear, ModuleReport]] = []
-    for name, weight, part in zip(job.names, sources, _split(quantized.weight, sources), strict=True):
-        started = time.perf_counter()
-        residual = weight - part.dequantize()
-        fitted = compensate(recipe.compensation, residual, statistics, dtype=weights[name].dtype)
-        branch = fitted.low_rank
-        left = residual if branch is None else residual - branch.product()
-        energy = _energy(weight, gram)
-        error = None if energy == 0 else _energy(residual, gram) / energy
-        fallbacks = [*quantized.fallbacks, *fitted.fallbacks]
-        activations = recipe.activations
-        linear = CompressedLinear(
-            weight=part, low_rank=branch, activation_bits=None if activations is None else activations.bits
-        )
+    seconds = (time.perf_counter() - started) / len(job.names)
+    solved = []
+    for name, solution in zip(job.names, solutions, strict=True):
+        part, branch = solution.weight, solution.low_rank
+        linear = CompressedLinear(weight=part, low_rank=branch, activations=statistics.activations)
         report = ModuleReport(
             name=name,
-            rows=weight.shape[0],
-            columns=weight.shape[1],
+            rows=part.codes.shape[0],
+            columns=part.codes.shape[1],
             bits=part.bits,
             group_size=part.group_size,
             rank=0 if branch is None else branch.rank,
@@ -234,33 +275,13 @@ def _solve(
             code_bits=part.codes.numel() * part.bits,
             scale_bits=_scale_bits(part),
             factor_bits=0 if branch is None else tensor_bits(branch.up) + tensor_bits(branch.down),
-            error_quantized=error,
-            error_compensated=None if energy == 0 else _energy(left, gram) / energy,
-            fallbacks=tuple(FallbackReport(step=item.step, cause=item.cause) for item in fallbacks),
-            seconds=share + time.perf_counter() - started,
+            error_quantized=solution.error_quantized,
+            error_compensated=solution.error_compensated,
+            fallbacks=tuple(FallbackReport(step=item.step, cause=item.cause) for item in solution.fallbacks),
+            seconds=seconds,
         )
         solved.append((name, linear, report))
     return solved
-
-
-def _split(weight: QuantizedWeight, like: Sequence[Tensor]) -> Iterator[QuantizedWeight]:
-    start = 0
-    for part in like:
-        rows = slice(start, start + part.shape[0])
-        start = rows.stop
-        yield QuantizedWeight(
-            codes=weight.codes[rows].clone(),
-            scale=weight.scale[rows].clone(),
-            zero_point=None if weight.zero_point is None else weight.zero_point[rows].clone(),
-            bits=weight.bits,
-            group_size=weight.group_size,
-        )
-
-
-def _energy(matrix: Tensor, gram: Tensor) -> float:
-    """tr(M G M^T): the squared norm of M X, for a Gram matrix G = X X^T."""
-    # Where next to nothing is left, rounding may leave less than nothing.
-    return max(float(((matrix @ gram) * matrix).sum(dtype=torch.float64)), 0.0)
 
 
 def tensor_bits(tensor: Tensor) -> int:
@@ -273,24 +294,24 @@ def _scale_bits(weight: QuantizedWeight) -> int:
     return tensor_bits(weight.scale) + zero_points
 
 
-def _accumulator(block: Block, group: Siblings) -> Accumulator:
+def _accumulator(block: Block, group: Siblings, gathering: Gathering) -> Accumulator:
     weight = block.linear(group[0]).weight
-    return Accumulator(weight.shape[1], weight.device)
+    return Accumulator(weight.shape[1], weight.device, gathering)
 
 
 class _Tap:
     """Takes the moments of what enters the first linear of each group, while the context is open."""
 
-    def __init__(self, block: Block, groups: Sequence[Siblings]) -> None:
+    def __init__(self, block: Block, gatherings: Mapping[Siblings, Gathering]) -> None:
         self.moments: dict[Siblings, ShardMoments] = {}
-        self._block, self._groups = block, groups
+        self._block, self._gatherings = block, gatherings
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> _Tap:
-        for group in self._groups:
+        for group in self._gatherings:
 
             def take(_: nn.Module, arguments: tuple[Tensor, ...], group: Siblings = group) -> None:
-                self.moments[group] = ShardMoments.of(arguments[0])
+                self.moments[group] = ShardMoments.of(arguments[0], self._gatherings[group])
 
             self._handles.append(self._block.linear(group[0]).register_forward_pre_hook(take))
         return self

@@ -125,7 +125,7 @@ class CompressedModel:
                 self._adapter.read_many(factors, sha256={name: self._digest(name) for name in factors}), module, form
             )
         weight = read_weight(tensors, module, form)
-        return CompressedLinear(weight=weight, low_rank=branch, activation_bits=form.activation_bits).to(device)
+        return CompressedLinear(weight=weight, low_rank=branch, activations=form.activations).to(device)
 
 
 def _expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

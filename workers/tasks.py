@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from kernels.formats import ActivationFormat
 from workers.block import ModuleReport
 from workers.config import Config
 from workers.keys import digest, numerics
@@ -155,7 +156,18 @@ class ModuleFormat(Config):
     group_size: int | None
     symmetric: bool
     activation_bits: int | None
+    activation_clip: float = 1.0
+    activation_group_size: int | None = None
     rank: int
+
+    @property
+    def activations(self) -> ActivationFormat | None:
+        """How the input is quantized, None when it is not."""
+        if self.activation_bits is None:
+            return None
+        return ActivationFormat(
+            bits=self.activation_bits, clip=self.activation_clip, group_size=self.activation_group_size
+        )
 
 
 class BlockRecord(Record):

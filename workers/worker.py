@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from workers.architecture import Siblings
-from workers.block import CompressedLinear, ModuleReport, calibrate, compress, install, tensor_bits
+from workers.block import CompressedLinear, ModuleReport, calibrate, compress, gatherings_of, install, tensor_bits
 from workers.calibration.statistics import InputStatistics
 from workers.checkpoint.digest import TensorDigest, tensor_digest
 from workers.checkpoint.reader import Checkpoint
@@ -69,7 +69,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class _Held:
     """The first half of a block's task, kept for the second."""
 
-    key: tuple[str, str, frozenset[str]]
+    key: str
     block: Block
     parameters: dict[str, Tensor]  # as in the source: what is kept is carried over, what is solved is solved from it
     statistics: dict[Siblings, InputStatistics]
@@ -239,8 +239,7 @@ class Worker:
         return self._sources[setting.source]
 
     def _calibrated(self, spec: BlockSpec, workspace: Workspace) -> _Held:
-        # Which groups are gathered and whether outputs are stored depend on more than the forward key says.
-        key = (spec.forward_key(), spec.propagate, frozenset(spec.recipe))
+        key = spec.key()
         if self._held is not None and self._held.key == key:
             return self._held
         self._held = None
@@ -249,14 +248,14 @@ class Worker:
         dtype = DTYPES[spec.setting.compute_dtype]
         block, parameters = self.load_block(spec.setting, spec.index, spec.tensors, dtype)
         clock.lap("load")
-        groups = [group for group in block.siblings if any(name in spec.recipe for name in group)]
         keep_outputs = spec.propagate == "original"
 
         def emit(output: Tensor) -> Blob | None:
             return _put_hidden(workspace, output) if keep_outputs else None
 
         inputs = [_loader(workspace, blob, self.device) for blob in spec.inputs]
-        statistics, outputs = calibrate(block, inputs, emit, groups, self._pool)
+        gatherings = gatherings_of(block, spec.recipe, inputs[0])
+        statistics, outputs = calibrate(block, inputs, emit, gatherings, self._pool)
         clock.lap("forward")
         stored = tuple(blob for blob in outputs if blob is not None)
         self._held = _Held(key, block, parameters, statistics, stored, clock.timing())
@@ -358,13 +357,15 @@ def _full_name(skeleton: Skeleton, index: int, module: str) -> str:
 
 
 def _format(linear: CompressedLinear) -> ModuleFormat:
-    weight, branch = linear.weight, linear.low_rank
+    weight, branch, activations = linear.weight, linear.low_rank, linear.activations
     return ModuleFormat.model_validate(
         {
             "bits": weight.bits,
             "group_size": weight.group_size,
             "symmetric": weight.zero_point is None,
-            "activation_bits": linear.activation_bits,
+            "activation_bits": None if activations is None else activations.bits,
+            "activation_clip": 1.0 if activations is None else activations.clip,
+            "activation_group_size": None if activations is None else activations.group_size,
             "rank": 0 if branch is None else branch.rank,
         }
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.formats import LowRank, QuantizedWeight
+from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
 from kernels.linear import CompensatedLinear
 from kernels.reference import fake_quantize_activations
 
@@ -29,12 +29,19 @@ BIAS = random(OUT, seed=4)
 X = random(2, 5, IN, seed=5)
 
 
+A8 = ActivationFormat(bits=8)
+
+
 @pytest.mark.parametrize("branch", [None, BRANCH])
 @pytest.mark.parametrize("bias", [None, BIAS])
-@pytest.mark.parametrize("activation_bits", [None, 8])
-def test_is_the_sum_of_its_terms(branch: LowRank | None, bias: Tensor | None, activation_bits: int | None) -> None:
-    layer = CompensatedLinear(WEIGHT, low_rank=branch, bias=bias, activation_bits=activation_bits)
-    seen = X if activation_bits is None else fake_quantize_activations(X, activation_bits)
+@pytest.mark.parametrize(
+    "activations", [None, A8, ActivationFormat(bits=4, clip=0.8), ActivationFormat(bits=4, group_size=4)]
+)
+def test_is_the_sum_of_its_terms(
+    branch: LowRank | None, bias: Tensor | None, activations: ActivationFormat | None
+) -> None:
+    layer = CompensatedLinear(WEIGHT, low_rank=branch, bias=bias, activations=activations)
+    seen = X if activations is None else fake_quantize_activations(X, activations)
     expected = seen.double() @ WEIGHT.dequantize(torch.float64).T
     if branch is not None:
         # The branch sees the input before it is quantized.
@@ -45,10 +52,10 @@ def test_is_the_sum_of_its_terms(branch: LowRank | None, bias: Tensor | None, ac
 
 
 def test_every_term_has_a_say() -> None:
-    full = CompensatedLinear(WEIGHT, low_rank=BRANCH, bias=BIAS, activation_bits=8)(X)
+    full = CompensatedLinear(WEIGHT, low_rank=BRANCH, bias=BIAS, activations=A8)(X)
     for less in (
-        CompensatedLinear(WEIGHT, bias=BIAS, activation_bits=8),
-        CompensatedLinear(WEIGHT, low_rank=BRANCH, activation_bits=8),
+        CompensatedLinear(WEIGHT, bias=BIAS, activations=A8),
+        CompensatedLinear(WEIGHT, low_rank=BRANCH, activations=A8),
         CompensatedLinear(WEIGHT, low_rank=BRANCH, bias=BIAS),
     ):
         assert (less(X) - full).abs().max() > 1e-3
@@ -56,7 +63,7 @@ def test_every_term_has_a_say() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_output_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
-    layer = CompensatedLinear(WEIGHT, low_rank=BRANCH, bias=BIAS, activation_bits=8)
+    layer = CompensatedLinear(WEIGHT, low_rank=BRANCH, bias=BIAS, activations=A8)
     assert layer(X.to(dtype)).dtype is dtype
 
 

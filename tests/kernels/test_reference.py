@@ -8,6 +8,7 @@ from compressed_tensors.quantization import QuantizationArgs, fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor
 
+from kernels.formats import ActivationFormat
 from kernels.reference import fake_quantize_activations, quantize_activations
 
 
@@ -28,7 +29,7 @@ def test_equals_compressed_tensors_bit_for_bit(bits: int, dtype: torch.dtype) ->
     scale, zero_point = compute_dynamic_scales_and_zp(x, args, torch.nn.Identity())
     expected = fake_quantize(x, scale, zero_point, args)
     assert torch.equal(quantize_activations(x, bits)[1], scale)
-    assert torch.equal(fake_quantize_activations(x, bits), expected)
+    assert torch.equal(fake_quantize_activations(x, ActivationFormat(bits=bits)), expected)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -45,9 +46,12 @@ def test_codes_are_the_nearest_integers_of_the_range(bits: int) -> None:
 
 
 def test_a_token_of_zeros_stays_zero() -> None:
-    assert torch.equal(fake_quantize_activations(torch.zeros(1, 2, 8), 8), torch.zeros(1, 2, 8))
+    assert torch.equal(fake_quantize_activations(torch.zeros(1, 2, 8), ActivationFormat(bits=8)), torch.zeros(1, 2, 8))
 
 
 def test_a_token_does_not_depend_on_the_others() -> None:
     x = activations(torch.float32)
-    assert torch.equal(fake_quantize_activations(x, 8)[1, 2], fake_quantize_activations(x[1, 2], 8))
+    assert torch.equal(
+        fake_quantize_activations(x, ActivationFormat(bits=8))[1, 2],
+        fake_quantize_activations(x[1, 2], ActivationFormat(bits=8)),
+    )

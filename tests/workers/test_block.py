@@ -13,7 +13,7 @@ from kernels.linear import CompensatedLinear
 from tests.models import CASES, build
 from workers.architecture import Siblings
 from workers.block import CompressedLinear, ModuleReport, calibrate, compress, install
-from workers.calibration.statistics import InputStatistics
+from workers.calibration.statistics import Gathering, InputStatistics
 from workers.errors import RequestError
 from workers.parallel import OrderedPool
 from workers.recipe import ModuleRecipe
@@ -47,7 +47,9 @@ def calibrated(
 ) -> tuple[dict[Siblings, InputStatistics], list[Tensor]]:
     pool = OrderedPool(threads)
     try:
-        return calibrate(block, loaders(hidden), lambda output: output, block.siblings, pool)
+        return calibrate(
+            block, loaders(hidden), lambda output: output, dict.fromkeys(block.siblings, Gathering()), pool
+        )
     finally:
         pool.close()
 
@@ -122,7 +124,9 @@ def test_outputs_are_those_of_the_block_in_order() -> None:
 def test_only_the_groups_that_are_asked_for_are_gathered() -> None:
     block = block_of("llama")
     asked = block.siblings[1:2]
-    statistics, _ = calibrate(block, loaders(shards(1)), lambda output: None, asked, OrderedPool(1))
+    statistics, _ = calibrate(
+        block, loaders(shards(1)), lambda output: None, dict.fromkeys(asked, Gathering()), OrderedPool(1)
+    )
     assert tuple(statistics) == asked
 
 
@@ -230,15 +234,13 @@ def test_every_sibling_gets_its_own_recipe() -> None:
     statistics, _ = calibrated(block, shards())
     recipes = {
         "self_attn.q_proj": module_recipe(),
-        "self_attn.v_proj": module_recipe(
-            weights={"bits": 8, "group_size": 32, "symmetric": False, "quantizer": RTN}, activations={"bits": 8}
-        ),
+        "self_attn.v_proj": module_recipe(weights={"bits": 8, "group_size": 32, "symmetric": False, "quantizer": RTN}),
     }
     linears, reports = compressed(block, statistics, recipes)
     assert list(linears) == ["self_attn.q_proj", "self_attn.v_proj"]
     query, value = linears["self_attn.q_proj"], linears["self_attn.v_proj"]
     assert (query.weight.bits, query.weight.group_size, query.weight.zero_point) == (4, None, None)
-    assert (value.weight.bits, value.weight.group_size, value.activation_bits) == (8, 32, 8)
+    assert (value.weight.bits, value.weight.group_size, value.activations) == (8, 32, None)
     assert value.weight.zero_point is not None
     assert reports["self_attn.v_proj"].bits == 8
 

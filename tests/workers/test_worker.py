@@ -81,7 +81,7 @@ def run_compensated(site: Site, record: BlockRecord, hidden: Tensor, index: int)
             linears[parameter.removesuffix(".weight")] = CompressedLinear(
                 weight=read_weight(packed, module, form),
                 low_rank=read_branch(factors, module, form),
-                activation_bits=form.activation_bits,
+                activations=form.activations,
             )
         else:
             kept[parameter] = stored[name]

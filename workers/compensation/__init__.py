@@ -8,7 +8,7 @@ from torch import Tensor
 from workers.calibration.statistics import InputStatistics
 from workers.compensation.result import CompensationResult
 from workers.compensation.svd import deflated, svd
-from workers.recipe.compensation import SVD, Compensation
+from workers.recipe.compensation import ASER, SVD, Compensation
 
 __all__ = ["CompensationResult", "anticipate", "compensate"]
 
@@ -22,6 +22,8 @@ def compensate(
     options: Compensation, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype
 ) -> CompensationResult:
     """The branch for `residual` [out, in] = W - Q that `options` ask for, factors stored in `dtype`; see `svd`."""
+    if isinstance(options, ASER):
+        options = SVD(rank=options.rank, damping=options.damping)
     if isinstance(options, SVD):
         return svd(options, residual, statistics, dtype)
     return CompensationResult(low_rank=None, captured=0.0, singular_values=residual.new_zeros(0, dtype=torch.float64))

@@ -5,10 +5,9 @@ Eckart-Young in the whitened space, with the left singular vectors U of E G^(1/2
 
     up down = U_r U_r^T E,    error^2 = sum_{i>r} s_i^2.
 
-U_r^T E takes the place of the usual "right factor times G^(-1/2)": it is the same matrix where G has an inverse and a
-minimizer still where it has none, so no Gram matrix is too singular. G is I (LoRC, Yao et al. 2023; LQER), diag(E[x^2])
-(QERA-approx, Zhang et al. 2024) or E[x x^T], for which the error is that of the layer's output (QERA-exact, and the same
-solution under other names in ASER, Zhao et al. 2024, and EoRA, Liu et al. 2024).
+G is I (LoRC, Yao et al. 2023; LQER), diag(E|x|)^2 (L2QER, Zhang et al. 2024), diag(E[x^2]) (QERA-approx, Zhang et al. 2024) or
+E[x x^T], for which the error is that of the layer's output (QERA-exact, and the same solution under other names in ASER, Zhao
+et al. 2024, and EoRA, Liu et al. 2024).
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.formats import LowRank
 from workers.calibration.statistics import InputStatistics
+from workers.compensation.regression import factors, root_of, spectrum, times
 from workers.compensation.result import CompensationResult
 from workers.quantization.inputs import checked_matrix, checked_statistics
 from workers.quantization.result import Fallback
@@ -55,7 +54,7 @@ def svd(
     residual = checked_matrix("residual", residual_target).double()
     rows, columns = residual.shape
     root, fallbacks = _root(options, columns, statistics)
-    whitened = _times(residual, root)
+    whitened = times(residual, root)
     energy = whitened.square().sum()
     if not bool(energy > 0):
         cause = "the residual is zero on every input that was seen: no branch"
@@ -65,9 +64,9 @@ def svd(
             singular_values=energy.new_zeros(0),
             fallbacks=(*fallbacks, Fallback(step="svd.residual", cause=cause)),
         )
-    values, vectors = _spectrum(whitened)
-    low_rank = _factors(vectors[:, : options.rank.resolve(rows, columns, values)], residual, dtype)
-    left = whitened - low_rank.up.double() @ _times(low_rank.down.double(), root)
+    values, vectors = spectrum(whitened)
+    low_rank = factors(vectors[:, : options.rank.resolve(rows, columns, values)], residual, dtype)
+    left = whitened - low_rank.up.double() @ times(low_rank.down.double(), root)
     return CompensationResult(
         low_rank=low_rank,
         captured=1 - float(left.square().sum() / energy),
@@ -84,43 +83,19 @@ def _root(options: SVD, columns: int, statistics: InputStatistics | None) -> tup
     power = gram.diagonal()
     if not bool((power > 0).any()):
         return None, (Fallback(step="svd.tokens", cause="no calibration token arrived: plain residual"),)
+    if options.whitening == "magnitude":
+        return _magnitude(statistics), ()
     floor = options.damping * power.mean()
     if options.whitening == "diagonal":
         return (power + floor).sqrt(), ()
     damped = gram.clone()
     damped.diagonal().add_(floor)
-    root, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed):
-        # Fewer tokens than channels: semidefinite, so no Cholesky factor, but a root all the same.
-        values, vectors = torch.linalg.eigh(damped)
-        root = vectors * values.clamp_min(0).sqrt()
-    return root, ()
+    return root_of(damped), ()
 
 
-def _times(matrix: Tensor, root: Tensor | None) -> Tensor:
-    """`matrix` times the metric's root, in any of its three forms."""
-    if root is None:
-        return matrix
-    return matrix * root if root.ndim == 1 else matrix @ root
-
-
-def _spectrum(whitened: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values, descending, and as many left singular vectors as columns, by way of the smaller Gram matrix."""
-    rows, columns = whitened.shape
-    if rows <= columns:
-        squares, left = torch.linalg.eigh(whitened @ whitened.T)
-        return squares.clamp_min(0).sqrt().flip(0), left.flip(1)
-    squares, right = torch.linalg.eigh(whitened.T @ whitened)
-    # QR keeps the columns orthonormal where dividing by a singular value of nearly zero would not.
-    return squares.clamp_min(0).sqrt().flip(0), torch.linalg.qr(whitened @ right.flip(1)).Q
-
-
-def _factors(left: Tensor, residual: Tensor, dtype: torch.dtype) -> LowRank:
-    """The projection of `residual` on the columns of `left`; each direction's two factors have the same length.
-
-    Equal lengths keep both factors far from the ends of float16's range.
-    """
-    right = left.T @ residual
-    length = right.norm(dim=1).sqrt()
-    length = torch.where(length > 0, length, 1.0)
-    return LowRank(up=(left * length).to(dtype).contiguous(), down=(right / length.unsqueeze(1)).to(dtype).contiguous())
+def _magnitude(statistics: InputStatistics | None) -> Tensor:
+    """E|x| [in]; a channel that was always zero counts as little as any that was not."""
+    if statistics is None or statistics.absolute is None:
+        raise ValueError("statistics: no sum of |x|: expected one for a whitening by magnitude")
+    mean = statistics.absolute / statistics.tokens
+    return mean.clamp_min(mean[mean > 0].min())

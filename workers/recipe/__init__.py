@@ -3,12 +3,14 @@ before anything heavy is imported."""
 
 from __future__ import annotations
 
-from workers.recipe.compensation import SVD, Compensation, NoCompensation
+from workers.recipe.compensation import ASER, LRC, SVD, Compensation, NoCompensation
 from workers.recipe.rank import CountRank, EnergyRank, FractionRank, Rank
 from workers.recipe.recipe import Activations, ModuleRecipe, Override, Recipe, Weights
 from workers.recipe.weights import GPTQ, RTN, AbsoluteMaximum, MeanSquare, Quantizer, ScaleSearch, WeightFormat
 
 __all__ = [
+    "ASER",
+    "LRC",
     "GPTQ",
     "RTN",
     "SVD",

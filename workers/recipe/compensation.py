@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from workers.config import Config
-from workers.recipe.rank import EnergyRank, FractionRank, Rank
+from workers.recipe.rank import CountRank, EnergyRank, FractionRank, Rank
 
 
 class NoCompensation(Config):
@@ -25,6 +25,11 @@ class NoCompensation(Config):
         """Never."""
         return False
 
+    @property
+    def needs_magnitudes(self) -> bool:
+        """No."""
+        return False
+
 
 class SVD(Config):
     """Truncated singular value decomposition of the (whitened) residual."""
@@ -32,9 +37,9 @@ class SVD(Config):
     kind: Literal["svd"] = "svd"
     rank: Rank = Field(default_factory=lambda: FractionRank(fraction=0.1))
     """Rank of the branch."""
-    whitening: Literal["none", "diagonal", "full"] = "full"
-    """The metric: none, the plain residual; diagonal, each input channel by its E[x^2]; full, the layer's output error on
-    the calibration tokens."""
+    whitening: Literal["none", "magnitude", "diagonal", "full"] = "full"
+    """The metric: none, the plain residual (LoRC); magnitude, each input channel by its E|x| (L2QER); diagonal, by the root of
+    its E[x^2] (QERA-approx); full, the layer's output error on the calibration tokens (QERA-exact, EoRA)."""
     damping: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the mean of E[x^2] that is added to each channel's: how much to trust directions that calibration saw
     little of."""
@@ -59,6 +64,84 @@ class SVD(Config):
         """Whether `anticipate` changes the statistics."""
         return self.anticipation > 0
 
+    @property
+    def needs_magnitudes(self) -> bool:
+        """Whether sum |x| must be gathered."""
+        return self.whitening == "magnitude"
 
-Compensation = Annotated[NoCompensation | SVD, Field(discriminator="kind")]
+
+class LRC(Config):
+    """Low-rank correction on the unquantized input, fitted jointly with the codes (Scetbon & Hensman 2024).
+
+    The branch first takes the directions of the weight that see most of what quantizing the input loses; the codes follow
+    (`weights.quantizer.target` says what they aim at), and the branch is fitted again to what they leave.
+    """
+
+    kind: Literal["lrc"] = "lrc"
+    rank: Rank = Field(default_factory=lambda: FractionRank(fraction=0.1))
+    """Rank of the branch."""
+    iterations: Annotated[int, Field(strict=True, ge=1, le=20)] = 1
+    """How often codes and branch are fitted to each other."""
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Share of the mean of E[x^2] (E[y^2] of the quantized input) that is added to each channel's."""
+    refit: Literal["joint", "weight"] = "joint"
+    """What the branch is fitted to once there are codes. joint: the whole output error, that of the quantized input included
+    (Update-LR). weight: the error of the weight alone, as whitened SVD; it cannot shrink the output."""
+
+    def problem(self, rows: int, columns: int) -> str | None:
+        """Why a layer [rows, columns] cannot have such a branch, or None when it can."""
+        return self.rank.problem(rows, columns)
+
+    @property
+    def anticipates(self) -> bool:
+        """Never: it starts with the branch instead."""
+        return False
+
+    @property
+    def needs_magnitudes(self) -> bool:
+        """No."""
+        return False
+
+
+class ASER(Config):
+    """Error reconstruction by whitened SVD, with the outlier channels taken out of the codes (Zhao et al. 2024).
+
+    The `outliers` input channels that are large in both activations and weights are scaled down where the norm or the layer
+    before can do it, their columns of the weight go to the branch whole, and codes are made of the rest.
+    """
+
+    kind: Literal["aser"] = "aser"
+    rank: Rank = Field(default_factory=lambda: CountRank(count=64))
+    """Rank of the branch; the columns that were taken out need up to `outliers` of it."""
+    outliers: Annotated[int, Field(strict=True, ge=0, le=1024)] = 32
+    """How many input channels are taken out, at most half of the rank and of all; 0: error reconstruction alone."""
+    reference: Literal["median", "minimum"] = "median"
+    """What an outlier channel is scaled down to: the median channel's mean magnitude, or the smallest of the outliers'."""
+    smoothing: bool = True
+    """Whether outlier channels are scaled down; otherwise their columns are taken out as they are."""
+    damping: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the mean of E[x^2] that is added to each channel's."""
+
+    def problem(self, rows: int, columns: int) -> str | None:
+        """Why a layer [rows, columns] cannot have such a branch, or None when it can."""
+        return self.rank.problem(rows, columns)
+
+    @property
+    def anticipates(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def needs_magnitudes(self) -> bool:
+        """Whether sum |x| must be gathered."""
+        return self.outliers > 0
+
+    @model_validator(mode="after")
+    def _smooths_something(self) -> ASER:
+        if self.outliers == 0 and {"reference", "smoothing"} & self.model_fields_set:
+            raise ValueError("reference, smoothing: expected only with outliers")
+        return self
+
+
+Compensation = Annotated[NoCompensation | SVD | ASER | LRC, Field(discriminator="kind")]
 """How the error of quantization is compensated."""

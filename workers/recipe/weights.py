@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from workers.config import Config
 
@@ -105,6 +105,19 @@ class GPTQ(Config):
     """Passes of coordinate descent over the columns after GPTQ."""
     scale: ScaleSearch = Field(default_factory=MeanSquare)
     """How scales are chosen."""
+    target: Literal["plain", "regressed", "mixed"] = "plain"
+    """What the codes are to reproduce. plain: the weight. regressed: the matrix whose product with the layer's real input
+    (quantized, or made by compressed blocks) comes nearest to the weight's with the original input: LRC's Update-Quant, and
+    the asymmetric calibration of GPTAQ and QEP. The least error of a layer, but it shrinks what noise blurs, and that adds
+    up over layers. mixed: between them. No difference where both inputs are the same."""
+    mix: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the regressed target in a mixed one."""
+
+    @model_validator(mode="after")
+    def _mixes_when_mixed(self) -> GPTQ:
+        if "mix" in self.model_fields_set and self.target != "mixed":
+            raise ValueError("mix: expected only with target: mixed")
+        return self
 
 
 Quantizer = Annotated[RTN | GPTQ, Field(discriminator="kind")]

@@ -1,0 +1,31 @@
+"""The share of a token's largest magnitude that activation codes should reach."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.formats import ActivationFormat
+from kernels.reference import fake_quantize_activations
+from workers.recipe.recipe import Activations
+
+CANDIDATES = tuple(1 - step / 20 for step in range(11))
+"""1, 0.95, .. 0.5."""
+
+
+def activation_format(asked: Activations, clip: float = 1.0) -> ActivationFormat:
+    """How activations are quantized, as a value for kernels; `clip` takes the place of a search."""
+    return ActivationFormat(
+        bits=asked.bits, clip=clip if asked.clip == "search" else asked.clip, group_size=asked.group_size
+    )
+
+
+def best_clip(rows: Tensor, asked: Activations) -> float:
+    """The candidate with the smallest squared error of quantizing `rows` [..., in]; the largest of those that tie."""
+    exact = rows.float()
+
+    def error(clip: float) -> float:
+        found = fake_quantize_activations(exact, activation_format(asked, clip))
+        return float((found - exact).square().sum(dtype=torch.float64))
+
+    return min(CANDIDATES, key=error)

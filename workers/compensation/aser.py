@@ -1,0 +1,44 @@
+"""ASER's error reconstruction: outlier columns out of the codes, everything that is left out into one whitened SVD.
+
+Zhao et al., "ASER: Activation Smoothing and Error Reconstruction" (AAAI 2025). The input channels that are largest in
+activations and weights cause orders of magnitude more error than the others. Their columns W_o are not quantized:
+
+    W = W_s + W_o,    Q = quantize(W_s),    L = the reduced-rank regression of W_o + (W_s - Q) on the layer's input.
+
+The activation smoothing that goes with it (those channels scaled down before the layer) is `workers.transforms.smoothing`;
+it leaves the choice of channels as it is, because the product of both magnitudes does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from workers.calibration.statistics import InputStatistics
+from workers.recipe.compensation import ASER
+from workers.recipe.rank import EnergyRank
+
+
+def outlier_channels(weights: Sequence[Tensor], statistics: InputStatistics, options: ASER) -> Tensor:
+    """The input channels with the largest E|x_i| * mean_o |W_oi|, int64, ascending; as many as the options ask for, but at
+    most half of all and of the smallest branch's rank.
+
+    weights: the matrices [out, in] that read the input; siblings share the choice, because they share the input. ValueError
+    when sum |x| was not gathered.
+    """
+    if statistics.absolute is None:
+        raise ValueError("statistics: no sum of |x|: expected one to find outlier channels by")
+    magnitude = torch.cat([weight.abs() for weight in weights]).double().mean(0)
+    score = statistics.absolute * magnitude
+    count = min(options.outliers, len(score) // 2)
+    if not isinstance(options.rank, EnergyRank):
+        fewest = min(len(weight) for weight in weights)
+        count = min(count, options.rank.resolve(fewest, len(score), score) // 2)
+    return score.topk(count).indices.sort().values
+
+
+def without_channels(weight: Tensor, channels: Tensor) -> Tensor:
+    """`weight` [out, in] with the columns `channels` set to zero."""
+    return weight.index_fill(1, channels, 0.0)

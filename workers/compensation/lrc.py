@@ -1,0 +1,134 @@
+"""LRC: a low-rank branch on the unquantized input, fitted jointly with codes that see the quantized one.
+
+Scetbon & Hensman, "Low-Rank Correction for Quantized LLMs" (2024). With t the layer's input in the original model, x its
+input here, y = Q(x) what the codes see, and E[. .] over the calibration tokens, the objective is
+
+    min over codes Q and branch L of rank r of    E ||W t - Q y - L x||^2.
+
+1. Init-LRC: were Q free, it would remove all that y can predict linearly. What is left, t' = t - E[t y^T] E[y y^T]^-1 y and x'
+   likewise, is the branch's: L = the reduced-rank regression of W t' on x'. Where t = x that takes the leading directions
+   of W E[x' x'^T]^(1/2): what quantizing the input lost.
+2. Update-Quant: codes for the target of `aimed`, in the metric E[y y^T].
+3. Update-LR: the reduced-rank regression of W t - Q y on x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.formats import LowRank, QuantizedWeight
+from workers.calibration.statistics import InputStatistics
+from workers.compensation.regression import factors, root_of, spectrum
+from workers.quantization import quantize
+from workers.quantization.inputs import checked_matrix, checked_statistics
+from workers.quantization.result import Fallback
+from workers.quantization.target import aimed, right_divide
+from workers.recipe.compensation import LRC
+from workers.recipe.rank import Rank
+from workers.recipe.weights import Quantizer, WeightFormat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LRCResult:
+    """Codes and branch, the relative objective after each step (Init excluded), and departures from the recipe."""
+
+    weight: QuantizedWeight
+    low_rank: LowRank
+    objectives: tuple[float, ...]
+    fallbacks: tuple[Fallback, ...]
+
+
+def lrc(
+    options: LRC,
+    quantizer: Quantizer,
+    weight: Tensor,
+    statistics: InputStatistics,
+    format: WeightFormat,
+    *,
+    scale_dtype: torch.dtype,
+    factor_dtype: torch.dtype,
+) -> LRCResult:
+    """Codes and branch for `weight` [out, in]; closed forms in float64. Raises ValueError as `quantize` does, and for a rank
+    that the layer is too small for. A layer that saw no token gets plain SVD of what its rounding left."""
+    matrix = checked_matrix("weight", weight).double()
+    checked_statistics(statistics, matrix.shape[1])
+    metric = InputStatistics(gram=statistics.product("yy"), tokens=statistics.tokens)
+    branch = initial_branch(matrix, statistics, options.rank, options.damping, factor_dtype)
+    objectives: list[float] = []
+    fallbacks: tuple[Fallback, ...] = ()
+    for _ in range(options.iterations):
+        target = aimed(quantizer, matrix, statistics, branch.product(torch.float64))
+        solved = quantize(quantizer, target.float(), metric, format, scale_dtype=scale_dtype)
+        codes = solved.weight.dequantize().double()
+        objectives.append(relative_error(matrix, codes, branch, statistics))
+        branch = updated_branch(options, matrix, codes, statistics, branch.rank, factor_dtype)
+        objectives.append(relative_error(matrix, codes, branch, statistics))
+        fallbacks = solved.fallbacks
+    return LRCResult(weight=solved.weight, low_rank=branch, objectives=tuple(objectives), fallbacks=fallbacks)
+
+
+def initial_branch(
+    weight: Tensor, statistics: InputStatistics, rank: Rank, damping: float, dtype: torch.dtype
+) -> LowRank:
+    """Init-LRC for `weight` [out, in] float64; `rank` by energy counts the singular values of W E[x' x'^T]^(1/2)."""
+    rows, columns = weight.shape
+    if statistics.tokens == 0:
+        identity = torch.eye(columns, dtype=torch.float64, device=weight.device)
+        values, vectors = spectrum(weight @ identity)
+        return factors(vectors[:, : rank.resolve(rows, columns, values)], weight, dtype)
+    unseen = remainder(statistics, "xx", damping)
+    matrix = weight
+    if "t" in statistics.streams:
+        matrix = right_divide(weight @ remainder(statistics, "tx", damping), unseen, damping)
+    values, vectors = spectrum(matrix @ root_of(unseen))
+    return factors(vectors[:, : rank.resolve(rows, columns, values)], matrix, dtype)
+
+
+def remainder(statistics: InputStatistics, streams: str, damping: float) -> Tensor:
+    """Sum over tokens of a' b'^T for two streams a and b less what a damped y predicts linearly of them: the Schur
+    complement, [in, in] float64. Semidefinite when a is b; of a recipe that is weight-only nothing but the damping is left."""
+    first, second = streams[0], streams[1]
+    yy = statistics.product("yy")
+    predicted = right_divide(statistics.product(f"{first}y"), yy, damping) @ statistics.product(f"y{second}")
+    left = statistics.product(streams) - predicted
+    return (left + left.T) / 2 if first == second else left
+
+
+def updated_branch(
+    options: LRC, weight: Tensor, codes: Tensor, statistics: InputStatistics, rank: int, dtype: torch.dtype
+) -> LowRank:
+    """Update-LR: the branch of `rank` for what `codes` [out, in] leave of `weight` [out, in], both float64."""
+    gram = statistics.gram.clone()
+    gram.diagonal().add_(options.damping * gram.diagonal().mean())
+    matrix = weight - codes
+    if options.refit == "joint" and statistics.tokens:
+        products = weight @ statistics.product("tx") - codes @ statistics.product("yx")
+        matrix = right_divide(products, statistics.gram, options.damping)
+    root = root_of(gram) if statistics.tokens else torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    _, vectors = spectrum(matrix @ root)
+    return factors(vectors[:, :rank], matrix, dtype)
+
+
+def relative_error(weight: Tensor, codes: Tensor, branch: LowRank | None, statistics: InputStatistics) -> float:
+    """E||W t - Q y - L x||^2 / E||W t||^2, both matrices [out, in]; 0 where W t is zero."""
+    parts = {"t": weight, "y": -codes}
+    if branch is not None:
+        parts["x"] = -branch.product(weight.dtype)
+    energy = _trace(weight, statistics.product("tt"), weight)
+    if statistics.streams == {"x"}:
+        # One stream: the sum is one square, without the rounding of differences.
+        total = sum(parts.values(), torch.zeros_like(weight))
+        left = _trace(total, statistics.gram, total)
+    else:
+        left = sum(
+            _trace(one, statistics.product(a + b), other) for a, one in parts.items() for b, other in parts.items()
+        )
+    return max(left, 0.0) / energy if energy > 0 else 0.0
+
+
+def _trace(first: Tensor, gram: Tensor, second: Tensor) -> float:
+    """tr(A G B^T), in the matrices' dtype but for the sum."""
+    return float(((first @ gram.to(first.dtype)) * second).sum(dtype=torch.float64))

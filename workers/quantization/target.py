@@ -1,0 +1,46 @@
+"""What the codes of a layer are to reproduce, when their input is not the one the weight was made for.
+
+A layer's integer weight sees y, a noisy version of the input: quantized, made by compressed blocks, or both. With t the
+input in the original model and a branch L on the unquantized x, the dense matrix Z with the least ||W t - L x - Z y||^2 is
+
+    Z = (W E[t y^T] - L E[x y^T]) E[y y^T]^-1.
+
+That is Update-Quant of LRC (Scetbon & Hensman 2024) and, without a branch, the asymmetric calibration of GPTAQ (Li et al.
+2025) and QEP (Arai & Ichikawa 2025). Least squares shrinks what noise blurs (attenuation): each layer's error is the least
+possible, but every layer's output is also a little too small, and that adds up over layers where noise averages out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workers.calibration.statistics import InputStatistics
+from workers.recipe.weights import GPTQ, Quantizer
+
+
+def aimed(options: Quantizer, weight: Tensor, statistics: InputStatistics, branch: Tensor | None = None) -> Tensor:
+    """The matrix [out, in] that the codes are to reproduce, in the weight's dtype; computed in float64.
+
+    branch: the low-rank product [out, in] that stands beside the codes. The regression has the quantizer's damping.
+    """
+    rest = weight if branch is None else weight - branch
+    if not isinstance(options, GPTQ) or options.target == "plain" or statistics.tokens == 0:
+        return rest
+    share = options.mix if options.target == "mixed" else 1.0
+    products = weight.double() @ statistics.product("ty")
+    if branch is not None:
+        products = products - branch.double() @ statistics.product("xy")
+    regressed = right_divide(products, statistics.product("yy"), options.damping)
+    return ((1 - share) * rest.double() + share * regressed).to(weight.dtype)
+
+
+def right_divide(products: Tensor, gram: Tensor, damping: float) -> Tensor:
+    """products (gram + damping * mean diagonal)^-1 for a symmetric, semidefinite gram [in, in]; both float64."""
+    damped = gram.clone()
+    damped.diagonal().add_(damping * gram.diagonal().mean())
+    root, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        return products @ torch.linalg.pinv(damped, hermitian=True)
+    divided: Tensor = torch.cholesky_solve(products.T, root).T
+    return divided
