@@ -6,12 +6,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from kernels.hadamard import Hadamard
 from kernels.reference import fake_quantize_activations
 
 
 class CompensatedLinear(nn.Module):
     """y = Q(x) W^T + (x D^T) U^T + b, with W from integer codes, Q the activation quantizer (identity when weight-only)
-    and U D the low-rank branch, which always sees the unquantized x. Takes the place of a `torch.nn.Linear`.
+    and U D the low-rank branch, which always sees the unquantized x. With a `transform`, x is the transformed input
+    everywhere. Takes the place of a `torch.nn.Linear`.
 
     x: [..., in] of any float dtype; y: [..., out] of the same dtype. The weight is dequantized in float32 and cast.
     """
@@ -30,9 +32,11 @@ class CompensatedLinear(nn.Module):
         low_rank: LowRank | None = None,
         bias: Tensor | None = None,
         activations: ActivationFormat | None = None,
+        transform: Hadamard | None = None,
     ) -> None:
         super().__init__()
-        self.bits, self.group_size, self.activations = weight.bits, weight.group_size, activations
+        self.bits, self.group_size = weight.bits, weight.group_size
+        self.activations, self.transform = activations, transform
         self.out_features, self.in_features = weight.codes.shape
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scale", weight.scale)
@@ -52,6 +56,8 @@ class CompensatedLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.transform is not None:
+            x = self.transform.apply(x)
         inner = x if self.activations is None else fake_quantize_activations(x, self.activations)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y = functional.linear(inner, self.quantized().dequantize(x.dtype), bias)

@@ -35,6 +35,7 @@ from pipeline.report_html import render
 from workers.compressed import ADAPTER, ADAPTER_CONFIG, LEDGER, Ledger
 from workers.errors import IntegrityError, ObjectNotFoundError
 from workers.interchange import adapter_config, artifact_config
+from workers.skeleton import LM_HEAD
 from workers.storage import sha256_hex
 from workers.storage.base import Written
 from workers.tasks import BlockRecord, KeepRecord, LedgerEntry, ModuleFormat
@@ -97,7 +98,10 @@ class Assembler:
         self._adapter(ledger)
         self._check_bytes()
         linears = self._linears()
-        config = artifact_config(self._source.checkpoint.config, ledger.formats, linears, self._source.skeleton.family)
+        source = dict(self._source.checkpoint.config)
+        if LM_HEAD in ledger.tensors:
+            source["tie_word_embeddings"] = False  # a rotated model's lm_head is not its embedding
+        config = artifact_config(source, ledger.formats, linears, self._source.skeleton.family)
         self._write(CONFIG, _json(config))
         self._write(LEDGER, ledger.model_dump_json(indent=1).encode())
         for name in self._source.checkpoint.copyable_files():

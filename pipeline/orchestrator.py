@@ -94,6 +94,7 @@ class Orchestrator:
             workspace=job.spec.output.uri,
             compute_dtype=job.spec.calibration.compute_dtype,
             device=device,
+            rotation=job.spec.recipe.rotation,
         )
         self._links: dict[str, Link] = {}
 
@@ -211,10 +212,13 @@ class Orchestrator:
         """What lies outside the blocks: the embedding before them, norm and head behind, and what nobody needs."""
         dropped = dict.fromkeys(self._source.dropped, "follows from the config")
         last = [NORM]
-        if LM_HEAD in digests and self._source.skeleton.tied:
+        tied, rotation = self._source.skeleton.tied, self._setting.rotation
+        if LM_HEAD in digests and tied:
             dropped[LM_HEAD] = "tied: equal to the embedding, stored once"
-        elif LM_HEAD in digests:
+        if not tied:
             last.append(LM_HEAD)
+        elif rotation is not None and rotation.residual:
+            last.append(EMBEDDING)  # rotated with the norm fused into it, it is the embedding no longer
         specs = [
             KeepSpec(setting=self._setting, tensors={name: digests[name] for name in names})
             for names in ([EMBEDDING], last)

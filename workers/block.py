@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from kernels.hadamard import Hadamard
 from kernels.linear import CompensatedLinear
 from workers.architecture import Siblings
 from workers.calibration.clipping import activation_format, best_clip
@@ -39,11 +40,13 @@ Output = TypeVar("Output")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressedLinear:
-    """What became of one linear layer. activations: how its input is quantized at inference, None when weight-only."""
+    """What became of one linear layer. activations: how its input is quantized at inference, None when weight-only.
+    transform: of its input at inference."""
 
     weight: QuantizedWeight
     low_rank: LowRank | None
     activations: ActivationFormat | None
+    transform: Hadamard | None = None
 
     def to(self, device: torch.device) -> CompressedLinear:
         """The same layer on another device."""
@@ -52,6 +55,7 @@ class CompressedLinear:
             weight=self.weight.to(device),
             low_rank=None if branch is None else branch.to(device),
             activations=self.activations,
+            transform=self.transform,
         )
 
 
@@ -181,14 +185,15 @@ def compress(
     recipes: Mapping[str, ModuleRecipe],
     *,
     scale_dtypes: Mapping[str, torch.dtype],
+    factor_dtypes: Mapping[str, torch.dtype],
     pool: OrderedPool,
 ) -> tuple[dict[str, CompressedLinear], list[ModuleReport]]:
     """Every linear that has a recipe, in table order; `statistics` holds an entry for each group among them.
 
-    weights: linear -> weight [out, in] as the source has it; factors are stored in its dtype. scale_dtypes: linear ->
-    dtype in which its scales are stored.
+    weights: linear -> weight [out, in]. scale_dtypes, factor_dtypes: linear -> dtype in which its scales and the factors
+    of its branch are stored.
     """
-    jobs = list(_solves(weights, statistics, recipes, scale_dtypes))
+    jobs = list(_solves(weights, statistics, recipes, scale_dtypes, factor_dtypes))
     if forgotten := recipes.keys() - {name for job in jobs for name in job.names}:
         raise ValueError(f"no input statistics of {sorted(forgotten)}: expected those of every linear with a recipe")
     results: dict[str, CompressedLinear] = {}
@@ -214,6 +219,7 @@ def install(block: Block, linears: Mapping[str, CompressedLinear], *, compensate
                 low_rank=linear.low_rank if compensated else None,
                 bias=None if bias is None else bias.detach(),
                 activations=linear.activations,
+                transform=linear.transform,
             ),
         )
 
@@ -224,6 +230,7 @@ class _Job:
     names: tuple[str, ...]
     recipe: ModuleRecipe
     scale_dtype: torch.dtype
+    factor_dtype: torch.dtype
 
 
 def _solves(
@@ -231,6 +238,7 @@ def _solves(
     statistics: Mapping[Siblings, InputStatistics],
     recipes: Mapping[str, ModuleRecipe],
     scale_dtypes: Mapping[str, torch.dtype],
+    factor_dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[_Job]:
     """Siblings that share a recipe share a solve when they can."""
     for group in statistics:
@@ -243,7 +251,13 @@ def _solves(
                 if recipes[name] == recipe and (shares_a_solve(recipe) or weights[name].shape[0] == rows)
             ]
             waiting = [name for name in waiting if name not in together]
-            yield _Job(group=group, names=tuple(together), recipe=recipe, scale_dtype=scale_dtypes[together[0]])
+            yield _Job(
+                group=group,
+                names=tuple(together),
+                recipe=recipe,
+                scale_dtype=scale_dtypes[together[0]],
+                factor_dtype=factor_dtypes[together[0]],
+            )
 
 
 def _solve(
@@ -257,7 +271,7 @@ def _solve(
         statistics,
         [weights[name].float() for name in job.group if name in weights],
         scale_dtype=job.scale_dtype,
-        factor_dtype=weights[job.names[0]].dtype,
+        factor_dtype=job.factor_dtype,
     )
     seconds = (time.perf_counter() - started) / len(job.names)
     solved = []

@@ -124,8 +124,13 @@ class CompressedModel:
             branch = read_branch(
                 self._adapter.read_many(factors, sha256={name: self._digest(name) for name in factors}), module, form
             )
-        weight = read_weight(tensors, module, form)
-        return CompressedLinear(weight=weight, low_rank=branch, activations=form.activations).to(device)
+        linear = CompressedLinear(
+            weight=read_weight(tensors, module, form),
+            low_rank=branch,
+            activations=form.activations,
+            transform=form.hadamard,
+        )
+        return linear.to(device)
 
 
 def _expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -101,16 +101,23 @@ def compressed_blocks(
 
 @torch.no_grad()
 def measure(
-    hidden: Mapping[str, Sequence[Tensor]], tokens: Sequence[Tensor], head: nn.Module, pool: OrderedPool
+    hidden: Mapping[str, Sequence[Tensor]],
+    tokens: Sequence[Tensor],
+    heads: Mapping[str, nn.Module],
+    pool: OrderedPool,
 ) -> dict[str, list[WindowMetrics]]:
-    """Metrics per window from the last hidden states; tokens: [windows, length] per batch, as `hidden`."""
+    """Metrics per window from the last hidden states; heads: variant -> its own."""
 
     def one(batch: int) -> dict[str, list[WindowMetrics]]:
         found: dict[str, list[WindowMetrics]] = {variant: [] for variant in hidden}
         for row, ids in enumerate(tokens[batch]):
-            reference = _log_probabilities(head, hidden[BASELINE][batch][row])
+            reference = _log_probabilities(heads[BASELINE], hidden[BASELINE][batch][row])
             for variant in hidden:
-                own = reference if variant == BASELINE else _log_probabilities(head, hidden[variant][batch][row])
+                own = (
+                    reference
+                    if variant == BASELINE
+                    else _log_probabilities(heads[variant], hidden[variant][batch][row])
+                )
                 found[variant].append(_window(reference, own, ids))
         return found
 

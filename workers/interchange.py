@@ -80,6 +80,11 @@ def refusal_of_weights(formats: Mapping[str, ModuleFormat], experts: Sequence[st
     standard form that transformers 5.23 with compressed-tensors 0.20 does not load yet, and says so: zero points of dense
     layers, and experts in 16 bits beside quantized layers. They are written in that form, which its decompressor reads.
     """
+    forms = formats.values()
+    if any(form.online is not None for form in forms):
+        return "online Hadamard transforms: transformers ignores them, and the logits would be noise"
+    if any(form.activation_clip != 1 or form.activation_group_size is not None for form in forms):
+        return "activations with a clip or in groups: transformers quantizes whole tokens to their maximum"
     if not experts:
         return None
     kinds = {_scheme(formats[name]) if name in formats else None for name in experts}

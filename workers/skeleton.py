@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from kernels.hadamard import Hadamard
 from workers.architecture import EXPERT, Family, Siblings, family_of, sibling_groups
 from workers.errors import CheckpointError, UnsupportedModelError
 from workers.model_config import parse_config
@@ -300,6 +301,10 @@ class Block:
         if not isinstance(module, nn.Linear):
             raise TypeError(f"{name} is a {type(module).__name__}, expected a linear layer")
         return module
+
+    def transform_input(self, name: str, transform: Hadamard) -> None:
+        """Transforms what enters the linear `name`, for everyone who looks at its input later."""
+        self.linear(name).register_forward_pre_hook(lambda _, arguments: (transform.apply(arguments[0]),))
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Puts `module` where the linear `name` was."""

@@ -12,10 +12,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from kernels.formats import ActivationFormat
+from kernels.hadamard import Hadamard
 from workers.block import ModuleReport
 from workers.config import Config
 from workers.keys import digest, numerics
-from workers.recipe import ModuleRecipe
+from workers.recipe import ModuleRecipe, Rotation
 from workers.workspace import Blob, Record
 
 SHARD_TOKENS = 8192
@@ -48,6 +49,8 @@ class Setting(Config):
     compute_dtype: ComputeDtype
     device: Device
     """Where the arithmetic was asked to run: bits differ between kinds of device, so results do not mix."""
+    rotation: Rotation | None = None
+    """Coordinates in which the model is compressed; null: its own."""
 
     def determines(self) -> dict[str, Any]:
         """The part of a key that all tasks share."""
@@ -58,6 +61,7 @@ class Setting(Config):
             "compute_dtype": self.compute_dtype,
             "device": self.device,
             "shard_tokens": SHARD_TOKENS,
+            "rotation": None if self.rotation is None else self.rotation.model_dump(mode="json"),
         }
 
 
@@ -112,7 +116,7 @@ class KeepSpec(Config):
     tensors: Mapping[str, str]
 
     def key(self) -> str:
-        return digest([KEEP, numerics(), dict(self.tensors)])
+        return digest([KEEP, self.setting.determines(), dict(self.tensors)])
 
 
 class Timing(Config):
@@ -149,6 +153,14 @@ class LedgerEntry(Config):
     reason: str = ""
 
 
+class OnlineTransform(Config):
+    """A Hadamard transform of a layer's input at inference: see `kernels.hadamard.Hadamard`."""
+
+    size: int = Field(ge=1)
+    seed: int | None
+    inner: int = Field(ge=1)
+
+
 class ModuleFormat(Config):
     """How one quantized linear is stored: what a loader must know beside the tensors."""
 
@@ -159,6 +171,12 @@ class ModuleFormat(Config):
     activation_clip: float = 1.0
     activation_group_size: int | None = None
     rank: int
+    online: OnlineTransform | None = None
+
+    @property
+    def hadamard(self) -> Hadamard | None:
+        """The transform of the input at inference, None when there is none."""
+        return None if self.online is None else Hadamard(**self.online.model_dump())
 
     @property
     def activations(self) -> ActivationFormat | None:

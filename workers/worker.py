@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
+from kernels.hadamard import Hadamard
 from workers.architecture import Siblings
 from workers.block import CompressedLinear, ModuleReport, calibrate, compress, gatherings_of, install, tensor_bits
 from workers.calibration.statistics import InputStatistics
@@ -39,7 +40,7 @@ from workers.interchange import factor_tensors, scale_dtype, weight_tensors
 from workers.join import join_tensors
 from workers.memory import device_peak_bytes, host_peak_bytes, release, reset_peak, settle
 from workers.parallel import OrderedPool
-from workers.skeleton import Block, Skeleton
+from workers.skeleton import EMBEDDING, LM_HEAD, NORM, Block, Skeleton
 from workers.storage import open_store, stream_sha256
 from workers.storage.base import Written
 from workers.tasks import (
@@ -60,6 +61,7 @@ from workers.tasks import (
     Timing,
     shard_sequences,
 )
+from workers.transforms.rotation import residual_hadamard, rotate_block, rotate_embedding, rotated_outside
 from workers.workspace import Blob, Workspace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -71,10 +73,22 @@ class _Held:
 
     key: str
     block: Block
-    parameters: dict[str, Tensor]  # as in the source: what is kept is carried over, what is solved is solved from it
+    parameters: dict[str, Tensor]  # in the setting's coordinates: what is kept is carried over, the rest is solved
+    dtypes: dict[str, torch.dtype]  # of the parameters in the source, in which they are stored
+    online: dict[str, Hadamard]  # linear -> transform of its input at inference
     statistics: dict[Siblings, InputStatistics]
     outputs: tuple[Blob, ...]
     timing: Timing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedBlock:
+    """A source block that can run, and what it was made of: see `_Held`."""
+
+    block: Block
+    parameters: dict[str, Tensor]
+    dtypes: dict[str, torch.dtype]
+    online: dict[str, Hadamard]
 
 
 class Worker:
@@ -114,6 +128,8 @@ class Worker:
         checkpoint, skeleton = self._source(spec.setting)
         name, sha256 = spec.tensor
         weight = checkpoint.read(name, sha256=sha256)
+        if (rotation := spec.setting.rotation) is not None and rotation.residual:
+            weight = rotate_embedding(weight, residual_hadamard(skeleton.hidden_size, rotation))
         module = skeleton.embedding(weight, self.device, DTYPES[spec.setting.compute_dtype])
         ids = workspace.get_tensors(spec.tokens)["input_ids"]
         clock.lap("load")
@@ -131,8 +147,11 @@ class Worker:
         if (done := workspace.lookup(KEEP, key, KeepRecord)) is not None and workspace.has(done.checkpoint):
             return done
         clock = _Clock(self.device)
-        checkpoint, _ = self._source(spec.setting)
+        checkpoint, skeleton = self._source(spec.setting)
         tensors = checkpoint.read_many(spec.tensors, sha256=spec.tensors)
+        sources: dict[str, tuple[str, ...]] = {name: (name,) for name in tensors}
+        if (rotation := spec.setting.rotation) is not None and rotation.residual:
+            tensors, sources = rotated_outside(tensors, residual_hadamard(skeleton.hidden_size, rotation))
         clock.lap("load")
         blob = workspace.put_tensors(tensors)
         clock.lap("write")
@@ -140,8 +159,8 @@ class Worker:
             checkpoint=blob,
             tensors={name: tensor_digest(tensor) for name, tensor in tensors.items()},
             ledger=tuple(
-                LedgerEntry(source=name, shape=tuple(tensor.shape), fate="kept", stored_as=(name,))
-                for name, tensor in tensors.items()
+                LedgerEntry(source=source, shape=checkpoint.entry(source).shape, fate="kept", stored_as=stored)
+                for source, stored in sources.items()
             ),
             bits=sum(tensor_bits(tensor) for tensor in tensors.values()),
             timing=clock.timing(),
@@ -169,9 +188,11 @@ class Worker:
             {name: weight.to(self.device) for name, weight in weights.items()},
             held.statistics,
             spec.recipe,
-            scale_dtypes={name: scale_dtype(name, weight.dtype) for name, weight in weights.items()},
+            scale_dtypes={name: scale_dtype(name, held.dtypes[f"{name}.weight"]) for name in weights},
+            factor_dtypes={name: held.dtypes[f"{name}.weight"] for name in weights},
             pool=self._pool,
         )
+        linears = {name: replace(linear, transform=held.online.get(name)) for name, linear in linears.items()}
         clock.lap("solve")
         outputs = self._propagate(spec, held.block, linears, workspace)
         clock.lap("forward")
@@ -195,20 +216,32 @@ class Worker:
         variants = variants_of(model)
         ids = workspace.get_tensors(spec.tokens)["input_ids"][spec.start : spec.stop].long().to(self.device)
         batches = ids.split(shard_sequences(ids.shape[1]))
-        embed = skeleton.embedding(model.embedding(), self.device, torch.float32)
+        original = self._outside(spec)
+        # The compressed model may live in other coordinates than the original.
+        embeddings = dict.fromkeys(variants, (model.skeleton, model.embedding()))
+        heads = dict.fromkeys(variants, (model.skeleton, model.head()))
+        embeddings[BASELINE], heads[BASELINE] = (skeleton, original[EMBEDDING]), (skeleton, original)
         with torch.no_grad():
-            first = [embed(batch) for batch in batches]
+            first = {
+                variant: [one.embedding(weight, self.device, torch.float32)(batch) for batch in batches]
+                for variant, (one, weight) in embeddings.items()
+            }
 
         def blocks(index: int) -> dict[str, Block]:
             release(self.device)
             found = compressed_blocks(model, index, variants[1:], self.device)
             names = {part.source for part in skeleton.sources(index, spec.tensors).values()}
             digests = {name: spec.tensors[name] for name in names}
-            return {BASELINE: self.load_block(spec.setting, index, digests, torch.float32)[0], **found}
+            plain = spec.setting.model_copy(update={"rotation": None})
+            return {BASELINE: self.load_block(plain, index, digests, torch.float32).block, **found}
 
-        hidden = advance(dict.fromkeys(variants, first), blocks, skeleton.blocks, self._pool)
-        head = skeleton.head(model.head(), self.device, torch.float32)
-        windows = measure(hidden, batches, head, self._pool)
+        hidden = advance(first, blocks, skeleton.blocks, self._pool)
+        windows = measure(
+            hidden,
+            batches,
+            {variant: one.head(tensors, self.device, torch.float32) for variant, (one, tensors) in heads.items()},
+            self._pool,
+        )
         clock.lap("forward")
         record = EvaluateRecord(
             windows={variant: tuple(found) for variant, found in windows.items()}, timing=clock.timing()
@@ -246,7 +279,8 @@ class Worker:
         release(self.device)
         clock = _Clock(self.device)
         dtype = DTYPES[spec.setting.compute_dtype]
-        block, parameters = self.load_block(spec.setting, spec.index, spec.tensors, dtype)
+        loaded = self.load_block(spec.setting, spec.index, spec.tensors, dtype)
+        block = loaded.block
         clock.lap("load")
         keep_outputs = spec.propagate == "original"
 
@@ -258,13 +292,13 @@ class Worker:
         statistics, outputs = calibrate(block, inputs, emit, gatherings, self._pool)
         clock.lap("forward")
         stored = tuple(blob for blob in outputs if blob is not None)
-        self._held = _Held(key, block, parameters, statistics, stored, clock.timing())
+        self._held = _Held(
+            key, block, loaded.parameters, loaded.dtypes, loaded.online, statistics, stored, clock.timing()
+        )
         return self._held
 
-    def load_block(
-        self, setting: Setting, index: int, digests: Mapping[str, str], dtype: torch.dtype
-    ) -> tuple[Block, dict[str, Tensor]]:
-        """A source block on the device, every tensor verified; and its parameters on the CPU, as the source has them."""
+    def load_block(self, setting: Setting, index: int, digests: Mapping[str, str], dtype: torch.dtype) -> LoadedBlock:
+        """A source block on the device, every tensor verified, in the setting's coordinates."""
         checkpoint, skeleton = self._source(setting)
         slices = skeleton.sources(index, checkpoint.names)
         tensors = checkpoint.read_many(digests, sha256=digests)
@@ -272,7 +306,27 @@ class Worker:
         if absent:
             raise CheckpointError(f"block {index}: the task lists no digest for {sorted(absent)[:3]}")
         parameters = {name: part.of(tensors[part.source]) for name, part in slices.items()}
-        return skeleton.block(index, parameters, self.device, dtype), parameters
+        dtypes = {name: tensor.dtype for name, tensor in parameters.items()}
+        online: dict[str, Hadamard] = {}
+        if setting.rotation is not None:
+            parameters, online = rotate_block(
+                skeleton.config.model_type,
+                parameters,
+                setting.rotation,
+                heads=skeleton.config.num_attention_heads,
+                key_value_heads=skeleton.config.num_key_value_heads,
+            )
+        block = skeleton.block(index, parameters, self.device, dtype)
+        for name, transform in online.items():
+            block.transform_input(name, transform)
+        return LoadedBlock(block=block, parameters=parameters, dtypes=dtypes, online=online)
+
+    def _outside(self, spec: EvaluateSpec) -> dict[str, Tensor]:
+        """Embedding, final norm and lm_head of the source, under their names; of a tied model the embedding is the lm_head."""
+        checkpoint, skeleton = self._source(spec.setting)
+        names = [EMBEDDING, NORM] if skeleton.tied else [EMBEDDING, NORM, LM_HEAD]
+        tensors = checkpoint.read_many(names, sha256={name: spec.tensors[name] for name in names})
+        return {LM_HEAD: tensors[EMBEDDING], **tensors} if skeleton.tied else tensors
 
     def _propagate(
         self, spec: BlockSpec, block: Block, linears: Mapping[str, CompressedLinear], workspace: Workspace
@@ -330,7 +384,7 @@ def _write(
             shape = tuple(linear.weight.codes.shape)
             ledger.append(LedgerEntry(source=part.source, shape=shape, fate="quantized", stored_as=tuple(packed)))
         else:
-            kept = tensors[stored] = held.parameters[parameter]
+            kept = tensors[stored] = held.parameters[parameter].to(held.dtypes[parameter])
             kept_bits += tensor_bits(kept)
             ledger.append(LedgerEntry(source=part.source, shape=tuple(kept.shape), fate="kept", stored_as=(stored,)))
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -367,6 +421,7 @@ def _format(linear: CompressedLinear) -> ModuleFormat:
             "activation_clip": 1.0 if activations is None else activations.clip,
             "activation_group_size": None if activations is None else activations.group_size,
             "rank": 0 if branch is None else branch.rank,
+            "online": None if linear.transform is None else asdict(linear.transform),
         }
     )
 

@@ -83,7 +83,14 @@ def compressed(
 ) -> tuple[dict[str, CompressedLinear], dict[str, ModuleReport]]:
     pool = OrderedPool(threads)
     weights = {name: block.linear(name).weight.detach() for name in recipes}
-    linears, reports = compress(weights, statistics, recipes, scale_dtypes=dict.fromkeys(recipes, dtype), pool=pool)
+    linears, reports = compress(
+        weights,
+        statistics,
+        recipes,
+        scale_dtypes=dict.fromkeys(recipes, dtype),
+        factor_dtypes={name: weight.dtype for name, weight in weights.items()},
+        pool=pool,
+    )
     pool.close()
     return linears, {report.name: report for report in reports}
 
@@ -283,13 +290,20 @@ def test_bits_are_counted_all_in() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_scales_are_stored_as_asked_and_factors_as_the_weight(dtype: torch.dtype) -> None:
+def test_scales_and_factors_are_stored_as_asked(dtype: torch.dtype) -> None:
     block = block_of("llama")
     statistics, _ = calibrated(block, shards())
     group = block.siblings[1]
     weights = {name: block.linear(name).weight.detach().bfloat16() for name in group}
     recipes = dict.fromkeys(group, module_recipe(compensation={"kind": "svd"}))
-    linears, _ = compress(weights, statistics, recipes, scale_dtypes=dict.fromkeys(group, dtype), pool=OrderedPool(1))
+    linears, _ = compress(
+        weights,
+        statistics,
+        recipes,
+        scale_dtypes=dict.fromkeys(group, dtype),
+        factor_dtypes=dict.fromkeys(group, torch.bfloat16),
+        pool=OrderedPool(1),
+    )
     linear = linears["self_attn.o_proj"]
     assert linear.weight.scale.dtype is dtype
     assert linear.low_rank is not None

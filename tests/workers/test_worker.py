@@ -142,7 +142,7 @@ def test_forward_passes_on_what_the_original_block_makes(site: Site, make: MakeW
     inputs = embedded(worker, site)
     spec = site.block(0, inputs)
     outputs = worker.forward(spec).outputs
-    block, _ = worker.load_block(site.setting, 0, spec.tensors, torch.float32)
+    block = worker.load_block(site.setting, 0, spec.tensors, torch.float32).block
     for before, after in zip(inputs, outputs, strict=True):
         hidden = site.workspace.get_tensors(before)["hidden"]
         assert torch.equal(site.workspace.get_tensors(after)["hidden"], block.run(hidden))
@@ -317,7 +317,8 @@ def test_module_errors_are_those_of_the_stored_bytes(site: Site, make: MakeWorke
     inputs = embedded(worker, site, sequences=4, length=64)
     spec = site.block(0, inputs, GPTQ)
     record = worker.block(spec)
-    block, parameters = worker.load_block(site.setting, 0, spec.tensors, torch.float32)
+    loaded = worker.load_block(site.setting, 0, spec.tensors, torch.float32)
+    block, parameters = loaded.block, loaded.parameters
     seen: dict[str, list[Tensor]] = {}
     for name in spec.recipe:
         block.linear(name).register_forward_pre_hook(

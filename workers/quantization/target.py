@@ -32,7 +32,8 @@ def aimed(options: Quantizer, weight: Tensor, statistics: InputStatistics, branc
     if branch is not None:
         products = products - branch.double() @ statistics.product("xy")
     regressed = right_divide(products, statistics.product("yy"), options.damping)
-    return ((1 - share) * rest.double() + share * regressed).to(weight.dtype)
+    mixed: Tensor = (1 - share) * rest.double() + share * regressed
+    return mixed.to(weight.dtype)
 
 
 def right_divide(products: Tensor, gram: Tensor, damping: float) -> Tensor:
@@ -41,6 +42,7 @@ def right_divide(products: Tensor, gram: Tensor, damping: float) -> Tensor:
     damped.diagonal().add_(damping * gram.diagonal().mean())
     root, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
-        return products @ torch.linalg.pinv(damped, hermitian=True)
-    divided: Tensor = torch.cholesky_solve(products.T, root).T
-    return divided
+        inverse: Tensor = torch.linalg.pinv(damped, hermitian=True)
+        return products @ inverse
+    solved: Tensor = torch.cholesky_solve(products.T, root)
+    return solved.T

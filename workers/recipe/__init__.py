@@ -6,6 +6,7 @@ from __future__ import annotations
 from workers.recipe.compensation import ASER, LRC, SVD, Compensation, NoCompensation
 from workers.recipe.rank import CountRank, EnergyRank, FractionRank, Rank
 from workers.recipe.recipe import Activations, ModuleRecipe, Override, Recipe, Weights
+from workers.recipe.transforms import Rotation, Transform
 from workers.recipe.weights import GPTQ, RTN, AbsoluteMaximum, MeanSquare, Quantizer, ScaleSearch, WeightFormat
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "Override",
     "Quantizer",
     "Rank",
+    "Rotation",
+    "Transform",
     "Recipe",
     "ScaleSearch",
     "WeightFormat",

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from workers.config import Config
 from workers.recipe.compensation import Compensation, NoCompensation
+from workers.recipe.transforms import Rotation, Transform
 from workers.recipe.weights import GPTQ, Quantizer, WeightFormat
 
 
@@ -68,6 +69,8 @@ class ModuleRecipe(Config):
 class Recipe(Config):
     """How every linear layer of every block is compressed."""
 
+    transforms: tuple[Transform, ...] = ()
+    """What is done to the model before, without changing what it computes."""
     weights: Weights
     """Grid and quantizer of the weights."""
     activations: Activations | None = None
@@ -78,6 +81,19 @@ class Recipe(Config):
     """Exceptions for some modules."""
     keep: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ("lm_head",)
     """Globs of module names that stay in the source's 16 or 32 bits. Embeddings, norms and routers always do."""
+
+    @field_validator("transforms")
+    @classmethod
+    def _once_each(cls, transforms: tuple[Transform, ...]) -> tuple[Transform, ...]:
+        kinds = [transform.kind for transform in transforms]
+        if len(kinds) != len(set(kinds)):
+            raise ValueError(f"{', '.join(kinds)}: expected each kind at most once")
+        return transforms
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """The rotation among the transforms, if there is one."""
+        return next((transform for transform in self.transforms if isinstance(transform, Rotation)), None)
 
     @field_validator("keep")
     @classmethod

@@ -1,0 +1,214 @@
+"""LRC's three closed forms against descent by brute force, its objective against the tokens themselves, option by option."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.formats import ActivationFormat, LowRank
+from kernels.reference import fake_quantize_activations
+from workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
+from workers.compensation.lrc import LRCResult, initial_branch, lrc, relative_error, updated_branch
+from workers.quantization.target import aimed
+from workers.recipe import GPTQ, LRC, RTN, CountRank, EnergyRank, FractionRank, Quantizer, WeightFormat
+
+A4 = ActivationFormat(bits=4)
+RANK = CountRank(count=4)
+ROWS, COLUMNS, TOKENS = 20, 24, 600
+TINY = 1e-9  # damping that does not matter
+
+
+class Problem:
+    """A layer, its original input t, its input here x, and y = Q(x); rows are tokens."""
+
+    def __init__(self, *, noise: float = 0.0, seed: int = 0, quantized: bool = True) -> None:
+        source = torch.Generator().manual_seed(seed)
+        mixing = torch.randn(COLUMNS, COLUMNS, generator=source) * torch.logspace(0.5, -0.5, COLUMNS).unsqueeze(1)
+        self.t = torch.randn(TOKENS, COLUMNS, generator=source) @ mixing
+        self.x = self.t + noise * torch.randn(TOKENS, COLUMNS, generator=source)
+        self.y = fake_quantize_activations(self.x, A4) if quantized else self.x
+        self.weight = torch.randn(ROWS, COLUMNS, generator=source)
+        gathering = Gathering(activations=A4 if quantized else None)
+        accumulator = Accumulator(COLUMNS, gathering=gathering)
+        accumulator.add(ShardMoments.of(self.x, gathering, self.t if noise else None))
+        self.statistics: InputStatistics = accumulator.result()
+
+    def loss(self, codes: Tensor, branch: Tensor) -> float:
+        """||W t - Q y - L x||^2 / ||W t||^2 from the tokens, in float64."""
+        weight, t, x, y = (value.double() for value in (self.weight, self.t, self.x, self.y))
+        exact = t @ weight.T
+        left = exact - y @ codes.double().T - x @ branch.double().T
+        return float(left.square().sum() / exact.square().sum())
+
+    def solve(self, quantizer: Quantizer | None = None, **options: object) -> LRCResult:
+        return lrc(
+            LRC.model_validate({"rank": RANK, **options}),
+            quantizer or GPTQ(),
+            self.weight,
+            self.statistics,
+            WeightFormat(bits=3),
+            scale_dtype=torch.float32,
+            factor_dtype=torch.float32,
+        )
+
+
+def dense(branch: LowRank) -> Tensor:
+    return branch.up.double() @ branch.down.double()
+
+
+@pytest.fixture(params=[0.0, 0.3], ids=["original inputs", "propagated inputs"])
+def problem(request: pytest.FixtureRequest) -> Problem:
+    return Problem(noise=request.param)
+
+
+def test_the_objective_is_that_of_the_tokens(problem: Problem) -> None:
+    source = torch.Generator().manual_seed(3)
+    codes = problem.weight + 0.1 * torch.randn(ROWS, COLUMNS, generator=source)
+    branch = LowRank(up=torch.randn(ROWS, 2, generator=source), down=0.1 * torch.randn(2, COLUMNS, generator=source))
+    for low_rank, product in ((branch, dense(branch)), (None, torch.zeros(ROWS, COLUMNS))):
+        found = relative_error(problem.weight.double(), codes.double(), low_rank, problem.statistics)
+        assert found == pytest.approx(problem.loss(codes, product), rel=1e-5)
+
+
+def test_update_quant_aims_at_the_best_dense_matrix(problem: Problem) -> None:
+    """What least squares over the tokens finds, for a branch that stands beside it."""
+    branch = initial_branch(problem.weight.double(), problem.statistics, RANK, TINY, torch.float64)
+    target = aimed(GPTQ(target="regressed", damping=TINY), problem.weight, problem.statistics, dense(branch))
+    wanted = problem.t.double() @ problem.weight.double().T - problem.x.double() @ dense(branch).T
+    expected = torch.linalg.lstsq(problem.y.double(), wanted).solution.T
+    assert torch.allclose(target.double(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_targets_are_plain_regressed_or_between(problem: Problem) -> None:
+    plain, regressed, mixed = (
+        aimed(GPTQ(target=target), problem.weight, problem.statistics) for target in ("plain", "regressed", "mixed")
+    )
+    assert torch.equal(plain, problem.weight)
+    assert not torch.allclose(plain, regressed, atol=1e-3)
+    assert torch.allclose(mixed, (plain + regressed) / 2, atol=1e-5)
+    third = aimed(GPTQ(target="mixed", mix=0.25), problem.weight, problem.statistics)
+    assert torch.allclose(third, 0.75 * plain + 0.25 * regressed, atol=1e-5)
+    assert torch.equal(aimed(RTN(), problem.weight, problem.statistics), problem.weight)
+
+
+def test_targets_agree_where_nothing_is_lost() -> None:
+    exact = Problem(quantized=False)
+    regressed = aimed(GPTQ(target="regressed", damping=TINY), exact.weight, exact.statistics)
+    assert torch.allclose(regressed, exact.weight, atol=1e-4)
+
+
+def descended(problem: Problem, start: LowRank, codes: Tensor | None, steps: int = 3000) -> float:
+    """The least loss that gradient descent finds over the branch, and over dense codes too when `codes` is None."""
+    weight, t, x, y = (value.double() for value in (problem.weight, problem.t, problem.x, problem.y))
+    up = torch.randn(start.up.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).requires_grad_()
+    down = torch.zeros(start.down.shape, dtype=torch.float64).requires_grad_()
+    exact = t @ weight.T
+    if codes is None:
+        # The best dense codes for any branch are known, so only the rest of t and x is left to the branch.
+        project = torch.linalg.lstsq(y, torch.cat((exact, x), dim=1)).solution
+        rest = torch.cat((exact, x), dim=1) - y @ project
+        exact_left, seen = rest[:, :ROWS], rest[:, ROWS:]
+    else:
+        exact_left, seen = exact - y @ codes.double().T, x
+    scale = exact.square().sum()
+    optimizer = torch.optim.LBFGS([up, down], lr=1, max_iter=steps, tolerance_grad=1e-14, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (exact_left - seen @ down.T @ up.T).square().sum() / scale
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return closure().item()
+
+
+def test_update_lr_is_the_best_branch_for_its_codes(problem: Problem) -> None:
+    codes = (problem.weight * 2).round() / 2
+    branch = updated_branch(
+        LRC(damping=TINY), problem.weight.double(), codes.double(), problem.statistics, 4, torch.float64
+    )
+    found = problem.loss(codes, dense(branch))
+    assert found == pytest.approx(descended(problem, branch, codes), rel=1e-3)
+
+
+def test_init_is_the_best_branch_beside_any_dense_matrix(problem: Problem) -> None:
+    branch = initial_branch(problem.weight.double(), problem.statistics, RANK, TINY, torch.float64)
+    beside = aimed(GPTQ(target="regressed", damping=TINY), problem.weight.double(), problem.statistics, dense(branch))
+    found = problem.loss(beside, dense(branch))
+    assert found == pytest.approx(descended(problem, branch, None), rel=1e-3)
+
+
+@pytest.mark.parametrize("iterations", [1, 4])
+def test_the_objective_never_rises_at_update_lr(problem: Problem, iterations: int) -> None:
+    objectives = problem.solve(iterations=iterations, damping=1e-6).objectives
+    assert len(objectives) == 2 * iterations
+    for before, after in zip(objectives[::2], objectives[1::2], strict=True):
+        assert after <= before * (1 + 1e-6)
+
+
+def test_the_objective_never_rises_at_update_quant_solved_exactly(problem: Problem) -> None:
+    """Without the grid, Update-Quant is `aimed`; alternating with Update-LR can only go down."""
+    weight, quantizer = problem.weight.double(), GPTQ(target="regressed", damping=TINY)
+    branch = updated_branch(LRC(damping=TINY), weight, weight * 0.9, problem.statistics, 4, torch.float64)
+    codes, losses = weight * 0.9, []
+    for _ in range(4):
+        losses.append(problem.loss(codes, dense(branch)))
+        codes = aimed(quantizer, weight, problem.statistics, dense(branch))
+        losses.append(problem.loss(codes, dense(branch)))
+        branch = updated_branch(LRC(damping=TINY), weight, codes, problem.statistics, 4, torch.float64)
+    assert all(after <= before * (1 + 1e-9) for before, after in pairwise(losses))
+
+
+def test_beats_the_branch_that_is_fitted_to_what_is_left() -> None:
+    """LRC < whitened SVD of the same codes' error < no branch, where inputs are quantized."""
+    from workers.compensation import compensate
+    from workers.quantization import quantize
+    from workers.recipe import SVD
+
+    problem = Problem()
+    metric = InputStatistics(gram=problem.statistics.product("yy"), tokens=TOKENS)
+    codes = quantize(
+        GPTQ(), problem.weight, metric, WeightFormat(bits=3), scale_dtype=torch.float32
+    ).weight.dequantize()
+    after = compensate(SVD(rank=RANK), problem.weight - codes, problem.statistics, dtype=torch.float32).low_rank
+    assert after is not None
+    solved = problem.solve()
+    joint = problem.loss(solved.weight.dequantize(), dense(solved.low_rank))
+    assert joint < 0.9 * problem.loss(codes, dense(after))
+    assert problem.loss(codes, dense(after)) < problem.loss(codes, torch.zeros(ROWS, COLUMNS))
+
+
+def test_every_option_has_a_say() -> None:
+    problem = Problem(noise=0.3)
+    base = problem.solve()
+    for options in ({"iterations": 3}, {"damping": 0.3}, {"refit": "weight"}, {"rank": {"count": 7}}):
+        other = problem.solve(**options)
+        assert not torch.equal(dense(other.low_rank)[:1], dense(base.low_rank)[:1]), options
+    for target in ("regressed", "mixed"):
+        assert not torch.equal(problem.solve(GPTQ(target=target)).weight.codes, base.weight.codes)
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(FractionRank(fraction=0.25), 5), (EnergyRank(energy=1.0), 20)])
+def test_ranks_of_every_kind(rank: object, expected: int) -> None:
+    assert Problem().solve(rank=rank).low_rank.rank == expected
+
+
+def test_a_layer_that_saw_no_token_still_gets_codes_and_a_branch() -> None:
+    problem = Problem()
+    nothing = InputStatistics(gram=torch.zeros(COLUMNS, COLUMNS, dtype=torch.float64), tokens=0)
+    found = lrc(
+        LRC(rank=RANK),
+        GPTQ(),
+        problem.weight,
+        nothing,
+        WeightFormat(bits=8),
+        scale_dtype=torch.float32,
+        factor_dtype=torch.float32,
+    )
+    assert [fallback.step for fallback in found.fallbacks] == ["gptq.tokens"]
+    whole = found.weight.dequantize().double() + dense(found.low_rank)
+    assert (whole - problem.weight).abs().max() < 0.05 * problem.weight.abs().max()

@@ -1,0 +1,13 @@
+"""Transforms that change a model's weights and activations and not what it computes."""
+
+from __future__ import annotations
+
+from workers.transforms.rotation import (
+    residual_hadamard,
+    residual_rotation,
+    rotate_block,
+    rotate_embedding,
+    rotate_head,
+)
+
+__all__ = ["residual_hadamard", "residual_rotation", "rotate_block", "rotate_embedding", "rotate_head"]
