@@ -8,12 +8,15 @@ from torch.nn import functional
 from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
 from kernels.hadamard import Hadamard
 from kernels.reference import fake_quantize_activations
+from kernels.residual import Correction
 
 
 class CompensatedLinear(nn.Module):
     """y = Q(x) W^T + (x D^T) U^T + b, with W from integer codes, Q the activation quantizer (identity when weight-only)
     and U D the low-rank branch, which always sees the unquantized x. With a `transform`, x is the transformed input
-    everywhere. Takes the place of a `torch.nn.Linear`.
+    everywhere. A `residual` adds what its store holds for the channels of x that matter most: to every token, or with
+    `decode_only` to those that come one at a time, as they do while a text is generated. Takes the place of a
+    `torch.nn.Linear`.
 
     x: [..., in] of any float dtype; y: [..., out] of the same dtype. The weight is dequantized in float32 and cast.
     """
@@ -33,10 +36,13 @@ class CompensatedLinear(nn.Module):
         bias: Tensor | None = None,
         activations: ActivationFormat | None = None,
         transform: Hadamard | None = None,
+        residual: Correction | None = None,
+        decode_only: bool = False,
     ) -> None:
         super().__init__()
         self.bits, self.group_size = weight.bits, weight.group_size
-        self.activations, self.transform = activations, transform
+        self.activations, self.transform, self.residual = activations, transform, residual
+        self.decode_only = decode_only
         self.out_features, self.in_features = weight.codes.shape
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scale", weight.scale)
@@ -63,6 +69,8 @@ class CompensatedLinear(nn.Module):
         y = functional.linear(inner, self.quantized().dequantize(x.dtype), bias)
         if self.up is not None and self.down is not None:
             y = y + functional.linear(functional.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        if self.residual is not None and (not self.decode_only or x.shape[-2] == 1):
+            y = y + self.residual.apply(x).to(x.dtype)
         return y
 
     def extra_repr(self) -> str:

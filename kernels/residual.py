@@ -11,15 +11,14 @@ chance (which channels of the last bucket are taken) is settled in favour of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kernels.packing import pack, unpack
-
-__all__ = ["CHUNK", "ResidualStore", "bucket_floors", "compensate", "select_chunked", "select_exact", "select_static"]
 
 CHUNK = 1024
 """Input channels among which one thread block chooses."""
@@ -85,6 +84,50 @@ class ResidualStore:
             out_features=self.out_features,
             bits=self.bits,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Correction:
+    """A store and the rule that chooses a token's channels: the largest as the kernel finds them (chunked), exactly the
+    largest (exact), or always those of the largest `importance` [in] (static), channels_per_chunk of every 1024 of them."""
+
+    store: ResidualStore
+    selection: Literal["chunked", "exact", "static"] = "chunked"
+    channels_per_chunk: int
+    importance: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.selection == "static" and self.importance is None:
+            raise ValueError("importance: none: a static selection needs E[x^2] of the layer's input")
+
+    @property
+    def channels(self) -> int:
+        """How many channels of a token are corrected."""
+        return max(1, self.channels_per_chunk * self.store.in_features // CHUNK)
+
+    def select(self, x: Tensor) -> Tensor:
+        """The channels of each token of x [..., in] that are corrected: bool, [..., in], or [in] when static."""
+        if self.selection == "chunked":
+            return select_chunked(x, self.channels_per_chunk, self.store.thresholds)
+        if self.importance is not None and self.selection == "static":
+            return select_static(self.importance, self.channels)
+        return select_exact(x, self.channels)
+
+    def apply(self, x: Tensor, *, decoded: Tensor | None = None) -> Tensor:
+        """What is added to a layer's output for x [..., in]: [..., out] float32.
+
+        decoded: bool [...], the tokens that are corrected: those that are generated one by one. None corrects all of
+        them, as the paper does for perplexity.
+        """
+        selected = self.select(x)
+        if decoded is not None:
+            selected = selected & decoded.unsqueeze(-1)
+        return compensate(x, self.store, selected)
+
+    def to(self, device: torch.device) -> Correction:
+        """The same correction on another device."""
+        importance = None if self.importance is None else self.importance.to(device)
+        return replace(self, store=self.store.to(device), importance=importance)
 
 
 def compensate(x: Tensor, store: ResidualStore, selected: Tensor) -> Tensor:

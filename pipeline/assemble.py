@@ -32,7 +32,7 @@ from pipeline.manifest import CompressionJob
 from pipeline.model_source import ModelSource
 from pipeline.report import Report
 from pipeline.report_html import render
-from workers.compressed import ADAPTER, ADAPTER_CONFIG, LEDGER, Ledger
+from workers.compressed import ADAPTER, ADAPTER_CONFIG, LEDGER, RESIDUAL_STORE, Ledger
 from workers.errors import IntegrityError, ObjectNotFoundError
 from workers.interchange import adapter_config, artifact_config
 from workers.skeleton import LM_HEAD
@@ -62,7 +62,7 @@ class Parts:
         for record in self.blocks:
             entries += record.ledger
             formats |= record.formats
-            tensors |= {**record.tensors, **record.factors}
+            tensors |= {**record.tensors, **record.factors, **record.residuals}
         return Ledger(entries=tuple(entries), formats=formats, tensors=tensors)
 
     @property
@@ -88,7 +88,7 @@ class Assembler:
         1. Every source tensor stands in the ledger exactly as often as it should: at least once, and quantized where the
            recipe said so (the block task has seen to that); anything else is an error.
         2. Shards are copied under the names that transformers expects; the index follows.
-        3. Factors are joined into one adapter file.
+        3. Factors are joined into one adapter file, residual stores into another.
         4. Workers read what was copied and joined, and compare it with what the tasks had written.
         5. config.json and ledger.json; tokenizer files as they are.
         """
@@ -96,6 +96,7 @@ class Assembler:
         self._check_account(ledger)
         self._shards()
         self._adapter(ledger)
+        self._residual()
         self._check_bytes()
         linears = self._linears()
         source = dict(self._source.checkpoint.config)
@@ -127,13 +128,20 @@ class Assembler:
 
     def _adapter(self, ledger: Ledger) -> None:
         parts = [(r.adapter, tuple(r.factors)) for r in self._parts.blocks if r.adapter is not None]
-        if not parts:
-            return
-        arguments = (self._workspace.store.uri, parts, self._artifact.uri, ADAPTER)
-        written: Written = self._dispatcher.run_all([Task("adapter", "join", arguments)])[0]
-        self._files[ADAPTER] = FileEntry(size=written.size, sha256=written.sha256)
-        family = self._source.skeleton.family
-        self._write(ADAPTER_CONFIG, _json(adapter_config(ledger.formats, self._artifact.name, family)))
+        if parts:
+            self._join("adapter", parts, ADAPTER)
+            family = self._source.skeleton.family
+            self._write(ADAPTER_CONFIG, _json(adapter_config(ledger.formats, self._artifact.name, family)))
+
+    def _residual(self) -> None:
+        parts = [(r.residual, tuple(r.residuals)) for r in self._parts.blocks if r.residual is not None]
+        if parts:
+            self._join("residual store", parts, RESIDUAL_STORE)
+
+    def _join(self, what: str, parts: Sequence[tuple[Blob, tuple[str, ...]]], path: str) -> None:
+        arguments = (self._workspace.store.uri, parts, self._artifact.uri, path)
+        written: Written = self._dispatcher.run_all([Task(what, "join", arguments)])[0]
+        self._files[path] = FileEntry(size=written.size, sha256=written.sha256)
 
     def _check_bytes(self) -> None:
         """A finished shard may have rotted since its task was done. It is discarded then, so that the next run makes it

@@ -8,7 +8,7 @@ tested without a worker.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -183,8 +183,7 @@ def _known_outputs(
 
 
 def _stored(workspace: Workspace, record: BlockRecord) -> bool:
-    blobs: Sequence[Blob] = [record.checkpoint] if record.adapter is None else [record.checkpoint, record.adapter]
-    return all(workspace.has(blob) for blob in blobs)
+    return all(workspace.has(blob) for blob in record.stored)
 
 
 def errors_of(record: BlockRecord) -> Mapping[str, float | None]:

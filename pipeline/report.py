@@ -112,12 +112,13 @@ def bits_per_weight(records: Iterable[BlockRecord], kept_bits: int, parameters: 
     codes = sum(module.code_bits for module in modules)
     scales = sum(module.scale_bits for module in modules)
     factors = sum(module.factor_bits for module in modules)
+    residual = sum(module.residual_bits for module in modules)
     per = max(weights, 1)
     return BitsPerWeight(
         weights=codes / per,
         scales=scales / per,
         factors=factors / per,
-        residual=0.0,
-        total=(codes + scales + factors) / per,
-        model=(codes + scales + factors + kept_bits) / parameters,
+        residual=residual / per,
+        total=(codes + scales + factors + residual) / per,
+        model=(codes + scales + factors + residual + kept_bits) / parameters,
     )

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
 from kernels.hadamard import Hadamard
 from kernels.linear import CompensatedLinear
+from kernels.residual import Correction
 from workers.architecture import Siblings
-from workers.calibration.clipping import activation_format, best_clip
 from workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from workers.config import Config
 from workers.errors import RequestError
 from workers.parallel import OrderedPool
-from workers.recipe import Activations, ModuleRecipe
+from workers.recipe import ModuleRecipe
 from workers.skeleton import Block
 from workers.solve import shares_a_solve, solve
 
@@ -47,6 +47,7 @@ class CompressedLinear:
     low_rank: LowRank | None
     activations: ActivationFormat | None
     transform: Hadamard | None = None
+    residual: Correction | None = None
 
     def to(self, device: torch.device) -> CompressedLinear:
         """The same layer on another device."""
@@ -56,6 +57,7 @@ class CompressedLinear:
             low_rank=None if branch is None else branch.to(device),
             activations=self.activations,
             transform=self.transform,
+            residual=None if self.residual is None else self.residual.to(device),
         )
 
 
@@ -84,6 +86,7 @@ class ModuleReport(Config):
     code_bits: int
     scale_bits: int
     factor_bits: int
+    residual_bits: int = 0
     error_quantized: float | None
     error_compensated: float | None
     fallbacks: tuple[FallbackReport, ...] = ()
@@ -129,56 +132,6 @@ def calibrate(
     return statistics, outputs
 
 
-def gatherings_of(
-    block: Block, recipes: Mapping[str, ModuleRecipe], load: Callable[[], Tensor]
-) -> dict[Siblings, Gathering]:
-    """What is to be gathered of the input of each group of siblings that has a recipe.
-
-    load: the first shard of the block's input, on which activation clips are searched where a recipe asks for that.
-    """
-    groups = {
-        group: [recipes[name] for name in group if name in recipes]
-        for group in block.siblings
-        if any(name in recipes for name in group)
-    }
-    searched = {
-        group: own[0].activations
-        for group, own in groups.items()
-        if own[0].activations is not None and own[0].activations.clip == "search"
-    }
-    clips = _searched_clips(block, searched, load) if searched else {}
-    return {
-        group: Gathering(
-            activations=None
-            if own[0].activations is None
-            else activation_format(own[0].activations, clips.get(group, 1.0)),
-            absolute=any(recipe.compensation.needs_magnitudes for recipe in own),
-        )
-        for group, own in groups.items()
-    }
-
-
-def _searched_clips(
-    block: Block, searched: Mapping[Siblings, Activations], load: Callable[[], Tensor]
-) -> dict[Siblings, float]:
-    clips: dict[Siblings, float] = {}
-    handles = []
-    for group, asked in searched.items():
-
-        def take(
-            _: nn.Module, arguments: tuple[Tensor, ...], group: Siblings = group, asked: Activations = asked
-        ) -> None:
-            clips[group] = best_clip(arguments[0], asked)
-
-        handles.append(block.linear(group[0]).register_forward_pre_hook(take))
-    try:
-        block.run(load())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return clips
-
-
 def compress(
     weights: Mapping[str, Tensor],
     statistics: Mapping[Siblings, InputStatistics],
@@ -186,19 +139,20 @@ def compress(
     *,
     scale_dtypes: Mapping[str, torch.dtype],
     factor_dtypes: Mapping[str, torch.dtype],
+    outliers: Mapping[Siblings, Tensor] | None = None,
     pool: OrderedPool,
 ) -> tuple[dict[str, CompressedLinear], list[ModuleReport]]:
     """Every linear that has a recipe, in table order; `statistics` holds an entry for each group among them.
 
     weights: linear -> weight [out, in]. scale_dtypes, factor_dtypes: linear -> dtype in which its scales and the factors
-    of its branch are stored.
+    of its branch are stored. outliers: see `prepare`.
     """
     jobs = list(_solves(weights, statistics, recipes, scale_dtypes, factor_dtypes))
     if forgotten := recipes.keys() - {name for job in jobs for name in job.names}:
         raise ValueError(f"no input statistics of {sorted(forgotten)}: expected those of every linear with a recipe")
     results: dict[str, CompressedLinear] = {}
     reports: list[ModuleReport] = []
-    one = partial(_solve, weights, statistics)
+    one = partial(_solve, weights, statistics, outliers or {})
     side_by_side = any(statistics[job.group].width >= PARALLEL_WIDTH for job in jobs)
     for solved in pool.map(one, jobs) if side_by_side else map(one, jobs):
         for name, linear, report in solved:
@@ -207,8 +161,13 @@ def compress(
     return results, reports
 
 
-def install(block: Block, linears: Mapping[str, CompressedLinear], *, compensated: bool = True) -> None:
-    """Replaces the block's linears by their compressed selves, with or without the low-rank branch."""
+def install(
+    block: Block, linears: Mapping[str, CompressedLinear], *, compensated: bool = True, decode_only: bool = False
+) -> None:
+    """Replaces the block's linears by their compressed selves, with or without what compensates them.
+
+    decode_only: residual stores correct only tokens that come one at a time.
+    """
     for name, linear in linears.items():
         original = block.layer.get_submodule(name)
         bias = getattr(original, "bias", None)
@@ -220,6 +179,8 @@ def install(block: Block, linears: Mapping[str, CompressedLinear], *, compensate
                 bias=None if bias is None else bias.detach(),
                 activations=linear.activations,
                 transform=linear.transform,
+                residual=linear.residual if compensated else None,
+                decode_only=decode_only,
             ),
         )
 
@@ -261,7 +222,10 @@ def _solves(
 
 
 def _solve(
-    weights: Mapping[str, Tensor], gathered: Mapping[Siblings, InputStatistics], job: _Job
+    weights: Mapping[str, Tensor],
+    gathered: Mapping[Siblings, InputStatistics],
+    outliers: Mapping[Siblings, Tensor],
+    job: _Job,
 ) -> list[tuple[str, CompressedLinear, ModuleReport]]:
     started = time.perf_counter()
     statistics, recipe = gathered[job.group], job.recipe
@@ -269,7 +233,7 @@ def _solve(
         recipe,
         [weights[name].float() for name in job.names],
         statistics,
-        [weights[name].float() for name in job.group if name in weights],
+        outliers.get(job.group),
         scale_dtype=job.scale_dtype,
         factor_dtype=job.factor_dtype,
     )
@@ -277,7 +241,9 @@ def _solve(
     solved = []
     for name, solution in zip(job.names, solutions, strict=True):
         part, branch = solution.weight, solution.low_rank
-        linear = CompressedLinear(weight=part, low_rank=branch, activations=statistics.activations)
+        linear = CompressedLinear(
+            weight=part, low_rank=branch, activations=statistics.activations, residual=solution.residual
+        )
         report = ModuleReport(
             name=name,
             rows=part.codes.shape[0],
@@ -289,6 +255,7 @@ def _solve(
             code_bits=part.codes.numel() * part.bits,
             scale_bits=_scale_bits(part),
             factor_bits=0 if branch is None else tensor_bits(branch.up) + tensor_bits(branch.down),
+            residual_bits=0 if solution.residual is None else solution.residual.store.bits_stored,
             error_quantized=solution.error_quantized,
             error_compensated=solution.error_compensated,
             fallbacks=tuple(FallbackReport(step=item.step, cause=item.cause) for item in solution.fallbacks),

@@ -6,6 +6,7 @@ Files below an artifact's root that this module knows:
     ledger.json                                what became of every source tensor, how every stored one is to be read
     model-*.safetensors (+ index)              packed weights and everything that was kept
     compensation/adapter_model.safetensors     low-rank branches, when there are any
+    residual/residual.safetensors              residual stores, when there are any
 """
 
 from __future__ import annotations
@@ -21,12 +22,21 @@ from workers.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 from workers.checkpoint.reader import Checkpoint
 from workers.config import Config, first_problem
 from workers.errors import CheckpointError, ObjectNotFoundError
-from workers.interchange import PACKED, adapter_names, read_branch, read_weight, source_config
+from workers.interchange import (
+    PACKED,
+    adapter_names,
+    read_branch,
+    read_residual,
+    read_weight,
+    residual_names,
+    source_config,
+)
 from workers.skeleton import EMBEDDING, LM_HEAD, NORM, Block, Skeleton
 from workers.storage import ObjectStore
 from workers.tasks import LedgerEntry, ModuleFormat
 
 LEDGER = "ledger.json"
+RESIDUAL_STORE = "residual/residual.safetensors"
 ADAPTER = "compensation/adapter_model.safetensors"
 ADAPTER_CONFIG = "compensation/adapter_config.json"
 
@@ -35,7 +45,7 @@ class Ledger(Config):
     """The account of an artifact's tensors.
 
     entries: what became of each source tensor. formats: quantized linear -> how it is stored. tensors: every stored
-    tensor (checkpoint and adapter) -> sha256 of its dtype, shape and bytes.
+    tensor (checkpoint, adapter and residual store) -> sha256 of its dtype, shape and bytes.
     """
 
     schema_version: int = 1
@@ -50,16 +60,22 @@ class CompressedModel:
     Raises CheckpointError when files and ledger disagree, StorageError as the store does.
     """
 
-    def __init__(self, checkpoint: Checkpoint, adapter: Checkpoint | None, ledger: Ledger) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, adapter: Checkpoint | None, residual: Checkpoint | None, ledger: Ledger
+    ) -> None:
         self.skeleton = Skeleton(source_config(checkpoint.config))
         self.ledger = ledger
-        self._checkpoint, self._adapter = checkpoint, adapter
-        branches = {name for name, form in ledger.formats.items() if form.rank}
-        expected = {name for module in branches for name in adapter_names(module)}
-        found = set() if adapter is None else set(adapter.names)
-        stored = set(checkpoint.names) | found
-        problems = [f"adapter: missing {name}" for name in sorted(expected - found)]
-        problems += [f"adapter: unexpected {name}" for name in sorted(found - expected)]
+        self._checkpoint, self._adapter, self._residual = checkpoint, adapter, residual
+        forms = ledger.formats
+        factors = {name for module, form in forms.items() if form.rank for name in adapter_names(module)}
+        residuals = {name for module, form in forms.items() for name in residual_names(module, form)}
+        stored = set(checkpoint.names)
+        problems: list[str] = []
+        for file, part, expected in (("adapter", adapter, factors), ("residual", residual, residuals)):
+            found = set() if part is None else set(part.names)
+            stored |= found
+            problems += [f"{file}: missing {name}" for name in sorted(expected - found)]
+            problems += [f"{file}: unexpected {name}" for name in sorted(found - expected)]
         problems += [f"{LEDGER}: no digest of {name}" for name in sorted(stored - ledger.tensors.keys())]
         problems += [f"missing tensor {name}" for name in sorted(ledger.tensors.keys() - stored)]
         if problems:
@@ -76,7 +92,9 @@ class CompressedModel:
         except ValidationError as error:
             raise CheckpointError(f"{store.uri_of(LEDGER)}: {first_problem(error)}") from error
         adapter = _open_file(store, ADAPTER) if any(form.rank for form in ledger.formats.values()) else None
-        return cls(checkpoint, adapter, ledger)
+        with_store = any(form.residual is not None for form in ledger.formats.values())
+        residual = _open_file(store, RESIDUAL_STORE) if with_store else None
+        return cls(checkpoint, adapter, residual, ledger)
 
     def block(self, index: int, device: torch.device, dtype: torch.dtype) -> tuple[Block, dict[str, CompressedLinear]]:
         """Block `index` with its kept parameters filled in, and its compressed linears, not yet installed.
@@ -124,11 +142,18 @@ class CompressedModel:
             branch = read_branch(
                 self._adapter.read_many(factors, sha256={name: self._digest(name) for name in factors}), module, form
             )
+        weight = read_weight(tensors, module, form)
+        residual = None
+        if form.residual is not None and self._residual is not None:
+            parts = residual_names(module, form)
+            found = self._residual.read_many(parts, sha256={name: self._digest(name) for name in parts})
+            residual = read_residual(found, module, form, (weight.codes.shape[0], weight.codes.shape[1]))
         linear = CompressedLinear(
-            weight=read_weight(tensors, module, form),
+            weight=weight,
             low_rank=branch,
             activations=form.activations,
             transform=form.hadamard,
+            residual=residual,
         )
         return linear.to(device)
 

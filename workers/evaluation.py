@@ -82,8 +82,8 @@ def advance(
 
 
 def variants_of(model: CompressedModel) -> tuple[str, ...]:
-    """The variants that differ: an artifact without branches is not measured twice."""
-    compensated = any(form.rank for form in model.ledger.formats.values())
+    """The variants that differ: an artifact without compensation is not measured twice."""
+    compensated = any(form.rank or form.residual is not None for form in model.ledger.formats.values())
     return (BASELINE, QUANTIZED, COMPENSATED) if compensated else (BASELINE, QUANTIZED)
 
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from kernels.formats import LowRank, QuantizedWeight
+from kernels.residual import Correction
 from workers.calibration.statistics import InputStatistics
 from workers.compensation import anticipate, compensate
-from workers.compensation.aser import outlier_channels, without_channels
+from workers.compensation.aser import without_channels
 from workers.compensation.lrc import lrc, relative_error
+from workers.compensation.residual import residual_store
 from workers.quantization import quantize
 from workers.quantization.result import Fallback
 from workers.quantization.target import aimed
@@ -22,13 +24,14 @@ from workers.recipe import ASER, LRC, ModuleRecipe
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
     """One linear. Errors are E||W t - W' y - L x||^2 / E||W t||^2 over the calibration tokens, without and with the branch;
-    None when no token reached the layer."""
+    None when no token reached the layer. residual: what neither holds, to be fetched while decoding."""
 
     weight: QuantizedWeight
     low_rank: LowRank | None
     error_quantized: float | None
     error_compensated: float | None
     fallbacks: tuple[Fallback, ...]
+    residual: Correction | None = None
 
 
 def shares_a_solve(recipe: ModuleRecipe) -> bool:
@@ -41,14 +44,14 @@ def solve(
     recipe: ModuleRecipe,
     weights: Sequence[Tensor],
     statistics: InputStatistics,
-    siblings: Sequence[Tensor],
+    outliers: Tensor | None,
     *,
     scale_dtype: torch.dtype,
     factor_dtype: torch.dtype,
 ) -> list[Solution]:
     """Solutions of `weights`, each [out, in] float32, which read one input and share `recipe`.
 
-    siblings: all weights that read that input, these among them. Raises ValueError as the solvers do.
+    outliers: channels of the input that ASER takes out of the codes. Raises ValueError as the solvers do.
     """
     if isinstance(recipe.compensation, LRC):
         return [
@@ -58,15 +61,15 @@ def solve(
     # Codes pay for what they do to their own input, which is the quantized one.
     metric = InputStatistics(gram=statistics.product("yy"), tokens=statistics.tokens)
     target = aimed(recipe.weights.quantizer, stacked, statistics)
-    if isinstance(recipe.compensation, ASER) and statistics.tokens:
-        target = without_channels(target, outlier_channels(siblings, statistics, recipe.compensation))
+    if isinstance(recipe.compensation, ASER) and outliers is not None:
+        target = without_channels(target, outliers)
     foreseen = anticipate(recipe.compensation, metric, weights[0].shape[0])
     quantized = quantize(recipe.weights.quantizer, target, foreseen, recipe.weights.format(), scale_dtype=scale_dtype)
     solutions = []
     for weight, part in zip(weights, _split(quantized.weight, weights), strict=True):
         fitted = compensate(recipe.compensation, weight - part.dequantize(), statistics, dtype=factor_dtype)
         fallbacks = (*quantized.fallbacks, *fitted.fallbacks)
-        solutions.append(_judged(weight, part, fitted.low_rank, statistics, fallbacks))
+        solutions.append(_judged(recipe, weight, part, fitted.low_rank, statistics, fallbacks))
     return solutions
 
 
@@ -87,10 +90,11 @@ def _joint(
         scale_dtype=scale_dtype,
         factor_dtype=factor_dtype,
     )
-    return _judged(weight, fitted.weight, fitted.low_rank, statistics, fitted.fallbacks)
+    return _judged(recipe, weight, fitted.weight, fitted.low_rank, statistics, fitted.fallbacks)
 
 
 def _judged(
+    recipe: ModuleRecipe,
     weight: Tensor,
     quantized: QuantizedWeight,
     branch: LowRank | None,
@@ -105,6 +109,23 @@ def _judged(
         error_quantized=relative_error(weight, codes, None, statistics) if reached else None,
         error_compensated=relative_error(weight, codes, branch, statistics) if reached else None,
         fallbacks=fallbacks,
+        residual=_residual(recipe, weight - codes, branch, statistics),
+    )
+
+
+def _residual(
+    recipe: ModuleRecipe, error: Tensor, branch: LowRank | None, statistics: InputStatistics
+) -> Correction | None:
+    """The store of what codes and branch left of a weight, with its rule; `error` [out, in] is what the codes left."""
+    options = recipe.residual
+    if options is None or statistics.thresholds is None:
+        return None
+    left = error if branch is None else error - branch.product()
+    return Correction(
+        store=residual_store(left, statistics.thresholds, options),
+        selection=options.selection,
+        channels_per_chunk=options.channels_per_chunk,
+        importance=statistics.mean_gram().diagonal().float() if options.selection == "static" else None,
     )
 
 

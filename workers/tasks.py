@@ -161,6 +161,14 @@ class OnlineTransform(Config):
     inner: int = Field(ge=1)
 
 
+class ResidualFormat(Config):
+    """How a linear's residual store is read: see `kernels.residual.Correction`."""
+
+    bits: Literal[4]
+    selection: Literal["chunked", "exact", "static"]
+    channels_per_chunk: int = Field(ge=1, le=1024)
+
+
 class ModuleFormat(Config):
     """How one quantized linear is stored: what a loader must know beside the tensors."""
 
@@ -172,6 +180,7 @@ class ModuleFormat(Config):
     activation_group_size: int | None = None
     rank: int
     online: OnlineTransform | None = None
+    residual: ResidualFormat | None = None
 
     @property
     def hadamard(self) -> Hadamard | None:
@@ -200,6 +209,10 @@ class BlockRecord(Record):
     """Tensors in the checkpoint shard -> sha256 of dtype, shape and bytes."""
     factors: Mapping[str, str]
     """Tensors of the adapter -> sha256, likewise."""
+    residual: Blob | None = None
+    """The block's residual stores."""
+    residuals: Mapping[str, str] = Field(default_factory=dict)
+    """Tensors of the residual stores -> sha256, likewise."""
     modules: tuple[ModuleReport, ...]
     formats: Mapping[str, ModuleFormat]
     """Full module name, as stored -> format."""
@@ -207,6 +220,11 @@ class BlockRecord(Record):
     """Bits of the block's tensors that were carried over: norms, biases, routers, kept linears."""
     ledger: tuple[LedgerEntry, ...]
     timing: Timing
+
+    @property
+    def stored(self) -> tuple[Blob, ...]:
+        """The blobs that an artifact is made of."""
+        return tuple(blob for blob in (self.checkpoint, self.adapter, self.residual) if blob is not None)
 
 
 class KeepRecord(Record):

@@ -14,13 +14,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.hadamard import Hadamard
+from kernels.residual import Correction
 from workers.architecture import Siblings
-from workers.block import CompressedLinear, ModuleReport, calibrate, compress, gatherings_of, install, tensor_bits
+from workers.block import CompressedLinear, ModuleReport, calibrate, compress, install, tensor_bits
 from workers.calibration.statistics import InputStatistics
 from workers.checkpoint.digest import TensorDigest, tensor_digest
 from workers.checkpoint.reader import Checkpoint
@@ -36,10 +38,11 @@ from workers.evaluation import (
     measure,
     variants_of,
 )
-from workers.interchange import factor_tensors, scale_dtype, weight_tensors
+from workers.interchange import factor_tensors, residual_tensors, scale_dtype, weight_tensors
 from workers.join import join_tensors
 from workers.memory import device_peak_bytes, host_peak_bytes, release, reset_peak, settle
 from workers.parallel import OrderedPool
+from workers.prepare import prepare
 from workers.skeleton import EMBEDDING, LM_HEAD, NORM, Block, Skeleton
 from workers.storage import open_store, stream_sha256
 from workers.storage.base import Written
@@ -61,10 +64,26 @@ from workers.tasks import (
     Timing,
     shard_sequences,
 )
+from workers.transforms.families import wiring_of
 from workers.transforms.rotation import residual_hadamard, rotate_block, rotate_embedding, rotated_outside
+from workers.transforms.smoothing import fold
 from workers.workspace import Blob, Workspace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedBlock:
+    """A source block that can run, and what it was made of.
+
+    parameters: in the recipe's coordinates; what is kept is carried over, the rest is solved. dtypes: of the parameters in
+    the source, in which they are stored. online: linear -> transform of its input at inference.
+    """
+
+    block: Block
+    parameters: dict[str, Tensor]
+    dtypes: dict[str, torch.dtype]
+    online: dict[str, Hadamard]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +91,11 @@ class _Held:
     """The first half of a block's task, kept for the second."""
 
     key: str
-    block: Block
-    parameters: dict[str, Tensor]  # in the setting's coordinates: what is kept is carried over, the rest is solved
-    dtypes: dict[str, torch.dtype]  # of the parameters in the source, in which they are stored
-    online: dict[str, Hadamard]  # linear -> transform of its input at inference
+    loaded: LoadedBlock
+    outliers: Mapping[Siblings, Tensor]
     statistics: dict[Siblings, InputStatistics]
     outputs: tuple[Blob, ...]
     timing: Timing
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedBlock:
-    """A source block that can run, and what it was made of: see `_Held`."""
-
-    block: Block
-    parameters: dict[str, Tensor]
-    dtypes: dict[str, torch.dtype]
-    online: dict[str, Hadamard]
 
 
 class Worker:
@@ -183,18 +190,19 @@ class Worker:
         held = self._calibrated(spec, workspace)
         self._held = None
         clock = _Clock(self.device, held.timing)
-        weights = {name: held.parameters[f"{name}.weight"] for name in spec.recipe}
+        weights = {name: held.loaded.parameters[f"{name}.weight"] for name in spec.recipe}
         linears, reports = compress(
             {name: weight.to(self.device) for name, weight in weights.items()},
             held.statistics,
             spec.recipe,
-            scale_dtypes={name: scale_dtype(name, held.dtypes[f"{name}.weight"]) for name in weights},
-            factor_dtypes={name: held.dtypes[f"{name}.weight"] for name in weights},
+            scale_dtypes={name: scale_dtype(name, held.loaded.dtypes[f"{name}.weight"]) for name in weights},
+            factor_dtypes={name: held.loaded.dtypes[f"{name}.weight"] for name in weights},
+            outliers=held.outliers,
             pool=self._pool,
         )
-        linears = {name: replace(linear, transform=held.online.get(name)) for name, linear in linears.items()}
+        linears = {name: replace(linear, transform=held.loaded.online.get(name)) for name, linear in linears.items()}
         clock.lap("solve")
-        outputs = self._propagate(spec, held.block, linears, workspace)
+        outputs = self._propagate(spec, held.loaded.block, linears, workspace)
         clock.lap("forward")
         _, skeleton = self._source(spec.setting)
         record = _write(spec, skeleton, held, linears, reports, outputs, workspace)
@@ -288,12 +296,28 @@ class Worker:
             return _put_hidden(workspace, output) if keep_outputs else None
 
         inputs = [_loader(workspace, blob, self.device) for blob in spec.inputs]
-        gatherings = gatherings_of(block, spec.recipe, inputs[0])
-        statistics, outputs = calibrate(block, inputs, emit, gatherings, self._pool)
+        skeleton = self._source(spec.setting)[1]
+        wiring = wiring_of(skeleton.config.model_type)
+        chosen = prepare(block, spec.recipe, loaded.parameters, wiring, loaded.online, inputs[0])
+        if chosen.scales:
+            # What the original block makes is shared between recipes, so it comes from the block as it was.
+            _, outputs = calibrate(block, inputs, emit, {}, self._pool) if keep_outputs else ({}, [])
+            parameters = fold(wiring, chosen.scales, loaded.parameters)
+            loaded = replace(
+                loaded, parameters=parameters, block=self._block(skeleton, spec.index, parameters, loaded.online, dtype)
+            )
+            statistics, _ = calibrate(loaded.block, inputs, lambda _: None, chosen.gatherings, self._pool)
+        else:
+            statistics, outputs = calibrate(block, inputs, emit, chosen.gatherings, self._pool)
         clock.lap("forward")
         stored = tuple(blob for blob in outputs if blob is not None)
         self._held = _Held(
-            key, block, loaded.parameters, loaded.dtypes, loaded.online, statistics, stored, clock.timing()
+            key=key,
+            loaded=loaded,
+            statistics=statistics,
+            outliers=chosen.outliers,
+            outputs=stored,
+            timing=clock.timing(),
         )
         return self._held
 
@@ -316,10 +340,21 @@ class Worker:
                 heads=skeleton.config.num_attention_heads,
                 key_value_heads=skeleton.config.num_key_value_heads,
             )
+        block = self._block(skeleton, index, parameters, online, dtype)
+        return LoadedBlock(block=block, parameters=parameters, dtypes=dtypes, online=online)
+
+    def _block(
+        self,
+        skeleton: Skeleton,
+        index: int,
+        parameters: Mapping[str, Tensor],
+        online: Mapping[str, Hadamard],
+        dtype: torch.dtype,
+    ) -> Block:
         block = skeleton.block(index, parameters, self.device, dtype)
         for name, transform in online.items():
             block.transform_input(name, transform)
-        return LoadedBlock(block=block, parameters=parameters, dtypes=dtypes, online=online)
+        return block
 
     def _outside(self, spec: EvaluateSpec) -> dict[str, Tensor]:
         """Embedding, final norm and lm_head of the source, under their names; of a tied model the embedding is the lm_head."""
@@ -352,8 +387,7 @@ def _all_there(workspace: Workspace, blobs: Iterable[Blob]) -> bool:
 
 
 def _shards_there(workspace: Workspace, record: BlockRecord) -> bool:
-    blobs = [record.checkpoint, *record.outputs]
-    return _all_there(workspace, blobs if record.adapter is None else [*blobs, record.adapter])
+    return _all_there(workspace, [*record.stored, *record.outputs])
 
 
 def _write(
@@ -368,6 +402,7 @@ def _write(
     """Stores the block as a finished checkpoint shard (and its factors), and says what became of each parameter."""
     tensors: dict[str, Tensor] = {}
     factors: dict[str, Tensor] = {}
+    residuals: dict[str, Tensor] = {}
     formats: dict[str, ModuleFormat] = {}
     ledger: list[LedgerEntry] = []
     kept_bits = 0
@@ -380,15 +415,17 @@ def _write(
             packed = weight_tensors(name, linear.weight)
             tensors.update(packed)
             factors.update({} if linear.low_rank is None else factor_tensors(name, linear.low_rank))
+            residuals.update({} if linear.residual is None else residual_tensors(name, linear.residual))
             formats[name] = _format(linear)
             shape = tuple(linear.weight.codes.shape)
             ledger.append(LedgerEntry(source=part.source, shape=shape, fate="quantized", stored_as=tuple(packed)))
         else:
-            kept = tensors[stored] = held.parameters[parameter].to(held.dtypes[parameter])
+            kept = tensors[stored] = held.loaded.parameters[parameter].to(held.loaded.dtypes[parameter])
             kept_bits += tensor_bits(kept)
             ledger.append(LedgerEntry(source=part.source, shape=tuple(kept.shape), fate="kept", stored_as=(stored,)))
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     factors = {name: tensor.cpu() for name, tensor in factors.items()}
+    residuals = {name: tensor.cpu() for name, tensor in residuals.items()}
     return BlockRecord(
         index=spec.index,
         checkpoint=workspace.put_tensors(tensors),
@@ -396,6 +433,8 @@ def _write(
         outputs=outputs,
         tensors={name: tensor_digest(tensor) for name, tensor in tensors.items()},
         factors={name: tensor_digest(tensor) for name, tensor in factors.items()},
+        residual=workspace.put_tensors(residuals) if residuals else None,
+        residuals={name: tensor_digest(tensor) for name, tensor in residuals.items()},
         modules=tuple(
             report.model_copy(update={"name": _full_name(skeleton, spec.index, report.name)}) for report in reports
         ),
@@ -421,9 +460,18 @@ def _format(linear: CompressedLinear) -> ModuleFormat:
             "activation_clip": 1.0 if activations is None else activations.clip,
             "activation_group_size": None if activations is None else activations.group_size,
             "rank": 0 if branch is None else branch.rank,
+            "residual": None if linear.residual is None else _residual_format(linear.residual),
             "online": None if linear.transform is None else asdict(linear.transform),
         }
     )
+
+
+def _residual_format(correction: Correction) -> dict[str, Any]:
+    return {
+        "bits": correction.store.bits,
+        "selection": correction.selection,
+        "channels_per_chunk": correction.channels_per_chunk,
+    }
 
 
 class _Clock:

@@ -59,7 +59,7 @@ class TestErrors:
                 "spec.calibration.source={kind: dataset, path: a, rows: 0}",
                 "spec.calibration.source.rows: 0: expected an integer from 1 to 1000000000 or null",
             ),
-            ("spec.recipe.activations.bits=4", "spec.recipe.activations.bits: 4: expected 8"),
+            ("spec.recipe.activations.bits=5", "spec.recipe.activations.bits: 5: expected 4, 6 or 8"),
             (
                 "spec.recipe.overrides.0.weights.bits=5",
                 "spec.recipe.overrides.0.weights.bits: 5: expected 2, 3, 4 or 8",
@@ -176,7 +176,7 @@ class TestErrors:
 
     def test_an_unknown_key_is_told_its_neighbours(self) -> None:
         found = refused(MINIMAL.replace("weights:", "weigths:"))
-        known = "weights, activations, compensation, overrides, keep"
+        known = "transforms, weights, activations, compensation, residual, overrides, keep"
         missing, unknown = found.splitlines()
         assert missing.startswith("spec.recipe.weights: missing: expected a mapping")
         assert unknown == f"spec.recipe.weigths: unknown key; expected one of {known}; did you mean weights?"
@@ -250,7 +250,7 @@ class TestOverrides:
     @pytest.mark.parametrize(
         ("override", "line"),
         [
-            ("spec.recipe.weigths.bits=3", "spec.recipe.weigths: unknown key; expected one of weights, "),
+            ("spec.recipe.weigths.bits=3", "spec.recipe.weigths: unknown key; expected one of transforms, weights, "),
             (
                 "spec.recipe.keep.1=a",
                 "--set spec.recipe.keep.1: spec.recipe.keep is a list of 1: '1': expected an index",

@@ -15,7 +15,7 @@ from pipeline.manifest.overrides import apply_overrides
 from tests.pipeline.manifest_documents import FULL, MINIMAL, job, refused
 
 # A larger one than the layer's shape allows is refused where the shape is known.
-BOUNDED_BY_THE_LAYER = {"Weights.group_size", "CountRank.count"}
+BOUNDED_BY_THE_LAYER = {"Activations.group_size", "Weights.group_size", "CountRank.count"}
 
 
 def conforms(text: str, *overrides: str) -> bool:

@@ -97,7 +97,7 @@ def test_the_head_is_always_kept() -> None:
         {"weights": {"bits": 4, "group_size": 48}},
         {"weights": {"bits": 4, "quantizer": {"kind": "awq"}}},
         {"weights": {"bits": 4, "extra": 1}},
-        {"activations": {"bits": 4}},
+        {"activations": {"bits": 5}},
         {"compensation": {"kind": "magic"}},
         {"overrides": [{"match": "*"}]},
         {"overrides": [{"match": "", "weights": {"bits": 8}}]},

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kernels.formats import ActivationFormat
 from kernels.reference import fake_quantize_activations
+from workers.calibration.thresholds import Thresholds
 
 TRIANGLE_BLOCK = 128
 """Columns per strip of the lower triangle. One Zen 4 core, float32, 4096 x 768: the full product takes 74 ms, strips of
@@ -31,10 +32,12 @@ SYMMETRIC = frozenset({"xx", "yy", "tt"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gathering:
-    """What is to be gathered beside xx. activations: how y is made of x; None: y is not needed. absolute: sum |x| too."""
+    """What is to be gathered beside xx. activations: how y is made of x; None: y is not needed. absolute: sum |x| too;
+    thresholds: the `Thresholds` of x too."""
 
     activations: ActivationFormat | None = None
     absolute: bool = False
+    thresholds: bool = False
 
 
 NOTHING_ELSE = Gathering()
@@ -45,13 +48,14 @@ class InputStatistics:
     """Moments of what enters a layer: sums over tokens, [in, in] float64; `xy` is sum x y^T.
 
     gram: xx. tokens: number of rows summed. others: the products of further streams, where they were gathered.
-    absolute: sum |x|, [in] float64, where it was gathered. activations: how y was made of x.
+    absolute: sum |x|, [in] float64, where it was gathered; thresholds likewise, [in] float32. activations: how y was made of x.
     """
 
     gram: Tensor
     tokens: int
     others: Mapping[str, Tensor] = field(default_factory=dict)
     absolute: Tensor | None = None
+    thresholds: Tensor | None = None
     activations: ActivationFormat | None = None
 
     @property
@@ -89,6 +93,7 @@ class ShardMoments:
     products: Mapping[str, Tensor]
     tokens: int
     absolute: Tensor | None
+    thresholds: Tensor | None
 
     @classmethod
     def of(cls, rows: Tensor, gathering: Gathering = NOTHING_ELSE, original: Tensor | None = None) -> ShardMoments:
@@ -106,8 +111,12 @@ class ShardMoments:
             for place, one in enumerate(names)
             for other in names[place:]
         }
-        absolute = x.abs().sum(0) if gathering.absolute else None
-        return cls(products=products, tokens=int(x.shape[0]), absolute=absolute)
+        return cls(
+            products=products,
+            tokens=int(x.shape[0]),
+            absolute=x.abs().sum(0) if gathering.absolute else None,
+            thresholds=Thresholds.of(x) if gathering.thresholds else None,
+        )
 
 
 class Accumulator:
@@ -117,6 +126,7 @@ class Accumulator:
         self._width, self._activations = width, gathering.activations
         self._products = {"xx": torch.zeros(width, width, dtype=torch.float64, device=device)}
         self._absolute: Tensor | None = None
+        self._thresholds = Thresholds(width, device) if gathering.thresholds else None
         self._tokens = 0
 
     def add(self, shard: ShardMoments) -> None:
@@ -133,6 +143,8 @@ class Accumulator:
         if shard.absolute is not None:
             absolute = shard.absolute.double()
             self._absolute = absolute if self._absolute is None else self._absolute + absolute
+        if shard.thresholds is not None and self._thresholds is not None:
+            self._thresholds.merge(shard.thresholds)
         self._tokens += shard.tokens
 
     def result(self) -> InputStatistics:
@@ -144,6 +156,7 @@ class Accumulator:
             tokens=self._tokens,
             others=whole,
             absolute=self._absolute,
+            thresholds=None if self._thresholds is None else self._thresholds.result(),
             activations=self._activations,
         )
 

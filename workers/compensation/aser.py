@@ -5,8 +5,8 @@ activations and weights cause orders of magnitude more error than the others. Th
 
     W = W_s + W_o,    Q = quantize(W_s),    L = the reduced-rank regression of W_o + (W_s - Q) on the layer's input.
 
-The activation smoothing that goes with it (those channels scaled down before the layer) is `workers.transforms.smoothing`;
-it leaves the choice of channels as it is, because the product of both magnitudes does not change.
+Before that, the input of those channels is divided by `outlier_scales` and their columns multiplied (activation smoothing),
+where `workers.transforms.smoothing` can; the quantized activations of all channels get finer steps.
 """
 
 from __future__ import annotations
@@ -16,27 +16,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workers.calibration.statistics import InputStatistics
 from workers.recipe.compensation import ASER
 from workers.recipe.rank import EnergyRank
 
 
-def outlier_channels(weights: Sequence[Tensor], statistics: InputStatistics, options: ASER) -> Tensor:
+def outlier_channels(weights: Sequence[Tensor], magnitude: Tensor, options: ASER) -> Tensor:
     """The input channels with the largest E|x_i| * mean_o |W_oi|, int64, ascending; as many as the options ask for, but at
     most half of all and of the smallest branch's rank.
 
-    weights: the matrices [out, in] that read the input; siblings share the choice, because they share the input. ValueError
-    when sum |x| was not gathered.
+    weights: the matrices [out, in] that read the input; siblings share the choice, because they share the input.
+    magnitude: E|x|, [in].
     """
-    if statistics.absolute is None:
-        raise ValueError("statistics: no sum of |x|: expected one to find outlier channels by")
-    magnitude = torch.cat([weight.abs() for weight in weights]).double().mean(0)
-    score = statistics.absolute * magnitude
+    score = magnitude.double() * torch.cat([weight.abs() for weight in weights]).double().mean(0)
     count = min(options.outliers, len(score) // 2)
     if not isinstance(options.rank, EnergyRank):
         fewest = min(len(weight) for weight in weights)
         count = min(count, options.rank.resolve(fewest, len(score), score) // 2)
     return score.topk(count).indices.sort().values
+
+
+def outlier_scales(magnitude: Tensor, channels: Tensor, options: ASER) -> Tensor:
+    """What the input is divided by, [in] float64: the outlier channels down to the reference, the others as they are."""
+    found = magnitude.double()
+    reference = found[channels].min() if options.reference == "minimum" else found.median()
+    scales = torch.ones_like(found)
+    if len(channels) and bool(reference > 0):
+        scales[channels] = (found[channels] / reference).clamp_min(1)
+    return scales
 
 
 def without_channels(weight: Tensor, channels: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """The residual store: what quantization (and a low-rank branch) left, in 4 bits, to be fetched by need while decoding.
 
 DecDEC (Park et al., OSDI 2025; called QDEC in its first version). `kernels/residual.py` says what is computed from a store;
-here one is made from a residual and from what calibration saw of the layer's input, and its effect is emulated for
-validation. The paper corrects decoded tokens only; for perplexity it corrects every position.
+here one is made from a residual and from what calibration saw of the layer's input.
 """
 
 from __future__ import annotations
@@ -10,45 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.residual import ResidualStore, compensate, select_chunked, select_exact, select_static
+from kernels.residual import ResidualStore
 from workers.quantization.inputs import checked_matrix
 from workers.recipe.residual import Residual
 
 _CHUNK_ELEMENTS = 1 << 16
 """Entries that are searched at a time on a CPU: its second-level cache."""
-
-
-class Thresholds:
-    """For each rank 1 .. in, the largest magnitude that had that rank within a token (DecDEC's calibration).
-
-    Maxima: any split of the tokens and any order of merging give the same bits.
-    """
-
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self._largest = torch.zeros(width, device=device)
-
-    def observe(self, rows: Tensor) -> None:
-        """Takes in tokens [..., in]; ValueError for another width and for values that are not finite."""
-        width = self._largest.shape[0]
-        if rows.shape[-1] != width:
-            raise ValueError(f"rows: width {rows.shape[-1]}: expected {width}, the layer's input channels")
-        if not bool(torch.isfinite(rows).all()):
-            raise ValueError("rows: hold NaN or infinity: expected finite activations")
-        if rows.numel():
-            ranked = rows.reshape(-1, width).float().abs().sort(dim=1, descending=True).values
-            torch.maximum(self._largest, ranked.amax(0), out=self._largest)
-
-    def merge(self, other: Tensor) -> None:
-        """Takes in the `result` [in] of other shards; ValueError for another width."""
-        if other.shape != self._largest.shape:
-            raise ValueError(
-                f"thresholds of width {other.shape[0]} cannot join thresholds of width {self._largest.shape[0]}"
-            )
-        torch.maximum(self._largest, other, out=self._largest)
-
-    def result(self) -> Tensor:
-        """The thresholds so far, [in] float32, descending; zeros when no token was seen."""
-        return self._largest.clone()
 
 
 def residual_store(
@@ -72,42 +38,6 @@ def residual_store(
         raise ValueError(f"residual: output channel {row}: no scale in {scale_dtype} can hold values this large")
     codes = (residual / scale.float()).round_().clamp_(-highest, highest).to(torch.int8)
     return ResidualStore.of(codes, scale.squeeze(1), thresholds, bits=options.bits)
-
-
-def select(x: Tensor, store: ResidualStore, options: Residual, importance: Tensor | None = None) -> Tensor:
-    """The channels of each token of x [..., in] that `options` correct: bool, [..., in], or [in] when static.
-
-    importance: [in], E[x^2] on the calibration tokens; ValueError when a static selection has none.
-    """
-    k = options.channels(store.in_features)
-    match options.selection:
-        case "chunked":
-            return select_chunked(x, options.channels_per_chunk, store.thresholds)
-        case "exact":
-            return select_exact(x, k)
-        case "static":
-            if importance is None:
-                raise ValueError("importance: none: a static selection needs E[x^2] of the layer's input")
-            return select_static(importance, k)
-
-
-def correction(
-    x: Tensor,
-    store: ResidualStore,
-    options: Residual,
-    *,
-    importance: Tensor | None = None,
-    decoded: Tensor | None = None,
-) -> Tensor:
-    """What the store adds to a layer's output for x [..., in]: [..., out] float32.
-
-    decoded: bool [...], the tokens that are corrected: those that are generated one by one. None corrects all of them, as
-    the paper does for perplexity. importance: as in `select`.
-    """
-    selected = select(x, store, options, importance)
-    if decoded is not None:
-        selected = selected & decoded.unsqueeze(-1)
-    return compensate(x, store, selected)
 
 
 def _scale(rows: Tensor, highest: int, candidates: int, dtype: torch.dtype) -> Tensor:

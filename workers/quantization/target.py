@@ -25,9 +25,9 @@ def aimed(options: Quantizer, weight: Tensor, statistics: InputStatistics, branc
     branch: the low-rank product [out, in] that stands beside the codes. The regression has the quantizer's damping.
     """
     rest = weight if branch is None else weight - branch
-    if not isinstance(options, GPTQ) or options.target == "plain" or statistics.tokens == 0:
+    share = options.regressed_share if isinstance(options, GPTQ) else 0.0
+    if not isinstance(options, GPTQ) or share == 0 or statistics.tokens == 0:
         return rest
-    share = options.mix if options.target == "mixed" else 1.0
     products = weight.double() @ statistics.product("ty")
     if branch is not None:
         products = products - branch.double() @ statistics.product("xy")

@@ -6,7 +6,8 @@ from __future__ import annotations
 from workers.recipe.compensation import ASER, LRC, SVD, Compensation, NoCompensation
 from workers.recipe.rank import CountRank, EnergyRank, FractionRank, Rank
 from workers.recipe.recipe import Activations, ModuleRecipe, Override, Recipe, Weights
-from workers.recipe.transforms import Rotation, Transform
+from workers.recipe.residual import Residual
+from workers.recipe.transforms import Rotation, Smoothing, Transform
 from workers.recipe.weights import GPTQ, RTN, AbsoluteMaximum, MeanSquare, Quantizer, ScaleSearch, WeightFormat
 
 __all__ = [
@@ -27,10 +28,12 @@ __all__ = [
     "Override",
     "Quantizer",
     "Rank",
+    "Residual",
     "Rotation",
     "Transform",
     "Recipe",
     "ScaleSearch",
+    "Smoothing",
     "WeightFormat",
     "Weights",
 ]

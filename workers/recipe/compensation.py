@@ -133,14 +133,8 @@ class ASER(Config):
 
     @property
     def needs_magnitudes(self) -> bool:
-        """Whether sum |x| must be gathered."""
-        return self.outliers > 0
-
-    @model_validator(mode="after")
-    def _smooths_something(self) -> ASER:
-        if self.outliers == 0 and {"reference", "smoothing"} & self.model_fields_set:
-            raise ValueError("reference, smoothing: expected only with outliers")
-        return self
+        """No."""
+        return False
 
 
 Compensation = Annotated[NoCompensation | SVD | ASER | LRC, Field(discriminator="kind")]

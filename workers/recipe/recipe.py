@@ -14,7 +14,8 @@ from pydantic import Field, field_validator, model_validator
 
 from workers.config import Config
 from workers.recipe.compensation import Compensation, NoCompensation
-from workers.recipe.transforms import Rotation, Transform
+from workers.recipe.residual import Residual
+from workers.recipe.transforms import Rotation, Smoothing, Transform
 from workers.recipe.weights import GPTQ, Quantizer, WeightFormat
 
 
@@ -64,6 +65,8 @@ class ModuleRecipe(Config):
     weights: Weights
     activations: Activations | None
     compensation: Compensation
+    residual: Residual | None = None
+    smoothing: Smoothing | None = None
 
 
 class Recipe(Config):
@@ -77,6 +80,8 @@ class Recipe(Config):
     """Quantization of the inputs; null: weight-only."""
     compensation: Compensation = Field(default_factory=NoCompensation)
     """What the low-rank branch puts back."""
+    residual: Residual | None = None
+    """What codes and branch left, stored for the CPU's memory and fetched while decoding; null: no such store."""
     overrides: tuple[Override, ...] = ()
     """Exceptions for some modules."""
     keep: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ("lm_head",)
@@ -89,6 +94,11 @@ class Recipe(Config):
         if len(kinds) != len(set(kinds)):
             raise ValueError(f"{', '.join(kinds)}: expected each kind at most once")
         return transforms
+
+    @property
+    def smoothing(self) -> Smoothing | None:
+        """The smoothing among the transforms, if there is one."""
+        return next((transform for transform in self.transforms if isinstance(transform, Smoothing)), None)
 
     @property
     def rotation(self) -> Rotation | None:
@@ -115,4 +125,10 @@ class Recipe(Config):
             if fnmatchcase(module, override.match):
                 weights = override.weights or weights
                 compensation = override.compensation or compensation
-        return ModuleRecipe(weights=weights, activations=self.activations, compensation=compensation)
+        return ModuleRecipe(
+            weights=weights,
+            activations=self.activations,
+            compensation=compensation,
+            residual=self.residual,
+            smoothing=self.smoothing,
+        )

@@ -5,7 +5,7 @@ Options only, without torch: `workers/transforms` computes with them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,7 +30,7 @@ class Rotation(Config):
     """Rotates the input of o_proj across the heads, at inference; with `heads` that mixes all its channels."""
     random: bool = True
     """Whether the folded rotations flip random signs first. Online rotations do not: there it would cost something."""
-    seed: Annotated[int, Field(strict=True, ge=0)] = 0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=1 << 32)] = 0
     """Seed of the signs: the same ones on every machine."""
 
     @model_validator(mode="after")
@@ -45,5 +45,20 @@ class Rotation(Config):
         return self.seed if self.random else None
 
 
-Transform: TypeAlias = Rotation
-"""A transform that leaves the output as it was; the union of all kinds, told apart by `kind`."""
+class Smoothing(Config):
+    """Input channels that are large are scaled down where the norm or the linear before can do it, and their weights up
+    (SmoothQuant, Xiao et al. 2022; with weight-only recipes AWQ, Lin et al. 2023).
+
+    Channel j is divided by E|x_j|**strength / mean|w_j|**(1 - strength), scaled to a geometric mean of one. Inputs that
+    nothing before can scale stay as they are: o_proj with grouped queries, experts that share their input with a router, and
+    those with an online rotation.
+    """
+
+    kind: Literal["smoothing"] = "smoothing"
+    strength: Annotated[float, Field(strict=True, gt=0, le=1)] | Literal["search"] = "search"
+    """How much moves from activations to weights; `search` finds, for each distinct input, the strength among 0, 0.05, .. 1
+    with the least output error of rounding on 512 calibration tokens."""
+
+
+Transform = Annotated[Rotation | Smoothing, Field(discriminator="kind")]
+"""A transform that leaves the output as it was."""

@@ -110,14 +110,19 @@ class GPTQ(Config):
     (quantized, or made by compressed blocks) comes nearest to the weight's with the original input: LRC's Update-Quant, and
     the asymmetric calibration of GPTAQ and QEP. The least error of a layer, but it shrinks what noise blurs, and that adds
     up over layers. mixed: between them. No difference where both inputs are the same."""
-    mix: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of the regressed target in a mixed one."""
+    mix: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the regressed target in a mixed one; null: one half."""
 
     @model_validator(mode="after")
     def _mixes_when_mixed(self) -> GPTQ:
-        if "mix" in self.model_fields_set and self.target != "mixed":
+        if self.mix is not None and self.target != "mixed":
             raise ValueError("mix: expected only with target: mixed")
         return self
+
+    @property
+    def regressed_share(self) -> float:
+        """How much of the target is the regressed one."""
+        return {"plain": 0.0, "mixed": 0.5 if self.mix is None else self.mix, "regressed": 1.0}[self.target]
 
 
 Quantizer = Annotated[RTN | GPTQ, Field(discriminator="kind")]

@@ -26,12 +26,12 @@ SPARSE_DOWN: Globs = ("mlp.experts.*.down_proj",)
 class Wiring:
     """How the linears of a block are connected.
 
-    reads: norm -> the linears (and router) that read its output, which nothing else does. The norms multiply by their
-    weight; those of a family with an obstacle are never fused.
+    reads: norm -> the linears (and router) that read its output, which nothing else does.
     value: its last output rows are the attention's values, head by head.
     output: reads the values that attention has mixed, head by head, and writes the residual stream.
     down: read the elementwise product inside an MLP, and write the residual stream.
     obstacle: why the residual stream cannot be rotated, None where it can.
+    norm_offset: what a norm adds to its weight before it multiplies.
     """
 
     reads: Mapping[str, Globs]
@@ -39,6 +39,7 @@ class Wiring:
     value: str = "self_attn.v_proj"
     output: str = "self_attn.o_proj"
     obstacle: str | None = None
+    norm_offset: float = 0.0
 
     def norm_before(self, module: str) -> str | None:
         """The norm whose output `module` reads, None for a module that reads something else."""
@@ -61,6 +62,7 @@ DENSE = Wiring(reads={"input_layernorm": ATTENTION, "post_attention_layernorm": 
 GEMMA = Wiring(
     reads={"input_layernorm": ATTENTION, "pre_feedforward_layernorm": DENSE_MLP},
     down=DENSE_DOWN,
+    norm_offset=1.0,
     obstacle="post_attention_layernorm and post_feedforward_layernorm scale each channel of what is added to it",
 )
 

@@ -9,8 +9,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from kernels.residual import ResidualStore, select_chunked, select_exact, select_static
-from workers.compensation.residual import Thresholds, correction, residual_store, select
+from kernels.residual import Correction, ResidualStore, select_chunked, select_exact, select_static
+from workers.calibration.thresholds import Thresholds
+from workers.compensation.residual import residual_store
 from workers.recipe.residual import Residual
 
 ROWS, COLUMNS = 24, 256
@@ -42,6 +43,15 @@ def store(options: Residual | None = None) -> ResidualStore:
     return residual_store(residual(), thresholds(), options or Residual())
 
 
+def corrector(options: Residual, importance: Tensor | None = None) -> Correction:
+    return Correction(
+        store=store(options),
+        selection=options.selection,
+        channels_per_chunk=options.channels_per_chunk,
+        importance=importance,
+    )
+
+
 def best_by_hand(row: list[float], candidates: int) -> tuple[float, float]:
     """Least squared error and its scale in float64, over linspace(smax / n, smax, n)."""
     widest = max(abs(value) for value in row) / 7
@@ -57,7 +67,7 @@ def output_error(options: Residual, x: Tensor) -> float:
     """||R x - correction||^2 / ||R x||^2 in float64."""
     exact = x.double() @ residual().double().T
     importance = tokens(200, 1).square().mean(0)
-    corrected = correction(x, store(options), options, importance=importance).double()
+    corrected = corrector(options, importance).apply(x).double()
     return ((exact - corrected).square().sum() / exact.square().sum()).item()
 
 
@@ -208,7 +218,7 @@ def test_with_all_channels_what_is_left_is_the_residuals_own_quantization(select
 def test_each_selection_is_the_kernels() -> None:
     x, importance = tokens(20, 3), tokens(200, 1).square().mean(0)
     found = {
-        kind: select(x, store(), Residual.model_validate({"channels_per_chunk": 64, "selection": kind}), importance)
+        kind: corrector(Residual.model_validate({"channels_per_chunk": 64, "selection": kind}), importance).select(x)
         for kind in ("chunked", "exact", "static")
     }
     assert torch.equal(found["chunked"], select_chunked(x, 64, thresholds()))
@@ -234,24 +244,24 @@ def test_the_recipe_counts_the_channels_that_are_selected(columns: int, k_chunk:
     selected = select_chunked(x, k_chunk, thresholds(columns))
     assert selected.sum(-1).tolist() == [options.channels(columns)] * 2
     made = residual_store(torch.ones(1, columns), thresholds(columns), options)
-    exact = select(x, made, options.model_copy(update={"selection": "exact"}))
+    exact = Correction(store=made, selection="exact", channels_per_chunk=options.channels_per_chunk).select(x)
     assert exact.sum(-1).tolist() == [options.channels(columns)] * 2
 
 
 def test_only_decoded_tokens_are_corrected_when_they_are_named() -> None:
     options, x = Residual(channels_per_chunk=64), tokens(6, 5).reshape(2, 3, COLUMNS)
     decoded = torch.tensor([[False, False, True], [False, True, True]])
-    everywhere, some = correction(x, store(), options), correction(x, store(), options, decoded=decoded)
+    everywhere, some = corrector(options).apply(x), corrector(options).apply(x, decoded=decoded)
     assert torch.equal(some, everywhere * decoded.unsqueeze(-1))
     static, importance = options.model_copy(update={"selection": "static"}), tokens(200, 1).square().mean(0)
-    some = correction(x, store(), static, importance=importance, decoded=decoded)
+    some = corrector(static, importance).apply(x, decoded=decoded)
     assert some[1, 2].any()
     assert not some[0, :2].any()
 
 
 def test_a_static_selection_needs_importance() -> None:
     with pytest.raises(ValueError, match="importance: none"):
-        select(tokens(1, 0), store(), Residual(selection="static"))
+        corrector(Residual(selection="static"))
 
 
 def test_half_precision_residuals_are_quantized_in_float32() -> None:

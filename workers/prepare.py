@@ -1,0 +1,115 @@
+"""What is decided about a block from its first calibration tokens, before its statistics are gathered.
+
+Scales that smooth inputs, channels that ASER takes out, clips of quantized activations: choices that need rows of the input
+and not its moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from workers.architecture import Siblings
+from workers.calibration.clipping import activation_format, best_clip
+from workers.calibration.statistics import Gathering
+from workers.compensation.aser import outlier_channels, outlier_scales
+from workers.recipe import ASER, Activations, ModuleRecipe
+from workers.skeleton import Block
+from workers.transforms.families import Wiring
+from workers.transforms.smoothing import migration_scales, producer_rows
+
+ROWS = 2048
+"""Tokens that choices are made on; 512 of them where every candidate is tried in a product with the weight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparation:
+    """gatherings: what to gather of each group's input. scales: by what its input is to be divided before that, [in].
+    outliers: channels that ASER takes out."""
+
+    gatherings: Mapping[Siblings, Gathering]
+    scales: Mapping[Siblings, Tensor] = field(default_factory=dict)
+    outliers: Mapping[Siblings, Tensor] = field(default_factory=dict)
+
+
+def prepare(
+    block: Block,
+    recipes: Mapping[str, ModuleRecipe],
+    parameters: Mapping[str, Tensor],
+    wiring: Wiring,
+    online: Mapping[str, object],
+    load: Callable[[], Tensor],
+) -> Preparation:
+    """Choices for every group of siblings of which one has a recipe; the first of these speaks for the group.
+
+    parameters: the block's, names relative to it. online: linears whose input is transformed at inference: nothing before
+    them can take scales in. load: the first shard of the block's input, read only where a choice needs it.
+    """
+    groups = {
+        group: next(recipes[name] for name in group if name in recipes)
+        for group in block.siblings
+        if any(name in recipes for name in group)
+    }
+    curious = [group for group, recipe in groups.items() if _needs_rows(recipe)]
+    rows = _captured(block, curious, load) if curious else {}
+    scales: dict[Siblings, Tensor] = {}
+    outliers: dict[Siblings, Tensor] = {}
+    gatherings: dict[Siblings, Gathering] = {}
+    for group, recipe in groups.items():
+        seen = rows.get(group)
+        foldable = group[0] not in online and producer_rows(wiring, group, parameters) is not None
+        weights = [parameters[f"{name}.weight"].float() for name in group]
+        if seen is not None and recipe.smoothing is not None and foldable:
+            asked = None if recipe.activations is None else activation_format(recipe.activations)
+            few = seen[:: max(1, len(seen) // 512)]
+            scales[group] = migration_scales(recipe.smoothing, weights, few, recipe.weights.format(), asked)
+            seen, weights = seen / scales[group].float(), [weight * scales[group].float() for weight in weights]
+        if seen is not None and isinstance(recipe.compensation, ASER) and recipe.compensation.outliers:
+            magnitude = seen.abs().double().mean(0)
+            outliers[group] = outlier_channels(weights, magnitude, recipe.compensation)
+            if recipe.compensation.smoothing and foldable:
+                down = outlier_scales(magnitude, outliers[group], recipe.compensation)
+                scales[group] = scales.get(group, torch.ones_like(down)) * down
+                seen = seen / down.float()
+        gatherings[group] = _gathering([recipes[name] for name in group if name in recipes], recipe.activations, seen)
+    return Preparation(gatherings=gatherings, scales=scales, outliers=outliers)
+
+
+def _gathering(recipes: list[ModuleRecipe], activations: Activations | None, rows: Tensor | None) -> Gathering:
+    clip = 1.0
+    if activations is not None and activations.clip == "search" and rows is not None:
+        clip = best_clip(rows, activations)
+    return Gathering(
+        activations=None if activations is None else activation_format(activations, clip),
+        absolute=any(recipe.compensation.needs_magnitudes for recipe in recipes),
+        thresholds=any(recipe.residual is not None for recipe in recipes),
+    )
+
+
+def _needs_rows(recipe: ModuleRecipe) -> bool:
+    searches = recipe.activations is not None and recipe.activations.clip == "search"
+    return searches or recipe.smoothing is not None or isinstance(recipe.compensation, ASER)
+
+
+def _captured(block: Block, groups: list[Siblings], load: Callable[[], Tensor]) -> dict[Siblings, Tensor]:
+    """Up to `ROWS` evenly spaced rows [tokens, in] float32 of the input of each group, from the first shard; a group that no
+    token reached has none."""
+    found: dict[Siblings, Tensor] = {}
+    handles = []
+    for group in groups:
+
+        def take(_: nn.Module, arguments: tuple[Tensor, ...], group: Siblings = group) -> None:
+            rows = arguments[0].reshape(-1, arguments[0].shape[-1])
+            if len(rows):
+                found[group] = rows[:: max(1, len(rows) // ROWS)][:ROWS].float()
+
+        handles.append(block.linear(group[0]).register_forward_pre_hook(take))
+    try:
+        block.run(load())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

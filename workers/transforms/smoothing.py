@@ -1,0 +1,115 @@
+"""Smoothing: input channels divided by scales that the module before takes in, and the weights that read them multiplied.
+
+A norm's weight, the rows of the linear before down_proj, the rows of the values before o_proj (where every query head has its
+own) can take a scale in; the function of the block stays as it was. SmoothQuant (Xiao et al. 2022), AWQ (Lin et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.formats import ActivationFormat
+from kernels.reference import fake_quantize_activations
+from workers.architecture import Siblings
+from workers.quantization.grid import fit
+from workers.recipe import AbsoluteMaximum, Smoothing, WeightFormat
+from workers.transforms.families import Wiring
+
+STRENGTHS = tuple(step / 20 for step in range(21))
+
+
+def producer_rows(wiring: Wiring, group: Siblings, parameters: Mapping[str, Tensor]) -> tuple[str, slice] | None:
+    """The parameter whose elements or last rows can take the scales of a group's input in; None when there is none."""
+    norm = wiring.norm_before(group[0])
+    if norm is not None:
+        readers = {
+            name.removesuffix(".weight")
+            for name in parameters
+            if name.endswith(".weight") and wiring.norm_before(name.removesuffix(".weight")) == norm
+        }
+        return (f"{norm}.weight", slice(None)) if readers == set(group) else None
+    width = parameters[f"{group[0]}.weight"].shape[1]
+    if wiring.is_down(group[0]):
+        parent = group[0].rpartition(".")[0]
+        name = next(n for n in (f"{parent}.up_proj.weight", f"{parent}.gate_up_proj.weight") if n in parameters)
+        return name, slice(len(parameters[name]) - width, None)
+    if group[0] == wiring.output:
+        name = f"{wiring.value}.weight"
+        queries = width
+        keys = len(parameters[name]) - queries if wiring.value.endswith("qkv_proj") else len(parameters[name])
+        # Grouped queries read the same values: one row of values would need several scales.
+        alike = keys == queries or keys == 2 * queries
+        return (name, slice(len(parameters[name]) - width, None)) if alike else None
+    return None
+
+
+def fold(wiring: Wiring, scales: Mapping[Siblings, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The block's parameters, float32, with each group's input divided by its scales [in]; ValueError for a group whose
+    input nothing can scale."""
+    folded = {name: value.float() for name, value in parameters.items()}
+    for group, scale in scales.items():
+        place = producer_rows(wiring, group, parameters)
+        if place is None:
+            raise ValueError(f"{group[0]}: nothing before it can take scales in")
+        name, rows = place
+        scale = scale.to(folded[name])
+        value = folded[name].clone()
+        if value.ndim == 1:
+            value = (value + wiring.norm_offset) / scale - wiring.norm_offset
+        else:
+            value[rows] /= scale.unsqueeze(1)
+        folded[name] = value
+        bias = name.removesuffix(".weight") + ".bias"
+        if bias in folded:
+            changed = folded[bias].clone()
+            changed[rows] /= scale
+            folded[bias] = changed
+        for module in group:
+            folded[f"{module}.weight"] = folded[f"{module}.weight"] * scale
+    return folded
+
+
+def migration_scales(
+    options: Smoothing,
+    weights: Sequence[Tensor],
+    rows: Tensor,
+    format: WeightFormat,
+    activations: ActivationFormat | None,
+) -> Tensor:
+    """The scales [in] float64 of one input. weights: all [out, in] that read it; rows: [tokens, in] of it."""
+    stacked = torch.cat(list(weights)).float()
+    x = rows.float()
+    magnitude, size = x.abs().mean(0).double(), stacked.abs().mean(0).double()
+    strengths = STRENGTHS if options.strength == "search" else (options.strength,)
+    candidates = [_scales(magnitude, size, strength) for strength in strengths]
+    if len(candidates) == 1:
+        return candidates[0]
+    exact = x @ stacked.T
+    errors = [_error(stacked, x, exact, scale.float(), format, activations) for scale in candidates]
+    return candidates[min(range(len(errors)), key=errors.__getitem__)]
+
+
+def _scales(magnitude: Tensor, size: Tensor, strength: float) -> Tensor:
+    if strength == 0:
+        return torch.ones_like(magnitude)
+    floor = torch.finfo(torch.float32).tiny
+    log = strength * magnitude.clamp_min(floor).log() - (1 - strength) * size.clamp_min(floor).log()
+    # A channel that is never used, on either side, stays as it is.
+    used = (magnitude > 0) & (size > 0)
+    log = torch.where(used, log - log[used].mean(), 0.0) if bool(used.any()) else torch.zeros_like(log)
+    return log.clamp(-10, 10).exp()
+
+
+def _error(
+    weight: Tensor, x: Tensor, exact: Tensor, scale: Tensor, format: WeightFormat, activations: ActivationFormat | None
+) -> float:
+    """Squared output error of rounding weight and input after scaling."""
+    scaled = weight * scale
+    rounded = fit(AbsoluteMaximum(), scaled, format, torch.float32, None).round(scaled).dequantize()
+    seen = x / scale
+    if activations is not None:
+        seen = fake_quantize_activations(seen, activations)
+    return float((seen @ rounded.T - exact).square().sum(dtype=torch.float64))
