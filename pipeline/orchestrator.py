@@ -148,6 +148,10 @@ class Orchestrator:
         )
         hidden: HiddenRecord = self._dispatcher.run_all([Task("embedding", "embed", (embed,))])[0]
         propagate = self._job.spec.calibration.propagate
+        recipes = [
+            block_recipe(self._source, index, self._job.spec.recipe) for index in range(self._source.skeleton.blocks)
+        ]
+        paired = propagate == "compressed" and any(part.regresses for recipe in recipes for part in recipe.values())
 
         def spec_of(index: int, inputs: tuple[Blob, ...]) -> BlockSpec:
             return BlockSpec(
@@ -155,12 +159,13 @@ class Orchestrator:
                 index=index,
                 tensors={name: digests[name] for name in self._source.block_tensors(index)},
                 inputs=inputs,
-                recipe=block_recipe(self._source, index, self._job.spec.recipe),
+                recipe=recipes[index],
                 propagate=propagate,
+                paired=paired,
             )
 
         count = self._source.skeleton.blocks
-        chain = Chain.open(self._workspace, spec_of, hidden.outputs, count, propagate)
+        chain = Chain.open(self._workspace, spec_of, hidden.outputs * (2 if paired else 1), count, propagate)
         self._announce(chain)
         while not chain.done:
             self._step(chain)

@@ -13,9 +13,10 @@ from pipeline.manifest import CompressionJob
 from pipeline.model_source import ModelSource
 from workers.config import Config
 from workers.errors import ManifestError
-from workers.recipe import ModuleRecipe, Recipe
+from workers.recipe import GPTQ, ModuleRecipe, Recipe
 from workers.skeleton import EMBEDDING, LM_HEAD, NORM
 from workers.tasks import shard_sequences
+from workers.transforms.families import wiring_of
 from workers.worker import DTYPES
 
 PROCESS_BYTES = 600 << 20
@@ -79,6 +80,7 @@ def make_plan(job: CompressionJob, source: ModelSource) -> Plan:
     """The plan of a job. ManifestError for what the recipe asks and the model cannot give (a rank above a layer's size,
     a group size that does not divide a width, an override that matches nothing)."""
     _check_overrides(job.spec.recipe, source)
+    _check_rotation(job.spec.recipe, source)
     blocks = tuple(_block_plan(job, source, index) for index in range(source.skeleton.blocks))
     calibration = job.spec.calibration
     tokens = calibration.sequences * calibration.sequence_length
@@ -112,7 +114,7 @@ def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPl
     groups = skeleton.block_linears(index)
     recipe = block_recipe(source, index, job.spec.recipe)
     linears = {name: _matrix(shapes[f"{name}.weight"]) for group in groups for name in group}
-    _check_recipe(source, index, recipe, linears)
+    _check_recipe(source, index, recipe, linears, calibration.propagate)
     itemsize = DTYPES[calibration.compute_dtype].itemsize
     names = source.block_tensors(index)
     stored = sum(_bytes(source, name) for name in names)
@@ -158,7 +160,11 @@ def _active_share(source: ModelSource, linears: Mapping[str, tuple[int, int]]) -
 
 
 def _check_recipe(
-    source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe], linears: Mapping[str, tuple[int, int]]
+    source: ModelSource,
+    index: int,
+    recipe: Mapping[str, ModuleRecipe],
+    linears: Mapping[str, tuple[int, int]],
+    propagate: str,
 ) -> None:
     problems: list[str] = []
     for name, part in recipe.items():
@@ -169,11 +175,33 @@ def _check_recipe(
             problems.append(
                 f"spec.recipe.weights.group_size: {group}: expected a divisor of {columns}, the width of {where}"
             )
+        tiles = None if part.activations is None else part.activations.group_size
+        if tiles is not None and columns % tiles:
+            problems.append(
+                f"spec.recipe.activations.group_size: {tiles}: expected a divisor of {columns}, the input of {where}"
+            )
+        quantizer = part.weights.quantizer
+        idle = part.activations is None and propagate == "original"
+        if isinstance(quantizer, GPTQ) and quantizer.target != "plain" and idle:
+            problems.append(
+                f"spec.recipe.weights.quantizer.target: {quantizer.target}: expected plain, which is the same here: without "
+                "quantized activations and with calibration.propagate original, codes see the original's input"
+            )
         problem = part.compensation.problem(rows, columns)
         if problem is not None:
             problems.append(f"spec.recipe.compensation: {where} [{rows}, {columns}]: {problem}")
     if problems:
         raise ManifestError("\n".join(problems[:20]))
+
+
+def _check_rotation(recipe: Recipe, source: ModelSource) -> None:
+    model_type = str(source.checkpoint.config["model_type"])
+    obstacle = wiring_of(model_type).obstacle
+    if recipe.rotation is not None and recipe.rotation.residual and obstacle is not None:
+        raise ManifestError(
+            f"spec.recipe.transforms: rotation.residual: true: expected false for {model_type}, "
+            f"whose residual stream cannot be rotated: {obstacle}"
+        )
 
 
 def _check_overrides(recipe: Recipe, source: ModelSource) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -99,29 +99,41 @@ def calibrate(
     emit: Callable[[Tensor], Output],
     gatherings: Mapping[Siblings, Gathering],
     pool: OrderedPool,
+    originals: Sequence[Callable[[], Tensor]] = (),
 ) -> tuple[dict[Siblings, InputStatistics], list[Output]]:
     """Runs the block over its inputs and gathers the moments of what enters each group of `gatherings`.
 
     inputs: one callable per shard that loads its hidden states [sequences, length, hidden]; the shards' number and order
-    are part of the result. emit: what to do with a shard's output (write it, drop it). At most `pool.threads` + 1 shards
-    are in memory. A non-finite activation is a RequestError that names the group.
+    are part of the result. originals: likewise, what enters the block in the original model; empty when that is the same.
+    emit: what to do with a shard's output (write it, drop it), that of the originals if there are any. At most
+    `pool.threads` + 1 shards are in memory. A non-finite activation is a RequestError that names the group.
     """
     replicas: queue.SimpleQueue[Block] = queue.SimpleQueue()
     for _ in range(pool.threads):
         replicas.put(block.replica())
 
-    def run(load: Callable[[], Tensor]) -> tuple[dict[Siblings, ShardMoments], Output]:
+    def run(
+        loads: tuple[Callable[[], Tensor], Callable[[], Tensor] | None],
+    ) -> tuple[dict[Siblings, ShardMoments], Output]:
+        load, load_original = loads
         replica = replicas.get()
         try:
-            with _Tap(replica, gatherings) as tap:
-                output = replica.run(load())
-            return tap.moments, emit(output)
+            meant: dict[Siblings, Tensor] = {}
+            if load_original is not None:
+                with _Capture(replica, gatherings) as capture:
+                    output = replica.run(load_original())
+                meant = capture.rows
+            with _Tap(replica, gatherings, meant) as tap:
+                seen = replica.run(load())
+            return tap.moments, emit(seen if load_original is None else output)
         finally:
             replicas.put(replica)
 
+    nothing: list[Callable[[], Tensor] | None] = [None] * len(inputs)
+    shards = zip(inputs, originals or nothing, strict=True)
     accumulators = {group: _accumulator(block, group, gathering) for group, gathering in gatherings.items()}
     outputs: list[Output] = []
-    for moments, output in pool.map(run, inputs):
+    for moments, output in pool.map(run, shards):
         for group, shard in moments.items():
             accumulators[group].add(shard)
         outputs.append(output)
@@ -140,19 +152,20 @@ def compress(
     scale_dtypes: Mapping[str, torch.dtype],
     factor_dtypes: Mapping[str, torch.dtype],
     outliers: Mapping[Siblings, Tensor] | None = None,
+    codes: Mapping[str, QuantizedWeight] | None = None,
     pool: OrderedPool,
 ) -> tuple[dict[str, CompressedLinear], list[ModuleReport]]:
     """Every linear that has a recipe, in table order; `statistics` holds an entry for each group among them.
 
     weights: linear -> weight [out, in]. scale_dtypes, factor_dtypes: linear -> dtype in which its scales and the factors
-    of its branch are stored. outliers: see `prepare`.
+    of its branch are stored. outliers: see `prepare`. codes: linear -> its codes, when they are chosen already.
     """
     jobs = list(_solves(weights, statistics, recipes, scale_dtypes, factor_dtypes))
     if forgotten := recipes.keys() - {name for job in jobs for name in job.names}:
         raise ValueError(f"no input statistics of {sorted(forgotten)}: expected those of every linear with a recipe")
     results: dict[str, CompressedLinear] = {}
     reports: list[ModuleReport] = []
-    one = partial(_solve, weights, statistics, outliers or {})
+    one = partial(_solve, weights, statistics, outliers or {}, codes or {})
     side_by_side = any(statistics[job.group].width >= PARALLEL_WIDTH for job in jobs)
     for solved in pool.map(one, jobs) if side_by_side else map(one, jobs):
         for name, linear, report in solved:
@@ -225,6 +238,7 @@ def _solve(
     weights: Mapping[str, Tensor],
     gathered: Mapping[Siblings, InputStatistics],
     outliers: Mapping[Siblings, Tensor],
+    codes: Mapping[str, QuantizedWeight],
     job: _Job,
 ) -> list[tuple[str, CompressedLinear, ModuleReport]]:
     started = time.perf_counter()
@@ -234,6 +248,7 @@ def _solve(
         [weights[name].float() for name in job.names],
         statistics,
         outliers.get(job.group),
+        [codes[name] for name in job.names] if codes else None,
         scale_dtype=job.scale_dtype,
         factor_dtype=job.factor_dtype,
     )
@@ -280,23 +295,55 @@ def _accumulator(block: Block, group: Siblings, gathering: Gathering) -> Accumul
     return Accumulator(weight.shape[1], weight.device, gathering)
 
 
-class _Tap:
-    """Takes the moments of what enters the first linear of each group, while the context is open."""
+class _Hooks:
+    """Looks at what enters the first linear of each group, while the context is open."""
 
-    def __init__(self, block: Block, gatherings: Mapping[Siblings, Gathering]) -> None:
-        self.moments: dict[Siblings, ShardMoments] = {}
-        self._block, self._gatherings = block, gatherings
+    def __init__(self, block: Block, groups: Iterable[Siblings]) -> None:
+        self._block, self._groups = block, groups
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> _Tap:
-        for group in self._gatherings:
+    def take(self, group: Siblings, rows: Tensor) -> None:
+        """Called with the input [..., in] of a group."""
+        raise NotImplementedError
 
-            def take(_: nn.Module, arguments: tuple[Tensor, ...], group: Siblings = group) -> None:
-                self.moments[group] = ShardMoments.of(arguments[0], self._gatherings[group])
+    def __enter__(self) -> Self:
+        for group in self._groups:
 
-            self._handles.append(self._block.linear(group[0]).register_forward_pre_hook(take))
+            def hook(_: nn.Module, arguments: tuple[Tensor, ...], group: Siblings = group) -> None:
+                self.take(group, arguments[0])
+
+            self._handles.append(self._block.linear(group[0]).register_forward_pre_hook(hook))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+class _Capture(_Hooks):
+    """Keeps the inputs themselves."""
+
+    def __init__(self, block: Block, groups: Iterable[Siblings]) -> None:
+        super().__init__(block, groups)
+        self.rows: dict[Siblings, Tensor] = {}
+
+    def take(self, group: Siblings, rows: Tensor) -> None:
+        self.rows[group] = rows
+
+
+class _Tap(_Hooks):
+    """Takes the inputs' moments. meant: what the inputs are in the original model."""
+
+    def __init__(
+        self, block: Block, gatherings: Mapping[Siblings, Gathering], meant: Mapping[Siblings, Tensor]
+    ) -> None:
+        super().__init__(block, gatherings)
+        self.moments: dict[Siblings, ShardMoments] = {}
+        self._gatherings, self._meant = gatherings, meant
+
+    def take(self, group: Siblings, rows: Tensor) -> None:
+        original = self._meant.get(group)
+        if original is not None and original.shape != rows.shape:
+            # Routers may send other tokens to an expert than in the original model: rows have no partners then.
+            original = None
+        self.moments[group] = ShardMoments.of(rows, self._gatherings[group], original)

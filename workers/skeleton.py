@@ -315,11 +315,20 @@ class Block:
         shared = [*self._base.parameters(), *self._base.buffers()]
         return Block(copy.deepcopy(self._base, {id(tensor): tensor for tensor in shared}), self.siblings)
 
+    @property
+    def model_type(self) -> str:
+        """The family's `model_type`."""
+        return str(self._base.config.model_type)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """As `run`, with gradients."""
+        output: Tensor = self._base(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return output
+
     @torch.no_grad()
     def run(self, hidden: Tensor) -> Tensor:
         """hidden [batch, length, hidden] -> the block's output, same shape and dtype; causal, positions from 0."""
-        output: Tensor = self._base(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        return output
+        return self.forward(hidden)
 
 
 class _Head(nn.Module):

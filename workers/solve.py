@@ -44,18 +44,25 @@ def solve(
     recipe: ModuleRecipe,
     weights: Sequence[Tensor],
     statistics: InputStatistics,
-    outliers: Tensor | None,
+    outliers: Tensor | None = None,
+    codes: Sequence[QuantizedWeight] | None = None,
     *,
     scale_dtype: torch.dtype,
     factor_dtype: torch.dtype,
 ) -> list[Solution]:
     """Solutions of `weights`, each [out, in] float32, which read one input and share `recipe`.
 
-    outliers: channels of the input that ASER takes out of the codes. Raises ValueError as the solvers do.
+    outliers: channels of the input that ASER takes out of the codes. codes: of each weight, when they are chosen already.
+    Raises ValueError as the solvers do.
     """
     if isinstance(recipe.compensation, LRC):
         return [
             _joint(recipe, recipe.compensation, weight, statistics, scale_dtype, factor_dtype) for weight in weights
+        ]
+    if codes is not None:
+        return [
+            _compensated(recipe, weight, part, statistics, factor_dtype, ())
+            for weight, part in zip(weights, codes, strict=True)
         ]
     stacked = torch.cat(list(weights))
     # Codes pay for what they do to their own input, which is the quantized one.
@@ -65,12 +72,23 @@ def solve(
         target = without_channels(target, outliers)
     foreseen = anticipate(recipe.compensation, metric, weights[0].shape[0])
     quantized = quantize(recipe.weights.quantizer, target, foreseen, recipe.weights.format(), scale_dtype=scale_dtype)
-    solutions = []
-    for weight, part in zip(weights, _split(quantized.weight, weights), strict=True):
-        fitted = compensate(recipe.compensation, weight - part.dequantize(), statistics, dtype=factor_dtype)
-        fallbacks = (*quantized.fallbacks, *fitted.fallbacks)
-        solutions.append(_judged(recipe, weight, part, fitted.low_rank, statistics, fallbacks))
-    return solutions
+    parts = _split(quantized.weight, weights)
+    return [
+        _compensated(recipe, weight, part, statistics, factor_dtype, quantized.fallbacks)
+        for weight, part in zip(weights, parts, strict=True)
+    ]
+
+
+def _compensated(
+    recipe: ModuleRecipe,
+    weight: Tensor,
+    codes: QuantizedWeight,
+    statistics: InputStatistics,
+    factor_dtype: torch.dtype,
+    fallbacks: tuple[Fallback, ...],
+) -> Solution:
+    fitted = compensate(recipe.compensation, weight - codes.dequantize(), statistics, dtype=factor_dtype)
+    return _judged(recipe, weight, codes, fitted.low_rank, statistics, (*fallbacks, *fitted.fallbacks))
 
 
 def _joint(

@@ -90,6 +90,13 @@ class BlockSpec(Config):
     recipe: Mapping[str, ModuleRecipe]
     """Linear (name relative to the block) -> what applies to it; linears that are kept are absent."""
     propagate: Literal["original", "compressed"]
+    paired: bool = False
+    """Whether the second half of `inputs` is what enters the block in the original model, which the first no longer is."""
+
+    @property
+    def shards(self) -> int:
+        """Shards of one stream of inputs."""
+        return len(self.inputs) // 2 if self.paired else len(self.inputs)
 
     def forward_key(self) -> str:
         """Key of the block's *original* output: no recipe enters, so jobs that differ in recipe share it."""
@@ -106,7 +113,7 @@ class BlockSpec(Config):
     def key(self) -> str:
         """Key of the compressed block."""
         recipe = {name: part.model_dump(mode="json") for name, part in self.recipe.items()}
-        return digest([BLOCK, self.forward_key(), self.propagate, recipe])
+        return digest([BLOCK, self.forward_key(), self.propagate, self.paired, recipe])
 
 
 class KeepSpec(Config):
@@ -204,7 +211,8 @@ class BlockRecord(Record):
     checkpoint: Blob
     adapter: Blob | None
     outputs: tuple[Blob, ...]
-    """Hidden states after the *compressed* block (propagate: compressed); otherwise empty."""
+    """Hidden states after the *compressed* block (propagate: compressed), then, of paired inputs, after the original one;
+    otherwise empty."""
     tensors: Mapping[str, str]
     """Tensors in the checkpoint shard -> sha256 of dtype, shape and bytes."""
     factors: Mapping[str, str]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.formats import QuantizedWeight
 from kernels.hadamard import Hadamard
 from kernels.residual import Correction
 from workers.architecture import Siblings
@@ -67,6 +68,7 @@ from workers.tasks import (
 from workers.transforms.families import wiring_of
 from workers.transforms.rotation import residual_hadamard, rotate_block, rotate_embedding, rotated_outside
 from workers.transforms.smoothing import fold
+from workers.tuning.lsi import LinearFormat, tune
 from workers.workspace import Blob, Workspace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -190,6 +192,8 @@ class Worker:
         held = self._calibrated(spec, workspace)
         self._held = None
         clock = _Clock(self.device, held.timing)
+        held, codes = self._tuned(spec, held, workspace)
+        clock.lap("solve")
         weights = {name: held.loaded.parameters[f"{name}.weight"] for name in spec.recipe}
         linears, reports = compress(
             {name: weight.to(self.device) for name, weight in weights.items()},
@@ -198,11 +202,12 @@ class Worker:
             scale_dtypes={name: scale_dtype(name, held.loaded.dtypes[f"{name}.weight"]) for name in weights},
             factor_dtypes={name: held.loaded.dtypes[f"{name}.weight"] for name in weights},
             outliers=held.outliers,
+            codes=codes,
             pool=self._pool,
         )
         linears = {name: replace(linear, transform=held.loaded.online.get(name)) for name, linear in linears.items()}
         clock.lap("solve")
-        outputs = self._propagate(spec, held.loaded.block, linears, workspace)
+        outputs = self._propagate(spec, held.loaded.block, linears, held.outputs, workspace)
         clock.lap("forward")
         _, skeleton = self._source(spec.setting)
         record = _write(spec, skeleton, held, linears, reports, outputs, workspace)
@@ -290,25 +295,26 @@ class Worker:
         loaded = self.load_block(spec.setting, spec.index, spec.tensors, dtype)
         block = loaded.block
         clock.lap("load")
-        keep_outputs = spec.propagate == "original"
+        keep_outputs = spec.propagate == "original" or spec.paired
 
         def emit(output: Tensor) -> Blob | None:
             return _put_hidden(workspace, output) if keep_outputs else None
 
-        inputs = [_loader(workspace, blob, self.device) for blob in spec.inputs]
+        loaders = [_loader(workspace, blob, self.device) for blob in spec.inputs]
+        inputs, originals = loaders[: spec.shards], loaders[spec.shards :]
         skeleton = self._source(spec.setting)[1]
         wiring = wiring_of(skeleton.config.model_type)
         chosen = prepare(block, spec.recipe, loaded.parameters, wiring, loaded.online, inputs[0])
         if chosen.scales:
             # What the original block makes is shared between recipes, so it comes from the block as it was.
-            _, outputs = calibrate(block, inputs, emit, {}, self._pool) if keep_outputs else ({}, [])
+            _, outputs = calibrate(block, originals or inputs, emit, {}, self._pool) if keep_outputs else ({}, [])
             parameters = fold(wiring, chosen.scales, loaded.parameters)
             loaded = replace(
                 loaded, parameters=parameters, block=self._block(skeleton, spec.index, parameters, loaded.online, dtype)
             )
-            statistics, _ = calibrate(loaded.block, inputs, lambda _: None, chosen.gatherings, self._pool)
+            statistics, _ = calibrate(loaded.block, inputs, lambda _: None, chosen.gatherings, self._pool, originals)
         else:
-            statistics, outputs = calibrate(block, inputs, emit, chosen.gatherings, self._pool)
+            statistics, outputs = calibrate(block, inputs, emit, chosen.gatherings, self._pool, originals)
         clock.lap("forward")
         stored = tuple(blob for blob in outputs if blob is not None)
         self._held = _Held(
@@ -320,6 +326,49 @@ class Worker:
             timing=clock.timing(),
         )
         return self._held
+
+    def _tuned(
+        self, spec: BlockSpec, held: _Held, workspace: Workspace
+    ) -> tuple[_Held, dict[str, QuantizedWeight] | None]:
+        """Codes that were trained, where the recipe asks for it; and what is held, with the transforms that were learned."""
+        tunings = {part.tuning for part in spec.recipe.values() if part.tuning is not None}
+        if not tunings:
+            return held, None
+        (options,) = tunings
+        loaders = [_loader(workspace, blob, self.device) for blob in spec.inputs]
+        inputs, originals = loaders[: spec.shards], loaders[spec.shards :] or loaders
+        loaded = held.loaded
+        groups = {name: group for group in loaded.block.siblings for name in group}
+        formats = {
+            name: LinearFormat(
+                weights=part.weights.format(),
+                scale_dtype=scale_dtype(name, loaded.dtypes[f"{name}.weight"]),
+                activations=held.statistics[groups[name]].activations,
+            )
+            for name, part in spec.recipe.items()
+        }
+        targets = [loaded.block.run(load()) for load in originals]
+        found = tune(loaded.block, [load() for load in inputs], targets, formats, options)
+        if not found.norms:
+            return held, dict(found.weights)
+        skeleton = self._source(spec.setting)[1]
+        wiring = wiring_of(skeleton.config.model_type)
+        scales = {}
+        for group in loaded.block.siblings:
+            norm = f"{wiring.norm_before(group[0])}.weight"
+            if norm in found.norms:
+                before, after = (
+                    value.float() + wiring.norm_offset for value in (loaded.parameters[norm], found.norms[norm])
+                )
+                scales[group] = before / after
+        parameters = fold(wiring, scales, loaded.parameters)
+        block = self._block(skeleton, spec.index, parameters, loaded.online, DTYPES[spec.setting.compute_dtype])
+        gatherings = {group: statistics.gathering for group, statistics in held.statistics.items()}
+        statistics, _ = calibrate(
+            block, inputs, lambda _: None, gatherings, self._pool, originals if spec.paired else []
+        )
+        loaded = replace(loaded, parameters=parameters, block=block)
+        return replace(held, loaded=loaded, statistics=statistics), dict(found.weights)
 
     def load_block(self, setting: Setting, index: int, digests: Mapping[str, str], dtype: torch.dtype) -> LoadedBlock:
         """A source block on the device, every tensor verified, in the setting's coordinates."""
@@ -364,14 +413,19 @@ class Worker:
         return {LM_HEAD: tensors[EMBEDDING], **tensors} if skeleton.tied else tensors
 
     def _propagate(
-        self, spec: BlockSpec, block: Block, linears: Mapping[str, CompressedLinear], workspace: Workspace
+        self,
+        spec: BlockSpec,
+        block: Block,
+        linears: Mapping[str, CompressedLinear],
+        originals: tuple[Blob, ...],
+        workspace: Workspace,
     ) -> tuple[Blob, ...]:
         if spec.propagate == "original":
             return ()
         install(block, linears)
-        inputs = [_loader(workspace, blob, self.device) for blob in spec.inputs]
+        inputs = [_loader(workspace, blob, self.device) for blob in spec.inputs[: spec.shards]]
         emitted = self._pool.map(lambda load: _put_hidden(workspace, block.run(load())), inputs)
-        return tuple(emitted)
+        return (*emitted, *originals)
 
 
 def _loader(workspace: Workspace, blob: Blob, device: torch.device) -> Callable[[], Tensor]:

@@ -59,6 +59,15 @@ class InputStatistics:
     activations: ActivationFormat | None = None
 
     @property
+    def gathering(self) -> Gathering:
+        """What was gathered, to be gathered again of another input."""
+        return Gathering(
+            activations=self.activations,
+            absolute=self.absolute is not None,
+            thresholds=self.thresholds is not None,
+        )
+
+    @property
     def width(self) -> int:
         return int(self.gram.shape[0])
 

@@ -21,13 +21,16 @@ from workers.recipe.rank import EnergyRank
 
 
 def outlier_channels(weights: Sequence[Tensor], magnitude: Tensor, options: ASER) -> Tensor:
-    """The input channels with the largest E|x_i| * mean_o |W_oi|, int64, ascending; as many as the options ask for, but at
-    most half of all and of the smallest branch's rank.
+    """The input channels with the largest E|x_i|, or E|x_i| * mean_o |W_oi|, int64, ascending.
+
+    As many as the options ask for, but at most half of all and of the smallest branch's rank.
 
     weights: the matrices [out, in] that read the input; siblings share the choice, because they share the input.
     magnitude: E|x|, [in].
     """
-    score = magnitude.double() * torch.cat([weight.abs() for weight in weights]).double().mean(0)
+    score = magnitude.double()
+    if options.choose == "product":
+        score = score * torch.cat([weight.abs() for weight in weights]).double().mean(0)
     count = min(options.outliers, len(score) // 2)
     if not isinstance(options.rank, EnergyRank):
         fewest = min(len(weight) for weight in weights)

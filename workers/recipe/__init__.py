@@ -8,6 +8,7 @@ from workers.recipe.rank import CountRank, EnergyRank, FractionRank, Rank
 from workers.recipe.recipe import Activations, ModuleRecipe, Override, Recipe, Weights
 from workers.recipe.residual import Residual
 from workers.recipe.transforms import Rotation, Smoothing, Transform
+from workers.recipe.tuning import Tuning
 from workers.recipe.weights import GPTQ, RTN, AbsoluteMaximum, MeanSquare, Quantizer, ScaleSearch, WeightFormat
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Recipe",
     "ScaleSearch",
     "Smoothing",
+    "Tuning",
     "WeightFormat",
     "Weights",
 ]

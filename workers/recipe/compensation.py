@@ -115,6 +115,9 @@ class ASER(Config):
     """Rank of the branch; the columns that were taken out need up to `outliers` of it."""
     outliers: Annotated[int, Field(strict=True, ge=0, le=1024)] = 32
     """How many input channels are taken out, at most half of the rank and of all; 0: error reconstruction alone."""
+    choose: Literal["activations", "product"] = "activations"
+    """What makes an outlier: a large E|x_i|, or as in the paper a large E|x_i| * mean_o |W_oi|. Rounding errors are alike in
+    all columns of a row, so large activations with small weights suffer most; the product overlooks them."""
     reference: Literal["median", "minimum"] = "median"
     """What an outlier channel is scaled down to: the median channel's mean magnitude, or the smallest of the outliers'."""
     smoothing: bool = True

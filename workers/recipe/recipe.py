@@ -13,9 +13,10 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from workers.config import Config
-from workers.recipe.compensation import Compensation, NoCompensation
+from workers.recipe.compensation import ASER, LRC, Compensation, NoCompensation
 from workers.recipe.residual import Residual
 from workers.recipe.transforms import Rotation, Smoothing, Transform
+from workers.recipe.tuning import Tuning
 from workers.recipe.weights import GPTQ, Quantizer, WeightFormat
 
 
@@ -67,6 +68,13 @@ class ModuleRecipe(Config):
     compensation: Compensation
     residual: Residual | None = None
     smoothing: Smoothing | None = None
+    tuning: Tuning | None = None
+
+    @property
+    def regresses(self) -> bool:
+        """Whether the solve looks at what the layer's input was meant to be, where it is another."""
+        target = self.weights.quantizer.target if isinstance(self.weights.quantizer, GPTQ) else "plain"
+        return target != "plain" or isinstance(self.compensation, LRC) or self.tuning is not None
 
 
 class Recipe(Config):
@@ -80,6 +88,8 @@ class Recipe(Config):
     """Quantization of the inputs; null: weight-only."""
     compensation: Compensation = Field(default_factory=NoCompensation)
     """What the low-rank branch puts back."""
+    tuning: Tuning | None = None
+    """Codes that are trained block by block, instead of chosen by the quantizer; null: they are not."""
     residual: Residual | None = None
     """What codes and branch left, stored for the CPU's memory and fetched while decoding; null: no such store."""
     overrides: tuple[Override, ...] = ()
@@ -94,6 +104,22 @@ class Recipe(Config):
         if len(kinds) != len(set(kinds)):
             raise ValueError(f"{', '.join(kinds)}: expected each kind at most once")
         return transforms
+
+    @model_validator(mode="after")
+    def _tunes_codes_of_its_own(self) -> Recipe:
+        if self.tuning is None:
+            return self
+        recipes = [(self.weights, self.compensation)]
+        recipes += [(item.weights or self.weights, item.compensation or self.compensation) for item in self.overrides]
+        for weights, compensation in recipes:
+            if weights.quantizer.kind != "rtn":
+                raise ValueError(
+                    f"tuning: expected weights.quantizer.kind rtn, not {weights.quantizer.kind}: training rounds"
+                )
+            joint = isinstance(compensation, LRC) or (isinstance(compensation, ASER) and compensation.outliers > 0)
+            if joint:
+                raise ValueError(f"tuning: expected a compensation of finished codes, not {compensation.kind}")
+        return self
 
     @property
     def smoothing(self) -> Smoothing | None:
@@ -131,4 +157,5 @@ class Recipe(Config):
             compensation=compensation,
             residual=self.residual,
             smoothing=self.smoothing,
+            tuning=self.tuning,
         )

@@ -38,10 +38,9 @@ def producer_rows(wiring: Wiring, group: Siblings, parameters: Mapping[str, Tens
         return name, slice(len(parameters[name]) - width, None)
     if group[0] == wiring.output:
         name = f"{wiring.value}.weight"
-        queries = width
-        keys = len(parameters[name]) - queries if wiring.value.endswith("qkv_proj") else len(parameters[name])
+        fused = wiring.value.endswith("qkv_proj")
         # Grouped queries read the same values: one row of values would need several scales.
-        alike = keys == queries or keys == 2 * queries
+        alike = len(parameters[name]) == (3 * width if fused else width)
         return (name, slice(len(parameters[name]) - width, None)) if alike else None
     return None
 

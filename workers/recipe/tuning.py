@@ -1,0 +1,56 @@
+"""What a manifest can ask to be learned block by block. Options only, without torch: `workers/tuning` computes with them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from workers.config import Config
+
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Tuning(Config):
+    """Quantization with parameters that are trained to give back the block's output, in place of a quantizer.
+
+    Rounding is to nearest; what is learned is where to round from (LSI, Gao et al. 2024) and onto which grid (LWC and LET
+    of OmniQuant, Shao et al. 2023). Some sequences are held out, and the epoch that serves them best is the one kept, the
+    untrained one included: tuning is never worse on them than rounding to nearest.
+    """
+
+    kind: Literal["lsi"] = "lsi"
+    increments: bool = True
+    """LSI: whether each linear's singular values are learned."""
+    clipping: bool = True
+    """LWC: whether the range that each group's grid covers is learned."""
+    transforms: bool = False
+    """LET: whether scales of the input channels are learned, which then divide the norm in front of a linear and multiply
+    its columns. Only where a norm feeds nothing but linears that are quantized: not a mixture of experts' MLP."""
+    block: Annotated[int, Field(strict=True, ge=0, le=4096)] = 0
+    """Side of the square that is learned beside the increments, among the largest singular directions: it may turn them
+    into each other. Meant for groups, whose scales leave less to single directions; 0: none."""
+    epochs: Annotated[int, Field(strict=True, ge=1, le=1000)] = 20
+    """Passes over the calibration sequences at most. Learning rates fall linearly to zero over them."""
+    batch: Annotated[int, Field(strict=True, ge=1, le=4096)] = 1
+    """Sequences per step."""
+    lr_increments: Rate = 2e-3
+    """Learning rate of the increments and the square. In grid steps: increments of one move the typical weight by one."""
+    lr_clipping: Rate = 1e-1
+    """Learning rate of the clipping, before its sigmoid."""
+    lr_transforms: Rate = 5e-3
+    """Learning rate of the logarithms of the channel scales."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the calibration sequences that is not trained on, at least one."""
+    patience: Annotated[int, Field(strict=True, ge=1, le=1000)] = 5
+    """Epochs without a better held-out error after which training stops."""
+    seed: Annotated[int, Field(strict=True, ge=0, lt=1 << 32)] = 0
+    """Decides which sequences are held out and the order of the others."""
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> Tuning:
+        if not (self.increments or self.clipping or self.transforms):
+            raise ValueError("increments, clipping, transforms: all false: expected one to learn")
+        if self.block and not self.increments:
+            raise ValueError(f"block: {self.block}: expected 0 unless increments are learned")
+        return self
