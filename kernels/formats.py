@@ -66,20 +66,41 @@ class ActivationFormat:
 class LowRank:
     """A low-rank branch y += up @ (down @ x), applied to the layer's unquantized input.
 
-    up: [out, rank], down: [rank, in], both in the dtype that the checkpoint stores. Rank 0 is not represented: use None.
+    up: [out, rank], down: [rank, in], both in the dtype that the checkpoint stores; or int8 codes, with up_scale and
+    down_scale, [rank] float32 each: one step per direction. Rank 0 is not represented: use None.
     """
 
     up: Tensor
     down: Tensor
+    up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
 
     @property
     def rank(self) -> int:
         return int(self.down.shape[0])
 
+    @property
+    def bits(self) -> int:
+        """Storage, in bits."""
+        tensors = (self.up, self.down, self.up_scale, self.down_scale)
+        return sum(8 * tensor.nbytes for tensor in tensors if tensor is not None)
+
     def to(self, device: torch.device) -> LowRank:
         """The same branch on another device."""
-        return LowRank(up=self.up.to(device), down=self.down.to(device))
+        return LowRank(
+            up=self.up.to(device),
+            down=self.down.to(device),
+            up_scale=None if self.up_scale is None else self.up_scale.to(device),
+            down_scale=None if self.down_scale is None else self.down_scale.to(device),
+        )
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """up and down as numbers; codes are multiplied out in float32."""
+        if self.up_scale is None or self.down_scale is None:
+            return self.up.to(dtype), self.down.to(dtype)
+        return (self.up * self.up_scale).to(dtype), (self.down * self.down_scale.unsqueeze(1)).to(dtype)
 
     def product(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The branch as a dense matrix [out, in], multiplied in float32."""
-        return (self.up.float() @ self.down.float()).to(dtype)
+        up, down = self.factors(torch.float32)
+        return (up @ down).to(dtype)

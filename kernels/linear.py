@@ -26,6 +26,8 @@ class CompensatedLinear(nn.Module):
     zero_point: Tensor | None
     up: Tensor | None
     down: Tensor | None
+    up_scale: Tensor | None
+    down_scale: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -49,6 +51,8 @@ class CompensatedLinear(nn.Module):
         self.register_buffer("zero_point", weight.zero_point)
         self.register_buffer("up", None if low_rank is None else low_rank.up)
         self.register_buffer("down", None if low_rank is None else low_rank.down)
+        self.register_buffer("up_scale", None if low_rank is None else low_rank.up_scale)
+        self.register_buffer("down_scale", None if low_rank is None else low_rank.down_scale)
         self.register_buffer("bias", bias)
 
     def quantized(self) -> QuantizedWeight:
@@ -61,14 +65,22 @@ class CompensatedLinear(nn.Module):
             group_size=self.group_size,
         )
 
+    def low_rank(self) -> LowRank | None:
+        """The low-rank branch, as a value."""
+        if self.up is None or self.down is None:
+            return None
+        return LowRank(up=self.up, down=self.down, up_scale=self.up_scale, down_scale=self.down_scale)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.transform is not None:
             x = self.transform.apply(x)
         inner = x if self.activations is None else fake_quantize_activations(x, self.activations)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y = functional.linear(inner, self.quantized().dequantize(x.dtype), bias)
-        if self.up is not None and self.down is not None:
-            y = y + functional.linear(functional.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        branch = self.low_rank()
+        if branch is not None:
+            up, down = branch.factors(x.dtype)
+            y = y + functional.linear(functional.linear(x, down), up)
         if self.residual is not None and (not self.decode_only or x.shape[-2] == 1):
             y = y + self.residual.apply(x).to(x.dtype)
         return y

@@ -120,8 +120,12 @@ def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPl
     stored = sum(_bytes(source, name) for name in names)
     parameters = sum(prod(shape) for shape in shapes.values())
     widths = [linears[group[0]][1] for group in groups if any(name in recipe for name in group)]
-    # The running sum and one shard's product per thread, for each distinct input.
-    statistics = sum(width * width * (8 + 4) for width in widths)
+    quantized_inputs = any(part.activations is not None for part in recipe.values())
+    paired = calibration.propagate == "compressed" and any(part.regresses for part in recipe.values())
+    streams = 1 + quantized_inputs + paired
+    products = streams * (streams + 1) // 2
+    # The running sum and one shard's product per thread, for each distinct input and each pair of its streams.
+    statistics = sum(width * width * (8 + 4) * products for width in widths)
     shard = shard_sequences(calibration.sequence_length) * calibration.sequence_length
     intermediate = max((rows for rows, _ in linears.values()), default=0)
     activations = shard * itemsize * (skeleton.hidden_size * 6 + intermediate * 3)
@@ -143,7 +147,7 @@ def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPl
         forward_flops=int(2 * tokens * sum(prod(shape) * active[name] for name, shape in linears.items())),
         statistics_flops=int(
             sum(
-                tokens * active[group[0]] * linears[group[0]][1] ** 2
+                tokens * active[group[0]] * linears[group[0]][1] ** 2 * products
                 for group in groups
                 if any(name in recipe for name in group)
             )

@@ -269,7 +269,7 @@ def _solve(
             tokens=statistics.tokens,
             code_bits=part.codes.numel() * part.bits,
             scale_bits=_scale_bits(part),
-            factor_bits=0 if branch is None else tensor_bits(branch.up) + tensor_bits(branch.down),
+            factor_bits=0 if branch is None else branch.bits,
             residual_bits=0 if solution.residual is None else solution.residual.store.bits_stored,
             error_quantized=solution.error_quantized,
             error_compensated=solution.error_compensated,

@@ -24,7 +24,7 @@ from workers.config import Config, first_problem
 from workers.errors import CheckpointError, ObjectNotFoundError
 from workers.interchange import (
     PACKED,
-    adapter_names,
+    factor_names,
     read_branch,
     read_residual,
     read_weight,
@@ -67,7 +67,9 @@ class CompressedModel:
         self.ledger = ledger
         self._checkpoint, self._adapter, self._residual = checkpoint, adapter, residual
         forms = ledger.formats
-        factors = {name for module, form in forms.items() if form.rank for name in adapter_names(module)}
+        factors = {
+            name for module, form in forms.items() if form.rank for name in factor_names(module, form.factor_bits)
+        }
         residuals = {name for module, form in forms.items() for name in residual_names(module, form)}
         stored = set(checkpoint.names)
         problems: list[str] = []
@@ -138,7 +140,7 @@ class CompressedModel:
         tensors = self._checkpoint.read_many(names, sha256={name: self._digest(name) for name in names})
         branch = None
         if form.rank and self._adapter is not None:
-            factors = adapter_names(module)
+            factors = factor_names(module, form.factor_bits)
             branch = read_branch(
                 self._adapter.read_many(factors, sha256={name: self._digest(name) for name in factors}), module, form
             )

@@ -37,13 +37,17 @@ def weight_tensors(module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def factor_tensors(module: str, branch: LowRank) -> dict[str, Tensor]:
-    """A low-rank branch under PEFT's names: lora_A [rank, in], lora_B [out, rank]."""
-    return dict(zip(adapter_names(module), (branch.down.contiguous(), branch.up.contiguous()), strict=True))
+    """A low-rank branch under PEFT's names: lora_A [rank, in], lora_B [out, rank]; of integer codes their steps too."""
+    tensors = (branch.down, branch.up, branch.down_scale, branch.up_scale)
+    names = factor_names(module, 8 if branch.up_scale is not None else None)
+    return {name: tensor.contiguous() for name, tensor in zip(names, tensors, strict=False) if tensor is not None}
 
 
-def adapter_names(module: str) -> tuple[str, str]:
-    """PEFT's names of a branch's factors: A (down) and B (up)."""
-    return (f"{ADAPTER_PREFIX}{module}.lora_A.weight", f"{ADAPTER_PREFIX}{module}.lora_B.weight")
+def factor_names(module: str, bits: int | None) -> tuple[str, ...]:
+    """Names of a branch's tensors: A (down), B (up), and the steps of both when they are codes of `bits`."""
+    names = (f"{ADAPTER_PREFIX}{module}.lora_A", f"{ADAPTER_PREFIX}{module}.lora_B")
+    kinds = ("weight",) if bits is None else ("weight", "scale")
+    return tuple(f"{name}.{kind}" for kind in kinds for name in names)
 
 
 RESIDUAL = ("residual_packed", "residual_scale", "residual_thresholds")
@@ -102,10 +106,14 @@ def read_branch(adapter: Mapping[str, Tensor], module: str, form: ModuleFormat) 
     """The low-rank branch of `module`, or None when its format has rank 0; CheckpointError when shapes disagree."""
     if form.rank == 0:
         return None
-    down, up = (adapter[name] for name in adapter_names(module))
+    down, up, *steps = (adapter[name] for name in factor_names(module, form.factor_bits))
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != form.rank or up.shape[1] != form.rank:
         raise CheckpointError(f"adapter: {module}: {list(up.shape)} x {list(down.shape)}: expected rank {form.rank}")
-    return LowRank(up=up, down=down)
+    if not steps:
+        return LowRank(up=up, down=down)
+    if up.dtype != torch.int8 or down.dtype != torch.int8 or any(tuple(step.shape) != (form.rank,) for step in steps):
+        raise CheckpointError(f"adapter: {module}: expected int8 codes and {form.rank} steps for each factor")
+    return LowRank(up=up, down=down, up_scale=steps[1], down_scale=steps[0])
 
 
 def scale_dtype(module: str, source: torch.dtype) -> torch.dtype:
@@ -151,6 +159,8 @@ def refusal_of_adapter(formats: Mapping[str, ModuleFormat], family: Family) -> s
     0.18 loads the same files without a word and leaves the experts out. And since it knows experts by the last part of
     a name, it also takes a dense layer for one when the names are alike (Qwen3-MoE's dense blocks).
     """
+    if any(form.factor_bits is not None for form in formats.values()):
+        return "factors in integer codes: PEFT would read the codes as the factors"
     if family.experts is None:
         return None
     branches = [name for name, form in formats.items() if form.rank]

@@ -13,8 +13,8 @@ from workers.errors import CheckpointError
 from workers.interchange import (
     QUANT_METHOD,
     adapter_config,
-    adapter_names,
     artifact_config,
+    factor_names,
     factor_tensors,
     read_branch,
     read_weight,
@@ -69,7 +69,7 @@ def test_a_weight_of_another_format_is_refused(wrong: ModuleFormat) -> None:
 def test_a_branch_comes_back_under_the_names_of_peft() -> None:
     stored = factor_tensors(DENSE, BRANCH)
     assert list(stored) == [f"base_model.model.{DENSE}.lora_A.weight", f"base_model.model.{DENSE}.lora_B.weight"]
-    assert tuple(stored) == adapter_names(DENSE)
+    assert tuple(stored) == factor_names(DENSE, None)
     found = read_branch(stored, DENSE, form(rank=2))
     assert found is not None
     assert torch.equal(found.up, BRANCH.up)
@@ -82,9 +82,28 @@ def test_a_branch_comes_back_under_the_names_of_peft() -> None:
     [(torch.ones(3, 64), torch.ones(6, 3)), (torch.ones(2, 64), torch.ones(6, 3)), (torch.ones(2), torch.ones(6, 2))],
 )
 def test_a_branch_of_another_rank_is_refused(down: torch.Tensor, up: torch.Tensor) -> None:
-    stored = dict(zip(adapter_names(DENSE), (down, up), strict=True))
+    stored = dict(zip(factor_names(DENSE, None), (down, up), strict=True))
     with pytest.raises(CheckpointError, match=f"{DENSE}: .*expected rank 2"):
         read_branch(stored, DENSE, form(rank=2))
+
+
+def test_integer_factors_are_read_as_written_and_not_by_peft() -> None:
+    coded = LowRank(
+        up=torch.full((6, 2), 3, dtype=torch.int8),
+        down=torch.full((2, 64), -5, dtype=torch.int8),
+        up_scale=torch.tensor([0.5, 0.25]),
+        down_scale=torch.tensor([2.0, 1.0]),
+    )
+    tensors = factor_tensors(DENSE, coded)
+    assert tuple(tensors) == factor_names(DENSE, 8)
+    found = read_branch(tensors, DENSE, form(rank=2, factor_bits=8))
+    assert found is not None
+    assert torch.equal(found.product(), coded.product())
+    assert found.product()[0, 0] == 3 * 0.5 * -5 * 2.0 + 3 * 0.25 * -5 * 1.0
+    assert adapter_config({DENSE: form(rank=2, factor_bits=8)}, "x", FAMILIES["llama"])["peft_type"] == "COUNTERWEIGHT"
+    wrong = {**tensors, factor_names(DENSE, 8)[2]: torch.ones(3)}
+    with pytest.raises(CheckpointError, match="int8 codes and 2 steps"):
+        read_branch(wrong, DENSE, form(rank=2, factor_bits=8))
 
 
 def test_scales_of_experts_are_float32() -> None:

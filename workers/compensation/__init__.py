@@ -23,7 +23,7 @@ def compensate(
 ) -> CompensationResult:
     """The branch for `residual` [out, in] = W - Q that `options` ask for, factors stored in `dtype`; see `svd`."""
     if isinstance(options, ASER):
-        options = SVD(rank=options.rank, damping=options.damping)
+        options = SVD(rank=options.rank, damping=options.damping, factor_bits=options.factor_bits)
     if isinstance(options, SVD):
         return svd(options, residual, statistics, dtype)
     return CompensationResult(low_rank=None, captured=0.0, singular_values=residual.new_zeros(0, dtype=torch.float64))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.formats import LowRank, QuantizedWeight
 from workers.calibration.statistics import InputStatistics
-from workers.compensation.regression import factors, root_of, spectrum
+from workers.compensation.regression import factors, root_of, spectrum, stored
 from workers.quantization import quantize
 from workers.quantization.inputs import checked_matrix, checked_statistics
 from workers.quantization.result import Fallback
@@ -67,6 +67,7 @@ def lrc(
         branch = updated_branch(options, matrix, codes, statistics, branch.rank, factor_dtype)
         objectives.append(relative_error(matrix, codes, branch, statistics))
         fallbacks = solved.fallbacks
+    branch = stored(branch, options.factor_bits)
     return LRCResult(weight=solved.weight, low_rank=branch, objectives=tuple(objectives), fallbacks=fallbacks)
 
 

@@ -29,6 +29,26 @@ def root_of(gram: Tensor) -> Tensor:
     return root
 
 
+def stored(branch: LowRank, bits: int | None) -> LowRank:
+    """The branch as it is kept: as it is, or with `bits` = 8 in integer codes, one step for each direction's two factors."""
+    if bits is None:
+        return branch
+    up, down = branch.factors(torch.float32)
+    highest = (1 << (bits - 1)) - 1
+    up_scale = _step(up.abs().amax(0), highest)
+    down_scale = _step(down.abs().amax(1), highest)
+    return LowRank(
+        up=(up / up_scale).round_().to(torch.int8),
+        down=(down / down_scale.unsqueeze(1)).round_().to(torch.int8),
+        up_scale=up_scale,
+        down_scale=down_scale,
+    )
+
+
+def _step(largest: Tensor, highest: int) -> Tensor:
+    return torch.where(largest > 0, largest / highest, 1.0)
+
+
 def times(matrix: Tensor, root: Tensor | None) -> Tensor:
     """`matrix` times the metric's root, in any of its three forms."""
     if root is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from workers.calibration.statistics import InputStatistics
-from workers.compensation.regression import factors, root_of, spectrum, times
+from workers.compensation.regression import factors, root_of, spectrum, stored, times
 from workers.compensation.result import CompensationResult
 from workers.quantization.inputs import checked_matrix, checked_statistics
 from workers.quantization.result import Fallback
@@ -65,8 +65,10 @@ def svd(
             fallbacks=(*fallbacks, Fallback(step="svd.residual", cause=cause)),
         )
     values, vectors = spectrum(whitened)
-    low_rank = factors(vectors[:, : options.rank.resolve(rows, columns, values)], residual, dtype)
-    left = whitened - low_rank.up.double() @ times(low_rank.down.double(), root)
+    directions = vectors[:, : options.rank.resolve(rows, columns, values)]
+    low_rank = stored(factors(directions, residual, dtype), options.factor_bits)
+    up, down = low_rank.factors(torch.float64)
+    left = whitened - up @ times(down, root)
     return CompensationResult(
         low_rank=low_rank,
         captured=1 - float(left.square().sum() / energy),

@@ -44,6 +44,8 @@ class SVD(Config):
     """Share of the mean of E[x^2] that is added to each channel's: how much to trust directions that calibration saw
     little of."""
 
+    factor_bits: Literal[8] | None = None
+    """Bits of the branch's factors; null: the source's 16 or 32, as PEFT wants them."""
     anticipation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How far the quantizer leaves to the branch what the branch can do. 0: it minimizes its own error. 1: errors along
     the strongest directions of the input, as many as the branch has ranks, cost it nothing. Needs full whitening and a
@@ -84,6 +86,8 @@ class LRC(Config):
     """How often codes and branch are fitted to each other."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Share of the mean of E[x^2] (E[y^2] of the quantized input) that is added to each channel's."""
+    factor_bits: Literal[8] | None = None
+    """Bits of the branch's factors; null: the source's 16 or 32, as PEFT wants them."""
     refit: Literal["joint", "weight"] = "joint"
     """What the branch is fitted to once there are codes. joint: the whole output error, that of the quantized input included
     (Update-LR). weight: the error of the weight alone, as whitened SVD; it cannot shrink the output."""
@@ -122,6 +126,8 @@ class ASER(Config):
     """What an outlier channel is scaled down to: the median channel's mean magnitude, or the smallest of the outliers'."""
     smoothing: bool = True
     """Whether outlier channels are scaled down; otherwise their columns are taken out as they are."""
+    factor_bits: Literal[8] | None = None
+    """Bits of the branch's factors; null: the source's 16 or 32, as PEFT wants them."""
     damping: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the mean of E[x^2] that is added to each channel's."""
 

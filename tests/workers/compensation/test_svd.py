@@ -294,3 +294,26 @@ def test_a_manifest_names_a_compensation() -> None:
     named = TypeAdapter(Compensation).validate_python({"kind": "svd", "rank": {"count": 32}, "anticipation": 0.9})
     assert named == SVD(rank=CountRank(count=32), anticipation=0.9)
     assert TypeAdapter(Compensation).validate_python({"kind": "none"}) == NoCompensation()
+
+
+@pytest.mark.parametrize("kind", ["svd", "aser"])
+def test_factors_in_integer_codes_take_half_the_bytes_and_lose_little(kind: str) -> None:
+    residual, statistics = problem(64, 96)
+    options = {"kind": kind, "rank": {"count": 8}}
+    adapter: TypeAdapter[Compensation] = TypeAdapter(Compensation)
+    plain, coded = (
+        compensate(
+            adapter.validate_python({**options, "factor_bits": bits}), residual, statistics, dtype=torch.bfloat16
+        )
+        for bits in (None, 8)
+    )
+    assert plain.low_rank is not None
+    assert coded.low_rank is not None
+    assert coded.low_rank.up.dtype is torch.int8
+    assert coded.low_rank.bits == plain.low_rank.bits / 2 + 2 * 8 * 32  # two float32 steps for each direction
+    assert coded.captured == pytest.approx(plain.captured, abs=2e-3)
+    assert coded.captured != plain.captured
+    up, down = coded.low_rank.factors(torch.float64)
+    left = loss(residual - up @ down, statistics.mean_gram())
+    total = loss(residual, statistics.mean_gram())
+    assert coded.captured == pytest.approx(1 - left / total, rel=1e-6)

@@ -1,0 +1,241 @@
+"""The compensation systems side by side: perplexity of reloaded artifacts on the reference models, one row per recipe.
+
+    python benchmarks/recipes.py TABLE ... [--models DIR] [--data DIR] [--record]
+
+TABLE: one of the names in `TABLES`. Calibration 128 x 256 tokens of WikiText-2 valid, evaluation the first 160 windows of 256
+of WikiText-2 test (other texts: `counterweight eval ARTIFACT --text FILE`). lm_head and embeddings stay in 16 bits. Bits per
+weight are all in. Rows whose rotation is random are the mean of `--seeds` seeds, with their spread. All jobs share one
+worker; artifacts go to `--output`, where finished ones are found again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, machine, record, table, versions
+
+from pipeline.artifact import ArtifactDocument
+from pipeline.manifest import parse_manifest
+from pipeline.pool import PoolSize, RayPool, cluster
+from pipeline.progress import make_progress
+
+ROTATION = {"kind": "rotation"}
+A4 = {"bits": 4, "clip": 0.9}
+RTN_ABSMAX, RTN_SEARCHED = {"kind": "rtn"}, {"kind": "rtn", "scale": {"kind": "mse"}}
+
+
+def w4a4(compensation: dict[str, Any] | None = None, quantizer: dict[str, Any] | None = None, **recipe: Any) -> Any:
+    return {
+        "transforms": [ROTATION],
+        "weights": {"bits": 4, "quantizer": quantizer or {"kind": "gptq"}},
+        "activations": A4,
+        **({} if compensation is None else {"compensation": compensation}),
+        **recipe,
+    }
+
+
+def w4a8(compensation: dict[str, Any] | None = None, **recipe: Any) -> Any:
+    return {
+        "weights": {"bits": 4, "quantizer": RTN_ABSMAX},
+        "activations": {"bits": 8},
+        **({} if compensation is None else {"compensation": compensation}),
+        **recipe,
+    }
+
+
+def qdec(**residual: Any) -> Any:
+    return {"weights": {"bits": 3, "quantizer": RTN_SEARCHED}, "residual": residual}
+
+
+def tuned(bits: int, **tuning: Any) -> Any:
+    return {"weights": {"bits": bits, "quantizer": RTN_ABSMAX}, "tuning": tuning}
+
+
+def svd(rank: float, **options: Any) -> dict[str, Any]:
+    return {"kind": "svd", "rank": {"fraction": rank}, **options}
+
+
+def lrc(rank: float, **options: Any) -> dict[str, Any]:
+    return {"kind": "lrc", "rank": {"fraction": rank}, **options}
+
+
+def aser(**options: Any) -> dict[str, Any]:
+    return {"kind": "aser", "rank": {"count": 64}, **options}
+
+
+ORDERING = {
+    "QuaRot + GPTQ": w4a4(),
+    "+ plain SVD, rank 10 %": w4a4(svd(0.1, whitening="none")),
+    "+ whitened SVD, rank 10 %": w4a4(svd(0.1)),
+    "LRC, rank 10 %": w4a4(lrc(0.1)),
+    "LRC, rank 30 %": w4a4(lrc(0.3)),
+}
+
+TABLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "w4a4-llama": ("llama", ORDERING),
+    "w4a4-outliers": ("llama-outliers", ORDERING),
+    "w4a4-mixtral": ("mixtral", ORDERING),
+    "w4a4-beyond": (
+        "llama",
+        {
+            "LRC 10 %, regressed target": w4a4(lrc(0.1), {"kind": "gptq", "target": "regressed"}),
+            "LRC 10 %, mixed target": w4a4(lrc(0.1), {"kind": "gptq", "target": "mixed", "mix": 0.25}),
+            "LRC 10 %, branch refitted to the weight": w4a4(lrc(0.1, refit="weight")),
+            "LRC 10 %, 3 iterations": w4a4(lrc(0.1, iterations=3)),
+            "LRC 10 %, propagated inputs": {"propagate": "compressed", **w4a4(lrc(0.1))},
+            "LRC 20 %, factors in int8": w4a4(lrc(0.2, factor_bits=8)),
+        },
+    ),
+    "w4a8-outliers": (
+        "llama-outliers",
+        {
+            "RTN": w4a8(),
+            "+ plain SVD (LoRC), rank 64": w4a8({**svd(0.1, whitening="none"), "rank": {"count": 64}}),
+            "+ L2QER, rank 64": w4a8({**svd(0.1, whitening="magnitude"), "rank": {"count": 64}}),
+            "+ QERA-exact, rank 64": w4a8({**svd(0.1), "rank": {"count": 64}}),
+            "ASER, rank 64": w4a8(aser()),
+            "ASER without smoothing": w4a8(aser(smoothing=False)),
+            "ASER, outliers by product": w4a8(aser(choose="product")),
+            "SmoothQuant": w4a8(transforms=[{"kind": "smoothing"}]),
+        },
+    ),
+    "qdec": (
+        "llama",
+        {
+            **{f"QDEC, {k} of 1024 channels": qdec(channels_per_chunk=k) for k in (8, 32, 128, 512, 1024)},
+            "exact top 32": qdec(channels_per_chunk=32, selection="exact"),
+            "static 32": qdec(channels_per_chunk=32, selection="static"),
+        },
+    ),
+    "tuning": (
+        "llama",
+        {
+            **{f"W{bits}, LWC": tuned(bits, increments=False) for bits in (2, 3)},
+            **{f"W{bits}, LSI + LWC": tuned(bits) for bits in (2, 3)},
+            **{f"W{bits}, GPTQ": {"weights": {"bits": bits, "quantizer": {"kind": "gptq"}}} for bits in (2, 3)},
+        },
+    ),
+    "weight-only": (
+        "llama",
+        {
+            "W3, AWQ (smoothing + RTN)": {
+                "transforms": [{"kind": "smoothing"}],
+                "weights": {"bits": 3, "quantizer": RTN_SEARCHED},
+            },
+            "W3, GPTQ, propagated": {
+                "propagate": "compressed",
+                "weights": {"bits": 3, "quantizer": {"kind": "gptq"}},
+            },
+            "W3, asymmetric calibration (GPTAQ)": {
+                "propagate": "compressed",
+                "weights": {"bits": 3, "quantizer": {"kind": "gptq", "target": "mixed"}},
+            },
+        },
+    ),
+}
+
+
+def run(pool: RayPool, recipe: dict[str, Any], model: Path, data: Path, output: Path) -> ArtifactDocument:
+    """One job to its end; its document."""
+    from pipeline.model_source import open_model
+    from pipeline.orchestrator import Orchestrator
+    from pipeline.tokens import read_tokens
+
+    own = {key: value for key, value in recipe.items() if key != "propagate"}
+    calibration = {
+        "source": {"uri": (data / "wikitext2" / "wiki.valid.txt").as_uri()},
+        "sequences": 128,
+        "sequence_length": 256,
+        "sampling": "consecutive",
+        "propagate": recipe.get("propagate", "original"),
+    }
+    validation = {"text": {"uri": (data / "wikitext2" / "wiki.test.raw").as_uri()}, "windows": 160}
+    manifest = {
+        "apiVersion": "counterweight/v1",
+        "kind": "CompressionJob",
+        "metadata": {"name": "recipes"},
+        "spec": {
+            "model": {"uri": model.as_uri()},
+            "calibration": calibration,
+            "recipe": own,
+            "validation": validation,
+            "output": {"uri": output.as_uri()},
+        },
+    }
+    job = parse_manifest(json.dumps(manifest), name="recipes.json", base=output.as_uri()).job
+    source = open_model(job.spec.model.uri)
+    return Orchestrator(job, source, read_tokens(job, source), pool, "cpu", make_progress(io.StringIO())).run().document
+
+
+def seeded(recipe: dict[str, Any], seeds: int) -> list[dict[str, Any]]:
+    """The recipe with each seed of its rotation; itself when nothing in it is random."""
+    transforms = recipe.get("transforms", [])
+    if not any(transform["kind"] == "rotation" for transform in transforms):
+        return [recipe]
+    return [
+        {**recipe, "transforms": [{**transform, "seed": seed} for transform in transforms]} for seed in range(seeds)
+    ]
+
+
+def row(name: str, documents: list[ArtifactDocument], seconds: float) -> list[str]:
+    """One line of the table."""
+
+    def mean(values: list[float]) -> str:
+        spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.2f}{spread}"
+
+    qualities = [document.compensated for document in documents if document.compensated is not None]
+    bits = documents[0].bits_per_weight
+    return [
+        name,
+        mean([quality.perplexity for quality in qualities]),
+        f"{statistics.mean(quality.kl for quality in qualities):.4f}",
+        f"{bits.total:.2f}",
+        f"{bits.factors:.2f}",
+        f"{bits.residual:.2f}",
+        f"{seconds / len(documents):.0f}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="+", choices=sorted(TABLES))
+    parser.add_argument("--models", type=Path, default=ROOT.parent / "shared" / "models")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "recipes")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--record", action="store_true")
+    arguments = parser.parse_args()
+    about = f"{machine()}. {versions('torch', 'transformers')}."
+    size = PoolSize(workers=1, cpus=2, gpus=0)
+    models, data, output = (path.resolve() for path in (arguments.models, arguments.data, arguments.output))
+    header = ["recipe", "perplexity", "KL", "bits per weight", "factors", "residual", "seconds"]
+    with cluster("local", size):
+        pool = RayPool(size)
+        pool.devices()
+        for chosen in arguments.tables:
+            model, recipes = TABLES[chosen]
+            rows: list[list[str]] = []
+            documents: list[ArtifactDocument] = []
+            for name, recipe in recipes.items():
+                started = time.perf_counter()
+                documents = [run(pool, one, models / model, data, output) for one in seeded(recipe, arguments.seeds)]
+                rows.append(row(name, documents, time.perf_counter() - started))
+                print(*rows[-1], sep="  ", flush=True)
+            baseline = documents[0].baseline
+            body = table(header, rows)
+            if baseline is not None:
+                body += f"\n\nThe original `{model}`: {baseline.perplexity:.4f}."
+            print(body, flush=True)
+            if arguments.record:
+                print(record(f"recipes-{chosen}", f"Recipes: {chosen}", body, about))
+
+
+if __name__ == "__main__":
+    main()
