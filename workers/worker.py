@@ -177,7 +177,11 @@ class Worker:
         return workspace.commit(KEEP, key, record)
 
     def forward(self, spec: BlockSpec) -> HiddenRecord:
-        """First half of a block's task; returns where the original block's outputs are."""
+        """First half of a block's task; returns where the original block's outputs are. ValueError when none are wanted."""
+        if spec.propagate != "original":
+            raise ValueError(
+                f"block {spec.index}: propagate {spec.propagate}: expected original, which alone has two halves"
+            )
         workspace = Workspace(open_store(spec.setting.workspace))
         held = self._calibrated(spec, workspace)
         record = HiddenRecord(outputs=held.outputs, timing=held.timing)

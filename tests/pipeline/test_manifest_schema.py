@@ -54,7 +54,7 @@ class TestEveryKey:
 
     def test_is_bounded_when_it_is_an_integer(self, name: str, node: dict[str, Any]) -> None:
         for branch in [node, *node.get("anyOf", [])]:
-            if branch.get("type") == "integer" and "enum" not in branch:
+            if branch.get("type") == "integer" and not {"enum", "const"} & branch.keys():
                 assert {"minimum", "exclusiveMinimum"} & branch.keys(), f"{name} has no lower bound"
                 bounded = {"maximum", "exclusiveMaximum"} & branch.keys() or name in BOUNDED_BY_THE_LAYER
                 assert bounded, f"{name} has no upper bound"

@@ -121,3 +121,27 @@ def test_a_model_whose_config_lies_about_a_shape_is_refused(tmp_path: Path) -> N
     (directory / "config.json").write_text(json.dumps({**config, "intermediate_size": 97}))
     with pytest.raises(CheckpointError, match=r"mlp.down_proj.weight': shape \[64, 96\], expected \[64, 97\]"):
         open_model(directory.as_uri())
+
+
+def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout that huggingface_hub keeps: named links below snapshots/, content below blobs/. No network."""
+    from huggingface_hub import constants
+
+    checkpoint("llama", tmp_path / "model")
+    root, commit = tmp_path / "hub" / "models--owner--name", "0" * 40
+    for folder in ("refs", "blobs", f"snapshots/{commit}"):
+        (root / folder).mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    for number, path in enumerate(sorted((tmp_path / "model").iterdir())):
+        blob = path.rename(root / "blobs" / str(number))
+        (root / "snapshots" / commit / path.name).symlink_to(f"../../blobs/{blob.name}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root.parent))
+    source = open_model("hf:owner/name")
+    assert source.uri == (root / "snapshots" / commit).as_uri()
+    name = source.tensors[0]
+    assert source.checkpoint.read(name).numel() > 0
+    with pytest.raises(StorageError, match=r"spec.model.uri: hf:owner/other"):
+        open_model("hf:owner/other")

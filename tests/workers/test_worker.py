@@ -433,3 +433,10 @@ def test_a_family_whose_weights_do_not_fit_groups_is_refused(tmp_path: Path, mak
     worker = make()
     with pytest.raises(ValueError, match="expected a multiple of group_size 32"):
         worker.block(site.block(0, embedded(worker, site)))
+
+
+def test_a_block_that_feeds_on_compressed_ones_has_no_first_half(site: Site, make: MakeWorker) -> None:
+    worker = make()
+    spec = site.block(0, embedded(worker, site), GPTQ, propagate="compressed")
+    with pytest.raises(ValueError, match="block 0: propagate compressed: expected original"):
+        worker.forward(spec)
