@@ -90,6 +90,7 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
             "LRC 10 %, 3 iterations": w4a4(lrc(0.1, iterations=3)),
             "LRC 10 %, propagated inputs": {"propagate": "compressed", **w4a4(lrc(0.1))},
             "LRC 20 %, factors in int8": w4a4(lrc(0.2, factor_bits=8)),
+            "LRC, int8, ranks shared out": w4a4(lrc(0.2, factor_bits=8) | {"rank": {"budget_bits": 2.37}}),
         },
     ),
     "w4a8-outliers": (

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from pipeline.allocation import share_out
 from pipeline.artifact import Artifact, FileEntry, Published
 from pipeline.assemble import Assembler, Parts, job_recipe, now, publish, repair_pointer, software
 from pipeline.chain import Chain, Half, Link, errors_of
@@ -36,6 +37,7 @@ from workers.calibration.source import TokenSource
 from workers.calibration.tokens import TokenSet
 from workers.errors import GateError
 from workers.keys import digest
+from workers.recipe import ModuleRecipe
 from workers.skeleton import EMBEDDING, LM_HEAD, NORM
 from workers.storage import open_store
 from workers.tasks import (
@@ -148,7 +150,7 @@ class Orchestrator:
         )
         hidden: HiddenRecord = self._dispatcher.run_all([Task("embedding", "embed", (embed,))])[0]
         propagate = self._job.spec.calibration.propagate
-        recipes = [
+        recipes: list[Mapping[str, ModuleRecipe]] = [
             block_recipe(self._source, index, self._job.spec.recipe) for index in range(self._source.skeleton.blocks)
         ]
         paired = propagate == "compressed" and any(part.regresses for recipe in recipes for part in recipe.values())
@@ -165,6 +167,7 @@ class Orchestrator:
             )
 
         count = self._source.skeleton.blocks
+        recipes = share_out(self._dispatcher, self._source, recipes, spec_of, hidden.outputs)
         chain = Chain.open(self._workspace, spec_of, hidden.outputs * (2 if paired else 1), count, propagate)
         self._announce(chain)
         while not chain.done:

@@ -13,12 +13,13 @@ from kernels.residual import Correction
 from workers.calibration.statistics import InputStatistics
 from workers.compensation import anticipate, compensate
 from workers.compensation.aser import without_channels
-from workers.compensation.lrc import lrc, relative_error
+from workers.compensation.lrc import initial_problem, lrc, relative_error
+from workers.compensation.regression import root_of, spectrum
 from workers.compensation.residual import residual_store
 from workers.quantization import quantize
 from workers.quantization.result import Fallback
 from workers.quantization.target import aimed
-from workers.recipe import ASER, LRC, ModuleRecipe
+from workers.recipe import ASER, LRC, ModuleRecipe, NoCompensation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,37 @@ def solve(
         _compensated(recipe, weight, part, statistics, factor_dtype, quantized.fallbacks)
         for weight, part in zip(weights, parts, strict=True)
     ]
+
+
+def gains(
+    recipe: ModuleRecipe,
+    weights: Sequence[Tensor],
+    statistics: InputStatistics,
+    outliers: Tensor | None = None,
+    *,
+    scale_dtype: torch.dtype,
+) -> list[Tensor]:
+    """How much of E||W t||^2 each further direction of a branch takes off the error, descending, [min(out, in)] float64 for
+    each of `weights`: squared singular values of what the branch is fitted to, before anything is known of its rank.
+
+    LRC: of W E[x' x'^T]^(1/2), what quantizing the input loses, which predicts its error (see `initial_branch`). Otherwise of
+    the whitened error of codes that were made without a branch.
+    """
+    options = recipe.compensation
+    if isinstance(options, LRC):
+        problems = [initial_problem(weight.double(), statistics, options.damping) for weight in weights]
+    else:
+        plain = recipe.model_copy(update={"compensation": NoCompensation(), "residual": None})
+        solved = solve(plain, weights, statistics, outliers, scale_dtype=scale_dtype, factor_dtype=torch.float32)
+        root = root_of(statistics.gram)
+        left = [weight - part.weight.dequantize() for weight, part in zip(weights, solved, strict=True)]
+        problems = [(error.double(), root) for error in left]
+    found = []
+    for weight, (matrix, root) in zip(weights, problems, strict=True):
+        energy = ((weight.double() @ statistics.product("tt")) * weight).sum()
+        squares = spectrum(matrix @ root)[0].square()[: min(weight.shape)]
+        found.append(squares / energy if bool(energy > 0) else torch.zeros_like(squares))
+    return found
 
 
 def _compensated(

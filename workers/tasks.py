@@ -28,7 +28,7 @@ def shard_sequences(length: int) -> int:
     return max(1, SHARD_TOKENS // length)
 
 
-FORWARD, BLOCK, EMBED, KEEP = "forward", "block", "embed", "keep"
+FORWARD, BLOCK, EMBED, KEEP, GAINS = "forward", "block", "embed", "keep", "gains"
 
 IRRELEVANT_CONFIG = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 """Fields of config.json that cannot change a block's result."""
@@ -147,6 +147,12 @@ class HiddenRecord(Record):
 
     outputs: tuple[Blob, ...]
     timing: Timing
+
+
+class GainsRecord(Record):
+    """Linear (name relative to the block) -> what each further rank of its branch would take off its relative error."""
+
+    gains: Mapping[str, tuple[float, ...]]
 
 
 class LedgerEntry(Config):

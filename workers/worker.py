@@ -44,18 +44,22 @@ from workers.join import join_tensors
 from workers.memory import device_peak_bytes, host_peak_bytes, release, reset_peak, settle
 from workers.parallel import OrderedPool
 from workers.prepare import prepare
+from workers.recipe import NoCompensation
 from workers.skeleton import EMBEDDING, LM_HEAD, NORM, Block, Skeleton
+from workers.solve import gains
 from workers.storage import open_store, stream_sha256
 from workers.storage.base import Written
 from workers.tasks import (
     BLOCK,
     EMBED,
     FORWARD,
+    GAINS,
     KEEP,
     BlockRecord,
     BlockSpec,
     Device,
     EmbedSpec,
+    GainsRecord,
     HiddenRecord,
     KeepRecord,
     KeepSpec,
@@ -220,6 +224,29 @@ class Worker:
         del held, linears
         release(self.device)
         return workspace.commit(BLOCK, key, record)
+
+    def gains(self, spec: BlockSpec) -> GainsRecord:
+        """What branches could win in this block, for a budget that the model shares out; after its first half."""
+        workspace = Workspace(open_store(spec.setting.workspace))
+        key = spec.key()
+        if (done := workspace.lookup(GAINS, key, GainsRecord)) is not None:
+            return done
+        held = self._calibrated(spec, workspace)
+        found: dict[str, tuple[float, ...]] = {}
+        for group, statistics in held.statistics.items():
+            for name in group:
+                part = spec.recipe.get(name)
+                if part is None or isinstance(part.compensation, NoCompensation):
+                    continue
+                (own,) = gains(
+                    part,
+                    [held.loaded.parameters[f"{name}.weight"].float().to(self.device)],
+                    statistics,
+                    held.outliers.get(group),
+                    scale_dtype=scale_dtype(name, held.loaded.dtypes[f"{name}.weight"]),
+                )
+                found[name] = tuple(own.tolist())
+        return workspace.commit(GAINS, key, GainsRecord(gains=found))
 
     def evaluate(self, spec: EvaluateSpec) -> EvaluateRecord:
         """Metrics of a range of windows under the original, the quantized and the compensated model."""

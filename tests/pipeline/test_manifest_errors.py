@@ -136,7 +136,7 @@ class TestErrors:
             ("spec.recipe.compensation.rank=4", "spec.recipe.compensation.rank: 4: expected a mapping"),
             (
                 "spec.recipe.compensation={kind: svd, rank: null}",
-                "spec.recipe.compensation.rank: null: expected a mapping with fraction, count or energy",
+                "spec.recipe.compensation.rank: null: expected a mapping with fraction, count, energy or budget_bits",
             ),
         ],
     )
@@ -176,7 +176,7 @@ class TestErrors:
 
     def test_an_unknown_key_is_told_its_neighbours(self) -> None:
         found = refused(MINIMAL.replace("weights:", "weigths:"))
-        known = "transforms, weights, activations, compensation, residual, overrides, keep"
+        known = "transforms, weights, activations, compensation, tuning, residual, overrides, keep"
         missing, unknown = found.splitlines()
         assert missing.startswith("spec.recipe.weights: missing: expected a mapping")
         assert unknown == f"spec.recipe.weigths: unknown key; expected one of {known}; did you mean weights?"

@@ -50,6 +50,7 @@ CHOICES: dict[str, list[Any]] = {
         {"kind": "svd", "rank": {"count": 4}, "anticipation": 0.5},
         {"kind": "aser", "rank": {"count": 8}, "outliers": 4},
         {"kind": "aser", "rank": {"fraction": 0.2}, "outliers": 0},
+        {"kind": "lrc", "rank": {"budget_bits": 3.0}},
         {"kind": "lrc", "rank": {"count": 4}, "factor_bits": 8},
         {"kind": "lrc", "rank": {"count": 4}, "iterations": 2, "refit": "weight"},
     ],

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from workers.recipe.compensation import ASER
-from workers.recipe.rank import EnergyRank
+from workers.recipe.rank import BudgetRank, EnergyRank
 
 
 def outlier_channels(weights: Sequence[Tensor], magnitude: Tensor, options: ASER) -> Tensor:
@@ -32,7 +32,7 @@ def outlier_channels(weights: Sequence[Tensor], magnitude: Tensor, options: ASER
     if options.choose == "product":
         score = score * torch.cat([weight.abs() for weight in weights]).double().mean(0)
     count = min(options.outliers, len(score) // 2)
-    if not isinstance(options.rank, EnergyRank):
+    if not isinstance(options.rank, EnergyRank | BudgetRank):
         fewest = min(len(weight) for weight in weights)
         count = min(count, options.rank.resolve(fewest, len(score), score) // 2)
     return score.topk(count).indices.sort().values

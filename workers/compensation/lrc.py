@@ -76,16 +76,20 @@ def initial_branch(
 ) -> LowRank:
     """Init-LRC for `weight` [out, in] float64; `rank` by energy counts the singular values of W E[x' x'^T]^(1/2)."""
     rows, columns = weight.shape
+    matrix, root = initial_problem(weight, statistics, damping)
+    values, vectors = spectrum(matrix @ root)
+    return factors(vectors[:, : rank.resolve(rows, columns, values)], matrix, dtype)
+
+
+def initial_problem(weight: Tensor, statistics: InputStatistics, damping: float) -> tuple[Tensor, Tensor]:
+    """M [out, in] and a root R [in, in] of the metric, whose product's singular vectors are Init-LRC's; float64."""
     if statistics.tokens == 0:
-        identity = torch.eye(columns, dtype=torch.float64, device=weight.device)
-        values, vectors = spectrum(weight @ identity)
-        return factors(vectors[:, : rank.resolve(rows, columns, values)], weight, dtype)
+        return weight, torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
     unseen = remainder(statistics, "xx", damping)
     matrix = weight
     if "t" in statistics.streams:
         matrix = right_divide(weight @ remainder(statistics, "tx", damping), unseen, damping)
-    values, vectors = spectrum(matrix @ root_of(unseen))
-    return factors(vectors[:, : rank.resolve(rows, columns, values)], matrix, dtype)
+    return matrix, root_of(unseen)
 
 
 def remainder(statistics: InputStatistics, streams: str, damping: float) -> Tensor:

@@ -4,7 +4,7 @@ before anything heavy is imported."""
 from __future__ import annotations
 
 from workers.recipe.compensation import ASER, LRC, SVD, Compensation, NoCompensation
-from workers.recipe.rank import CountRank, EnergyRank, FractionRank, Rank
+from workers.recipe.rank import BudgetRank, CountRank, EnergyRank, FractionRank, Rank
 from workers.recipe.recipe import Activations, ModuleRecipe, Override, Recipe, Weights
 from workers.recipe.residual import Residual
 from workers.recipe.transforms import Rotation, Smoothing, Transform
@@ -19,6 +19,7 @@ __all__ = [
     "SVD",
     "AbsoluteMaximum",
     "Activations",
+    "BudgetRank",
     "Compensation",
     "CountRank",
     "EnergyRank",

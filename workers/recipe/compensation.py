@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from workers.config import Config
-from workers.recipe.rank import CountRank, EnergyRank, FractionRank, Rank
+from workers.recipe.rank import BudgetRank, CountRank, EnergyRank, FractionRank, Rank
 
 
 class NoCompensation(Config):
@@ -53,7 +53,7 @@ class SVD(Config):
 
     @model_validator(mode="after")
     def _anticipates_what_it_does(self) -> SVD:
-        if self.anticipation and (self.whitening != "full" or isinstance(self.rank, EnergyRank)):
+        if self.anticipation and (self.whitening != "full" or isinstance(self.rank, EnergyRank | BudgetRank)):
             raise ValueError("anticipation: expected 0 unless whitening is full and rank is a fraction or a count")
         return self
 

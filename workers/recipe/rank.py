@@ -67,5 +67,22 @@ class EnergyRank(Config):
         return min(int((held < self.energy * held[-1]).sum()) + 1, len(held))
 
 
-Rank = FractionRank | CountRank | EnergyRank
-"""The rank of a branch: `{fraction: f}`, `{count: n}` or `{energy: a}`."""
+class BudgetRank(Config):
+    """Ranks that share one budget over the whole model: each direction goes where it takes most error off for its bits."""
+
+    budget_bits: Annotated[float, Field(strict=True, gt=0, le=16)]
+    """Bits per weight that the branches of all such layers may take together."""
+
+    def problem(self, rows: int, columns: int) -> str | None:
+        """None: a layer may get no branch at all."""
+        del rows, columns
+        return None
+
+    def resolve(self, rows: int, columns: int, singular_values: Tensor) -> int:
+        """Never: the budget is shared out before layers are solved. ValueError."""
+        del singular_values
+        raise ValueError(f"[{rows}, {columns}]: rank.budget_bits: {self.budget_bits}: expected to be shared out first")
+
+
+Rank = FractionRank | CountRank | EnergyRank | BudgetRank
+"""The rank of a branch: `{fraction: f}`, `{count: n}`, `{energy: a}` or `{budget_bits: b}`."""

@@ -1,0 +1,83 @@
+"""One budget for all branches: against brute force, and through a whole job."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from pipeline.allocation import Candidate, allocate
+from pipeline.artifact import open_artifact
+from pipeline.report import Report
+from tests.inprocess import run_job
+from tests.models import checkpoint
+
+
+def candidate(gains: list[float], rows: int = 8, columns: int = 8, factor_bits: int = 16) -> Candidate:
+    return Candidate(rows=rows, columns=columns, gains=gains, factor_bits=factor_bits)
+
+
+def test_is_the_best_use_of_a_budget_among_all() -> None:
+    """All layers of one size, so that nothing is left over: every other way to spend as much wins less."""
+    layers = {
+        (0, "a"): candidate([9.0, 4.0, 1.0]),
+        (0, "b"): candidate([7.0, 6.0, 5.0]),
+        (1, "a"): candidate([3.0, 0.5, 0.1]),
+    }
+    cost = candidate([]).cost
+    weights = 3 * 64
+    for directions in range(10):
+        ranks = allocate(layers, directions * cost / weights)
+        assert sum(ranks.values()) == directions
+        won = sum(sum(layers[layer].gains[:rank]) for layer, rank in ranks.items())
+        best = max(
+            sum(sum(layer.gains[:rank]) for layer, rank in zip(layers.values(), split, strict=True))
+            for split in itertools.product(range(4), repeat=3)
+            if sum(split) == directions
+        )
+        assert won == pytest.approx(best)
+
+
+def test_gains_count_per_bit() -> None:
+    layers = {(0, "wide"): candidate([4.0], columns=800), (0, "small"): candidate([1.0])}
+    total = 8 * 800 + 64
+    assert allocate(layers, candidate([]).cost / total) == {(0, "wide"): 0, (0, "small"): 1}
+
+
+def test_integer_factors_buy_more() -> None:
+    gains = [1.0 / (rank + 1) for rank in range(8)]
+    ranks = [allocate({(0, "a"): candidate(gains, 64, 64, factor_bits=bits)}, 2.0)[0, "a"] for bits in (16, 8)]
+    assert ranks == [4, 7]  # 2048 and 1088 bits a rank, of 8192
+
+
+def test_directions_that_win_nothing_are_not_bought() -> None:
+    assert allocate({(0, "a"): candidate([1.0, 0.0, 0.0])}, 16.0) == {(0, "a"): 1}
+
+
+@pytest.mark.parametrize("kind", ["svd", "lrc", "aser"])
+def test_a_job_spends_its_budget_and_no_more(kind: str, tmp_path: Path) -> None:
+    checkpoint("llama", tmp_path / "model", num_hidden_layers=2)
+    recipe = {
+        "weights": {"bits": 3, "group_size": None, "quantizer": {"kind": "gptq"}},
+        "activations": {"bits": 4},
+        "compensation": {"kind": kind, "rank": {"budget_bits": 4.0}, "factor_bits": 8},
+    }
+    published = run_job(tmp_path / "model", tmp_path, recipe, validation={})
+    store, _ = open_artifact(published.uri)
+    report = Report.model_validate_json(store.read("report/report.json"))
+    bits = report.bits_per_weight.factors
+    largest = max((module.rows + module.columns) * 8 + 64 for module in report.modules)
+    weights = sum(module.rows * module.columns for module in report.modules)
+    assert 4.0 - 2 * largest / weights < bits <= 4.0
+    assert len({module.rank for module in report.modules}) > 1
+
+
+def test_propagated_jobs_share_out_too(tmp_path: Path) -> None:
+    checkpoint("llama", tmp_path / "model", num_hidden_layers=2)
+    recipe = {
+        "weights": {"bits": 3, "group_size": None, "quantizer": {"kind": "gptq"}},
+        "compensation": {"kind": "svd", "rank": {"budget_bits": 2.0}},
+    }
+    published = run_job(tmp_path / "model", tmp_path, recipe, calibration={"propagate": "compressed"})
+    assert 0 < published.document.bits_per_weight.factors <= 2.0
