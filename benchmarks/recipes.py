@@ -54,7 +54,7 @@ def qdec(**residual: Any) -> Any:
 
 
 def tuned(bits: int, **tuning: Any) -> Any:
-    return {"weights": {"bits": bits, "quantizer": RTN_ABSMAX}, "tuning": tuning}
+    return {"weights": {"bits": bits, "quantizer": RTN_ABSMAX}, "tuning": {"epochs": 6, **tuning}}
 
 
 def svd(rank: float, **options: Any) -> dict[str, Any]:

@@ -190,6 +190,9 @@ def artifact_config(
             "base_model_type": source["model_type"],
             "reason": reason,
         }
+        transforms = transform_groups(formats)
+        if transforms:
+            config["quantization_config"]["transform_config"] = {"config_groups": transforms}
         return config
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
@@ -200,6 +203,27 @@ def artifact_config(
         "kv_cache_scheme": None,
     }
     return config
+
+
+def transform_groups(formats: Mapping[str, ModuleFormat]) -> dict[str, Any]:
+    """The online transforms in the words of compressed-tensors' `TransformConfig`, for those that it has words for: its
+    Hadamard matrices are ours for powers of two, in equal blocks (`head_dim`) or as a whole."""
+    groups: dict[int, list[str]] = {}
+    for name, form in formats.items():
+        transform = form.hadamard
+        if transform is None or transform.inner != 1 or transform.seed is not None:
+            continue
+        if transform.order & (transform.order - 1) == 0:
+            groups.setdefault(transform.order, []).append(name)
+    return {
+        f"hadamard_{order}": {
+            "type": "hadamard",
+            "apply": [{"targets": names, "location": "input", "inverse": False, "ignore": []}],
+            "randomize": False,
+            "head_dim": order,
+        }
+        for order, names in groups.items()
+    }
 
 
 def source_config(config: Mapping[str, Any]) -> dict[str, Any]:

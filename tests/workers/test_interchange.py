@@ -106,6 +106,30 @@ def test_integer_factors_are_read_as_written_and_not_by_peft() -> None:
         read_branch(wrong, DENSE, form(rank=2, factor_bits=8))
 
 
+def test_online_transforms_are_said_in_the_words_of_compressed_tensors() -> None:
+    from compressed_tensors.transform import TransformConfig
+    from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
+
+    from kernels.hadamard import hadamard_matrix
+
+    online = {"size": 64, "seed": None, "inner": 1}
+    formats = {
+        DENSE: form(online=online),
+        "model.layers.1.mlp.down_proj": form(online={**online, "size": 92}),  # 23 blocks of 4
+        "model.layers.2.mlp.down_proj": form(online={**online, "size": 768}),  # 12 x 64: theirs is another matrix
+        "model.layers.3.mlp.down_proj": form(online={**online, "inner": 4}),
+    }
+    config = artifact_config(SOURCE, formats, list(formats), FAMILIES["llama"])["quantization_config"]
+    assert "online Hadamard" in config["reason"]
+    found = TransformConfig.model_validate(config["transform_config"]).config_groups
+    said = {scheme.head_dim: scheme.apply[0].targets for scheme in found.values()}
+    assert said == {64: [DENSE], 4: ["model.layers.1.mlp.down_proj"]}
+    for order in said:
+        assert order is not None
+        theirs = deterministic_hadamard_matrix(order, dtype=torch.float64) / order**0.5
+        assert torch.allclose(theirs, hadamard_matrix(order))
+
+
 def test_scales_of_experts_are_float32() -> None:
     assert scale_dtype(DENSE, torch.bfloat16) is torch.bfloat16
     assert scale_dtype("mlp.experts.0.gate_proj", torch.bfloat16) is torch.float32
