@@ -11,22 +11,20 @@ block's task has two halves, because the block after it waits only for the first
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels.formats import QuantizedWeight
 from kernels.hadamard import Hadamard
-from kernels.residual import Correction
 from workers.architecture import Siblings
-from workers.block import CompressedLinear, ModuleReport, calibrate, compress, install, tensor_bits
+from workers.block import CompressedLinear, calibrate, compress, install, tensor_bits
 from workers.calibration.statistics import InputStatistics
 from workers.checkpoint.digest import TensorDigest, tensor_digest
 from workers.checkpoint.reader import Checkpoint
+from workers.clock import Clock
 from workers.compressed import CompressedModel
 from workers.errors import CheckpointError
 from workers.evaluation import (
@@ -39,12 +37,13 @@ from workers.evaluation import (
     measure,
     variants_of,
 )
-from workers.interchange import factor_tensors, residual_tensors, scale_dtype, weight_tensors
+from workers.interchange import scale_dtype
 from workers.join import join_tensors
-from workers.memory import device_peak_bytes, host_peak_bytes, release, reset_peak, settle
+from workers.memory import release, settle
 from workers.parallel import OrderedPool
 from workers.prepare import prepare
 from workers.recipe import NoCompensation
+from workers.shard import write_block
 from workers.skeleton import EMBEDDING, LM_HEAD, NORM, Block, Skeleton
 from workers.solve import gains
 from workers.storage import open_store, stream_sha256
@@ -64,7 +63,6 @@ from workers.tasks import (
     KeepRecord,
     KeepSpec,
     LedgerEntry,
-    ModuleFormat,
     Setting,
     Timing,
     shard_sequences,
@@ -137,7 +135,7 @@ class Worker:
         key = spec.key()
         if (done := workspace.lookup(EMBED, key, HiddenRecord)) is not None and _all_there(workspace, done.outputs):
             return done
-        clock = _Clock(self.device)
+        clock = Clock(self.device)
         checkpoint, skeleton = self._source(spec.setting)
         name, sha256 = spec.tensor
         weight = checkpoint.read(name, sha256=sha256)
@@ -159,7 +157,7 @@ class Worker:
         key = spec.key()
         if (done := workspace.lookup(KEEP, key, KeepRecord)) is not None and workspace.has(done.checkpoint):
             return done
-        clock = _Clock(self.device)
+        clock = Clock(self.device)
         checkpoint, skeleton = self._source(spec.setting)
         tensors = checkpoint.read_many(spec.tensors, sha256=spec.tensors)
         sources: dict[str, tuple[str, ...]] = {name: (name,) for name in tensors}
@@ -199,7 +197,7 @@ class Worker:
             return done
         held = self._calibrated(spec, workspace)
         self._held = None
-        clock = _Clock(self.device, held.timing)
+        clock = Clock(self.device, held.timing)
         held, codes = self._tuned(spec, held, workspace)
         clock.lap("solve")
         weights = {name: held.loaded.parameters[f"{name}.weight"] for name in spec.recipe}
@@ -218,7 +216,17 @@ class Worker:
         outputs = self._propagate(spec, held.loaded.block, linears, held.outputs, workspace)
         clock.lap("forward")
         _, skeleton = self._source(spec.setting)
-        record = _write(spec, skeleton, held, linears, reports, outputs, workspace)
+        record = write_block(
+            spec,
+            skeleton,
+            held.loaded.parameters,
+            held.loaded.dtypes,
+            linears,
+            reports,
+            outputs,
+            workspace,
+            held.timing,
+        )
         clock.lap("write")
         record = record.model_copy(update={"timing": clock.timing()})
         del held, linears
@@ -254,7 +262,7 @@ class Worker:
         key = spec.key()
         if (done := workspace.lookup(EVALUATE, key, EvaluateRecord)) is not None:
             return done
-        clock = _Clock(self.device)
+        clock = Clock(self.device)
         _, skeleton = self._source(spec.setting)
         model = CompressedModel.open(open_store(spec.artifact), ledger_sha256=spec.ledger)
         variants = variants_of(model)
@@ -321,7 +329,7 @@ class Worker:
             return self._held
         self._held = None
         release(self.device)
-        clock = _Clock(self.device)
+        clock = Clock(self.device)
         dtype = DTYPES[spec.setting.compute_dtype]
         loaded = self.load_block(spec.setting, spec.index, spec.tensors, dtype)
         block = loaded.block
@@ -473,116 +481,3 @@ def _all_there(workspace: Workspace, blobs: Iterable[Blob]) -> bool:
 
 def _shards_there(workspace: Workspace, record: BlockRecord) -> bool:
     return _all_there(workspace, [*record.stored, *record.outputs])
-
-
-def _write(
-    spec: BlockSpec,
-    skeleton: Skeleton,
-    held: _Held,
-    linears: Mapping[str, CompressedLinear],
-    reports: Iterable[ModuleReport],
-    outputs: tuple[Blob, ...],
-    workspace: Workspace,
-) -> BlockRecord:
-    """Stores the block as a finished checkpoint shard (and its factors), and says what became of each parameter."""
-    tensors: dict[str, Tensor] = {}
-    factors: dict[str, Tensor] = {}
-    residuals: dict[str, Tensor] = {}
-    formats: dict[str, ModuleFormat] = {}
-    ledger: list[LedgerEntry] = []
-    kept_bits = 0
-    slices = skeleton.sources(spec.index, spec.tensors)
-    for parameter, part in slices.items():
-        stored = skeleton.disk_name(spec.index, parameter)
-        module = parameter.removesuffix(".weight")
-        if parameter.endswith(".weight") and module in linears:
-            linear, name = linears[module], stored.removesuffix(".weight")
-            packed = weight_tensors(name, linear.weight)
-            tensors.update(packed)
-            factors.update({} if linear.low_rank is None else factor_tensors(name, linear.low_rank))
-            residuals.update({} if linear.residual is None else residual_tensors(name, linear.residual))
-            formats[name] = _format(linear)
-            shape = tuple(linear.weight.codes.shape)
-            ledger.append(LedgerEntry(source=part.source, shape=shape, fate="quantized", stored_as=tuple(packed)))
-        else:
-            kept = tensors[stored] = held.loaded.parameters[parameter].to(held.loaded.dtypes[parameter])
-            kept_bits += tensor_bits(kept)
-            ledger.append(LedgerEntry(source=part.source, shape=tuple(kept.shape), fate="kept", stored_as=(stored,)))
-    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-    factors = {name: tensor.cpu() for name, tensor in factors.items()}
-    residuals = {name: tensor.cpu() for name, tensor in residuals.items()}
-    return BlockRecord(
-        index=spec.index,
-        checkpoint=workspace.put_tensors(tensors),
-        adapter=workspace.put_tensors(factors) if factors else None,
-        outputs=outputs,
-        tensors={name: tensor_digest(tensor) for name, tensor in tensors.items()},
-        factors={name: tensor_digest(tensor) for name, tensor in factors.items()},
-        residual=workspace.put_tensors(residuals) if residuals else None,
-        residuals={name: tensor_digest(tensor) for name, tensor in residuals.items()},
-        modules=tuple(
-            report.model_copy(update={"name": _full_name(skeleton, spec.index, report.name)}) for report in reports
-        ),
-        formats=formats,
-        kept_bits=kept_bits,
-        ledger=tuple(ledger),
-        timing=held.timing,
-    )
-
-
-def _full_name(skeleton: Skeleton, index: int, module: str) -> str:
-    return skeleton.disk_name(index, f"{module}.weight").removesuffix(".weight")
-
-
-def _format(linear: CompressedLinear) -> ModuleFormat:
-    weight, branch, activations = linear.weight, linear.low_rank, linear.activations
-    return ModuleFormat.model_validate(
-        {
-            "bits": weight.bits,
-            "group_size": weight.group_size,
-            "symmetric": weight.zero_point is None,
-            "activation_bits": None if activations is None else activations.bits,
-            "activation_clip": 1.0 if activations is None else activations.clip,
-            "activation_group_size": None if activations is None else activations.group_size,
-            "rank": 0 if branch is None else branch.rank,
-            "factor_bits": None if branch is None or branch.up_scale is None else 8,
-            "residual": None if linear.residual is None else _residual_format(linear.residual),
-            "online": None if linear.transform is None else asdict(linear.transform),
-        }
-    )
-
-
-def _residual_format(correction: Correction) -> dict[str, Any]:
-    return {
-        "bits": correction.store.bits,
-        "selection": correction.selection,
-        "channels_per_chunk": correction.channels_per_chunk,
-    }
-
-
-class _Clock:
-    """Seconds per phase and peak memory of one task."""
-
-    def __init__(self, device: torch.device, before: Timing | None = None) -> None:
-        self._device, self._timing = device, before or Timing(device=device.type)
-        self._peak = (0, 0) if before is None else (before.host_peak_bytes, before.device_peak_bytes)
-        reset_peak(device)
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """Books the time since the last lap under `phase`."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        spent = getattr(self._timing, phase) + now - self._last
-        self._timing = self._timing.model_copy(update={phase: spent})
-        self._last = now
-
-    def timing(self) -> Timing:
-        """The account so far."""
-        return self._timing.model_copy(
-            update={
-                "host_peak_bytes": max(self._peak[0], host_peak_bytes()),
-                "device_peak_bytes": max(self._peak[1], device_peak_bytes(self._device)),
-            }
-        )

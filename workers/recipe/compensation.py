@@ -10,33 +10,47 @@ from workers.config import Config
 from workers.recipe.rank import BudgetRank, CountRank, EnergyRank, FractionRank, Rank
 
 
-class NoCompensation(Config):
-    """Nothing is put back."""
-
-    kind: Literal["none"] = "none"
+class _Compensation(Config):
+    """What every compensation answers."""
 
     def problem(self, rows: int, columns: int) -> str | None:
-        """None: always possible."""
+        """Why a layer [rows, columns] cannot have it, or None when it can."""
         del rows, columns
         return None
 
     @property
     def anticipates(self) -> bool:
-        """Never."""
+        """Whether the quantizer is told of what will follow: see `workers.compensation.anticipate`."""
         return False
 
     @property
     def needs_magnitudes(self) -> bool:
-        """No."""
+        """Whether sum |x| must be gathered."""
         return False
 
 
-class SVD(Config):
+class NoCompensation(_Compensation):
+    """Nothing is put back."""
+
+    kind: Literal["none"] = "none"
+
+
+class _Branch(_Compensation):
+    """A low-rank branch."""
+
+    rank: Rank = Field(default_factory=lambda: FractionRank(fraction=0.1))
+    """Rank of the branch."""
+    factor_bits: Literal[8] | None = None
+    """Bits of the branch's factors; null: the source's 16 or 32, as PEFT wants them."""
+
+    def problem(self, rows: int, columns: int) -> str | None:
+        return self.rank.problem(rows, columns)
+
+
+class SVD(_Branch):
     """Truncated singular value decomposition of the (whitened) residual."""
 
     kind: Literal["svd"] = "svd"
-    rank: Rank = Field(default_factory=lambda: FractionRank(fraction=0.1))
-    """Rank of the branch."""
     whitening: Literal["none", "magnitude", "diagonal", "full"] = "full"
     """The metric: none, the plain residual (LoRC); magnitude, each input channel by its E|x| (L2QER); diagonal, by the root of
     its E[x^2] (QERA-approx); full, the layer's output error on the calibration tokens (QERA-exact, EoRA)."""
@@ -44,8 +58,6 @@ class SVD(Config):
     """Share of the mean of E[x^2] that is added to each channel's: how much to trust directions that calibration saw
     little of."""
 
-    factor_bits: Literal[8] | None = None
-    """Bits of the branch's factors; null: the source's 16 or 32, as PEFT wants them."""
     anticipation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How far the quantizer leaves to the branch what the branch can do. 0: it minimizes its own error. 1: errors along
     the strongest directions of the input, as many as the branch has ranks, cost it nothing. Needs full whitening and a
@@ -57,22 +69,16 @@ class SVD(Config):
             raise ValueError("anticipation: expected 0 unless whitening is full and rank is a fraction or a count")
         return self
 
-    def problem(self, rows: int, columns: int) -> str | None:
-        """Why a layer [rows, columns] cannot have such a branch, or None when it can."""
-        return self.rank.problem(rows, columns)
-
     @property
     def anticipates(self) -> bool:
-        """Whether `anticipate` changes the statistics."""
         return self.anticipation > 0
 
     @property
     def needs_magnitudes(self) -> bool:
-        """Whether sum |x| must be gathered."""
         return self.whitening == "magnitude"
 
 
-class LRC(Config):
+class LRC(_Branch):
     """Low-rank correction on the unquantized input, fitted jointly with the codes (Scetbon & Hensman 2024).
 
     The branch first takes the directions of the weight that see most of what quantizing the input loses; the codes follow
@@ -80,34 +86,16 @@ class LRC(Config):
     """
 
     kind: Literal["lrc"] = "lrc"
-    rank: Rank = Field(default_factory=lambda: FractionRank(fraction=0.1))
-    """Rank of the branch."""
     iterations: Annotated[int, Field(strict=True, ge=1, le=20)] = 1
     """How often codes and branch are fitted to each other."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Share of the mean of E[x^2] (E[y^2] of the quantized input) that is added to each channel's."""
-    factor_bits: Literal[8] | None = None
-    """Bits of the branch's factors; null: the source's 16 or 32, as PEFT wants them."""
     refit: Literal["joint", "weight"] = "joint"
     """What the branch is fitted to once there are codes. joint: the whole output error, that of the quantized input included
     (Update-LR). weight: the error of the weight alone, as whitened SVD; it cannot shrink the output."""
 
-    def problem(self, rows: int, columns: int) -> str | None:
-        """Why a layer [rows, columns] cannot have such a branch, or None when it can."""
-        return self.rank.problem(rows, columns)
 
-    @property
-    def anticipates(self) -> bool:
-        """Never: it starts with the branch instead."""
-        return False
-
-    @property
-    def needs_magnitudes(self) -> bool:
-        """No."""
-        return False
-
-
-class ASER(Config):
+class ASER(_Branch):
     """Error reconstruction by whitened SVD, with the outlier channels taken out of the codes (Zhao et al. 2024).
 
     The `outliers` input channels that are large in both activations and weights are scaled down where the norm or the layer
@@ -126,24 +114,8 @@ class ASER(Config):
     """What an outlier channel is scaled down to: the median channel's mean magnitude, or the smallest of the outliers'."""
     smoothing: bool = True
     """Whether outlier channels are scaled down; otherwise their columns are taken out as they are."""
-    factor_bits: Literal[8] | None = None
-    """Bits of the branch's factors; null: the source's 16 or 32, as PEFT wants them."""
     damping: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the mean of E[x^2] that is added to each channel's."""
-
-    def problem(self, rows: int, columns: int) -> str | None:
-        """Why a layer [rows, columns] cannot have such a branch, or None when it can."""
-        return self.rank.problem(rows, columns)
-
-    @property
-    def anticipates(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def needs_magnitudes(self) -> bool:
-        """No."""
-        return False
 
 
 Compensation = Annotated[NoCompensation | SVD | ASER | LRC, Field(discriminator="kind")]

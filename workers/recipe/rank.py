@@ -12,16 +12,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class FractionRank(Config):
+class _Rank(Config):
+    """What every way to ask for a rank answers."""
+
+    def problem(self, rows: int, columns: int) -> str | None:
+        """Why a weight [rows, columns] is too small for it, or None when it is not."""
+        del rows, columns
+        return None
+
+
+class FractionRank(_Rank):
     """A share of the largest rank that the layer can have."""
 
     fraction: Annotated[float, Field(strict=True, gt=0, le=1)]
     """Share of min(out, in), rounded to the nearest rank, at least 1."""
-
-    def problem(self, rows: int, columns: int) -> str | None:
-        """None: every layer can have a share of its own size."""
-        del rows, columns
-        return None
 
     def resolve(self, rows: int, columns: int, singular_values: Tensor) -> int:
         """The rank for a weight [rows, columns]."""
@@ -29,7 +33,7 @@ class FractionRank(Config):
         return max(1, round(self.fraction * min(rows, columns)))
 
 
-class CountRank(Config):
+class CountRank(_Rank):
     """The same rank for every layer."""
 
     count: Annotated[int, Field(strict=True, ge=1)]
@@ -49,16 +53,11 @@ class CountRank(Config):
         return self.count
 
 
-class EnergyRank(Config):
+class EnergyRank(_Rank):
     """As many directions as it takes to hold a share of the (whitened) residual: each layer gets what it needs."""
 
     energy: Annotated[float, Field(strict=True, gt=0, le=1)]
     """Share of the sum of the singular values, as in ASER (Zhao et al. 2024); not of their squares."""
-
-    def problem(self, rows: int, columns: int) -> str | None:
-        """None: any share can be held by some rank."""
-        del rows, columns
-        return None
 
     def resolve(self, rows: int, columns: int, singular_values: Tensor) -> int:
         """The smallest r with sum_{i<=r} s_i >= energy * sum_i s_i; `singular_values` [min(rows, columns)] descend."""
@@ -67,16 +66,11 @@ class EnergyRank(Config):
         return min(int((held < self.energy * held[-1]).sum()) + 1, len(held))
 
 
-class BudgetRank(Config):
+class BudgetRank(_Rank):
     """Ranks that share one budget over the whole model: each direction goes where it takes most error off for its bits."""
 
     budget_bits: Annotated[float, Field(strict=True, gt=0, le=16)]
     """Bits per weight that the branches of all such layers may take together."""
-
-    def problem(self, rows: int, columns: int) -> str | None:
-        """None: a layer may get no branch at all."""
-        del rows, columns
-        return None
 
     def resolve(self, rows: int, columns: int, singular_values: Tensor) -> int:
         """Never: the budget is shared out before layers are solved. ValueError."""

@@ -5,12 +5,12 @@ from workers.storage.base import (
     ObjectStore,
     Writer,
     Written,
-    open_store,
     sha256_hex,
     stream_sha256,
 )
 from workers.storage.fetch import fetch
 from workers.storage.names import check_key, split_uri
+from workers.storage.opening import open_store
 from workers.storage.probe import probe
 
 __all__ = [

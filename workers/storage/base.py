@@ -16,8 +16,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
-from workers.errors import IntegrityError, RequestError, StorageError
-from workers.storage.names import EXPECTED_URI, file_root, s3_root
+from workers.errors import IntegrityError, StorageError
 
 # Large enough that per-chunk Python work vanishes beside the network, small enough to hold dozens of them.
 STREAM_CHUNK = 4 << 20
@@ -230,19 +229,3 @@ def stream_sha256(store: ObjectStore, key: str) -> str:
     for piece in store.stream(key):
         digest.update(piece)
     return digest.hexdigest()
-
-
-def open_store(uri: str) -> ObjectStore:
-    """The store at a root URI. Opening touches neither disk nor network. Raises `RequestError` for other
-    schemes."""
-    # Each backend is imported when asked for: boto3 costs a third of a second that file: users need not pay.
-    root = file_root(uri)
-    if root is not None:
-        from workers.storage.file import FileStore
-
-        return FileStore(root)
-    if s3_root(uri) is not None:
-        from workers.storage.s3 import S3Store
-
-        return S3Store(uri)
-    raise RequestError(f"storage URI {uri!r}: {EXPECTED_URI}")

@@ -1,0 +1,106 @@
+"""A finished block as it is stored: a checkpoint shard, the factors and residual stores beside it, and the account of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.residual import Correction
+from workers.block import CompressedLinear, ModuleReport, tensor_bits
+from workers.checkpoint.digest import tensor_digest
+from workers.interchange import factor_tensors, residual_tensors, weight_tensors
+from workers.skeleton import Skeleton
+from workers.tasks import BlockRecord, BlockSpec, LedgerEntry, ModuleFormat, Timing
+from workers.workspace import Blob, Workspace
+
+
+def write_block(
+    spec: BlockSpec,
+    skeleton: Skeleton,
+    parameters: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    linears: Mapping[str, CompressedLinear],
+    reports: Iterable[ModuleReport],
+    outputs: tuple[Blob, ...],
+    workspace: Workspace,
+    timing: Timing,
+) -> BlockRecord:
+    """Stores the block as a finished checkpoint shard (its factors and residual stores too), and says what became of each
+    parameter. parameters: as they were solved; dtypes: in which those that are kept are stored."""
+    tensors: dict[str, Tensor] = {}
+    factors: dict[str, Tensor] = {}
+    residuals: dict[str, Tensor] = {}
+    formats: dict[str, ModuleFormat] = {}
+    ledger: list[LedgerEntry] = []
+    kept_bits = 0
+    slices = skeleton.sources(spec.index, spec.tensors)
+    for parameter, part in slices.items():
+        stored = skeleton.disk_name(spec.index, parameter)
+        module = parameter.removesuffix(".weight")
+        if parameter.endswith(".weight") and module in linears:
+            linear, name = linears[module], stored.removesuffix(".weight")
+            packed = weight_tensors(name, linear.weight)
+            tensors.update(packed)
+            factors.update({} if linear.low_rank is None else factor_tensors(name, linear.low_rank))
+            residuals.update({} if linear.residual is None else residual_tensors(name, linear.residual))
+            formats[name] = _format(linear)
+            shape = tuple(linear.weight.codes.shape)
+            ledger.append(LedgerEntry(source=part.source, shape=shape, fate="quantized", stored_as=tuple(packed)))
+        else:
+            kept = tensors[stored] = parameters[parameter].to(dtypes[parameter])
+            kept_bits += tensor_bits(kept)
+            ledger.append(LedgerEntry(source=part.source, shape=tuple(kept.shape), fate="kept", stored_as=(stored,)))
+    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+    factors = {name: tensor.cpu() for name, tensor in factors.items()}
+    residuals = {name: tensor.cpu() for name, tensor in residuals.items()}
+    return BlockRecord(
+        index=spec.index,
+        checkpoint=workspace.put_tensors(tensors),
+        adapter=workspace.put_tensors(factors) if factors else None,
+        outputs=outputs,
+        tensors={name: tensor_digest(tensor) for name, tensor in tensors.items()},
+        factors={name: tensor_digest(tensor) for name, tensor in factors.items()},
+        residual=workspace.put_tensors(residuals) if residuals else None,
+        residuals={name: tensor_digest(tensor) for name, tensor in residuals.items()},
+        modules=tuple(
+            report.model_copy(update={"name": _full_name(skeleton, spec.index, report.name)}) for report in reports
+        ),
+        formats=formats,
+        kept_bits=kept_bits,
+        ledger=tuple(ledger),
+        timing=timing,
+    )
+
+
+def _full_name(skeleton: Skeleton, index: int, module: str) -> str:
+    return skeleton.disk_name(index, f"{module}.weight").removesuffix(".weight")
+
+
+def _format(linear: CompressedLinear) -> ModuleFormat:
+    weight, branch, activations = linear.weight, linear.low_rank, linear.activations
+    return ModuleFormat.model_validate(
+        {
+            "bits": weight.bits,
+            "group_size": weight.group_size,
+            "symmetric": weight.zero_point is None,
+            "activation_bits": None if activations is None else activations.bits,
+            "activation_clip": 1.0 if activations is None else activations.clip,
+            "activation_group_size": None if activations is None else activations.group_size,
+            "rank": 0 if branch is None else branch.rank,
+            "factor_bits": None if branch is None or branch.up_scale is None else 8,
+            "residual": None if linear.residual is None else _residual_format(linear.residual),
+            "online": None if linear.transform is None else asdict(linear.transform),
+        }
+    )
+
+
+def _residual_format(correction: Correction) -> dict[str, Any]:
+    return {
+        "bits": correction.store.bits,
+        "selection": correction.selection,
+        "channels_per_chunk": correction.channels_per_chunk,
+    }
