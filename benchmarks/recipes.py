@@ -2,10 +2,11 @@
 
     python benchmarks/recipes.py TABLE ... [--models DIR] [--data DIR] [--record]
 
-TABLE: one of the names in `TABLES`. Calibration 128 x 256 tokens of WikiText-2 valid, evaluation the first 160 windows of 256
-of WikiText-2 test (other texts: `counterweight eval ARTIFACT --text FILE`). lm_head and embeddings stay in 16 bits. Bits per
-weight are all in. Rows whose rotation is random are the mean of `--seeds` seeds, with their spread. All jobs share one
-worker; artifacts go to `--output`, where finished ones are found again.
+TABLE: one of the names in `TABLES`. Calibration 128 x 256 tokens of WikiText-2 valid, evaluation the first 160 windows of
+256 of WikiText-2 test and, with `--second`, 64 windows of the standard library's documentation (`pydoc_data.topics`).
+lm_head and embeddings stay in 16 bits. Bits per weight are all in. Rows whose rotation is random are the mean of
+`--seeds` seeds, with their spread. All jobs share one worker; artifacts go to `--output`, where finished ones are found
+again.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import json
 import statistics
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 from common import ROOT, machine, record, table, versions
 
-from pipeline.artifact import ArtifactDocument
+from pipeline.artifact import Published
+from pipeline.evaluate import evaluate_artifact
 from pipeline.manifest import parse_manifest
 from pipeline.pool import PoolSize, RayPool, cluster
 from pipeline.progress import make_progress
@@ -142,8 +145,8 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def run(pool: RayPool, recipe: dict[str, Any], model: Path, data: Path, output: Path) -> ArtifactDocument:
-    """One job to its end; its document."""
+def run(pool: RayPool, recipe: dict[str, Any], model: Path, data: Path, output: Path) -> Published:
+    """One job to its end."""
     from pipeline.model_source import open_model
     from pipeline.orchestrator import Orchestrator
     from pipeline.tokens import read_tokens
@@ -171,7 +174,7 @@ def run(pool: RayPool, recipe: dict[str, Any], model: Path, data: Path, output: 
     }
     job = parse_manifest(json.dumps(manifest), name="recipes.json", base=output.as_uri()).job
     source = open_model(job.spec.model.uri)
-    return Orchestrator(job, source, read_tokens(job, source), pool, "cpu", make_progress(io.StringIO())).run().document
+    return Orchestrator(job, source, read_tokens(job, source), pool, "cpu", make_progress(io.StringIO())).run()
 
 
 def seeded(recipe: dict[str, Any], seeds: int) -> list[dict[str, Any]]:
@@ -184,8 +187,17 @@ def seeded(recipe: dict[str, Any], seeds: int) -> list[dict[str, Any]]:
     ]
 
 
-def row(name: str, documents: list[ArtifactDocument], seconds: float) -> list[str]:
-    """One line of the table."""
+def documentation(output: Path) -> str:
+    """The second text as a file below `output`; its URI."""
+    path = output / "documentation.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(text for _, text in sorted(topics.items())), encoding="utf-8")
+    return path.as_uri()
+
+
+def row(name: str, published: list[Published], seconds: float, second: str | None) -> list[str]:
+    """One line of the table. second: URI of a second text to measure on."""
+    documents = [one.document for one in published]
 
     def mean(values: list[float]) -> str:
         spread = f" ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else ""
@@ -197,11 +209,18 @@ def row(name: str, documents: list[ArtifactDocument], seconds: float) -> list[st
         name,
         mean([quality.perplexity for quality in qualities]),
         f"{statistics.mean(quality.kl for quality in qualities):.4f}",
+        *([] if second is None else [mean([second_perplexity(one, second) for one in published])]),
         f"{bits.total:.2f}",
         f"{bits.factors:.2f}",
         f"{bits.residual:.2f}",
         f"{seconds / len(documents):.0f}",
     ]
+
+
+def second_perplexity(published: Published, text: str) -> float:
+    """Perplexity of a published artifact on 64 windows of another text."""
+    found = evaluate_artifact(published.uri, against=None, text=text, windows=64, sequence_length=256, device="cpu")
+    return (found.get("compensated") or found["quantized"]).perplexity
 
 
 def main() -> None:
@@ -211,25 +230,28 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "recipes")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--second", action="store_true")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
     about = f"{machine()}. {versions('torch', 'transformers')}."
     size = PoolSize(workers=1, cpus=2, gpus=0)
     models, data, output = (path.resolve() for path in (arguments.models, arguments.data, arguments.output))
-    header = ["recipe", "perplexity", "KL", "bits per weight", "factors", "residual", "seconds"]
+    second = documentation(output) if arguments.second else None
+    columns = ["perplexity", "KL", *([] if second is None else ["second text"])]
+    header = ["recipe", *columns, "bits per weight", "factors", "residual", "seconds"]
     with cluster("local", size):
         pool = RayPool(size)
         pool.devices()
         for chosen in arguments.tables:
             model, recipes = TABLES[chosen]
             rows: list[list[str]] = []
-            documents: list[ArtifactDocument] = []
+            published: list[Published] = []
             for name, recipe in recipes.items():
                 started = time.perf_counter()
-                documents = [run(pool, one, models / model, data, output) for one in seeded(recipe, arguments.seeds)]
-                rows.append(row(name, documents, time.perf_counter() - started))
+                published = [run(pool, one, models / model, data, output) for one in seeded(recipe, arguments.seeds)]
+                rows.append(row(name, published, time.perf_counter() - started, second))
                 print(*rows[-1], sep="  ", flush=True)
-            baseline = documents[0].baseline
+            baseline = published[0].document.baseline
             body = table(header, rows)
             if baseline is not None:
                 body += f"\n\nThe original `{model}`: {baseline.perplexity:.4f}."
