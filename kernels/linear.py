@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -9,6 +10,9 @@ from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
 from kernels.hadamard import Hadamard
 from kernels.reference import fake_quantize_activations
 from kernels.residual import Correction
+
+DECODED_TOKENS = 4
+"""Tokens up to which a layer on a CPU multiplies codes as they are; beyond, one dense weight serves them all."""
 
 
 class CompensatedLinear(nn.Module):
@@ -18,7 +22,8 @@ class CompensatedLinear(nn.Module):
     `decode_only` to those that come one at a time, as they do while a text is generated. Takes the place of a
     `torch.nn.Linear`.
 
-    x: [..., in] of any float dtype; y: [..., out] of the same dtype. The weight is dequantized in float32 and cast.
+    x: [..., in] of any float dtype; y: [..., out] of the same dtype. The weight is dequantized in float32 and
+    cast; for the few tokens of a decoding step on a CPU, its codes are multiplied as they are.
     """
 
     codes: Tensor
@@ -54,6 +59,7 @@ class CompensatedLinear(nn.Module):
         self.register_buffer("up_scale", None if low_rank is None else low_rank.up_scale)
         self.register_buffer("down_scale", None if low_rank is None else low_rank.down_scale)
         self.register_buffer("bias", bias)
+        self._by_group: tuple[list[Tensor], list[Tensor]] | None = None
 
     def quantized(self) -> QuantizedWeight:
         """The integer weight, as a value."""
@@ -76,7 +82,11 @@ class CompensatedLinear(nn.Module):
             x = self.transform.apply(x)
         inner = x if self.activations is None else fake_quantize_activations(x, self.activations)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = functional.linear(inner, self.quantized().dequantize(x.dtype), bias)
+        if self._decodes(inner):
+            y = self._product_of_few(inner)
+            y = y if bias is None else y + bias
+        else:
+            y = functional.linear(inner, self.quantized().dequantize(x.dtype), bias)
         branch = self.low_rank()
         if branch is not None:
             up, down = branch.factors(x.dtype)
@@ -84,6 +94,36 @@ class CompensatedLinear(nn.Module):
         if self.residual is not None and (not self.decode_only or x.shape[-2] == 1):
             y = y + self.residual.apply(x).to(x.dtype)
         return y
+
+    def _decodes(self, x: Tensor) -> bool:
+        """Whether `_product_of_few` is the faster way, and possible."""
+        few = x.numel() <= DECODED_TOKENS * self.in_features
+        # torch's kernel reads codes in vectors; below 32 of them at a time it was seen to crash.
+        whole = (self.group_size or self.in_features) % 32 == 0
+        return (
+            few
+            and whole
+            and x.device.type == "cpu"
+            and self.zero_point is None
+            and x.dtype in (torch.float32, torch.bfloat16)
+        )
+
+    def _product_of_few(self, x: Tensor) -> Tensor:
+        """x [..., in] times the weight's transpose, a few tokens on a CPU: torch multiplies codes as they are, group by group,
+        and scales the sums, instead of a dense weight being made for every token."""
+        if self._by_group is None:
+            groups = 1 if self.group_size is None else self.in_features // self.group_size
+            codes = self.codes.unflatten(1, (groups, -1)).transpose(0, 1).contiguous()
+            self._by_group = list(codes.unbind(0)), list(self.scale.T.contiguous().unbind(0))
+        codes_of, scales_of = self._by_group
+        rows = x.reshape(-1, self.in_features)
+        parts = rows.unflatten(1, (len(codes_of), -1)).unbind(1)
+        total: Tensor | None = None
+        for part, codes, scale in zip(parts, codes_of, scales_of, strict=True):
+            product = torch.ops.aten._weight_int8pack_mm(part.contiguous(), codes, scale.to(x.dtype))
+            total = product if total is None else total + product
+        assert total is not None
+        return total.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         rank = 0 if self.down is None else self.down.shape[0]

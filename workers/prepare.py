@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from kernels.hadamard import Hadamard
 from workers.architecture import Siblings
 from workers.calibration.clipping import activation_format, best_clip
 from workers.calibration.statistics import Gathering
@@ -19,7 +20,7 @@ from workers.compensation.aser import outlier_channels, outlier_scales
 from workers.recipe import ASER, Activations, ModuleRecipe
 from workers.skeleton import Block
 from workers.transforms.families import Wiring
-from workers.transforms.smoothing import migration_scales, producer_rows
+from workers.transforms.smoothing import after, before, migration_scales, producer_rows, scaled
 
 ROWS = 2048
 """Tokens that choices are made on; 512 of them where every candidate is tried in a product with the weight."""
@@ -40,13 +41,13 @@ def prepare(
     recipes: Mapping[str, ModuleRecipe],
     parameters: Mapping[str, Tensor],
     wiring: Wiring,
-    online: Mapping[str, object],
+    online: Mapping[str, Hadamard],
     load: Callable[[], Tensor],
 ) -> Preparation:
     """Choices for every group of siblings of which one has a recipe; the first of these speaks for the group.
 
-    parameters: the block's, names relative to it. online: linears whose input is transformed at inference: nothing before
-    them can take scales in. load: the first shard of the block's input, read only where a choice needs it.
+    parameters: the block's, names relative to it. online: linears whose input is transformed at inference. load: the first
+    shard of the block's input, read only where a choice needs it.
     """
     groups = {
         group: next(recipes[name] for name in group if name in recipes)
@@ -60,17 +61,21 @@ def prepare(
     gatherings: dict[Siblings, Gathering] = {}
     for group, recipe in groups.items():
         seen = rows.get(group)
-        foldable = group[0] not in online and producer_rows(wiring, group, parameters) is not None
+        foldable = producer_rows(wiring, group, parameters) is not None
+        transform = online.get(group[0])
         weights = [parameters[f"{name}.weight"].float() for name in group]
         if seen is not None and recipe.smoothing is not None and foldable:
             asked = None if recipe.activations is None else activation_format(recipe.activations)
             few = seen[:: max(1, len(seen) // 512)]
-            scales[group] = migration_scales(recipe.smoothing, weights, few, recipe.weights.format(), asked)
-            seen, weights = seen / scales[group].float(), [weight * scales[group].float() for weight in weights]
+            scales[group] = migration_scales(recipe.smoothing, weights, few, recipe.weights.format(), asked, transform)
+            scale = scales[group].float()
+            seen = after(before(seen, transform) / scale, transform)
+            weights = [scaled(weight, scale, transform) for weight in weights]
         if seen is not None and isinstance(recipe.compensation, ASER) and recipe.compensation.outliers:
             magnitude = seen.abs().double().mean(0)
             outliers[group] = outlier_channels(weights, magnitude, recipe.compensation)
-            if recipe.compensation.smoothing and foldable:
+            # Behind a transform there are no outlier channels left to scale.
+            if recipe.compensation.smoothing and foldable and transform is None:
                 down = outlier_scales(magnitude, outliers[group], recipe.compensation)
                 scales[group] = scales.get(group, torch.ones_like(down)) * down
                 seen = seen / down.float()

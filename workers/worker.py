@@ -347,7 +347,7 @@ class Worker:
         if chosen.scales:
             # What the original block makes is shared between recipes, so it comes from the block as it was.
             _, outputs = calibrate(block, originals or inputs, emit, {}, self._pool) if keep_outputs else ({}, [])
-            parameters = fold(wiring, chosen.scales, loaded.parameters)
+            parameters = fold(wiring, chosen.scales, loaded.parameters, loaded.online)
             loaded = replace(
                 loaded, parameters=parameters, block=self._block(skeleton, spec.index, parameters, loaded.online, dtype)
             )
@@ -400,7 +400,7 @@ class Worker:
                     value.float() + wiring.norm_offset for value in (loaded.parameters[norm], found.norms[norm])
                 )
                 scales[group] = before / after
-        parameters = fold(wiring, scales, loaded.parameters)
+        parameters = fold(wiring, scales, loaded.parameters, loaded.online)
         block = self._block(skeleton, spec.index, parameters, loaded.online, DTYPES[spec.setting.compute_dtype])
         gatherings = {group: statistics.gathering for group, statistics in held.statistics.items()}
         statistics, _ = calibrate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -80,3 +82,39 @@ def test_buffers_follow_the_module_and_scales_keep_their_dtype() -> None:
     assert all(buffer.is_meta for buffer in layer.buffers())
     assert layer.scale.dtype is torch.bfloat16
     assert layer.codes.dtype is torch.int8
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_decoded_token_gets_what_it_would_get_among_many(
+    group_size: int | None, dtype: torch.dtype, tolerance: float
+) -> None:
+    groups = 1 if group_size is None else 2
+    weight = QuantizedWeight(
+        codes=(random(40, 64) * 3).round().clamp(-8, 7).to(torch.int8),
+        scale=random(40, groups, seed=9).abs() + 0.1,
+        zero_point=None,
+        bits=4,
+        group_size=group_size,
+    )
+    layer = CompensatedLinear(weight, bias=random(40, seed=1))
+    many = random(1, 16, 64, seed=5).to(dtype)
+    together = layer(many)
+    one_by_one = torch.cat([layer(token) for token in many.split(1, dim=1)], dim=1)
+    assert one_by_one.dtype is dtype
+    assert (one_by_one - together).norm() < tolerance * together.norm()
+    assert layer._by_group is not None
+
+
+@pytest.mark.parametrize("weight", [WEIGHT, replace(WEIGHT, zero_point=None)], ids=["zero points", "groups of 4"])
+def test_what_cannot_be_multiplied_as_it_is_is_dequantized(weight: QuantizedWeight) -> None:
+    layer = CompensatedLinear(weight)
+    token = random(1, 1, IN, seed=5)
+    assert torch.allclose(layer(token), token @ weight.dequantize().T, atol=1e-5)
+    assert layer._by_group is None
+
+
+def test_a_batch_of_many_tokens_keeps_no_second_copy_of_the_codes() -> None:
+    layer = CompensatedLinear(WEIGHT)
+    layer(random(2, 8, IN))
+    assert layer._by_group is None

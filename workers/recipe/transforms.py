@@ -50,8 +50,8 @@ class Smoothing(Config):
     (SmoothQuant, Xiao et al. 2022; with weight-only recipes AWQ, Lin et al. 2023).
 
     Channel j is divided by E|x_j|**strength / mean|w_j|**(1 - strength), scaled to a geometric mean of one. Inputs that
-    nothing before can scale stay as they are: o_proj with grouped queries, experts that share their input with a router, and
-    those with an online rotation.
+    nothing before can scale stay as they are: o_proj with grouped queries, experts that share their input with a router. An
+    online rotation comes behind the scales.
     """
 
     kind: Literal["smoothing"] = "smoothing"

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from kernels.formats import ActivationFormat
+from kernels.hadamard import Hadamard
 from kernels.reference import fake_quantize_activations
 from workers.architecture import Siblings
 from workers.quantization.grid import fit
 from workers.recipe import AbsoluteMaximum, Smoothing, WeightFormat
 from workers.transforms.families import Wiring
+
+NOTHING: Mapping[str, Hadamard] = {}
 
 STRENGTHS = tuple(step / 20 for step in range(21))
 
@@ -45,9 +48,17 @@ def producer_rows(wiring: Wiring, group: Siblings, parameters: Mapping[str, Tens
     return None
 
 
-def fold(wiring: Wiring, scales: Mapping[Siblings, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fold(
+    wiring: Wiring,
+    scales: Mapping[Siblings, Tensor],
+    parameters: Mapping[str, Tensor],
+    online: Mapping[str, Hadamard] = NOTHING,
+) -> dict[str, Tensor]:
     """The block's parameters, float32, with each group's input divided by its scales [in]; ValueError for a group whose
-    input nothing can scale."""
+    input nothing can scale.
+
+    online: linears whose input is transformed at inference, which their weights have taken in: scales come before that.
+    """
     folded = {name: value.float() for name, value in parameters.items()}
     for group, scale in scales.items():
         place = producer_rows(wiring, group, parameters)
@@ -67,7 +78,7 @@ def fold(wiring: Wiring, scales: Mapping[Siblings, Tensor], parameters: Mapping[
             changed[rows] /= scale
             folded[bias] = changed
         for module in group:
-            folded[f"{module}.weight"] = folded[f"{module}.weight"] * scale
+            folded[f"{module}.weight"] = scaled(folded[f"{module}.weight"], scale, online.get(module))
     return folded
 
 
@@ -77,17 +88,18 @@ def migration_scales(
     rows: Tensor,
     format: WeightFormat,
     activations: ActivationFormat | None,
+    transform: Hadamard | None = None,
 ) -> Tensor:
-    """The scales [in] float64 of one input. weights: all [out, in] that read it; rows: [tokens, in] of it."""
-    stacked = torch.cat(list(weights)).float()
-    x = rows.float()
+    """The scales [in] float64 of one input. weights: all [out, in] that read it; rows: [tokens, in] of it; both as they are
+    quantized, which is behind `transform` when there is one."""
+    stacked, x = (before(value.float(), transform) for value in (torch.cat(list(weights)), rows))
     magnitude, size = x.abs().mean(0).double(), stacked.abs().mean(0).double()
     strengths = STRENGTHS if options.strength == "search" else (options.strength,)
     candidates = [_scales(magnitude, size, strength) for strength in strengths]
     if len(candidates) == 1:
         return candidates[0]
     exact = x @ stacked.T
-    errors = [_error(stacked, x, exact, scale.float(), format, activations) for scale in candidates]
+    errors = [_error(stacked, x, exact, scale.float(), format, activations, transform) for scale in candidates]
     return candidates[min(range(len(errors)), key=errors.__getitem__)]
 
 
@@ -102,13 +114,34 @@ def _scales(magnitude: Tensor, size: Tensor, strength: float) -> Tensor:
     return log.clamp(-10, 10).exp()
 
 
+def scaled(weight: Tensor, scale: Tensor, transform: Hadamard | None) -> Tensor:
+    """A weight [out, in] whose input is divided by `scale` [in] before `transform`."""
+    return after(before(weight, transform) * scale, transform)
+
+
+def before(rows: Tensor, transform: Hadamard | None) -> Tensor:
+    """rows [..., in] as they were before `transform`."""
+    return rows if transform is None else rows @ transform.dense().T.to(rows)
+
+
+def after(rows: Tensor, transform: Hadamard | None) -> Tensor:
+    """rows [..., in] behind `transform`."""
+    return rows if transform is None else transform.apply(rows)
+
+
 def _error(
-    weight: Tensor, x: Tensor, exact: Tensor, scale: Tensor, format: WeightFormat, activations: ActivationFormat | None
+    weight: Tensor,
+    x: Tensor,
+    exact: Tensor,
+    scale: Tensor,
+    format: WeightFormat,
+    activations: ActivationFormat | None,
+    transform: Hadamard | None,
 ) -> float:
-    """Squared output error of rounding weight and input after scaling."""
-    scaled = weight * scale
-    rounded = fit(AbsoluteMaximum(), scaled, format, torch.float32, None).round(scaled).dequantize()
-    seen = x / scale
+    """Squared output error of rounding weight and input after scaling, behind `transform`."""
+    target = after(weight * scale, transform)
+    rounded = fit(AbsoluteMaximum(), target, format, torch.float32, None).round(target).dequantize()
+    seen = after(x / scale, transform)
     if activations is not None:
         seen = fake_quantize_activations(seen, activations)
     return float((seen @ rounded.T - exact).square().sum(dtype=torch.float64))

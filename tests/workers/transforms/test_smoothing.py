@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from kernels.formats import ActivationFormat
+from kernels.hadamard import Hadamard
 from tests.models import checkpoint
 from workers.architecture import Siblings
 from workers.checkpoint.reader import Checkpoint
 from workers.compensation.aser import outlier_channels, outlier_scales, without_channels
-from workers.recipe import ASER, CountRank, Smoothing, WeightFormat
+from workers.recipe import ASER, CountRank, Rotation, Smoothing, WeightFormat
 from workers.skeleton import Skeleton
 from workers.storage import open_store
 from workers.transforms.families import wiring_of
+from workers.transforms.rotation import rotate_block
 from workers.transforms.smoothing import fold, migration_scales, producer_rows
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"]
@@ -55,6 +57,46 @@ def test_a_folded_block_computes_the_same(family: str, tmp_path: Path) -> None:
             if not any(producer_rows(wiring, g, parameters) == (f"{name}.weight", own_rows) for g in scales):
                 columns = folded[f"{name}.weight"] / expected
                 assert torch.allclose(columns, columns[:, :1].expand_as(columns), rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
+def test_scales_come_before_an_online_rotation(family: str, tmp_path: Path) -> None:
+    skeleton, parameters = block_of(family, tmp_path)
+    wiring, cpu = wiring_of(family), torch.device("cpu")
+    config = skeleton.config
+    rotated, online = rotate_block(
+        family,
+        parameters,
+        Rotation(residual=False, heads=False),
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+    )
+    scales = {
+        group: scales_of(parameters[f"{group[0]}.weight"].shape[1], number)
+        for number, group in enumerate(skeleton.block_linears(0))
+        if group[0] in online
+    }
+    assert scales
+    hidden = torch.randn(2, 9, skeleton.hidden_size, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for tensors in (rotated, fold(wiring, scales, rotated, online)):
+        block = skeleton.block(0, tensors, cpu, torch.float32)
+        for name, transform in online.items():
+            block.transform_input(name, transform)
+        outputs.append(block.run(hidden))
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_search_behind_a_rotation_looks_behind_it() -> None:
+    rows, transform = outlier_rows(), Hadamard(size=64)
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(2))
+    weight[:, 5] /= 50  # as where an up_proj made the outlier
+    asked = ActivationFormat(bits=4)
+    found = migration_scales(
+        Smoothing(), [transform.apply(weight)], transform.apply(rows), WeightFormat(bits=4), asked, transform
+    )
+    assert found.argmax() == 5
+    assert found[5] > 5 * found.median()
 
 
 @pytest.mark.parametrize(("family", "foldable"), [("llama", False), ("phi3", False), ("mixtral", False)])
