@@ -60,12 +60,12 @@ def test_the_windows_are_shared_out_without_gap_or_overlap_and_the_figures_do_no
     manifest: Path, tmp_path: Path
 ) -> None:
     """Seven windows in batches of four on one, two, three and nine workers: whole batches, equal bits."""
-    assert shard_sequences(1024) == 4
+    assert shard_sequences(2048) == 4
     text = tmp_path / "long.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 4000)
     long = (
         f"spec.validation.text.uri={text}",
-        "spec.validation.sequence_length=1024",
+        "spec.validation.sequence_length=2048",
         "spec.validation.windows=7",
     )
     figures = []

@@ -91,6 +91,9 @@ class LocalPool:
     def _fresh(self) -> _Slot:
         return _Slot(Worker("cpu", self._threads), ThreadPoolExecutor(1))
 
+    def devices(self) -> list[str]:
+        return [slot.worker.ready() for slot in self._slots]
+
     def submit(self, worker: int, method: str, *arguments: Any) -> int:
         self.calls.append((worker, method, arguments))
         fault = self._fault(worker, method, arguments)
