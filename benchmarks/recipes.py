@@ -80,10 +80,20 @@ ORDERING = {
     "LRC, rank 30 %": w4a4(lrc(0.3)),
 }
 
+SMOOTHED = {
+    "smoothing, QuaRot + GPTQ": w4a4(transforms=[ROTATION, {"kind": "smoothing"}]),
+    "smoothing, LRC, rank 10 %": w4a4(lrc(0.1), transforms=[ROTATION, {"kind": "smoothing"}]),
+    "smoothing, LRC, int8, ranks shared out": w4a4(
+        lrc(0.2, factor_bits=8) | {"rank": {"budget_bits": 2.37}}, transforms=[ROTATION, {"kind": "smoothing"}]
+    ),
+}
+
 TABLES: dict[str, tuple[str, dict[str, Any]]] = {
     "w4a4-llama": ("llama", ORDERING),
     "w4a4-outliers": ("llama-outliers", ORDERING),
     "w4a4-mixtral": ("mixtral", ORDERING),
+    "w4a4-smoothed-llama": ("llama", SMOOTHED),
+    "w4a4-smoothed-outliers": ("llama-outliers", SMOOTHED),
     "w4a4-beyond": (
         "llama",
         {
@@ -183,7 +193,8 @@ def seeded(recipe: dict[str, Any], seeds: int) -> list[dict[str, Any]]:
     if not any(transform["kind"] == "rotation" for transform in transforms):
         return [recipe]
     return [
-        {**recipe, "transforms": [{**transform, "seed": seed} for transform in transforms]} for seed in range(seeds)
+        {**recipe, "transforms": [{**one, "seed": seed} if one["kind"] == "rotation" else one for one in transforms]}
+        for seed in range(seeds)
     ]
 
 
