@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from pipeline.manifest import CompressionJob
@@ -27,19 +26,18 @@ def run_job(job: CompressionJob, progress: Progress, *, address: str | None = No
     SurroundingsError; nothing is published then.
     """
     size = pool_size(job, address)
-    with ThreadPoolExecutor(1) as background:
-        # The model's tables cost the import of transformers, the texts are tokenized; Ray's processes start meanwhile.
-        opening = background.submit(_open, job, _embedded(address))
-        with cluster(address, size):
-            pool = RayPool(size)
-            try:
-                source, tokens = opening.result()
-                from pipeline.orchestrator import Orchestrator
+    with cluster(address, size):
+        pool = RayPool(size)
+        try:
+            # Workers load torch and transformers now, and so does this process, for the model's tables. Not while Ray starts:
+            # an import holds the interpreter that starts it.
+            source, tokens = _open(job, _embedded(address))
+            from pipeline.orchestrator import Orchestrator
 
-                device = _device(pool.devices(), size.device, progress)
-                return Orchestrator(job, source, tokens, pool, device, progress).run()
-            finally:
-                pool.close()
+            device = _device(pool.devices(), size.device, progress)
+            return Orchestrator(job, source, tokens, pool, device, progress).run()
+        finally:
+            pool.close()
 
 
 def pool_size(job: CompressionJob, address: str | None) -> PoolSize:
@@ -71,7 +69,7 @@ def _open(job: CompressionJob, here: bool) -> tuple[ModelSource, Tokens]:
     """
     with importing():
         from pipeline.model_source import open_model
-        from pipeline.orchestrator import Orchestrator  # noqa: F401  here, while Ray starts
+        from pipeline.orchestrator import Orchestrator  # noqa: F401  while workers do the same
         from pipeline.plan import make_plan
         from pipeline.tokens import read_tokens
         from workers.storage import open_store
