@@ -135,6 +135,13 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
             **{f"W{bits}, GPTQ": {"weights": {"bits": bits, "quantizer": {"kind": "gptq"}}} for bits in (2, 3)},
         },
     ),
+    "tuning-propagated": (
+        "llama",
+        {
+            "W2, LWC": {"propagate": "compressed", **tuned(2, increments=False)},
+            "W2, LSI + LWC": {"propagate": "compressed", **tuned(2)},
+        },
+    ),
     "weight-only": (
         "llama",
         {
