@@ -11,6 +11,7 @@ from math import prod
 
 from pipeline.manifest import CompressionJob
 from pipeline.model_source import ModelSource
+from workers.architecture import is_expert
 from workers.config import Config
 from workers.errors import ManifestError
 from workers.recipe import GPTQ, ModuleRecipe, Recipe
@@ -160,7 +161,7 @@ def _active_share(source: ModelSource, linears: Mapping[str, tuple[int, int]]) -
     config = source.checkpoint.config
     experts = source.skeleton.experts
     share = int(config.get("num_experts_per_tok", 1)) / experts if experts else 1.0
-    return {name: share if ".experts." in f".{name}." else 1.0 for name in linears}
+    return {name: share if is_expert(name) else 1.0 for name in linears}
 
 
 def _check_recipe(

@@ -114,6 +114,11 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+def is_expert(module: str) -> bool:
+    """Whether a linear, by its name in a block or in full, belongs to an expert: a router decides which tokens it sees."""
+    return ".experts." in f".{module}."
+
+
 def family_of(model_type: object) -> Family:
     """The table's entry for a `model_type`; UnsupportedModelError, listing the known ones, when there is none."""
     if isinstance(model_type, str) and model_type in FAMILIES:

@@ -22,7 +22,7 @@ from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
 from kernels.hadamard import Hadamard
 from kernels.linear import CompensatedLinear
 from kernels.residual import Correction
-from workers.architecture import Siblings
+from workers.architecture import Siblings, is_expert
 from workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from workers.config import Config
 from workers.errors import RequestError
@@ -112,6 +112,9 @@ def calibrate(
     for _ in range(pool.threads):
         replicas.put(block.replica())
 
+    # A router may send other tokens to an expert than in the original model, so that rows have no partners.
+    partnered = [group for group in gatherings if not is_expert(group[0])]
+
     def run(
         loads: tuple[Callable[[], Tensor], Callable[[], Tensor] | None],
     ) -> tuple[dict[Siblings, ShardMoments], Output]:
@@ -120,7 +123,7 @@ def calibrate(
         try:
             meant: dict[Siblings, Tensor] = {}
             if load_original is not None:
-                with _Capture(replica, gatherings) as capture:
+                with _Capture(replica, partnered) as capture:
                     output = replica.run(load_original())
                 meant = capture.rows
             with _Tap(replica, gatherings, meant) as tap:
@@ -342,8 +345,4 @@ class _Tap(_Hooks):
         self._gatherings, self._meant = gatherings, meant
 
     def take(self, group: Siblings, rows: Tensor) -> None:
-        original = self._meant.get(group)
-        if original is not None and original.shape != rows.shape:
-            # Routers may send other tokens to an expert than in the original model: rows have no partners then.
-            original = None
-        self.moments[group] = ShardMoments.of(rows, self._gatherings[group], original)
+        self.moments[group] = ShardMoments.of(rows, self._gatherings[group], self._meant.get(group))

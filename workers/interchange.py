@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.formats import LowRank, QuantizedWeight
 from kernels.packing import from_checkpoint, to_checkpoint
 from kernels.residual import Correction, ResidualStore
-from workers.architecture import Family
+from workers.architecture import Family, is_expert
 from workers.errors import CheckpointError
 from workers.tasks import ModuleFormat
 
@@ -24,7 +24,6 @@ QUANT_METHOD = "counterweight"
 """`quant_method` of an artifact that only our own loader may open; also the prefix of its `model_type`."""
 
 ADAPTER_PREFIX = "base_model.model."
-EXPERTS = ".experts."
 EXPERT_TARGET = "re:.*[.]experts[.].*"
 
 PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
@@ -122,7 +121,7 @@ def scale_dtype(module: str, source: torch.dtype) -> torch.dtype:
     The source's, but float32 for experts: transformers dequantizes experts in the dtype of their scales when it fuses
     them, so 16-bit scales would give other logits than ours (relative error 4e-3 to 1e-2 on the reference Mixtral).
     """
-    return torch.float32 if EXPERTS in f".{module}." else source
+    return torch.float32 if is_expert(module) else source
 
 
 def refusal_of_weights(formats: Mapping[str, ModuleFormat], experts: Sequence[str]) -> str | None:
@@ -164,7 +163,7 @@ def refusal_of_adapter(formats: Mapping[str, ModuleFormat], family: Family) -> s
     if family.experts is None:
         return None
     branches = [name for name, form in formats.items() if form.rank]
-    if any(EXPERTS in f".{name}." for name in branches):
+    if any(is_expert(name) for name in branches):
         return "low-rank branches on experts: PEFT has no linear layer to attach them to once experts are fused"
     projections = {name.rpartition(".")[2] for name in family.experts.on_disk.values()}
     if any(name.rpartition(".")[2] in projections for name in branches):
@@ -180,7 +179,7 @@ def artifact_config(
     linears: names of all linears inside the blocks, quantized or kept, as stored.
     """
     config = {**source}
-    experts = [name for name in linears if EXPERTS in f".{name}."]
+    experts = [name for name in linears if is_expert(name)]
     reason = refusal_of_weights(formats, experts)
     if reason is not None:
         config["model_type"] = f"{QUANT_METHOD}_{source['model_type']}"
@@ -284,7 +283,7 @@ def _groups(formats: Mapping[str, ModuleFormat]) -> dict[str, Any]:
     """
     schemes: dict[tuple[Scheme, bool], list[str]] = {}
     for name, form in formats.items():
-        schemes.setdefault((_scheme(form), EXPERTS in f".{name}."), []).append(name)
+        schemes.setdefault((_scheme(form), is_expert(name)), []).append(name)
     if len({scheme for scheme, _ in schemes}) == 1:
         (scheme, _), *_ = schemes
         return {"group_0": _group(scheme, ["Linear"])}

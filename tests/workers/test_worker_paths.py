@@ -60,6 +60,22 @@ def test_paired_inputs_carry_the_original_stream_beside_the_compressed_one(site:
         assert not torch.allclose(found.product("tt"), found.gram)
 
 
+def test_experts_have_no_original_stream_because_a_router_may_send_them_other_tokens(tmp_path: Path) -> None:
+    checkpoint("mixtral", tmp_path / "model", num_hidden_layers=2)
+    site = Site(source=tmp_path / "model", work=tmp_path / "work")
+    worker = Worker("cpu")
+    hidden = worker.embed(site.embed(torch.arange(64).view(4, 16))).outputs
+    # Eight bits leave the routing as it is: as many tokens as in the original model, though that is not the rule.
+    recipe = {"weights": {**RTN3, "bits": 8}, "compensation": {"kind": "lrc", "rank": {"count": 2}}}
+    first = site.block(0, (*hidden, *hidden), recipe, propagate="compressed").model_copy(update={"paired": True})
+    outputs = worker.block(first).outputs
+    behind = site.block(1, outputs, recipe, propagate="compressed").model_copy(update={"paired": True})
+    statistics: dict[Any, InputStatistics] = worker._calibrated(behind, site.workspace).statistics
+    streams = {group[0]: found.streams for group, found in statistics.items()}
+    assert streams["self_attn.q_proj"] == {"x", "t"}
+    assert {seen for name, seen in streams.items() if "experts" in name} == {frozenset({"x"})}
+
+
 def test_a_target_that_knows_the_original_stream_makes_other_codes(tmp_path: Path) -> None:
     checkpoint("llama", tmp_path / "model", num_hidden_layers=2)
     errors = [
