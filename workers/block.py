@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
 from kernels.hadamard import Hadamard
@@ -26,6 +26,7 @@ from workers.architecture import Siblings, is_expert
 from workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from workers.config import Config
 from workers.errors import RequestError
+from workers.hooks import input_hooks
 from workers.parallel import OrderedPool
 from workers.recipe import ModuleRecipe
 from workers.skeleton import Block
@@ -120,15 +121,19 @@ def calibrate(
     ) -> tuple[dict[Siblings, ShardMoments], Output]:
         load, load_original = loads
         replica = replicas.get()
+        meant: dict[Siblings, Tensor] = {}
+        moments: dict[Siblings, ShardMoments] = {}
+
+        def take(group: Siblings, rows: Tensor) -> None:
+            moments[group] = ShardMoments.of(rows, gatherings[group], meant.get(group))
+
         try:
-            meant: dict[Siblings, Tensor] = {}
             if load_original is not None:
-                with _Capture(replica, partnered) as capture:
+                with input_hooks(replica, partnered, meant.__setitem__):
                     output = replica.run(load_original())
-                meant = capture.rows
-            with _Tap(replica, gatherings, meant) as tap:
+            with input_hooks(replica, gatherings, take):
                 seen = replica.run(load())
-            return tap.moments, emit(seen if load_original is None else output)
+            return moments, emit(seen if load_original is None else output)
         finally:
             replicas.put(replica)
 
@@ -296,53 +301,3 @@ def _scale_bits(weight: QuantizedWeight) -> int:
 def _accumulator(block: Block, group: Siblings, gathering: Gathering) -> Accumulator:
     weight = block.linear(group[0]).weight
     return Accumulator(weight.shape[1], weight.device, gathering)
-
-
-class _Hooks:
-    """Looks at what enters the first linear of each group, while the context is open."""
-
-    def __init__(self, block: Block, groups: Iterable[Siblings]) -> None:
-        self._block, self._groups = block, groups
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def take(self, group: Siblings, rows: Tensor) -> None:
-        """Called with the input [..., in] of a group."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        for group in self._groups:
-
-            def hook(_: nn.Module, arguments: tuple[Tensor, ...], group: Siblings = group) -> None:
-                self.take(group, arguments[0])
-
-            self._handles.append(self._block.linear(group[0]).register_forward_pre_hook(hook))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-class _Capture(_Hooks):
-    """Keeps the inputs themselves."""
-
-    def __init__(self, block: Block, groups: Iterable[Siblings]) -> None:
-        super().__init__(block, groups)
-        self.rows: dict[Siblings, Tensor] = {}
-
-    def take(self, group: Siblings, rows: Tensor) -> None:
-        self.rows[group] = rows
-
-
-class _Tap(_Hooks):
-    """Takes the inputs' moments. meant: what the inputs are in the original model."""
-
-    def __init__(
-        self, block: Block, gatherings: Mapping[Siblings, Gathering], meant: Mapping[Siblings, Tensor]
-    ) -> None:
-        super().__init__(block, gatherings)
-        self.moments: dict[Siblings, ShardMoments] = {}
-        self._gatherings, self._meant = gatherings, meant
-
-    def take(self, group: Siblings, rows: Tensor) -> None:
-        self.moments[group] = ShardMoments.of(rows, self._gatherings[group], self._meant.get(group))

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.hadamard import Hadamard
 from workers.architecture import Siblings
 from workers.calibration.clipping import activation_format, best_clip
 from workers.calibration.statistics import Gathering
 from workers.compensation.aser import outlier_channels, outlier_scales
+from workers.hooks import input_hooks
 from workers.recipe import ASER, Activations, ModuleRecipe
 from workers.skeleton import Block
 from workers.transforms.families import Wiring
@@ -63,7 +64,8 @@ def prepare(
         seen = rows.get(group)
         foldable = producer_rows(wiring, group, parameters) is not None
         transform = online.get(group[0])
-        weights = [parameters[f"{name}.weight"].float() for name in group]
+        # Parameters lie on the CPU, rows where the block runs.
+        weights = [] if seen is None else [parameters[f"{name}.weight"].float().to(seen.device) for name in group]
         if seen is not None and recipe.smoothing is not None and foldable:
             asked = None if recipe.activations is None else activation_format(recipe.activations)
             few = seen[:: max(1, len(seen) // 512)]
@@ -103,18 +105,12 @@ def _captured(block: Block, groups: list[Siblings], load: Callable[[], Tensor]) 
     """Up to `ROWS` evenly spaced rows [tokens, in] float32 of the input of each group, from the first shard; a group that no
     token reached has none."""
     found: dict[Siblings, Tensor] = {}
-    handles = []
-    for group in groups:
 
-        def take(_: nn.Module, arguments: tuple[Tensor, ...], group: Siblings = group) -> None:
-            rows = arguments[0].reshape(-1, arguments[0].shape[-1])
-            if len(rows):
-                found[group] = rows[:: max(1, len(rows) // ROWS)][:ROWS].float()
+    def take(group: Siblings, rows: Tensor) -> None:
+        tokens = rows.reshape(-1, rows.shape[-1])
+        if len(tokens):
+            found[group] = tokens[:: max(1, len(tokens) // ROWS)][:ROWS].float()
 
-        handles.append(block.linear(group[0]).register_forward_pre_hook(take))
-    try:
+    with input_hooks(block, groups, take):
         block.run(load())
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
