@@ -21,6 +21,7 @@ from torch import Tensor
 from kernels.formats import QuantizedWeight
 from kernels.linear import CompensatedLinear
 from pipeline.model_source import open_model
+from workers.anatomy import EMBEDDING
 from workers.architecture import Siblings
 from workers.calibration.source import TextSource
 from workers.calibration.statistics import InputStatistics
@@ -28,7 +29,7 @@ from workers.calibration.tokens import token_set
 from workers.quantization import quantize
 from workers.recipe.tuning import Tuning
 from workers.recipe.weights import GPTQ, RTN, MeanSquare, Quantizer, WeightFormat
-from workers.skeleton import EMBEDDING, Block
+from workers.skeleton import Block
 from workers.tuning import LinearFormat, TuningResult, tune
 
 CPU = torch.device("cpu")
@@ -66,22 +67,22 @@ def problems(model: str, text: str, blocks: int, sequences: int, length: int) ->
     tokens = token_set(
         TextSource(uri=Path(text).resolve().as_uri()),
         source.tokenizer(),
-        vocabulary=source.skeleton.vocabulary,
+        vocabulary=source.anatomy.vocabulary,
         length=length,
         sequences=None,
         sampling="consecutive",
         seed=0,
         field="TEXT",
     ).ids
-    embed = source.skeleton.embedding(source.checkpoint.read(EMBEDDING), CPU, torch.float32)
+    embed = source.anatomy.embedding(source.checkpoint.read(EMBEDDING), CPU, torch.float32)
     with torch.no_grad():
         seen, unseen = (embed(part.long()) for part in (tokens[:sequences], tokens[-sequences:]))
     found = []
     for index in range(blocks):
         tensors = source.checkpoint.read_many(source.block_tensors(index))
-        parts = source.skeleton.sources(index, source.checkpoint.names)
+        parts = source.anatomy.sources(index, source.checkpoint.names)
         parameters = {name: part.of(tensors[part.source]) for name, part in parts.items()}
-        block = source.skeleton.block(index, parameters, CPU, torch.float32)
+        block = source.anatomy.block(index, parameters, CPU, torch.float32)
         after_seen, after_unseen = block.run(seen), block.run(unseen)
         found.append(Problem(block, ([seen], [after_seen]), (unseen, after_unseen)))
         seen, unseen = after_seen, after_unseen

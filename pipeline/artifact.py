@@ -17,9 +17,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from pipeline.report import BitsPerWeight, ModelReport, Quality
-from workers.compressed import LEDGER
 from workers.config import Config, first_problem
 from workers.errors import IntegrityError, ObjectNotFoundError, RequestError
+from workers.ledger import LEDGER
 from workers.storage import ObjectStore, fetch, open_store, stream_sha256
 from workers.storage.names import check_key
 

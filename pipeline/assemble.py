@@ -32,10 +32,10 @@ from pipeline.manifest import CompressionJob
 from pipeline.model_source import ModelSource
 from pipeline.report import Report
 from pipeline.report_html import render
-from workers.compressed import ADAPTER, ADAPTER_CONFIG, LEDGER, RESIDUAL_STORE, Ledger
+from workers.anatomy import LM_HEAD
 from workers.errors import IntegrityError, ObjectNotFoundError
 from workers.interchange import adapter_config, artifact_config
-from workers.skeleton import LM_HEAD
+from workers.ledger import ADAPTER, ADAPTER_CONFIG, LEDGER, RESIDUAL_STORE, Ledger
 from workers.storage import sha256_hex
 from workers.storage.base import Written
 from workers.tasks import BlockRecord, KeepRecord, LedgerEntry, ModuleFormat
@@ -102,7 +102,7 @@ class Assembler:
         source = dict(self._source.checkpoint.config)
         if LM_HEAD in ledger.tensors:
             source["tie_word_embeddings"] = False  # a rotated model's lm_head is not its embedding
-        config = artifact_config(source, ledger.formats, linears, self._source.skeleton.family)
+        config = artifact_config(source, ledger.formats, linears, self._source.anatomy.family)
         self._write(CONFIG, _json(config))
         self._write(LEDGER, ledger.model_dump_json(indent=1).encode())
         for name in self._source.checkpoint.copyable_files():
@@ -130,7 +130,7 @@ class Assembler:
         parts = [(r.adapter, tuple(r.factors)) for r in self._parts.blocks if r.adapter is not None]
         if parts:
             self._join("adapter", parts, ADAPTER)
-            family = self._source.skeleton.family
+            family = self._source.anatomy.family
             self._write(ADAPTER_CONFIG, _json(adapter_config(ledger.formats, self._artifact.name, family)))
 
     def _residual(self) -> None:
@@ -162,11 +162,11 @@ class Assembler:
         )
 
     def _linears(self) -> list[str]:
-        skeleton = self._source.skeleton
+        anatomy = self._source.anatomy
         return [
-            skeleton.disk_name(index, f"{name}.weight").removesuffix(".weight")
-            for index in range(skeleton.blocks)
-            for group in skeleton.block_linears(index)
+            anatomy.module_name(index, name)
+            for index in range(anatomy.blocks)
+            for group in anatomy.block_linears(index)
             for name in group
         ]
 

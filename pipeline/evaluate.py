@@ -13,13 +13,12 @@ from pipeline.model_source import open_model
 from pipeline.report import Quality, Report, qualities
 from workers.calibration.source import TextSource, TokenSource
 from workers.calibration.tokens import token_set
-from workers.compressed import LEDGER
 from workers.config import first_problem
 from workers.errors import IntegrityError, RequestError
-from workers.evaluation import EvaluateSpec
 from workers.keys import digest
+from workers.ledger import LEDGER
 from workers.storage import open_store
-from workers.tasks import Setting
+from workers.tasks import EvaluateSpec, Setting
 from workers.worker import Worker
 from workers.workspace import Workspace
 
@@ -53,7 +52,7 @@ def evaluate_artifact(
     tokens = token_set(
         _text(text, report),
         source.tokenizer(),
-        vocabulary=source.skeleton.vocabulary,
+        vocabulary=source.anatomy.vocabulary,
         length=sequence_length or _reported_length(report),
         sequences=windows if windows is not None or text is not None else _reported_windows(report),
         sampling="consecutive",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
+from workers.anatomy import EMBEDDING, LM_HEAD, Anatomy
 from workers.checkpoint.reader import Checkpoint
 from workers.errors import CheckpointError, RequestError, StorageError
-from workers.skeleton import EMBEDDING, LM_HEAD, Skeleton
 from workers.storage import ObjectStore, open_store
 
 HUB = "hf:"
@@ -29,7 +30,7 @@ class ModelSource:
     uri: str
     store: ObjectStore
     checkpoint: Checkpoint
-    skeleton: Skeleton
+    anatomy: Anatomy
 
     @property
     def dropped(self) -> tuple[str, ...]:
@@ -43,7 +44,7 @@ class ModelSource:
 
     def block_tensors(self, index: int) -> tuple[str, ...]:
         """Tensors that block `index` is made from."""
-        parts = self.skeleton.sources(index, self.checkpoint.names).values()
+        parts = self.anatomy.sources(index, self.checkpoint.names).values()
         return tuple(dict.fromkeys(part.source for part in parts))
 
     @property
@@ -56,23 +57,34 @@ class ModelSource:
         return self.store.read("tokenizer.json") if self.store.exists("tokenizer.json") else None
 
 
-def open_model(uri: str) -> ModelSource:
+def describe(config: Mapping[str, Any]) -> Anatomy:
+    """The anatomy of the model with this config.json; takes transformers, which is a second to import."""
+    from workers.skeleton import Skeleton
+
+    return Skeleton(config).anatomy
+
+
+def open_model(uri: str, describe: Callable[[Mapping[str, Any]], Anatomy] = describe) -> ModelSource:
     """Opens `file:`, `s3:` or `hf:` (a hub repository, downloaded to the local cache first) and checks the checkpoint
-    against its architecture. CheckpointError, UnsupportedModelError, RequestError, StorageError."""
+    against its architecture.
+
+    describe: who says what that architecture is; by default this process, and for a process that would rather not load
+    transformers another one. CheckpointError, UnsupportedModelError, RequestError, StorageError.
+    """
     root = _snapshot(uri) if uri.startswith(HUB) else uri
     store = open_store(root)
     checkpoint = Checkpoint.open(store)
-    skeleton = Skeleton(checkpoint.config)
-    source = ModelSource(root, store, checkpoint, skeleton)
+    anatomy = describe(checkpoint.config)
+    source = ModelSource(root, store, checkpoint, anatomy)
     # A tied model's head may be stored or not; when it is, `inventory` compares it with the embedding.
-    optional = [*source.dropped, *([LM_HEAD] if skeleton.tied else [])]
-    checkpoint.expect(skeleton.expected(checkpoint.names), optional=optional)
+    optional = [*source.dropped, *([LM_HEAD] if anatomy.tied else [])]
+    checkpoint.expect(anatomy.expected(checkpoint.names), optional=optional)
     return source
 
 
 def check_stored_head(source: ModelSource, digests: Mapping[str, str]) -> None:
     """A tied model whose stored head is not its embedding is not tied: CheckpointError."""
-    if source.skeleton.tied and LM_HEAD in digests and digests[LM_HEAD] != digests[EMBEDDING]:
+    if source.anatomy.tied and LM_HEAD in digests and digests[LM_HEAD] != digests[EMBEDDING]:
         raise CheckpointError(
             f"{source.uri}: config.json: tie_word_embeddings: true: but {LM_HEAD} differs from {EMBEDDING}"
         )

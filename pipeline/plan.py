@@ -11,14 +11,13 @@ from math import prod
 
 from pipeline.manifest import CompressionJob
 from pipeline.model_source import ModelSource
+from workers.anatomy import EMBEDDING, LM_HEAD, NORM
 from workers.architecture import is_expert
 from workers.config import Config
 from workers.errors import ManifestError
 from workers.recipe import GPTQ, ModuleRecipe, Recipe
-from workers.skeleton import EMBEDDING, LM_HEAD, NORM
-from workers.tasks import shard_sequences
+from workers.tasks import ITEMSIZE, shard_sequences
 from workers.transforms.families import wiring_of
-from workers.worker import DTYPES
 
 PROCESS_BYTES = 600 << 20
 """A worker process with torch, transformers and Ray imported, before its first task (measured: 480-560 MiB)."""
@@ -67,9 +66,9 @@ def block_recipe(source: ModelSource, index: int, recipe: Recipe) -> dict[str, M
 
     Patterns of the recipe are matched against the name as the artifact stores it.
     """
-    skeleton = source.skeleton
+    anatomy = source.anatomy
     result: dict[str, ModuleRecipe] = {}
-    for group in skeleton.block_linears(index):
+    for group in anatomy.block_linears(index):
         for name in group:
             part = recipe.for_module(_stored(source, index, name))
             if part is not None:
@@ -82,10 +81,10 @@ def make_plan(job: CompressionJob, source: ModelSource) -> Plan:
     a group size that does not divide a width, an override that matches nothing)."""
     _check_overrides(job.spec.recipe, source)
     _check_rotation(job.spec.recipe, source)
-    blocks = tuple(_block_plan(job, source, index) for index in range(source.skeleton.blocks))
+    blocks = tuple(_block_plan(job, source, index) for index in range(source.anatomy.blocks))
     calibration = job.spec.calibration
     tokens = calibration.sequences * calibration.sequence_length
-    boundary = tokens * source.skeleton.hidden_size * DTYPES[calibration.compute_dtype].itemsize
+    boundary = tokens * source.anatomy.hidden_size * ITEMSIZE[calibration.compute_dtype]
     total = sum(_bytes(source, name) for name in source.tensors)
     validation = 0 if job.spec.validation is None else 2
     written = _artifact_bytes(source, blocks) + boundary * (len(blocks) + 1)
@@ -110,13 +109,13 @@ def make_plan(job: CompressionJob, source: ModelSource) -> Plan:
 
 def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPlan:
     calibration = job.spec.calibration
-    skeleton = source.skeleton
-    shapes = skeleton.block_parameters(index)
-    groups = skeleton.block_linears(index)
+    anatomy = source.anatomy
+    shapes = anatomy.block_parameters(index)
+    groups = anatomy.block_linears(index)
     recipe = block_recipe(source, index, job.spec.recipe)
     linears = {name: _matrix(shapes[f"{name}.weight"]) for group in groups for name in group}
     _check_recipe(source, index, recipe, linears, calibration.propagate)
-    itemsize = DTYPES[calibration.compute_dtype].itemsize
+    itemsize = ITEMSIZE[calibration.compute_dtype]
     names = source.block_tensors(index)
     stored = sum(_bytes(source, name) for name in names)
     parameters = sum(prod(shape) for shape in shapes.values())
@@ -129,7 +128,7 @@ def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPl
     statistics = sum(width * width * (8 + 4) * products for width in widths)
     shard = shard_sequences(calibration.sequence_length) * calibration.sequence_length
     intermediate = max((rows for rows, _ in linears.values()), default=0)
-    activations = shard * itemsize * (skeleton.hidden_size * 6 + intermediate * 3)
+    activations = shard * itemsize * (anatomy.hidden_size * 6 + intermediate * 3)
     largest = max(widths, default=0)
     # float64 Hessian, its factor and its inverse, and float32 copies of the widest layer.
     solve = largest * largest * 8 * 3 + max((rows * columns for rows, columns in linears.values()), default=0) * 16
@@ -159,7 +158,7 @@ def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPl
 def _active_share(source: ModelSource, linears: Mapping[str, tuple[int, int]]) -> dict[str, float]:
     """Share of the tokens that reach each linear: experts see theirs only."""
     config = source.checkpoint.config
-    experts = source.skeleton.experts
+    experts = source.anatomy.experts
     share = int(config.get("num_experts_per_tok", 1)) / experts if experts else 1.0
     return {name: share if is_expert(name) else 1.0 for name in linears}
 
@@ -215,8 +214,8 @@ def _check_overrides(recipe: Recipe, source: ModelSource) -> None:
 
     names = {
         _stored(source, index, name)
-        for index in range(source.skeleton.blocks)
-        for group in source.skeleton.block_linears(index)
+        for index in range(source.anatomy.blocks)
+        for group in source.anatomy.block_linears(index)
         for name in group
     } | {"lm_head"}
     patterns = [(f"spec.recipe.overrides.{i}.match", item.match) for i, item in enumerate(recipe.overrides)]
@@ -260,7 +259,7 @@ def _full(source: ModelSource, block: BlockPlan, name: str) -> str:
 
 
 def _stored(source: ModelSource, index: int, name: str) -> str:
-    return source.skeleton.disk_name(index, f"{name}.weight").removesuffix(".weight")
+    return source.anatomy.module_name(index, name)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

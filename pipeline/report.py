@@ -10,10 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import exp
 from typing import Any
 
-from workers.block import ModuleReport
 from workers.config import Config
-from workers.evaluation import BASELINE, COMPENSATED, QUANTIZED, WindowMetrics
-from workers.tasks import BlockRecord, Timing
+from workers.tasks import BASELINE, COMPENSATED, QUANTIZED, BlockRecord, ModuleReport, Timing, WindowMetrics
 
 
 class Quality(Config):

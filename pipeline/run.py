@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 from pipeline.manifest import CompressionJob
 from pipeline.pool import PoolSize, RayPool, cluster, threads_per_worker
 from pipeline.progress import Progress
-from workers.errors import RequestError, WorkerError
+from workers.errors import WorkerError
 from workers.process import importing
 
 if TYPE_CHECKING:
     from pipeline.artifact import Published
-    from pipeline.model_source import ModelSource
-    from pipeline.tokens import Tokens
     from workers.tasks import Device
 
 
@@ -29,11 +27,12 @@ def run_job(job: CompressionJob, progress: Progress, *, address: str | None = No
     with cluster(address, size):
         pool = RayPool(size)
         try:
-            # Workers load torch and transformers now, and so does this process, for the model's tables. Not while Ray starts:
-            # an import holds the interpreter that starts it.
-            source, tokens = _open(job, _embedded(address))
-            from pipeline.orchestrator import Orchestrator
-
+            # Workers load torch and transformers now, and so does this process with torch. Not while Ray starts: an import
+            # holds the interpreter that starts it.
+            with importing():
+                from pipeline.opening import open_job
+                from pipeline.orchestrator import Orchestrator
+            source, tokens = open_job(job, pool, progress, here=_embedded(address))
             device = _device(pool.devices(), size.device, progress)
             return Orchestrator(job, source, tokens, pool, device, progress).run()
         finally:
@@ -60,26 +59,3 @@ def _device(found: Sequence[str], asked: Device, progress: Progress) -> Device:
 
 def _embedded(address: str | None) -> bool:
     return address in (None, "local")
-
-
-def _open(job: CompressionJob, here: bool) -> tuple[ModelSource, Tokens]:
-    """The model, checked against its architecture and the recipe, and the tokens; the output, checked for what we need of it.
-
-    here: the workers run on this machine, so they must fit into it.
-    """
-    with importing():
-        from pipeline.model_source import open_model
-        from pipeline.orchestrator import Orchestrator  # noqa: F401  while workers do the same
-        from pipeline.plan import make_plan
-        from pipeline.tokens import read_tokens
-        from workers.storage import open_store
-        from workers.storage.probe import probe
-    source = open_model(job.spec.model.uri)
-    plan = make_plan(job, source)
-    if plan.problems and here:
-        raise RequestError("spec.resources: " + "; ".join(plan.problems))
-    try:
-        probe(open_store(job.spec.output.uri))
-    except RequestError as error:
-        raise RequestError(f"spec.output.uri: {error}") from error
-    return source, read_tokens(job, source)

@@ -23,7 +23,7 @@ def read_tokens(job: CompressionJob, source: ModelSource) -> Tokens:
     """Reads and tokenizes the texts that `job` names; RequestError when one does not give what is asked of it."""
     started = time.perf_counter()
     tokenizer = source.tokenizer()
-    vocabulary = source.skeleton.vocabulary
+    vocabulary = source.anatomy.vocabulary
     calibration, validation = job.spec.calibration, job.spec.validation
     first = token_set(
         calibration.source,

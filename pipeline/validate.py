@@ -8,10 +8,9 @@ from pipeline.artifact import Artifact, FileEntry
 from pipeline.dispatch import Dispatcher, Task
 from pipeline.manifest import Gates
 from pipeline.report import Quality, TaskReport
-from workers.compressed import LEDGER
 from workers.errors import GateError
-from workers.evaluation import EvaluateRecord, EvaluateSpec, WindowMetrics
-from workers.tasks import Setting, shard_sequences
+from workers.ledger import LEDGER
+from workers.tasks import EvaluateRecord, EvaluateSpec, Setting, WindowMetrics, shard_sequences
 from workers.workspace import Blob
 
 Windows = dict[str, list[WindowMetrics]]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,13 +24,15 @@ from kernels.linear import CompensatedLinear
 from kernels.residual import Correction
 from workers.architecture import Siblings, is_expert
 from workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
-from workers.config import Config
 from workers.errors import RequestError
 from workers.hooks import input_hooks
 from workers.parallel import OrderedPool
 from workers.recipe import ModuleRecipe
-from workers.skeleton import Block
 from workers.solve import shares_a_solve, solve
+from workers.tasks import FallbackReport, ModuleReport
+
+if TYPE_CHECKING:
+    from workers.skeleton import Block  # transformers, which who only reads reports does not need
 
 PARALLEL_WIDTH = 1024
 """Input columns of the widest layer from which solves run side by side. Below, an operation on one column is so short
@@ -60,38 +62,6 @@ class CompressedLinear:
             transform=self.transform,
             residual=None if self.residual is None else self.residual.to(device),
         )
-
-
-class FallbackReport(Config):
-    """A departure from the recipe that was necessary, with its cause; never silent."""
-
-    step: str
-    cause: str
-
-
-class ModuleReport(Config):
-    """What one linear layer cost and won.
-
-    error_quantized, error_compensated: squared error of the output over the calibration tokens, quantized inputs included,
-    relative to the original output, before and after the low-rank branch; None when no token reached the layer. Bits are of
-    storage, in sum over the layer.
-    """
-
-    name: str
-    rows: int
-    columns: int
-    bits: int
-    group_size: int | None
-    rank: int
-    tokens: int
-    code_bits: int
-    scale_bits: int
-    factor_bits: int
-    residual_bits: int = 0
-    error_quantized: float | None
-    error_compensated: float | None
-    fallbacks: tuple[FallbackReport, ...] = ()
-    seconds: float
 
 
 def calibrate(

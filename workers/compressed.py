@@ -11,16 +11,15 @@ Files below an artifact's root that this module knows:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from workers.anatomy import EMBEDDING, LM_HEAD, NORM
 from workers.block import CompressedLinear
 from workers.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 from workers.checkpoint.reader import Checkpoint
-from workers.config import Config, first_problem
+from workers.config import first_problem
 from workers.errors import CheckpointError, ObjectNotFoundError
 from workers.interchange import (
     PACKED,
@@ -31,27 +30,10 @@ from workers.interchange import (
     residual_names,
     source_config,
 )
-from workers.skeleton import EMBEDDING, LM_HEAD, NORM, Block, Skeleton
+from workers.ledger import ADAPTER, LEDGER, RESIDUAL_STORE, Ledger
+from workers.skeleton import Block, Skeleton
 from workers.storage import ObjectStore
-from workers.tasks import LedgerEntry, ModuleFormat
-
-LEDGER = "ledger.json"
-RESIDUAL_STORE = "residual/residual.safetensors"
-ADAPTER = "compensation/adapter_model.safetensors"
-ADAPTER_CONFIG = "compensation/adapter_config.json"
-
-
-class Ledger(Config):
-    """The account of an artifact's tensors.
-
-    entries: what became of each source tensor. formats: quantized linear -> how it is stored. tensors: every stored
-    tensor (checkpoint, adapter and residual store) -> sha256 of its dtype, shape and bytes.
-    """
-
-    schema_version: int = 1
-    entries: tuple[LedgerEntry, ...]
-    formats: Mapping[str, ModuleFormat]
-    tensors: Mapping[str, str]
+from workers.tasks import ModuleFormat
 
 
 class CompressedModel:
@@ -106,8 +88,8 @@ class CompressedModel:
         skeleton = self.skeleton
         linears: dict[str, CompressedLinear] = {}
         parameters: dict[str, Tensor] = {}
-        for parameter, shape in skeleton.block_parameters(index).items():
-            stored = skeleton.disk_name(index, parameter)
+        for parameter, shape in skeleton.anatomy.block_parameters(index).items():
+            stored = skeleton.anatomy.disk_name(index, parameter)
             module = stored.removesuffix(".weight")
             form = self.ledger.formats.get(module)
             if form is not None and parameter.endswith(".weight"):

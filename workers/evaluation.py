@@ -15,55 +15,9 @@ from torch.nn import functional
 
 from workers.block import install
 from workers.compressed import CompressedModel
-from workers.config import Config
-from workers.keys import digest
 from workers.parallel import OrderedPool
 from workers.skeleton import Block
-from workers.tasks import Setting, Timing
-from workers.workspace import Blob, Record
-
-EVALUATE = "evaluate"
-
-BASELINE, QUANTIZED, COMPENSATED = "baseline", "quantized", "compensated"
-
-
-class EvaluateSpec(Config):
-    """Windows [start, stop) of a token set, for an artifact and the model it was made from."""
-
-    setting: Setting
-    tensors: Mapping[str, str]
-    """Every source tensor -> sha256."""
-    artifact: str
-    """Root URI of the artifact's files."""
-    ledger: str
-    """sha256 of the artifact's ledger, which holds the digest of every stored tensor."""
-    tokens: Blob
-    start: int
-    stop: int
-
-    def key(self) -> str:
-        shared = {**self.setting.determines(), "compute_dtype": "float32"}
-        return digest([EVALUATE, shared, dict(self.tensors), self.ledger, self.tokens.sha256, self.start, self.stop])
-
-
-class WindowMetrics(Config):
-    """One window under one model.
-
-    nll: mean negative log-likelihood of its tokens but the first, in nats. kl: mean over positions of
-    KL(baseline || this), in nats. agreement: share of positions with the baseline's most probable token.
-    """
-
-    nll: float
-    kl: float
-    agreement: float
-
-
-class EvaluateRecord(Record):
-    """Variant -> metrics of the windows, in order. Without any low-rank branch there is no `compensated`."""
-
-    windows: Mapping[str, tuple[WindowMetrics, ...]]
-    timing: Timing
-
+from workers.tasks import BASELINE, COMPENSATED, QUANTIZED, WindowMetrics
 
 Blocks = Callable[[int], Mapping[str, Block]]
 """Index -> the block under each variant."""

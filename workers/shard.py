@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from kernels.residual import Correction
-from workers.block import CompressedLinear, ModuleReport, tensor_bits
+from workers.block import CompressedLinear, tensor_bits
 from workers.checkpoint.digest import tensor_digest
 from workers.interchange import factor_tensors, residual_tensors, weight_tensors
 from workers.skeleton import Skeleton
-from workers.tasks import BlockRecord, BlockSpec, LedgerEntry, ModuleFormat, Timing
+from workers.tasks import BlockRecord, BlockSpec, LedgerEntry, ModuleFormat, ModuleReport, Timing
 from workers.workspace import Blob, Workspace
 
 
@@ -37,9 +37,9 @@ def write_block(
     formats: dict[str, ModuleFormat] = {}
     ledger: list[LedgerEntry] = []
     kept_bits = 0
-    slices = skeleton.sources(spec.index, spec.tensors)
+    slices = skeleton.anatomy.sources(spec.index, spec.tensors)
     for parameter, part in slices.items():
-        stored = skeleton.disk_name(spec.index, parameter)
+        stored = skeleton.anatomy.disk_name(spec.index, parameter)
         module = parameter.removesuffix(".weight")
         if parameter.endswith(".weight") and module in linears:
             linear, name = linears[module], stored.removesuffix(".weight")
@@ -77,7 +77,7 @@ def write_block(
 
 
 def _full_name(skeleton: Skeleton, index: int, module: str) -> str:
-    return skeleton.disk_name(index, f"{module}.weight").removesuffix(".weight")
+    return skeleton.anatomy.module_name(index, module)
 
 
 def _format(linear: CompressedLinear) -> ModuleFormat:

@@ -12,9 +12,9 @@ has its own input statistics, its own grid and its own low-rank branch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,37 +22,12 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from kernels.hadamard import Hadamard
-from workers.architecture import EXPERT, Family, Siblings, family_of, sibling_groups
+from workers.anatomy import LM_HEAD, NORM, Anatomy, BlockAnatomy
+from workers.architecture import Family, Siblings, family_of, sibling_groups
 from workers.errors import CheckpointError, UnsupportedModelError
 from workers.model_config import parse_config
 
-EMBEDDING = "model.embed_tokens.weight"
-NORM = "model.norm.weight"
-LM_HEAD = "lm_head.weight"
-
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Where a module's parameter comes from: a whole source tensor, or row `index`, columns [start, stop) of a fused one."""
-
-    source: str
-    expert: int | None = None
-    rows: tuple[int, int] | None = None
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The parameter, as a view of the source tensor."""
-        part = tensor if self.expert is None else tensor[self.expert]
-        return part if self.rows is None else part[self.rows[0] : self.rows[1]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Anatomy:
-    """A block's parameter shapes and its quantizable linears."""
-
-    parameters: Mapping[str, tuple[int, ...]]
-    linears: tuple[Siblings, ...]
 
 
 class LinearExperts(nn.Module):
@@ -105,7 +80,6 @@ class Skeleton:
         self.hidden_size: int = self.config.hidden_size
         self.vocabulary: int = self.config.vocab_size
         self.tied: bool = bool(self.config.tie_word_embeddings)
-        self._anatomies: dict[int, _Anatomy] = {}
         self.experts: int = 0
         if self.family.experts is not None:
             self.experts = int(getattr(self.config, self.family.experts.count_key))
@@ -115,90 +89,44 @@ class Skeleton:
 
     def block_module(self, index: int) -> nn.Module:
         """Block `index` on the meta device, experts unfused; parameter names are relative to the block."""
+        return self._unfused(self._layer(index))
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """Names and shapes of all that the model consists of."""
+        kinds: dict[tuple[tuple[str, tuple[int, ...]], ...], int] = {}
+        anatomies: list[BlockAnatomy] = []
+        kind_of: list[int] = []
+        for index in range(self.blocks):
+            layer = self._layer(index)
+            # Unfusing hundreds of experts takes longer than all else here, and most blocks are alike.
+            kind = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+            if kind not in kinds:
+                kinds[kind] = len(anatomies)
+                anatomies.append(self._anatomy(self._unfused(layer)))
+            kind_of.append(kinds[kind])
+        return Anatomy(
+            model_type=self.config.model_type,
+            hidden_size=self.hidden_size,
+            vocabulary=self.vocabulary,
+            tied=self.tied,
+            experts=self.experts,
+            kinds=tuple(anatomies),
+            kind_of=tuple(kind_of),
+        )
+
+    def _anatomy(self, layer: nn.Module) -> BlockAnatomy:
+        linears = frozenset(name for name, module in layer.named_modules() if isinstance(module, nn.Linear))
+        return BlockAnatomy(
+            parameters={name: tuple(parameter.shape) for name, parameter in layer.named_parameters()},
+            linears=sibling_groups(self.family, linears, self.experts),
+        )
+
+    def _layer(self, index: int) -> nn.Module:
         with _building(f"block {index}"):
             base = _base_class(self.config)(_with_layers(self.config, [index]))
-            layer = type(base.layers[0])(self.config, index)
-        return self._unfused(layer)
-
-    def block_parameters(self, index: int) -> Mapping[str, tuple[int, ...]]:
-        """Parameter name (relative to the block) -> shape."""
-        return self._anatomy(index).parameters
-
-    def block_linears(self, index: int) -> tuple[Siblings, ...]:
-        """The quantizable linears of block `index`, grouped by shared input."""
-        return self._anatomy(index).linears
-
-    def _anatomy(self, index: int) -> _Anatomy:
-        if index not in self._anatomies:
-            module = self.block_module(index)
-            linears = frozenset(name for name, m in module.named_modules() if isinstance(m, nn.Linear))
-            self._anatomies[index] = _Anatomy(
-                parameters={name: tuple(p.shape) for name, p in module.named_parameters()},
-                linears=sibling_groups(self.family, linears, self.experts),
-            )
-        return self._anatomies[index]
-
-    def sources(self, index: int, available: Iterable[str]) -> dict[str, Slice]:
-        """Parameter of block `index` -> where it lies in the checkpoint whose tensor names are `available`."""
-        names = set(available)
-        prefix = f"model.layers.{index}."
-        result: dict[str, Slice] = {}
-        for parameter, shape in self.block_parameters(index).items():
-            result[parameter] = self._source(prefix, parameter, shape, names)
-        return result
-
-    def expected(self, available: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Every tensor that the checkpoint must hold -> its shape. `available` decides between fused and apart."""
-        names = set(available)
-        hidden, vocabulary = self.hidden_size, self.vocabulary
-        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocabulary, hidden), NORM: (hidden,)}
-        if not self.tied:
-            shapes[LM_HEAD] = (vocabulary, hidden)
-        for index in range(self.blocks):
-            for parameter, shape in self.block_parameters(index).items():
-                source = self._source(f"model.layers.{index}.", parameter, shape, names)
-                if source.expert is None:
-                    shapes[source.source] = shape
-                else:
-                    rows = shape[0] if source.rows is None else 2 * shape[0]
-                    shapes[source.source] = (self.experts, rows, shape[1])
-        return shapes
-
-    def disk_name(self, index: int, parameter: str) -> str:
-        """On-disk name of a block's parameter in a checkpoint that keeps experts apart (how we write it)."""
-        return self._apart(f"model.layers.{index}.", parameter)
-
-    def _apart(self, prefix: str, parameter: str) -> str:
-        layout = self.family.experts
-        if layout is not None and parameter.startswith(f"{layout.module}."):
-            expert = parameter.removeprefix(f"{layout.module}.").split(".", 1)[0]
-            for module, disk in layout.on_disk.items():
-                if parameter == f"{module.replace(EXPERT, expert)}.weight":
-                    return f"{prefix}{disk.replace(EXPERT, expert)}.weight"
-        for module, disk in self.family.renames.items():
-            if parameter.startswith(module) and self._is_sparse(parameter):
-                return prefix + disk + parameter.removeprefix(module)
-        return prefix + parameter
-
-    def _is_sparse(self, parameter: str) -> bool:
-        return self.family.experts is not None and parameter.startswith("mlp.")
-
-    def _source(self, prefix: str, parameter: str, shape: tuple[int, ...], names: set[str]) -> Slice:
-        layout = self.family.experts
-        apart = self._apart(prefix, parameter)
-        if apart in names or layout is None or not self._is_sparse(parameter):
-            return Slice(apart)
-        if not parameter.startswith(f"{layout.module}."):
-            plain = prefix + parameter
-            return Slice(plain if plain in names else apart)
-        expert, projection, _ = parameter.removeprefix(f"{layout.module}.").split(".")
-        gate_up, down = (prefix + name for name in layout.fused_on_disk)
-        if projection == "down_proj":
-            return Slice(down, int(expert)) if down in names else Slice(apart)
-        if gate_up not in names:
-            return Slice(apart)
-        start = 0 if projection == "gate_proj" else shape[0]
-        return Slice(gate_up, int(expert), (start, start + shape[0]))
+            layer: nn.Module = type(base.layers[0])(self.config, index)
+        return layer
 
     def _unfused(self, layer: nn.Module) -> nn.Module:
         layout = self.family.experts
@@ -242,7 +170,7 @@ class Skeleton:
         missing = [name for name in wrong.missing_keys if name.removesuffix(".weight") not in absent]
         if missing or wrong.unexpected_keys:
             raise CheckpointError(f"block {index}: missing {missing}, unexpected {wrong.unexpected_keys}")
-        return Block(self._around(layer, index, device), self.block_linears(index))
+        return Block(self._around(layer, index, device), self.anatomy.block_linears(index))
 
     def head(self, parameters: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:
         """hidden states [batch, length, hidden] -> logits [batch, length, vocabulary], in `dtype`.

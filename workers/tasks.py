@@ -13,7 +13,6 @@ from pydantic import Field
 
 from kernels.formats import ActivationFormat
 from kernels.hadamard import Hadamard
-from workers.block import ModuleReport
 from workers.config import Config
 from workers.keys import digest, numerics
 from workers.recipe import ModuleRecipe, Rotation
@@ -28,12 +27,18 @@ def shard_sequences(length: int) -> int:
     return max(1, SHARD_TOKENS // length)
 
 
-FORWARD, BLOCK, EMBED, KEEP, GAINS = "forward", "block", "embed", "keep", "gains"
+FORWARD, BLOCK, EMBED, KEEP, GAINS, EVALUATE = "forward", "block", "embed", "keep", "gains", "evaluate"
+
+BASELINE, QUANTIZED, COMPENSATED = "baseline", "quantized", "compensated"
+"""The models that validation compares: the original, its codes alone, and with what compensates them."""
 
 IRRELEVANT_CONFIG = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 """Fields of config.json that cannot change a block's result."""
 
 ComputeDtype = Literal["float32", "bfloat16"]
+ITEMSIZE: Mapping[ComputeDtype, int] = {"float32": 4, "bfloat16": 2}
+"""Bytes of an activation."""
+
 Device = Literal["cpu", "cuda"]
 
 
@@ -126,6 +131,25 @@ class KeepSpec(Config):
         return digest([KEEP, self.setting.determines(), dict(self.tensors)])
 
 
+class EvaluateSpec(Config):
+    """Windows [start, stop) of a token set, for an artifact and the model it was made from."""
+
+    setting: Setting
+    tensors: Mapping[str, str]
+    """Every source tensor -> sha256."""
+    artifact: str
+    """Root URI of the artifact's files."""
+    ledger: str
+    """sha256 of the artifact's ledger, which holds the digest of every stored tensor."""
+    tokens: Blob
+    start: int
+    stop: int
+
+    def key(self) -> str:
+        shared = {**self.setting.determines(), "compute_dtype": "float32"}
+        return digest([EVALUATE, shared, dict(self.tensors), self.ledger, self.tokens.sha256, self.start, self.stop])
+
+
 class Timing(Config):
     """Where a task's time went, in seconds, and its memory's high-water marks, in bytes."""
 
@@ -211,6 +235,38 @@ class ModuleFormat(Config):
         )
 
 
+class FallbackReport(Config):
+    """A departure from the recipe that was necessary, with its cause; never silent."""
+
+    step: str
+    cause: str
+
+
+class ModuleReport(Config):
+    """What one linear layer cost and won.
+
+    error_quantized, error_compensated: squared error of the output over the calibration tokens, quantized inputs included,
+    relative to the original output, before and after the low-rank branch; None when no token reached the layer. Bits are of
+    storage, in sum over the layer.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    bits: int
+    group_size: int | None
+    rank: int
+    tokens: int
+    code_bits: int
+    scale_bits: int
+    factor_bits: int
+    residual_bits: int = 0
+    error_quantized: float | None
+    error_compensated: float | None
+    fallbacks: tuple[FallbackReport, ...] = ()
+    seconds: float
+
+
 class BlockRecord(Record):
     """A compressed block: finished checkpoint shard, adapter factors, what it cost and won."""
 
@@ -249,4 +305,23 @@ class KeepRecord(Record):
     tensors: Mapping[str, str]
     ledger: tuple[LedgerEntry, ...]
     bits: int = Field(ge=0)
+    timing: Timing
+
+
+class WindowMetrics(Config):
+    """One window under one model.
+
+    nll: mean negative log-likelihood of its tokens but the first, in nats. kl: mean over positions of
+    KL(baseline || this), in nats. agreement: share of positions with the baseline's most probable token.
+    """
+
+    nll: float
+    kl: float
+    agreement: float
+
+
+class EvaluateRecord(Record):
+    """Variant -> metrics of the windows, in order. Without any low-rank branch there is no `compensated`."""
+
+    windows: Mapping[str, tuple[WindowMetrics, ...]]
     timing: Timing

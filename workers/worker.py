@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.formats import QuantizedWeight
 from kernels.hadamard import Hadamard
+from workers.anatomy import EMBEDDING, LM_HEAD, NORM, Anatomy
 from workers.architecture import Siblings
 from workers.block import CompressedLinear, calibrate, compress, install, tensor_bits
 from workers.calibration.statistics import InputStatistics
@@ -27,16 +29,7 @@ from workers.checkpoint.reader import Checkpoint
 from workers.clock import Clock
 from workers.compressed import CompressedModel
 from workers.errors import CheckpointError
-from workers.evaluation import (
-    BASELINE,
-    EVALUATE,
-    EvaluateRecord,
-    EvaluateSpec,
-    advance,
-    compressed_blocks,
-    measure,
-    variants_of,
-)
+from workers.evaluation import advance, compressed_blocks, measure, variants_of
 from workers.interchange import scale_dtype
 from workers.join import join_tensors
 from workers.memory import release, settle
@@ -44,13 +37,15 @@ from workers.parallel import OrderedPool
 from workers.prepare import prepare
 from workers.recipe import NoCompensation
 from workers.shard import write_block
-from workers.skeleton import EMBEDDING, LM_HEAD, NORM, Block, Skeleton
+from workers.skeleton import Block, Skeleton
 from workers.solve import gains
 from workers.storage import open_store, stream_sha256
 from workers.storage.base import Written
 from workers.tasks import (
+    BASELINE,
     BLOCK,
     EMBED,
+    EVALUATE,
     FORWARD,
     GAINS,
     KEEP,
@@ -58,6 +53,8 @@ from workers.tasks import (
     BlockSpec,
     Device,
     EmbedSpec,
+    EvaluateRecord,
+    EvaluateSpec,
     GainsRecord,
     HiddenRecord,
     KeepRecord,
@@ -124,6 +121,10 @@ class Worker:
     def ready(self) -> str:
         """The kind of device this worker computes on."""
         return self.device.type
+
+    def describe(self, config: Mapping[str, Any]) -> Anatomy:
+        """Names and shapes of the model with this config.json. CheckpointError, UnsupportedModelError."""
+        return Skeleton(config).anatomy
 
     def inspect(self, source: str, names: Iterable[str]) -> dict[str, TensorDigest]:
         """Digest and finiteness of source tensors; reads each byte once, in bounded memory."""
@@ -282,7 +283,7 @@ class Worker:
         def blocks(index: int) -> dict[str, Block]:
             release(self.device)
             found = compressed_blocks(model, index, variants[1:], self.device)
-            names = {part.source for part in skeleton.sources(index, spec.tensors).values()}
+            names = {part.source for part in skeleton.anatomy.sources(index, spec.tensors).values()}
             digests = {name: spec.tensors[name] for name in names}
             plain = spec.setting.model_copy(update={"rotation": None})
             return {BASELINE: self.load_block(plain, index, digests, torch.float32).block, **found}
@@ -412,7 +413,7 @@ class Worker:
     def load_block(self, setting: Setting, index: int, digests: Mapping[str, str], dtype: torch.dtype) -> LoadedBlock:
         """A source block on the device, every tensor verified, in the setting's coordinates."""
         checkpoint, skeleton = self._source(setting)
-        slices = skeleton.sources(index, checkpoint.names)
+        slices = skeleton.anatomy.sources(index, checkpoint.names)
         tensors = checkpoint.read_many(digests, sha256=digests)
         absent = {part.source for part in slices.values()} - tensors.keys()
         if absent:

@@ -10,7 +10,7 @@ from pipeline.report_html.modules import ExpertTokens, Starved, describe_tokens,
 from pipeline.report_html.plots import SHARES, expert_map
 from pipeline.report_html.tables import code, figure, fold, legend, section, table
 from pipeline.report_html.text import count
-from workers.block import ModuleReport
+from workers.tasks import ModuleReport
 
 SHOWN = 20
 """Rows of a table before the rest is folded away."""

@@ -9,8 +9,7 @@ from html.parser import HTMLParser
 
 from pipeline.report import BitsPerWeight, ModelReport, Quality, Report, TaskReport, TokensReport
 from pipeline.report_html import render
-from workers.block import FallbackReport, ModuleReport
-from workers.tasks import Timing
+from workers.tasks import FallbackReport, ModuleReport, Timing
 
 DIGEST = "0123456789abcdef" * 4
 DENSE = (

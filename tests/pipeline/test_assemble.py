@@ -17,8 +17,8 @@ from pipeline.assemble import Parts
 from tests.models import build, read_tensors, save, save_fused
 from tests.pipeline.tiny import Events, LocalPool, files_of, job_of, local_path, run_local, write_job
 from workers.checkpoint.digest import tensor_digest
-from workers.compressed import Ledger
 from workers.errors import GateError, IntegrityError
+from workers.ledger import Ledger
 from workers.storage import open_store
 from workers.storage.file import FileStore
 

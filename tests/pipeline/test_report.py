@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.report import Report, qualities, quality
 from tests.models import read_tensors
 from tests.pipeline.tiny import job_of, local_path, run_local, write_job
-from workers.evaluation import WindowMetrics
+from workers.tasks import WindowMetrics
 
 WINDOWS = [
     WindowMetrics(nll=1.0, kl=0.5, agreement=0.25),

@@ -19,7 +19,7 @@ from tests.pipeline.report_documents import (
     report,
     task,
 )
-from workers.block import FallbackReport
+from workers.tasks import FallbackReport
 
 PAYLOAD = "\"'><img src=x onerror=alert(1)></title></style></svg><script>alert(2)</script>&amp;"
 

@@ -10,9 +10,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from tests.models import read_config, read_tensors
+from workers.anatomy import EMBEDDING
 from workers.checkpoint.digest import tensor_digest
 from workers.recipe import ModuleRecipe, Recipe
-from workers.skeleton import EMBEDDING, Skeleton
+from workers.skeleton import Skeleton
 from workers.storage import open_store
 from workers.tasks import BlockSpec, ComputeDtype, EmbedSpec, Setting
 from workers.workspace import Blob, Workspace
@@ -76,11 +77,11 @@ class Site:
         skeleton, digests = self.skeleton, self.digests
         whole = Recipe.model_validate(dict(recipe))
         parts: dict[str, ModuleRecipe] = {}
-        for name in (name for group in skeleton.block_linears(index) for name in group):
-            part = whole.for_module(skeleton.disk_name(index, f"{name}.weight").removesuffix(".weight"))
+        for name in (name for group in skeleton.anatomy.block_linears(index) for name in group):
+            part = whole.for_module(skeleton.anatomy.module_name(index, name))
             if part is not None:
                 parts[name] = part
-        sources = {part.source for part in skeleton.sources(index, digests).values()}
+        sources = {part.source for part in skeleton.anatomy.sources(index, digests).values()}
         return BlockSpec(
             setting=self.setting,
             index=index,

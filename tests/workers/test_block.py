@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from kernels.linear import CompensatedLinear
 from tests.models import CASES, build
 from workers.architecture import Siblings
-from workers.block import CompressedLinear, ModuleReport, calibrate, compress, install
+from workers.block import CompressedLinear, calibrate, compress, install
 from workers.calibration.statistics import Gathering, InputStatistics
 from workers.errors import RequestError
 from workers.parallel import OrderedPool
 from workers.recipe import ModuleRecipe
 from workers.skeleton import Block, Skeleton
+from workers.tasks import ModuleReport
 
 CPU = torch.device("cpu")
 RTN = {"kind": "rtn"}
@@ -29,7 +30,9 @@ def block_of(case: str, *, index: int = 0, **changes: Any) -> Block:
     config = {**model.config.to_dict(), "model_type": CASES[case].family}
     skeleton = Skeleton(config)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    parameters = {name: part.of(tensors[part.source]) for name, part in skeleton.sources(index, tensors).items()}
+    parameters = {
+        name: part.of(tensors[part.source]) for name, part in skeleton.anatomy.sources(index, tensors).items()
+    }
     return skeleton.block(index, parameters, CPU, torch.float32)
 
 

@@ -19,10 +19,10 @@ from pipeline.artifact import REPORT, REPORT_PAGE
 from tests.inprocess import local, run_job
 from tests.models import checkpoint, token_ids
 from tests.workers.specs import Site
-from workers.compressed import LEDGER
 from workers.errors import IntegrityError
-from workers.evaluation import BASELINE, COMPENSATED, QUANTIZED, EvaluateRecord, EvaluateSpec, WindowMetrics
+from workers.ledger import LEDGER
 from workers.storage import sha256_hex
+from workers.tasks import BASELINE, COMPENSATED, QUANTIZED, EvaluateRecord, EvaluateSpec, WindowMetrics
 from workers.worker import Worker, shard_sequences
 
 RTN = {"bits": 3, "group_size": 32, "quantizer": {"kind": "rtn"}}

@@ -29,9 +29,10 @@ from tests.models import (
     save_fused,
     token_ids,
 )
+from workers.anatomy import EMBEDDING, LM_HEAD, NORM
 from workers.architecture import FAMILIES
 from workers.errors import CheckpointError, UnsupportedModelError
-from workers.skeleton import EMBEDDING, LM_HEAD, NORM, Block, LinearExperts, Skeleton
+from workers.skeleton import Block, LinearExperts, Skeleton
 
 CPU = torch.device("cpu")
 DENSE_GROUPS = (
@@ -51,7 +52,9 @@ def expert_groups(experts: int) -> tuple[tuple[str, ...], ...]:
 
 
 def filled(skeleton: Skeleton, tensors: Mapping[str, Tensor], index: int) -> Block:
-    parameters = {name: part.of(tensors[part.source]) for name, part in skeleton.sources(index, tensors).items()}
+    parameters = {
+        name: part.of(tensors[part.source]) for name, part in skeleton.anatomy.sources(index, tensors).items()
+    }
     return skeleton.block(index, parameters, CPU, torch.float32)
 
 
@@ -67,7 +70,7 @@ def logits_by_block(skeleton: Skeleton, tensors: Mapping[str, Tensor], ids: Tens
 def assert_is_the_model(model: PreTrainedModel, directory: Path) -> None:
     ids = token_ids(2, 32)
     skeleton, tensors = Skeleton(read_config(directory)), read_tensors(directory)
-    assert skeleton.expected(tensors) == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert skeleton.anatomy.expected(tensors) == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     with torch.no_grad():
         expected = model(ids).logits
         torch.testing.assert_close(logits_by_block(skeleton, tensors, ids), expected, rtol=0, atol=1e-5)
@@ -118,22 +121,22 @@ def test_the_features_that_are_compared_do_something(case: str, changes: dict[st
 
 
 def test_siblings_are_the_linears_of_the_block() -> None:
-    assert Skeleton({**BASE, "model_type": "llama"}).block_linears(0) == DENSE_GROUPS
-    assert Skeleton({**BASE, "model_type": "phi3"}).block_linears(1) == (
+    assert Skeleton({**BASE, "model_type": "llama"}).anatomy.block_linears(0) == DENSE_GROUPS
+    assert Skeleton({**BASE, "model_type": "phi3"}).anatomy.block_linears(1) == (
         ("self_attn.qkv_proj",),
         ("self_attn.o_proj",),
         ("mlp.gate_up_proj",),
         ("mlp.down_proj",),
     )
     mixtral = Skeleton({**BASE, "model_type": "mixtral", "num_local_experts": 3})
-    assert mixtral.block_linears(0) == DENSE_GROUPS[:2] + expert_groups(3)
+    assert mixtral.anatomy.block_linears(0) == DENSE_GROUPS[:2] + expert_groups(3)
 
 
 def test_a_dense_block_of_a_sparse_model() -> None:
     skeleton = Skeleton({**BASE, **MOE, "model_type": "qwen3_moe", "mlp_only_layers": [1]})
-    assert skeleton.block_linears(0) == DENSE_GROUPS[:2] + expert_groups(4)
-    assert skeleton.block_linears(1) == DENSE_GROUPS
-    assert skeleton.disk_name(1, "mlp.down_proj.weight") == "model.layers.1.mlp.down_proj.weight"
+    assert skeleton.anatomy.block_linears(0) == DENSE_GROUPS[:2] + expert_groups(4)
+    assert skeleton.anatomy.block_linears(1) == DENSE_GROUPS
+    assert skeleton.anatomy.disk_name(1, "mlp.down_proj.weight") == "model.layers.1.mlp.down_proj.weight"
 
 
 def test_names_on_disk_of_mixtral() -> None:
@@ -145,7 +148,7 @@ def test_names_on_disk_of_mixtral() -> None:
         "mlp.gate.weight": "model.layers.1.block_sparse_moe.gate.weight",
         "input_layernorm.weight": "model.layers.1.input_layernorm.weight",
     }
-    assert {name: skeleton.disk_name(1, name) for name in names} == names
+    assert {name: skeleton.anatomy.disk_name(1, name) for name in names} == names
 
 
 def test_an_expert_without_tokens_is_not_run() -> None:
@@ -174,7 +177,7 @@ def test_a_replica_shares_tensors_and_not_modules(tmp_path: Path) -> None:
 def test_missing_and_unexpected_parameters_are_refused(tmp_path: Path) -> None:
     checkpoint("llama", tmp_path)
     skeleton, tensors = Skeleton(read_config(tmp_path)), read_tensors(tmp_path)
-    parameters = {name: part.of(tensors[part.source]) for name, part in skeleton.sources(0, tensors).items()}
+    parameters = {name: part.of(tensors[part.source]) for name, part in skeleton.anatomy.sources(0, tensors).items()}
     surplus = {**parameters, "mlp.down_proj.bias": torch.zeros(64)}
     with pytest.raises(CheckpointError, match=r"unexpected \['mlp.down_proj.bias'\]"):
         skeleton.block(0, surplus, CPU, torch.float32)
@@ -296,7 +299,7 @@ HOSTILE_EXPERTS: list[dict[str, Any]] = [
 def walk(config: Mapping[str, Any]) -> None:
     """What opening and running a model asks of a config."""
     skeleton = Skeleton(config)
-    expected = skeleton.expected([])
+    expected = skeleton.anatomy.expected([])
     tensors = {name: torch.zeros(shape) for name, shape in expected.items()}
     logits = logits_by_block(skeleton, tensors, token_ids(1, 32))
     assert logits.shape == (1, 32, skeleton.vocabulary)

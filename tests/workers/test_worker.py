@@ -13,11 +13,12 @@ from torch import Tensor
 
 from tests.models import Case, build, checkpoint, save_fused, token_ids
 from tests.workers.specs import RECIPE, Site
+from workers.anatomy import LM_HEAD, NORM
 from workers.block import CompressedLinear, install
 from workers.checkpoint.digest import tensor_digest
 from workers.errors import CheckpointError, ObjectNotFoundError
 from workers.interchange import read_branch, read_weight
-from workers.skeleton import LM_HEAD, NORM, Block
+from workers.skeleton import Block
 from workers.tasks import BlockRecord, BlockSpec, KeepSpec
 from workers.worker import Worker, shard_sequences
 from workers.workspace import Blob
@@ -72,8 +73,8 @@ def run_compensated(site: Site, record: BlockRecord, hidden: Tensor, index: int)
     factors = {} if record.adapter is None else site.workspace.get_tensors(record.adapter)
     linears: dict[str, CompressedLinear] = {}
     kept: dict[str, Tensor] = {}
-    for parameter in skeleton.block_parameters(index):
-        name = skeleton.disk_name(index, parameter)
+    for parameter in skeleton.anatomy.block_parameters(index):
+        name = skeleton.anatomy.disk_name(index, parameter)
         module = name.removesuffix(".weight")
         if module in record.formats and parameter.endswith(".weight"):
             form = record.formats[module]

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from kernels.hadamard import Hadamard
+from workers.anatomy import LM_HEAD, NORM
 from workers.errors import UnsupportedModelError
 from workers.recipe.transforms import Rotation
-from workers.skeleton import LM_HEAD, NORM
 from workers.transforms.families import Wiring, wiring_of
 
 

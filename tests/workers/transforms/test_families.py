@@ -20,7 +20,7 @@ def test_the_table_covers_every_linear_of_every_family(family: str) -> None:
     wiring, case = WIRINGS[family], CASES[family]
     skeleton = Skeleton({**BASE, **case.config, "model_type": family})
     for index in range(skeleton.blocks):
-        parameters = skeleton.block_parameters(index)
+        parameters = skeleton.anatomy.block_parameters(index)
         weights = {name.removesuffix(".weight") for name, shape in parameters.items() if len(shape) == 2}
         normed = {module for module in weights if wiring.norm_before(module) is not None}
         assert {wiring.norm_before(module) for module in normed} == set(wiring.reads)

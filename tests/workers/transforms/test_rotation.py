@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from kernels.hadamard import Hadamard, hadamard_matrix
 from tests.models import CASES, checkpoint, read_config, read_tensors, token_ids
+from workers.anatomy import EMBEDDING, LM_HEAD, NORM
 from workers.errors import UnsupportedModelError
 from workers.recipe.transforms import Rotation
-from workers.skeleton import EMBEDDING, LM_HEAD, NORM, Block, Skeleton
+from workers.skeleton import Block, Skeleton
 from workers.transforms import residual_hadamard, residual_rotation, rotate_block, rotate_embedding, rotate_head
 
 CPU = torch.device("cpu")
@@ -81,7 +82,7 @@ def opened(case: str, directory: Path, **changes: Any) -> Model:
     checkpoint(case, directory, **changes)
     skeleton, tensors = Skeleton(read_config(directory)), read_tensors(directory)
     blocks = tuple(
-        {name: part.of(tensors[part.source]).clone() for name, part in skeleton.sources(index, tensors).items()}
+        {name: part.of(tensors[part.source]).clone() for name, part in skeleton.anatomy.sources(index, tensors).items()}
         for index in range(skeleton.blocks)
     )
     head = {NORM: tensors[NORM], LM_HEAD: tensors[EMBEDDING if skeleton.tied else LM_HEAD]}

@@ -28,7 +28,7 @@ def block_of(family: str, directory: Path) -> tuple[Skeleton, dict[str, Tensor]]
     checkpoint(family, directory, num_hidden_layers=1)
     reader = Checkpoint.open(open_store(directory.as_uri()))
     skeleton = Skeleton(reader.config)
-    sources = skeleton.sources(0, reader.names)
+    sources = skeleton.anatomy.sources(0, reader.names)
     return skeleton, {name: part.of(reader.read(part.source)) for name, part in sources.items()}
 
 
@@ -41,7 +41,7 @@ def test_a_folded_block_computes_the_same(family: str, tmp_path: Path) -> None:
     skeleton, parameters = block_of(family, tmp_path)
     wiring, cpu = wiring_of(family), torch.device("cpu")
     scales: dict[Siblings, Tensor] = {}
-    for number, group in enumerate(skeleton.block_linears(0)):
+    for number, group in enumerate(skeleton.anatomy.block_linears(0)):
         if producer_rows(wiring, group, parameters) is not None:
             scales[group] = scales_of(parameters[f"{group[0]}.weight"].shape[1], number)
     assert any("down_proj" in group[0] for group in scales)
@@ -73,7 +73,7 @@ def test_scales_come_before_an_online_rotation(family: str, tmp_path: Path) -> N
     )
     scales = {
         group: scales_of(parameters[f"{group[0]}.weight"].shape[1], number)
-        for number, group in enumerate(skeleton.block_linears(0))
+        for number, group in enumerate(skeleton.anatomy.block_linears(0))
         if group[0] in online
     }
     assert scales
@@ -110,7 +110,7 @@ def test_grouped_queries_have_no_place_for_scales_before_o(family: str, foldable
 def test_experts_that_share_their_input_with_a_router_are_left_alone(tmp_path: Path) -> None:
     skeleton, parameters = block_of("mixtral", tmp_path)
     wiring = wiring_of("mixtral")
-    groups = {group[0]: producer_rows(wiring, group, parameters) for group in skeleton.block_linears(0)}
+    groups = {group[0]: producer_rows(wiring, group, parameters) for group in skeleton.anatomy.block_linears(0)}
     assert groups["mlp.experts.0.gate_proj"] is None
     assert groups["mlp.experts.0.down_proj"] == ("mlp.experts.0.up_proj.weight", slice(0, None))
     with pytest.raises(ValueError, match=r"gate_proj: nothing before it"):

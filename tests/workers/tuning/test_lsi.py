@@ -28,7 +28,7 @@ def block_of(case: str = "llama", dtype: torch.dtype = torch.float32, **changes:
     model = build(case, **changes)
     skeleton = Skeleton({**model.config.to_dict(), "model_type": CASES[case].family})
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    parameters = {name: part.of(tensors[part.source]) for name, part in skeleton.sources(0, tensors).items()}
+    parameters = {name: part.of(tensors[part.source]) for name, part in skeleton.anatomy.sources(0, tensors).items()}
     return skeleton.block(0, parameters, CPU, dtype)
 
 

@@ -1,0 +1,42 @@
+"""Everything of a job that can be refused before its first block is touched: output, model, recipe, memory, texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.dispatch import Dispatcher, Task
+from pipeline.manifest import CompressionJob
+from pipeline.model_source import ModelSource, open_model
+from pipeline.plan import make_plan
+from pipeline.policies import RetryPolicy
+from pipeline.pool import WorkerPool
+from pipeline.progress import Progress
+from pipeline.tokens import Tokens, read_tokens
+from workers.anatomy import Anatomy
+from workers.errors import RequestError
+from workers.storage import open_store
+from workers.storage.probe import probe
+
+
+def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here: bool) -> tuple[ModelSource, Tokens]:
+    """The model, checked against its architecture and the recipe, and the tokens; the output, checked for what we need of it.
+
+    What the architecture is a worker says: it needs transformers anyway, this process would load it for that alone.
+    here: the workers run on this machine, so they must fit into it. Raises RequestError and its kinds, SurroundingsError.
+    """
+    try:
+        probe(open_store(job.spec.output.uri))
+    except RequestError as error:
+        raise RequestError(f"spec.output.uri: {error}") from error
+
+    def describe(config: Mapping[str, Any]) -> Anatomy:
+        dispatcher = Dispatcher(pool, RetryPolicy(), progress.note)
+        anatomies: list[Anatomy] = dispatcher.run_all([Task("architecture", "describe", (config,))])
+        return anatomies[0]
+
+    source = open_model(job.spec.model.uri, describe)
+    plan = make_plan(job, source)
+    if plan.problems and here:
+        raise RequestError("spec.resources: " + "; ".join(plan.problems))
+    return source, read_tokens(job, source)

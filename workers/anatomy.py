@@ -1,0 +1,138 @@
+"""Names and shapes of a model's parts: which blocks there are, what they hold, where that lies in a checkpoint.
+
+Plain data, which `skeleton` derives from a config.json with transformers' help and any process can work with, so that
+the one who plans needs neither transformers nor a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from workers.architecture import EXPERT, Family, Siblings, family_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Where a module's parameter comes from: a whole source tensor, or an expert's rows [start, stop) of a fused one."""
+
+    source: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The parameter, as a view of the source tensor."""
+        part = tensor if self.expert is None else tensor[self.expert]
+        return part if self.rows is None else part[self.rows[0] : self.rows[1]]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockAnatomy:
+    """parameters: name (relative to the block) -> shape. linears: those that can be quantized, grouped by shared input."""
+
+    parameters: Mapping[str, tuple[int, ...]]
+    linears: tuple[Siblings, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anatomy:
+    """A whole model. vocabulary: rows of the embedding. tied: whether the head is the embedding. experts: of a sparse block, 0
+    without any. kinds: the different blocks; kind_of: block -> its place among them."""
+
+    model_type: str
+    hidden_size: int
+    vocabulary: int
+    tied: bool
+    experts: int
+    kinds: tuple[BlockAnatomy, ...]
+    kind_of: tuple[int, ...]
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.model_type)
+
+    @property
+    def blocks(self) -> int:
+        return len(self.kind_of)
+
+    def block_parameters(self, index: int) -> Mapping[str, tuple[int, ...]]:
+        """Parameter name (relative to the block) -> shape."""
+        return self.kinds[self.kind_of[index]].parameters
+
+    def block_linears(self, index: int) -> tuple[Siblings, ...]:
+        """The quantizable linears of block `index`, grouped by shared input."""
+        return self.kinds[self.kind_of[index]].linears
+
+    def sources(self, index: int, available: Iterable[str]) -> dict[str, Slice]:
+        """Parameter of block `index` -> where it lies in the checkpoint whose tensor names are `available`."""
+        names = set(available)
+        prefix = f"model.layers.{index}."
+        result: dict[str, Slice] = {}
+        for parameter, shape in self.block_parameters(index).items():
+            result[parameter] = self._source(prefix, parameter, shape, names)
+        return result
+
+    def expected(self, available: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the checkpoint must hold -> its shape. `available` decides between fused and apart."""
+        names = set(available)
+        hidden, vocabulary = self.hidden_size, self.vocabulary
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocabulary, hidden), NORM: (hidden,)}
+        if not self.tied:
+            shapes[LM_HEAD] = (vocabulary, hidden)
+        for index in range(self.blocks):
+            for parameter, shape in self.block_parameters(index).items():
+                source = self._source(f"model.layers.{index}.", parameter, shape, names)
+                if source.expert is None:
+                    shapes[source.source] = shape
+                else:
+                    rows = shape[0] if source.rows is None else 2 * shape[0]
+                    shapes[source.source] = (self.experts, rows, shape[1])
+        return shapes
+
+    def disk_name(self, index: int, parameter: str) -> str:
+        """On-disk name of a block's parameter in a checkpoint that keeps experts apart (how we write it)."""
+        return self._apart(f"model.layers.{index}.", parameter)
+
+    def module_name(self, index: int, linear: str) -> str:
+        """On-disk name of a block's linear, likewise: that of its weight without the suffix."""
+        return self.disk_name(index, f"{linear}.weight").removesuffix(".weight")
+
+    def _apart(self, prefix: str, parameter: str) -> str:
+        layout = self.family.experts
+        if layout is not None and parameter.startswith(f"{layout.module}."):
+            expert = parameter.removeprefix(f"{layout.module}.").split(".", 1)[0]
+            for module, disk in layout.on_disk.items():
+                if parameter == f"{module.replace(EXPERT, expert)}.weight":
+                    return f"{prefix}{disk.replace(EXPERT, expert)}.weight"
+        for module, disk in self.family.renames.items():
+            if parameter.startswith(module) and self._is_sparse(parameter):
+                return prefix + disk + parameter.removeprefix(module)
+        return prefix + parameter
+
+    def _is_sparse(self, parameter: str) -> bool:
+        return self.family.experts is not None and parameter.startswith("mlp.")
+
+    def _source(self, prefix: str, parameter: str, shape: tuple[int, ...], names: set[str]) -> Slice:
+        layout = self.family.experts
+        apart = self._apart(prefix, parameter)
+        if apart in names or layout is None or not self._is_sparse(parameter):
+            return Slice(apart)
+        if not parameter.startswith(f"{layout.module}."):
+            plain = prefix + parameter
+            return Slice(plain if plain in names else apart)
+        expert, projection, _ = parameter.removeprefix(f"{layout.module}.").split(".")
+        gate_up, down = (prefix + name for name in layout.fused_on_disk)
+        if projection == "down_proj":
+            return Slice(down, int(expert)) if down in names else Slice(apart)
+        if gate_up not in names:
+            return Slice(apart)
+        start = 0 if projection == "gate_proj" else shape[0]
+        return Slice(gate_up, int(expert), (start, start + shape[0]))
