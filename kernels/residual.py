@@ -103,7 +103,7 @@ class Correction:
     @property
     def channels(self) -> int:
         """How many channels of a token are corrected."""
-        return max(1, self.channels_per_chunk * self.store.in_features // CHUNK)
+        return channels_of(self.channels_per_chunk, self.store.in_features)
 
     def select(self, x: Tensor) -> Tensor:
         """The channels of each token of x [..., in] that are corrected: bool, [..., in], or [in] when static."""
@@ -136,6 +136,11 @@ def compensate(x: Tensor, store: ResidualStore, selected: Tensor) -> Tensor:
     x: [..., in] of any float dtype. selected: bool, [..., in] or [in] for all tokens alike.
     """
     return functional.linear(torch.where(selected, x.float(), 0.0), store.dense())
+
+
+def channels_of(k_chunk: int, columns: int) -> int:
+    """How many of `columns` input channels are corrected at `k_chunk` > 0 of every 1024: at least one."""
+    return max(1, k_chunk * columns // CHUNK)
 
 
 def select_exact(x: Tensor, k: int) -> Tensor:
@@ -173,7 +178,7 @@ def select_chunked(x: Tensor, k_chunk: int, thresholds: Tensor) -> Tensor:
         raise ValueError(f"k_chunk: {k_chunk}: expected 0 .. {CHUNK}")
     if k_chunk == 0:
         return torch.zeros_like(magnitude, dtype=torch.bool)
-    k = max(1, k_chunk * columns // CHUNK)
+    k = channels_of(k_chunk, columns)
     floors = bucket_floors(thresholds, k)
     # Of all floors in ascending order, those at or below |x| are those of its own bucket and of the buckets after it.
     buckets = _BUCKETS - torch.bucketize(magnitude, floors.flip(0), right=True, out_int32=True)

@@ -17,7 +17,7 @@ from workers.config import Config
 from workers.errors import ManifestError
 from workers.recipe import GPTQ, ModuleRecipe, Recipe
 from workers.tasks import ITEMSIZE, shard_sequences
-from workers.transforms.families import wiring_of
+from workers.transforms.families import rotation_problem
 
 PROCESS_BYTES = 600 << 20
 """A worker process with torch, transformers and Ray imported, before its first task (measured: 480-560 MiB)."""
@@ -199,13 +199,11 @@ def _check_recipe(
 
 
 def _check_rotation(recipe: Recipe, source: ModelSource) -> None:
-    model_type = str(source.checkpoint.config["model_type"])
-    obstacle = wiring_of(model_type).obstacle
-    if recipe.rotation is not None and recipe.rotation.residual and obstacle is not None:
-        raise ManifestError(
-            f"spec.recipe.transforms: rotation.residual: true: expected false for {model_type}, "
-            f"whose residual stream cannot be rotated: {obstacle}"
-        )
+    if recipe.rotation is None:
+        return
+    problem = rotation_problem(source.anatomy.model_type, recipe.rotation)
+    if problem is not None:
+        raise ManifestError(f"spec.recipe.transforms: {problem}")
 
 
 def _check_overrides(recipe: Recipe, source: ModelSource) -> None:

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from math import ceil, inf, isfinite
 
+from kernels.residual import CHUNK
 from workers.recipe.residual import Residual
 
-_CHUNK = 1024
 _COLUMNS_PER_STRIP = 256  # output channels that a thread block's smallest share holds
 
 
@@ -86,7 +86,7 @@ class ResidualPlan:
 
 def knee(bits: float, device: Device) -> float:
     """The k_chunk up to which residuals arrive while the weights, `bits` each, are read: 1024 (pcie / dram) (bits / 4)."""
-    return _CHUNK * device.pcie / device.dram * bits / 4
+    return CHUNK * device.pcie / device.dram * bits / 4
 
 
 def thread_block_candidates(shape: Shape, device: Device) -> tuple[int, ...]:
@@ -95,14 +95,14 @@ def thread_block_candidates(shape: Shape, device: Device) -> tuple[int, ...]:
     Those up to the number of chunks among which channels are chosen, and those that share the output's strips of 256
     channels without a block to spare.
     """
-    chunks, strips = ceil(shape.columns / _CHUNK), ceil(shape.rows / _COLUMNS_PER_STRIP)
+    chunks, strips = ceil(shape.columns / CHUNK), ceil(shape.rows / _COLUMNS_PER_STRIP)
     even = {blocks for blocks in range(1, strips + 1) if ceil(strips / ceil(strips / blocks)) == blocks}
     return tuple(sorted(blocks for blocks in even | set(range(1, chunks + 1)) if blocks <= device.multiprocessors))
 
 
 def points_to_measure(shape: Shape, bits: float, device: Device) -> list[tuple[int, int]]:
     """Every (thread blocks, k_chunk) that a `Profile` should hold: k_chunk up to twice the knee."""
-    most = min(_CHUNK, max(1, round(2 * knee(bits, device))))
+    most = min(CHUNK, max(1, round(2 * knee(bits, device))))
     return [(blocks, k) for blocks in thread_block_candidates(shape, device) for k in range(1, most + 1)]
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.error import URLError
 
+import boto3
 import pytest
 
 _SCRIPTS = Path(__file__).parent.parent / "infra" / "s3"
@@ -44,6 +45,18 @@ class S3Server:
     def behind(self, endpoint: str) -> S3Server:
         """The same server, reached through a proxy."""
         return replace(self, endpoint=endpoint)
+
+    def with_bucket(self, name: str) -> S3Server:
+        """The same server, with a new bucket in it."""
+        client = boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name=self.region,
+        )
+        client.create_bucket(Bucket=name)
+        return self
 
     def environment(self) -> dict[str, str]:
         """The standard AWS environment that leads every client here, whatever the machine's own profile

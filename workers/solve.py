@@ -13,7 +13,7 @@ from kernels.residual import Correction
 from workers.calibration.statistics import InputStatistics
 from workers.compensation import anticipate, compensate
 from workers.compensation.aser import without_channels
-from workers.compensation.lrc import initial_problem, lrc, relative_error
+from workers.compensation.lrc import energy, initial_problem, lrc, squared_error
 from workers.compensation.regression import root_of, spectrum
 from workers.compensation.residual import residual_store
 from workers.quantization import quantize
@@ -105,9 +105,9 @@ def gains(
         problems = [(error.double(), root) for error in left]
     found = []
     for weight, (matrix, root) in zip(weights, problems, strict=True):
-        energy = ((weight.double() @ statistics.product("tt")) * weight).sum()
+        unit = energy(weight.double(), statistics)
         squares = spectrum(matrix @ root)[0].square()[: min(weight.shape)]
-        found.append(squares / energy if bool(energy > 0) else torch.zeros_like(squares))
+        found.append(squares / unit if unit > 0 else torch.zeros_like(squares))
     return found
 
 
@@ -152,12 +152,17 @@ def _judged(
     fallbacks: tuple[Fallback, ...],
 ) -> Solution:
     codes = quantized.dequantize()
-    reached = bool((weight @ statistics.product("tt").to(weight.dtype)).any())
+    unit = energy(weight, statistics)
+
+    def relative(part: LowRank | None) -> float | None:
+        return squared_error(weight, codes, part, statistics) / unit if unit > 0 else None
+
+    error = relative(None)
     return Solution(
         weight=quantized,
         low_rank=branch,
-        error_quantized=relative_error(weight, codes, None, statistics) if reached else None,
-        error_compensated=relative_error(weight, codes, branch, statistics) if reached else None,
+        error_quantized=error,
+        error_compensated=error if branch is None else relative(branch),
         fallbacks=fallbacks,
         residual=_residual(recipe, weight - codes, branch, statistics),
     )

@@ -200,7 +200,6 @@ class Worker:
         self._held = None
         clock = Clock(self.device, held.timing)
         held, codes = self._tuned(spec, held, workspace)
-        clock.lap("solve")
         weights = {name: held.loaded.parameters[f"{name}.weight"] for name in spec.recipe}
         linears, reports = compress(
             {name: weight.to(self.device) for name, weight in weights.items()},

@@ -98,8 +98,10 @@ def start(directory: Path, port: int | None) -> dict[str, str]:
     wait_for(directory, "mon", lambda: succeeds([*ceph, "mon", "stat"]), 30)
     if not (directory / "osd" / "ready").exists():
         identity = str(uuid.uuid4())
-        run_tool([*ceph, "osd", "new", identity, "0"])
-        run_tool([*ceph, "osd", "crush", "add", "osd.0", "1", "root=default", "host=one"])
+        # On a loaded machine the monitor was seen to answer one command and refuse the next ("EPERM: problem getting command
+        # descriptions"). Both may be given twice.
+        for command in (["new", identity, "0"], ["crush", "add", "osd.0", "1", "root=default", "host=one"]):
+            wait_for(directory, "mon", lambda command=command: succeeds([*ceph, "osd", *command]), 30)
         run_tool(["ceph-osd", "-c", conf, "-i", "0", "--mkfs", "--osd-uuid", identity])
     start_daemon(directory, "osd", ["ceph-osd", "-f", "-c", conf, "-i", "0"], {})
     gateway: list[str | Path] = [

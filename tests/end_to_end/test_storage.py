@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import boto3
 import pytest
 
 from pipeline.artifact import DOCUMENT, Published, pull, verify
@@ -38,15 +37,7 @@ def expected(manifest: Path) -> Published:
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     started = moto_server() if request.param == "moto" else ceph_server(tmp_path_factory.mktemp("ceph"))
     with started as server:
-        client = boto3.client(
-            "s3",
-            endpoint_url=server.endpoint,
-            aws_access_key_id=server.access_key,
-            aws_secret_access_key=server.secret_key,
-            region_name=server.region,
-        )
-        client.create_bucket(Bucket=BUCKET)
-        yield server
+        yield server.with_bucket(BUCKET)
 
 
 @pytest.fixture

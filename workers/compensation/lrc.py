@@ -25,7 +25,7 @@ from workers.compensation.regression import factors, root_of, spectrum, stored
 from workers.quantization import quantize
 from workers.quantization.inputs import checked_matrix, checked_statistics
 from workers.quantization.result import Fallback
-from workers.quantization.target import aimed, right_divide
+from workers.quantization.target import aimed, damped, right_divide
 from workers.recipe.compensation import LRC
 from workers.recipe.rank import Rank
 from workers.recipe.weights import Quantizer, WeightFormat
@@ -57,15 +57,16 @@ def lrc(
     checked_statistics(statistics, matrix.shape[1])
     metric = InputStatistics(gram=statistics.product("yy"), tokens=statistics.tokens)
     branch = initial_branch(matrix, statistics, options.rank, options.damping, factor_dtype)
+    unit = energy(matrix, statistics) or 1.0  # without any, errors are zero too
     objectives: list[float] = []
     fallbacks: tuple[Fallback, ...] = ()
     for _ in range(options.iterations):
         target = aimed(quantizer, matrix, statistics, branch.product(torch.float64))
         solved = quantize(quantizer, target.float(), metric, format, scale_dtype=scale_dtype)
         codes = solved.weight.dequantize().double()
-        objectives.append(relative_error(matrix, codes, branch, statistics))
+        objectives.append(squared_error(matrix, codes, branch, statistics) / unit)
         branch = updated_branch(options, matrix, codes, statistics, branch.rank, factor_dtype)
-        objectives.append(relative_error(matrix, codes, branch, statistics))
+        objectives.append(squared_error(matrix, codes, branch, statistics) / unit)
         fallbacks = solved.fallbacks
     branch = stored(branch, options.factor_bits)
     return LRCResult(weight=solved.weight, low_rank=branch, objectives=tuple(objectives), fallbacks=fallbacks)
@@ -106,23 +107,26 @@ def updated_branch(
     options: LRC, weight: Tensor, codes: Tensor, statistics: InputStatistics, rank: int, dtype: torch.dtype
 ) -> LowRank:
     """Update-LR: the branch of `rank` for what `codes` [out, in] leave of `weight` [out, in], both float64."""
-    gram = statistics.gram.clone()
-    gram.diagonal().add_(options.damping * gram.diagonal().mean())
     matrix = weight - codes
     if options.refit == "joint" and statistics.tokens:
         products = weight @ statistics.product("tx") - codes @ statistics.product("yx")
         matrix = right_divide(products, statistics.gram, options.damping)
-    root = root_of(gram) if statistics.tokens else torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    gram = statistics.gram
+    root = root_of(damped(gram, options.damping)) if statistics.tokens else torch.eye(len(gram)).to(gram)
     _, vectors = spectrum(matrix @ root)
     return factors(vectors[:, :rank], matrix, dtype)
 
 
-def relative_error(weight: Tensor, codes: Tensor, branch: LowRank | None, statistics: InputStatistics) -> float:
-    """E||W t - Q y - L x||^2 / E||W t||^2, both matrices [out, in]; 0 where W t is zero."""
+def energy(weight: Tensor, statistics: InputStatistics) -> float:
+    """E||W t||^2 times the tokens: the square of the original output, summed over them."""
+    return _trace(weight, statistics.product("tt"), weight)
+
+
+def squared_error(weight: Tensor, codes: Tensor, branch: LowRank | None, statistics: InputStatistics) -> float:
+    """E||W t - Q y - L x||^2 times the tokens, both matrices [out, in]."""
     parts = {"t": weight, "y": -codes}
     if branch is not None:
         parts["x"] = -branch.product(weight.dtype)
-    energy = _trace(weight, statistics.product("tt"), weight)
     if statistics.streams == {"x"}:
         # One stream: the sum is one square, without the rounding of differences.
         total = sum(parts.values(), torch.zeros_like(weight))
@@ -131,7 +135,7 @@ def relative_error(weight: Tensor, codes: Tensor, branch: LowRank | None, statis
         left = sum(
             _trace(one, statistics.product(a + b), other) for a, one in parts.items() for b, other in parts.items()
         )
-    return max(left, 0.0) / energy if energy > 0 else 0.0
+    return max(left, 0.0)
 
 
 def _trace(first: Tensor, gram: Tensor, second: Tensor) -> float:

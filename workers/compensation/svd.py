@@ -20,6 +20,7 @@ from workers.compensation.regression import factors, root_of, spectrum, stored, 
 from workers.compensation.result import CompensationResult
 from workers.quantization.inputs import checked_matrix, checked_statistics
 from workers.quantization.result import Fallback
+from workers.quantization.target import damped
 from workers.recipe.compensation import SVD
 
 
@@ -87,12 +88,9 @@ def _root(options: SVD, columns: int, statistics: InputStatistics | None) -> tup
         return None, (Fallback(step="svd.tokens", cause="no calibration token arrived: plain residual"),)
     if options.whitening == "magnitude":
         return _magnitude(statistics), ()
-    floor = options.damping * power.mean()
     if options.whitening == "diagonal":
-        return (power + floor).sqrt(), ()
-    damped = gram.clone()
-    damped.diagonal().add_(floor)
-    return root_of(damped), ()
+        return (power + options.damping * power.mean()).sqrt(), ()
+    return root_of(damped(gram, options.damping)), ()
 
 
 def _magnitude(statistics: InputStatistics | None) -> Tensor:

@@ -36,13 +36,19 @@ def aimed(options: Quantizer, weight: Tensor, statistics: InputStatistics, branc
     return mixed.to(weight.dtype)
 
 
+def damped(gram: Tensor, share: float) -> Tensor:
+    """gram [in, in] with `share` of its mean diagonal added to the diagonal, as a new tensor."""
+    result = gram.clone()
+    result.diagonal().add_(share * gram.diagonal().mean())
+    return result
+
+
 def right_divide(products: Tensor, gram: Tensor, damping: float) -> Tensor:
     """products (gram + damping * mean diagonal)^-1 for a symmetric, semidefinite gram [in, in]; both float64."""
-    damped = gram.clone()
-    damped.diagonal().add_(damping * gram.diagonal().mean())
-    root, failed = torch.linalg.cholesky_ex(damped)
+    regular = damped(gram, damping)
+    root, failed = torch.linalg.cholesky_ex(regular)
     if int(failed):
-        inverse: Tensor = torch.linalg.pinv(damped, hermitian=True)
+        inverse: Tensor = torch.linalg.pinv(regular, hermitian=True)
         return products @ inverse
     solved: Tensor = torch.cholesky_solve(products.T, root)
     return solved.T

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from workers.errors import UnsupportedModelError
+from workers.recipe.transforms import Rotation
 
 Globs = tuple[str, ...]
 
@@ -95,3 +96,13 @@ def wiring_of(model_type: str) -> Wiring:
         return WIRINGS[model_type]
     known = ", ".join(sorted(WIRINGS))
     raise UnsupportedModelError(f"config.json: model_type: {model_type!r}: expected one of {known}")
+
+
+def rotation_problem(model_type: str, rotation: Rotation) -> str | None:
+    """Why a family cannot be rotated as `rotation` asks; None where it can."""
+    obstacle = wiring_of(model_type).obstacle
+    if not rotation.residual or obstacle is None:
+        return None
+    return (
+        f"rotation.residual: true: expected false for {model_type}, whose residual stream cannot be rotated: {obstacle}"
+    )

@@ -27,7 +27,7 @@ from kernels.hadamard import Hadamard
 from workers.anatomy import LM_HEAD, NORM
 from workers.errors import UnsupportedModelError
 from workers.recipe.transforms import Rotation
-from workers.transforms.families import Wiring, wiring_of
+from workers.transforms.families import Wiring, rotation_problem, wiring_of
 
 
 def residual_hadamard(width: int, options: Rotation) -> Hadamard:
@@ -57,11 +57,8 @@ def rotate_block(
     model_type and for a residual rotation of a family that has none; ValueError when attention is not of that many heads.
     """
     wiring = wiring_of(model_type)
-    if options.residual and wiring.obstacle is not None:
-        raise UnsupportedModelError(
-            f"rotation.residual: true: expected false for {model_type}, whose residual stream cannot be rotated: "
-            f"{wiring.obstacle}"
-        )
+    if (problem := rotation_problem(model_type, options)) is not None:
+        raise UnsupportedModelError(problem)
     block = _Block.of(wiring, parameters, options, heads, key_value_heads)
     rotated = {name: block.rotated(name).to(dtype).contiguous() for name in parameters}
     modules = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.formats import ActivationFormat, LowRank
 from kernels.reference import fake_quantize_activations
 from workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
-from workers.compensation.lrc import LRCResult, initial_branch, lrc, relative_error, updated_branch
+from workers.compensation.lrc import LRCResult, energy, initial_branch, lrc, squared_error, updated_branch
 from workers.quantization.target import aimed
 from workers.recipe import GPTQ, LRC, RTN, CountRank, EnergyRank, FractionRank, Quantizer, WeightFormat
 
@@ -69,7 +69,8 @@ def test_the_objective_is_that_of_the_tokens(problem: Problem) -> None:
     codes = problem.weight + 0.1 * torch.randn(ROWS, COLUMNS, generator=source)
     branch = LowRank(up=torch.randn(ROWS, 2, generator=source), down=0.1 * torch.randn(2, COLUMNS, generator=source))
     for low_rank, product in ((branch, dense(branch)), (None, torch.zeros(ROWS, COLUMNS))):
-        found = relative_error(problem.weight.double(), codes.double(), low_rank, problem.statistics)
+        error = squared_error(problem.weight.double(), codes.double(), low_rank, problem.statistics)
+        found = error / energy(problem.weight.double(), problem.statistics)
         assert found == pytest.approx(problem.loss(codes, product), rel=1e-5)
 
 

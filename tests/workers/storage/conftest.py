@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import boto3
 import pytest
 
 from tests.faultproxy import FaultProxy
@@ -27,7 +26,7 @@ PART = 5 << 20  # the least that S3 allows: what takes several parts is then qui
 @pytest.fixture(scope="session")
 def moto() -> Iterator[S3Server]:
     with moto_server() as server:
-        yield _with_bucket(server)
+        yield server.with_bucket(BUCKET)
 
 
 @pytest.fixture(scope="session")
@@ -38,25 +37,13 @@ def ceph_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ceph(ceph_directory: Path) -> Iterator[S3Server]:
     with ceph_server(ceph_directory) as server:
-        yield _with_bucket(server)
+        yield server.with_bucket(BUCKET)
 
 
 @pytest.fixture(scope="session")
 def swift(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with swift_server(tmp_path_factory.mktemp("swift")) as server:
-        yield _with_bucket(server)
-
-
-def _with_bucket(server: S3Server) -> S3Server:
-    client = boto3.session.Session().client(
-        "s3",
-        endpoint_url=server.endpoint,
-        aws_access_key_id=server.access_key,
-        aws_secret_access_key=server.secret_key,
-        region_name=server.region,
-    )
-    client.create_bucket(Bucket=BUCKET)
-    return server
+        yield server.with_bucket(BUCKET)
 
 
 @pytest.fixture(scope="session")
