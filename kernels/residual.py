@@ -5,8 +5,9 @@ read over PCIe. While decoding, each token's k largest |x_i| choose the rows tha
 
     y = W' x + R[:, I(x)] x[I(x)].
 
-Here is the exact meaning of that, in plain torch and for any number of tokens. What the published kernel leaves to
-chance (which channels of the last bucket are taken) is settled in favour of the lowest channel.
+Here is the exact meaning of that, in plain torch and for any number of tokens. The published kernel sorts |x| into buckets,
+whose borders need calibration, and leaves to chance which channels of the last bucket are taken; here that is settled in
+favour of the lowest channel. Our own kernel finds the largest of each chunk exactly and needs no borders.
 """
 
 from __future__ import annotations
@@ -88,11 +89,12 @@ class ResidualStore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
-    """A store and the rule that chooses a token's channels: the largest as the kernel finds them (chunked), exactly the
-    largest (exact), or always those of the largest `importance` [in] (static), channels_per_chunk of every 1024 of them."""
+    """A store and the rule that chooses a token's channels: the largest of every 1024 (chunked), nearly the largest of them, by
+    buckets as DecDEC's kernel (bucketed), the largest of all (exact), or always those of the largest `importance` [in]
+    (static); channels_per_chunk of every 1024 channels."""
 
     store: ResidualStore
-    selection: Literal["chunked", "exact", "static"] = "chunked"
+    selection: Literal["chunked", "bucketed", "exact", "static"] = "chunked"
     channels_per_chunk: int
     importance: Tensor | None = None
 
@@ -108,7 +110,9 @@ class Correction:
     def select(self, x: Tensor) -> Tensor:
         """The channels of each token of x [..., in] that are corrected: bool, [..., in], or [in] when static."""
         if self.selection == "chunked":
-            return select_chunked(x, self.channels_per_chunk, self.store.thresholds)
+            return select_chunked(x, self.channels_per_chunk)
+        if self.selection == "bucketed":
+            return select_bucketed(x, self.channels_per_chunk, self.store.thresholds)
         if self.importance is not None and self.selection == "static":
             return select_static(self.importance, self.channels)
         return select_exact(x, self.channels)
@@ -133,8 +137,13 @@ class Correction:
 def compensate(x: Tensor, store: ResidualStore, selected: Tensor) -> Tensor:
     """What is added to the output: R[:, I(x)] x[I(x)], [..., out] float32, summed in float32.
 
-    x: [..., in] of any float dtype. selected: bool, [..., in] or [in] for all tokens alike.
+    x: [..., in] of any float dtype. selected: bool, [..., in] or [in] for all tokens alike. Of a single token only the rows
+    that it selects are unpacked.
     """
+    if x.numel() == x.shape[-1]:
+        token = x.reshape(-1).float()
+        channels = selected.reshape(-1).nonzero().squeeze(1)
+        return (token[channels] @ store.rows(channels)).reshape(*x.shape[:-1], store.out_features)
     return functional.linear(torch.where(selected, x.float(), 0.0), store.dense())
 
 
@@ -163,8 +172,22 @@ def select_static(importance: Tensor, k: int) -> Tensor:
     return select_exact(importance, k)
 
 
-def select_chunked(x: Tensor, k_chunk: int, thresholds: Tensor) -> Tensor:
-    """The kernel's approximate choice: in each chunk of 1024 channels `k_chunk` of the largest, in buckets of |x|.
+def select_chunked(x: Tensor, k_chunk: int) -> Tensor:
+    """In each chunk of 1024 channels the `k_chunk` largest |x_i|, the lowest channels among equals: bool, as x [..., in].
+
+    A last chunk of another length gets its share, rounded down; an input of less than one chunk at least one channel.
+    ValueError for k_chunk outside 1 .. 1024 and for an x that is not finite.
+    """
+    if not 1 <= k_chunk <= CHUNK:
+        raise ValueError(f"k_chunk: {k_chunk}: expected 1 .. {CHUNK}")
+    chunks = x.split(CHUNK, dim=-1)
+    shares = [k_chunk] * len(chunks)
+    shares[-1] = channels_of(k_chunk, x.shape[-1]) - sum(shares[:-1])
+    return torch.cat([select_exact(chunk, share) for chunk, share in zip(chunks, shares, strict=True)], dim=-1)
+
+
+def select_bucketed(x: Tensor, k_chunk: int, thresholds: Tensor) -> Tensor:
+    """DecDEC's approximate choice: in each chunk of 1024 channels `k_chunk` of the largest, in buckets of |x|.
 
     A last chunk of another length gets its share, rounded down; an input of less than one chunk at least one channel
     (k_chunk = 0 selects nothing). Channels are taken bucket by bucket, from the largest, by channel number within a

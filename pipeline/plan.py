@@ -11,6 +11,7 @@ from math import prod
 
 from pipeline.manifest import CompressionJob
 from pipeline.model_source import ModelSource
+from pipeline.residual_tuner import afford
 from workers.anatomy import EMBEDDING, LM_HEAD, NORM
 from workers.architecture import is_expert
 from workers.config import Config
@@ -64,7 +65,8 @@ class Plan(Config):
 def block_recipe(source: ModelSource, index: int, recipe: Recipe) -> dict[str, ModuleRecipe]:
     """Linear (name in the block) -> what applies to it; kept linears are absent.
 
-    Patterns of the recipe are matched against the name as the artifact stores it.
+    Patterns of the recipe are matched against the name as the artifact stores it. Latency budgets are resolved here, budgets
+    of bits by `allocation`, which has to look at the weights.
     """
     anatomy = source.anatomy
     result: dict[str, ModuleRecipe] = {}
@@ -73,7 +75,8 @@ def block_recipe(source: ModelSource, index: int, recipe: Recipe) -> dict[str, M
             part = recipe.for_module(_stored(source, index, name))
             if part is not None:
                 result[name] = part
-    return result
+    shapes = anatomy.block_parameters(index)
+    return afford(result, {name: _matrix(shapes[f"{name}.weight"]) for name in result})
 
 
 def make_plan(job: CompressionJob, source: ModelSource) -> Plan:

@@ -13,29 +13,21 @@ from dataclasses import dataclass
 from math import ceil, inf, isfinite
 
 from kernels.residual import CHUNK
-from workers.recipe.residual import Residual
+from workers.recipe import ModuleRecipe
+from workers.recipe.residual import Bandwidths, LatencyBudget, Residual
 
 _COLUMNS_PER_STRIP = 256  # output channels that a thread block's smallest share holds
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """A GPU as far as residuals are concerned. dram, pcie: GB/s (10^9 bytes). multiprocessors: how many it has."""
-
-    dram: float
-    pcie: float
-    multiprocessors: int
-
-
-DEVICES: Mapping[str, Device] = {
+DEVICES: Mapping[str, Bandwidths] = {
     # As the paper gives them (Table 3); laptops have half the PCIe lanes.
-    "RTX 4090": Device(dram=1008, pcie=32, multiprocessors=128),
-    "RTX 4080 Super": Device(dram=736, pcie=32, multiprocessors=80),
-    "RTX 4070 Super": Device(dram=504, pcie=32, multiprocessors=56),
-    "RTX 4070 Mobile": Device(dram=256, pcie=16, multiprocessors=36),
-    "RTX 4050 Mobile": Device(dram=192, pcie=16, multiprocessors=20),
+    "RTX 4090": Bandwidths(dram=1008, pcie=32, multiprocessors=128),
+    "RTX 4080 Super": Bandwidths(dram=736, pcie=32, multiprocessors=80),
+    "RTX 4070 Super": Bandwidths(dram=504, pcie=32, multiprocessors=56),
+    "RTX 4070 Mobile": Bandwidths(dram=256, pcie=16, multiprocessors=36),
+    "RTX 4050 Mobile": Bandwidths(dram=192, pcie=16, multiprocessors=20),
     # Vendor's memory bandwidth, PCIe 5.0 x16; both are peaks.
-    "H200": Device(dram=4800, pcie=64, multiprocessors=132),
+    "H200": Bandwidths(dram=4800, pcie=64, multiprocessors=132),
 }
 
 
@@ -84,12 +76,12 @@ class ResidualPlan:
     slowdown: float
 
 
-def knee(bits: float, device: Device) -> float:
+def knee(bits: float, device: Bandwidths) -> float:
     """The k_chunk up to which residuals arrive while the weights, `bits` each, are read: 1024 (pcie / dram) (bits / 4)."""
     return CHUNK * device.pcie / device.dram * bits / 4
 
 
-def thread_block_candidates(shape: Shape, device: Device) -> tuple[int, ...]:
+def thread_block_candidates(shape: Shape, device: Bandwidths) -> tuple[int, ...]:
     """The numbers of thread blocks worth measuring, ascending, at most one per multiprocessor.
 
     Those up to the number of chunks among which channels are chosen, and those that share the output's strips of 256
@@ -100,13 +92,13 @@ def thread_block_candidates(shape: Shape, device: Device) -> tuple[int, ...]:
     return tuple(sorted(blocks for blocks in even | set(range(1, chunks + 1)) if blocks <= device.multiprocessors))
 
 
-def points_to_measure(shape: Shape, bits: float, device: Device) -> list[tuple[int, int]]:
+def points_to_measure(shape: Shape, bits: float, device: Bandwidths) -> list[tuple[int, int]]:
     """Every (thread blocks, k_chunk) that a `Profile` should hold: k_chunk up to twice the knee."""
     most = min(CHUNK, max(1, round(2 * knee(bits, device))))
     return [(blocks, k) for blocks in thread_block_candidates(shape, device) for k in range(1, most + 1)]
 
 
-def modelled(shape: Shape, bits: float, device: Device) -> Profile:
+def modelled(shape: Shape, bits: float, device: Bandwidths) -> Profile:
     """Times from bandwidths alone: weights of `bits` each and residual rows of 4 bits are read at the same time.
 
     Lower bounds. The model knows no fixed cost (launch, selection, atomics) and takes any number of thread blocks to
@@ -141,6 +133,34 @@ def tune(profiles: Mapping[str, Profile], budget: float) -> ResidualPlan:
     limit = (1 + budget) * baseline
     choices = _layer_by_layer(profiles, _common(profiles, limit), limit)
     return ResidualPlan(choices=choices, slowdown=_total(profiles, choices) / baseline - 1)
+
+
+def afford(recipe: Mapping[str, ModuleRecipe], shapes: Mapping[str, tuple[int, int]]) -> dict[str, ModuleRecipe]:
+    """A block's recipe with a number of channels in the place of every latency budget, by modelled times; without a store
+    where not even one channel fits.
+
+    shapes: linear -> [out, in]. Blocks are alike, so each is held to the budget by itself.
+    """
+    profiles: dict[LatencyBudget, dict[str, Profile]] = {}
+    for name, part in recipe.items():
+        if part.residual is not None and isinstance(budget := part.residual.channels_per_chunk, LatencyBudget):
+            device = DEVICES[budget.device] if isinstance(budget.device, str) else budget.device
+            shape = Shape(rows=shapes[name][0], columns=shapes[name][1])
+            profiles.setdefault(budget, {})[name] = modelled(shape, part.weights.bits, device)
+    channels = {
+        name: choice.k_chunk
+        for budget, own in profiles.items()
+        for name, choice in tune(own, budget.slowdown).choices.items()
+    }
+    return {name: _with_channels(part, channels.get(name)) for name, part in recipe.items()}
+
+
+def _with_channels(part: ModuleRecipe, channels: int | None) -> ModuleRecipe:
+    """The recipe with that number of channels; as it is for None, without a store for 0."""
+    if channels is None or part.residual is None:
+        return part
+    resolved = part.residual.model_copy(update={"channels_per_chunk": channels}) if channels else None
+    return part.model_copy(update={"residual": resolved})
 
 
 def _common(profiles: Mapping[str, Profile], limit: float) -> dict[str, Choice]:

@@ -179,7 +179,7 @@ def _residual(
     return Correction(
         store=residual_store(left, statistics.thresholds, options),
         selection=options.selection,
-        channels_per_chunk=options.channels_per_chunk,
+        channels_per_chunk=options.per_chunk,
         importance=statistics.mean_gram().diagonal().float() if options.selection == "static" else None,
     )
 

@@ -202,7 +202,7 @@ class ResidualFormat(Config):
     """How a linear's residual store is read: see `kernels.residual.Correction`."""
 
     bits: Literal[4]
-    selection: Literal["chunked", "exact", "static"]
+    selection: Literal["chunked", "bucketed", "exact", "static"]
     channels_per_chunk: int = Field(ge=1, le=1024)
 
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.residual import ResidualStore, bucket_floors, compensate, select_chunked, select_exact, select_static
+from kernels.residual import (
+    ResidualStore,
+    bucket_floors,
+    compensate,
+    select_bucketed,
+    select_chunked,
+    select_exact,
+    select_static,
+)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -133,13 +141,13 @@ def test_a_static_choice_follows_importance_alone() -> None:
 
 @pytest.mark.parametrize("columns", [40, 1024, 2048, 2500])
 @pytest.mark.parametrize("k_chunk", [1, 30, 1024])
-def test_the_chunked_choice_is_the_walk_over_buckets(columns: int, k_chunk: int) -> None:
+def test_the_bucketed_choice_is_the_walk_over_buckets(columns: int, k_chunk: int) -> None:
     thresholds = thresholds_of(heavy_tailed(50, columns, seed=3))
     x = heavy_tailed(4, columns, seed=4)
     x[0] *= 100  # beyond what calibration saw: all in bucket 0
     x[1] *= 0.01  # all in the last buckets
     x[2, ::3] = 0
-    selected = select_chunked(x, k_chunk, thresholds)
+    selected = select_bucketed(x, k_chunk, thresholds)
     for token in range(len(x)):
         expected = chosen_by_hand(x[token].tolist(), k_chunk, thresholds.tolist())
         assert set(selected[token].nonzero().flatten().tolist()) == expected
@@ -150,14 +158,29 @@ def test_a_magnitude_equal_to_a_floor_lies_in_the_bucket_above_it() -> None:
     thresholds[0] = 31  # floors are 31, 30, .. 0
     x = torch.zeros(1024)
     x[9], x[3], x[5] = -20.0, 19.9, 19.99
-    assert select_chunked(x, 2, thresholds).nonzero().flatten().tolist() == [3, 9]
+    assert select_bucketed(x, 2, thresholds).nonzero().flatten().tolist() == [3, 9]
+
+
+@pytest.mark.parametrize("columns", [40, 1024, 2500])
+def test_the_chunked_choice_is_the_largest_of_every_chunk(columns: int) -> None:
+    x = heavy_tailed(4, columns, seed=4)
+    x[1, ::7] = 3.0
+    selected = select_chunked(x, 30)
+    for start in range(0, columns, 1024):
+        chunk, chosen = x[:, start : start + 1024].abs(), selected[:, start : start + 1024]
+        share = 30 if chunk.shape[1] == 1024 else int(chosen[0].sum())
+        for token in range(len(x)):
+            ranked = sorted(range(chunk.shape[1]), key=lambda channel: (-float(chunk[token, channel]), channel))
+            assert chosen[token].nonzero().flatten().tolist() == sorted(ranked[:share])
 
 
 @pytest.mark.parametrize("columns", [40, 1000, 1024, 2500])
 @pytest.mark.parametrize("k_chunk", [1, 7, 367, 1024])
-def test_every_token_gets_its_share_of_every_chunk(columns: int, k_chunk: int) -> None:
+@pytest.mark.parametrize("buckets", [False, True])
+def test_every_token_gets_its_share_of_every_chunk(columns: int, k_chunk: int, buckets: bool) -> None:
     x = heavy_tailed(6, columns).reshape(2, 3, columns)
-    selected = select_chunked(x, k_chunk, thresholds_of(x.flatten(0, 1)))
+    thresholds = thresholds_of(x.flatten(0, 1))
+    selected = select_bucketed(x, k_chunk, thresholds) if buckets else select_chunked(x, k_chunk)
     assert selected.shape == x.shape
     assert (selected.sum(-1) == max(1, k_chunk * columns // 1024)).all()
     for start in range(0, columns - 1023, 1024):
@@ -167,7 +190,7 @@ def test_every_token_gets_its_share_of_every_chunk(columns: int, k_chunk: int) -
 def test_half_precision_is_bucketed_like_the_same_values_in_float32() -> None:
     x = heavy_tailed(5, 300).bfloat16()
     thresholds = thresholds_of(heavy_tailed(50, 300, seed=1))
-    assert torch.equal(select_chunked(x, 40, thresholds), select_chunked(x.float(), 40, thresholds))
+    assert torch.equal(select_bucketed(x, 40, thresholds), select_bucketed(x.float(), 40, thresholds))
     assert torch.equal(select_exact(x, 40), select_exact(x.float(), 40))
 
 
@@ -182,14 +205,14 @@ def test_floors_descend_from_the_first_threshold_over_the_kth_to_zero(k: int) ->
 
 
 def test_thresholds_of_zero_leave_the_lowest_channels() -> None:
-    selected = select_chunked(heavy_tailed(2, 1024), 3, torch.zeros(1024))
+    selected = select_bucketed(heavy_tailed(2, 1024), 3, torch.zeros(1024))
     assert (selected == (torch.arange(1024) < 3)).all()
 
 
 def test_most_of_the_exact_choice_is_found_on_heavy_tails() -> None:
     thresholds = thresholds_of(heavy_tailed(512, 4096, seed=1))
     x = heavy_tailed(64, 4096, seed=2)
-    chunked, exact = select_chunked(x, 16, thresholds), select_exact(x, 64)
+    chunked, exact = select_bucketed(x, 16, thresholds), select_exact(x, 64)
     assert (chunked & exact).sum() / exact.sum() >= 0.7
 
 
@@ -197,7 +220,7 @@ def test_buckets_come_close_to_the_best_choice_within_chunks() -> None:
     """What is lost against the exact choice is lost to chunks, not to buckets: with one chunk, nearly nothing is."""
     thresholds = thresholds_of(heavy_tailed(512, 1024, seed=1))
     x = heavy_tailed(64, 1024, seed=2)
-    chunked, exact = select_chunked(x, 64, thresholds), select_exact(x, 64)
+    chunked, exact = select_bucketed(x, 64, thresholds), select_exact(x, 64)
     assert (chunked & exact).sum() / exact.sum() >= 0.9
 
 
@@ -216,15 +239,15 @@ def test_compensation_is_the_sum_over_the_selected_channels(dtype: torch.dtype) 
 
 def test_all_channels_are_the_dense_product_and_none_is_zero() -> None:
     store, x = random_store(), heavy_tailed(6, 40)
-    for all_of_them in (select_exact(x, 40), select_chunked(x, 1024, store.thresholds)):
+    for all_of_them in (select_exact(x, 40), select_bucketed(x, 1024, store.thresholds)):
         assert torch.equal(compensate(x, store, all_of_them), x @ store.dense().T)
-    for none in (select_exact(x, 0), select_chunked(x, 0, store.thresholds), select_static(x[0], 0)):
+    for none in (select_exact(x, 0), select_bucketed(x, 0, store.thresholds), select_static(x[0], 0)):
         assert torch.equal(compensate(x, store, none), torch.zeros(6, 11))
 
 
 def test_a_token_does_not_depend_on_the_others() -> None:
     store, x = random_store(), heavy_tailed(6, 40)
-    assert torch.equal(select_chunked(x, 300, store.thresholds)[2], select_chunked(x[2], 300, store.thresholds))
+    assert torch.equal(select_bucketed(x, 300, store.thresholds)[2], select_bucketed(x[2], 300, store.thresholds))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -232,7 +255,7 @@ def test_activations_without_a_bucket_are_refused(value: float) -> None:
     x = torch.ones(2, 40)
     x[1, 3] = value
     with pytest.raises(ValueError, match="x: holds NaN or infinity"):
-        select_chunked(x, 1, torch.ones(40))
+        select_bucketed(x, 1, torch.ones(40))
     with pytest.raises(ValueError, match="x: holds NaN or infinity"):
         select_exact(x, 1)
 
@@ -240,8 +263,18 @@ def test_activations_without_a_bucket_are_refused(value: float) -> None:
 def test_impossible_choices_are_refused() -> None:
     x = torch.ones(2, 40)
     with pytest.raises(ValueError, match=r"k_chunk: 1025: expected 0 \.\. 1024"):
-        select_chunked(x, 1025, torch.ones(40))
+        select_bucketed(x, 1025, torch.ones(40))
     with pytest.raises(ValueError, match=r"thresholds: \[41\]: expected \[40\]"):
-        select_chunked(x, 1, torch.ones(41))
+        select_bucketed(x, 1, torch.ones(41))
     with pytest.raises(ValueError, match=r"k: 41: expected 0 \.\. 40"):
         select_exact(x, 41)
+
+
+def test_one_token_alone_is_corrected_as_among_others() -> None:
+    store, x = random_store(), heavy_tailed(6, 40)
+    selected = select_exact(x, 9)
+    together = compensate(x, store, selected)
+    for token in range(6):
+        alone = compensate(x[token : token + 1], store, selected[token : token + 1])
+        torch.testing.assert_close(alone, together[token : token + 1])
+    assert not compensate(x[:1], store, torch.zeros(40, dtype=torch.bool)).any()

@@ -159,3 +159,12 @@ def test_the_same_names_under_another_model_are_another_plan(manifest: Path, sou
     first = make_plan(job_of(manifest), source)
     again = make_plan(job_of(manifest), replace(source))
     assert first == again
+
+
+def test_a_latency_budget_is_resolved_into_channels(tmp_path: Path) -> None:
+    budget = "{slowdown: 0.1, device: {dram: 100, pcie: 50, multiprocessors: 20}}"
+    job = job_of(write_job(tmp_path, layers=1), f"spec.recipe.residual.channels_per_chunk={budget}")
+    block = make_plan(job, open_model((tmp_path / "model").as_uri())).blocks[0]
+    numbers = {name: part.residual.per_chunk for name, part in block.recipe.items() if part.residual is not None}
+    assert set(numbers) == set(LINEARS)
+    assert all(number > 1 for number in numbers.values())

@@ -11,15 +11,17 @@ import pytest
 from pipeline.residual_tuner import (
     DEVICES,
     Choice,
-    Device,
     Profile,
     Shape,
+    afford,
     knee,
     modelled,
     points_to_measure,
     thread_block_candidates,
     tune,
 )
+from workers.recipe import Recipe
+from workers.recipe.residual import Bandwidths
 
 # Llama-3-8B: qkv, o, gate-up, down.
 LLAMA = {
@@ -39,7 +41,7 @@ PUBLISHED = {
 }
 
 
-def profiles(bits: float, device: Device) -> dict[str, Profile]:
+def profiles(bits: float, device: Bandwidths) -> dict[str, Profile]:
     return {name: modelled(shape, bits, device) for name, shape in LLAMA.items()}
 
 
@@ -69,7 +71,7 @@ def test_the_model_has_the_papers_knee(name: str, bits: int) -> None:
 
 
 def test_modelled_times_are_bytes_over_bandwidth() -> None:
-    profile = modelled(Shape(rows=4096, columns=2048), 4, Device(dram=1000, pcie=10, multiprocessors=20))
+    profile = modelled(Shape(rows=4096, columns=2048), 4, Bandwidths(dram=1000, pcie=10, multiprocessors=20))
     assert profile.base == pytest.approx(4096 * 2048 / 2 / 1e12)
     assert profile.compensated[1, 20] == pytest.approx(40 * 4096 / 2 / 1e10)
 
@@ -91,7 +93,7 @@ def test_devices_have_the_papers_bandwidth_ratio(name: str, ratio: int) -> None:
 @pytest.mark.parametrize("shape", LLAMA.values(), ids=LLAMA)
 @pytest.mark.parametrize("multiprocessors", [20, 132])
 def test_thread_blocks_worth_measuring_waste_none(shape: Shape, multiprocessors: int) -> None:
-    device = Device(dram=100, pcie=10, multiprocessors=multiprocessors)
+    device = Bandwidths(dram=100, pcie=10, multiprocessors=multiprocessors)
     candidates = thread_block_candidates(shape, device)
     strips, chunks = shape.rows // 256, shape.columns // 1024
     # Of all numbers of blocks whose longest queue of strips is the same, the smallest does the same work with least.
@@ -106,9 +108,9 @@ def test_points_reach_twice_the_knee_and_never_more_than_all_channels() -> None:
     points = points_to_measure(LLAMA["o"], 3, device)
     assert {blocks for blocks, _ in points} == set(thread_block_candidates(LLAMA["o"], device))
     assert {k for _, k in points} == set(range(1, 129))
-    near = Device(dram=10, pcie=10, multiprocessors=4)
+    near = Bandwidths(dram=10, pcie=10, multiprocessors=4)
     assert max(k for _, k in points_to_measure(LLAMA["o"], 4, near)) == 1024
-    far = Device(dram=1e5, pcie=1, multiprocessors=4)
+    far = Bandwidths(dram=1e5, pcie=1, multiprocessors=4)
     assert {k for _, k in points_to_measure(LLAMA["o"], 2, far)} == {1}
 
 
@@ -238,3 +240,38 @@ def test_requests_without_meaning_are_refused() -> None:
     for time in (0.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="a: holds a time that is not positive"):
             tune({"a": measured(lambda _, k, time=time: time)}, 0.1)  # type: ignore[misc]
+
+
+def recipe_of(**residual: object) -> Recipe:
+    return Recipe.model_validate({"weights": {"bits": 3}, "residual": residual})
+
+
+def test_a_recipes_budget_becomes_what_each_layer_affords() -> None:
+    shapes = {name: (shape.rows, shape.columns) for name, shape in LLAMA.items()}
+    numbers = {}
+    for slowdown in (0.0, 0.1):
+        recipe = recipe_of(channels_per_chunk={"slowdown": slowdown, "device": "RTX 4070 Super"})
+        part = recipe.for_module("model.layers.0.mlp.down_proj")
+        assert part is not None
+        found = afford(dict.fromkeys(LLAMA, part), shapes)
+        profiles = {name: modelled(shape, 3, DEVICES["RTX 4070 Super"]) for name, shape in LLAMA.items()}
+        planned = tune(profiles, slowdown).choices
+        numbers[slowdown] = {name: own.residual.per_chunk for name, own in found.items() if own.residual is not None}
+        assert numbers[slowdown] == {name: choice.k_chunk for name, choice in planned.items()}
+    assert all(numbers[0.1][name] > numbers[0.0][name] for name in LLAMA)
+
+
+def test_bandwidths_may_be_measured_ones_and_a_layer_that_affords_nothing_gets_no_store() -> None:
+    slow = {"dram": 4000, "pcie": 0.5, "multiprocessors": 20}
+    budget = {"slowdown": 0, "device": slow}
+    part = recipe_of(channels_per_chunk=budget).for_module("model.layers.0.mlp.down_proj")
+    assert part is not None
+    found = afford({"down": part, "kept": part.model_copy(update={"residual": None})}, {"down": (64, 64)})
+    assert found["down"].residual is None
+    assert found["kept"].residual is None
+
+
+def test_a_number_of_channels_is_left_as_it_is() -> None:
+    part = recipe_of(channels_per_chunk=5).for_module("model.layers.0.mlp.down_proj")
+    assert part is not None
+    assert afford({"down": part}, {"down": (64, 64)}) == {"down": part}

@@ -105,7 +105,7 @@ def test_training_beats_rounding_on_the_block_and_is_what_is_stored(transforms: 
     assert tuned.quantized.kl < 0.97 * rounded.quantized.kl
 
 
-@pytest.mark.parametrize("selection", ["chunked", "exact", "static"])
+@pytest.mark.parametrize("selection", ["chunked", "bucketed", "exact", "static"])
 def test_a_residual_store_corrects_what_it_is_asked_to(selection: str, tmp_path: Path) -> None:
     checkpoint("llama", tmp_path / "model", num_hidden_layers=1)
 

@@ -12,20 +12,53 @@ from workers.config import Config
 _CHUNK = 1024  # kernels/residual.py says the same, but imports torch
 
 
+class Bandwidths(Config):
+    """A GPU as far as residuals are concerned, measured or from its data sheet."""
+
+    dram: Annotated[float, Field(gt=0)]
+    """Of its own memory, GB/s (10^9 bytes)."""
+    pcie: Annotated[float, Field(gt=0)]
+    """Of its way to the host's memory, GB/s."""
+    multiprocessors: Annotated[int, Field(strict=True, ge=1)]
+    """How many it has."""
+
+
+class LatencyBudget(Config):
+    """As many channels as a GPU can fetch in time, layer by layer (DecDEC's tuner)."""
+
+    slowdown: Annotated[float, Field(ge=0, le=1)]
+    """Share by which all linear layers together may become slower at batch 1; 0 hides every fetch behind the weights' reads."""
+    device: (
+        Literal["RTX 4090", "RTX 4080 Super", "RTX 4070 Super", "RTX 4070 Mobile", "RTX 4050 Mobile", "H200"]
+        | Bandwidths
+    )
+    """The GPU to be served on: one of which the data sheet is known, or its bandwidths."""
+
+
 class Residual(Config):
     """What quantization left, stored in few bits outside the accelerator; while decoding, each token fetches the channels
     that matter most to it (DecDEC, Park et al. 2025)."""
 
     bits: Literal[4] = 4
     """Bits of a residual code; at equal traffic 2, 8 and 16 bits are worse (Park et al., 2025)."""
-    channels_per_chunk: Annotated[int, Field(strict=True, ge=1, le=_CHUNK)] = 8
-    """How many input channels of every 1024 are corrected for each token."""
-    selection: Literal["chunked", "exact", "static"] = "chunked"
-    """Which ones. chunked: nearly the largest |x| of each 1024 channels, as the kernel finds them; exact: the largest of all
-    channels; static: those of the largest E[x^2], the same for all tokens."""
+    channels_per_chunk: Annotated[int, Field(strict=True, ge=1, le=_CHUNK)] | LatencyBudget = 8
+    """How many input channels of every 1024 are corrected for each token; or what they may cost on a target GPU, and every
+    layer gets as many as it can hide."""
+    selection: Literal["chunked", "bucketed", "exact", "static"] = "chunked"
+    """Which ones. chunked: the largest |x| of each 1024 channels, as our kernel finds them; bucketed: nearly those, as the
+    paper's kernel does, by calibrated thresholds; exact: the largest of all channels; static: those of the largest E[x^2],
+    the same for all tokens."""
     candidates: Annotated[int, Field(strict=True, ge=1, le=1000)] = 32
     """How many scales are tried for each output channel, evenly spaced up to the one that covers its whole range."""
 
     def channels(self, columns: int) -> int:
-        """How many channels of a layer of `columns` input channels are corrected; at least 1."""
-        return max(1, self.channels_per_chunk * columns // _CHUNK)
+        """How many channels of a layer of `columns` input channels are corrected; at least 1. ValueError while they are a
+        budget."""
+        return max(1, self.per_chunk * columns // _CHUNK)
+
+    @property
+    def per_chunk(self) -> int:
+        """`channels_per_chunk` as a number; ValueError while it is a budget, which a plan of the whole model resolves."""
+        if isinstance(self.channels_per_chunk, int):
+            return self.channels_per_chunk
+        raise ValueError(f"channels_per_chunk: {self.channels_per_chunk}: expected a number")
