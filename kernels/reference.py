@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from kernels.formats import ActivationFormat
+from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from kernels.hadamard import Hadamard
 
 
 def quantize_activations(x: Tensor, bits: int, *, clip: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -29,3 +32,74 @@ def fake_quantize_activations(x: Tensor, format: ActivationFormat) -> Tensor:
     grouped = x if format.group_size is None else x.unflatten(-1, (-1, format.group_size))
     codes, scale = quantize_activations(grouped, format.bits, clip=format.clip)
     return (codes * scale).reshape(x.shape)
+
+
+def lower_gram(x: Tensor, scale: float = 1.0, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """scale * sum over tokens of x x^T for x [tokens, in]: [in, in] of `dtype`, zero above the diagonal."""
+    return (x.to(dtype).T @ x.to(dtype) * scale).tril()
+
+
+def linear(
+    x: Tensor,
+    weight: QuantizedWeight,
+    *,
+    low_rank: LowRank | None = None,
+    bias: Tensor | None = None,
+    activations: ActivationFormat | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """A compensated layer, Q(x) W^T + (x D^T) U^T + b, for x [..., in]: [..., out], products and sums in `dtype`.
+
+    Q quantizes in x's own dtype, as `quantize_activations`; None: not at all. The low-rank branch sees the unquantized x.
+    """
+    inner = x.to(dtype)
+    if activations is not None:
+        grouped = x if activations.group_size is None else x.unflatten(-1, (-1, activations.group_size))
+        codes, step = quantize_activations(grouped, activations.bits, clip=activations.clip)
+        inner = (codes.to(dtype) * step.to(dtype)).reshape(x.shape)
+    y = inner @ weight.dequantize(dtype).T
+    if low_rank is not None:
+        up, down = low_rank.factors(dtype)
+        y = y + x.to(dtype) @ down.T @ up.T
+    return y if bias is None else y + bias.to(dtype)
+
+
+def experts(
+    x: Tensor,
+    weights: Sequence[QuantizedWeight],
+    expert_of: Tensor,
+    *,
+    low_ranks: Sequence[LowRank | None] | None = None,
+    gates: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Each token's experts applied to it: [tokens, top_k, out] in `dtype`, one row per token and chosen expert.
+
+    x: [tokens, in], or [tokens, top_k, in] when each choice has an input of its own. expert_of: [tokens, top_k] integers.
+    gates: [tokens, top_k], weights that the rows are multiplied by. The sum over top_k is left to the caller.
+    """
+    inputs = x if x.ndim == 3 else x.unsqueeze(1).expand(-1, expert_of.shape[1], -1)
+    y = torch.zeros(*expert_of.shape, weights[0].codes.shape[0], dtype=dtype, device=x.device)
+    for expert, weight in enumerate(weights):
+        chosen = expert_of == expert
+        low_rank = None if low_ranks is None else low_ranks[expert]
+        y[chosen] = linear(inputs[chosen], weight, low_rank=low_rank, dtype=dtype)
+    return y if gates is None else y * gates.unsqueeze(2).to(dtype)
+
+
+def layer_input(
+    x: Tensor,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    smooth: Tensor | None = None,
+    hadamard: Hadamard | None = None,
+) -> Tensor:
+    """What a layer quantizes and projects, [..., in] in x's dtype: x after an RMSNorm with its weight [in] and epsilon, as
+    transformers computes it, times smooth [in], transformed."""
+    if norm is not None:
+        weight, epsilon = norm
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+    if smooth is not None:
+        x = x * smooth
+    return x if hadamard is None else hadamard.apply(x)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from kernels.backend import Kernels
 from pipeline.artifact import open_artifact
 from workers.block import install
 from workers.compressed import CompressedModel
+
+if TYPE_CHECKING:
+    from kernels.gpu.host_memory import HostArena
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -22,25 +27,37 @@ def load_model(
     dtype: torch.dtype | None = None,
     compensated: bool = True,
     residual: Literal["decode", "all"] = "decode",
+    kernels: Kernels = "auto",
 ) -> PreTrainedModel:
     """The artifact at `uri` (its root, or the root of its name for the latest), every byte verified.
 
     dtype: of activations and kept weights; None for the embedding's. compensated: with the low-rank branches and residual
-    stores. residual: which tokens the stores correct, those that come one at a time or all. One block's dense weights are
-    in memory at a time; quantized layers stay quantized. RequestError when there is no artifact, CheckpointError when it
-    is not what its ledger says.
+    stores. residual: which tokens the stores correct, those that come one at a time or all. kernels: `triton`, `torch`, or
+    `auto` for Triton on a GPU and torch elsewhere; on a GPU residual rows stay in host memory, from where Triton's kernels read
+    them. One block's dense weights are in memory at a time; quantized layers stay quantized. RequestError when there is no
+    artifact, CheckpointError when it is not what its ledger says, ValueError when `triton` cannot run it here.
     """
     store, document = open_artifact(uri)
     model = CompressedModel.open(store)
     place = torch.device(device)
     embedding = model.embedding()
     kind = embedding.dtype if dtype is None else dtype
+    arena = _arena(model.residual_sizes) if compensated and place.type == "cuda" and kernels != "torch" else None
     shell = model.skeleton.causal_shell(embedding, model.head(), place, kind)
     for index in range(model.skeleton.blocks):
         block, linears = model.block(index, place, kind)
-        install(block, linears, compensated=compensated, decode_only=residual == "decode")
+        install(block, linears, compensated=compensated, decode_only=residual == "decode", kernels=kernels, arena=arena)
         shell.model.layers.append(block.layer)
     if GENERATION_CONFIG in document.files:
         text = store.read(GENERATION_CONFIG, sha256=document.files[GENERATION_CONFIG].sha256)
         shell.generation_config = GenerationConfig.from_dict(json.loads(text))
     return shell.eval()
+
+
+def _arena(sizes: list[int]) -> HostArena | None:
+    """Host memory for residual rows of these sizes in bytes; None for none, and where triton, which reads it, is missing."""
+    if not sizes or find_spec("triton") is None:
+        return None
+    from kernels.gpu.host_memory import HostArena
+
+    return HostArena(HostArena.size_of(sizes))

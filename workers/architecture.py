@@ -16,6 +16,9 @@ from workers.errors import UnsupportedModelError
 
 EXPERT = "{expert}"
 
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""Linears of one expert."""
+
 Siblings = tuple[str, ...]
 """Linears of one block that read the same input and therefore share its statistics, in output order."""
 

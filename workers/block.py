@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from kernels.backend import Kernels, experts_on_kernels, on_kernels
 from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
 from kernels.hadamard import Hadamard
 from kernels.linear import CompensatedLinear
 from kernels.residual import Correction
-from workers.architecture import Siblings, is_expert
+from workers.architecture import PROJECTIONS, Siblings, is_expert
 from workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from workers.errors import RequestError
 from workers.hooks import input_hooks
@@ -32,6 +33,7 @@ from workers.solve import shares_a_solve, solve
 from workers.tasks import FallbackReport, ModuleReport
 
 if TYPE_CHECKING:
+    from kernels.gpu.host_memory import HostArena
     from workers.skeleton import Block  # transformers, which who only reads reports does not need
 
 PARALLEL_WIDTH = 1024
@@ -153,27 +155,41 @@ def compress(
 
 
 def install(
-    block: Block, linears: Mapping[str, CompressedLinear], *, compensated: bool = True, decode_only: bool = False
+    block: Block,
+    linears: Mapping[str, CompressedLinear],
+    *,
+    compensated: bool = True,
+    decode_only: bool = False,
+    kernels: Kernels = "auto",
+    arena: HostArena | None = None,
 ) -> None:
     """Replaces the block's linears by their compressed selves, with or without what compensates them.
 
-    decode_only: residual stores correct only tokens that come one at a time.
+    decode_only: residual stores correct only tokens that come one at a time. kernels, arena: see `kernels.backend`; what is
+    validated on a GPU and what is served there are the same kernels.
     """
+    layers: dict[str, CompensatedLinear] = {}
     for name, linear in linears.items():
-        original = block.layer.get_submodule(name)
-        bias = getattr(original, "bias", None)
-        block.replace(
-            name,
-            CompensatedLinear(
-                linear.weight,
-                low_rank=linear.low_rank if compensated else None,
-                bias=None if bias is None else bias.detach(),
-                activations=linear.activations,
-                transform=linear.transform,
-                residual=linear.residual if compensated else None,
-                decode_only=decode_only,
-            ),
+        bias = getattr(block.layer.get_submodule(name), "bias", None)
+        layers[name] = CompensatedLinear(
+            linear.weight,
+            low_rank=linear.low_rank if compensated else None,
+            bias=None if bias is None else bias.detach(),
+            activations=linear.activations,
+            transform=linear.transform,
+            residual=linear.residual if compensated else None,
+            decode_only=decode_only,
         )
+    for place, experts in block.experts():
+        own = [{name: f"{place}.{index}.{name}" for name in PROJECTIONS} for index in range(experts.experts)]
+        if all(full in layers for names in own for full in names.values()):
+            parts = [{name: layers[full] for name, full in names.items()} for names in own]
+            together = experts_on_kernels(parts, experts.activation, kernels)
+            if together is not None:
+                block.replace(place, together)
+                layers = {name: layer for name, layer in layers.items() if not name.startswith(f"{place}.")}
+    for name, layer in layers.items():
+        block.replace(name, on_kernels(layer, kernels, arena))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from workers.config import first_problem
 from workers.errors import CheckpointError, ObjectNotFoundError
 from workers.interchange import (
     PACKED,
+    RESIDUAL,
     factor_names,
     read_branch,
     read_residual,
@@ -100,6 +101,12 @@ class CompressedModel:
                 parameters[parameter] = self._read(stored)
                 _expect_shape(stored, parameters[parameter], shape)
         return skeleton.block(index, parameters, device, dtype, absent=linears), linears
+
+    @property
+    def residual_sizes(self) -> list[int]:
+        """Bytes of each layer's residual rows, for whoever keeps them in host memory; empty without a residual store."""
+        entries = [] if self._residual is None else [self._residual.entry(name) for name in self._residual.names]
+        return [entry.length for entry in entries if entry.name.endswith(f".{RESIDUAL[0]}")]
 
     def embedding(self) -> Tensor:
         """The embedding [vocabulary, hidden]."""

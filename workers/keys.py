@@ -12,7 +12,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-NUMERICS = 1
+NUMERICS = 2
 
 LIBRARIES = ("torch", "transformers")
 """Libraries whose version may change a result's bits."""

@@ -23,11 +23,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 
 from kernels.hadamard import Hadamard
 from workers.anatomy import LM_HEAD, NORM, Anatomy, BlockAnatomy
-from workers.architecture import Family, Siblings, family_of, sibling_groups
+from workers.architecture import PROJECTIONS, Family, Siblings, family_of, sibling_groups
 from workers.errors import CheckpointError, UnsupportedModelError
 from workers.model_config import parse_config
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class LinearExperts(nn.Module):
@@ -229,6 +227,10 @@ class Block:
         if not isinstance(module, nn.Linear):
             raise TypeError(f"{name} is a {type(module).__name__}, expected a linear layer")
         return module
+
+    def experts(self) -> list[tuple[str, LinearExperts]]:
+        """The modules of separate experts, by name; one in a sparse block, none in a dense one."""
+        return [(name, module) for name, module in self.layer.named_modules() if isinstance(module, LinearExperts)]
 
     def transform_input(self, name: str, transform: Hadamard) -> None:
         """Transforms what enters the linear `name`, for everyone who looks at its input later."""

@@ -1,0 +1,1 @@
+"""One module for each of kernels.gpu, with a list CASES."""

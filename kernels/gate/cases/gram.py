@@ -1,0 +1,40 @@
+"""Inputs of any width; a last tile is masked, and so are all."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.gate.case import Case
+from kernels.gpu import launch
+from kernels.gpu.gram import BLOCKS_16_BIT, BLOCKS_FLOAT32, gram_kernel
+
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def _case(dtype: torch.dtype) -> Case:
+    blocks = BLOCKS_FLOAT32 if dtype is torch.float32 else BLOCKS_16_BIT
+    arithmetic = launch.arithmetic(dtype)
+    return Case(
+        name=f"gram/{_NAMES[dtype]}",
+        kernel=gram_kernel,
+        types={
+            "gram": "*fp32",
+            "x": f"*{_NAMES[dtype]}",
+            "tokens": "i32",
+            "width": "i32",
+            "x_stride": "i32",
+            "scale": "fp32",
+        },
+        constants={
+            "TOKENS": blocks["TOKENS"],
+            "TILE": blocks["TILE"],
+            "COMPUTE": arithmetic["COMPUTE"],
+            "PRECISION": arithmetic["PRECISION"],
+        },
+        aligned=("gram", "x", "width", "x_stride"),
+        options={"num_warps": blocks["num_warps"], "num_stages": blocks["num_stages"]},
+        required={80: ("HMMA",), 89: ("HMMA",), 90: ("HGMMA",)} if dtype is torch.bfloat16 else {},
+    )
+
+
+CASES = [_case(torch.bfloat16), _case(torch.float32)]

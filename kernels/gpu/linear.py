@@ -1,0 +1,117 @@
+"""A compensated linear layer on Triton kernels: takes the place of a `kernels.linear.CompensatedLinear` and means the same."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.formats import LowRank
+from kernels.gpu import activations, integer_gemm, layout
+from kernels.gpu.error_compensation import MOST_PER_CHUNK, add_rows_, select_channels
+from kernels.gpu.hadamard import transform
+from kernels.gpu.host_memory import HostArena
+from kernels.gpu.weight_gemm import weight_gemm
+from kernels.linear import CompensatedLinear
+from kernels.residual import Correction, ResidualStore
+
+__all__ = ["KernelLinear", "unsupported"]
+
+
+def unsupported(linear: CompensatedLinear) -> str | None:
+    """Why no kernel can take this layer's place; None when one can."""
+    return layout.unsupported(linear.quantized()) or activations.unsupported(linear.activations)
+
+
+class KernelLinear(nn.Module):
+    """x [..., in] float16, bfloat16 or float32 -> y [..., out] of the same dtype, as `CompensatedLinear` says.
+
+    Sums are float32 where the torch layer rounds products of weight, branch and residual to x's dtype one by one. Up to
+    `DECODE_TOKENS` tokens run on the decoding kernel; beyond, a quantized input is multiplied on integer tensor cores where
+    the weight's shape allows it. The residual's rows lie in `arena` and are read from there, or without one beside the layer.
+    """
+
+    def __init__(self, linear: CompensatedLinear, arena: HostArena | None = None) -> None:
+        """Raises ValueError with the reason of `unsupported`."""
+        super().__init__()
+        if (reason := unsupported(linear)) is not None:
+            raise ValueError(reason)
+        weight = linear.quantized()
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        self.activations, self.transform = linear.activations, linear.transform
+        self.weight = layout.prepare_weight(weight)
+        integer = linear.activations is not None and integer_gemm.unsupported(weight) is None
+        self.integer_weight = integer_gemm.prepare_integer(weight) if integer else None
+        self.up, self.down, self.step = factors(linear.low_rank())
+        self.bias = linear.bias
+        self.decode_only = linear.decode_only
+        self.residual = None if linear.residual is None else _placed(linear.residual, arena, weight.scale.device)
+        self._arena = arena  # which ends when nobody holds it
+        self._static: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if self.transform is not None:
+            rows = transform(rows.contiguous(), self.transform)
+        corrected = self.residual is not None and (not self.decode_only or x.shape[-2] == 1)
+        y = self._product(rows.contiguous(), torch.float32 if corrected else x.dtype)
+        if corrected and self.residual is not None:
+            y = add_rows_(y, rows, self.residual.store, self._channels(rows, self.residual)).to(x.dtype)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _product(self, rows: Tensor, out_dtype: torch.dtype) -> Tensor:
+        if self.integer_weight is not None and rows.shape[0] > layout.DECODE_TOKENS:
+            prepared = activations.prepare(
+                rows, self.integer_weight, activations=self.activations, down=self.down, step=self.step
+            )
+            return integer_gemm.integer_gemm(
+                prepared, self.integer_weight, up=self.up, bias=self.bias, out_dtype=out_dtype
+            )
+        prepared = activations.prepare(rows, self.weight, activations=self.activations, down=self.down, step=self.step)
+        return weight_gemm(prepared, self.weight, up=self.up, bias=self.bias, out_dtype=out_dtype)
+
+    def _channels(self, rows: Tensor, correction: Correction) -> Tensor:
+        """The channels that `correction` selects, [tokens, chosen], or [chosen] when they are always the same."""
+        if correction.selection == "chunked" and correction.channels_per_chunk <= MOST_PER_CHUNK:
+            return select_channels(rows, correction.channels_per_chunk)
+        if correction.selection == "static":
+            if self._static is None:
+                self._static = correction.select(rows).nonzero().squeeze(1)
+            return self._static
+        # A choice that no kernel makes; as many channels for every token, so that sizes follow from shapes.
+        return correction.select(rows).byte().topk(correction.channels, dim=-1).indices
+
+    def extra_repr(self) -> str:
+        rank = 0 if self.down is None else self.down.shape[0]
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.weight.bits}, "
+            f"groups={self.weight.groups}, activations={self.activations}, rank={rank}, kernels=triton"
+        )
+
+
+def factors(branch: LowRank | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """up, down and the step of both, as kernels take them: None without a branch, no step for factors that are not codes."""
+    if branch is None:
+        return None, None, None
+    step = None
+    if branch.up_scale is not None and branch.down_scale is not None:
+        step = (branch.up_scale * branch.down_scale).float()
+    return branch.up.contiguous(), branch.down.contiguous(), step
+
+
+def _placed(correction: Correction, arena: HostArena | None, device: torch.device) -> Correction:
+    """The correction with its rows in the arena, and everything that is small on the device."""
+    store = correction.store
+    packed = store.packed.to(device) if arena is None else arena.place(store.packed)
+    on_device = ResidualStore(
+        packed=packed,
+        scale=store.scale.to(device),
+        thresholds=store.thresholds.to(device),
+        out_features=store.out_features,
+        bits=store.bits,
+    )
+    return Correction(
+        store=on_device,
+        selection=correction.selection,
+        channels_per_chunk=correction.channels_per_chunk,
+        importance=None if correction.importance is None else correction.importance.to(device),
+    )

@@ -1,0 +1,148 @@
+"""A sparse MLP's experts on Triton kernels: all experts of a projection in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from kernels.formats import ActivationFormat, QuantizedWeight
+from kernels.gpu import layout
+from kernels.gpu import linear as single
+from kernels.gpu.activations import prepare
+from kernels.gpu.experts import Routing, align_tokens, block_of, expert_gemm, project_experts
+from kernels.gpu.hadamard import transform
+from kernels.gpu.layout import DECODE_TOKENS, PackedWeight
+from kernels.hadamard import Hadamard
+from kernels.linear import CompensatedLinear
+
+__all__ = ["KernelExperts", "unsupported"]
+
+Expert = Mapping[str, CompensatedLinear]
+"""gate_proj, up_proj and down_proj of one expert."""
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def unsupported(experts: Sequence[Expert]) -> str | None:
+    """Why these experts cannot run together; None when they can."""
+    for projection in _PROJECTIONS:
+        linears = [expert[projection] for expert in experts]
+        for index, linear in enumerate(linears):
+            where = f"expert {index}: {projection}: "
+            if (reason := single.unsupported(linear)) is not None:
+                return where + reason
+            if linear.residual is not None:
+                return f"{where}residual: expected none, its channels are chosen for one layer at a time"
+            if _kind(linear) != _kind(linears[0]):
+                return f"{where}{_kind(linear)}: expected {_kind(linears[0])}, as expert 0"
+        branches = [branch for linear in linears if (branch := linear.low_rank()) is not None]
+        dtypes = {str(branch.up.dtype) for branch in branches}
+        if len(dtypes) > 1:
+            return f"{projection}: factors of {' and '.join(sorted(dtypes))}: expected one dtype"
+    return None
+
+
+class KernelExperts(nn.Module):
+    """hidden [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k] -> [tokens, hidden]: what transformers'
+    modules of experts compute, for experts that are compensated linears.
+
+    Every expert's layer means what `CompensatedLinear` says. Nothing is read back from the device, so a decoding step can be
+    part of a CUDA graph.
+    """
+
+    def __init__(self, experts: Sequence[Expert], activation: Callable[[Tensor], Tensor]) -> None:
+        """Raises ValueError with the reason of `unsupported`."""
+        super().__init__()
+        if (reason := unsupported(experts)) is not None:
+            raise ValueError(reason)
+        self.activation = activation
+        self.experts = len(experts)
+        self._gate, self._up, self._down = (
+            _Projection.of([expert[name] for expert in experts]) for name in _PROJECTIONS
+        )
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        x = hidden_states.contiguous()
+        routing = self._routing(x.shape[0], top_k_index, x)
+        gated = self.activation(self._gate(x, routing)) * self._up(x, routing)
+        inner = gated.flatten(0, 1).contiguous()  # [slots, intermediate]
+        routing = self._routing(inner.shape[0], top_k_index, x)
+        y = self._down(inner, routing, gates=top_k_weights.contiguous(), out_dtype=torch.float32)
+        return y.sum(1).to(x.dtype)
+
+    def _routing(self, rows: int, expert_of: Tensor, x: Tensor) -> Routing:
+        """Slots by expert, in the blocks that suit an input of so many rows."""
+        permuted = rows <= DECODE_TOKENS
+        block = block_of(expert_of.numel(), self._gate.weight, permuted=permuted, dtype=x.dtype, device=x.device)
+        return align_tokens(expert_of, self.experts, block)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, bits={self._gate.weight.bits}, kernels=triton"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Projection:
+    """One projection of all experts. up [experts, out, rank], down [experts, rank, in], step [experts, rank]: the branches,
+    filled up with zeros to one rank; None without any."""
+
+    weight: PackedWeight
+    activations: ActivationFormat | None
+    transform: Hadamard | None
+    up: Tensor | None
+    down: Tensor | None
+    step: Tensor | None
+
+    @classmethod
+    def of(cls, linears: Sequence[CompensatedLinear]) -> _Projection:
+        up, down, step = _stacked_factors(linears)
+        return cls(
+            weight=layout.stack_weights([layout.prepare_weight(linear.quantized()) for linear in linears]),
+            activations=linears[0].activations,
+            transform=linears[0].transform,
+            up=up,
+            down=down,
+            step=step,
+        )
+
+    def __call__(
+        self, x: Tensor, routing: Routing, *, gates: Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """x [tokens or slots, in] -> [tokens, top_k, out]."""
+        if self.transform is not None:
+            x = transform(x, self.transform)
+        prepared = prepare(x, self.weight, activations=self.activations)
+        if self.down is not None:
+            prepared = replace(prepared, projected=project_experts(x, self.down, routing, steps=self.step))
+        return expert_gemm(prepared, self.weight, routing, up=self.up, gates=gates, out_dtype=out_dtype)
+
+
+def _stacked_factors(linears: Sequence[CompensatedLinear]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    found = [single.factors(linear.low_rank()) for linear in linears]
+    pairs = [(up, down) for up, down, _ in found if up is not None and down is not None]
+    if not pairs:
+        return None, None, None
+    rank = max(down.shape[0] for _, down in pairs)
+    first_up, first_down = pairs[0]
+    ups = first_up.new_zeros(len(found), first_up.shape[0], rank)
+    downs = first_down.new_zeros(len(found), rank, first_down.shape[1])
+    steps = None if all(step is None for _, _, step in found) else ups.new_zeros(len(found), rank, dtype=torch.float32)
+    for index, (up, down, step) in enumerate(found):
+        if up is None or down is None:
+            continue
+        ups[index, :, : up.shape[1]] = up
+        downs[index, : down.shape[0]] = down
+        if steps is not None and step is not None:
+            steps[index, : step.shape[0]] = step
+    return ups, downs, steps
+
+
+def _kind(linear: CompensatedLinear) -> str:
+    weight: QuantizedWeight = linear.quantized()
+    grid = "symmetric" if weight.zero_point is None else "asymmetric"
+    return (
+        f"{weight.bits} bits, group_size {weight.group_size}, {grid}, scales {weight.scale.dtype}, "
+        f"{list(weight.codes.shape)}, activations {linear.activations}, transform {linear.transform}"
+    )

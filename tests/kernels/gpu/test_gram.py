@@ -1,0 +1,66 @@
+"""The lower triangle of x^T x against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.gpu.gram import add_gram_, mirror_
+from kernels.reference import lower_gram
+from tests.kernels.gpu.guarded import bands_are_intact, guarded
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "dtype"),
+    [
+        (70, 130, torch.float16),
+        (1, 40, torch.float16),
+        (64, 256, torch.bfloat16),
+        (33, 70, torch.float32),
+        (64, 64, torch.float32),
+    ],
+)
+def test_adds_the_lower_triangle_and_leaves_the_upper(
+    tokens: int, width: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    x = guarded(random(tokens, width).to(dtype).to(device))
+    before = random(width, width, seed=1).to(device)
+    gram = guarded(before)
+    assert add_gram_(gram, x, 0.25) is gram
+    expected = before.double() + lower_gram(x, 0.25)
+    torch.testing.assert_close(gram.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(gram.triu(1), before.triu(1))
+    assert bands_are_intact(gram)
+    assert torch.equal(add_gram_(guarded(before), x, 0.25), gram)
+
+
+def test_rows_of_a_wider_tensor_and_scale_one_by_default(device: torch.device) -> None:
+    x = random(20, 50).half().to(device)
+    gram = torch.zeros(40, 40, device=device)
+    add_gram_(gram, x[:, :40])
+    torch.testing.assert_close(gram.double(), lower_gram(x[:, :40]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 5, 1030])
+def test_mirror(width: int, device: torch.device) -> None:
+    lower = random(width, width).to(device)
+    mirrored = mirror_(lower.clone())
+    assert torch.equal(mirrored, mirrored.T)
+    assert torch.equal(mirrored.tril(), lower.tril())
+
+
+def test_refuses_what_it_cannot_do(device: torch.device) -> None:
+    x, gram = random(4, 8).to(device), torch.zeros(8, 8, device=device)
+    with pytest.raises(ValueError, match="x: "):
+        add_gram_(gram, x.T)
+    with pytest.raises(ValueError, match="x: "):
+        add_gram_(gram, x[0])
+    with pytest.raises(ValueError, match=r"dtype: torch\.float64"):
+        add_gram_(gram, x.double())
+    for other in (gram[:7, :7], gram.double(), torch.zeros(8, 9, device=device)[:, :8]):
+        with pytest.raises(ValueError, match="gram: "):
+            add_gram_(other, x)
