@@ -123,6 +123,7 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {
             **{f"QDEC, {k} of 1024 channels": qdec(channels_per_chunk=k) for k in (8, 32, 128, 512, 1024)},
+            "DecDEC's buckets, 32": qdec(channels_per_chunk=32, selection="bucketed"),
             "exact top 32": qdec(channels_per_chunk=32, selection="exact"),
             "static 32": qdec(channels_per_chunk=32, selection="static"),
         },

@@ -100,13 +100,7 @@ class CompensatedLinear(nn.Module):
         few = x.numel() <= DECODED_TOKENS * self.in_features
         # torch's kernel reads codes in vectors; below 32 of them at a time it was seen to crash.
         whole = (self.group_size or self.in_features) % 32 == 0
-        return (
-            few
-            and whole
-            and x.device.type == "cpu"
-            and self.zero_point is None
-            and x.dtype in (torch.float32, torch.bfloat16)
-        )
+        return few and whole and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
     def _product_of_few(self, x: Tensor) -> Tensor:
         """x [..., in] times the weight's transpose, a few tokens on a CPU: torch multiplies codes as they are, group by group,
@@ -117,12 +111,16 @@ class CompensatedLinear(nn.Module):
             self._by_group = list(codes.unbind(0)), list(self.scale.T.contiguous().unbind(0))
         codes_of, scales_of = self._by_group
         rows = x.reshape(-1, self.in_features)
-        parts = rows.unflatten(1, (len(codes_of), -1)).unbind(1)
-        total: Tensor | None = None
-        for part, codes, scale in zip(parts, codes_of, scales_of, strict=True):
-            product = torch.ops.aten._weight_int8pack_mm(part.contiguous(), codes, scale.to(x.dtype))
-            total = product if total is None else total + product
-        assert total is not None
+        parts = rows.unflatten(1, (len(codes_of), -1))
+        products = [
+            torch.ops.aten._weight_int8pack_mm(part.contiguous(), codes, scale.to(x.dtype))
+            for part, codes, scale in zip(parts.unbind(1), codes_of, scales_of, strict=True)
+        ]
+        total: Tensor = sum(products[1:], products[0])
+        if self.zero_point is not None:
+            # A zero point takes the same from every product of its group.
+            shift = self.scale.float() * self.zero_point.float()
+            total = total - (parts.float().sum(2) @ shift.T).to(x.dtype)
         return total.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

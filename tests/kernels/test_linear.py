@@ -84,16 +84,17 @@ def test_buffers_follow_the_module_and_scales_keep_their_dtype() -> None:
     assert layer.codes.dtype is torch.int8
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("group_size", [None, 32])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_a_decoded_token_gets_what_it_would_get_among_many(
-    group_size: int | None, dtype: torch.dtype, tolerance: float
+    group_size: int | None, dtype: torch.dtype, tolerance: float, asymmetric: bool
 ) -> None:
     groups = 1 if group_size is None else 2
     weight = QuantizedWeight(
         codes=(random(40, 64) * 3).round().clamp(-8, 7).to(torch.int8),
         scale=random(40, groups, seed=9).abs() + 0.1,
-        zero_point=None,
+        zero_point=torch.full((40, groups), 3, dtype=torch.int8) if asymmetric else None,
         bits=4,
         group_size=group_size,
     )
