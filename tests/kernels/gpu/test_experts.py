@@ -13,7 +13,8 @@ from kernels.formats import LowRank, QuantizedWeight
 from kernels.gpu.experts import Routing, align_tokens, block_of, expert_gemm, project_experts
 from kernels.gpu.layout import PackedWeight, prepare_weight, stack_weights
 from kernels.reference import experts as reference_experts
-from tests.kernels.gpu.guarded import bands_are_intact, guarded
+from tests.kernels.gpu.guarded import guarded
+from tests.kernels.gpu.poisoned import poisoned
 from tests.kernels.gpu.prepared import prepare, random_input, random_low_rank, random_weight, relative_error
 
 EXPERTS = 5
@@ -26,17 +27,10 @@ ROUTES = {
 
 
 @pytest.fixture(autouse=True)
-def outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+def outputs() -> Iterator[list[Tensor]]:
     """What is allocated is full of NaN and between guard bands, which are intact in the end."""
-    allocated: list[Tensor] = []
-
-    def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        allocated.append(guarded(torch.full(shape, torch.nan, dtype=dtype, device=device)))
-        return allocated[-1]
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    yield allocated
-    assert all(bands_are_intact(tensor) for tensor in allocated)
+    with poisoned(needed=False) as allocated:
+        yield allocated
 
 
 def make_weights(

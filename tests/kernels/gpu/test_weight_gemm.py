@@ -13,7 +13,8 @@ from kernels.formats import ActivationFormat
 from kernels.gpu.layout import PackedWeight, PreparedInput, prepare_weight
 from kernels.gpu.weight_gemm import decode_tiling, dense_tiling, splits_of, weight_gemm, whole_splits
 from kernels.reference import linear
-from tests.kernels.gpu.guarded import bands_are_intact, guarded
+from tests.kernels.gpu.guarded import guarded
+from tests.kernels.gpu.poisoned import poisoned
 from tests.kernels.gpu.prepared import prepare, projected, random_input, random_low_rank, random_weight, relative_error
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -23,17 +24,10 @@ DENSE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2**
 
 
 @pytest.fixture(autouse=True)
-def outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+def outputs() -> Iterator[list[Tensor]]:
     """What is allocated is full of NaN and between guard bands, which are intact in the end."""
-    allocated: list[Tensor] = []
-
-    def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        allocated.append(guarded(torch.full(shape, torch.nan, dtype=dtype, device=device)))
-        return allocated[-1]
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    yield allocated
-    assert all(bands_are_intact(tensor) for tensor in allocated)
+    with poisoned(needed=False) as allocated:
+        yield allocated
 
 
 def guard(weight: PackedWeight) -> PackedWeight:
