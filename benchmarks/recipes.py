@@ -139,9 +139,8 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
     "tuning-propagated": (
         "llama",
         {
-            f"W{bits}, {name}": {"propagate": "compressed", **tuned(bits, increments=increments)}
-            for bits in (2, 3)
-            for name, increments in (("LWC", False), ("LSI + LWC", True))
+            "W2, LWC": {"propagate": "compressed", **tuned(2, increments=False)},
+            "W2, LSI + LWC": {"propagate": "compressed", **tuned(2)},
         },
     ),
     "weight-only": (
