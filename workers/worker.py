@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.formats import QuantizedWeight
 from kernels.hadamard import Hadamard
@@ -269,31 +269,27 @@ class Worker:
         ids = workspace.get_tensors(spec.tokens)["input_ids"][spec.start : spec.stop].long().to(self.device)
         batches = ids.split(shard_sequences(ids.shape[1]))
         original = self._outside(spec)
-        # The compressed model may live in other coordinates than the original.
-        embeddings = dict.fromkeys(variants, (model.skeleton, model.embedding()))
-        heads = dict.fromkeys(variants, (model.skeleton, model.head()))
-        embeddings[BASELINE], heads[BASELINE] = (skeleton, original[EMBEDDING]), (skeleton, original)
-        with torch.no_grad():
-            first = {
-                variant: [one.embedding(weight, self.device, torch.float32)(batch) for batch in batches]
-                for variant, (one, weight) in embeddings.items()
-            }
+        plain = spec.setting.model_copy(update={"rotation": None})
+
+        def ends(one: Skeleton, embedding: Tensor, head: Mapping[str, Tensor]) -> tuple[list[Tensor], nn.Module]:
+            embed = one.embedding(embedding, self.device, torch.float32)
+            with torch.no_grad():
+                return [embed(batch) for batch in batches], one.head(head, self.device, torch.float32)
+
+        # The compressed model may live in other coordinates than the original, its variants share theirs.
+        of_compressed = ends(model.skeleton, model.embedding(), model.head())
+        of_variant = dict.fromkeys(variants, of_compressed) | {BASELINE: ends(skeleton, original[EMBEDDING], original)}
 
         def blocks(index: int) -> dict[str, Block]:
             release(self.device)
             found = compressed_blocks(model, index, variants[1:], self.device)
             names = {part.source for part in skeleton.anatomy.sources(index, spec.tensors).values()}
             digests = {name: spec.tensors[name] for name in names}
-            plain = spec.setting.model_copy(update={"rotation": None})
             return {BASELINE: self.load_block(plain, index, digests, torch.float32).block, **found}
 
+        first = {variant: hidden for variant, (hidden, _) in of_variant.items()}
         hidden = advance(first, blocks, skeleton.blocks, self._pool)
-        windows = measure(
-            hidden,
-            batches,
-            {variant: one.head(tensors, self.device, torch.float32) for variant, (one, tensors) in heads.items()},
-            self._pool,
-        )
+        windows = measure(hidden, batches, {variant: head for variant, (_, head) in of_variant.items()}, self._pool)
         clock.lap("forward")
         record = EvaluateRecord(
             windows={variant: tuple(found) for variant, found in windows.items()}, timing=clock.timing()
@@ -339,8 +335,7 @@ class Worker:
         def emit(output: Tensor) -> Blob | None:
             return _put_hidden(workspace, output) if keep_outputs else None
 
-        loaders = [_loader(workspace, blob, self.device) for blob in spec.inputs]
-        inputs, originals = loaders[: spec.shards], loaders[spec.shards :]
+        inputs, originals = self._streams(spec, workspace)
         skeleton = self._source(spec.setting)[1]
         wiring = wiring_of(skeleton.config.model_type)
         chosen = prepare(block, spec.recipe, loaded.parameters, wiring, loaded.online, inputs[0])
@@ -374,8 +369,7 @@ class Worker:
         if not tunings:
             return held, None
         (options,) = tunings
-        loaders = [_loader(workspace, blob, self.device) for blob in spec.inputs]
-        inputs, originals = loaders[: spec.shards], loaders[spec.shards :] or loaders
+        inputs, originals = self._streams(spec, workspace)
         loaded = held.loaded
         groups = {name: group for group in loaded.block.siblings for name in group}
         formats = {
@@ -386,7 +380,7 @@ class Worker:
             )
             for name, part in spec.recipe.items()
         }
-        targets = [loaded.block.run(load()) for load in originals]
+        targets = [loaded.block.run(load()) for load in originals or inputs]
         found = tune(loaded.block, [load() for load in inputs], targets, formats, options)
         if not found.norms:
             return held, dict(found.weights)
@@ -403,9 +397,7 @@ class Worker:
         parameters = fold(wiring, scales, loaded.parameters, loaded.online)
         block = self._block(skeleton, spec.index, parameters, loaded.online, DTYPES[spec.setting.compute_dtype])
         gatherings = {group: statistics.gathering for group, statistics in held.statistics.items()}
-        statistics, _ = calibrate(
-            block, inputs, lambda _: None, gatherings, self._pool, originals if spec.paired else []
-        )
+        statistics, _ = calibrate(block, inputs, lambda _: None, gatherings, self._pool, originals)
         loaded = replace(loaded, parameters=parameters, block=block)
         return replace(held, loaded=loaded, statistics=statistics), dict(found.weights)
 
@@ -444,6 +436,11 @@ class Worker:
             block.transform_input(name, transform)
         return block
 
+    def _streams(self, spec: BlockSpec, workspace: Workspace) -> tuple[list[Load], list[Load]]:
+        """Loaders of the shards that enter the block, and of those that enter it in the original model where they differ."""
+        loads = [_loader(workspace, blob, self.device) for blob in spec.inputs]
+        return loads[: spec.shards], loads[spec.shards :]
+
     def _outside(self, spec: EvaluateSpec) -> dict[str, Tensor]:
         """Embedding, final norm and lm_head of the source, under their names; of a tied model the embedding is the lm_head."""
         checkpoint, skeleton = self._source(spec.setting)
@@ -462,12 +459,16 @@ class Worker:
         if spec.propagate == "original":
             return ()
         install(block, linears)
-        inputs = [_loader(workspace, blob, self.device) for blob in spec.inputs[: spec.shards]]
+        inputs, _ = self._streams(spec, workspace)
         emitted = self._pool.map(lambda load: _put_hidden(workspace, block.run(load())), inputs)
         return (*emitted, *originals)
 
 
-def _loader(workspace: Workspace, blob: Blob, device: torch.device) -> Callable[[], Tensor]:
+Load = Callable[[], Tensor]
+"""Reads one shard of hidden states."""
+
+
+def _loader(workspace: Workspace, blob: Blob, device: torch.device) -> Load:
     return lambda: workspace.get_tensors(blob)["hidden"].to(device)
 
 
