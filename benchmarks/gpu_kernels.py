@@ -1,4 +1,4 @@
-"""Inference kernels on a GPU: time, share of what memory allows, against torch in bfloat16 and public kernels at hand.
+"""Inference kernels on a GPU: time, share of what memory allows, against torch in bfloat16, tinygemm, and gemlite if installed.
 
     python benchmarks/gpu_kernels.py [--tables gemv,gemm,branch,input,residual,experts,helpers] [--minutes 8] [--record]
     TRITON_INTERPRET=1 python benchmarks/gpu_kernels.py --smoke   # does it run? tiny shapes, no figures
@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from common import machine, record, table, versions
@@ -138,6 +139,7 @@ HEADER = [
     "share of floor",
     "times torch bf16",
     "times tinygemm",
+    "times gemlite",
     "error",
 ]
 
@@ -150,9 +152,10 @@ def row(
     floor: float,
     dense: float | None = None,
     tiny: float | None = None,
+    gemlite: float | None = None,
     error: float | None = None,
 ) -> Row:
-    ratios = ["" if other is None else f"{other / taken:.2f}" for other in (dense, tiny)]
+    ratios = ["" if other is None else f"{other / taken:.2f}" for other in (dense, tiny, gemlite)]
     return [
         name,
         shape,
@@ -191,6 +194,29 @@ def tinygemm_seconds(rows: int, columns: int, tokens: int) -> float | None:
         return None
 
 
+def gemlite_seconds(weight: QuantizedWeight, tokens: int) -> float | None:
+    """gemlite's int4 product with the same weight; None where gemlite is not installed. ValueError when its result is not ours."""
+    if INTERPRETED or find_spec("gemlite") is None:
+        return None
+    from gemlite import DType, GemLiteLinear
+
+    rows, columns = weight.codes.shape
+
+    def made() -> torch.nn.Module:
+        sizes = {"group_size": 128, "in_features": columns, "out_features": rows}
+        layer = GemLiteLinear(4, **sizes, input_dtype=DType.BF16, output_dtype=DType.BF16)
+        zeros = torch.full_like(weight.scale, 8)
+        layer.pack((weight.codes + 8).to(torch.uint8), weight.scale.clone(), zeros, None)
+        return layer
+
+    layers = [made() for _ in range(ring(rows * columns / 2))]
+    x = random_input(tokens, columns)
+    error = relative(layers[0](x), x.double() @ weight.dequantize(torch.float64).T)
+    if error > 0.05:
+        raise ValueError(f"gemlite: relative error {error:.2g}: expected the same product")
+    return seconds([lambda one=one: one(x) for one in layers])  # type: ignore[misc]
+
+
 def gemv(found: Machine, shapes: dict[str, tuple[int, int]]) -> Iterator[Row]:
     """K1 for decoding: W4A16 in groups of 128, W4A8 per channel, and the other widths."""
     for shape, (n, k) in shapes.items():
@@ -206,6 +232,7 @@ def gemv(found: Machine, shapes: dict[str, tuple[int, int]]) -> Iterator[Row]:
                 if bits != 4 and tokens != 1:
                     continue
                 first = random_weight(n, k, bits, group)
+                other = gemlite_seconds(first, tokens) if (bits, group) == (4, 128) else None
                 weight = prepare_weight(first)
                 copies = [weight, *(_copy(weight) for _ in range(ring(stored(weight)) - 1))]
                 x = random_input(tokens, k)
@@ -217,7 +244,9 @@ def gemv(found: Machine, shapes: dict[str, tuple[int, int]]) -> Iterator[Row]:
                 if form is None:
                     error = relative(weight_gemm(prepared, weight), x.double() @ first.dequantize(torch.float64).T)
                 name = f"W{bits}A{quantized or 16}, {'per channel' if group is None else f'groups of {group}'}"
-                yield row(name, shape, tokens, taken, found.floor(moved), dense, tiny if bits == 4 else None, error)
+                yield row(
+                    name, shape, tokens, taken, found.floor(moved), dense, tiny if bits == 4 else None, other, error
+                )
 
 
 def gemm(found: Machine, shapes: dict[str, tuple[int, int]]) -> Iterator[Row]:
