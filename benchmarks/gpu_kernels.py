@@ -195,7 +195,7 @@ def tinygemm_seconds(rows: int, columns: int, tokens: int) -> float | None:
 
 
 def gemlite_seconds(weight: QuantizedWeight, tokens: int) -> float | None:
-    """gemlite's int4 product with the same weight; None where gemlite is not installed. ValueError when its result is not ours."""
+    """gemlite's int4 product with the same weight; None where it is not installed. ValueError when its result is not ours."""
     if INTERPRETED or find_spec("gemlite") is None:
         return None
     from gemlite import DType, GemLiteLinear
