@@ -58,6 +58,11 @@ def on_kernels(linear: CompensatedLinear, kernels: Kernels = "auto", arena: Host
     raise ValueError(f"kernels: triton: {reason}")
 
 
+def runs_kernels(device: torch.device) -> bool:
+    """Whether Triton kernels are what computes on this device unless somebody asks for another."""
+    return _wanted("auto", device)
+
+
 def _wanted(kernels: Kernels, device: torch.device) -> bool:
     """Whether Triton is asked for, and there; ValueError when it is asked for by name and is not."""
     if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):

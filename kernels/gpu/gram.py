@@ -18,8 +18,6 @@ BLOCKS_16_BIT = {"TOKENS": 64, "TILE": 128, "num_warps": 8, "num_stages": 3}
 BLOCKS_FLOAT32 = {"TOKENS": 32, "TILE": 64, "num_warps": 8, "num_stages": 2}
 """float32 is multiplied without tensor cores; a larger tile spills."""
 
-_MIRRORED_ROWS = 1024  # at a time: a strip is copied, not the matrix
-
 
 def add_gram_(gram: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
     """gram += `reference.lower_gram(x, scale)`, the lower triangle alone: what is above is left as it is. Returns gram.
@@ -52,17 +50,6 @@ def add_gram_(gram: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
             PRECISION=constants["PRECISION"],
             **blocks,
         )
-    return gram
-
-
-def mirror_(gram: Tensor) -> Tensor:
-    """Copies the lower triangle of gram [in, in] over the upper one, in place; returns gram."""
-    width = gram.shape[0]
-    for start in range(0, width, _MIRRORED_ROWS):
-        stop = min(start + _MIRRORED_ROWS, width)
-        corner = gram[start:stop, start:stop]
-        corner.copy_(corner.tril() + corner.tril(-1).T)
-        gram[start:stop, stop:] = gram[stop:, start:stop].T
     return gram
 
 

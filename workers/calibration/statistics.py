@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kernels.backend import runs_kernels
 from kernels.formats import ActivationFormat
 from kernels.reference import fake_quantize_activations
 from workers.calibration.thresholds import Thresholds
@@ -107,24 +108,24 @@ class ShardMoments:
     @classmethod
     def of(cls, rows: Tensor, gathering: Gathering = NOTHING_ELSE, original: Tensor | None = None) -> ShardMoments:
         """Moments of the rows x [..., in] of one shard; original: the rows t of the same tokens."""
-        x = rows.reshape(-1, rows.shape[-1]).float()
+        x = rows.reshape(-1, rows.shape[-1])
         streams = {"x": x}
         if gathering.activations is not None:
             # In the dtype of the forward pass, as the layer itself will do it.
-            streams["y"] = fake_quantize_activations(rows, gathering.activations).reshape(x.shape).float()
+            streams["y"] = fake_quantize_activations(rows, gathering.activations).reshape(x.shape)
         if original is not None:
-            streams["t"] = original.reshape(x.shape).float()
+            streams["t"] = original.reshape(x.shape)
         names = list(streams)
         products = {
-            one + other: _lower(streams[one]) if one == other else streams[one].T @ streams[other]
+            one + other: _lower(streams[one]) if one == other else streams[one].float().T @ streams[other].float()
             for place, one in enumerate(names)
             for other in names[place:]
         }
         return cls(
             products=products,
             tokens=int(x.shape[0]),
-            absolute=x.abs().sum(0) if gathering.absolute else None,
-            thresholds=Thresholds.of(x) if gathering.thresholds else None,
+            absolute=x.float().abs().sum(0) if gathering.absolute else None,
+            thresholds=Thresholds.of(x.float()) if gathering.thresholds else None,
         )
 
 
@@ -171,9 +172,14 @@ class Accumulator:
 
 
 def _lower(x: Tensor) -> Tensor:
-    """The lower triangle of x^T x, strip by strip: half of the products, because the matrix is symmetric."""
+    """The lower triangle of x^T x in float32, strip by strip: half of the products, because the matrix is symmetric."""
     width = x.shape[1]
     lower = torch.zeros(width, width, device=x.device)
+    if runs_kernels(x.device):
+        from kernels.gpu.gram import add_gram_
+
+        return add_gram_(lower, x.contiguous())
+    x = x.float()
     for start in range(0, width, TRIANGLE_BLOCK):
         stop = min(start + TRIANGLE_BLOCK, width)
         torch.mm(x[:, start:stop].T, x[:, :stop], out=lower[start:stop, :stop])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.gpu.gram import add_gram_, mirror_
+from kernels.formats import ActivationFormat
+from kernels.gpu.gram import add_gram_
 from kernels.reference import lower_gram
 from tests.kernels.gpu.guarded import bands_are_intact, guarded
+from workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -45,14 +47,6 @@ def test_rows_of_a_wider_tensor_and_scale_one_by_default(device: torch.device) -
     torch.testing.assert_close(gram.double(), lower_gram(x[:, :40]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [1, 5, 1030])
-def test_mirror(width: int, device: torch.device) -> None:
-    lower = random(width, width).to(device)
-    mirrored = mirror_(lower.clone())
-    assert torch.equal(mirrored, mirrored.T)
-    assert torch.equal(mirrored.tril(), lower.tril())
-
-
 def test_refuses_what_it_cannot_do(device: torch.device) -> None:
     x, gram = random(4, 8).to(device), torch.zeros(8, 8, device=device)
     with pytest.raises(ValueError, match="x: "):
@@ -64,3 +58,25 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
     for other in (gram[:7, :7], gram.double(), torch.zeros(8, 9, device=device)[:, :8]):
         with pytest.raises(ValueError, match="gram: "):
             add_gram_(other, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_statistics_gathered_where_kernels_run_are_those_gathered_elsewhere(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = random(3, 20, 40).to(dtype).to(device)
+    gathering = Gathering(activations=ActivationFormat(bits=8), absolute=True)
+    original = random(60, 40, seed=2).to(dtype).to(device)
+
+    def moments(*, kernels: bool) -> InputStatistics:
+        monkeypatch.setattr("workers.calibration.statistics.runs_kernels", lambda _: kernels)
+        accumulator = Accumulator(40, device, gathering)
+        accumulator.add(ShardMoments.of(rows, gathering, original))
+        return accumulator.result()
+
+    calls: list[Tensor] = []
+    monkeypatch.setattr("kernels.gpu.gram.add_gram_", lambda gram, x: calls.append(x) or add_gram_(gram, x))
+    expected, found = moments(kernels=False), moments(kernels=True)
+    assert [x.dtype for x in calls] == [dtype] * 3  # x, its quantized self, and the original's
+    for streams in ("xx", "yy", "tt", "xy", "xt", "yt"):
+        torch.testing.assert_close(found.product(streams), expected.product(streams), rtol=1e-5, atol=1e-4)
