@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from kernels.formats import ActivationFormat
 from kernels.gpu.gram import add_gram_
