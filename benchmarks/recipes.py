@@ -192,7 +192,9 @@ def run(pool: RayPool, recipe: dict[str, Any], model: Path, data: Path, output: 
     }
     job = parse_manifest(json.dumps(manifest), name="recipes.json", base=output.as_uri()).job
     source = open_model(job.spec.model.uri)
-    return Orchestrator(job, source, read_tokens(job, source), pool, "cpu", make_progress(io.StringIO())).run()
+    return Orchestrator(
+        job, source, read_tokens(job, source.tokenizer()), pool, "cpu", make_progress(io.StringIO())
+    ).run()
 
 
 def seeded(recipe: dict[str, Any], seeds: int) -> list[dict[str, Any]]:

@@ -67,7 +67,6 @@ def problems(model: str, text: str, blocks: int, sequences: int, length: int) ->
     tokens = token_set(
         TextSource(uri=Path(text).resolve().as_uri()),
         source.tokenizer(),
-        vocabulary=source.anatomy.vocabulary,
         length=length,
         sequences=None,
         sampling="consecutive",

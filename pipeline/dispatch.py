@@ -61,15 +61,25 @@ class Dispatcher:
         replaced when it died."""
         return [self._settle(outcome) for outcome in self._pool.wait(WAIT_SECONDS)]
 
-    def run_all(self, tasks: Sequence[Task], done: Callable[[int], None] = lambda _: None) -> list[Any]:
+    def run_all(
+        self,
+        tasks: Sequence[Task],
+        done: Callable[[int], None] = lambda _: None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[Any]:
         """Runs independent tasks on any workers; their values in the tasks' order. done: called with the number of
-        finished tasks after each."""
+        finished tasks after each. meanwhile: called once, when the first of them have been started."""
         waiting = list(range(len(tasks)))
         index_of = {task.name: index for index, task in enumerate(tasks)}
         values: dict[int, Any] = {}
-        while len(values) < len(tasks):
+
+        def start_some() -> None:
             while waiting and self.idle:
                 self.start(self.idle[0], tasks[waiting.pop(0)])
+
+        start_some()
+        meanwhile()
+        while len(values) < len(tasks):
             for finished in self.collect():
                 index = index_of[finished.task.name]
                 if finished.retry:
@@ -77,6 +87,7 @@ class Dispatcher:
                 else:
                     values[index] = finished.value
                     done(len(values))
+            start_some()
         return [values[index] for index in range(len(tasks))]
 
     def _settle(self, outcome: Outcome) -> Finished:

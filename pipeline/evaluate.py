@@ -52,13 +52,12 @@ def evaluate_artifact(
     tokens = token_set(
         _text(text, report),
         source.tokenizer(),
-        vocabulary=source.anatomy.vocabulary,
         length=sequence_length or _reported_length(report),
         sequences=windows if windows is not None or text is not None else _reported_windows(report),
         sampling="consecutive",
         seed=0,
         field="--text",
-    )
+    ).within(source.anatomy.vocabulary, "--text")
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch).as_uri()
         blob = Workspace(open_store(place)).put_tensors({"input_ids": tokens.ids})

@@ -15,6 +15,7 @@ from workers.errors import CheckpointError, RequestError, StorageError
 from workers.storage import ObjectStore, open_store
 
 HUB = "hf:"
+TOKENIZER = "tokenizer.json"
 
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors that old exports hold and no model needs: the frequencies follow from the config."""
@@ -54,7 +55,12 @@ class ModelSource:
 
     def tokenizer(self) -> bytes | None:
         """tokenizer.json, or None."""
-        return self.store.read("tokenizer.json") if self.store.exists("tokenizer.json") else None
+        return tokenizer_of(self.store)
+
+
+def tokenizer_of(store: ObjectStore) -> bytes | None:
+    """tokenizer.json of the checkpoint in this store, or None."""
+    return store.read(TOKENIZER) if store.exists(TOKENIZER) else None
 
 
 def describe(config: Mapping[str, Any]) -> Anatomy:
@@ -71,7 +77,7 @@ def open_model(uri: str, describe: Callable[[Mapping[str, Any]], Anatomy] = desc
     describe: who says what that architecture is; by default this process, and for a process that would rather not load
     transformers another one. CheckpointError, UnsupportedModelError, RequestError, StorageError.
     """
-    root = _snapshot(uri) if uri.startswith(HUB) else uri
+    root = resolve(uri)
     store = open_store(root)
     checkpoint = Checkpoint.open(store)
     anatomy = describe(checkpoint.config)
@@ -88,6 +94,11 @@ def check_stored_head(source: ModelSource, digests: Mapping[str, str]) -> None:
         raise CheckpointError(
             f"{source.uri}: config.json: tie_word_embeddings: true: but {LM_HEAD} differs from {EMBEDDING}"
         )
+
+
+def resolve(uri: str) -> str:
+    """Where the checkpoint lies that `uri` names; a hub repository is downloaded first. RequestError, StorageError."""
+    return _snapshot(uri) if uri.startswith(HUB) else uri
 
 
 def _snapshot(uri: str) -> str:

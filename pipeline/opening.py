@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.dispatch import Dispatcher, Task
 from pipeline.manifest import CompressionJob
-from pipeline.model_source import ModelSource, open_model
+from pipeline.model_source import ModelSource, open_model, resolve, tokenizer_of
 from pipeline.plan import make_plan
 from pipeline.policies import RetryPolicy
 from pipeline.pool import WorkerPool
@@ -22,7 +22,8 @@ from workers.storage.probe import probe
 def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here: bool) -> tuple[ModelSource, Tokens]:
     """The model, checked against its architecture and the recipe, and the tokens; the output, checked for what we need of it.
 
-    What the architecture is a worker says: it needs transformers anyway, this process would load it for that alone.
+    What the architecture is a worker says: it needs transformers anyway, this process would load it for that alone. While
+    the worker does, this process reads the texts.
     here: the workers run on this machine, so they must fit into it. Raises RequestError and its kinds, SurroundingsError.
     """
     try:
@@ -30,13 +31,22 @@ def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here:
     except RequestError as error:
         raise RequestError(f"spec.output.uri: {error}") from error
 
+    root = resolve(job.spec.model.uri)
+    read: list[Tokens] = []
+
+    def read_texts() -> None:
+        read.append(read_tokens(job, tokenizer_of(open_store(root))))
+
     def describe(config: Mapping[str, Any]) -> Anatomy:
         dispatcher = Dispatcher(pool, RetryPolicy(), progress.note)
-        anatomies: list[Anatomy] = dispatcher.run_all([Task("architecture", "describe", (config,))])
+        anatomies: list[Anatomy] = dispatcher.run_all(
+            [Task("architecture", "describe", (config,))], meanwhile=read_texts
+        )
         return anatomies[0]
 
-    source = open_model(job.spec.model.uri, describe)
+    source = open_model(root, describe)
     plan = make_plan(job, source)
     if plan.problems and here:
         raise RequestError("spec.resources: " + "; ".join(plan.problems))
-    return source, read_tokens(job, source)
+    (tokens,) = read
+    return source, tokens.within(source.anatomy.vocabulary)

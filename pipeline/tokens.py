@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass
 
 from pipeline.manifest import CompressionJob
-from pipeline.model_source import ModelSource
 from workers.calibration.tokens import TokenSet, token_set
+
+CALIBRATION, VALIDATION = "spec.calibration.source", "spec.validation.text"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,33 +19,39 @@ class Tokens:
     validation: TokenSet | None
     seconds: float
 
+    def within(self, vocabulary: int) -> Tokens:
+        """Itself; RequestError when an id is not below the model's `vocabulary`."""
+        self.calibration.within(vocabulary, CALIBRATION)
+        if self.validation is not None:
+            self.validation.within(vocabulary, VALIDATION)
+        return self
 
-def read_tokens(job: CompressionJob, source: ModelSource) -> Tokens:
-    """Reads and tokenizes the texts that `job` names; RequestError when one does not give what is asked of it."""
+
+def read_tokens(job: CompressionJob, tokenizer: bytes | None) -> Tokens:
+    """Reads and tokenizes the texts that `job` names; RequestError when one does not give what is asked of it.
+
+    tokenizer: the model's tokenizer.json. What the model's vocabulary is need not be known yet, see `Tokens.within`.
+    """
     started = time.perf_counter()
-    tokenizer = source.tokenizer()
-    vocabulary = source.anatomy.vocabulary
     calibration, validation = job.spec.calibration, job.spec.validation
     first = token_set(
         calibration.source,
         tokenizer,
-        vocabulary=vocabulary,
         length=calibration.sequence_length,
         sequences=calibration.sequences,
         sampling=calibration.sampling,
         seed=calibration.seed,
-        field="spec.calibration.source",
+        field=CALIBRATION,
     )
     second = None
     if validation is not None:
         second = token_set(
             validation.text,
             tokenizer,
-            vocabulary=vocabulary,
             length=validation.sequence_length or calibration.sequence_length,
             sequences=validation.windows,
             sampling="consecutive",
             seed=0,
-            field="spec.validation.text",
+            field=VALIDATION,
         )
     return Tokens(calibration=first, validation=second, seconds=time.perf_counter() - started)

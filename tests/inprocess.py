@@ -123,7 +123,9 @@ def run_job(
     pool = InProcessPool(workers, threads)
     try:
         source = open_model(job.spec.model.uri)
-        return Orchestrator(job, source, read_tokens(job, source), pool, "cpu", progress or RecordedProgress()).run()
+        return Orchestrator(
+            job, source, read_tokens(job, source.tokenizer()), pool, "cpu", progress or RecordedProgress()
+        ).run()
     finally:
         pool.close()
 

@@ -178,7 +178,7 @@ def run_local(job: CompressionJob, pool: LocalPool | None = None, progress: Prog
     try:
         source = open_model(job.spec.model.uri)
         return Orchestrator(
-            job, source, read_tokens(job, source), pool, "cpu", Events() if progress is None else progress
+            job, source, read_tokens(job, source.tokenizer()), pool, "cpu", Events() if progress is None else progress
         ).run()
     finally:
         pool.close()

@@ -45,12 +45,19 @@ class TokenSet:
     def length(self) -> int:
         return int(self.ids.shape[1])
 
+    def within(self, vocabulary: int, field: str) -> TokenSet:
+        """Itself; RequestError, naming `field` of the manifest, when an id is not below the model's `vocabulary`."""
+        lowest, highest = int(self.ids.min()), int(self.ids.max())
+        if lowest < 0 or highest >= vocabulary:
+            wrong = lowest if lowest < 0 else highest
+            raise RequestError(f"{field}: token id {wrong}: expected ids from 0 to {vocabulary - 1} (config.json)")
+        return self
+
 
 def token_set(
     source: TokenSource,
     tokenizer: bytes | None,
     *,
-    vocabulary: int,
     length: int,
     sequences: int | None,
     sampling: Sampling,
@@ -59,21 +66,20 @@ def token_set(
 ) -> TokenSet:
     """Windows of `length` tokens.
 
-    tokenizer: the model's tokenizer.json; not needed for prepared tokens. vocabulary: ids must lie below it.
+    tokenizer: the model's tokenizer.json; not needed for prepared tokens.
     sequences: how many windows; None for as many non-overlapping ones as there are. sampling: consecutive windows from
     the start, or windows at random offsets (`random.Random(seed)`, overlaps possible).
-    field: where the source stands in the manifest, for messages. RequestError when there is too little text, no
-    tokenizer, or an id outside the vocabulary.
+    field: where the source stands in the manifest, for messages. RequestError when there is too little text or no
+    tokenizer, or an id too large for any model. Whether ids are the model's is for `TokenSet.within` to say.
     """
     if isinstance(source, TokensSource):
         ids = _prepared(source, length, sequences, field)
     else:
         stream = _tokenize(_text(source, field), tokenizer, field)
         ids = _cut(stream, length, sequences, sampling, seed, field)
-    lowest, highest = int(ids.min()), int(ids.max())
-    if lowest < 0 or highest >= vocabulary:
-        wrong = lowest if lowest < 0 else highest
-        raise RequestError(f"{field}: token id {wrong}: expected ids from 0 to {vocabulary - 1} (config.json)")
+    highest = int(ids.max())
+    if highest > torch.iinfo(torch.int32).max:
+        raise RequestError(f"{field}: token id {highest}: expected ids that fit in 32 bits")
     return TokenSet(ids.to(torch.int32).contiguous())
 
 

@@ -42,7 +42,9 @@ def stream(path: Path) -> list[int]:
 
 
 def cut(source: TokenSource, tokenizer: bytes | None, **changes: Any) -> TokenSet:
-    return token_set(source, tokenizer, **{**OPTIONS, **changes})
+    options = {**OPTIONS, **changes}
+    vocabulary = options.pop("vocabulary")
+    return token_set(source, tokenizer, **options).within(vocabulary, options["field"])
 
 
 def test_consecutive_windows_lie_side_by_side(tmp_path: Path, text: TextSource, tokenizer: bytes) -> None:
@@ -168,7 +170,7 @@ def test_a_text_that_is_not_there_or_no_text_is_refused(tmp_path: Path, tokenize
         ({"input_ids": torch.zeros(5, 9, dtype=torch.int64)}, r"\[5, 9\]: expected \[5, 8\]"),
         ({"input_ids": torch.full((5, 8), VOCABULARY)}, "token id 128: expected ids from 0 to 127"),
         ({"input_ids": torch.arange(-1, 39).view(5, 8)}, "token id -1: expected ids from 0 to 127"),
-        ({"input_ids": torch.full((5, 8), 2**40)}, "expected ids from 0 to 127"),
+        ({"input_ids": torch.full((5, 8), 2**40)}, "expected ids that fit in 32 bits"),
     ],
 )
 def test_prepared_tokens_that_do_not_fit_are_refused(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
