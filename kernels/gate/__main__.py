@@ -54,9 +54,7 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--update", action="store_true", help="raise the limits to what is measured, drop old entries")
     parser.add_argument("--only", default="", metavar="PART", help="cases whose name contains this")
     parser.add_argument("--archs", type=_archs, default=ARCHS, help="such as 80,90; all of them by default")
-    parser.add_argument(
-        "--brief", action="store_true", help="one case of each kernel everywhere, the others on one arch"
-    )
+    parser.add_argument("--brief", action="store_true", help="one case of each kernel on every arch, all on sm_90")
     parser.add_argument("--budgets", type=Path, default=_BUDGETS, help="the file of limits")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     return parser.parse_args(arguments)

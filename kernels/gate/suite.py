@@ -36,16 +36,14 @@ def all_cases() -> Mapping[str, Case]:
 
 
 def brief(chosen: Mapping[tuple[str, int], Case]) -> dict[tuple[str, int], Case]:
-    """What continuous integration has time for: of each kernel its first case on every architecture, of the other cases that
-    on sm_90, or where they are not for it on their last one."""
-    first: dict[str, str] = {}
-    for (name, _), case in chosen.items():
-        first.setdefault(case.kernel.__name__, name)
-    everywhere = set(first.values())
+    """What continuous integration has time for: on every architecture the first case of each kernel, on sm_90 all of them."""
+    first: dict[tuple[str, int], str] = {}
+    for (name, arch), case in chosen.items():
+        first.setdefault((case.kernel.__name__, arch), name)
     return {
         (name, arch): case
         for (name, arch), case in chosen.items()
-        if name in everywhere or arch == (90 if 90 in case.archs else case.archs[-1])
+        if arch == 90 or first[case.kernel.__name__, arch] == name
     }
 
 
