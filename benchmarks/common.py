@@ -43,7 +43,7 @@ def record(name: str, title: str, body: str, about: str) -> Path:
     """Writes a dated result file and returns its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{name}.md"
-    command = "python " + " ".join([str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
+    command = "python " + " ".join([str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *map(_shown, sys.argv[1:])])
     revision = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -60,3 +60,9 @@ def record(name: str, title: str, body: str, about: str) -> Path:
     ]
     path.write_text("\n".join(lines))
     return path
+
+
+def _shown(argument: str) -> str:
+    """An argument as it may be published: of an absolute path or file URI its last two parts; the rest is the machine's."""
+    path = argument.removeprefix("file://")
+    return f"…/{'/'.join(Path(path).parts[-2:])}" if path.startswith("/") else argument
