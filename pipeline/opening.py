@@ -14,9 +14,12 @@ from pipeline.pool import WorkerPool
 from pipeline.progress import Progress
 from pipeline.tokens import Tokens, read_tokens
 from workers.anatomy import Anatomy
+from workers.calibration.source import ModelSamples
+from workers.calibration.tokens import TokenSet
 from workers.errors import RequestError
 from workers.storage import open_store
 from workers.storage.probe import probe
+from workers.tasks import SampleSpec
 
 
 def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here: bool) -> tuple[ModelSource, Tokens]:
@@ -32,13 +35,15 @@ def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here:
         raise RequestError(f"spec.output.uri: {error}") from error
 
     root = resolve(job.spec.model.uri)
+    dispatcher = Dispatcher(pool, RetryPolicy(), progress.note)
+    sampled = isinstance(job.spec.calibration.source, ModelSamples)
     read: list[Tokens] = []
 
     def read_texts() -> None:
-        read.append(read_tokens(job, tokenizer_of(open_store(root))))
+        if not sampled:
+            read.append(read_tokens(job, tokenizer_of(open_store(root))))
 
     def describe(config: Mapping[str, Any]) -> Anatomy:
-        dispatcher = Dispatcher(pool, RetryPolicy(), progress.note)
         anatomies: list[Anatomy] = dispatcher.run_all(
             [Task("architecture", "describe", (config,))], meanwhile=read_texts
         )
@@ -48,5 +53,23 @@ def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here:
     plan = make_plan(job, source)
     if plan.problems and here:
         raise RequestError("spec.resources: " + "; ".join(plan.problems))
+    if sampled:
+        read.append(read_tokens(job, source.tokenizer(), _sampled(job, source, dispatcher)))
     (tokens,) = read
     return source, tokens.within(source.anatomy.vocabulary)
+
+
+def _sampled(job: CompressionJob, source: ModelSource, dispatcher: Dispatcher) -> TokenSet:
+    """What the model writes by itself, drawn by one worker."""
+    calibration = job.spec.calibration
+    assert isinstance(calibration.source, ModelSamples)
+    spec = SampleSpec(
+        source=source.uri,
+        compute_dtype=calibration.compute_dtype,
+        sequences=calibration.sequences,
+        length=calibration.sequence_length,
+        temperature=calibration.source.temperature,
+        seed=calibration.seed,
+    )
+    rows: list[list[int]] = dispatcher.run_all([Task("tokens of the model's own", "sample", (spec,))])[0]
+    return TokenSet.of(rows)

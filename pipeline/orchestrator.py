@@ -34,7 +34,7 @@ from pipeline.report_html import render
 from pipeline.tokens import Tokens
 from pipeline.validate import Windows, check_gates, validate
 from workers.anatomy import EMBEDDING, LM_HEAD, NORM
-from workers.calibration.source import TokenSource
+from workers.calibration.source import CalibrationSource
 from workers.calibration.tokens import TokenSet
 from workers.errors import GateError
 from workers.keys import digest
@@ -333,7 +333,7 @@ def _task_reports(chain: Chain) -> list[TaskReport]:
     ]
 
 
-def _tokens_report(source: TokenSource, tokens: TokenSet) -> TokensReport:
+def _tokens_report(source: CalibrationSource, tokens: TokenSet) -> TokensReport:
     return TokensReport(
         source=source.model_dump(mode="json"),
         sequences=tokens.sequences,

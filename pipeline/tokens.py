@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from pipeline.manifest import CompressionJob
+from workers.calibration.source import ModelSamples
 from workers.calibration.tokens import TokenSet, token_set
 
 CALIBRATION, VALIDATION = "spec.calibration.source", "spec.validation.text"
@@ -27,22 +28,28 @@ class Tokens:
         return self
 
 
-def read_tokens(job: CompressionJob, tokenizer: bytes | None) -> Tokens:
+def read_tokens(job: CompressionJob, tokenizer: bytes | None, sampled: TokenSet | None = None) -> Tokens:
     """Reads and tokenizes the texts that `job` names; RequestError when one does not give what is asked of it.
 
-    tokenizer: the model's tokenizer.json. What the model's vocabulary is need not be known yet, see `Tokens.within`.
+    tokenizer: the model's tokenizer.json. What the model's vocabulary is need not be known yet, see `Tokens.within`. sampled:
+    what the model wrote, when it is to be calibrated on that; ValueError without it.
     """
     started = time.perf_counter()
     calibration, validation = job.spec.calibration, job.spec.validation
-    first = token_set(
-        calibration.source,
-        tokenizer,
-        length=calibration.sequence_length,
-        sequences=calibration.sequences,
-        sampling=calibration.sampling,
-        seed=calibration.seed,
-        field=CALIBRATION,
-    )
+    if not isinstance(calibration.source, ModelSamples):
+        first = token_set(
+            calibration.source,
+            tokenizer,
+            length=calibration.sequence_length,
+            sequences=calibration.sequences,
+            sampling=calibration.sampling,
+            seed=calibration.seed,
+            field=CALIBRATION,
+        )
+    elif sampled is None:
+        raise ValueError("sampled: none: expected what the model wrote")
+    else:
+        first = sampled
     second = None
     if validation is not None:
         second = token_set(

@@ -10,11 +10,10 @@ from typing import Any
 
 from pipeline.artifact import Published
 from pipeline.manifest import parse_manifest
-from pipeline.model_source import open_model
+from pipeline.opening import open_job
 from pipeline.orchestrator import Orchestrator
 from pipeline.pool import Outcome
 from pipeline.progress import Progress
-from pipeline.tokens import read_tokens
 from tests.models import write_text
 from workers.errors import CounterweightError
 from workers.worker import Worker
@@ -121,11 +120,10 @@ def run_job(
     document = {"apiVersion": "counterweight/v1", "kind": "CompressionJob", "metadata": {"name": "tiny"}, "spec": spec}
     job = parse_manifest(json.dumps(document), name="tiny.json", base=output.as_uri()).job
     pool = InProcessPool(workers, threads)
+    shown = progress or RecordedProgress()
     try:
-        source = open_model(job.spec.model.uri)
-        return Orchestrator(
-            job, source, read_tokens(job, source.tokenizer()), pool, "cpu", progress or RecordedProgress()
-        ).run()
+        source, tokens = open_job(job, pool, shown, here=True)
+        return Orchestrator(job, source, tokens, pool, "cpu", shown).run()
     finally:
         pool.close()
 

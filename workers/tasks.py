@@ -70,6 +70,18 @@ class Setting(Config):
         }
 
 
+class SampleSpec(Config):
+    """Windows of tokens that a model draws from its own distribution."""
+
+    source: str
+    """Root URI of its checkpoint."""
+    compute_dtype: ComputeDtype
+    sequences: int
+    length: int
+    temperature: float
+    seed: int
+
+
 class EmbedSpec(Config):
     """Tokens to the hidden states that enter block 0."""
 

@@ -23,6 +23,7 @@ from kernels.hadamard import Hadamard
 from workers.anatomy import EMBEDDING, LM_HEAD, NORM, Anatomy
 from workers.architecture import Siblings
 from workers.block import CompressedLinear, calibrate, compress, install, tensor_bits
+from workers.calibration.sampling import sample
 from workers.calibration.statistics import InputStatistics
 from workers.checkpoint.digest import TensorDigest, tensor_digest
 from workers.checkpoint.reader import Checkpoint
@@ -60,6 +61,7 @@ from workers.tasks import (
     KeepRecord,
     KeepSpec,
     LedgerEntry,
+    SampleSpec,
     Setting,
     Timing,
     shard_sequences,
@@ -125,6 +127,26 @@ class Worker:
     def describe(self, config: Mapping[str, Any]) -> Anatomy:
         """Names and shapes of the model with this config.json. CheckpointError, UnsupportedModelError."""
         return Skeleton(config).anatomy
+
+    def sample(self, spec: SampleSpec) -> list[list[int]]:
+        """Windows of tokens that the model draws itself; it is in memory as a whole."""
+        checkpoint = Checkpoint.open(open_store(spec.source))
+        skeleton = Skeleton(checkpoint.config)
+        dtype = DTYPES[spec.compute_dtype]
+        names = [EMBEDDING, NORM] if skeleton.tied else [EMBEDDING, NORM, LM_HEAD]
+        outside = checkpoint.read_many(names)
+        head = {LM_HEAD: outside[EMBEDDING], **outside}
+        model = skeleton.causal_shell(outside[EMBEDDING], head, self.device, dtype)
+        for index in range(skeleton.blocks):
+            slices = skeleton.anatomy.sources(index, checkpoint.names)
+            tensors = checkpoint.read_many({part.source for part in slices.values()})
+            parameters = {name: part.of(tensors[part.source]) for name, part in slices.items()}
+            model.model.layers.append(skeleton.block(index, parameters, self.device, dtype).layer)
+        ids = sample(model.eval(), spec.sequences, spec.length, temperature=spec.temperature, seed=spec.seed)
+        del model
+        release(self.device)
+        rows: list[list[int]] = ids.tolist()
+        return rows
 
     def inspect(self, source: str, names: Iterable[str]) -> dict[str, TensorDigest]:
         """Digest and finiteness of source tensors; reads each byte once, in bounded memory."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
 
-from workers.calibration.source import TokenSource
+from workers.calibration.source import CalibrationSource, TokenSource
 from workers.config import Config
 from workers.recipe import Recipe
 
@@ -34,6 +34,9 @@ def _text_by_default(source: Any) -> Any:
 
 Tokens = Annotated[TokenSource, BeforeValidator(_text_by_default)]
 """A token source; without a `kind` it is a text."""
+
+CalibrationTokens = Annotated[CalibrationSource, BeforeValidator(_text_by_default)]
+"""Likewise, or the model itself."""
 
 
 class Section(Config):
@@ -68,7 +71,7 @@ class Model(Section):
 class Calibration(Section):
     """The tokens that statistics are gathered on, and how they pass through the model."""
 
-    source: Tokens
+    source: CalibrationTokens
     """Where the tokens come from; without a `kind`, a text."""
     sequences: Annotated[int, Field(ge=1, le=1_000_000)] = 128
     """Number of windows cut from the source."""
@@ -77,7 +80,7 @@ class Calibration(Section):
     sampling: Literal["random", "consecutive"] = "random"
     """`random`: windows at random places of the text; `consecutive`: side by side, from its start."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    """Seed of random sampling."""
+    """Seed of random sampling, of windows or by the model."""
     propagate: Literal["original", "compressed"] = "original"
     """`original`: every block sees the original model's activations, and all blocks are independent;
     `compressed`: a block sees what the compressed blocks before it produce, one block after the other.

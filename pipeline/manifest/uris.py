@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from pipeline.manifest.explain import Complaint
 from pipeline.manifest.job import MAX_URI, CompressionJob
 from pipeline.manifest.problems import Path, show
-from workers.calibration.source import DatasetSource, StandardLibrarySource, TokenSource
+from workers.calibration.source import CalibrationSource, DatasetSource, ModelSamples, StandardLibrarySource
 from workers.errors import RequestError
 from workers.storage.names import file_root, s3_root
 
@@ -111,8 +111,8 @@ class _Resolver:
             self.complaints.append(Complaint(path=path, text=f"{show(uri)}: {cause[:200]}"))
             return uri
 
-    def tokens(self, source: TokenSource, path: Path) -> TokenSource:
-        if isinstance(source, StandardLibrarySource):
+    def tokens(self, source: CalibrationSource, path: Path) -> CalibrationSource:
+        if isinstance(source, StandardLibrarySource | ModelSamples):
             return source
         if isinstance(source, DatasetSource):
             local = self.apply(resolve_dataset_path, source.path, (*path, "path"))

@@ -51,4 +51,18 @@ class DatasetSource(Config):
     """Read at most this many rows; absent: all."""
 
 
+class ModelSamples(Config):
+    """The model itself: each window begins with its token for a beginning (or any token, where it has none) and goes on as the
+    model does. For models whose training text nobody has. The whole model has to fit into a worker's memory."""
+
+    kind: Literal["model"] = "model"
+    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Divides the logits before a token is drawn; 1: as the model means it."""
+
+
 TokenSource = Annotated[TextSource | StandardLibrarySource | TokensSource | DatasetSource, Field(discriminator="kind")]
+"""What can be read where no model runs."""
+
+CalibrationSource = Annotated[
+    TextSource | StandardLibrarySource | TokensSource | DatasetSource | ModelSamples, Field(discriminator="kind")
+]

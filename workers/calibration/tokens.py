@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,11 @@ class TokenSet:
     @property
     def length(self) -> int:
         return int(self.ids.shape[1])
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> TokenSet:
+        """Windows of equal length, given as numbers."""
+        return cls(torch.tensor(rows, dtype=torch.int32))
 
     def within(self, vocabulary: int, field: str) -> TokenSet:
         """Itself; RequestError, naming `field` of the manifest, when an id is not below the model's `vocabulary`."""

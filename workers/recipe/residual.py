@@ -15,11 +15,11 @@ _CHUNK = 1024  # kernels/residual.py says the same, but imports torch
 class Bandwidths(Config):
     """A GPU as far as residuals are concerned, measured or from its data sheet."""
 
-    dram: Annotated[float, Field(gt=0)]
+    dram: Annotated[float, Field(gt=0, le=1e6)]
     """Of its own memory, GB/s (10^9 bytes)."""
-    pcie: Annotated[float, Field(gt=0)]
+    pcie: Annotated[float, Field(gt=0, le=1e6)]
     """Of its way to the host's memory, GB/s."""
-    multiprocessors: Annotated[int, Field(strict=True, ge=1)]
+    multiprocessors: Annotated[int, Field(strict=True, ge=1, le=10_000)]
     """How many it has."""
 
 
