@@ -222,6 +222,10 @@ def actor_pids(driver: int) -> list[int]:
     )
 
 
+def _notice_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Run:
     """`counterweight run` as a process of its own, in a session of its own, watched through its stderr."""
 
@@ -235,6 +239,8 @@ class Run:
             stderr=self._log,
             text=True,
             start_new_session=True,
+            # A shell starts what runs in its background with SIGINT ignored, and that is inherited.
+            preexec_fn=_notice_interrupts,
         )
 
     @property
