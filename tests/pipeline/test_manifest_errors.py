@@ -48,7 +48,7 @@ class TestErrors:
             ),
             (
                 "spec.calibration.source.kind=file",
-                "spec.calibration.source.kind: 'file': expected dataset, standard_library, text or tokens",
+                "spec.calibration.source.kind: 'file': expected dataset, model, standard_library, text or tokens",
             ),
             ("spec.calibration.source.kind=[a]", "spec.calibration.source.kind: ['a']: expected dataset, "),
             (
