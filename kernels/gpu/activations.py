@@ -11,6 +11,7 @@ to wait for each other. Meaning: `kernels.reference.layer_input` and
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +25,7 @@ from kernels.gpu import launch
 from kernels.gpu.hadamard import transform
 from kernels.gpu.integer_gemm import IntegerWeight
 from kernels.gpu.layout import DECODE_TOKENS, PackedWeight, PreparedInput, permuted_run
-from kernels.gpu.weight_tile import add_partials
+from kernels.gpu.partials import summed_over
 from kernels.hadamard import Hadamard
 
 __all__ = ["prepare", "unsupported"]
@@ -34,7 +35,6 @@ _PROGRAMS = 128
 _STAGES = 3  # tiles in flight; a fourth has no place in the shared memory of an sm_89
 _REGISTERS = 255
 """A thread's limit. Without one, ptxas spills a value or two of the larger tiles to fit another program in."""
-_ADDED = 1024  # elements that one program adds over all slices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,18 @@ class _Plan:
     slice: int
     rank_programs: int
     warps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Form:
+    """How values [tokens, columns] are written: in runs of `run` columns reordered, with sums over `block` columns (0: none),
+    as int8 codes (integer) or in x's dtype."""
+
+    columns: int
+    block: int = 0
+    run: int = 2
+    integer: bool = False
+    permuted: bool = False
 
 
 def unsupported(activations: ActivationFormat | None) -> str | None:
@@ -91,63 +103,45 @@ def prepare(
     _check(x, weight.in_features, down, step, norm, smooth)
     if hadamard is not None:
         if norm is not None or smooth is not None:
-            x = _launch(x, columns=x.shape[1], norm=norm, smooth=smooth).values
+            x = _launch(x, _Form(columns=x.shape[1]), norm=norm, smooth=smooth).values
         x, norm, smooth = transform(x, hadamard), None, None
+    form = _form(weight, *x.shape)
+    return _launch(x, form, activations=activations, down=down, step=step, norm=norm, smooth=smooth)
+
+
+def _form(weight: PackedWeight | IntegerWeight, tokens: int, in_features: int) -> _Form:
+    """How the kernel of this kind of weight reads its input."""
     if isinstance(weight, IntegerWeight):
-        return _launch(
-            x,
-            columns=x.shape[1],
-            block=0 if weight.zero_point is None else weight.block,
-            integer=True,
-            activations=activations,
-            down=down,
-            step=step,
-            norm=norm,
-            smooth=smooth,
-        )
-    permuted = x.shape[0] <= DECODE_TOKENS
-    return _launch(
-        x,
-        columns=weight.columns if permuted else x.shape[1],
-        block=weight.block if permuted else 0,
-        run=permuted_run(weight.bits) if permuted else 2,
-        permuted=permuted,
-        activations=activations,
-        down=down,
-        step=step,
-        norm=norm,
-        smooth=smooth,
-    )
+        return _Form(columns=in_features, block=0 if weight.zero_point is None else weight.block, integer=True)
+    if tokens <= DECODE_TOKENS:
+        return _Form(columns=weight.columns, block=weight.block, run=permuted_run(weight.bits), permuted=True)
+    return _Form(columns=in_features)
 
 
 def _launch(
     x: Tensor,
+    form: _Form,
     *,
-    columns: int,
-    block: int = 0,
-    run: int = 2,
-    integer: bool = False,
-    permuted: bool = False,
     activations: ActivationFormat | None = None,
     down: Tensor | None = None,
     step: Tensor | None = None,
     norm: tuple[Tensor, float] | None = None,
     smooth: Tensor | None = None,
 ) -> PreparedInput:
-    """values [tokens, columns], in runs of `run` columns reordered; sums over `block` columns, 0 for none."""
+    columns, block = form.columns, form.block
     tokens, in_features = x.shape
     rank = 0 if down is None else int(down.shape[0])
     plan = _plan(tokens, columns, rank)
     slices = triton.cdiv(columns, plan.slice)
     # Where nothing happens to x it is not copied either.
-    emitted = permuted or integer or activations is not None or norm is not None or smooth is not None
+    emitted = form.permuted or form.integer or activations is not None or norm is not None or smooth is not None
     empty = partial(torch.empty, device=x.device)
-    values = empty(tokens, columns, dtype=torch.int8 if integer else x.dtype) if emitted else x
+    values = empty(tokens, columns, dtype=torch.int8 if form.integer else x.dtype) if emitted else x
     codes_step = None if activations is None else empty(tokens, dtype=torch.float32)
     sums = empty(tokens, triton.cdiv(columns, block), dtype=torch.float32) if block else None
     projected = empty(tokens, rank, dtype=torch.float32) if rank else None
-    partials = empty(slices, tokens, rank, dtype=torch.float32) if rank and slices > 1 else projected
-    with launch.current(x.device):
+    partial_sums = nullcontext() if projected is None else summed_over(slices, projected)
+    with launch.current(x.device), partial_sums as partials:
         if emitted or rank:
             _prepare[(triton.cdiv(tokens, plan.block_m), slices, plan.rank_programs)](
                 x,
@@ -172,7 +166,7 @@ def _launch(
                 CLIPPED=activations is not None and activations.clip != 1.0,
                 SMALLEST_STEP=torch.finfo(x.dtype).eps,
                 EMIT=emitted,
-                RUN=run,
+                RUN=form.run,
                 SUMMED=block,
                 BRANCH=rank > 0,
                 STEPPED=step is not None,
@@ -186,10 +180,7 @@ def _launch(
                 num_stages=_STAGES,
                 maxnreg=_REGISTERS if plan.block_m > 1 else None,
             )
-        if partials is not projected:
-            size = tokens * rank
-            add_partials[(triton.cdiv(size, _ADDED),)](partials, projected, size, SPLITS=slices, BLOCK=_ADDED)
-    return PreparedInput(values=values, permuted=permuted, step=codes_step, sums=sums, projected=projected)
+    return PreparedInput(values=values, permuted=form.permuted, step=codes_step, sums=sums, projected=projected)
 
 
 def _plan(tokens: int, columns: int, rank: int) -> _Plan:

@@ -18,16 +18,8 @@ from torch import Tensor
 
 from kernels.gpu import launch
 from kernels.gpu.layout import PackedWeight, PreparedInput
-from kernels.gpu.weight_gemm import (
-    Tiling,
-    add_splits,
-    arguments,
-    check,
-    splits_of,
-    tiling_of,
-    weight_kernel,
-    whole_splits,
-)
+from kernels.gpu.partials import summed_over
+from kernels.gpu.weight_gemm import Tiling, check, multiply_into, splits_of, tiling_of
 from kernels.gpu.weight_tile import finish_tile
 
 __all__ = [
@@ -131,24 +123,19 @@ def expert_gemm(
     out = torch.empty(tokens, top_k, weight.out_features, dtype=out_dtype or x.dtype, device=device)
     if slots == 0:
         return out
-    grid = (weight.rows // tiling.bn, routing.expert_of_block.shape[0])
-    blocks = weight.columns // weight.block
-    splits = splits_of(grid[0] * grid[1], blocks) if splits is None else whole_splits(splits, blocks)
-    target = out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=device)
-    with launch.current(device):
-        weight_kernel[grid[0], splits, grid[1]](
-            bias=bias,
-            gates=gates,
-            out=target,
-            slots=routing.slots,
-            expert_of_block=routing.expert_of_block,
-            count=slots,
-            experts=routing.experts,
-            SPLITS=splits,
-            SHARING=1 if x.tokens == slots else top_k,
-            **arguments(x, weight, up, tiling),
-        )
-        add_splits(target, out)
+    multiply_into(
+        out,
+        x,
+        weight,
+        up,
+        bias,
+        tiling,
+        row_blocks=routing.expert_of_block.shape[0],
+        splits=splits,
+        gates=gates,
+        slots=routing.slots,
+        expert_of_block=routing.expert_of_block,
+    )
     return out
 
 
@@ -174,8 +161,7 @@ def project_experts(x: Tensor, down: Tensor, routing: Routing, *, steps: Tensor 
     tiling = projection_tiling(routing.block)
     grid = (-(-rank // tiling.bn), routing.expert_of_block.shape[0])
     splits = splits_of(grid[0] * grid[1], -(-x.shape[1] // tiling.bk))
-    target = out if splits == 1 else torch.empty(splits, slots, rank, dtype=torch.float32, device=device)
-    with launch.current(device):
+    with launch.current(device), summed_over(splits, out) as target:
         project_kernel[grid[0], splits, grid[1]](
             x=x,
             down=down,
@@ -195,7 +181,6 @@ def project_experts(x: Tensor, down: Tensor, routing: Routing, *, steps: Tensor 
             num_stages=tiling.stages,
             **{name: value for name, value in launch.arithmetic(x.dtype).items() if name != "ASM"},
         )
-        add_splits(target, out)
     return out if steps is None else out * steps[routing.expert_of.reshape(-1)]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from kernels.gpu.hadamard import transform
 from kernels.gpu.host_memory import HostArena
 from kernels.gpu.weight_gemm import weight_gemm
 from kernels.linear import CompensatedLinear
-from kernels.residual import Correction, ResidualStore
+from kernels.residual import Correction
 
 __all__ = ["KernelLinear", "unsupported"]
 
@@ -59,15 +61,12 @@ class KernelLinear(nn.Module):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _product(self, rows: Tensor, out_dtype: torch.dtype) -> Tensor:
-        if self.integer_weight is not None and rows.shape[0] > layout.DECODE_TOKENS:
-            prepared = activations.prepare(
-                rows, self.integer_weight, activations=self.activations, down=self.down, step=self.step
-            )
-            return integer_gemm.integer_gemm(
-                prepared, self.integer_weight, up=self.up, bias=self.bias, out_dtype=out_dtype
-            )
-        prepared = activations.prepare(rows, self.weight, activations=self.activations, down=self.down, step=self.step)
-        return weight_gemm(prepared, self.weight, up=self.up, bias=self.bias, out_dtype=out_dtype)
+        many = rows.shape[0] > layout.DECODE_TOKENS
+        weight = self.integer_weight if many and self.integer_weight is not None else self.weight
+        x = activations.prepare(rows, weight, activations=self.activations, down=self.down, step=self.step)
+        if isinstance(weight, layout.PackedWeight):
+            return weight_gemm(x, weight, up=self.up, bias=self.bias, out_dtype=out_dtype)
+        return integer_gemm.integer_gemm(x, weight, up=self.up, bias=self.bias, out_dtype=out_dtype)
 
     def _channels(self, rows: Tensor, correction: Correction) -> Tensor:
         """The channels that `correction` selects, [tokens, chosen], or [chosen] when they are always the same."""
@@ -99,19 +98,8 @@ def factors(branch: LowRank | None) -> tuple[Tensor | None, Tensor | None, Tenso
 
 
 def _placed(correction: Correction, arena: HostArena | None, device: torch.device) -> Correction:
-    """The correction with its rows in the arena, and everything that is small on the device."""
-    store = correction.store
-    packed = store.packed.to(device) if arena is None else arena.place(store.packed)
-    on_device = ResidualStore(
-        packed=packed,
-        scale=store.scale.to(device),
-        thresholds=store.thresholds.to(device),
-        out_features=store.out_features,
-        bits=store.bits,
-    )
-    return Correction(
-        store=on_device,
-        selection=correction.selection,
-        channels_per_chunk=correction.channels_per_chunk,
-        importance=None if correction.importance is None else correction.importance.to(device),
-    )
+    """The correction on the device, but for its rows if there is an arena for them."""
+    moved = correction.to(device)
+    if arena is None:
+        return moved
+    return replace(moved, store=replace(moved.store, packed=arena.place(correction.store.packed)))

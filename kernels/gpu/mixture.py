@@ -66,18 +66,19 @@ class KernelExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         x = hidden_states.contiguous()
-        routing = self._routing(x.shape[0], top_k_index, x)
+        routing = align_tokens(top_k_index, self.experts, self._block(x.shape[0], top_k_index, x))
         gated = self.activation(self._gate(x, routing)) * self._up(x, routing)
         inner = gated.flatten(0, 1).contiguous()  # [slots, intermediate]
-        routing = self._routing(inner.shape[0], top_k_index, x)
+        block = self._block(inner.shape[0], top_k_index, x)
+        if block != routing.block:
+            routing = align_tokens(top_k_index, self.experts, block)
         y = self._down(inner, routing, gates=top_k_weights.contiguous(), out_dtype=torch.float32)
         return y.sum(1).to(x.dtype)
 
-    def _routing(self, rows: int, expert_of: Tensor, x: Tensor) -> Routing:
-        """Slots by expert, in the blocks that suit an input of so many rows."""
+    def _block(self, rows: int, expert_of: Tensor, x: Tensor) -> int:
+        """The block of slots that suits an input of so many rows."""
         permuted = rows <= DECODE_TOKENS
-        block = block_of(expert_of.numel(), self._gate.weight, permuted=permuted, dtype=x.dtype, device=x.device)
-        return align_tokens(expert_of, self.experts, block)
+        return block_of(expert_of.numel(), self._gate.weight, permuted=permuted, dtype=x.dtype, device=x.device)
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, bits={self._gate.weight.bits}, kernels=triton"

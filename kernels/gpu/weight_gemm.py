@@ -11,7 +11,6 @@ many tokens (prefill) a dequantized weight serves them all, and the input is use
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from kernels.gpu import launch
 from kernels.gpu.layout import PackedWeight, PreparedInput
-from kernels.gpu.weight_tile import add_partials, decode_tile, dense_tile, finish_tile
+from kernels.gpu.partials import summed_over
+from kernels.gpu.weight_tile import decode_tile, dense_tile, finish_tile
 
 __all__ = ["Tiling", "decode_tiling", "dense_tiling", "splits_of", "weight_gemm", "weight_kernel", "whole_splits"]
 
-_ELEMENTS = 1024  # outputs that one program of the reduction sums
 _PROGRAMS = 264  # to have at once: two on each of the 132 multiprocessors of an H100 or H200
 _LEAST_BLOCKS = 4  # blocks a split has at least: as many as its loads are ahead
 
@@ -110,57 +109,67 @@ def weight_gemm(
     if tokens == 0:
         return out
     tiling = tiling_of(tokens, weight, permuted=x.permuted, dtype=x.dtype, device=device)
-    grid = (weight.rows // tiling.bn, -(-tokens // tiling.bm))
-    blocks = weight.columns // weight.block
-    splits = splits_of(grid[0] * grid[1], blocks) if splits is None else whole_splits(splits, blocks)
-    target = out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=device)
-    with launch.current(device):
-        weight_kernel[grid[0], splits, grid[1]](
-            bias=bias,
-            gates=None,
-            out=target,
-            slots=None,
-            expert_of_block=None,
-            count=tokens,
-            experts=None,
-            SPLITS=splits,
-            SHARING=1,
-            **arguments(x, weight, up, tiling),
-        )
-        add_splits(target, out)
+    multiply_into(out, x, weight, up, bias, tiling, row_blocks=-(-tokens // tiling.bm), splits=splits)
     return out
 
 
-def arguments(x: PreparedInput, weight: PackedWeight, up: Tensor | None, tiling: Tiling) -> dict[str, Any]:
-    """Arguments of `weight_kernel` that do not depend on whether the weight is one or of several experts."""
-    return {
-        "values": x.values,
-        "sums": x.sums,
-        "step": x.step,
-        "low": weight.planes[0],
-        "high": weight.planes[1] if len(weight.planes) > 1 else None,
-        "scale": weight.scale,
-        "offset": weight.offset,
-        "up": up,
-        "projected": x.projected,
-        "rows": weight.rows,
-        "blocks": weight.columns // weight.block,
-        "in_features": weight.in_features,
-        "out_features": weight.out_features,
-        "rank": 0 if up is None else up.shape[-1],
-        "BITS": weight.bits,
-        "GROUPED": weight.groups > 1,
-        "BLOCK": weight.block,
-        "PERMUTED": x.permuted,
-        "WHOLE": weight.in_features == weight.columns,
-        "BM": tiling.bm,
-        "BN": tiling.bn,
-        "BK": tiling.bk,
-        "BR": tiling.br,
-        "num_warps": tiling.warps,
-        "num_stages": tiling.stages,
-        **launch.arithmetic(x.dtype),
-    }
+def multiply_into(
+    out: Tensor,
+    x: PreparedInput,
+    weight: PackedWeight,
+    up: Tensor | None,
+    bias: Tensor | None,
+    tiling: Tiling,
+    *,
+    row_blocks: int,
+    splits: int | None,
+    gates: Tensor | None = None,
+    slots: Tensor | None = None,
+    expert_of_block: Tensor | None = None,
+) -> None:
+    """Launches `weight_kernel` for all of out [.., out_features], whose rows are cut into `row_blocks`; arguments that were
+    checked. slots, expert_of_block: of `experts.Routing`, None for a weight without experts."""
+    count = out.numel() // weight.out_features
+    columns, blocks = weight.rows // tiling.bn, weight.columns // weight.block
+    splits = splits_of(columns * row_blocks, blocks) if splits is None else whole_splits(splits, blocks)
+    with launch.current(out.device), summed_over(splits, out) as target:
+        weight_kernel[columns, splits, row_blocks](
+            values=x.values,
+            sums=x.sums,
+            step=x.step,
+            low=weight.planes[0],
+            high=weight.planes[1] if len(weight.planes) > 1 else None,
+            scale=weight.scale,
+            offset=weight.offset,
+            up=up,
+            projected=x.projected,
+            bias=bias,
+            gates=gates,
+            out=target,
+            slots=slots,
+            expert_of_block=expert_of_block,
+            count=count,
+            experts=weight.experts,
+            rows=weight.rows,
+            blocks=blocks,
+            in_features=weight.in_features,
+            out_features=weight.out_features,
+            rank=0 if up is None else up.shape[-1],
+            BITS=weight.bits,
+            GROUPED=weight.groups > 1,
+            BLOCK=weight.block,
+            SPLITS=splits,
+            SHARING=count // x.tokens,
+            PERMUTED=x.permuted,
+            WHOLE=weight.in_features == weight.columns,
+            BM=tiling.bm,
+            BN=tiling.bn,
+            BK=tiling.bk,
+            BR=tiling.br,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            **launch.arithmetic(x.dtype),
+        )
 
 
 def check(x: PreparedInput, weight: PackedWeight, up: Tensor | None, bias: Tensor | None, outputs: int) -> None:
@@ -193,13 +202,6 @@ def tiling_of(tokens: int, weight: PackedWeight, *, permuted: bool, dtype: torch
     if permuted:
         return decode_tiling(tokens, weight.bits, dtype, major)
     return dense_tiling(tokens, dtype, weight.block, major)
-
-
-def add_splits(partials: Tensor, out: Tensor) -> None:
-    """out = the sum of partials [splits, ..] in their order; nothing when out is all there is."""
-    if partials is not out:
-        grid = (-(-out.numel() // _ELEMENTS),)
-        add_partials[grid](partials, out, out.numel(), SPLITS=partials.shape[0], BLOCK=_ELEMENTS)
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

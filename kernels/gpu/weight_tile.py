@@ -284,15 +284,3 @@ def finish_tile(
         acc *= tl.load(gate + y_rows).to(tl.float32)[None, :]
     at = out + y_rows[None, :] * out_features + w_rows[:, None]
     tl.store(at, acc.to(out.dtype.element_ty), mask=inside[:, None] & stored[None, :])
-
-
-@triton.jit
-def add_partials(partials, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """out [size] = partials [SPLITS, size] float32, added in the order of the splits: the same bits every time."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in tl.static_range(SPLITS):
-        total += tl.load(partials + at, mask=inside, other=0.0)
-        partials += size
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)

@@ -9,8 +9,8 @@ import torch
 
 from kernels.gate.case import ARCHS, Case
 from kernels.gpu import launch
+from kernels.gpu.partials import add_partials
 from kernels.gpu.weight_gemm import Tiling, decode_tiling, dense_tiling, weight_kernel
-from kernels.gpu.weight_tile import add_partials
 
 _WIDTHS = ("rows", "in_features", "out_features", "rank")  # of rows in memory
 
