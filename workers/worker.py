@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kernels.formats import QuantizedWeight
 from kernels.hadamard import Hadamard
-from workers.anatomy import EMBEDDING, LM_HEAD, NORM, Anatomy
+from workers.anatomy import EMBEDDING, Anatomy
 from workers.architecture import Siblings
 from workers.block import CompressedLinear, calibrate, compress, install, tensor_bits
 from workers.calibration.sampling import sample
@@ -40,6 +40,7 @@ from workers.recipe import NoCompensation
 from workers.shard import write_block
 from workers.skeleton import Block, Skeleton
 from workers.solve import gains
+from workers.source_model import outside, whole
 from workers.storage import open_store, stream_sha256
 from workers.storage.base import Written
 from workers.tasks import (
@@ -131,18 +132,8 @@ class Worker:
     def sample(self, spec: SampleSpec) -> list[list[int]]:
         """Windows of tokens that the model draws itself; it is in memory as a whole."""
         checkpoint = Checkpoint.open(open_store(spec.source))
-        skeleton = Skeleton(checkpoint.config)
-        dtype = DTYPES[spec.compute_dtype]
-        names = [EMBEDDING, NORM] if skeleton.tied else [EMBEDDING, NORM, LM_HEAD]
-        outside = checkpoint.read_many(names)
-        head = {LM_HEAD: outside[EMBEDDING], **outside}
-        model = skeleton.causal_shell(outside[EMBEDDING], head, self.device, dtype)
-        for index in range(skeleton.blocks):
-            slices = skeleton.anatomy.sources(index, checkpoint.names)
-            tensors = checkpoint.read_many({part.source for part in slices.values()})
-            parameters = {name: part.of(tensors[part.source]) for name, part in slices.items()}
-            model.model.layers.append(skeleton.block(index, parameters, self.device, dtype).layer)
-        ids = sample(model.eval(), spec.sequences, spec.length, temperature=spec.temperature, seed=spec.seed)
+        model = whole(checkpoint, Skeleton(checkpoint.config), self.device, DTYPES[spec.compute_dtype])
+        ids = sample(model, spec.sequences, spec.length, temperature=spec.temperature, seed=spec.seed)
         del model
         release(self.device)
         rows: list[list[int]] = ids.tolist()
@@ -285,12 +276,12 @@ class Worker:
         if (done := workspace.lookup(EVALUATE, key, EvaluateRecord)) is not None:
             return done
         clock = Clock(self.device)
-        _, skeleton = self._source(spec.setting)
+        checkpoint, skeleton = self._source(spec.setting)
         model = CompressedModel.open(open_store(spec.artifact), ledger_sha256=spec.ledger)
         variants = variants_of(model)
         ids = workspace.get_tensors(spec.tokens)["input_ids"][spec.start : spec.stop].long().to(self.device)
         batches = ids.split(shard_sequences(ids.shape[1]))
-        original = self._outside(spec)
+        original = outside(checkpoint, skeleton, spec.tensors)
         plain = spec.setting.model_copy(update={"rotation": None})
 
         def ends(one: Skeleton, embedding: Tensor, head: Mapping[str, Tensor]) -> tuple[list[Tensor], nn.Module]:
@@ -462,13 +453,6 @@ class Worker:
         """Loaders of the shards that enter the block, and of those that enter it in the original model where they differ."""
         loads = [_loader(workspace, blob, self.device) for blob in spec.inputs]
         return loads[: spec.shards], loads[spec.shards :]
-
-    def _outside(self, spec: EvaluateSpec) -> dict[str, Tensor]:
-        """Embedding, final norm and lm_head of the source, under their names; of a tied model the embedding is the lm_head."""
-        checkpoint, skeleton = self._source(spec.setting)
-        names = [EMBEDDING, NORM] if skeleton.tied else [EMBEDDING, NORM, LM_HEAD]
-        tensors = checkpoint.read_many(names, sha256={name: spec.tensors[name] for name in names})
-        return {LM_HEAD: tensors[EMBEDDING], **tensors} if skeleton.tied else tensors
 
     def _propagate(
         self,

@@ -1,0 +1,35 @@
+"""Parts of a source model outside its blocks, and the whole of it where one process has to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from workers.anatomy import EMBEDDING, LM_HEAD, NORM
+from workers.checkpoint.reader import Checkpoint
+from workers.skeleton import Skeleton
+
+
+def outside(checkpoint: Checkpoint, skeleton: Skeleton, sha256: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """Embedding, final norm and lm_head under their names; of a tied model the embedding is the lm_head.
+
+    sha256: the digests of (at least) these tensors, where they are known.
+    """
+    names = [EMBEDDING, NORM] if skeleton.tied else [EMBEDDING, NORM, LM_HEAD]
+    tensors = checkpoint.read_many(names, sha256=None if sha256 is None else {name: sha256[name] for name in names})
+    return {LM_HEAD: tensors[EMBEDDING], **tensors} if skeleton.tied else tensors
+
+
+def whole(checkpoint: Checkpoint, skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal model with all its blocks in memory, read one after the other."""
+    ends = outside(checkpoint, skeleton)
+    model = skeleton.causal_shell(ends[EMBEDDING], ends, device, dtype)
+    for index in range(skeleton.blocks):
+        slices = skeleton.anatomy.sources(index, checkpoint.names)
+        tensors = checkpoint.read_many({part.source for part in slices.values()})
+        parameters = {name: part.of(tensors[part.source]) for name, part in slices.items()}
+        model.model.layers.append(skeleton.block(index, parameters, device, dtype).layer)
+    return model.eval()
