@@ -27,11 +27,13 @@ def quantize_activations(x: Tensor, bits: int, *, clip: float = 1.0) -> tuple[Te
     return (x / scale).round().clamp(-top, top - 1), scale
 
 
-def fake_quantize_activations(x: Tensor, format: ActivationFormat) -> Tensor:
-    """x [..., in] as an integer kernel sees it: `quantize_activations` per token or per group, multiplied out again."""
+def fake_quantize_activations(x: Tensor, format: ActivationFormat, dtype: torch.dtype | None = None) -> Tensor:
+    """x [..., in] as an integer kernel sees it: `quantize_activations` per token or per group, multiplied out again in `dtype`,
+    by default x's; quantized it is in x's own."""
+    dtype = dtype or x.dtype
     grouped = x if format.group_size is None else x.unflatten(-1, (-1, format.group_size))
     codes, scale = quantize_activations(grouped, format.bits, clip=format.clip)
-    return (codes * scale).reshape(x.shape)
+    return (codes.to(dtype) * scale.to(dtype)).reshape(x.shape)
 
 
 def lower_gram(x: Tensor, scale: float = 1.0, *, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -52,11 +54,7 @@ def linear(
 
     Q quantizes in x's own dtype, as `quantize_activations`; None: not at all. The low-rank branch sees the unquantized x.
     """
-    inner = x.to(dtype)
-    if activations is not None:
-        grouped = x if activations.group_size is None else x.unflatten(-1, (-1, activations.group_size))
-        codes, step = quantize_activations(grouped, activations.bits, clip=activations.clip)
-        inner = (codes.to(dtype) * step.to(dtype)).reshape(x.shape)
+    inner = x.to(dtype) if activations is None else fake_quantize_activations(x, activations, dtype)
     y = inner @ weight.dequantize(dtype).T
     if low_rank is not None:
         up, down = low_rank.factors(dtype)

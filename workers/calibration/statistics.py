@@ -115,17 +115,20 @@ class ShardMoments:
             streams["y"] = fake_quantize_activations(rows, gathering.activations).reshape(x.shape)
         if original is not None:
             streams["t"] = original.reshape(x.shape)
+        wide = {name: stream.float() for name, stream in streams.items()}
+        # The kernel takes a stream in its own dtype.
+        of_kernel = streams if runs_kernels(x.device) else wide
         names = list(streams)
         products = {
-            one + other: _lower(streams[one]) if one == other else streams[one].float().T @ streams[other].float()
+            one + other: _lower(of_kernel[one]) if one == other else wide[one].T @ wide[other]
             for place, one in enumerate(names)
             for other in names[place:]
         }
         return cls(
             products=products,
             tokens=int(x.shape[0]),
-            absolute=x.float().abs().sum(0) if gathering.absolute else None,
-            thresholds=Thresholds.of(x.float()) if gathering.thresholds else None,
+            absolute=wide["x"].abs().sum(0) if gathering.absolute else None,
+            thresholds=Thresholds.of(wide["x"]) if gathering.thresholds else None,
         )
 
 
@@ -172,14 +175,14 @@ class Accumulator:
 
 
 def _lower(x: Tensor) -> Tensor:
-    """The lower triangle of x^T x in float32, strip by strip: half of the products, because the matrix is symmetric."""
+    """The lower triangle of x^T x in float32, strip by strip: half of the products, because the matrix is symmetric.
+    x: float32, for the kernel any float."""
     width = x.shape[1]
     lower = torch.zeros(width, width, device=x.device)
     if runs_kernels(x.device):
         from kernels.gpu.gram import add_gram_
 
         return add_gram_(lower, x.contiguous())
-    x = x.float()
     for start in range(0, width, TRIANGLE_BLOCK):
         stop = min(start + TRIANGLE_BLOCK, width)
         torch.mm(x[:, start:stop].T, x[:, :stop], out=lower[start:stop, :stop])
