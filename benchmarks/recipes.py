@@ -5,8 +5,8 @@
 TABLE: one of the names in `TABLES`. Calibration 128 x 256 tokens of WikiText-2 valid, evaluation the first 160 windows of
 256 of WikiText-2 test and, with `--second`, 64 windows of the standard library's documentation (`pydoc_data.topics`).
 lm_head and embeddings stay in 16 bits. Bits per weight are all in. Rows whose rotation is random are the mean of
-`--seeds` seeds, with their spread. All jobs share one worker; artifacts go to `--output`, where finished ones are found
-again.
+`--seeds` seeds, with their spread. All jobs share `--workers` workers, to which the CPUs are dealt out; artifacts go to
+`--output`, where finished ones are found again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import statistics
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -24,7 +25,7 @@ from common import ROOT, machine, record, table, versions
 from pipeline.artifact import REPORT, Published
 from pipeline.evaluate import evaluate_artifact
 from pipeline.manifest import parse_manifest
-from pipeline.pool import PoolSize, RayPool, cluster
+from pipeline.pool import PoolSize, RayPool, cluster, threads_per_worker
 from pipeline.progress import make_progress
 from workers.storage import open_store
 
@@ -80,12 +81,11 @@ ORDERING = {
     "LRC, rank 30 %": w4a4(lrc(0.3)),
 }
 
+BUDGETED = lrc(0.2, factor_bits=8) | {"rank": {"budget_bits": 2.37}}
+SMOOTHING_TOO = [ROTATION, {"kind": "smoothing"}]
 SMOOTHED = {
-    "smoothing, QuaRot + GPTQ": w4a4(transforms=[ROTATION, {"kind": "smoothing"}]),
-    "smoothing, LRC, rank 10 %": w4a4(lrc(0.1), transforms=[ROTATION, {"kind": "smoothing"}]),
-    "smoothing, LRC, int8, ranks shared out": w4a4(
-        lrc(0.2, factor_bits=8) | {"rank": {"budget_bits": 2.37}}, transforms=[ROTATION, {"kind": "smoothing"}]
-    ),
+    **{name: {**recipe, "transforms": SMOOTHING_TOO} for name, recipe in ORDERING.items()},
+    "LRC, int8, ranks shared out": w4a4(BUDGETED, transforms=SMOOTHING_TOO),
 }
 
 TABLES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -103,7 +103,7 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
             "LRC 10 %, 3 iterations": w4a4(lrc(0.1, iterations=3)),
             "LRC 10 %, propagated inputs": {"propagate": "compressed", **w4a4(lrc(0.1))},
             "LRC 20 %, factors in int8": w4a4(lrc(0.2, factor_bits=8)),
-            "LRC, int8, ranks shared out": w4a4(lrc(0.2, factor_bits=8) | {"rank": {"budget_bits": 2.37}}),
+            "LRC, int8, ranks shared out": w4a4(BUDGETED),
         },
     ),
     "w4a8-outliers": (
@@ -257,11 +257,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "recipes")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--second", action="store_true")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
     about = f"{machine()}. {versions('torch', 'transformers')}."
-    size = PoolSize(workers=1, cpus=2, gpus=0)
+    cpus = threads_per_worker(None, arguments.workers, available=sorted(os.sched_getaffinity(0)))
+    size = PoolSize(workers=arguments.workers, cpus=cpus, gpus=0)
     models, data, output = (path.resolve() for path in (arguments.models, arguments.data, arguments.output))
     second = documentation(output) if arguments.second else None
     columns = ["perplexity", "KL", *([] if second is None else ["second text"])]

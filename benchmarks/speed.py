@@ -2,8 +2,9 @@
 
     python benchmarks/speed.py --model DIR --text FILE [--repeats 3] [--sequences 128] [--length 256] [--record]
 
-Makes llm-compressor's environment under `.benchmark-envs/` the first time. Both read the same model, the same windows, and
-write a checkpoint; neither validates. Two figures each: from tokens ready to checkpoint written, and the whole process
+Makes an environment for each under `.benchmark-envs/` the first time, with what it declares to need and nothing else: what
+tests need makes transformers and Ray load more when they start. Both read the same model, the same windows, and write a
+checkpoint; neither validates. Two figures each: from tokens ready to checkpoint written, and the whole process
 (for Counterweight with the start of an embedded Ray). `--set` changes our recipe.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from common import ROOT, machine, record, table, versions
 
-ENVIRONMENT = ROOT / ".benchmark-envs" / "llmcompressor"
+ENVIRONMENTS = ROOT / ".benchmark-envs"
 PEER = "llmcompressor==0.14.0.1"
 TORCH = "torch==2.13.0"
 
@@ -41,21 +42,30 @@ spec:
 """
 
 
-def environment() -> Path:
-    """The peer's interpreter; its environment is made when it is missing."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / "installed").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", TORCH, PEER], check=True)
-        (ENVIRONMENT / "installed").touch()
-    return python
+def environment(name: str, requirements: list[str]) -> str:
+    """The interpreter of an environment with these requirements, made when it is missing."""
+    root = ENVIRONMENTS / name
+    python = root / "bin" / "python"
+    if not (root / "installed").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(root)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *requirements], check=True)
+        (root / "installed").touch()
+    return str(python)
+
+
+def peer_python() -> str:
+    return environment("llmcompressor", [TORCH, PEER])
+
+
+def our_python() -> str:
+    return environment("counterweight", ["--constraint", str(ROOT / "constraints.txt"), "--editable", str(ROOT)])
 
 
 def peer(arguments: argparse.Namespace, scratch: Path) -> tuple[float, float]:
     """Seconds from tokens ready to checkpoint written, and of the process."""
     script = ROOT / "benchmarks" / "peers" / "llmcompressor_gptq.py"
     numbers = [str(arguments.sequences), str(arguments.length)]
-    command = [str(environment()), str(script), arguments.model, arguments.text, str(scratch / "peer"), *numbers]
+    command = [peer_python(), str(script), arguments.model, arguments.text, str(scratch / "peer"), *numbers]
     started = time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     wall = time.perf_counter() - started
@@ -65,7 +75,7 @@ def peer(arguments: argparse.Namespace, scratch: Path) -> tuple[float, float]:
 def floor(arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds of what nobody's GPTQ can do without, whoever wrote it."""
     script = ROOT / "benchmarks" / "peers" / "stock_floor.py"
-    command = [sys.executable, str(script), arguments.model, str(arguments.sequences), str(arguments.length)]
+    command = [our_python(), str(script), arguments.model, str(arguments.sequences), str(arguments.length)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return seconds
@@ -81,7 +91,7 @@ def ours(arguments: argparse.Namespace, scratch: Path) -> tuple[float, float, fl
             **fields, sequences=arguments.sequences, length=arguments.length, output=(scratch / "ours").resolve()
         )
     )
-    command = [sys.executable, "-m", "pipeline.cli", "run", str(manifest)]
+    command = [our_python(), "-m", "pipeline.cli", "run", str(manifest)]
     for override in arguments.set:
         command += ["--set", override]
     started = time.perf_counter()
@@ -103,7 +113,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
-    environment()
+    peer_python(), our_python()
     about = f"{machine()}. {versions('torch', 'transformers', 'ray')}; peer: {PEER} with {TORCH}."
     found: dict[str, list[tuple[float, ...]]] = {"llm-compressor": [], "counterweight": []}
     for _ in range(arguments.repeats):
