@@ -102,14 +102,19 @@ def resolve(uri: str) -> str:
 
 
 def _snapshot(uri: str) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import errors, snapshot_download
 
     name, _, revision = uri.removeprefix(HUB).removeprefix("//").partition("@")
     try:
         path = snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES)
-    except HFValidationError as error:
-        raise RequestError(f"spec.model.uri: {uri}: {error}") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise StorageError(f"spec.model.uri: {uri}: {error}") from error
+    except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        # A gated repository that we may not read is one that is not found.
+        raise RequestError(_line(uri, error)) from error
+    except OSError as error:  # what the hub answers, a cache without it, a disk that is full
+        raise StorageError(_line(uri, error)) from error
     return Path(path).resolve().as_uri()
+
+
+def _line(uri: str, error: Exception) -> str:
+    """What the hub's client says, which may be a page, on one line."""
+    return f"spec.model.uri: {uri}: {' '.join(str(error).split())}"
