@@ -76,16 +76,18 @@ def token_set(
     sequences: how many windows; None for as many non-overlapping ones as there are. sampling: consecutive windows from
     the start, or windows at random offsets (`random.Random(seed)`, overlaps possible).
     field: where the source stands in the manifest, for messages. RequestError when there is too little text or no
-    tokenizer, or an id too large for any model. Whether ids are the model's is for `TokenSet.within` to say.
+    tokenizer, or an id that no model has. Whether ids are the model's is for `TokenSet.within` to say.
     """
     if isinstance(source, TokensSource):
         ids = _prepared(source, length, sequences, field)
     else:
         stream = _tokenize(_text(source, field), tokenizer, field)
         ids = _cut(stream, length, sequences, sampling, seed, field)
-    highest = int(ids.max())
-    if highest > torch.iinfo(torch.int32).max:
-        raise RequestError(f"{field}: token id {highest}: expected ids that fit in 32 bits")
+    # A number that wraps around could come out as a token of the model's.
+    bounds = torch.iinfo(torch.int32)
+    for extreme in (int(ids.min()), int(ids.max())):
+        if not bounds.min <= extreme <= bounds.max:
+            raise RequestError(f"{field}: token id {extreme}: expected ids that fit in 32 bits")
     return TokenSet(ids.to(torch.int32).contiguous())
 
 

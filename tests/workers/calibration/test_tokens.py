@@ -171,6 +171,7 @@ def test_a_text_that_is_not_there_or_no_text_is_refused(tmp_path: Path, tokenize
         ({"input_ids": torch.full((5, 8), VOCABULARY)}, "token id 128: expected ids from 0 to 127"),
         ({"input_ids": torch.arange(-1, 39).view(5, 8)}, "token id -1: expected ids from 0 to 127"),
         ({"input_ids": torch.full((5, 8), 2**40)}, "expected ids that fit in 32 bits"),
+        ({"input_ids": torch.full((5, 8), -(2**40))}, "expected ids that fit in 32 bits"),
     ],
 )
 def test_prepared_tokens_that_do_not_fit_are_refused(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
