@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -115,20 +116,24 @@ class ShardMoments:
             streams["y"] = fake_quantize_activations(rows, gathering.activations).reshape(x.shape)
         if original is not None:
             streams["t"] = original.reshape(x.shape)
-        wide = {name: stream.float() for name, stream in streams.items()}
-        # The kernel takes a stream in its own dtype.
-        of_kernel = streams if runs_kernels(x.device) else wide
+
+        @cache
+        def wide(name: str) -> Tensor:
+            return streams[name].float()
+
+        # The kernel takes a stream in its own dtype, so that often no float32 copy is needed at all.
+        kernel = runs_kernels(x.device)
         names = list(streams)
         products = {
-            one + other: _lower(of_kernel[one]) if one == other else wide[one].T @ wide[other]
+            one + other: _lower(streams[one] if kernel else wide(one)) if one == other else wide(one).T @ wide(other)
             for place, one in enumerate(names)
             for other in names[place:]
         }
         return cls(
             products=products,
             tokens=int(x.shape[0]),
-            absolute=wide["x"].abs().sum(0) if gathering.absolute else None,
-            thresholds=Thresholds.of(wide["x"]) if gathering.thresholds else None,
+            absolute=wide("x").abs().sum(0) if gathering.absolute else None,
+            thresholds=Thresholds.of(wide("x")) if gathering.thresholds else None,
         )
 
 
