@@ -130,10 +130,10 @@ def multiply_into(
     """Launches `weight_kernel` for all of out [.., out_features], whose rows are cut into `row_blocks`; arguments that were
     checked. slots, expert_of_block: of `experts.Routing`, None for a weight without experts."""
     count = out.numel() // weight.out_features
-    columns, blocks = weight.rows // tiling.bn, weight.columns // weight.block
-    splits = splits_of(columns * row_blocks, blocks) if splits is None else whole_splits(splits, blocks)
+    feature_blocks, blocks = weight.rows // tiling.bn, weight.columns // weight.block
+    splits = splits_of(feature_blocks * row_blocks, blocks) if splits is None else whole_splits(splits, blocks)
     with launch.current(out.device), summed_over(splits, out) as target:
-        weight_kernel[columns, splits, row_blocks](
+        weight_kernel[feature_blocks, splits, row_blocks](
             values=x.values,
             sums=x.sums,
             step=x.step,
