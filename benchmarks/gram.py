@@ -28,7 +28,7 @@ def strips(x: Tensor, block: int) -> Tensor:
     return out
 
 
-def best(call: Callable[[], Tensor], repeats: int = 8) -> float:
+def best(call: Callable[[], object], repeats: int = 8) -> float:
     """Least milliseconds of several calls."""
     call()
     times = []

@@ -165,9 +165,8 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def run(pool: RayPool, recipe: dict[str, Any], model: Path, data: Path, output: Path) -> Published:
     """One job to its end."""
-    from pipeline.model_source import open_model
+    from pipeline.opening import open_job
     from pipeline.orchestrator import Orchestrator
-    from pipeline.tokens import read_tokens
 
     own = {key: value for key, value in recipe.items() if key != "propagate"}
     calibration = {
@@ -191,10 +190,9 @@ def run(pool: RayPool, recipe: dict[str, Any], model: Path, data: Path, output: 
         },
     }
     job = parse_manifest(json.dumps(manifest), name="recipes.json", base=output.as_uri()).job
-    source = open_model(job.spec.model.uri)
-    return Orchestrator(
-        job, source, read_tokens(job, source.tokenizer()), pool, "cpu", make_progress(io.StringIO())
-    ).run()
+    progress = make_progress(io.StringIO())
+    source, tokens = open_job(job, pool, progress, here=True)
+    return Orchestrator(job, source, tokens, pool, "cpu", progress).run()
 
 
 def seeded(recipe: dict[str, Any], seeds: int) -> list[dict[str, Any]]:

@@ -61,23 +61,28 @@ def our_python() -> str:
     return environment("counterweight", ["--constraint", str(ROOT / "constraints.txt"), "--editable", str(ROOT)])
 
 
+def output_of(command: list[str]) -> str:
+    """The last line that a command prints, run where our packages are."""
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
+    return done.stdout.splitlines()[-1]
+
+
 def peer(arguments: argparse.Namespace, scratch: Path) -> tuple[float, float]:
     """Seconds from tokens ready to checkpoint written, and of the process."""
     script = ROOT / "benchmarks" / "peers" / "llmcompressor_gptq.py"
     numbers = [str(arguments.sequences), str(arguments.length)]
     command = [peer_python(), str(script), arguments.model, arguments.text, str(scratch / "peer"), *numbers]
     started = time.perf_counter()
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    line = output_of(command)
     wall = time.perf_counter() - started
-    return json.loads(done.stdout.splitlines()[-1])["quantize_and_save"], wall
+    return json.loads(line)["quantize_and_save"], wall
 
 
 def floor(arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds of what nobody's GPTQ can do without, whoever wrote it."""
-    script = ROOT / "benchmarks" / "peers" / "stock_floor.py"
+    script = ROOT / "benchmarks" / "stock_floor.py"
     command = [our_python(), str(script), arguments.model, str(arguments.sequences), str(arguments.length)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    seconds: dict[str, float] = json.loads(output_of(command))
     return seconds
 
 
@@ -85,7 +90,7 @@ def ours(arguments: argparse.Namespace, scratch: Path) -> tuple[float, float, fl
     """The same two figures; tokens are ready when the stage after them begins. And what of it our own forward passes and
     statistics took."""
     manifest = scratch / "job.yaml"
-    fields = {"model": Path(arguments.model).resolve(), "text": Path(arguments.text).resolve()}
+    fields = {"model": arguments.model, "text": arguments.text}
     manifest.write_text(
         MANIFEST.format(
             **fields, sequences=arguments.sequences, length=arguments.length, output=(scratch / "ours").resolve()
@@ -95,9 +100,9 @@ def ours(arguments: argparse.Namespace, scratch: Path) -> tuple[float, float, fl
     for override in arguments.set:
         command += ["--set", override]
     started = time.perf_counter()
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
+    uri = output_of(command)
     wall = time.perf_counter() - started
-    root = Path(done.stdout.split()[-1].removeprefix("file://"))
+    root = Path(uri.removeprefix("file://"))
     report = json.loads((root / "report" / "report.json").read_text())
     forward = sum(task["timing"]["forward"] for task in report["tasks"])
     return sum(report["stages"][name] for name in ("inventory", "blocks", "assemble")), wall, forward
@@ -113,7 +118,10 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
-    peer_python(), our_python()
+    # The commands run elsewhere.
+    arguments.model, arguments.text = (str(Path(path).resolve()) for path in (arguments.model, arguments.text))
+    peer_python()
+    our_python()
     about = f"{machine()}. {versions('torch', 'transformers', 'ray')}; peer: {PEER} with {TORCH}."
     found: dict[str, list[tuple[float, ...]]] = {"llm-compressor": [], "counterweight": []}
     for _ in range(arguments.repeats):
@@ -138,7 +146,7 @@ def main() -> None:
     own = statistics.median(run[2] for run in found["counterweight"])
     least = floor(arguments)
     body += (
-        "\n\nWhat nobody's GPTQ can do without, in stock transformers and torch (`benchmarks/peers/stock_floor.py`): "
+        "\n\nWhat nobody's GPTQ can do without, in stock transformers and torch (`benchmarks/stock_floor.py`): "
         f"one forward pass {least['forward']:.2f} s, x^T x in float32 {least['products']:.2f} s. "
         f"Our forward passes and statistics: {own:.2f} s (median). "
         f"A third of the peer's time: {medians['llm-compressor'][0] / 3:.2f} s."

@@ -1,7 +1,7 @@
 """What no GPTQ of a model can do without, none of it our code: one forward pass through its blocks, and x^T x of every distinct
 input of a linear. Run by `benchmarks/speed.py`.
 
-    python stock_floor.py MODEL SEQUENCES LENGTH
+    python benchmarks/stock_floor.py MODEL SEQUENCES LENGTH
 
 transformers in the checkpoint's dtype, 32 sequences a batch; products in float32, of the symmetric ones only strips of the
 lower triangle. All threads of the machine. Prints one JSON line: seconds of either, the least of three tries.
@@ -11,30 +11,14 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from gram import best, strips
 from transformers import AutoModelForCausalLM
 
 BATCH = 32
 STRIP = 128  # columns; see benchmarks/gram.py
-
-
-def least(call: Callable[[], object], tries: int = 3) -> float:
-    times = []
-    for _ in range(tries):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-def gram(x: Tensor) -> None:
-    for start in range(0, x.shape[1], STRIP):
-        stop = min(start + STRIP, x.shape[1])
-        torch.mm(x[:, start:stop].T, x[:, :stop])
+TRIES = 3
 
 
 def main(model_path: str, sequences: int, length: int) -> None:
@@ -53,10 +37,11 @@ def main(model_path: str, sequences: int, length: int) -> None:
     def products() -> None:
         for _ in range(config.num_hidden_layers * sequences // BATCH):
             for x in inputs:
-                gram(x)
+                strips(x, STRIP)
 
     with torch.inference_mode():
-        print(json.dumps({"forward": least(forward), "products": least(products)}))
+        milliseconds = {"forward": best(forward, TRIES), "products": best(products, TRIES)}
+    print(json.dumps({name: value / 1e3 for name, value in milliseconds.items()}))
 
 
 if __name__ == "__main__":
