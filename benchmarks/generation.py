@@ -17,9 +17,9 @@ import torch
 from common import machine, record, table, versions
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.artifact import open_artifact
-from pipeline.serving import load_model
-from workers.storage.names import file_root
+from counterweight.pipeline.artifact import open_artifact
+from counterweight.pipeline.serving import load_model
+from counterweight.workers.storage.names import file_root
 
 
 def seconds(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> float:

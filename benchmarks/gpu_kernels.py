@@ -23,19 +23,19 @@ from common import machine, record, table, versions
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.formats import ActivationFormat, QuantizedWeight
-from kernels.gpu.activations import prepare
-from kernels.gpu.error_compensation import compensate_
-from kernels.gpu.experts import align_tokens, block_of, expert_gemm
-from kernels.gpu.gram import add_gram_
-from kernels.gpu.hadamard import transform
-from kernels.gpu.host_memory import HostArena
-from kernels.gpu.integer_gemm import integer_gemm, prepare_integer
-from kernels.gpu.launch import INTERPRETED
-from kernels.gpu.layout import PackedWeight, prepare_weight, stack_weights
-from kernels.gpu.weight_gemm import weight_gemm
-from kernels.hadamard import Hadamard
-from kernels.residual import ResidualStore
+from counterweight.kernels.formats import ActivationFormat, QuantizedWeight
+from counterweight.kernels.gpu.activations import prepare
+from counterweight.kernels.gpu.error_compensation import compensate_
+from counterweight.kernels.gpu.experts import align_tokens, block_of, expert_gemm
+from counterweight.kernels.gpu.gram import add_gram_
+from counterweight.kernels.gpu.hadamard import transform
+from counterweight.kernels.gpu.host_memory import HostArena
+from counterweight.kernels.gpu.integer_gemm import integer_gemm, prepare_integer
+from counterweight.kernels.gpu.launch import INTERPRETED
+from counterweight.kernels.gpu.layout import PackedWeight, prepare_weight, stack_weights
+from counterweight.kernels.gpu.weight_gemm import weight_gemm
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.kernels.residual import ResidualStore
 
 SHAPES = {
     "8B qkv": (6144, 4096),

@@ -53,7 +53,7 @@ def run(directory: Path, layers: int) -> list[float]:
     """Peak MiB of each block task."""
     manifest = directory / "job.yaml"
     manifest.write_text(MANIFEST.format(layers=layers))
-    command = [sys.executable, "-m", "pipeline.cli", "run", str(manifest)]
+    command = [sys.executable, "-m", "counterweight.pipeline.cli", "run", str(manifest)]
     uri = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
     report = json.loads((Path(uri.removeprefix("file://")) / "report" / "report.json").read_text())
     return [task["timing"]["host_peak_bytes"] / 2**20 for task in report["tasks"]]

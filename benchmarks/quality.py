@@ -21,7 +21,7 @@ from common import ROOT, machine, record, table, versions
 
 def run(manifest: Path, overrides: list[str]) -> dict[str, Any]:
     """The job's artifact.json."""
-    command = [sys.executable, "-m", "pipeline.cli", "run", str(manifest), "--json"]
+    command = [sys.executable, "-m", "counterweight.pipeline.cli", "run", str(manifest), "--json"]
     for override in overrides:
         command += ["--set", override]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)

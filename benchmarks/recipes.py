@@ -22,12 +22,12 @@ from typing import Any
 
 from common import ROOT, machine, record, table, versions
 
-from pipeline.artifact import REPORT, Published
-from pipeline.evaluate import evaluate_artifact
-from pipeline.manifest import parse_manifest
-from pipeline.pool import PoolSize, RayPool, cluster, threads_per_worker
-from pipeline.progress import make_progress
-from workers.storage import open_store
+from counterweight.pipeline.artifact import REPORT, Published
+from counterweight.pipeline.evaluate import evaluate_artifact
+from counterweight.pipeline.manifest import parse_manifest
+from counterweight.pipeline.pool import PoolSize, RayPool, cluster, threads_per_worker
+from counterweight.pipeline.progress import make_progress
+from counterweight.workers.storage import open_store
 
 ROTATION = {"kind": "rotation"}
 A4 = {"bits": 4, "clip": 0.9}
@@ -165,8 +165,8 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def run(pool: RayPool, recipe: dict[str, Any], model: Path, data: Path, output: Path) -> Published:
     """One job to its end."""
-    from pipeline.opening import open_job
-    from pipeline.orchestrator import Orchestrator
+    from counterweight.pipeline.opening import open_job
+    from counterweight.pipeline.orchestrator import Orchestrator
 
     own = {key: value for key, value in recipe.items() if key != "propagate"}
     calibration = {

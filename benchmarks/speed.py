@@ -96,7 +96,7 @@ def ours(arguments: argparse.Namespace, scratch: Path) -> tuple[float, float, fl
             **fields, sequences=arguments.sequences, length=arguments.length, output=(scratch / "ours").resolve()
         )
     )
-    command = [our_python(), "-m", "pipeline.cli", "run", str(manifest)]
+    command = [our_python(), "-m", "counterweight.pipeline.cli", "run", str(manifest)]
     for override in arguments.set:
         command += ["--set", override]
     started = time.perf_counter()

@@ -18,19 +18,19 @@ import torch
 from common import machine, table
 from torch import Tensor
 
-from kernels.formats import QuantizedWeight
-from kernels.linear import CompensatedLinear
-from pipeline.model_source import open_model
-from workers.anatomy import EMBEDDING
-from workers.architecture import Siblings
-from workers.calibration.source import TextSource
-from workers.calibration.statistics import InputStatistics
-from workers.calibration.tokens import token_set
-from workers.quantization import quantize
-from workers.recipe.tuning import Tuning
-from workers.recipe.weights import GPTQ, RTN, MeanSquare, Quantizer, WeightFormat
-from workers.skeleton import Block
-from workers.tuning import LinearFormat, TuningResult, tune
+from counterweight.kernels.formats import QuantizedWeight
+from counterweight.kernels.linear import CompensatedLinear
+from counterweight.pipeline.model_source import open_model
+from counterweight.workers.anatomy import EMBEDDING
+from counterweight.workers.architecture import Siblings
+from counterweight.workers.calibration.source import TextSource
+from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.calibration.tokens import token_set
+from counterweight.workers.quantization import quantize
+from counterweight.workers.recipe.tuning import Tuning
+from counterweight.workers.recipe.weights import GPTQ, RTN, MeanSquare, Quantizer, WeightFormat
+from counterweight.workers.skeleton import Block
+from counterweight.workers.tuning import LinearFormat, TuningResult, tune
 
 CPU = torch.device("cpu")
 QUANTIZERS: Mapping[str, Quantizer] = {

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from kernels.linear import CompensatedLinear
+from counterweight.kernels.linear import CompensatedLinear
 
 if TYPE_CHECKING:
-    from kernels.gpu.host_memory import HostArena
+    from counterweight.kernels.gpu.host_memory import HostArena
 
 Kernels = Literal["auto", "torch", "triton"]
 """torch: plain torch, anywhere. triton: Triton kernels, or an error where they cannot run. auto: Triton on a GPU for every
@@ -29,8 +29,8 @@ def experts_on_kernels(
     device = experts[0]["gate_proj"].codes.device
     if not _wanted(kernels, device):
         return None
-    from kernels.gpu.launch import runs_on
-    from kernels.gpu.mixture import KernelExperts, unsupported
+    from counterweight.kernels.gpu.launch import runs_on
+    from counterweight.kernels.gpu.mixture import KernelExperts, unsupported
 
     if not runs_on(device) or unsupported(experts) is not None:
         return None
@@ -45,8 +45,8 @@ def on_kernels(linear: CompensatedLinear, kernels: Kernels = "auto", arena: Host
     """
     if not _wanted(kernels, linear.codes.device):
         return linear
-    from kernels.gpu.launch import runs_on
-    from kernels.gpu.linear import KernelLinear, unsupported
+    from counterweight.kernels.gpu.launch import runs_on
+    from counterweight.kernels.gpu.linear import KernelLinear, unsupported
 
     reason = unsupported(linear)
     if not runs_on(linear.codes.device):

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
-from kernels.hadamard import Hadamard
-from kernels.reference import fake_quantize_activations
-from kernels.residual import Correction
+from counterweight.kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.kernels.reference import fake_quantize_activations
+from counterweight.kernels.residual import Correction
 
 DECODED_TOKENS = 4
 """Tokens up to which a layer on a CPU multiplies codes as they are; beyond, one dense weight serves them all."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.formats import QuantizedWeight
+from counterweight.kernels.formats import QuantizedWeight
 
 __all__ = ["CHECKPOINT_NAMES", "from_checkpoint", "pack", "packed_width", "to_checkpoint", "unpack"]
 

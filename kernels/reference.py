@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
-from kernels.hadamard import Hadamard
+from counterweight.kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from counterweight.kernels.hadamard import Hadamard
 
 
 def quantize_activations(x: Tensor, bits: int, *, clip: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.dispatch import Dispatcher, Task
-from pipeline.model_source import ModelSource
-from workers.recipe import BudgetRank, CountRank, ModuleRecipe, NoCompensation
-from workers.tasks import BlockSpec
-from workers.workspace import Blob
+from counterweight.pipeline.dispatch import Dispatcher, Task
+from counterweight.pipeline.model_source import ModelSource
+from counterweight.workers.recipe import BudgetRank, CountRank, ModuleRecipe, NoCompensation
+from counterweight.workers.tasks import BlockSpec
+from counterweight.workers.workspace import Blob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

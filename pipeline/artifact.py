@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from pipeline.report import BitsPerWeight, ModelReport, Quality
-from workers.config import Config, first_problem
-from workers.errors import IntegrityError, ObjectNotFoundError, RequestError
-from workers.ledger import LEDGER
-from workers.storage import ObjectStore, fetch, open_store, stream_sha256
-from workers.storage.names import check_key
+from counterweight.pipeline.report import BitsPerWeight, ModelReport, Quality
+from counterweight.workers.config import Config, first_problem
+from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError
+from counterweight.workers.ledger import LEDGER
+from counterweight.workers.storage import ObjectStore, fetch, open_store, stream_sha256
+from counterweight.workers.storage.names import check_key
 
 CONFIG = "config.json"
 DOCUMENT = "artifact.json"

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
-from pipeline.artifact import (
+from counterweight.pipeline.artifact import (
     CONFIG,
     DOCUMENT,
     INDEX,
@@ -27,19 +27,19 @@ from pipeline.artifact import (
     LedgerSummary,
     Published,
 )
-from pipeline.dispatch import Dispatcher, Task
-from pipeline.manifest import CompressionJob
-from pipeline.model_source import ModelSource
-from pipeline.report import Report
-from pipeline.report_html import render
-from workers.anatomy import LM_HEAD
-from workers.errors import IntegrityError, ObjectNotFoundError
-from workers.interchange import adapter_config, artifact_config
-from workers.ledger import ADAPTER, ADAPTER_CONFIG, LEDGER, RESIDUAL_STORE, Ledger
-from workers.storage import sha256_hex
-from workers.storage.base import Written
-from workers.tasks import BlockRecord, KeepRecord, LedgerEntry, ModuleFormat
-from workers.workspace import Blob, Workspace
+from counterweight.pipeline.dispatch import Dispatcher, Task
+from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.model_source import ModelSource
+from counterweight.pipeline.report import Report
+from counterweight.pipeline.report_html import render
+from counterweight.workers.anatomy import LM_HEAD
+from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
+from counterweight.workers.interchange import adapter_config, artifact_config
+from counterweight.workers.ledger import ADAPTER, ADAPTER_CONFIG, LEDGER, RESIDUAL_STORE, Ledger
+from counterweight.workers.storage import sha256_hex
+from counterweight.workers.storage.base import Written
+from counterweight.workers.tasks import BlockRecord, KeepRecord, LedgerEntry, ModuleFormat
+from counterweight.workers.workspace import Blob, Workspace
 
 SOFTWARE = ("counterweight", "torch", "transformers", "ray", "safetensors", "pydantic")
 

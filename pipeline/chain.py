@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from pipeline.policies import Placement
-from workers.tasks import BLOCK, FORWARD, BlockRecord, BlockSpec, HiddenRecord
-from workers.workspace import Blob, Workspace
+from counterweight.pipeline.policies import Placement
+from counterweight.workers.tasks import BLOCK, FORWARD, BlockRecord, BlockSpec, HiddenRecord
+from counterweight.workers.workspace import Blob, Workspace
 
 
 class Half(Enum):

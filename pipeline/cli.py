@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.units import bytes_text
+from counterweight.pipeline.units import bytes_text
 
 app = typer.Typer(
     name="counterweight",
@@ -51,15 +51,15 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a job to the end; the last line of stdout is the artifact's URI (with --json: its `uri`)."""
-    from workers.process import importing
+    from counterweight.workers.process import importing
 
     with importing():
-        from pipeline.manifest import load_manifest
+        from counterweight.pipeline.manifest import load_manifest
 
     overrides = [*(set_ or []), *([] if output is None else [f"spec.output.uri={json.dumps(_absolute(output))}"])]
     job = load_manifest(manifest, overrides).job
-    from pipeline.progress import make_progress
-    from pipeline.run import run_job  # a wrong manifest need not wait for transformers and Ray
+    from counterweight.pipeline.progress import make_progress
+    from counterweight.pipeline.run import run_job  # a wrong manifest need not wait for transformers and Ray
 
     with make_progress(sys.stderr) as progress:
         # Ray's threads print what they think of dead workers; stdout holds the result and nothing else.
@@ -75,11 +75,11 @@ def run(
 @app.command()
 def plan(manifest: Manifest, set_: Overrides = None, as_json: AsJson = False) -> None:
     """Say what a job would do and need, from headers alone."""
-    from pipeline.manifest import load_manifest
+    from counterweight.pipeline.manifest import load_manifest
 
     job = load_manifest(manifest, set_ or []).job
-    from pipeline.model_source import open_model
-    from pipeline.plan import make_plan
+    from counterweight.pipeline.model_source import open_model
+    from counterweight.pipeline.plan import make_plan
 
     made = make_plan(job, open_model(job.spec.model.uri))
     if as_json:
@@ -106,7 +106,7 @@ def plan(manifest: Manifest, set_: Overrides = None, as_json: AsJson = False) ->
 @app.command()
 def pull(uri: ArtifactUri, destination: Path, as_json: AsJson = False) -> None:
     """Download an artifact, resuming where an earlier pull stopped; every byte is checked."""
-    from pipeline.artifact import pull as fetch_artifact
+    from counterweight.pipeline.artifact import pull as fetch_artifact
 
     document = fetch_artifact(_absolute(uri), destination, _each_file)
     facts = {"id": document.id, "files": len(document.files), "bytes": sum(f.size for f in document.files.values())}
@@ -120,7 +120,7 @@ def pull(uri: ArtifactUri, destination: Path, as_json: AsJson = False) -> None:
 @app.command()
 def verify(uri: ArtifactUri, as_json: AsJson = False) -> None:
     """Read every byte of an artifact and compare it with its digest."""
-    from pipeline.artifact import verify as check_artifact
+    from counterweight.pipeline.artifact import verify as check_artifact
 
     document = check_artifact(_absolute(uri), _each_file)
     facts = {"id": document.id, "files": len(document.files), "bytes": sum(f.size for f in document.files.values())}
@@ -145,7 +145,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Validate an artifact again: perplexity, KL and agreement, against the model it was made from."""
-    from pipeline.evaluate import evaluate_artifact
+    from counterweight.pipeline.evaluate import evaluate_artifact
 
     found = evaluate_artifact(
         _absolute(artifact),
@@ -170,7 +170,7 @@ def evaluate(
 @app.command()
 def schema() -> None:
     """Print the manifest's JSON Schema."""
-    from pipeline.manifest import schema_text
+    from counterweight.pipeline.manifest import schema_text
 
     typer.echo(schema_text(), nl=False)
 
@@ -178,7 +178,7 @@ def schema() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0 done; 2 the request is wrong; 3 a gate failed; 4 the surroundings
     failed and a retry makes sense; 130 interrupted. Errors are lines on stderr, without a traceback."""
-    from workers.errors import CounterweightError
+    from counterweight.workers.errors import CounterweightError
 
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
@@ -209,8 +209,8 @@ def entry() -> None:
 
 def _absolute(uri: str) -> str:
     """A path or URI given on the command line; paths are relative to the working directory."""
-    from pipeline.manifest import resolve_uri
-    from workers.errors import RequestError
+    from counterweight.pipeline.manifest import resolve_uri
+    from counterweight.workers.errors import RequestError
 
     try:
         return uri if uri.startswith("hf:") else resolve_uri(uri, Path.cwd().as_uri())

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.policies import Failure, RetryPolicy, Verdict, describe
-from pipeline.pool import Outcome, WorkerPool
-from workers.errors import CounterweightError, WorkerError
+from counterweight.pipeline.policies import Failure, RetryPolicy, Verdict, describe
+from counterweight.pipeline.pool import Outcome, WorkerPool
+from counterweight.workers.errors import CounterweightError, WorkerError
 
 WAIT_SECONDS = 0.2
 """How long one look at the workers lasts: short enough that an interrupt is felt at once."""

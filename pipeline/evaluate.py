@@ -8,19 +8,19 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.artifact import REPORT, file_entry, open_artifact
-from pipeline.model_source import open_model
-from pipeline.report import Quality, Report, qualities
-from workers.calibration.source import TextSource, TokenSource
-from workers.calibration.tokens import token_set
-from workers.config import first_problem
-from workers.errors import IntegrityError, RequestError
-from workers.keys import digest
-from workers.ledger import LEDGER
-from workers.storage import open_store
-from workers.tasks import EvaluateSpec, Setting
-from workers.worker import Worker
-from workers.workspace import Workspace
+from counterweight.pipeline.artifact import REPORT, file_entry, open_artifact
+from counterweight.pipeline.model_source import open_model
+from counterweight.pipeline.report import Quality, Report, qualities
+from counterweight.workers.calibration.source import TextSource, TokenSource
+from counterweight.workers.calibration.tokens import token_set
+from counterweight.workers.config import first_problem
+from counterweight.workers.errors import IntegrityError, RequestError
+from counterweight.workers.keys import digest
+from counterweight.workers.ledger import LEDGER
+from counterweight.workers.storage import open_store
+from counterweight.workers.tasks import EvaluateSpec, Setting
+from counterweight.workers.worker import Worker
+from counterweight.workers.workspace import Workspace
 
 
 def evaluate_artifact(

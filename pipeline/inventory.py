@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.dispatch import Dispatcher, Task
-from pipeline.model_source import ModelSource, check_stored_head
-from workers.checkpoint.digest import TensorDigest
-from workers.errors import CheckpointError
+from counterweight.pipeline.dispatch import Dispatcher, Task
+from counterweight.pipeline.model_source import ModelSource, check_stored_head
+from counterweight.workers.checkpoint.digest import TensorDigest
+from counterweight.workers.errors import CheckpointError
 
 INSPECT_BYTES = 1 << 30
 """Source bytes per task: enough to keep a worker busy, small enough to spread a model over many."""

@@ -9,10 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from workers.anatomy import EMBEDDING, LM_HEAD, Anatomy
-from workers.checkpoint.reader import Checkpoint
-from workers.errors import CheckpointError, RequestError, StorageError
-from workers.storage import ObjectStore, open_store
+from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, Anatomy
+from counterweight.workers.checkpoint.reader import Checkpoint
+from counterweight.workers.errors import CheckpointError, RequestError, StorageError
+from counterweight.workers.storage import ObjectStore, open_store
 
 HUB = "hf:"
 TOKENIZER = "tokenizer.json"
@@ -65,7 +65,7 @@ def tokenizer_of(store: ObjectStore) -> bytes | None:
 
 def describe(config: Mapping[str, Any]) -> Anatomy:
     """The anatomy of the model with this config.json; takes transformers, which is a second to import."""
-    from workers.skeleton import Skeleton
+    from counterweight.workers.skeleton import Skeleton
 
     return Skeleton(config).anatomy
 

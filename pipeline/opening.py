@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.dispatch import Dispatcher, Task
-from pipeline.manifest import CompressionJob
-from pipeline.model_source import ModelSource, open_model, resolve, tokenizer_of
-from pipeline.plan import make_plan
-from pipeline.policies import RetryPolicy
-from pipeline.pool import WorkerPool
-from pipeline.progress import Progress
-from pipeline.tokens import Tokens, read_tokens
-from workers.anatomy import Anatomy
-from workers.calibration.source import ModelSamples
-from workers.calibration.tokens import TokenSet
-from workers.errors import RequestError
-from workers.storage import open_store
-from workers.storage.probe import probe
-from workers.tasks import SampleSpec
+from counterweight.pipeline.dispatch import Dispatcher, Task
+from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.model_source import ModelSource, open_model, resolve, tokenizer_of
+from counterweight.pipeline.plan import make_plan
+from counterweight.pipeline.policies import RetryPolicy
+from counterweight.pipeline.pool import WorkerPool
+from counterweight.pipeline.progress import Progress
+from counterweight.pipeline.tokens import Tokens, read_tokens
+from counterweight.workers.anatomy import Anatomy
+from counterweight.workers.calibration.source import ModelSamples
+from counterweight.workers.calibration.tokens import TokenSet
+from counterweight.workers.errors import RequestError
+from counterweight.workers.storage import open_store
+from counterweight.workers.storage.probe import probe
+from counterweight.workers.tasks import SampleSpec
 
 
 def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here: bool) -> tuple[ModelSource, Tokens]:

@@ -10,19 +10,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pipeline.allocation import share_out
-from pipeline.artifact import Artifact, FileEntry, Published
-from pipeline.assemble import Assembler, Parts, job_recipe, now, publish, repair_pointer, software
-from pipeline.chain import Chain, Half, Link, errors_of
-from pipeline.dispatch import Dispatcher, Task
-from pipeline.inventory import inventory
-from pipeline.manifest import CompressionJob, canonical
-from pipeline.model_source import ModelSource
-from pipeline.plan import block_recipe
-from pipeline.policies import RetryPolicy
-from pipeline.pool import WorkerPool
-from pipeline.progress import Progress
-from pipeline.report import (
+from counterweight.pipeline.allocation import share_out
+from counterweight.pipeline.artifact import Artifact, FileEntry, Published
+from counterweight.pipeline.assemble import Assembler, Parts, job_recipe, now, publish, repair_pointer, software
+from counterweight.pipeline.chain import Chain, Half, Link, errors_of
+from counterweight.pipeline.dispatch import Dispatcher, Task
+from counterweight.pipeline.inventory import inventory
+from counterweight.pipeline.manifest import CompressionJob, canonical
+from counterweight.pipeline.model_source import ModelSource
+from counterweight.pipeline.plan import block_recipe
+from counterweight.pipeline.policies import RetryPolicy
+from counterweight.pipeline.pool import WorkerPool
+from counterweight.pipeline.progress import Progress
+from counterweight.pipeline.report import (
     ModelReport,
     Report,
     TaskReport,
@@ -30,17 +30,17 @@ from pipeline.report import (
     bits_per_weight,
     qualities,
 )
-from pipeline.report_html import render
-from pipeline.tokens import Tokens
-from pipeline.validate import Windows, check_gates, validate
-from workers.anatomy import EMBEDDING, LM_HEAD, NORM
-from workers.calibration.source import CalibrationSource
-from workers.calibration.tokens import TokenSet
-from workers.errors import GateError
-from workers.keys import digest
-from workers.recipe import ModuleRecipe
-from workers.storage import open_store
-from workers.tasks import (
+from counterweight.pipeline.report_html import render
+from counterweight.pipeline.tokens import Tokens
+from counterweight.pipeline.validate import Windows, check_gates, validate
+from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, NORM
+from counterweight.workers.calibration.source import CalibrationSource
+from counterweight.workers.calibration.tokens import TokenSet
+from counterweight.workers.errors import GateError
+from counterweight.workers.keys import digest
+from counterweight.workers.recipe import ModuleRecipe
+from counterweight.workers.storage import open_store
+from counterweight.workers.tasks import (
     BlockRecord,
     BlockSpec,
     Device,
@@ -50,7 +50,7 @@ from workers.tasks import (
     LedgerEntry,
     Setting,
 )
-from workers.workspace import WORK, Blob, Workspace
+from counterweight.workers.workspace import WORK, Blob, Workspace
 
 
 @dataclass(slots=True)

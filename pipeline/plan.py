@@ -9,16 +9,16 @@ import os
 from collections.abc import Mapping
 from math import prod
 
-from pipeline.manifest import CompressionJob
-from pipeline.model_source import ModelSource
-from pipeline.residual_tuner import afford
-from workers.anatomy import EMBEDDING, LM_HEAD, NORM
-from workers.architecture import is_expert
-from workers.config import Config
-from workers.errors import ManifestError
-from workers.recipe import GPTQ, ModuleRecipe, Recipe
-from workers.tasks import ITEMSIZE, shard_sequences
-from workers.transforms.families import rotation_problem
+from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.model_source import ModelSource
+from counterweight.pipeline.residual_tuner import afford
+from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, NORM
+from counterweight.workers.architecture import is_expert
+from counterweight.workers.config import Config
+from counterweight.workers.errors import ManifestError
+from counterweight.workers.recipe import GPTQ, ModuleRecipe, Recipe
+from counterweight.workers.tasks import ITEMSIZE, shard_sequences
+from counterweight.workers.transforms.families import rotation_problem
 
 PROCESS_BYTES = 600 << 20
 """A worker process with torch, transformers and Ray imported, before its first task (measured: 480-560 MiB)."""

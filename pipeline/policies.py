@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
-from workers.errors import CounterweightError, RequestError, SurroundingsError
+from counterweight.workers.errors import CounterweightError, RequestError, SurroundingsError
 
 
 class Verdict(Enum):

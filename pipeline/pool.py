@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from workers.errors import CounterweightError, RequestError, WorkerError
-from workers.process import WorkerProcess
+from counterweight.workers.errors import CounterweightError, RequestError, WorkerError
+from counterweight.workers.process import WorkerProcess
 
 if TYPE_CHECKING:
-    from workers.tasks import Device
+    from counterweight.workers.tasks import Device
 
 EMBEDDED_STORE_BYTES = 128 << 20
 """Ray's object store in the embedded cluster: tasks exchange records of kilobytes; tensors go through storage."""

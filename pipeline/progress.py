@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
-from pipeline.units import bytes_text, seconds_text
+from counterweight.pipeline.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

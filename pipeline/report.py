@@ -10,8 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import exp
 from typing import Any
 
-from workers.config import Config
-from workers.tasks import BASELINE, COMPENSATED, QUANTIZED, BlockRecord, ModuleReport, Timing, WindowMetrics
+from counterweight.workers.config import Config
+from counterweight.workers.tasks import (
+    BASELINE,
+    COMPENSATED,
+    QUANTIZED,
+    BlockRecord,
+    ModuleReport,
+    Timing,
+    WindowMetrics,
+)
 
 
 class Quality(Config):

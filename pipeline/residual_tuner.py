@@ -12,9 +12,9 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from math import ceil, inf, isfinite
 
-from kernels.residual import CHUNK
-from workers.recipe import ModuleRecipe
-from workers.recipe.residual import Bandwidths, LatencyBudget, Residual
+from counterweight.kernels.residual import CHUNK
+from counterweight.workers.recipe import ModuleRecipe
+from counterweight.workers.recipe.residual import Bandwidths, LatencyBudget, Residual
 
 _COLUMNS_PER_STRIP = 256  # output channels that a thread block's smallest share holds
 

@@ -6,15 +6,15 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.manifest import CompressionJob
-from pipeline.pool import PoolSize, RayPool, cluster, threads_per_worker
-from pipeline.progress import Progress
-from workers.errors import WorkerError
-from workers.process import importing
+from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.pool import PoolSize, RayPool, cluster, threads_per_worker
+from counterweight.pipeline.progress import Progress
+from counterweight.workers.errors import WorkerError
+from counterweight.workers.process import importing
 
 if TYPE_CHECKING:
-    from pipeline.artifact import Published
-    from workers.tasks import Device
+    from counterweight.pipeline.artifact import Published
+    from counterweight.workers.tasks import Device
 
 
 def run_job(job: CompressionJob, progress: Progress, *, address: str | None = None) -> Published:
@@ -30,8 +30,8 @@ def run_job(job: CompressionJob, progress: Progress, *, address: str | None = No
             # Workers load torch and transformers now, and so does this process with torch. Not while Ray starts: an import
             # holds the interpreter that starts it.
             with importing():
-                from pipeline.opening import open_job
-                from pipeline.orchestrator import Orchestrator
+                from counterweight.pipeline.opening import open_job
+                from counterweight.pipeline.orchestrator import Orchestrator
             source, tokens = open_job(job, pool, progress, here=_embedded(address))
             device = _device(pool.devices(), size.device, progress)
             return Orchestrator(job, source, tokens, pool, device, progress).run()

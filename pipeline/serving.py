@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from kernels.backend import Kernels
-from pipeline.artifact import open_artifact
-from workers.block import install
-from workers.compressed import CompressedModel
+from counterweight.kernels.backend import Kernels
+from counterweight.pipeline.artifact import open_artifact
+from counterweight.workers.block import install
+from counterweight.workers.compressed import CompressedModel
 
 if TYPE_CHECKING:
-    from kernels.gpu.host_memory import HostArena
+    from counterweight.kernels.gpu.host_memory import HostArena
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -58,6 +58,6 @@ def _arena(sizes: list[int]) -> HostArena | None:
     """Host memory for residual rows of these sizes in bytes; None for none, and where triton, which reads it, is missing."""
     if not sizes or find_spec("triton") is None:
         return None
-    from kernels.gpu.host_memory import HostArena
+    from counterweight.kernels.gpu.host_memory import HostArena
 
     return HostArena(HostArena.size_of(sizes))

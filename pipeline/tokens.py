@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from pipeline.manifest import CompressionJob
-from workers.calibration.source import ModelSamples
-from workers.calibration.tokens import TokenSet, token_set
+from counterweight.pipeline.manifest import CompressionJob
+from counterweight.workers.calibration.source import ModelSamples
+from counterweight.workers.calibration.tokens import TokenSet, token_set
 
 CALIBRATION, VALIDATION = "spec.calibration.source", "spec.validation.text"
 

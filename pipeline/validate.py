@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from pipeline.artifact import Artifact, FileEntry
-from pipeline.dispatch import Dispatcher, Task
-from pipeline.manifest import Gates
-from pipeline.report import Quality, TaskReport
-from workers.errors import GateError
-from workers.ledger import LEDGER
-from workers.tasks import EvaluateRecord, EvaluateSpec, Setting, WindowMetrics, shard_sequences
-from workers.workspace import Blob
+from counterweight.pipeline.artifact import Artifact, FileEntry
+from counterweight.pipeline.dispatch import Dispatcher, Task
+from counterweight.pipeline.manifest import Gates
+from counterweight.pipeline.report import Quality, TaskReport
+from counterweight.workers.errors import GateError
+from counterweight.workers.ledger import LEDGER
+from counterweight.workers.tasks import EvaluateRecord, EvaluateSpec, Setting, WindowMetrics, shard_sequences
+from counterweight.workers.workspace import Blob
 
 Windows = dict[str, list[WindowMetrics]]
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import Published
-from pipeline.manifest import parse_manifest
-from pipeline.opening import open_job
-from pipeline.orchestrator import Orchestrator
-from pipeline.pool import Outcome
-from pipeline.progress import Progress
+from counterweight.pipeline.artifact import Published
+from counterweight.pipeline.manifest import parse_manifest
+from counterweight.pipeline.opening import open_job
+from counterweight.pipeline.orchestrator import Orchestrator
+from counterweight.pipeline.pool import Outcome
+from counterweight.pipeline.progress import Progress
+from counterweight.workers.errors import CounterweightError
+from counterweight.workers.worker import Worker
 from tests.models import write_text
-from workers.errors import CounterweightError
-from workers.worker import Worker
 
 
 class InProcessPool:

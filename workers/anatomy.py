@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from workers.architecture import EXPERT, Family, Siblings, family_of
+from counterweight.workers.architecture import EXPERT, Family, Siblings, family_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from workers.errors import UnsupportedModelError
+from counterweight.workers.errors import UnsupportedModelError
 
 EXPERT = "{expert}"
 

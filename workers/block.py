@@ -18,23 +18,23 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from kernels.backend import Kernels, experts_on_kernels, on_kernels
-from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
-from kernels.hadamard import Hadamard
-from kernels.linear import CompensatedLinear
-from kernels.residual import Correction
-from workers.architecture import PROJECTIONS, Siblings, is_expert
-from workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
-from workers.errors import RequestError
-from workers.hooks import input_hooks
-from workers.parallel import OrderedPool
-from workers.recipe import ModuleRecipe
-from workers.solve import shares_a_solve, solve
-from workers.tasks import FallbackReport, ModuleReport
+from counterweight.kernels.backend import Kernels, experts_on_kernels, on_kernels
+from counterweight.kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.kernels.linear import CompensatedLinear
+from counterweight.kernels.residual import Correction
+from counterweight.workers.architecture import PROJECTIONS, Siblings, is_expert
+from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
+from counterweight.workers.errors import RequestError
+from counterweight.workers.hooks import input_hooks
+from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.recipe import ModuleRecipe
+from counterweight.workers.solve import shares_a_solve, solve
+from counterweight.workers.tasks import FallbackReport, ModuleReport
 
 if TYPE_CHECKING:
-    from kernels.gpu.host_memory import HostArena
-    from workers.skeleton import Block  # transformers, which who only reads reports does not need
+    from counterweight.kernels.gpu.host_memory import HostArena
+    from counterweight.workers.skeleton import Block  # transformers, which who only reads reports does not need
 
 PARALLEL_WIDTH = 1024
 """Input columns of the widest layer from which solves run side by side. Below, an operation on one column is so short

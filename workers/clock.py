@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from workers.memory import device_peak_bytes, host_peak_bytes, reset_peak
-from workers.tasks import Timing
+from counterweight.workers.memory import device_peak_bytes, host_peak_bytes, reset_peak
+from counterweight.workers.tasks import Timing
 
 
 class Clock:

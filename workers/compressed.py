@@ -15,13 +15,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from workers.anatomy import EMBEDDING, LM_HEAD, NORM
-from workers.block import CompressedLinear
-from workers.checkpoint.header import LENGTH_BYTES, header_length, parse_header
-from workers.checkpoint.reader import Checkpoint
-from workers.config import first_problem
-from workers.errors import CheckpointError, ObjectNotFoundError
-from workers.interchange import (
+from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, NORM
+from counterweight.workers.block import CompressedLinear
+from counterweight.workers.checkpoint.header import LENGTH_BYTES, header_length, parse_header
+from counterweight.workers.checkpoint.reader import Checkpoint
+from counterweight.workers.config import first_problem
+from counterweight.workers.errors import CheckpointError, ObjectNotFoundError
+from counterweight.workers.interchange import (
     PACKED,
     RESIDUAL,
     factor_names,
@@ -31,10 +31,10 @@ from workers.interchange import (
     residual_names,
     source_config,
 )
-from workers.ledger import ADAPTER, LEDGER, RESIDUAL_STORE, Ledger
-from workers.skeleton import Block, Skeleton
-from workers.storage import ObjectStore
-from workers.tasks import ModuleFormat
+from counterweight.workers.ledger import ADAPTER, LEDGER, RESIDUAL_STORE, Ledger
+from counterweight.workers.skeleton import Block, Skeleton
+from counterweight.workers.storage import ObjectStore
+from counterweight.workers.tasks import ModuleFormat
 
 
 class CompressedModel:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from workers.block import install
-from workers.compressed import CompressedModel
-from workers.parallel import OrderedPool
-from workers.skeleton import Block
-from workers.tasks import BASELINE, COMPENSATED, QUANTIZED, WindowMetrics
+from counterweight.workers.block import install
+from counterweight.workers.compressed import CompressedModel
+from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.skeleton import Block
+from counterweight.workers.tasks import BASELINE, COMPENSATED, QUANTIZED, WindowMetrics
 
 Blocks = Callable[[int], Mapping[str, Block]]
 """Index -> the block under each variant."""

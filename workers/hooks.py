@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from workers.architecture import Siblings
-from workers.skeleton import Block
+from counterweight.workers.architecture import Siblings
+from counterweight.workers.skeleton import Block
 
 Take = Callable[[Siblings, Tensor], None]
 """Called with a group of siblings and the input [..., in] that they share."""

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.formats import LowRank, QuantizedWeight
-from kernels.packing import from_checkpoint, to_checkpoint
-from kernels.residual import Correction, ResidualStore
-from workers.architecture import Family, is_expert
-from workers.errors import CheckpointError
-from workers.tasks import ModuleFormat
+from counterweight.kernels.formats import LowRank, QuantizedWeight
+from counterweight.kernels.packing import from_checkpoint, to_checkpoint
+from counterweight.kernels.residual import Correction, ResidualStore
+from counterweight.workers.architecture import Family, is_expert
+from counterweight.workers.errors import CheckpointError
+from counterweight.workers.tasks import ModuleFormat
 
 QUANT_METHOD = "counterweight"
 """`quant_method` of an artifact that only our own loader may open; also the prefix of its `model_type`."""

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from workers.checkpoint.writer import write_safetensors
-from workers.errors import IntegrityError
-from workers.storage import ObjectStore
-from workers.storage.base import Written
-from workers.workspace import Blob, Workspace
+from counterweight.workers.checkpoint.writer import write_safetensors
+from counterweight.workers.errors import IntegrityError
+from counterweight.workers.storage import ObjectStore
+from counterweight.workers.storage.base import Written
+from counterweight.workers.workspace import Blob, Workspace
 
 
 def join_tensors(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from workers.config import Config
-from workers.tasks import LedgerEntry, ModuleFormat
+from counterweight.workers.config import Config
+from counterweight.workers.tasks import LedgerEntry, ModuleFormat
 
 LEDGER = "ledger.json"
 RESIDUAL_STORE = "residual/residual.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from workers.errors import CheckpointError
+from counterweight.workers.errors import CheckpointError
 
 MAX_LAYERS = 1024
 """More layers than any published model; a config that claims more is refused before anything is built."""

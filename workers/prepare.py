@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.hadamard import Hadamard
-from workers.architecture import Siblings
-from workers.calibration.clipping import activation_format, best_clip
-from workers.calibration.statistics import Gathering
-from workers.compensation.aser import outlier_channels, outlier_scales
-from workers.hooks import input_hooks
-from workers.recipe import ASER, Activations, ModuleRecipe
-from workers.skeleton import Block
-from workers.transforms.families import Wiring
-from workers.transforms.smoothing import after, before, migration_scales, producer_rows, scaled
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.workers.architecture import Siblings
+from counterweight.workers.calibration.clipping import activation_format, best_clip
+from counterweight.workers.calibration.statistics import Gathering
+from counterweight.workers.compensation.aser import outlier_channels, outlier_scales
+from counterweight.workers.hooks import input_hooks
+from counterweight.workers.recipe import ASER, Activations, ModuleRecipe
+from counterweight.workers.skeleton import Block
+from counterweight.workers.transforms.families import Wiring
+from counterweight.workers.transforms.smoothing import after, before, migration_scales, producer_rows, scaled
 
 ROWS = 2048
 """Tokens that choices are made on; 512 of them where every candidate is tried in a product with the weight."""

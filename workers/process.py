@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from workers.tasks import Device
+    from counterweight.workers.tasks import Device
 
 
 @contextmanager
@@ -33,7 +33,7 @@ class WorkerProcess:
 
     def __init__(self, device: Device, threads: int) -> None:
         with importing():
-            from workers.worker import Worker
+            from counterweight.workers.worker import Worker
         self._worker = Worker(device, threads)
 
     def call(self, method: str, *arguments: Any) -> Any:

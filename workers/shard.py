@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.residual import Correction
-from workers.block import CompressedLinear, tensor_bits
-from workers.checkpoint.digest import tensor_digest
-from workers.interchange import factor_tensors, residual_tensors, weight_tensors
-from workers.skeleton import Skeleton
-from workers.tasks import BlockRecord, BlockSpec, LedgerEntry, ModuleFormat, ModuleReport, Timing
-from workers.workspace import Blob, Workspace
+from counterweight.kernels.residual import Correction
+from counterweight.workers.block import CompressedLinear, tensor_bits
+from counterweight.workers.checkpoint.digest import tensor_digest
+from counterweight.workers.interchange import factor_tensors, residual_tensors, weight_tensors
+from counterweight.workers.skeleton import Skeleton
+from counterweight.workers.tasks import BlockRecord, BlockSpec, LedgerEntry, ModuleFormat, ModuleReport, Timing
+from counterweight.workers.workspace import Blob, Workspace
 
 
 def write_block(

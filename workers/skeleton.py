@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from kernels.hadamard import Hadamard
-from workers.anatomy import LM_HEAD, NORM, Anatomy, BlockAnatomy
-from workers.architecture import PROJECTIONS, Family, Siblings, family_of, sibling_groups
-from workers.errors import CheckpointError, UnsupportedModelError
-from workers.model_config import parse_config
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.workers.anatomy import LM_HEAD, NORM, Anatomy, BlockAnatomy
+from counterweight.workers.architecture import PROJECTIONS, Family, Siblings, family_of, sibling_groups
+from counterweight.workers.errors import CheckpointError, UnsupportedModelError
+from counterweight.workers.model_config import parse_config
 
 
 class LinearExperts(nn.Module):

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.formats import LowRank, QuantizedWeight
-from kernels.residual import Correction
-from workers.calibration.statistics import InputStatistics
-from workers.compensation import anticipate, compensate
-from workers.compensation.aser import without_channels
-from workers.compensation.lrc import energy, initial_problem, lrc, squared_error
-from workers.compensation.regression import root_of, spectrum
-from workers.compensation.residual import residual_store
-from workers.quantization import quantize
-from workers.quantization.result import Fallback
-from workers.quantization.target import aimed
-from workers.recipe import ASER, LRC, ModuleRecipe, NoCompensation
+from counterweight.kernels.formats import LowRank, QuantizedWeight
+from counterweight.kernels.residual import Correction
+from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.compensation import anticipate, compensate
+from counterweight.workers.compensation.aser import without_channels
+from counterweight.workers.compensation.lrc import energy, initial_problem, lrc, squared_error
+from counterweight.workers.compensation.regression import root_of, spectrum
+from counterweight.workers.compensation.residual import residual_store
+from counterweight.workers.quantization import quantize
+from counterweight.workers.quantization.result import Fallback
+from counterweight.workers.quantization.target import aimed
+from counterweight.workers.recipe import ASER, LRC, ModuleRecipe, NoCompensation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

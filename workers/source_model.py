@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from workers.anatomy import EMBEDDING, LM_HEAD, NORM
-from workers.checkpoint.reader import Checkpoint
-from workers.skeleton import Skeleton
+from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, NORM
+from counterweight.workers.checkpoint.reader import Checkpoint
+from counterweight.workers.skeleton import Skeleton
 
 
 def outside(checkpoint: Checkpoint, skeleton: Skeleton, sha256: Mapping[str, str] | None = None) -> dict[str, Tensor]:

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from kernels.formats import ActivationFormat
-from kernels.hadamard import Hadamard
-from workers.config import Config
-from workers.keys import digest, numerics
-from workers.recipe import ModuleRecipe, Rotation
-from workers.workspace import Blob, Record
+from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.workers.config import Config
+from counterweight.workers.keys import digest, numerics
+from counterweight.workers.recipe import ModuleRecipe, Rotation
+from counterweight.workers.workspace import Blob, Record
 
 SHARD_TOKENS = 8192
 """Tokens of one shard of hidden states. Part of the numerics: statistics are reduced shard by shard."""

@@ -18,32 +18,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.formats import QuantizedWeight
-from kernels.hadamard import Hadamard
-from workers.anatomy import EMBEDDING, Anatomy
-from workers.architecture import Siblings
-from workers.block import CompressedLinear, calibrate, compress, install, tensor_bits
-from workers.calibration.sampling import sample
-from workers.calibration.statistics import InputStatistics
-from workers.checkpoint.digest import TensorDigest, tensor_digest
-from workers.checkpoint.reader import Checkpoint
-from workers.clock import Clock
-from workers.compressed import CompressedModel
-from workers.errors import CheckpointError
-from workers.evaluation import advance, compressed_blocks, measure, variants_of
-from workers.interchange import scale_dtype
-from workers.join import join_tensors
-from workers.memory import release, settle
-from workers.parallel import OrderedPool
-from workers.prepare import prepare
-from workers.recipe import NoCompensation
-from workers.shard import write_block
-from workers.skeleton import Block, Skeleton
-from workers.solve import gains
-from workers.source_model import outside, whole
-from workers.storage import open_store, stream_sha256
-from workers.storage.base import Written
-from workers.tasks import (
+from counterweight.kernels.formats import QuantizedWeight
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.workers.anatomy import EMBEDDING, Anatomy
+from counterweight.workers.architecture import Siblings
+from counterweight.workers.block import CompressedLinear, calibrate, compress, install, tensor_bits
+from counterweight.workers.calibration.sampling import sample
+from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.checkpoint.digest import TensorDigest, tensor_digest
+from counterweight.workers.checkpoint.reader import Checkpoint
+from counterweight.workers.clock import Clock
+from counterweight.workers.compressed import CompressedModel
+from counterweight.workers.errors import CheckpointError
+from counterweight.workers.evaluation import advance, compressed_blocks, measure, variants_of
+from counterweight.workers.interchange import scale_dtype
+from counterweight.workers.join import join_tensors
+from counterweight.workers.memory import release, settle
+from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.prepare import prepare
+from counterweight.workers.recipe import NoCompensation
+from counterweight.workers.shard import write_block
+from counterweight.workers.skeleton import Block, Skeleton
+from counterweight.workers.solve import gains
+from counterweight.workers.source_model import outside, whole
+from counterweight.workers.storage import open_store, stream_sha256
+from counterweight.workers.storage.base import Written
+from counterweight.workers.tasks import (
     BASELINE,
     BLOCK,
     EMBED,
@@ -67,11 +67,11 @@ from workers.tasks import (
     Timing,
     shard_sequences,
 )
-from workers.transforms.families import wiring_of
-from workers.transforms.rotation import residual_hadamard, rotate_block, rotate_embedding, rotated_outside
-from workers.transforms.smoothing import fold
-from workers.tuning.lsi import LinearFormat, tune
-from workers.workspace import Blob, Workspace
+from counterweight.workers.transforms.families import wiring_of
+from counterweight.workers.transforms.rotation import residual_hadamard, rotate_block, rotate_embedding, rotated_outside
+from counterweight.workers.transforms.smoothing import fold
+from counterweight.workers.tuning.lsi import LinearFormat, tune
+from counterweight.workers.workspace import Blob, Workspace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

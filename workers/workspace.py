@@ -16,10 +16,10 @@ from typing import TypeVar
 from pydantic import ValidationError
 from torch import Tensor
 
-from workers.checkpoint.writer import read_safetensors, safetensors_pieces
-from workers.config import Config, first_problem
-from workers.errors import IntegrityError, ObjectNotFoundError
-from workers.storage import ObjectStore, sha256_hex
+from counterweight.workers.checkpoint.writer import read_safetensors, safetensors_pieces
+from counterweight.workers.config import Config, first_problem
+from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
+from counterweight.workers.storage import ObjectStore, sha256_hex
 
 WORK = "_work"
 """Everything here lies under this prefix of the output's root; no job can have this name (`_` is not allowed in one)."""

@@ -1,4 +1,4 @@
-"""python -m kernels.gate: compiles all cases with the triton that is installed; 1 when a limit is broken."""
+"""python -m counterweight.kernels.gate: compiles all cases with the triton that is installed; 1 when a limit is broken."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
 
-from kernels.gate import budget
-from kernels.gate.case import ARCHS, Case
-from kernels.gate.measurement import Measurement
-from kernels.gate.suite import all_cases, brief, measure_all
+from counterweight.kernels.gate import budget
+from counterweight.kernels.gate.case import ARCHS, Case
+from counterweight.kernels.gate.measurement import Measurement
+from counterweight.kernels.gate.suite import all_cases, brief, measure_all
 
 _BUDGETS = Path(__file__).with_name("budgets.toml")
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m kernels.gate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m counterweight.kernels.gate", description=__doc__)
     parser.add_argument("--update", action="store_true", help="raise the limits to what is measured, drop old entries")
     parser.add_argument("--only", default="", metavar="PART", help="cases whose name contains this")
     parser.add_argument("--archs", type=_archs, default=ARCHS, help="such as 80,90; all of them by default")

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels.gate.case import Case
-from kernels.gate.disassembly import matches
-from kernels.gate.measurement import Measurement
+from counterweight.kernels.gate.case import Case
+from counterweight.kernels.gate.disassembly import matches
+from counterweight.kernels.gate.measurement import Measurement
 
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one program can have."""
@@ -18,8 +18,9 @@ SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _PREFIX = "sm_"
 _HEADER = (
     "# What each kernel may use on each architecture, the larger of triton 3.6 and 3.9: registers per thread, bytes of\n"
-    "# shared memory, thread instructions per weight in the hot loop. Written by `python -m kernels.gate --update`,\n"
-    "# which only raises a limit: after an improvement, delete its entries and update under both versions.\n"
+    "# shared memory, thread instructions per weight in the hot loop. Written by\n"
+    "# `python -m counterweight.kernels.gate --update`, which only raises a limit: after an improvement, delete its entries\n"
+    "# and update under both versions.\n"
 )
 
 
@@ -91,7 +92,7 @@ def violations(case: Case, arch: int, measured: Measurement, budget: Budget | No
         if not any(matches(opcode, wanted) for opcode in measured.opcodes):
             found.append(f"no {wanted} among its instructions")
     if budget is None:
-        found.append("no budget: run `python -m kernels.gate --update` under each version of triton")
+        found.append("no budget: run `python -m counterweight.kernels.gate --update` under each version of triton")
     else:
         used = Budget.of(case, measured)
         for name in ("registers", "shared", "instructions_per_weight"):

@@ -13,9 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
-from kernels.gate import disassembly
-from kernels.gate.case import Case
-from kernels.gate.measurement import Measurement
+from counterweight.kernels.gate import disassembly
+from counterweight.kernels.gate.case import Case
+from counterweight.kernels.gate.measurement import Measurement
 
 _CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kernels.gate.case import Case
+from counterweight.kernels.gate.case import Case
 
 _THREADS_PER_WARP = 32
 

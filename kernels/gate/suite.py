@@ -15,10 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kernels.gate import cases
-from kernels.gate.case import Case
-from kernels.gate.compile import CompilationFailed, fingerprint, measure
-from kernels.gate.measurement import Measurement
+from counterweight.kernels.gate import cases
+from counterweight.kernels.gate.case import Case
+from counterweight.kernels.gate.compile import CompilationFailed, fingerprint, measure
+from counterweight.kernels.gate.measurement import Measurement
 
 _REMEMBERED = Path(__file__).parents[2] / "build" / "gate.json"
 

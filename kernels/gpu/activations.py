@@ -20,13 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import ActivationFormat
-from kernels.gpu import launch
-from kernels.gpu.hadamard import transform
-from kernels.gpu.integer_gemm import IntegerWeight
-from kernels.gpu.layout import DECODE_TOKENS, PackedWeight, PreparedInput, permuted_run
-from kernels.gpu.partials import summed_over
-from kernels.hadamard import Hadamard
+from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.gpu import launch
+from counterweight.kernels.gpu.hadamard import transform
+from counterweight.kernels.gpu.integer_gemm import IntegerWeight
+from counterweight.kernels.gpu.layout import DECODE_TOKENS, PackedWeight, PreparedInput, permuted_run
+from counterweight.kernels.gpu.partials import summed_over
+from counterweight.kernels.hadamard import Hadamard
 
 __all__ = ["prepare", "unsupported"]
 

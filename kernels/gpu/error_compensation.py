@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu import launch
-from kernels.residual import CHUNK, ResidualStore
+from counterweight.kernels.gpu import launch
+from counterweight.kernels.residual import CHUNK, ResidualStore
 
 MOST_PER_CHUNK = 128
 """Of 1024 channels. More than some 17 cannot hide behind the layer's own 4-bit weights: a bus of 50 GB/s beside a memory of

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu import launch
-from kernels.gpu.layout import PackedWeight, PreparedInput
-from kernels.gpu.partials import summed_over
-from kernels.gpu.weight_gemm import Tiling, check, multiply_into, splits_of, tiling_of
-from kernels.gpu.weight_tile import finish_tile
+from counterweight.kernels.gpu import launch
+from counterweight.kernels.gpu.layout import PackedWeight, PreparedInput
+from counterweight.kernels.gpu.partials import summed_over
+from counterweight.kernels.gpu.weight_gemm import Tiling, check, multiply_into, splits_of, tiling_of
+from counterweight.kernels.gpu.weight_tile import finish_tile
 
 __all__ = [
     "Routing",

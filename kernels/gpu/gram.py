@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu import launch
+from counterweight.kernels.gpu import launch
 
 BLOCKS_16_BIT = {"TOKENS": 64, "TILE": 128, "num_warps": 8, "num_stages": 3}
 """16-bit input: two warpgroups on a tile of 128 x 128, 96 KB of shared memory, which an sm_89 has."""

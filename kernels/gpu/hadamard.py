@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu import launch
-from kernels.hadamard import Hadamard, hadamard_matrix
+from counterweight.kernels.gpu import launch
+from counterweight.kernels.hadamard import Hadamard, hadamard_matrix
 
 __all__ = ["transform"]
 

@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.formats import QuantizedWeight
-from kernels.gpu import launch
-from kernels.gpu.layout import PreparedInput
+from counterweight.kernels.formats import QuantizedWeight
+from counterweight.kernels.gpu import launch
+from counterweight.kernels.gpu.layout import PreparedInput
 
 __all__ = ["IntegerWeight", "integer_gemm", "prepare_integer", "unsupported"]
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.formats import QuantizedWeight
-from kernels.packing import pack
+from counterweight.kernels.formats import QuantizedWeight
+from counterweight.kernels.packing import pack
 
 __all__ = [
     "DECODE_TOKENS",

@@ -7,14 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kernels.formats import LowRank
-from kernels.gpu import activations, integer_gemm, layout
-from kernels.gpu.error_compensation import MOST_PER_CHUNK, add_rows_, select_channels
-from kernels.gpu.hadamard import transform
-from kernels.gpu.host_memory import HostArena
-from kernels.gpu.weight_gemm import weight_gemm
-from kernels.linear import CompensatedLinear
-from kernels.residual import Correction
+from counterweight.kernels.formats import LowRank
+from counterweight.kernels.gpu import activations, integer_gemm, layout
+from counterweight.kernels.gpu.error_compensation import MOST_PER_CHUNK, add_rows_, select_channels
+from counterweight.kernels.gpu.hadamard import transform
+from counterweight.kernels.gpu.host_memory import HostArena
+from counterweight.kernels.gpu.weight_gemm import weight_gemm
+from counterweight.kernels.linear import CompensatedLinear
+from counterweight.kernels.residual import Correction
 
 __all__ = ["KernelLinear", "unsupported"]
 

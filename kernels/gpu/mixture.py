@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kernels.formats import ActivationFormat, QuantizedWeight
-from kernels.gpu import layout
-from kernels.gpu import linear as single
-from kernels.gpu.activations import prepare
-from kernels.gpu.experts import Routing, align_tokens, block_of, expert_gemm, project_experts
-from kernels.gpu.hadamard import transform
-from kernels.gpu.layout import DECODE_TOKENS, PackedWeight
-from kernels.hadamard import Hadamard
-from kernels.linear import CompensatedLinear
+from counterweight.kernels.formats import ActivationFormat, QuantizedWeight
+from counterweight.kernels.gpu import layout
+from counterweight.kernels.gpu import linear as single
+from counterweight.kernels.gpu.activations import prepare
+from counterweight.kernels.gpu.experts import Routing, align_tokens, block_of, expert_gemm, project_experts
+from counterweight.kernels.gpu.hadamard import transform
+from counterweight.kernels.gpu.layout import DECODE_TOKENS, PackedWeight
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.kernels.linear import CompensatedLinear
 
 __all__ = ["KernelExperts", "unsupported"]
 

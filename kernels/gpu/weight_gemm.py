@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu import launch
-from kernels.gpu.layout import PackedWeight, PreparedInput
-from kernels.gpu.partials import summed_over
-from kernels.gpu.weight_tile import decode_tile, dense_tile, finish_tile
+from counterweight.kernels.gpu import launch
+from counterweight.kernels.gpu.layout import PackedWeight, PreparedInput
+from counterweight.kernels.gpu.partials import summed_over
+from counterweight.kernels.gpu.weight_tile import decode_tile, dense_tile, finish_tile
 
 __all__ = ["Tiling", "decode_tiling", "dense_tiling", "splits_of", "weight_gemm", "weight_kernel", "whole_splits"]
 

@@ -33,7 +33,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from workers.calibration.standard_library import standard_library_text
+from counterweight.workers.calibration.standard_library import standard_library_text
 
 DEFAULT_OUTPUT = Path(__file__).parent / "model"
 BOS, EOS = "<bos>", "<eos>"

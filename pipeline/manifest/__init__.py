@@ -1,6 +1,6 @@
 """The manifest: what a user asks for, typed, checked at the border, published as a JSON Schema."""
 
-from pipeline.manifest.job import (
+from counterweight.pipeline.manifest.job import (
     Calibration,
     CompressionJob,
     Gates,
@@ -12,9 +12,9 @@ from pipeline.manifest.job import (
     Validation,
     canonical,
 )
-from pipeline.manifest.load import LoadedManifest, load_manifest, parse_manifest
-from pipeline.manifest.schema import job_schema, schema_text
-from pipeline.manifest.uris import resolve_uri
+from counterweight.pipeline.manifest.load import LoadedManifest, load_manifest, parse_manifest
+from counterweight.pipeline.manifest.schema import job_schema, schema_text
+from counterweight.pipeline.manifest.uris import resolve_uri
 
 __all__ = [
     "Calibration",

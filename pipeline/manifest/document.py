@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.manifest.problems import Path, cut, problem, show
-from workers.errors import ManifestError
+from counterweight.pipeline.manifest.problems import Path, cut, problem, show
+from counterweight.workers.errors import ManifestError
 
 # A wrong manifest is refused within a second. PyYAML's scanner takes up to 3 microseconds a character and
 # some 60 a value: under these limits the worst texts take about half a second.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.manifest.problems import alternatives
+from counterweight.pipeline.manifest.problems import alternatives
 
 Schema = Mapping[str, Any]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.manifest.expectation import (
+from counterweight.pipeline.manifest.expectation import (
     ANYTHING,
     Schema,
     branches,
@@ -25,7 +25,7 @@ from pipeline.manifest.expectation import (
     reference_name,
     resolve,
 )
-from pipeline.manifest.problems import Path, alternatives, path_text, show
+from counterweight.pipeline.manifest.problems import Path, alternatives, path_text, show
 
 # Of a value that is no mapping at all, of keys that are absent, and of keys that nobody asked for: each is a
 # hint that the author meant another branch of a union.

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
 
-from workers.calibration.source import CalibrationSource, TokenSource
-from workers.config import Config
-from workers.recipe import Recipe
+from counterweight.workers.calibration.source import CalibrationSource, TokenSource
+from counterweight.workers.config import Config
+from counterweight.workers.recipe import Recipe
 
 MAX_URI = 2000  # characters
 SMALLEST_SHARE = 0.01  # of a GPU; Ray counts in units of 0.0001

@@ -14,16 +14,16 @@ from urllib.parse import unquote
 
 from pydantic import ValidationError
 
-from pipeline.manifest.document import MAX_BYTES, parse_json, parse_yaml, too_large
-from pipeline.manifest.explain import MAX_EXPLAINED, Complaint, explain
-from pipeline.manifest.job import CompressionJob
-from pipeline.manifest.overrides import apply_overrides
-from pipeline.manifest.problems import Path, path_text, problem, refusal, show, source_text
-from pipeline.manifest.schema import job_schema
-from pipeline.manifest.uris import resolve_uris
-from workers.errors import ManifestError, ObjectNotFoundError, RequestError, StorageError
-from workers.storage import open_store, split_uri
-from workers.storage.names import file_root
+from counterweight.pipeline.manifest.document import MAX_BYTES, parse_json, parse_yaml, too_large
+from counterweight.pipeline.manifest.explain import MAX_EXPLAINED, Complaint, explain
+from counterweight.pipeline.manifest.job import CompressionJob
+from counterweight.pipeline.manifest.overrides import apply_overrides
+from counterweight.pipeline.manifest.problems import Path, path_text, problem, refusal, show, source_text
+from counterweight.pipeline.manifest.schema import job_schema
+from counterweight.pipeline.manifest.uris import resolve_uris
+from counterweight.workers.errors import ManifestError, ObjectNotFoundError, RequestError, StorageError
+from counterweight.workers.storage import open_store, split_uri
+from counterweight.workers.storage.names import file_root
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.manifest.document import MAX_DEPTH, parse_yaml
-from pipeline.manifest.problems import Path, cut, path_text, show
-from workers.errors import ManifestError
+from counterweight.pipeline.manifest.document import MAX_DEPTH, parse_yaml
+from counterweight.pipeline.manifest.problems import Path, cut, path_text, show
+from counterweight.workers.errors import ManifestError
 
 _EXPECTED = "expected path=value, such as spec.recipe.weights.bits=3"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from workers.errors import ManifestError
+from counterweight.workers.errors import ManifestError
 
 Path = tuple[str | int, ...]
 """Keys and list indices from the top of the manifest to a value."""

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from pipeline.manifest.job import CompressionJob
-from workers.calibration.source import TextSource
+from counterweight.pipeline.manifest.job import CompressionJob
+from counterweight.workers.calibration.source import TextSource
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

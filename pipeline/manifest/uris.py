@@ -14,12 +14,17 @@ from collections.abc import Callable
 from pathlib import Path as FilePath
 from urllib.parse import unquote
 
-from pipeline.manifest.explain import Complaint
-from pipeline.manifest.job import MAX_URI, CompressionJob
-from pipeline.manifest.problems import Path, show
-from workers.calibration.source import CalibrationSource, DatasetSource, ModelSamples, StandardLibrarySource
-from workers.errors import RequestError
-from workers.storage.names import file_root, s3_root
+from counterweight.pipeline.manifest.explain import Complaint
+from counterweight.pipeline.manifest.job import MAX_URI, CompressionJob
+from counterweight.pipeline.manifest.problems import Path, show
+from counterweight.workers.calibration.source import (
+    CalibrationSource,
+    DatasetSource,
+    ModelSamples,
+    StandardLibrarySource,
+)
+from counterweight.workers.errors import RequestError
+from counterweight.workers.storage.names import file_root, s3_root
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _HUB = re.compile(r"hf:(//)?([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*(@\w[\w./-]*)?", re.ASCII)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pipeline.report import Report, TaskReport
-from pipeline.report_html.markup import Markup, join, tag
-from pipeline.report_html.plots import Layer, TaskColumns, bits_plot
-from pipeline.report_html.tables import figure, legend, section, table
-from pipeline.report_html.text import NONE, count, exact, percent
-from pipeline.units import bytes_text, seconds_text
+from counterweight.pipeline.report import Report, TaskReport
+from counterweight.pipeline.report_html.markup import Markup, join, tag
+from counterweight.pipeline.report_html.plots import Layer, TaskColumns, bits_plot
+from counterweight.pipeline.report_html.tables import figure, legend, section, table
+from counterweight.pipeline.report_html.text import NONE, count, exact, percent
+from counterweight.pipeline.units import bytes_text, seconds_text
 
 PHASES = ("load", "forward", "solve", "write")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from pipeline.report_html.markup import Markup, tag
-from pipeline.report_html.modules import ExpertTokens, Starved, describe_tokens, expert_tokens, starved
-from pipeline.report_html.plots import SHARES, expert_map
-from pipeline.report_html.tables import code, figure, fold, legend, section, table
-from pipeline.report_html.text import count
-from workers.tasks import ModuleReport
+from counterweight.pipeline.report_html.markup import Markup, tag
+from counterweight.pipeline.report_html.modules import ExpertTokens, Starved, describe_tokens, expert_tokens, starved
+from counterweight.pipeline.report_html.plots import SHARES, expert_map
+from counterweight.pipeline.report_html.tables import code, figure, fold, legend, section, table
+from counterweight.pipeline.report_html.text import count
+from counterweight.workers.tasks import ModuleReport
 
 SHOWN = 20
 """Rows of a table before the rest is folded away."""

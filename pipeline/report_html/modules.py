@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-from pipeline.report_html.text import count
-from workers.tasks import ModuleReport
+from counterweight.pipeline.report_html.text import count
+from counterweight.workers.tasks import ModuleReport
 
 KINDS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 """The order of a block's linears on the page; kinds that are not listed follow as they come."""

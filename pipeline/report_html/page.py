@@ -6,15 +6,15 @@ from typing import Any
 
 import yaml
 
-from pipeline.report import Quality, Report, TokensReport
-from pipeline.report_html import cost, quality
-from pipeline.report_html.coverage import coverage_section, fallback_section
-from pipeline.report_html.markup import Markup, tag
-from pipeline.report_html.modules import middle
-from pipeline.report_html.style import STYLE
-from pipeline.report_html.tables import code, facts, fold, section, table
-from pipeline.report_html.text import NONE, count, percent, recipe_line
-from workers.tasks import ModuleReport
+from counterweight.pipeline.report import Quality, Report, TokensReport
+from counterweight.pipeline.report_html import cost, quality
+from counterweight.pipeline.report_html.coverage import coverage_section, fallback_section
+from counterweight.pipeline.report_html.markup import Markup, tag
+from counterweight.pipeline.report_html.modules import middle
+from counterweight.pipeline.report_html.style import STYLE
+from counterweight.pipeline.report_html.tables import code, facts, fold, section, table
+from counterweight.pipeline.report_html.text import NONE, count, percent, recipe_line
+from counterweight.workers.tasks import ModuleReport
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Even if a string escaped its quotes, a browser would load nothing and run nothing."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pipeline.report import Quality, Report
-from pipeline.report_html.markup import Markup, tag
-from pipeline.report_html.modules import Panel, middle, panels
-from pipeline.report_html.plots import ErrorPlots, perplexity_plot
-from pipeline.report_html.tables import figure, legend, section, table
-from pipeline.report_html.text import NONE, count, exact, percent
+from counterweight.pipeline.report import Quality, Report
+from counterweight.pipeline.report_html.markup import Markup, tag
+from counterweight.pipeline.report_html.modules import Panel, middle, panels
+from counterweight.pipeline.report_html.plots import ErrorPlots, perplexity_plot
+from counterweight.pipeline.report_html.tables import figure, legend, section, table
+from counterweight.pipeline.report_html.text import NONE, count, exact, percent
 
 ERROR = "‖(W − W′)X‖² / ‖WX‖² over the calibration tokens"
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from counterweight.workers.checkpoint.header import MAX_HEADER_BYTES
 from tests.workers.checkpoint.builders import INDEX, write_checkpoint
-from workers.checkpoint.header import MAX_HEADER_BYTES
 
 MAX_SECONDS = 5.0
 MAX_GROWTH = 200_000_000  # bytes of resident memory beyond those before the bomb
@@ -25,9 +25,9 @@ MAX_GROWTH = 200_000_000  # bytes of resident memory beyond those before the bom
 # Opens each URI that comes on a line; answers with a line: what came of it, seconds, growth of memory.
 OPENER = """
 import json, sys, time
-from workers.checkpoint import Checkpoint
-from workers.errors import CheckpointError
-from workers.storage import open_store
+from counterweight.workers.checkpoint import Checkpoint
+from counterweight.workers.errors import CheckpointError
+from counterweight.workers.storage import open_store
 
 def memory(field):
     with open("/proc/self/status") as status:

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
+from counterweight.workers.checkpoint import read_safetensors, serialize_safetensors, tensor_digest
+from counterweight.workers.checkpoint.strict_json import parse_object
+from counterweight.workers.errors import CheckpointError
 from tests.workers.checkpoint.builders import bits, every_dtype
-from workers.checkpoint import read_safetensors, serialize_safetensors, tensor_digest
-from workers.checkpoint.strict_json import parse_object
-from workers.errors import CheckpointError
 
 TENSORS = {f"layer.{word}": tensor for word, tensor in every_dtype(rows=2).items()}
 FILE = serialize_safetensors(TENSORS)

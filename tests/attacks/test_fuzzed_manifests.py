@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.manifest import parse_manifest
+from counterweight.pipeline.manifest import parse_manifest
+from counterweight.workers.errors import ManifestError
 from tests.pipeline.manifest_documents import BASE, FULL, check_lines, job
-from workers.errors import ManifestError
 
 
 @settings(max_examples=200, deadline=None)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import load_model
-from pipeline.artifact import DOCUMENT, LATEST, pull, resolve, verify
-from pipeline.evaluate import evaluate_artifact
+from counterweight import load_model
+from counterweight.pipeline.artifact import DOCUMENT, LATEST, pull, resolve, verify
+from counterweight.pipeline.evaluate import evaluate_artifact
+from counterweight.workers.errors import CheckpointError, CounterweightError, IntegrityError, RequestError, StorageError
+from counterweight.workers.storage import sha256_hex
 from tests.pipeline.tiny import job_of, local_path, run_local, write_job
-from workers.errors import CheckpointError, CounterweightError, IntegrityError, RequestError, StorageError
-from workers.storage import sha256_hex
 
 REFUSED = (RequestError, IntegrityError)
 

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from counterweight.workers.checkpoint import Checkpoint, read_safetensors, serialize_safetensors
+from counterweight.workers.checkpoint.header import MAX_TENSORS, parse_header
+from counterweight.workers.errors import CheckpointError
 from tests.workers.checkpoint.builders import INDEX, field, index_of, open_single, raw_file, write_checkpoint
-from workers.checkpoint import Checkpoint, read_safetensors, serialize_safetensors
-from workers.checkpoint.header import MAX_TENSORS, parse_header
-from workers.errors import CheckpointError
 
 GOOD = serialize_safetensors({"a": torch.arange(4.0)})
 

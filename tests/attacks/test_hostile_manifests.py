@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import load_manifest
-from pipeline.manifest.document import MAX_BYTES, MAX_DEPTH, MAX_VALUES
+from counterweight.pipeline.manifest import load_manifest
+from counterweight.pipeline.manifest.document import MAX_BYTES, MAX_DEPTH, MAX_VALUES
+from counterweight.workers.errors import ManifestError
 from tests.pipeline.manifest_documents import FULL, MINIMAL, check_lines, job, refused
-from workers.errors import ManifestError
 
 BOMB = """\
 a: &a [x, x, x, x, x, x, x, x, x]

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import DOCUMENT, verify
+from counterweight.pipeline.artifact import DOCUMENT, verify
+from counterweight.workers.errors import CounterweightError, IntegrityError, RequestError, StorageError, WorkerError
 from tests.pipeline.tiny import (
     Death,
     Events,
@@ -31,7 +32,6 @@ from tests.pipeline.tiny import (
     until,
     write_job,
 )
-from workers.errors import CounterweightError, IntegrityError, RequestError, StorageError, WorkerError
 
 
 @pytest.fixture(scope="module")

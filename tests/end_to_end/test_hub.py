@@ -96,7 +96,7 @@ def plan(tmp_path: Path, endpoint: str, model: str = f"hf:{NAME}") -> subprocess
     manifest.write_text(json.dumps(document))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "plan", str(manifest), "--json"],
+        [sys.executable, "-m", "counterweight.pipeline.cli", "plan", str(manifest), "--json"],
         cwd=ROOT,
         env={**environment, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")},
         capture_output=True,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact import DOCUMENT, LATEST, verify
-from pipeline.evaluate import evaluate_artifact
+from counterweight.pipeline.artifact import DOCUMENT, LATEST, verify
+from counterweight.pipeline.evaluate import evaluate_artifact
 from tests.pipeline.tiny import Run, files_of, job_of, local_path, run_local, write_job
 
 pytestmark = pytest.mark.end_to_end

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact import DOCUMENT, Published, pull, verify
-from pipeline.evaluate import evaluate_artifact
-from pipeline.manifest import load_manifest
+from counterweight.pipeline.artifact import DOCUMENT, Published, pull, verify
+from counterweight.pipeline.evaluate import evaluate_artifact
+from counterweight.pipeline.manifest import load_manifest
+from counterweight.workers.errors import StorageError
+from counterweight.workers.storage import open_store
+from counterweight.workers.storage.s3_client import S3Settings
 from tests.faultproxy import Fault, FaultProxy
 from tests.pipeline.tiny import Death, LocalPool, files_of, job_of, local_path, run_local, write_job
 from tests.servers import S3Server, ceph_server, moto_server
-from workers.errors import StorageError
-from workers.storage import open_store
-from workers.storage.s3_client import S3Settings
 
 BUCKET = "counterweight-end-to-end"
 
@@ -139,7 +139,7 @@ def test_storage_that_stays_away_ends_the_job_and_the_next_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Less patience than the five tries of a request that are usual.
-    monkeypatch.setattr("workers.storage.s3.S3Settings", partial(S3Settings, total_max_attempts=1))
+    monkeypatch.setattr("counterweight.workers.storage.s3.S3Settings", partial(S3Settings, total_max_attempts=1))
     with FaultProxy(server.endpoint) as proxy:
         root = connect(server.behind(proxy.endpoint))
         proxy.inject(Fault.UNAVAILABLE, "PUT", times=10_000, containing="_work/commits/block")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.formats import LowRank, QuantizedWeight
+from counterweight.kernels.formats import LowRank, QuantizedWeight
 
 
 def weight(group_size: int | None, *, symmetric: bool, columns: int = 12) -> QuantizedWeight:

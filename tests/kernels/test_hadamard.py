@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.hadamard import Hadamard, hadamard_matrix
+from counterweight.kernels.hadamard import Hadamard, hadamard_matrix
 
 UNKNOWN_HERE = {92, 116, 156, 172, 184, 188, 232, 236, 260, 268, 292}
 """Multiples of 4 up to 300 that neither Paley's constructions nor doubling reach; other constructions do."""

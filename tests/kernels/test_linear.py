@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
-from kernels.linear import CompensatedLinear
-from kernels.reference import fake_quantize_activations
+from counterweight.kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from counterweight.kernels.linear import CompensatedLinear
+from counterweight.kernels.reference import fake_quantize_activations
 
 OUT, IN = 6, 8
 

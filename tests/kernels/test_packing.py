@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.formats import QuantizedWeight
-from kernels.packing import from_checkpoint, pack, packed_width, to_checkpoint, unpack
+from counterweight.kernels.formats import QuantizedWeight
+from counterweight.kernels.packing import from_checkpoint, pack, packed_width, to_checkpoint, unpack
 
 BITS = (2, 3, 4, 8)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.residual import (
+from counterweight.kernels.residual import (
     ResidualStore,
     bucket_floors,
     compensate,

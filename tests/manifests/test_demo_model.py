@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from workers.calibration.standard_library import standard_library_text
+from counterweight.workers.calibration.standard_library import standard_library_text
 
 REPOSITORY = Path(__file__).parents[2]
 DEMO = REPOSITORY / "manifests" / "demo"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
-from pipeline.manifest import load_manifest, schema_text
-from pipeline.manifest.document import parse_yaml
-from pipeline.manifest.schema import job_schema
-from workers.calibration.source import TextSource
+from counterweight.pipeline.manifest import load_manifest, schema_text
+from counterweight.pipeline.manifest.document import parse_yaml
+from counterweight.pipeline.manifest.schema import job_schema
+from counterweight.workers.calibration.source import TextSource
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 FILES = sorted(MANIFESTS.glob("*.yaml"))

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.manifest import CompressionJob, parse_manifest
-from pipeline.manifest.problems import MAX_LINES
-from workers.errors import ManifestError
+from counterweight.pipeline.manifest import CompressionJob, parse_manifest
+from counterweight.pipeline.manifest.problems import MAX_LINES
+from counterweight.workers.errors import ManifestError
 
 BASE = "file:///jobs"
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
-from pipeline.report import BitsPerWeight, ModelReport, Quality, Report, TaskReport, TokensReport
-from pipeline.report_html import render
-from workers.tasks import FallbackReport, ModuleReport, Timing
+from counterweight.pipeline.report import BitsPerWeight, ModelReport, Quality, Report, TaskReport, TokensReport
+from counterweight.pipeline.report_html import render
+from counterweight.workers.tasks import FallbackReport, ModuleReport, Timing
 
 DIGEST = "0123456789abcdef" * 4
 DENSE = (

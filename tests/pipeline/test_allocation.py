@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.allocation import Candidate, allocate
-from pipeline.artifact import open_artifact
-from pipeline.report import Report
+from counterweight.pipeline.allocation import Candidate, allocate
+from counterweight.pipeline.artifact import open_artifact
+from counterweight.pipeline.report import Report
 from tests.inprocess import run_job
 from tests.models import checkpoint
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifact import (
+from counterweight.pipeline.artifact import (
     DOCUMENT,
     LATEST,
     Artifact,
@@ -19,9 +19,9 @@ from pipeline.artifact import (
     resolve,
     verify,
 )
+from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError, StorageError
+from counterweight.workers.storage import open_store, sha256_hex
 from tests.pipeline.tiny import files_of, job_of, local_path, run_local, write_job
-from workers.errors import IntegrityError, ObjectNotFoundError, RequestError, StorageError
-from workers.storage import open_store, sha256_hex
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from pipeline.artifact import DOCUMENT, LATEST, read_document, resolve, verify
-from pipeline.assemble import Parts
+from counterweight.pipeline.artifact import DOCUMENT, LATEST, read_document, resolve, verify
+from counterweight.pipeline.assemble import Parts
+from counterweight.workers.checkpoint.digest import tensor_digest
+from counterweight.workers.errors import GateError, IntegrityError
+from counterweight.workers.ledger import Ledger
+from counterweight.workers.storage import open_store
+from counterweight.workers.storage.file import FileStore
 from tests.models import build, read_tensors, save, save_fused
 from tests.pipeline.tiny import Events, LocalPool, files_of, job_of, local_path, run_local, write_job
-from workers.checkpoint.digest import tensor_digest
-from workers.errors import GateError, IntegrityError
-from workers.ledger import Ledger
-from workers.storage import open_store
-from workers.storage.file import FileStore
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_the_document_is_written_behind_its_files_and_the_pointer_last(
     manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CrashingStore(tmp_path)
-    monkeypatch.setattr("pipeline.orchestrator.open_store", lambda uri: store)
+    monkeypatch.setattr("counterweight.pipeline.orchestrator.open_store", lambda uri: store)
     published = run_local(job_of(manifest, f"spec.output.uri={tmp_path}"))
     prefix = f"tiny/{published.document.id}/"
     names = [key.removeprefix(prefix) for _, key in store.changes]
@@ -213,7 +213,7 @@ def test_a_driver_that_dies_at_any_write_leaves_nothing_half_visible_and_the_nex
     while True:
         fatal += 1
         store = CrashingStore(tmp_path, fatal, after=fatal % 2 == 0)
-        monkeypatch.setattr("pipeline.orchestrator.open_store", lambda uri, store=store: store)
+        monkeypatch.setattr("counterweight.pipeline.orchestrator.open_store", lambda uri, store=store: store)
         try:
             run_local(job_of(manifest, f"spec.output.uri={tmp_path}"))
         except Crash:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.chain import Chain, Half, Link
-from workers.tasks import BLOCK, FORWARD, BlockRecord, BlockSpec, HiddenRecord, Setting, Timing
-from workers.workspace import AnyRecord, Blob, Workspace
+from counterweight.pipeline.chain import Chain, Half, Link
+from counterweight.workers.tasks import BLOCK, FORWARD, BlockRecord, BlockSpec, HiddenRecord, Setting, Timing
+from counterweight.workers.workspace import AnyRecord, Blob, Workspace
 
 Propagate = Literal["original", "compressed"]
 

@@ -19,12 +19,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.artifact import verify
-from pipeline.cli import main
-from pipeline.pool import PoolSize
+from counterweight.pipeline.artifact import verify
+from counterweight.pipeline.cli import main
+from counterweight.pipeline.pool import PoolSize
+from counterweight.workers.errors import GateError
 from tests.models import read_tensors
 from tests.pipeline.tiny import LocalPool, files_of, local_path, write_job
-from workers.errors import GateError
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ Command = Callable[..., Ran]
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs the command in this process, its workers too."""
-    monkeypatch.setattr("pipeline.run.cluster", lambda address, size: nullcontext())
-    monkeypatch.setattr("pipeline.run.RayPool", lambda size: LocalPool(size.workers))
+    monkeypatch.setattr("counterweight.pipeline.run.cluster", lambda address, size: nullcontext())
+    monkeypatch.setattr("counterweight.pipeline.run.RayPool", lambda size: LocalPool(size.workers))
 
     def run(*arguments: object) -> Ran:
         code = main([str(argument) for argument in arguments])
@@ -75,8 +75,8 @@ def published(template: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     """The manifest and the URI of a published artifact."""
     output = tmp_path_factory.mktemp("published")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.run.cluster", lambda address, size: nullcontext())
-        patch.setattr("pipeline.run.RayPool", lambda size: LocalPool(size.workers))
+        patch.setattr("counterweight.pipeline.run.cluster", lambda address, size: nullcontext())
+        patch.setattr("counterweight.pipeline.run.RayPool", lambda size: LocalPool(size.workers))
         assert main(["run", str(template / "job.yaml"), "--output", str(output)]) == 0
     (document,) = output.glob("tiny/*/artifact.json")
     return template / "job.yaml", document.parent.as_uri()
@@ -343,7 +343,7 @@ def test_an_interrupt_is_130_and_one_line(command: Command, job: Path, monkeypat
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.orchestrator.inventory", interrupted)
+    monkeypatch.setattr("counterweight.pipeline.orchestrator.inventory", interrupted)
     ran = command("run", job)
     assert ran.code == 130
     assert [line for line in ran.err.splitlines() if not line.startswith("stage ")] == [
@@ -451,7 +451,7 @@ def test_workers_and_gpus_are_what_the_manifest_asks_for(
         asked.append(size)
         return LocalPool(size.workers)
 
-    monkeypatch.setattr("pipeline.run.RayPool", pool)
+    monkeypatch.setattr("counterweight.pipeline.run.RayPool", pool)
     resources = "spec.resources={workers: 3, gpus_per_worker: 1, cpus_per_worker: 2}"
     ran = command("run", job, "--set", resources)
     assert ran.code == 0
@@ -468,9 +468,9 @@ def test_the_address_reaches_ray(command: Command, job: Path, monkeypatch: pytes
         addresses.append(address)
         return nullcontext()
 
-    monkeypatch.setattr("pipeline.run.cluster", connect)
+    monkeypatch.setattr("counterweight.pipeline.run.cluster", connect)
     # More workers than fit here: they run elsewhere. One stands for all of them.
-    monkeypatch.setattr("pipeline.run.RayPool", lambda size: LocalPool(1))
+    monkeypatch.setattr("counterweight.pipeline.run.RayPool", lambda size: LocalPool(1))
     ran = command("run", job, "--address", "ray://10.0.0.1:10001", "--set", "spec.resources.workers=9999")
     assert ran.code == 0, ran.err
     assert addresses == ["ray://10.0.0.1:10001"]
@@ -482,7 +482,7 @@ def test_help_comes_at_once() -> None:
     for _ in range(5):
         before = _children_seconds()
         ran = subprocess.run(
-            [sys.executable, "-m", "pipeline.cli", "--help"], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "counterweight.pipeline.cli", "--help"], capture_output=True, text=True, check=True
         )
         seconds.append(_children_seconds() - before)
         assert "pull" in ran.stdout
@@ -495,7 +495,10 @@ def _children_seconds() -> float:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys; from pipeline.cli import main; main(['--help']); print(sorted({m.split('.')[0] for m in sys.modules}))"
+    code = (
+        "import sys; from counterweight.pipeline.cli import main; main(['--help']); "
+        "print(sorted({m.split('.')[0] for m in sys.modules}))"
+    )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = ran.stdout.splitlines()[-1]
     for name in ("torch", "ray", "transformers", "pydantic", "boto3", "safetensors", "numpy"):
@@ -504,7 +507,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_a_wrong_manifest_is_refused_before_anything_slow_is_imported(job: Path) -> None:
     code = (
-        "import sys; from pipeline.cli import main; code = main(sys.argv[1:]); "
+        "import sys; from counterweight.pipeline.cli import main; code = main(sys.argv[1:]); "
         "print(code, 'transformers' in sys.modules, 'ray' in sys.modules)"
     )
     started = time.monotonic()

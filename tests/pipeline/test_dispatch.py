@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.dispatch import Dispatcher, Task
-from pipeline.policies import RetryPolicy
-from pipeline.pool import Outcome
-from workers.errors import (
+from counterweight.pipeline.dispatch import Dispatcher, Task
+from counterweight.pipeline.policies import RetryPolicy
+from counterweight.pipeline.pool import Outcome
+from counterweight.workers.errors import (
     CheckpointError,
     CounterweightError,
     IntegrityError,

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.artifact import pull
-from pipeline.evaluate import evaluate_artifact
+from counterweight.pipeline.artifact import pull
+from counterweight.pipeline.evaluate import evaluate_artifact
+from counterweight.workers.errors import RequestError
 from tests.models import checkpoint, write_text
 from tests.pipeline.tiny import LocalPool, job_of, local_path, run_local, write_job
-from workers.errors import RequestError
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline import inventory as module
-from pipeline.dispatch import Dispatcher
-from pipeline.inventory import inventory
-from pipeline.model_source import ModelSource, open_model
-from pipeline.policies import RetryPolicy
+from counterweight.pipeline import inventory as module
+from counterweight.pipeline.dispatch import Dispatcher
+from counterweight.pipeline.inventory import inventory
+from counterweight.pipeline.model_source import ModelSource, open_model
+from counterweight.pipeline.policies import RetryPolicy
+from counterweight.workers.checkpoint.digest import tensor_digest
+from counterweight.workers.errors import CheckpointError
 from tests.models import build, read_tensors, save
 from tests.pipeline.tiny import LocalPool
-from workers.checkpoint.digest import tensor_digest
-from workers.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")

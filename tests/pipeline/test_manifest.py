@@ -7,7 +7,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from pipeline.manifest import (
+from counterweight.pipeline.manifest import (
     Calibration,
     CompressionJob,
     Gates,
@@ -15,8 +15,8 @@ from pipeline.manifest import (
     canonical,
     parse_manifest,
 )
+from counterweight.workers.calibration.source import TextSource, TokensSource
 from tests.pipeline.manifest_documents import BASE, FULL, MINIMAL, job, refused
-from workers.calibration.source import TextSource, TokensSource
 
 
 class TestMeaning:

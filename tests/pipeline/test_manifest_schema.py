@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from pipeline.manifest import job_schema
-from pipeline.manifest.document import parse_yaml
-from pipeline.manifest.expectation import expectation, resolve
-from pipeline.manifest.overrides import apply_overrides
+from counterweight.pipeline.manifest import job_schema
+from counterweight.pipeline.manifest.document import parse_yaml
+from counterweight.pipeline.manifest.expectation import expectation, resolve
+from counterweight.pipeline.manifest.overrides import apply_overrides
 from tests.pipeline.manifest_documents import FULL, MINIMAL, job, refused
 
 # A larger one than the layer's shape allows is refused where the shape is known.

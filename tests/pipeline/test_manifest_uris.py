@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.manifest import (
+from counterweight.pipeline.manifest import (
     load_manifest,
     resolve_uri,
 )
+from counterweight.workers.calibration.source import DatasetSource, TextSource, TokensSource
+from counterweight.workers.errors import ManifestError, RequestError
 from tests.pipeline.manifest_documents import BASE, FULL, MINIMAL, job, refused
-from workers.calibration.source import DatasetSource, TextSource, TokensSource
-from workers.errors import ManifestError, RequestError
 
 
 class TestUris:
@@ -191,7 +191,7 @@ class TestLoading:
 
     def test_importing_it_imports_neither_ray_nor_transformers_nor_boto3(self) -> None:
         heavy = "{'ray', 'transformers', 'boto3'}"
-        code = f"import sys, pipeline.manifest; print(sorted({heavy} & sys.modules.keys()))"
+        code = f"import sys, counterweight.pipeline.manifest; print(sorted({heavy} & sys.modules.keys()))"
         root = Path(__file__).parents[2]
         environment = {**os.environ, "PYTHONPATH": str(root)}
         found = subprocess.run(

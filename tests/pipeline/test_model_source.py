@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.model_source import HUB_FILES, check_stored_head, open_model
+from counterweight.pipeline.model_source import HUB_FILES, check_stored_head, open_model
+from counterweight.workers.errors import CheckpointError, RequestError, StorageError
 from tests.models import checkpoint, read_tensors
-from workers.errors import CheckpointError, RequestError, StorageError
 
 
 def model(root: Path, case: str = "llama", **changes: Any) -> Path:

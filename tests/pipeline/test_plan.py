@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.model_source import ModelSource, open_model
-from pipeline.plan import PROCESS_BYTES, block_recipe, make_plan
+from counterweight.pipeline.model_source import ModelSource, open_model
+from counterweight.pipeline.plan import PROCESS_BYTES, block_recipe, make_plan
+from counterweight.workers.checkpoint.header import LENGTH_BYTES
+from counterweight.workers.errors import ManifestError
+from counterweight.workers.recipe import Weights
 from tests.models import checkpoint, read_tensors
 from tests.pipeline.tiny import job_of, local_path, run_local, write_job
 from tests.workers.checkpoint.builders import RecordingStore
-from workers.checkpoint.header import LENGTH_BYTES
-from workers.errors import ManifestError
-from workers.recipe import Weights
 
 LINEARS = {
     "self_attn.q_proj": (64, 64),
@@ -143,7 +143,7 @@ def test_a_plan_reads_headers_and_no_tensor(tmp_path: Path, monkeypatch: pytest.
     size = weights.stat().st_size
     assert size > 10 << 20
     store = StrictStore(tmp_path / "model")
-    monkeypatch.setattr("pipeline.model_source.open_store", lambda uri: store)
+    monkeypatch.setattr("counterweight.pipeline.model_source.open_store", lambda uri: store)
     plan = make_plan(job_of(manifest), open_model((tmp_path / "model").as_uri()))
     header = LENGTH_BYTES + int.from_bytes(weights.open("rb").read(LENGTH_BYTES), "little")
     in_weights = [(start, length) for key, start, length in store.ranges if key == weights.name]

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.policies import Failure, Placement, RetryPolicy, Verdict, describe
-from workers.errors import (
+from counterweight.pipeline.policies import Failure, Placement, RetryPolicy, Verdict, describe
+from counterweight.workers.errors import (
     CheckpointError,
     CounterweightError,
     GateError,

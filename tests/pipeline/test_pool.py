@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import pool as module
-from pipeline.policies import describe
-from pipeline.pool import Outcome, PoolSize, RayPool, cluster, threads_per_worker
-from pipeline.run import pool_size
+from counterweight.pipeline import pool as module
+from counterweight.pipeline.policies import describe
+from counterweight.pipeline.pool import Outcome, PoolSize, RayPool, cluster, threads_per_worker
+from counterweight.pipeline.run import pool_size
+from counterweight.workers.errors import CheckpointError, RequestError, WorkerError
 from tests.models import checkpoint
 from tests.pipeline.tiny import actor_pids, job_of, until, write_job
-from workers.errors import CheckpointError, RequestError, WorkerError
 
 SIZE = PoolSize(workers=2, cpus=1, gpus=1.0)
 
@@ -160,7 +160,7 @@ def test_a_running_cluster_that_cannot_hold_the_workers_is_refused_at_once(ray_c
 
     address = ray.get_runtime_context().gcs_address
     manifest = write_job(tmp_path)
-    command = [sys.executable, "-m", "pipeline.cli", "run", str(manifest), "--address", address]
+    command = [sys.executable, "-m", "counterweight.pipeline.cli", "run", str(manifest), "--address", address]
     resources = "spec.resources={workers: 3, gpus_per_worker: 1, cpus_per_worker: 1}"
     ran = subprocess.run([*command, "--set", resources], capture_output=True, text=True, timeout=200, check=False)
     assert ran.returncode == RequestError.exit_code, ran.stderr

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from pipeline.progress import BlockCount, LiveProgress, PlainProgress, Progress, make_progress
+from counterweight.pipeline.progress import BlockCount, LiveProgress, PlainProgress, Progress, make_progress
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
@@ -275,6 +275,7 @@ class TestChoice:
         assert stream.getvalue() == "stage blocks\n"
 
     def test_importing_the_module_is_cheap(self) -> None:
-        program = "import sys, pipeline.progress; print([m for m in ('rich', 'torch', 'pydantic') if m in sys.modules])"
+        heavy = "('rich', 'torch', 'pydantic')"
+        program = f"import sys, counterweight.pipeline.progress; print([m for m in {heavy} if m in sys.modules])"
         output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert output.stdout == "[]\n"

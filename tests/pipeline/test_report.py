@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.report import Report, qualities, quality
+from counterweight.pipeline.report import Report, qualities, quality
+from counterweight.workers.tasks import WindowMetrics
 from tests.models import read_tensors
 from tests.pipeline.tiny import job_of, local_path, run_local, write_job
-from workers.tasks import WindowMetrics
 
 WINDOWS = [
     WindowMetrics(nll=1.0, kl=0.5, agreement=0.25),

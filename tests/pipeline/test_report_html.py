@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.report import Report
-from pipeline.report_html import render
+from counterweight.pipeline.report import Report
+from counterweight.pipeline.report_html import render
+from counterweight.workers.tasks import FallbackReport
 from tests.pipeline.report_documents import (
     QUANTIZED,
     dense,
@@ -19,7 +20,6 @@ from tests.pipeline.report_documents import (
     report,
     task,
 )
-from workers.tasks import FallbackReport
 
 PAYLOAD = "\"'><img src=x onerror=alert(1)></title></style></svg><script>alert(2)</script>&amp;"
 

@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.report_html.markup import Markup, escape, join, number, tag
-from pipeline.report_html.modules import Place, expert_tokens, panels, place_of, starved
-from pipeline.report_html.svg import Linear, Logarithmic, around, round_step
-from pipeline.report_html.text import count, exact, percent, power_of_ten, recipe_line
-from tests.pipeline.report_documents import mixtral, module, read
-from workers.recipe import (
+from counterweight.pipeline.report_html.markup import Markup, escape, join, number, tag
+from counterweight.pipeline.report_html.modules import Place, expert_tokens, panels, place_of, starved
+from counterweight.pipeline.report_html.svg import Linear, Logarithmic, around, round_step
+from counterweight.pipeline.report_html.text import count, exact, percent, power_of_ten, recipe_line
+from counterweight.workers.recipe import (
     RTN,
     SVD,
     Activations,
@@ -25,6 +24,7 @@ from workers.recipe import (
     Recipe,
     Weights,
 )
+from tests.pipeline.report_documents import mixtral, module, read
 
 
 class TestMarkup:

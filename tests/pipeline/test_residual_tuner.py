@@ -8,7 +8,7 @@ from math import ceil
 
 import pytest
 
-from pipeline.residual_tuner import (
+from counterweight.pipeline.residual_tuner import (
     DEVICES,
     Choice,
     Profile,
@@ -20,8 +20,8 @@ from pipeline.residual_tuner import (
     thread_block_candidates,
     tune,
 )
-from workers.recipe import Recipe
-from workers.recipe.residual import Bandwidths
+from counterweight.workers.recipe import Recipe
+from counterweight.workers.recipe.residual import Bandwidths
 
 # Llama-3-8B: qkv, o, gate-up, down.
 LLAMA = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.units import bytes_text, seconds_text
+from counterweight.pipeline.units import bytes_text, seconds_text
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import Gates
-from pipeline.report import Quality, Report
-from pipeline.validate import check_gates
+from counterweight.pipeline.manifest import Gates
+from counterweight.pipeline.report import Quality, Report
+from counterweight.pipeline.validate import check_gates
+from counterweight.workers.errors import GateError
+from counterweight.workers.worker import shard_sequences
 from tests.pipeline.tiny import Events, LocalPool, job_of, local_path, run_local, write_job
-from workers.errors import GateError
-from workers.worker import shard_sequences
 
 ORIGINAL = Quality(perplexity=10.0, kl=0.0, top1_agreement=1.0)
 

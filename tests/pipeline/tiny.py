@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from pipeline.artifact import Published
-from pipeline.manifest import CompressionJob, load_manifest
-from pipeline.model_source import open_model
-from pipeline.orchestrator import Orchestrator
-from pipeline.pool import Outcome
-from pipeline.progress import Progress
-from pipeline.tokens import read_tokens
+from counterweight.pipeline.artifact import Published
+from counterweight.pipeline.manifest import CompressionJob, load_manifest
+from counterweight.pipeline.model_source import open_model
+from counterweight.pipeline.orchestrator import Orchestrator
+from counterweight.pipeline.pool import Outcome
+from counterweight.pipeline.progress import Progress
+from counterweight.pipeline.tokens import read_tokens
+from counterweight.workers.errors import WorkerError
+from counterweight.workers.worker import Worker
 from tests.models import Case, checkpoint, write_text
-from workers.errors import WorkerError
-from workers.worker import Worker
 
 MANIFEST = """\
 apiVersion: counterweight/v1
@@ -230,7 +230,7 @@ class Run:
     """`counterweight run` as a process of its own, in a session of its own, watched through its stderr."""
 
     def __init__(self, manifest: Path, *arguments: str) -> None:
-        command = [sys.executable, "-m", "pipeline.cli", "run", str(manifest), *arguments]
+        command = [sys.executable, "-m", "counterweight.pipeline.cli", "run", str(manifest), *arguments]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self.process = subprocess.Popen(
             command,

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeline import load_model
+from counterweight import load_model
 from tests.inprocess import local, run_job
 from tests.models import MOE, Case, checkpoint, token_ids
 

@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
 
-from pipeline import load_model
+from counterweight import load_model
 from tests.inprocess import local, run_job
 from tests.models import MOE, Case, build, checkpoint, read_config, read_tensors, save_fused, token_ids
 

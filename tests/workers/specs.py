@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from counterweight.workers.anatomy import EMBEDDING
+from counterweight.workers.checkpoint.digest import tensor_digest
+from counterweight.workers.recipe import ModuleRecipe, Recipe
+from counterweight.workers.skeleton import Skeleton
+from counterweight.workers.storage import open_store
+from counterweight.workers.tasks import BlockSpec, ComputeDtype, EmbedSpec, Setting
+from counterweight.workers.workspace import Blob, Workspace
 from tests.models import read_config, read_tensors
-from workers.anatomy import EMBEDDING
-from workers.checkpoint.digest import tensor_digest
-from workers.recipe import ModuleRecipe, Recipe
-from workers.skeleton import Skeleton
-from workers.storage import open_store
-from workers.tasks import BlockSpec, ComputeDtype, EmbedSpec, Setting
-from workers.workspace import Blob, Workspace
 
 RECIPE: Mapping[str, Any] = {
     "weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "rtn"}},

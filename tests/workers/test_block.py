@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.linear import CompensatedLinear
+from counterweight.kernels.linear import CompensatedLinear
+from counterweight.workers.architecture import Siblings
+from counterweight.workers.block import CompressedLinear, calibrate, compress, install
+from counterweight.workers.calibration.statistics import Gathering, InputStatistics
+from counterweight.workers.errors import RequestError
+from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.recipe import ModuleRecipe
+from counterweight.workers.skeleton import Block, Skeleton
+from counterweight.workers.tasks import ModuleReport
 from tests.models import CASES, build
-from workers.architecture import Siblings
-from workers.block import CompressedLinear, calibrate, compress, install
-from workers.calibration.statistics import Gathering, InputStatistics
-from workers.errors import RequestError
-from workers.parallel import OrderedPool
-from workers.recipe import ModuleRecipe
-from workers.skeleton import Block, Skeleton
-from workers.tasks import ModuleReport
 
 CPU = torch.device("cpu")
 RTN = {"kind": "rtn"}

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifact import open_artifact
-from pipeline.serving import load_model
+from counterweight.pipeline.artifact import open_artifact
+from counterweight.pipeline.serving import load_model
+from counterweight.workers.errors import RequestError
 from tests.inprocess import run_job
 from tests.models import checkpoint
-from workers.errors import RequestError
 
 CHOICES: dict[str, list[Any]] = {
     "family": ["llama", "qwen2", "phi3", "gemma2", "mixtral"],

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline import load_model
-from pipeline.artifact import REPORT, REPORT_PAGE
+from counterweight import load_model
+from counterweight.pipeline.artifact import REPORT, REPORT_PAGE
+from counterweight.workers.errors import IntegrityError
+from counterweight.workers.ledger import LEDGER
+from counterweight.workers.storage import sha256_hex
+from counterweight.workers.tasks import BASELINE, COMPENSATED, QUANTIZED, EvaluateRecord, EvaluateSpec, WindowMetrics
+from counterweight.workers.worker import Worker, shard_sequences
 from tests.inprocess import local, run_job
 from tests.models import checkpoint, token_ids
 from tests.workers.specs import Site
-from workers.errors import IntegrityError
-from workers.ledger import LEDGER
-from workers.storage import sha256_hex
-from workers.tasks import BASELINE, COMPENSATED, QUANTIZED, EvaluateRecord, EvaluateSpec, WindowMetrics
-from workers.worker import Worker, shard_sequences
 
 RTN = {"bits": 3, "group_size": 32, "quantizer": {"kind": "rtn"}}
 RECIPES: dict[str, dict[str, Any]] = {

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.formats import LowRank, QuantizedWeight
-from workers.architecture import FAMILIES
-from workers.errors import CheckpointError
-from workers.interchange import (
+from counterweight.kernels.formats import LowRank, QuantizedWeight
+from counterweight.workers.architecture import FAMILIES
+from counterweight.workers.errors import CheckpointError
+from counterweight.workers.interchange import (
     QUANT_METHOD,
     adapter_config,
     artifact_config,
@@ -24,7 +24,7 @@ from workers.interchange import (
     source_config,
     weight_tensors,
 )
-from workers.tasks import ModuleFormat
+from counterweight.workers.tasks import ModuleFormat
 
 DENSE = "model.layers.0.mlp.down_proj"
 EXPERT = "model.layers.0.block_sparse_moe.experts.3.w2"
@@ -110,7 +110,7 @@ def test_online_transforms_are_said_in_the_words_of_compressed_tensors() -> None
     from compressed_tensors.transform import TransformConfig
     from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
 
-    from kernels.hadamard import hadamard_matrix
+    from counterweight.kernels.hadamard import hadamard_matrix
 
     online = {"size": 64, "seed": None, "inner": 1}
     formats = {

@@ -8,8 +8,8 @@ from importlib import metadata
 
 import pytest
 
-from workers import keys
-from workers.keys import LIBRARIES, canonical_json, digest, numerics
+from counterweight.workers import keys
+from counterweight.workers.keys import LIBRARIES, canonical_json, digest, numerics
 
 
 def test_order_and_spacing_do_not_matter() -> None:

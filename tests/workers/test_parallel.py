@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from workers.parallel import OrderedPool
+from counterweight.workers.parallel import OrderedPool
 
 
 @pytest.fixture(params=[1, 2, 3])

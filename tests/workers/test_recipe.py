@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from workers.recipe import GPTQ, RTN, SVD, ModuleRecipe, NoCompensation, Recipe
+from counterweight.workers.recipe import GPTQ, RTN, SVD, ModuleRecipe, NoCompensation, Recipe
 
 DOWN = "model.layers.0.mlp.down_proj"
 QUERY = "model.layers.11.self_attn.q_proj"

@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, NORM
+from counterweight.workers.architecture import FAMILIES
+from counterweight.workers.errors import CheckpointError, UnsupportedModelError
+from counterweight.workers.skeleton import Block, LinearExperts, Skeleton
 from tests.models import (
     BASE,
     CASES,
@@ -29,10 +33,6 @@ from tests.models import (
     save_fused,
     token_ids,
 )
-from workers.anatomy import EMBEDDING, LM_HEAD, NORM
-from workers.architecture import FAMILIES
-from workers.errors import CheckpointError, UnsupportedModelError
-from workers.skeleton import Block, LinearExperts, Skeleton
 
 CPU = torch.device("cpu")
 DENSE_GROUPS = (

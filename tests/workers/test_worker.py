@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from counterweight.workers.anatomy import LM_HEAD, NORM
+from counterweight.workers.block import CompressedLinear, install
+from counterweight.workers.checkpoint.digest import tensor_digest
+from counterweight.workers.errors import CheckpointError, ObjectNotFoundError
+from counterweight.workers.interchange import read_branch, read_weight
+from counterweight.workers.skeleton import Block
+from counterweight.workers.tasks import BlockRecord, BlockSpec, KeepSpec
+from counterweight.workers.worker import Worker, shard_sequences
+from counterweight.workers.workspace import Blob
 from tests.models import Case, build, checkpoint, save_fused, token_ids
 from tests.workers.specs import RECIPE, Site
-from workers.anatomy import LM_HEAD, NORM
-from workers.block import CompressedLinear, install
-from workers.checkpoint.digest import tensor_digest
-from workers.errors import CheckpointError, ObjectNotFoundError
-from workers.interchange import read_branch, read_weight
-from workers.skeleton import Block
-from workers.tasks import BlockRecord, BlockSpec, KeepSpec
-from workers.worker import Worker, shard_sequences
-from workers.workspace import Blob
 
 CPU = torch.device("cpu")
 GPTQ = {**RECIPE, "weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "gptq"}}}

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.linear import CompensatedLinear
-from pipeline.artifact import open_artifact
-from pipeline.report import Report
-from pipeline.serving import load_model
+from counterweight.kernels.linear import CompensatedLinear
+from counterweight.pipeline.artifact import open_artifact
+from counterweight.pipeline.report import Report
+from counterweight.pipeline.serving import load_model
+from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.worker import Worker
 from tests.inprocess import run_job
 from tests.models import checkpoint
 from tests.workers.specs import Site
-from workers.calibration.statistics import InputStatistics
-from workers.worker import Worker
 
 RTN3 = {"bits": 3, "group_size": None, "quantizer": {"kind": "rtn"}}
 GPTQ3 = {"bits": 3, "group_size": None, "quantizer": {"kind": "gptq"}}

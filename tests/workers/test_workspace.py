@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from workers.errors import IntegrityError, ObjectNotFoundError
-from workers.storage import open_store
-from workers.workspace import BLOBS, COMMITS, Blob, Record, Workspace
+from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
+from counterweight.workers.storage import open_store
+from counterweight.workers.workspace import BLOBS, COMMITS, Blob, Record, Workspace
 
 
 class Found(Record):

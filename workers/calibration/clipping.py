@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.formats import ActivationFormat
-from kernels.reference import fake_quantize_activations
-from workers.recipe.recipe import Activations
+from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.reference import fake_quantize_activations
+from counterweight.workers.recipe.recipe import Activations
 
 CANDIDATES = tuple(1 - step / 20 for step in range(11))
 """1, 0.95, .. 0.5."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from workers.config import Config
+from counterweight.workers.config import Config
 
 Name = Annotated[str, Field(min_length=1, max_length=2000)]
 

@@ -13,7 +13,7 @@ import sysconfig
 from pathlib import Path
 from typing import Literal, get_args
 
-from workers.errors import RequestError
+from counterweight.workers.errors import RequestError
 
 __all__ = ["Part", "standard_library_files", "standard_library_text"]
 

@@ -20,10 +20,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.backend import runs_kernels
-from kernels.formats import ActivationFormat
-from kernels.reference import fake_quantize_activations
-from workers.calibration.thresholds import Thresholds
+from counterweight.kernels.backend import runs_kernels
+from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.reference import fake_quantize_activations
+from counterweight.workers.calibration.thresholds import Thresholds
 
 TRIANGLE_BLOCK = 128
 """Columns per strip of the lower triangle. One Zen 4 core, float32, 4096 x 768: the full product takes 74 ms, strips of
@@ -185,7 +185,7 @@ def _lower(x: Tensor) -> Tensor:
     width = x.shape[1]
     lower = torch.zeros(width, width, device=x.device)
     if runs_kernels(x.device):
-        from kernels.gpu.gram import add_gram_
+        from counterweight.kernels.gpu.gram import add_gram_
 
         return add_gram_(lower, x.contiguous())
     for start in range(0, width, TRIANGLE_BLOCK):

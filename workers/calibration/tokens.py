@@ -11,18 +11,18 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from workers.calibration.source import (
+from counterweight.workers.calibration.source import (
     DatasetSource,
     StandardLibrarySource,
     TextSource,
     TokenSource,
     TokensSource,
 )
-from workers.calibration.standard_library import standard_library_text
-from workers.checkpoint.digest import tensor_digest
-from workers.checkpoint.writer import read_safetensors
-from workers.errors import CheckpointError, ObjectNotFoundError, RequestError
-from workers.storage import open_store, split_uri
+from counterweight.workers.calibration.standard_library import standard_library_text
+from counterweight.workers.checkpoint.digest import tensor_digest
+from counterweight.workers.checkpoint.writer import read_safetensors
+from counterweight.workers.errors import CheckpointError, ObjectNotFoundError, RequestError
+from counterweight.workers.storage import open_store, split_uri
 
 Sampling = Literal["consecutive", "random"]
 

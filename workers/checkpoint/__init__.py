@@ -5,10 +5,10 @@ begins, with everything that is wrong in one error. Memory is bounded by the ten
 Equal tensors have equal digests; equal input to the writer gives equal bytes.
 """
 
-from workers.checkpoint.digest import TensorDigest, tensor_digest
-from workers.checkpoint.header import TensorEntry
-from workers.checkpoint.reader import Checkpoint
-from workers.checkpoint.writer import read_safetensors, serialize_safetensors, write_safetensors
+from counterweight.workers.checkpoint.digest import TensorDigest, tensor_digest
+from counterweight.workers.checkpoint.header import TensorEntry
+from counterweight.workers.checkpoint.reader import Checkpoint
+from counterweight.workers.checkpoint.writer import read_safetensors, serialize_safetensors, write_safetensors
 
 __all__ = [
     "Checkpoint",

@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.checkpoint.header import TensorEntry
-from workers.checkpoint.refusal import show
-from workers.errors import CheckpointError
+from counterweight.workers.checkpoint.header import TensorEntry
+from counterweight.workers.checkpoint.refusal import show
+from counterweight.workers.errors import CheckpointError
 
 Bytes = NDArray[np.uint8]
 

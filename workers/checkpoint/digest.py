@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.checkpoint.buffers import Bytes, flat_bytes
-from workers.checkpoint.header import dtype_word
+from counterweight.workers.checkpoint.buffers import Bytes, flat_bytes
+from counterweight.workers.checkpoint.header import dtype_word
 
 # An infinity or a NaN has every bit of the exponent set: (unsigned type of the same width, those bits).
 _EXPONENTS: dict[torch.dtype, tuple[str, int]] = {

@@ -18,8 +18,8 @@ from operator import attrgetter
 
 import torch
 
-from workers.checkpoint.refusal import show
-from workers.errors import CheckpointError
+from counterweight.workers.checkpoint.refusal import show
+from counterweight.workers.errors import CheckpointError
 
 LENGTH_BYTES = 8
 

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from workers.checkpoint.header import MAX_TENSORS
-from workers.checkpoint.refusal import refusal, show
-from workers.checkpoint.strict_json import parse_object
-from workers.errors import CheckpointError, ObjectNotFoundError
-from workers.storage import ObjectStore
+from counterweight.workers.checkpoint.header import MAX_TENSORS
+from counterweight.workers.checkpoint.refusal import refusal, show
+from counterweight.workers.checkpoint.strict_json import parse_object
+from counterweight.workers.errors import CheckpointError, ObjectNotFoundError
+from counterweight.workers.storage import ObjectStore
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

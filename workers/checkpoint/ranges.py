@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 
-from workers.checkpoint.header import TensorEntry
+from counterweight.workers.checkpoint.header import TensorEntry
 
 # Object stores reach a connection's full rate from about 8 MiB a request; four in flight stay within 64 MiB.
 MAX_READ = 16 << 20

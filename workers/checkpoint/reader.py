@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from workers.checkpoint.buffers import Bytes, allocate, check_booleans
-from workers.checkpoint.digest import Inspector, TensorDigest, tensor_digest
-from workers.checkpoint.header import (
+from counterweight.workers.checkpoint.buffers import Bytes, allocate, check_booleans
+from counterweight.workers.checkpoint.digest import Inspector, TensorDigest, tensor_digest
+from counterweight.workers.checkpoint.header import (
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
     TensorEntry,
@@ -25,11 +25,11 @@ from workers.checkpoint.header import (
     header_length,
     parse_header,
 )
-from workers.checkpoint.layout import INDEX, read_layout
-from workers.checkpoint.ranges import MAX_READ, Read, plan_reads
-from workers.checkpoint.refusal import refusal, show
-from workers.errors import CheckpointError, IntegrityError, ObjectNotFoundError
-from workers.storage import ObjectStore
+from counterweight.workers.checkpoint.layout import INDEX, read_layout
+from counterweight.workers.checkpoint.ranges import MAX_READ, Read, plan_reads
+from counterweight.workers.checkpoint.refusal import refusal, show
+from counterweight.workers.errors import CheckpointError, IntegrityError, ObjectNotFoundError
+from counterweight.workers.storage import ObjectStore
 
 # Requests in flight. With pieces of `ranges.MAX_READ` this bounds what is held beside the tensors to 64 MiB.
 CONCURRENCY = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from workers.errors import CheckpointError
+from counterweight.workers.errors import CheckpointError
 
 # A wrong model has every tensor wrong: twenty lines show the pattern, a hundred thousand hide it.
 MAX_LISTED = 20

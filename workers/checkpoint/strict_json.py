@@ -6,8 +6,8 @@ import json
 import math
 from typing import Any, NoReturn
 
-from workers.checkpoint.refusal import show
-from workers.errors import CheckpointError
+from counterweight.workers.checkpoint.refusal import show
+from counterweight.workers.errors import CheckpointError
 
 
 def parse_object(data: bytes, *, file: str, max_values: int) -> dict[str, Any]:

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.checkpoint.buffers import allocate, check_booleans, flat_bytes
-from workers.checkpoint.header import (
+from counterweight.workers.checkpoint.buffers import allocate, check_booleans, flat_bytes
+from counterweight.workers.checkpoint.header import (
     DTYPES,
     LENGTH_BYTES,
     MAX_DIMENSIONS,
@@ -32,9 +32,9 @@ from workers.checkpoint.header import (
     header_length,
     parse_header,
 )
-from workers.checkpoint.refusal import show
-from workers.errors import CheckpointError, IntegrityError
-from workers.storage import ObjectStore, Written
+from counterweight.workers.checkpoint.refusal import show
+from counterweight.workers.errors import CheckpointError, IntegrityError
+from counterweight.workers.storage import ObjectStore, Written
 
 PT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 """What transformers wants to find in a file that torch wrote."""

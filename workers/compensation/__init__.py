@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.calibration.statistics import InputStatistics
-from workers.compensation.result import CompensationResult
-from workers.compensation.svd import deflated, svd
-from workers.recipe.compensation import ASER, SVD, Compensation
+from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.compensation.result import CompensationResult
+from counterweight.workers.compensation.svd import deflated, svd
+from counterweight.workers.recipe.compensation import ASER, SVD, Compensation
 
 __all__ = ["CompensationResult", "anticipate", "compensate"]
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workers.recipe.compensation import ASER
-from workers.recipe.rank import BudgetRank, EnergyRank
+from counterweight.workers.recipe.compensation import ASER
+from counterweight.workers.recipe.rank import BudgetRank, EnergyRank
 
 
 def outlier_channels(weights: Sequence[Tensor], magnitude: Tensor, options: ASER) -> Tensor:

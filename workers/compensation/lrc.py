@@ -19,16 +19,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.formats import LowRank, QuantizedWeight
-from workers.calibration.statistics import InputStatistics
-from workers.compensation.regression import factors, root_of, spectrum, stored
-from workers.quantization import quantize
-from workers.quantization.inputs import checked_matrix, checked_statistics
-from workers.quantization.result import Fallback
-from workers.quantization.target import aimed, damped, right_divide
-from workers.recipe.compensation import LRC
-from workers.recipe.rank import Rank
-from workers.recipe.weights import Quantizer, WeightFormat
+from counterweight.kernels.formats import LowRank, QuantizedWeight
+from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.compensation.regression import factors, root_of, spectrum, stored
+from counterweight.workers.quantization import quantize
+from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
+from counterweight.workers.quantization.result import Fallback
+from counterweight.workers.quantization.target import aimed, damped, right_divide
+from counterweight.workers.recipe.compensation import LRC
+from counterweight.workers.recipe.rank import Rank
+from counterweight.workers.recipe.weights import Quantizer, WeightFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.formats import LowRank
+from counterweight.kernels.formats import LowRank
 
 
 def root_of(gram: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.residual import ResidualStore
-from workers.quantization.inputs import checked_matrix
-from workers.recipe.residual import Residual
+from counterweight.kernels.residual import ResidualStore
+from counterweight.workers.quantization.inputs import checked_matrix
+from counterweight.workers.recipe.residual import Residual
 
 _CHUNK_ELEMENTS = 1 << 16
 """Entries that are searched at a time on a CPU: its second-level cache."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kernels.formats import LowRank
-from workers.quantization.result import Fallback
+from counterweight.kernels.formats import LowRank
+from counterweight.workers.quantization.result import Fallback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,13 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.calibration.statistics import InputStatistics
-from workers.compensation.regression import factors, root_of, spectrum, stored, times
-from workers.compensation.result import CompensationResult
-from workers.quantization.inputs import checked_matrix, checked_statistics
-from workers.quantization.result import Fallback
-from workers.quantization.target import damped
-from workers.recipe.compensation import SVD
+from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.compensation.regression import factors, root_of, spectrum, stored, times
+from counterweight.workers.compensation.result import CompensationResult
+from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
+from counterweight.workers.quantization.result import Fallback
+from counterweight.workers.quantization.target import damped
+from counterweight.workers.recipe.compensation import SVD
 
 
 def deflated(options: SVD, statistics: InputStatistics, rows: int) -> InputStatistics:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.calibration.statistics import InputStatistics
-from workers.quantization.gptq import gptq
-from workers.quantization.grid import Grid, fit
-from workers.quantization.result import Fallback, QuantizationResult
-from workers.quantization.rtn import rtn
-from workers.recipe.weights import RTN, Quantizer, WeightFormat
+from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.quantization.gptq import gptq
+from counterweight.workers.quantization.grid import Grid, fit
+from counterweight.workers.quantization.result import Fallback, QuantizationResult
+from counterweight.workers.quantization.rtn import rtn
+from counterweight.workers.recipe.weights import RTN, Quantizer, WeightFormat
 
 __all__ = ["Fallback", "Grid", "QuantizationResult", "fit", "quantize"]
 

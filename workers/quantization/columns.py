@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.quantization.grid import Grid
+from counterweight.workers.quantization.grid import Grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,12 +19,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.calibration.statistics import InputStatistics
-from workers.quantization.columns import Columns, Metric
-from workers.quantization.grid import fit
-from workers.quantization.inputs import checked_matrix, checked_statistics
-from workers.quantization.result import Fallback, QuantizationResult
-from workers.recipe.weights import GPTQ, WeightFormat
+from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.quantization.columns import Columns, Metric
+from counterweight.workers.quantization.grid import fit
+from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
+from counterweight.workers.quantization.result import Fallback, QuantizationResult
+from counterweight.workers.recipe.weights import GPTQ, WeightFormat
 
 _DAMPING_ATTEMPTS = 4  # the damping that was asked for, then three times ten times more
 _DAMPING_STEP = 10.0

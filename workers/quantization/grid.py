@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.formats import QuantizedWeight
-from workers.recipe.weights import AbsoluteMaximum, MeanSquare, ScaleSearch, WeightFormat
+from counterweight.kernels.formats import QuantizedWeight
+from counterweight.workers.recipe.weights import AbsoluteMaximum, MeanSquare, ScaleSearch, WeightFormat
 
 _STRIDE = 4
 """Every fourth candidate is tried first, then the three on either side of the best. On the reference model this costs 0.1%

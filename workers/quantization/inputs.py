@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.calibration.statistics import InputStatistics
+from counterweight.workers.calibration.statistics import InputStatistics
 
 
 def checked_matrix(name: str, matrix: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kernels.formats import QuantizedWeight
+from counterweight.kernels.formats import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.calibration.statistics import InputStatistics
-from workers.quantization.grid import fit
-from workers.quantization.inputs import checked_matrix, checked_statistics
-from workers.quantization.result import Fallback, QuantizationResult
-from workers.recipe.weights import RTN, WeightFormat
+from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.quantization.grid import fit
+from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
+from counterweight.workers.quantization.result import Fallback, QuantizationResult
+from counterweight.workers.recipe.weights import RTN, WeightFormat
 
 
 def rtn(

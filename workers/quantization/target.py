@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.calibration.statistics import InputStatistics
-from workers.recipe.weights import GPTQ, Quantizer
+from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.recipe.weights import GPTQ, Quantizer
 
 
 def aimed(options: Quantizer, weight: Tensor, statistics: InputStatistics, branch: Tensor | None = None) -> Tensor:

@@ -3,13 +3,21 @@ before anything heavy is imported."""
 
 from __future__ import annotations
 
-from workers.recipe.compensation import ASER, LRC, SVD, Compensation, NoCompensation
-from workers.recipe.rank import BudgetRank, CountRank, EnergyRank, FractionRank, Rank
-from workers.recipe.recipe import Activations, ModuleRecipe, Override, Recipe, Weights
-from workers.recipe.residual import Residual
-from workers.recipe.transforms import Rotation, Smoothing, Transform
-from workers.recipe.tuning import Tuning
-from workers.recipe.weights import GPTQ, RTN, AbsoluteMaximum, MeanSquare, Quantizer, ScaleSearch, WeightFormat
+from counterweight.workers.recipe.compensation import ASER, LRC, SVD, Compensation, NoCompensation
+from counterweight.workers.recipe.rank import BudgetRank, CountRank, EnergyRank, FractionRank, Rank
+from counterweight.workers.recipe.recipe import Activations, ModuleRecipe, Override, Recipe, Weights
+from counterweight.workers.recipe.residual import Residual
+from counterweight.workers.recipe.transforms import Rotation, Smoothing, Transform
+from counterweight.workers.recipe.tuning import Tuning
+from counterweight.workers.recipe.weights import (
+    GPTQ,
+    RTN,
+    AbsoluteMaximum,
+    MeanSquare,
+    Quantizer,
+    ScaleSearch,
+    WeightFormat,
+)
 
 __all__ = [
     "ASER",

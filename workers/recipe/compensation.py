@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from workers.config import Config
-from workers.recipe.rank import BudgetRank, CountRank, EnergyRank, FractionRank, Rank
+from counterweight.workers.config import Config
+from counterweight.workers.recipe.rank import BudgetRank, CountRank, EnergyRank, FractionRank, Rank
 
 
 class _Compensation(Config):

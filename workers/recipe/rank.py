@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from workers.config import Config
+from counterweight.workers.config import Config
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,12 +12,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from workers.config import Config
-from workers.recipe.compensation import ASER, LRC, Compensation, NoCompensation
-from workers.recipe.residual import Residual
-from workers.recipe.transforms import Rotation, Smoothing, Transform
-from workers.recipe.tuning import Tuning
-from workers.recipe.weights import GPTQ, Quantizer, WeightFormat
+from counterweight.workers.config import Config
+from counterweight.workers.recipe.compensation import ASER, LRC, Compensation, NoCompensation
+from counterweight.workers.recipe.residual import Residual
+from counterweight.workers.recipe.transforms import Rotation, Smoothing, Transform
+from counterweight.workers.recipe.tuning import Tuning
+from counterweight.workers.recipe.weights import GPTQ, Quantizer, WeightFormat
 
 
 class Weights(WeightFormat):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from workers.config import Config
+from counterweight.workers.config import Config
 
 _CHUNK = 1024  # kernels/residual.py says the same, but imports torch
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from workers.config import Config
+from counterweight.workers.config import Config
 
 
 class Rotation(Config):

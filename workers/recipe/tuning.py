@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from workers.config import Config
+from counterweight.workers.config import Config
 
 Rate = Annotated[float, Field(gt=0)]
 

@@ -1,6 +1,6 @@
 """Object storage: `file:` and `s3:` behind one narrow interface."""
 
-from workers.storage.base import (
+from counterweight.workers.storage.base import (
     ObjectInfo,
     ObjectStore,
     Writer,
@@ -8,10 +8,10 @@ from workers.storage.base import (
     sha256_hex,
     stream_sha256,
 )
-from workers.storage.fetch import fetch
-from workers.storage.names import check_key, split_uri
-from workers.storage.opening import open_store
-from workers.storage.probe import probe
+from counterweight.workers.storage.fetch import fetch
+from counterweight.workers.storage.names import check_key, split_uri
+from counterweight.workers.storage.opening import open_store
+from counterweight.workers.storage.probe import probe
 
 __all__ = [
     "ObjectInfo",

@@ -16,7 +16,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
-from workers.errors import IntegrityError, StorageError
+from counterweight.workers.errors import IntegrityError, StorageError
 
 # Large enough that per-chunk Python work vanishes beside the network, small enough to hold dozens of them.
 STREAM_CHUNK = 4 << 20

@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from workers.errors import IntegrityError, RequestError, StorageError
-from workers.storage.base import ObjectStore
+from counterweight.workers.errors import IntegrityError, RequestError, StorageError
+from counterweight.workers.storage.base import ObjectStore
 
 _CHUNK = 4 << 20
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)

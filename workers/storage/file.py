@@ -20,9 +20,9 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
-from workers.errors import ObjectNotFoundError, RequestError, StorageError
-from workers.storage.base import STREAM_CHUNK, ObjectInfo, ObjectStore, Writer
-from workers.storage.names import TEMPORARY_PREFIX, check_key, check_prefix, check_range, is_key
+from counterweight.workers.errors import ObjectNotFoundError, RequestError, StorageError
+from counterweight.workers.storage.base import STREAM_CHUNK, ObjectInfo, ObjectStore, Writer
+from counterweight.workers.storage.names import TEMPORARY_PREFIX, check_key, check_prefix, check_range, is_key
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 # Trying again cannot help: missing rights, or a file system that cannot do what is asked.

@@ -13,7 +13,7 @@ import unicodedata
 from pathlib import Path
 from urllib.parse import unquote
 
-from workers.errors import RequestError
+from counterweight.workers.errors import RequestError
 
 # Names that a store uses for files not yet visible; never listed and never accepted as a key.
 TEMPORARY_PREFIX = ".counterweight-tmp-"

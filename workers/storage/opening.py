@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from workers.errors import RequestError
-from workers.storage.base import ObjectStore
-from workers.storage.names import EXPECTED_URI, file_root, s3_root
+from counterweight.workers.errors import RequestError
+from counterweight.workers.storage.base import ObjectStore
+from counterweight.workers.storage.names import EXPECTED_URI, file_root, s3_root
 
 
 def open_store(uri: str) -> ObjectStore:
@@ -13,11 +13,11 @@ def open_store(uri: str) -> ObjectStore:
     # Each backend is imported when asked for: boto3 costs a third of a second that file: users need not pay.
     root = file_root(uri)
     if root is not None:
-        from workers.storage.file import FileStore
+        from counterweight.workers.storage.file import FileStore
 
         return FileStore(root)
     if s3_root(uri) is not None:
-        from workers.storage.s3 import S3Store
+        from counterweight.workers.storage.s3 import S3Store
 
         return S3Store(uri)
     raise RequestError(f"storage URI {uri!r}: {EXPECTED_URI}")

@@ -12,8 +12,8 @@ import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
-from workers.errors import CounterweightError, ObjectNotFoundError, RequestError
-from workers.storage.base import ObjectStore
+from counterweight.workers.errors import CounterweightError, ObjectNotFoundError, RequestError
+from counterweight.workers.storage.base import ObjectStore
 
 RACERS = 8
 RACES = 5

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError, FlexibleChecksumError
 
-from workers.errors import ObjectNotFoundError, RequestError, StorageError
-from workers.storage.base import STREAM_CHUNK, ObjectInfo, ObjectStore, Writer
-from workers.storage.names import MAX_KEY_BYTES, check_key, check_prefix, check_range, is_key, s3_root
-from workers.storage.s3_client import (
+from counterweight.workers.errors import ObjectNotFoundError, RequestError, StorageError
+from counterweight.workers.storage.base import STREAM_CHUNK, ObjectInfo, ObjectStore, Writer
+from counterweight.workers.storage.names import MAX_KEY_BYTES, check_key, check_prefix, check_range, is_key, s3_root
+from counterweight.workers.storage.s3_client import (
     TRANSPORT_ERRORS,
     Connection,
     S3Settings,
@@ -30,7 +30,7 @@ from workers.storage.s3_client import (
     status_of,
     translated,
 )
-from workers.storage.s3_writer import MultipartWriter, attempt_metadata, attempt_of
+from counterweight.workers.storage.s3_writer import MultipartWriter, attempt_metadata, attempt_of
 
 # Of one body; a server that breaks off more often is down, and the task's own retry waits longer.
 MAX_RESUMES = 3

@@ -32,7 +32,13 @@ from botocore.exceptions import (
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from urllib3.exceptions import HTTPError
 
-from workers.errors import CounterweightError, IntegrityError, ObjectNotFoundError, RequestError, StorageError
+from counterweight.workers.errors import (
+    CounterweightError,
+    IntegrityError,
+    ObjectNotFoundError,
+    RequestError,
+    StorageError,
+)
 
 MIB = 1 << 20
 

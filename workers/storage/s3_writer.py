@@ -11,9 +11,9 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from workers.errors import RequestError, StorageError
-from workers.storage.base import Writer
-from workers.storage.s3_client import Connection, code_of, s3_errors
+from counterweight.workers.errors import RequestError, StorageError
+from counterweight.workers.storage.base import Writer
+from counterweight.workers.storage.s3_client import Connection, code_of, s3_errors
 
 MAX_PARTS = 10_000  # S3's limit
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.transforms.rotation import (
+from counterweight.workers.transforms.rotation import (
     residual_hadamard,
     residual_rotation,
     rotate_block,

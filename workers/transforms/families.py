@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from workers.errors import UnsupportedModelError
-from workers.recipe.transforms import Rotation
+from counterweight.workers.errors import UnsupportedModelError
+from counterweight.workers.recipe.transforms import Rotation
 
 Globs = tuple[str, ...]
 

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.hadamard import Hadamard
-from workers.anatomy import LM_HEAD, NORM
-from workers.errors import UnsupportedModelError
-from workers.recipe.transforms import Rotation
-from workers.transforms.families import Wiring, rotation_problem, wiring_of
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.workers.anatomy import LM_HEAD, NORM
+from counterweight.workers.errors import UnsupportedModelError
+from counterweight.workers.recipe.transforms import Rotation
+from counterweight.workers.transforms.families import Wiring, rotation_problem, wiring_of
 
 
 def residual_hadamard(width: int, options: Rotation) -> Hadamard:

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kernels.formats import ActivationFormat
-from kernels.hadamard import Hadamard
-from kernels.reference import fake_quantize_activations
-from workers.architecture import Siblings
-from workers.quantization.grid import fit
-from workers.recipe import AbsoluteMaximum, Smoothing, WeightFormat
-from workers.transforms.families import Wiring
+from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.kernels.reference import fake_quantize_activations
+from counterweight.workers.architecture import Siblings
+from counterweight.workers.quantization.grid import fit
+from counterweight.workers.recipe import AbsoluteMaximum, Smoothing, WeightFormat
+from counterweight.workers.transforms.families import Wiring
 
 NOTHING: Mapping[str, Hadamard] = {}
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from workers.tuning.lsi import LinearFormat, TuningResult, tune
+from counterweight.workers.tuning.lsi import LinearFormat, TuningResult, tune
 
 __all__ = ["LinearFormat", "TuningResult", "tune"]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.formats import QuantizedWeight
-from workers.recipe.weights import WeightFormat
+from counterweight.kernels.formats import QuantizedWeight
+from counterweight.workers.recipe.weights import WeightFormat
 
 UNCLIPPED = 4.0
 """Where clipping starts, as in OmniQuant: sigmoid(4) = 0.982 of the range, and still a gradient to move by."""

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from kernels.formats import ActivationFormat, QuantizedWeight
-from kernels.reference import fake_quantize_activations
-from workers.architecture import Siblings
-from workers.quantization.inputs import checked_matrix
-from workers.recipe.tuning import Tuning
-from workers.recipe.weights import WeightFormat
-from workers.skeleton import Block
-from workers.transforms.families import wiring_of
-from workers.tuning.fake_quant import FakeQuantized, clipping_of, fake_quantize, straight_through
+from counterweight.kernels.formats import ActivationFormat, QuantizedWeight
+from counterweight.kernels.reference import fake_quantize_activations
+from counterweight.workers.architecture import Siblings
+from counterweight.workers.quantization.inputs import checked_matrix
+from counterweight.workers.recipe.tuning import Tuning
+from counterweight.workers.recipe.weights import WeightFormat
+from counterweight.workers.skeleton import Block
+from counterweight.workers.transforms.families import wiring_of
+from counterweight.workers.tuning.fake_quant import FakeQuantized, clipping_of, fake_quantize, straight_through
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

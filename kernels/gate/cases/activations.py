@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from kernels.gate.case import Case
-from kernels.gpu import activations
+from counterweight.kernels.gate.case import Case
+from counterweight.kernels.gpu import activations
 
 _POINTERS = {
     "x": "*bf16",

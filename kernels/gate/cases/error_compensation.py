@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kernels.gate.case import ARCHS, Case
-from kernels.gpu.error_compensation import FETCHING_WARPS, add_rows_kernel, blocks, select_kernel
-from kernels.packing import packed_width
-from kernels.residual import CHUNK
+from counterweight.kernels.gate.case import ARCHS, Case
+from counterweight.kernels.gpu.error_compensation import FETCHING_WARPS, add_rows_kernel, blocks, select_kernel
+from counterweight.kernels.packing import packed_width
+from counterweight.kernels.residual import CHUNK
 
 _SELECT = {
     "x": "*bf16",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from kernels.gate.case import Case
-from kernels.gate.cases.weight_gemm import weight_cases
-from kernels.gpu import launch
-from kernels.gpu.experts import project_kernel, projection_tiling
+from counterweight.kernels.gate.case import Case
+from counterweight.kernels.gate.cases.weight_gemm import weight_cases
+from counterweight.kernels.gpu import launch
+from counterweight.kernels.gpu.experts import project_kernel, projection_tiling
 
 _bf16 = torch.bfloat16
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from kernels.gate.case import Case
-from kernels.gpu import launch
-from kernels.gpu.gram import BLOCKS_16_BIT, BLOCKS_FLOAT32, gram_kernel
+from counterweight.kernels.gate.case import Case
+from counterweight.kernels.gpu import launch
+from counterweight.kernels.gpu.gram import BLOCKS_16_BIT, BLOCKS_FLOAT32, gram_kernel
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from kernels.gate.case import Case
-from kernels.gpu import hadamard
-from kernels.hadamard import Hadamard
+from counterweight.kernels.gate.case import Case
+from counterweight.kernels.gpu import hadamard
+from counterweight.kernels.hadamard import Hadamard
 
 
 def _cases(name: str, transform: Hadamard, type_: str) -> list[Case]:

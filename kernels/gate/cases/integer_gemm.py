@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from kernels.gate.case import ARCHS, Case
-from kernels.gpu import integer_gemm
+from counterweight.kernels.gate.case import ARCHS, Case
+from counterweight.kernels.gpu import integer_gemm
 
 _POINTERS = {
     "x": "*i8",

@@ -7,10 +7,10 @@ from itertools import groupby
 
 import torch
 
-from kernels.gate.case import ARCHS, Case
-from kernels.gpu import launch
-from kernels.gpu.partials import add_partials
-from kernels.gpu.weight_gemm import Tiling, decode_tiling, dense_tiling, weight_kernel
+from counterweight.kernels.gate.case import ARCHS, Case
+from counterweight.kernels.gpu import launch
+from counterweight.kernels.gpu.partials import add_partials
+from counterweight.kernels.gpu.weight_gemm import Tiling, decode_tiling, dense_tiling, weight_kernel
 
 _WIDTHS = ("rows", "in_features", "out_features", "rank")  # of rows in memory
 

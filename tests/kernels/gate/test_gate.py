@@ -14,11 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from kernels.gate import budget
-from kernels.gate.budget import Budget
-from kernels.gate.case import Case
-from kernels.gate.disassembly import innermost_loops, matches, parse
-from kernels.gate.measurement import Measurement
+from counterweight.kernels.gate import budget
+from counterweight.kernels.gate.budget import Budget
+from counterweight.kernels.gate.case import Case
+from counterweight.kernels.gate.disassembly import innermost_loops, matches, parse
+from counterweight.kernels.gate.measurement import Measurement
 
 ROOT = Path(__file__).parents[3]
 BUDGETS = ROOT / "kernels" / "gate" / "budgets.toml"
@@ -175,7 +175,7 @@ def gate(*arguments: str, triton: str | None = None) -> subprocess.CompletedProc
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if triton is not None:
         environment["PYTHONPATH"] = triton
-    command = [sys.executable, "-m", "kernels.gate", *arguments]
+    command = [sys.executable, "-m", "counterweight.kernels.gate", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1180)
 
 
@@ -225,7 +225,7 @@ def test_a_budget_without_a_case_fails_until_it_is_updated(tmp_path: Path) -> No
 
 
 def test_a_case_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels.gate import compile as compiler
+    from counterweight.kernels.gate import compile as compiler
 
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("PassManager::run failed")
@@ -240,7 +240,7 @@ def test_a_case_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_case_gives_every_argument_and_no_other() -> None:
-    from kernels.gate.compile import measure
+    from counterweight.kernels.gate.compile import measure
 
     case = replace(CASE, kernel=SimpleNamespace(arg_names=["x", "BLOCK"]), types={"x": "*bf16"})
     with pytest.raises(ValueError, match="some/kernel: BLOCK: neither"):
@@ -256,7 +256,7 @@ def test_nothing_to_measure_is_an_error() -> None:
 
 
 def test_the_brief_choice_leaves_no_kernel_out() -> None:
-    from kernels.gate.suite import brief
+    from counterweight.kernels.gate.suite import brief
 
     kernels = [SimpleNamespace(__name__=name) for name in ("one", "two")]
     cases = [

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.formats import LowRank, QuantizedWeight
-from kernels.gpu.layout import PackedWeight, PreparedInput, permute_columns
-from kernels.reference import quantize_activations
+from counterweight.kernels.formats import LowRank, QuantizedWeight
+from counterweight.kernels.gpu.layout import PackedWeight, PreparedInput, permute_columns
+from counterweight.kernels.reference import quantize_activations
 from tests.kernels.gpu.guarded import guarded
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.formats import ActivationFormat, QuantizedWeight
-from kernels.gpu.activations import prepare, unsupported
-from kernels.gpu.integer_gemm import IntegerWeight, prepare_integer
-from kernels.gpu.layout import DECODE_TOKENS, PackedWeight, PreparedInput, permute_columns, prepare_weight
-from kernels.hadamard import Hadamard
-from kernels.reference import layer_input, quantize_activations
+from counterweight.kernels.formats import ActivationFormat, QuantizedWeight
+from counterweight.kernels.gpu.activations import prepare, unsupported
+from counterweight.kernels.gpu.integer_gemm import IntegerWeight, prepare_integer
+from counterweight.kernels.gpu.layout import DECODE_TOKENS, PackedWeight, PreparedInput, permute_columns, prepare_weight
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.kernels.reference import layer_input, quantize_activations
 from tests.kernels.gpu.guarded import bands_are_intact, guarded
 from tests.kernels.gpu.poisoned import poisoned
 

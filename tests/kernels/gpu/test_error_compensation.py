@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.gpu import launch
-from kernels.gpu.error_compensation import (
+from counterweight.kernels.gpu import launch
+from counterweight.kernels.gpu.error_compensation import (
     MOST_PER_CHUNK,
     add_rows_,
     blocks,
@@ -19,7 +19,7 @@ from kernels.gpu.error_compensation import (
     select_kernel,
     unsupported,
 )
-from kernels.residual import ResidualStore, select_chunked
+from counterweight.kernels.residual import ResidualStore, select_chunked
 from tests.kernels.gpu.guarded import bands_are_intact, guarded
 
 

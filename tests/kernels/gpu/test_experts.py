@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.formats import LowRank, QuantizedWeight
-from kernels.gpu.experts import Routing, align_tokens, block_of, expert_gemm, project_experts
-from kernels.gpu.layout import PackedWeight, prepare_weight, stack_weights
-from kernels.reference import experts as reference_experts
+from counterweight.kernels.formats import LowRank, QuantizedWeight
+from counterweight.kernels.gpu.experts import Routing, align_tokens, block_of, expert_gemm, project_experts
+from counterweight.kernels.gpu.layout import PackedWeight, prepare_weight, stack_weights
+from counterweight.kernels.reference import experts as reference_experts
 from tests.kernels.gpu.guarded import guarded
 from tests.kernels.gpu.poisoned import poisoned
 from tests.kernels.gpu.prepared import prepare, random_input, random_low_rank, random_weight, relative_error

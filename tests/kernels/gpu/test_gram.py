@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.formats import ActivationFormat
-from kernels.gpu.gram import add_gram_
-from kernels.reference import lower_gram
+from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.gpu.gram import add_gram_
+from counterweight.kernels.reference import lower_gram
+from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from tests.kernels.gpu.guarded import bands_are_intact, guarded
-from workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -70,13 +70,15 @@ def test_statistics_gathered_where_kernels_run_are_those_gathered_elsewhere(
     original = random(60, 40, seed=2).to(dtype).to(device)
 
     def moments(*, kernels: bool) -> InputStatistics:
-        monkeypatch.setattr("workers.calibration.statistics.runs_kernels", lambda _: kernels)
+        monkeypatch.setattr("counterweight.workers.calibration.statistics.runs_kernels", lambda _: kernels)
         accumulator = Accumulator(40, device, gathering)
         accumulator.add(ShardMoments.of(rows, gathering, original))
         return accumulator.result()
 
     calls: list[Tensor] = []
-    monkeypatch.setattr("kernels.gpu.gram.add_gram_", lambda gram, x: calls.append(x) or add_gram_(gram, x))
+    monkeypatch.setattr(
+        "counterweight.kernels.gpu.gram.add_gram_", lambda gram, x: calls.append(x) or add_gram_(gram, x)
+    )
     expected, found = moments(kernels=False), moments(kernels=True)
     assert [x.dtype for x in calls] == [dtype] * 3  # x, its quantized self, and the original's
     for streams in ("xx", "yy", "tt", "xy", "xt", "yt"):

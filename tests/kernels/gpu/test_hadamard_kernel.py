@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.gpu.hadamard import _passes, transform
-from kernels.hadamard import Hadamard
+from counterweight.kernels.gpu.hadamard import _passes, transform
+from counterweight.kernels.hadamard import Hadamard
 from tests.kernels.gpu.guarded import bands_are_intact, guarded
 from tests.kernels.gpu.poisoned import poisoned
 

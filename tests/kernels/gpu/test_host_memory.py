@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.gpu.error_compensation import add_rows_
-from kernels.gpu.host_memory import HostArena, RegistrationError
-from kernels.residual import ResidualStore
+from counterweight.kernels.gpu.error_compensation import add_rows_
+from counterweight.kernels.gpu.host_memory import HostArena, RegistrationError
+from counterweight.kernels.residual import ResidualStore
 
 TENSORS = [
     torch.arange(7, dtype=torch.int32).view(7, 1),

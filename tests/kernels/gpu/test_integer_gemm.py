@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
-from kernels.gpu.activations import prepare
-from kernels.gpu.integer_gemm import IntegerWeight, integer_gemm, prepare_integer, unsupported
-from kernels.gpu.layout import PreparedInput
-from kernels.reference import linear
+from counterweight.kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from counterweight.kernels.gpu.activations import prepare
+from counterweight.kernels.gpu.integer_gemm import IntegerWeight, integer_gemm, prepare_integer, unsupported
+from counterweight.kernels.gpu.layout import PreparedInput
+from counterweight.kernels.reference import linear
 from tests.kernels.gpu.guarded import bands_are_intact, guarded
 from tests.kernels.gpu.poisoned import poisoned
 

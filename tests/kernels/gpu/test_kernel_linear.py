@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.backend import on_kernels
-from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
-from kernels.gpu.host_memory import HostArena
-from kernels.gpu.linear import KernelLinear
-from kernels.hadamard import Hadamard
-from kernels.linear import CompensatedLinear
-from kernels.residual import Correction, ResidualStore
+from counterweight.kernels.backend import on_kernels
+from counterweight.kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from counterweight.kernels.gpu.host_memory import HostArena
+from counterweight.kernels.gpu.linear import KernelLinear
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.kernels.linear import CompensatedLinear
+from counterweight.kernels.residual import Correction, ResidualStore
 
 OUT, IN = 96, 128
 

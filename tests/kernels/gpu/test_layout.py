@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.formats import QuantizedWeight
-from kernels.gpu.layout import (
+from counterweight.kernels.formats import QuantizedWeight
+from counterweight.kernels.gpu.layout import (
     PackedWeight,
     permute_columns,
     permuted_run,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.backend import experts_on_kernels
-from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
-from kernels.gpu.mixture import KernelExperts, unsupported
-from kernels.hadamard import Hadamard
-from kernels.linear import CompensatedLinear
+from counterweight.kernels.backend import experts_on_kernels
+from counterweight.kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from counterweight.kernels.gpu.mixture import KernelExperts, unsupported
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.kernels.linear import CompensatedLinear
 
 EXPERTS, HIDDEN, INNER = 3, 64, 32
 

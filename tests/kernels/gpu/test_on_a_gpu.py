@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.formats import ActivationFormat, LowRank, QuantizedWeight
-from kernels.gpu.host_memory import HostArena
-from kernels.gpu.linear import KernelLinear
-from kernels.hadamard import Hadamard
-from kernels.linear import CompensatedLinear
-from kernels.reference import linear
-from kernels.residual import Correction, ResidualStore
+from counterweight.kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from counterweight.kernels.gpu.host_memory import HostArena
+from counterweight.kernels.gpu.linear import KernelLinear
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.kernels.linear import CompensatedLinear
+from counterweight.kernels.reference import linear
+from counterweight.kernels.residual import Correction, ResidualStore
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.gpu.linear import KernelLinear
-from kernels.gpu.mixture import KernelExperts
-from pipeline.serving import load_model
+from counterweight.kernels.gpu.linear import KernelLinear
+from counterweight.kernels.gpu.mixture import KernelExperts
+from counterweight.pipeline.serving import load_model
 from tests.pipeline.tiny import job_of, run_local, write_job
 
 RECIPES: dict[str, tuple[str, Any, list[str]]] = {

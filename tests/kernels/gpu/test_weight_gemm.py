@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.formats import ActivationFormat
-from kernels.gpu.layout import PackedWeight, PreparedInput, prepare_weight
-from kernels.gpu.weight_gemm import decode_tiling, dense_tiling, splits_of, weight_gemm, whole_splits
-from kernels.reference import linear
+from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.gpu.layout import PackedWeight, PreparedInput, prepare_weight
+from counterweight.kernels.gpu.weight_gemm import decode_tiling, dense_tiling, splits_of, weight_gemm, whole_splits
+from counterweight.kernels.reference import linear
 from tests.kernels.gpu.guarded import guarded
 from tests.kernels.gpu.poisoned import poisoned
 from tests.kernels.gpu.prepared import prepare, projected, random_input, random_low_rank, random_weight, relative_error

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.formats import ActivationFormat
-from kernels.reference import fake_quantize_activations
-from workers.calibration.clipping import CANDIDATES, activation_format, best_clip
-from workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
-from workers.calibration.thresholds import Thresholds
-from workers.recipe import Activations
+from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.reference import fake_quantize_activations
+from counterweight.workers.calibration.clipping import CANDIDATES, activation_format, best_clip
+from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
+from counterweight.workers.calibration.thresholds import Thresholds
+from counterweight.workers.recipe import Activations
 
 
 def rows(seed: int = 0) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from counterweight.workers.errors import CheckpointError
+from counterweight.workers.tasks import SampleSpec
+from counterweight.workers.worker import Worker
 from tests.inprocess import local, run_job
 from tests.models import checkpoint
-from workers.errors import CheckpointError
-from workers.tasks import SampleSpec
-from workers.worker import Worker
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from typing import cast, get_args
 
 import pytest
 
-from workers.calibration.standard_library import Part, standard_library_files, standard_library_text
-from workers.errors import RequestError
+from counterweight.workers.calibration.standard_library import Part, standard_library_files, standard_library_text
+from counterweight.workers.errors import RequestError
 
 PARTS: tuple[Part, ...] = get_args(Part)
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
@@ -68,7 +68,7 @@ def test_new_file_moves_no_other_file(tmp_path: Path) -> None:
 def test_text_is_the_same_in_another_process() -> None:
     script = (
         "import hashlib\n"
-        "from workers.calibration.standard_library import standard_library_text\n"
+        "from counterweight.workers.calibration.standard_library import standard_library_text\n"
         "print(hashlib.sha256(standard_library_text('evaluation').encode()).hexdigest())\n"
     )
     repository = Path(__file__).parents[3]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.calibration.statistics import TRIANGLE_BLOCK, Accumulator, InputStatistics, ShardMoments
+from counterweight.workers.calibration.statistics import TRIANGLE_BLOCK, Accumulator, InputStatistics, ShardMoments
 
 
 def rows(tokens: int, width: int, *, seed: int = 0) -> Tensor:

@@ -11,10 +11,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from counterweight.workers.calibration.source import (
+    DatasetSource,
+    StandardLibrarySource,
+    TextSource,
+    TokenSource,
+    TokensSource,
+)
+from counterweight.workers.calibration.tokens import TokenSet, token_set
+from counterweight.workers.errors import RequestError
 from tests.models import VOCABULARY, write_text, write_tokenizer
-from workers.calibration.source import DatasetSource, StandardLibrarySource, TextSource, TokenSource, TokensSource
-from workers.calibration.tokens import TokenSet, token_set
-from workers.errors import RequestError
 
 OPTIONS: dict[str, Any] = {
     "vocabulary": VOCABULARY,
@@ -192,5 +198,5 @@ def test_datasets_is_imported_only_for_datasets() -> None:
     """It costs a second that other sources need not pay."""
     import subprocess
 
-    code = "import sys, workers.calibration.tokens; sys.exit('datasets' in sys.modules)"
+    code = "import sys, counterweight.workers.calibration.tokens; sys.exit('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

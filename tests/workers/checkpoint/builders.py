@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.checkpoint import Checkpoint, serialize_safetensors
-from workers.checkpoint.header import DTYPES
-from workers.storage.file import FileStore
+from counterweight.workers.checkpoint import Checkpoint, serialize_safetensors
+from counterweight.workers.checkpoint.header import DTYPES
+from counterweight.workers.storage.file import FileStore
 
 INDEX = "model.safetensors.index.json"
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from counterweight.workers.checkpoint import TensorDigest, tensor_digest
+from counterweight.workers.checkpoint.buffers import flat_bytes
+from counterweight.workers.checkpoint.digest import Inspector
+from counterweight.workers.errors import CheckpointError
 from tests.workers.checkpoint.builders import FLOATS, bits, every_dtype
-from workers.checkpoint import TensorDigest, tensor_digest
-from workers.checkpoint.buffers import flat_bytes
-from workers.checkpoint.digest import Inspector
-from workers.errors import CheckpointError
 
 
 def inspected(tensor: torch.Tensor, piece: int = 1 << 30) -> TensorDigest:

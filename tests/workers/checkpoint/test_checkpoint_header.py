@@ -9,9 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from tests.workers.checkpoint.builders import every_dtype, field, raw_file
-from workers.checkpoint import serialize_safetensors
-from workers.checkpoint.header import (
+from counterweight.workers.checkpoint import serialize_safetensors
+from counterweight.workers.checkpoint.header import (
     DTYPES,
     MAX_NAME_LENGTH,
     Header,
@@ -20,7 +19,8 @@ from workers.checkpoint.header import (
     header_length,
     parse_header,
 )
-from workers.errors import CheckpointError
+from counterweight.workers.errors import CheckpointError
+from tests.workers.checkpoint.builders import every_dtype, field, raw_file
 
 
 def parsed(data: bytes) -> Header:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.checkpoint.header import TensorEntry
-from workers.checkpoint.ranges import plan_reads
+from counterweight.workers.checkpoint.header import TensorEntry
+from counterweight.workers.checkpoint.ranges import plan_reads
 
 
 def entry(name: str, start: int, length: int, file: str = "f") -> TensorEntry:

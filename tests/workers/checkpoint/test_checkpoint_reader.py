@@ -10,6 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from counterweight.workers.checkpoint import Checkpoint, tensor_digest
+from counterweight.workers.checkpoint.ranges import MAX_READ
+from counterweight.workers.errors import CheckpointError, IntegrityError, ObjectNotFoundError
+from counterweight.workers.storage import open_store
 from tests.workers.checkpoint.builders import (
     INDEX,
     RecordingStore,
@@ -20,10 +24,6 @@ from tests.workers.checkpoint.builders import (
     random_tensor,
     write_checkpoint,
 )
-from workers.checkpoint import Checkpoint, tensor_digest
-from workers.checkpoint.ranges import MAX_READ
-from workers.errors import CheckpointError, IntegrityError, ObjectNotFoundError
-from workers.storage import open_store
 
 SHARDS = {
     "model-00001-of-00002.safetensors": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)},

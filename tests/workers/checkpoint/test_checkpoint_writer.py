@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
+from counterweight.workers.checkpoint import read_safetensors, serialize_safetensors, write_safetensors
+from counterweight.workers.checkpoint.header import DTYPES, METADATA
+from counterweight.workers.checkpoint.writer import safetensors_pieces
+from counterweight.workers.errors import CheckpointError, IntegrityError, StorageError
+from counterweight.workers.storage import Writer
+from counterweight.workers.storage.file import FileStore
 from tests.workers.checkpoint.builders import bits, every_dtype, random_tensor
-from workers.checkpoint import read_safetensors, serialize_safetensors, write_safetensors
-from workers.checkpoint.header import DTYPES, METADATA
-from workers.checkpoint.writer import safetensors_pieces
-from workers.errors import CheckpointError, IntegrityError, StorageError
-from workers.storage import Writer
-from workers.storage.file import FileStore
 
 NAMES = st.text(
     st.characters(min_codepoint=32, max_codepoint=0x2FFFF).filter(str.isprintable), min_size=1, max_size=12

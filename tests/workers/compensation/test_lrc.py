@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.formats import ActivationFormat, LowRank
-from kernels.reference import fake_quantize_activations
-from workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
-from workers.compensation.lrc import LRCResult, energy, initial_branch, lrc, squared_error, updated_branch
-from workers.quantization.target import aimed
-from workers.recipe import GPTQ, LRC, RTN, CountRank, EnergyRank, FractionRank, Quantizer, WeightFormat
+from counterweight.kernels.formats import ActivationFormat, LowRank
+from counterweight.kernels.reference import fake_quantize_activations
+from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
+from counterweight.workers.compensation.lrc import LRCResult, energy, initial_branch, lrc, squared_error, updated_branch
+from counterweight.workers.quantization.target import aimed
+from counterweight.workers.recipe import GPTQ, LRC, RTN, CountRank, EnergyRank, FractionRank, Quantizer, WeightFormat
 
 A4 = ActivationFormat(bits=4)
 RANK = CountRank(count=4)
@@ -166,9 +166,9 @@ def test_the_objective_never_rises_at_update_quant_solved_exactly(problem: Probl
 
 def test_beats_the_branch_that_is_fitted_to_what_is_left() -> None:
     """LRC < whitened SVD of the same codes' error < no branch, where inputs are quantized."""
-    from workers.compensation import compensate
-    from workers.quantization import quantize
-    from workers.recipe import SVD
+    from counterweight.workers.compensation import compensate
+    from counterweight.workers.quantization import quantize
+    from counterweight.workers.recipe import SVD
 
     problem = Problem()
     metric = InputStatistics(gram=problem.statistics.product("yy"), tokens=TOKENS)

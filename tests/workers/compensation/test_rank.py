@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from workers.recipe import CountRank, EnergyRank, FractionRank, Rank
+from counterweight.workers.recipe import CountRank, EnergyRank, FractionRank, Rank
 
 NONE = torch.zeros(0)
 

@@ -9,10 +9,17 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from kernels.residual import Correction, ResidualStore, select_bucketed, select_chunked, select_exact, select_static
-from workers.calibration.thresholds import Thresholds
-from workers.compensation.residual import residual_store
-from workers.recipe.residual import Residual
+from counterweight.kernels.residual import (
+    Correction,
+    ResidualStore,
+    select_bucketed,
+    select_chunked,
+    select_exact,
+    select_static,
+)
+from counterweight.workers.calibration.thresholds import Thresholds
+from counterweight.workers.compensation.residual import residual_store
+from counterweight.workers.recipe.residual import Residual
 
 ROWS, COLUMNS = 24, 256
 
@@ -119,7 +126,7 @@ def test_the_smaller_of_two_equal_scales_is_taken() -> None:
 
 def test_rows_are_independent_however_many_are_searched_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = store()
-    monkeypatch.setattr("workers.compensation.residual._CHUNK_ELEMENTS", 3 * COLUMNS)
+    monkeypatch.setattr("counterweight.workers.compensation.residual._CHUNK_ELEMENTS", 3 * COLUMNS)
     assert torch.equal(store().dense(), whole.dense())
 
 

@@ -9,11 +9,11 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from workers.calibration.statistics import InputStatistics
-from workers.compensation import anticipate, compensate
-from workers.compensation.result import CompensationResult
-from workers.quantization import quantize
-from workers.recipe import GPTQ, SVD, Compensation, CountRank, EnergyRank, NoCompensation, WeightFormat
+from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.compensation import anticipate, compensate
+from counterweight.workers.compensation.result import CompensationResult
+from counterweight.workers.quantization import quantize
+from counterweight.workers.recipe import GPTQ, SVD, Compensation, CountRank, EnergyRank, NoCompensation, WeightFormat
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 

@@ -7,8 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from kernels.formats import QuantizedWeight
-from workers.calibration.statistics import InputStatistics
+from counterweight.kernels.formats import QuantizedWeight
+from counterweight.workers.calibration.statistics import InputStatistics
 
 
 def generator(seed: int) -> torch.Generator:

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.formats import QuantizedWeight
+from counterweight.kernels.formats import QuantizedWeight
+from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.quantization import Grid, quantize
+from counterweight.workers.recipe import GPTQ, RTN, AbsoluteMaximum, MeanSquare, WeightFormat
 from tests.workers.quantization.problems import (
     best_of_all,
     damped,
@@ -19,9 +22,6 @@ from tests.workers.quantization.problems import (
     optimal_brain_codes,
     row_losses,
 )
-from workers.calibration.statistics import InputStatistics
-from workers.quantization import Grid, quantize
-from workers.recipe import GPTQ, RTN, AbsoluteMaximum, MeanSquare, WeightFormat
 
 PLAIN = GPTQ(act_order=False, refinement=0, scale=AbsoluteMaximum())
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from counterweight.workers.quantization import fit, quantize
+from counterweight.workers.recipe import RTN, AbsoluteMaximum, MeanSquare, Quantizer, ScaleSearch, WeightFormat
 from tests.workers.quantization.problems import generator, layer, of
-from workers.quantization import fit, quantize
-from workers.recipe import RTN, AbsoluteMaximum, MeanSquare, Quantizer, ScaleSearch, WeightFormat
 
 BITS = (2, 3, 4, 8)
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from counterweight.workers.storage import ObjectStore, open_store
+from counterweight.workers.storage.s3 import S3Store
+from counterweight.workers.storage.s3_client import S3Settings
 from tests.faultproxy import FaultProxy
 from tests.servers import Connect, S3Server, ceph_server, moto_server, swift_server
-from workers.storage import ObjectStore, open_store
-from workers.storage.s3 import S3Store
-from workers.storage.s3_client import S3Settings
 
 BUCKET = "counterweight-tests"
 PART = 5 << 20  # the least that S3 allows: what takes several parts is then quickly written

@@ -11,8 +11,8 @@ from datetime import timedelta
 
 import pytest
 
-from workers.errors import IntegrityError, ObjectNotFoundError, RequestError, StorageError
-from workers.storage import ObjectInfo, ObjectStore, open_store, sha256_hex, split_uri
+from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError, StorageError
+from counterweight.workers.storage import ObjectInfo, ObjectStore, open_store, sha256_hex, split_uri
 
 MIB = 1 << 20
 

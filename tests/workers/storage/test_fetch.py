@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from workers.errors import IntegrityError, ObjectNotFoundError, RequestError, StorageError
-from workers.storage import ObjectStore, fetch, sha256_hex
-from workers.storage.base import STREAM_CHUNK
-from workers.storage.file import FileStore
+from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError, StorageError
+from counterweight.workers.storage import ObjectStore, fetch, sha256_hex
+from counterweight.workers.storage.base import STREAM_CHUNK
+from counterweight.workers.storage.file import FileStore
 
 DATA = random.Random(0).randbytes(100_000)
 DIGEST = sha256_hex(DATA)

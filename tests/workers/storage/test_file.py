@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from workers.errors import CounterweightError, ObjectNotFoundError, RequestError, StorageError
-from workers.storage import ObjectInfo, file, open_store, sha256_hex
-from workers.storage.file import FileStore
+from counterweight.workers.errors import CounterweightError, ObjectNotFoundError, RequestError, StorageError
+from counterweight.workers.storage import ObjectInfo, file, open_store, sha256_hex
+from counterweight.workers.storage.file import FileStore
 
 
 @pytest.fixture
@@ -159,8 +159,8 @@ def test_a_disk_that_fills_up_while_writing(store: FileStore, root: Path) -> Non
     # The kernel refuses to let files grow beyond a limit, as it refuses when the disk is full.
     program = f"""
 import resource, signal
-from workers.errors import StorageError
-from workers.storage import open_store
+from counterweight.workers.errors import StorageError
+from counterweight.workers.storage import open_store
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 store = open_store({store.uri!r})
@@ -179,7 +179,7 @@ for attempt in (lambda: store.write("big", bytes(2 << 20)), lambda: store.create
 def test_a_killed_writer_leaves_nothing_visible(store: FileStore, root: Path) -> None:
     program = f"""
 import sys, time
-from workers.storage import open_store
+from counterweight.workers.storage import open_store
 store = open_store({store.uri!r})
 writer = store.open_writer("a/big")
 writer.write(bytes(1 << 20))
@@ -274,7 +274,7 @@ def test_an_object_replaced_while_it_is_streamed_is_not_mixed(store: FileStore) 
 def test_file_users_do_not_pay_for_boto3(tmp_path: Path) -> None:
     program = f"""
 import sys
-from workers.storage import open_store, probe
+from counterweight.workers.storage import open_store, probe
 store = open_store({tmp_path.as_uri()!r})
 probe(store)
 assert "boto3" not in sys.modules and "botocore" not in sys.modules

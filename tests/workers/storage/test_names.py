@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.errors import RequestError
-from workers.storage import check_key, open_store, split_uri
-from workers.storage.file import FileStore
-from workers.storage.names import check_prefix, file_root, is_key, s3_root
-from workers.storage.s3 import S3Store
+from counterweight.workers.errors import RequestError
+from counterweight.workers.storage import check_key, open_store, split_uri
+from counterweight.workers.storage.file import FileStore
+from counterweight.workers.storage.names import check_prefix, file_root, is_key, s3_root
+from counterweight.workers.storage.s3 import S3Store
 
 segments = st.text(st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="/\\"), min_size=1, max_size=60)
 good_keys = (

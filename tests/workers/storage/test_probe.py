@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from counterweight.workers.errors import RequestError, StorageError
+from counterweight.workers.storage import ObjectInfo, ObjectStore, open_store, probe
+from counterweight.workers.storage.file import FileStore
 from tests.servers import Connect, S3Server
-from workers.errors import RequestError, StorageError
-from workers.storage import ObjectInfo, ObjectStore, open_store, probe
-from workers.storage.file import FileStore
 
 
 def test_a_good_store_passes_quickly_and_is_left_clean(store: ObjectStore) -> None:

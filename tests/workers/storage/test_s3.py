@@ -14,12 +14,12 @@ import boto3
 import pytest
 from pydantic import ValidationError
 
+from counterweight.workers.errors import CounterweightError, RequestError, StorageError
+from counterweight.workers.storage import open_store, sha256_hex
+from counterweight.workers.storage.s3 import S3Store
+from counterweight.workers.storage.s3_client import S3Settings, make_client
 from tests.faultproxy import FaultProxy
 from tests.servers import Connect, S3Server
-from workers.errors import CounterweightError, RequestError, StorageError
-from workers.storage import open_store, sha256_hex
-from workers.storage.s3 import S3Store
-from workers.storage.s3_client import S3Settings, make_client
 
 MIB = 1 << 20
 Proxied = tuple[FaultProxy, Callable[..., S3Store]]
@@ -251,7 +251,7 @@ def test_the_writers_memory_is_bounded(moto: S3Server, connect: Connect) -> None
 def test_an_upload_beyond_the_most_parts_is_refused(
     moto: S3Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.storage.s3_writer.MAX_PARTS", 1)
+    monkeypatch.setattr("counterweight.workers.storage.s3_writer.MAX_PARTS", 1)
     store = S3Store(connect(moto), S3Settings(part_size=5 * MIB))
     store.write("a", bytes(5 * MIB))
     with pytest.raises(RequestError, match="larger than 5242880 bytes"):

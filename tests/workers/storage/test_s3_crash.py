@@ -10,11 +10,11 @@ from pathlib import Path
 import boto3
 import pytest
 
+from counterweight.workers.errors import StorageError
+from counterweight.workers.storage import sha256_hex
+from counterweight.workers.storage.s3 import S3Store
+from counterweight.workers.storage.s3_client import S3Settings
 from tests.servers import Connect, S3Server, kill_ceph, start_ceph
-from workers.errors import StorageError
-from workers.storage import sha256_hex
-from workers.storage.s3 import S3Store
-from workers.storage.s3_client import S3Settings
 
 MIB = 1 << 20
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from counterweight.workers.errors import IntegrityError, StorageError
+from counterweight.workers.storage import fetch, sha256_hex
+from counterweight.workers.storage.s3 import S3Store
+from counterweight.workers.storage.s3_client import S3Settings
 from tests.faultproxy import Fault, FaultProxy
 from tests.servers import Connect, S3Server
-from workers.errors import IntegrityError, StorageError
-from workers.storage import fetch, sha256_hex
-from workers.storage.s3 import S3Store
-from workers.storage.s3_client import S3Settings
 
 MIB = 1 << 20
 PIECE = 128 << 10

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from counterweight.workers.architecture import FAMILIES
+from counterweight.workers.skeleton import Skeleton
+from counterweight.workers.transforms.families import WIRINGS
 from tests.models import BASE, CASES
-from workers.architecture import FAMILIES
-from workers.skeleton import Skeleton
-from workers.transforms.families import WIRINGS
 
 
 def test_the_families_are_those_of_the_architecture() -> None:

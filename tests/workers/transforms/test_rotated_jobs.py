@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.artifact import open_artifact
-from pipeline.serving import load_model
+from counterweight.pipeline.artifact import open_artifact
+from counterweight.pipeline.serving import load_model
 from tests.inprocess import run_job
 from tests.models import checkpoint, read_config
 

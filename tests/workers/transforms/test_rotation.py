@@ -12,13 +12,19 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from kernels.hadamard import Hadamard, hadamard_matrix
+from counterweight.kernels.hadamard import Hadamard, hadamard_matrix
+from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, NORM
+from counterweight.workers.errors import UnsupportedModelError
+from counterweight.workers.recipe.transforms import Rotation
+from counterweight.workers.skeleton import Block, Skeleton
+from counterweight.workers.transforms import (
+    residual_hadamard,
+    residual_rotation,
+    rotate_block,
+    rotate_embedding,
+    rotate_head,
+)
 from tests.models import CASES, checkpoint, read_config, read_tensors, token_ids
-from workers.anatomy import EMBEDDING, LM_HEAD, NORM
-from workers.errors import UnsupportedModelError
-from workers.recipe.transforms import Rotation
-from workers.skeleton import Block, Skeleton
-from workers.transforms import residual_hadamard, residual_rotation, rotate_block, rotate_embedding, rotate_head
 
 CPU = torch.device("cpu")
 ALL = Rotation(online_output=True)

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.formats import ActivationFormat
-from kernels.hadamard import Hadamard
+from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.workers.architecture import Siblings
+from counterweight.workers.checkpoint.reader import Checkpoint
+from counterweight.workers.compensation.aser import outlier_channels, outlier_scales, without_channels
+from counterweight.workers.recipe import ASER, CountRank, Rotation, Smoothing, WeightFormat
+from counterweight.workers.skeleton import Skeleton
+from counterweight.workers.storage import open_store
+from counterweight.workers.transforms.families import wiring_of
+from counterweight.workers.transforms.rotation import rotate_block
+from counterweight.workers.transforms.smoothing import fold, migration_scales, producer_rows
 from tests.models import checkpoint
-from workers.architecture import Siblings
-from workers.checkpoint.reader import Checkpoint
-from workers.compensation.aser import outlier_channels, outlier_scales, without_channels
-from workers.recipe import ASER, CountRank, Rotation, Smoothing, WeightFormat
-from workers.skeleton import Skeleton
-from workers.storage import open_store
-from workers.transforms.families import wiring_of
-from workers.transforms.rotation import rotate_block
-from workers.transforms.smoothing import fold, migration_scales, producer_rows
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"]
 
@@ -124,9 +124,9 @@ def outlier_rows(width: int = 64) -> Tensor:
 
 
 def output_error(weight: Tensor, rows: Tensor, scales: Tensor, bits: int) -> float:
-    from kernels.reference import fake_quantize_activations
-    from workers.quantization import fit
-    from workers.recipe import AbsoluteMaximum
+    from counterweight.kernels.reference import fake_quantize_activations
+    from counterweight.workers.quantization import fit
+    from counterweight.workers.recipe import AbsoluteMaximum
 
     scaled = weight * scales.float()
     codes = fit(AbsoluteMaximum(), scaled, WeightFormat(bits=4), torch.float32, None).round(scaled).dequantize()

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.quantization.rtn import rtn
-from workers.recipe.weights import RTN, WeightFormat
-from workers.tuning.fake_quant import clipping_of, fake_quantize, straight_through
+from counterweight.workers.quantization.rtn import rtn
+from counterweight.workers.recipe.weights import RTN, WeightFormat
+from counterweight.workers.tuning.fake_quant import clipping_of, fake_quantize, straight_through
 
 FORMATS = [
     WeightFormat(bits=bits, group_size=group, symmetric=symmetric)

@@ -9,14 +9,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from kernels.formats import ActivationFormat
-from kernels.linear import CompensatedLinear
+from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.linear import CompensatedLinear
+from counterweight.workers.recipe.tuning import Tuning
+from counterweight.workers.recipe.weights import WeightFormat
+from counterweight.workers.skeleton import Block, Skeleton
+from counterweight.workers.tuning import LinearFormat, TuningResult, tune
+from counterweight.workers.tuning.fake_quant import clipping_of, fake_quantize
 from tests.models import CASES, build
-from workers.recipe.tuning import Tuning
-from workers.recipe.weights import WeightFormat
-from workers.skeleton import Block, Skeleton
-from workers.tuning import LinearFormat, TuningResult, tune
-from workers.tuning.fake_quant import clipping_of, fake_quantize
 
 CPU = torch.device("cpu")
 W2 = WeightFormat(bits=2)
