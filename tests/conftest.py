@@ -12,7 +12,7 @@ if not Path("/dev/nvidiactl").exists():
 
 
 def pytest_collection_finish() -> None:
-    """Tests compute in one thread, as workers do: tiny operations on many threads spend their time waiting for each
-    other, and bits may differ. Tests that never import torch do not pay for it."""
+    """Tests compute in one thread, as workers do, unless OMP_NUM_THREADS asks for more: tiny operations on many threads spend
+    their time waiting for each other. Tests that never import torch do not pay for it."""
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+        sys.modules["torch"].set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
