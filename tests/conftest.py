@@ -8,7 +8,7 @@ from pathlib import Path
 
 # Triton settles how it runs kernels when it is first imported, which transformers does too: so before any test module.
 if not Path("/dev/nvidiactl").exists():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_finish() -> None:
