@@ -168,7 +168,7 @@ def paired_columns(values: Tensor, bits: int) -> Tensor:
     Field f of the lower half of a word is column 2f, field f of the upper half column 2f + 1; for 4 bits the order is
     0, 2, 4, 6, 1, 3, 5, 7.
     """
-    words = values.unflatten(-1, (-1, _CODES_PER_WORD[bits] // 2, 2))
+    words: Tensor = values.unflatten(-1, (-1, _CODES_PER_WORD[bits] // 2, 2))
     return words.transpose(-1, -2).reshape(values.shape)
 
 

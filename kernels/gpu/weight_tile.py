@@ -209,10 +209,8 @@ def _sums(a, b, dtype: tl.constexpr, COMPUTE: tl.constexpr, ASM: tl.constexpr):
     """a + b, each two numbers of dtype in an int32: the sums of the low and of the high halves, of COMPUTE."""
     if ASM:
         # Two sums in one instruction. bfloat16 has no addition before sm_90, but a product with 1 and an addition.
-        if dtype == tl.bfloat16:
-            ADD: tl.constexpr = "{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }"
-        else:
-            ADD: tl.constexpr = "add.rn.f16x2 $0, $1, $2;"
+        ONE: tl.constexpr = "{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }"
+        ADD: tl.constexpr = ONE if dtype == tl.bfloat16 else "add.rn.f16x2 $0, $1, $2;"
         total = tl.inline_asm_elementwise(ADD, "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
         low, high = _halves(total, dtype)
         return low.to(COMPUTE), high.to(COMPUTE)
