@@ -5,13 +5,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types layers check clean
+.PHONY: demo test arithmetic arithmetic-short lint types layers check clean
 
 demo: $(INSTALLED)
 	@$(BIN)/counterweight run manifests/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	@echo "the whole suite: about 10 minutes on 2 cores that do nothing else" >&2
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
+
+# The tests that compare numbers, under the arithmetic of other processors and with other numbers of threads.
+arithmetic: $(INSTALLED)
+	$(BIN)/python -m tests.arithmetic
+
+arithmetic-short: $(INSTALLED)
+	$(BIN)/python -m tests.arithmetic --short
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

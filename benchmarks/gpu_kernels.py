@@ -341,7 +341,7 @@ def experts(found: Machine, shapes: dict[str, tuple[int, int]]) -> Iterator[Row]
         x = random_input(tokens, k)
         chosen = torch.stack([torch.randperm(count, device=DEVICE)[:top_k] for _ in range(tokens)])
         prepared = prepare(x, weight)
-        block = block_of(chosen.numel(), weight, permuted=prepared.permuted, dtype=DTYPE, device=DEVICE)
+        block = block_of(chosen.numel(), weight, dtype=DTYPE, device=DEVICE)
         taken = seconds([lambda p=prepared, c=chosen, b=block: expert_gemm(p, weight, align_tokens(c, count, b))])  # type: ignore[misc]
         used = len(chosen.unique())
         moved = stored(weight) * used / count + 2 * tokens * (k + top_k * n)

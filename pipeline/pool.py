@@ -27,7 +27,7 @@ EMBEDDED_STORE_BYTES = 128 << 20
 LOOPBACK = "127.0.0.2"
 """Address of the embedded node. Ray 2.60 replaces 127.0.0.1 by an address that other machines can reach."""
 
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 """How long a worker may take to import torch and answer for the first time, on a loaded machine."""
 
 CONNECT_SECONDS = 5.0

@@ -8,11 +8,11 @@ from pathlib import Path
 
 # Triton settles how it runs kernels when it is first imported, which transformers does too: so before any test module.
 if not Path("/dev/nvidiactl").exists():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_finish() -> None:
-    """Tests compute in one thread, as workers do: tiny operations on many threads spend their time waiting for each
-    other, and bits may differ. Tests that never import torch do not pay for it."""
+    """Tests compute in one thread, as workers do, unless OMP_NUM_THREADS asks for more: tiny operations on many threads spend
+    their time waiting for each other. Tests that never import torch do not pay for it."""
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+        sys.modules["torch"].set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

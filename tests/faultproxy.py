@@ -19,6 +19,8 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
+from tests.patience import PATIENCE
+
 
 class Fault(enum.Enum):
     """What happens to a request, or to the answer of the server behind."""
@@ -178,7 +180,7 @@ class FaultProxy:
         client.sendall(reply_head + reply_body)
 
     def _forward(self, head: bytes, body: bytes) -> tuple[bytes, bytes]:
-        with socket.create_connection(self._upstream, timeout=60) as server:
+        with socket.create_connection(self._upstream, timeout=PATIENCE) as server:
             server.sendall(_closing(head) + body)
             answer = bytearray()
             while piece := server.recv(1 << 20):

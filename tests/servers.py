@@ -29,6 +29,8 @@ from urllib.error import URLError
 import boto3
 import pytest
 
+from tests.patience import PATIENCE
+
 _SCRIPTS = Path(__file__).parent.parent / "infra" / "s3"
 _SWIFT_VERSION = "2.38.3"
 
@@ -87,12 +89,12 @@ def moto_server() -> Iterator[S3Server]:
             yield S3Server(endpoint=endpoint, access_key="moto", secret_key="moto", region="us-east-1")
         finally:
             process.terminate()
-            process.wait(10)
+            process.wait(PATIENCE)
 
 
 def _moto_endpoint(process: subprocess.Popen[bytes], log: int) -> str:
     """Reads the port that the kernel chose from what moto prints, and waits until it answers."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
         printed = os.pread(log, 1 << 16, 0).decode()
@@ -143,12 +145,12 @@ def _scripted(script: str, where: Sequence[str], how: Sequence[str] = ()) -> Ite
     try:
         yield _start(script, [*where, *how])
     finally:
-        subprocess.run([sys.executable, str(_SCRIPTS / script), "stop", *where], timeout=60, check=True)
+        subprocess.run([sys.executable, str(_SCRIPTS / script), "stop", *where], timeout=PATIENCE, check=True)
 
 
 def _start(script: str, arguments: Sequence[str]) -> S3Server:
     command = [sys.executable, str(_SCRIPTS / script), "start", *arguments]
-    started = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=180, check=True)
+    started = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=PATIENCE, check=True)
     answer: Mapping[str, str] = json.loads(started.stdout)
     return S3Server(**answer)
 
@@ -167,7 +169,7 @@ def _swift_python() -> Path:
                 [sys.executable, "-m", "venv", "--clear", str(home / "venv")],
                 [str(python), "-m", "pip", "install", "--quiet", f"swift=={_SWIFT_VERSION}"],
             ):
-                result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+                result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
                 if result.returncode != 0:
                     absent(f"Swift could not be installed: {result.stderr.strip()[-300:]}")
             done.touch()

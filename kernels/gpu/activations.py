@@ -1,4 +1,4 @@
-"""One pass over a layer's input: norm, smoothing, quantization, sums, and the low-rank branch's first half.
+"""One pass over a layer's input: norm, smoothing, quantization, sums of codes, and the low-rank branch's first half.
 
 A token's step needs its largest magnitude, and that its norm, so a program first sweeps whole tokens, twice at most, and then
 writes its share of columns; what it rereads is in its cache. Programs that share tokens repeat the sweeps: cheaper than
@@ -24,7 +24,7 @@ from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.gpu import launch
 from counterweight.kernels.gpu.hadamard import transform
 from counterweight.kernels.gpu.integer_gemm import IntegerWeight
-from counterweight.kernels.gpu.layout import DECODE_TOKENS, PackedWeight, PreparedInput, permuted_run
+from counterweight.kernels.gpu.layout import PackedWeight, PreparedInput
 from counterweight.kernels.gpu.partials import summed_over
 from counterweight.kernels.hadamard import Hadamard
 
@@ -48,18 +48,6 @@ class _Plan:
     slice: int
     rank_programs: int
     warps: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Form:
-    """How values [tokens, columns] are written: in runs of `run` columns reordered, with sums over `block` columns (0: none),
-    as int8 codes (integer) or in x's dtype."""
-
-    columns: int
-    block: int = 0
-    run: int = 2
-    integer: bool = False
-    permuted: bool = False
 
 
 def unsupported(activations: ActivationFormat | None) -> str | None:
@@ -91,9 +79,8 @@ def prepare(
     [rank] float32 of both factors; and it is quantized, with the very codes of `quantize_activations`. norm and smooth have
     x's dtype. A token that is not finite gets NaN for a step, and so for a result.
 
-    For a `PackedWeight`, values have x's dtype; for up to `DECODE_TOKENS` they are permuted and come with sums. For an
-    `IntegerWeight` they are int8, with sums if it has zero points. Raises ValueError for what is `unsupported` and for
-    shapes, dtypes and layouts other than these.
+    For a `PackedWeight`, values have x's dtype; for an `IntegerWeight` they are int8, with sums if it has zero points. Raises
+    ValueError for what is `unsupported` and for shapes, dtypes and layouts other than these.
     """
     if reason := unsupported(activations):
         raise ValueError(reason)
@@ -103,46 +90,40 @@ def prepare(
     _check(x, weight.in_features, down, step, norm, smooth)
     if hadamard is not None:
         if norm is not None or smooth is not None:
-            x = _launch(x, _Form(columns=x.shape[1]), norm=norm, smooth=smooth).values
+            x = _launch(x, norm=norm, smooth=smooth).values
         x, norm, smooth = transform(x, hadamard), None, None
-    form = _form(weight, *x.shape)
-    return _launch(x, form, activations=activations, down=down, step=step, norm=norm, smooth=smooth)
-
-
-def _form(weight: PackedWeight | IntegerWeight, tokens: int, in_features: int) -> _Form:
-    """How the kernel of this kind of weight reads its input."""
-    if isinstance(weight, IntegerWeight):
-        return _Form(columns=in_features, block=0 if weight.zero_point is None else weight.block, integer=True)
-    if tokens <= DECODE_TOKENS:
-        return _Form(columns=weight.columns, block=weight.block, run=permuted_run(weight.bits), permuted=True)
-    return _Form(columns=in_features)
+    summed = weight.block if isinstance(weight, IntegerWeight) and weight.zero_point is not None else 0
+    return _launch(
+        x, integer=integer, summed=summed, activations=activations, down=down, step=step, norm=norm, smooth=smooth
+    )
 
 
 def _launch(
     x: Tensor,
-    form: _Form,
     *,
+    integer: bool = False,
+    summed: int = 0,
     activations: ActivationFormat | None = None,
     down: Tensor | None = None,
     step: Tensor | None = None,
     norm: tuple[Tensor, float] | None = None,
     smooth: Tensor | None = None,
 ) -> PreparedInput:
-    columns, block = form.columns, form.block
+    """integer: write int8 codes, not x's dtype. summed: columns over which codes are summed, 0 for no sums."""
     tokens, in_features = x.shape
     rank = 0 if down is None else int(down.shape[0])
-    plan = _plan(tokens, columns, rank)
-    slices = triton.cdiv(columns, plan.slice)
+    plan = _plan(max(tokens, 1), in_features, rank)
+    slices = triton.cdiv(in_features, plan.slice)
     # Where nothing happens to x it is not copied either.
-    emitted = form.permuted or form.integer or activations is not None or norm is not None or smooth is not None
+    emitted = activations is not None or norm is not None or smooth is not None
     empty = partial(torch.empty, device=x.device)
-    values = empty(tokens, columns, dtype=torch.int8 if form.integer else x.dtype) if emitted else x
+    values = empty(tokens, in_features, dtype=torch.int8 if integer else x.dtype) if emitted else x
     codes_step = None if activations is None else empty(tokens, dtype=torch.float32)
-    sums = empty(tokens, triton.cdiv(columns, block), dtype=torch.float32) if block else None
+    sums = empty(tokens, triton.cdiv(in_features, summed), dtype=torch.float32) if summed else None
     projected = empty(tokens, rank, dtype=torch.float32) if rank else None
     partial_sums = nullcontext() if projected is None else summed_over(slices, projected)
     with launch.current(x.device), partial_sums as partials:
-        if emitted or rank:
+        if tokens and (emitted or rank):
             _prepare[(triton.cdiv(tokens, plan.block_m), slices, plan.rank_programs)](
                 x,
                 None if norm is None else norm[0],
@@ -155,7 +136,6 @@ def _launch(
                 partials,
                 tokens,
                 in_features,
-                columns,
                 rank,
                 plan.slice,
                 0.0 if norm is None else norm[1],
@@ -166,8 +146,7 @@ def _launch(
                 CLIPPED=activations is not None and activations.clip != 1.0,
                 SMALLEST_STEP=torch.finfo(x.dtype).eps,
                 EMIT=emitted,
-                RUN=form.run,
-                SUMMED=block,
+                SUMMED=summed,
                 BRANCH=rank > 0,
                 STEPPED=step is not None,
                 BLOCK_M=plan.block_m,
@@ -180,7 +159,7 @@ def _launch(
                 num_stages=_STAGES,
                 maxnreg=_REGISTERS if plan.block_m > 1 else None,
             )
-    return PreparedInput(values=values, permuted=form.permuted, step=codes_step, sums=sums, projected=projected)
+    return PreparedInput(values=values, step=codes_step, sums=sums, projected=projected)
 
 
 def _plan(tokens: int, columns: int, rank: int) -> _Plan:
@@ -264,10 +243,8 @@ def _codes(part, scale, x, BITS: tl.constexpr):
 
 
 @triton.jit
-def _write(
-    part, values, sums, rows, valid, first, columns, RUN: tl.constexpr, SUMMED: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Stores a tile [tokens, BLOCK_K] that begins at column `first`, in the order of runs, and its sums."""
+def _write(part, values, sums, rows, valid, first, columns, SUMMED: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Stores a tile [tokens, BLOCK_K] that begins at column `first`, and its sums."""
     BLOCK_M: tl.constexpr = part.shape[0]
     if SUMMED:
         COUNT: tl.constexpr = BLOCK_K // SUMMED
@@ -275,9 +252,6 @@ def _write(
         total = tl.sum(tl.reshape(part, (BLOCK_M, COUNT, SUMMED)), 2)
         mask = valid[:, None] & (block < blocks)[None, :]
         tl.store(sums + rows[:, None] * blocks + block[None, :], total, mask=mask)
-    if RUN > 2:
-        runs = tl.reshape(part, (BLOCK_M, BLOCK_K // RUN, 2, RUN // 2))
-        part = tl.reshape(tl.permute(runs, (0, 1, 3, 2)), (BLOCK_M, BLOCK_K))
     column = first + tl.arange(0, BLOCK_K)
     to = values + rows[:, None] * columns + column[None, :]
     tl.store(to, part.to(values.dtype.element_ty), mask=valid[:, None] & (column < columns)[None, :])
@@ -296,7 +270,6 @@ def _prepare(
     projected,
     tokens,
     in_features,
-    columns,
     rank,
     slice,
     epsilon,
@@ -307,7 +280,6 @@ def _prepare(
     CLIPPED: tl.constexpr,
     SMALLEST_STEP: tl.constexpr,
     EMIT: tl.constexpr,
-    RUN: tl.constexpr,
     SUMMED: tl.constexpr,
     BRANCH: tl.constexpr,
     STEPPED: tl.constexpr,
@@ -323,7 +295,7 @@ def _prepare(
     rows = tl.minimum(token, tokens - 1).to(tl.int64)
     valid = token < tokens
     begin = tl.program_id(1) * slice
-    end = tl.minimum(begin + slice, columns)
+    end = tl.minimum(begin + slice, in_features)
 
     inverse = tl.full((BLOCK_M,), 1.0, tl.float32)
     if NORM:
@@ -356,7 +328,7 @@ def _prepare(
                 part = _inputs(x, norm, smooth, rows, column, in_features, inverse, NORM, SMOOTH)
                 if BITS:
                     part = _codes(part, scale, x, BITS)
-                _write(part, values, sums, rows, valid, first, columns, RUN, SUMMED, BLOCK_K)
+                _write(part, values, sums, rows, valid, first, in_features, SUMMED, BLOCK_K)
 
     if BRANCH:
         for first_rank in range(tl.program_id(2) * BLOCK_R, rank, tl.num_programs(2) * BLOCK_R):

@@ -48,13 +48,15 @@ class Routing:
     block: int
 
 
-def block_of(slots: int, weight: PackedWeight, *, permuted: bool, dtype: torch.dtype, device: torch.device) -> int:
-    """The block for `align_tokens` that suits `slots` slots of prepared inputs with this `permuted` and dtype.
+def block_of(
+    slots: int, weight: PackedWeight, *, dtype: torch.dtype, device: torch.device, decoding: bool | None = None
+) -> int:
+    """The block for `align_tokens` that suits `slots` slots of inputs of this dtype, shared evenly by the experts.
 
-    It is the same for all weights of a layer's experts that have the same number of experts.
+    It is the same for all weights of a layer's experts that have the same number of experts. decoding: see `weight_gemm`.
     """
     share = -(-slots // (weight.experts or 1))
-    return tiling_of(share, weight, permuted=permuted, dtype=dtype, device=device).bm
+    return tiling_of(share, weight, dtype=dtype, device=device, decoding=decoding).bm
 
 
 def projection_tiling(block: int) -> Tiling:
@@ -117,9 +119,11 @@ def expert_gemm(
         raise ValueError(f"values: {x.tokens} rows: expected one for each of {tokens} tokens or {slots} slots")
     if gates is not None and (gates.shape != routing.expert_of.shape or not gates.is_contiguous()):
         raise ValueError(f"gates: {list(gates.shape)}: expected {[tokens, top_k]}, contiguous")
-    tiling = tiling_of(routing.block, weight, permuted=x.permuted, dtype=x.dtype, device=device)
-    if tiling.bm != routing.block:
-        raise ValueError(f"routing: block {routing.block}: expected {tiling.bm}, see block_of")
+    # A block of slots tells the tile: no decoding tile has as many rows as one of prefill.
+    tilings = [tiling_of(routing.block, weight, dtype=x.dtype, device=device, decoding=one) for one in (True, False)]
+    tiling = next((one for one in tilings if one.bm == routing.block), None)
+    if tiling is None:
+        raise ValueError(f"routing: block {routing.block}: expected one of {[one.bm for one in tilings]}, see block_of")
     out = torch.empty(tokens, top_k, weight.out_features, dtype=out_dtype or x.dtype, device=device)
     if slots == 0:
         return out

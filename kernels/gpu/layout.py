@@ -1,14 +1,9 @@
 """What kernels are given: weights and inputs arranged for the GPU. Made once at load, or once per call; never stored.
 
-A weight kernel does not subtract zero points from codes. It forms MAGIC + u, with u = code + 2**(bits-1) >= 0, by putting
-u's bits in the mantissa of a float (bfloat16 128 + u, float16 1024 + u), two codes of one word at a time, and corrects the
-dot product by the sums of the inputs:
-
-    y[m, n] = sum_g scale[n, g] * (sum_{k in g} (MAGIC + u[n, k]) x[m, k]  -  (MAGIC + offset[n, g]) * sums[m, g])
-
-The two codes that come out of a word together are not neighbours but lie half a word apart. Instead of putting weights in
-order, which would cost instructions for every weight and token, inputs are written in the weights' order: see
-`permute_columns`.
+A weight kernel makes floats of integer codes in registers, two at a time. It puts the bits of u = code + 2**(bits-1) >= 0
+into the mantissas of a pair of 16-bit floats, which then hold MAGIC + u (bfloat16: 128 + u, float16: 1024 + u), and subtracts
+MAGIC + offset from both, which leaves the exact integers code - zero point. The two codes that come out of a 32-bit word
+together lie half a word apart; words are packed such that these two are neighbours in the weight (see `paired_columns`).
 """
 
 from __future__ import annotations
@@ -27,19 +22,19 @@ __all__ = [
     "DECODE_TOKENS",
     "PackedWeight",
     "PreparedInput",
-    "permute_columns",
-    "permuted_run",
+    "paired_columns",
     "prepare_weight",
     "stack_weights",
     "unsupported",
 ]
 
 DECODE_TOKENS = 32
-"""Tokens up to which inputs are best prepared for the kernels of decoding (permuted, with sums); beyond, left in order."""
+"""Tokens up to which the decoding kernel multiplies; beyond, that of prefill."""
 
 _TILE = 128  # rows and columns of a stored weight are whole tiles of it: kernels need no masks on weights
 _GROUP_SIZES = (32, 64, 128)
-_RUNS = {2: 16, 3: 16, 4: 8, 8: 2}
+_BITS = (2, 3, 4, 8)
+_CODES_PER_WORD = {2: 16, 3: 16, 4: 8}
 _SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -48,12 +43,12 @@ class PackedWeight:
     """A quantized weight [out, in] as the kernels read it: padded to [rows, columns], multiples of 128, with codes u = 0 under
     a scale of 0.
 
-    planes: the codes u, offset to be unsigned. 2 and 4 bits: one, int32 [rows, columns * bits / 32], as in the checkpoint;
-    3 bits: two, the lower two bits of every code as a 2-bit plane, then the top bits, int16 [rows, columns / 16], bit i
-    of word j for column 16j + i; 8 bits: one, int8 [rows, columns], signed codes as they are.
+    planes: the codes u, in the order of `paired_columns` within each word. 2 and 4 bits: one plane, int32
+    [rows, columns * bits / 32]; 3 bits: two, the lower two bits of every code as a 2-bit plane, then the top bits, int16
+    [rows, columns / 16], bit i of a word for the i-th code of its 16; 8 bits: one, uint8 [rows, columns], in natural order.
     scale: [groups, rows], the checkpoint's dtype; transposed, so that a tile's scales are one piece of memory. offset:
-    [groups, rows] float32, 2**(bits-1) + zero point, or None on a symmetric grid (then it is 2**(bits-1)); for 8 bits the zero
-    point alone (then it is 0). group_size: columns that share a scale; `columns` per channel.
+    [groups, rows] uint8, 2**(bits-1) + zero point, or None on a symmetric grid, where it is 2**(bits-1). group_size: columns
+    that share a scale; `columns` per channel.
     Weights of several experts have one more dimension, the experts', before all others.
     """
 
@@ -81,7 +76,7 @@ class PackedWeight:
 
     @property
     def block(self) -> int:
-        """Columns that a kernel multiplies at a time, and over which inputs are summed: a group, at most 128."""
+        """Columns that a kernel multiplies at a time: a group, at most 128."""
         return min(self.group_size, _TILE)
 
     @property
@@ -94,16 +89,13 @@ class PackedWeight:
 class PreparedInput:
     """A layer's input x [tokens, in] after one pass over it.
 
-    values: x itself, or its integer codes, in x's dtype (codes are exact there) for the weight kernel, or codes as int8 for
-    the integer kernel. permuted: whether columns are in the order of the weight's words (`permute_columns`) and padded with
-    zeros: [tokens, weight.columns], for decoding; else [tokens, in] in natural order. step: [tokens] float32, what a code
-    stands for, or None when x is not quantized. sums: [tokens, weight.columns / weight.block] float32 of `values` over each
-    block of the weight; needed with `permuted`. projected: [tokens, rank] float32, down @ x of the unquantized x, times the
-    factors' steps; None without a branch.
+    values: x itself, or its integer codes, [tokens, in]: in x's dtype (codes are exact there) for the weight kernel, int8 for
+    the integer kernel. step: [tokens] float32, what a code stands for, or None when x is not quantized. sums: [tokens, blocks]
+    float32 of `values` over each block of the weight, for the integer kernel on a weight with zero points; otherwise None.
+    projected: [tokens, rank] float32, down @ x of the unquantized x, times the factors' steps; None without a branch.
     """
 
     values: Tensor
-    permuted: bool
     step: Tensor | None
     sums: Tensor | None
     projected: Tensor | None
@@ -119,8 +111,8 @@ class PreparedInput:
 
 def unsupported(weight: QuantizedWeight) -> str | None:
     """Why `prepare_weight` refuses this weight, or None when it does not."""
-    if weight.bits not in _RUNS:
-        return f"bits: {weight.bits}: expected one of {sorted(_RUNS)}"
+    if weight.bits not in _BITS:
+        return f"bits: {weight.bits}: expected one of {list(_BITS)}"
     if weight.group_size is not None and weight.group_size not in _GROUP_SIZES:
         return f"group_size: {weight.group_size}: expected one of {list(_GROUP_SIZES)}, or None"
     if weight.scale.dtype not in _SCALE_DTYPES:
@@ -137,14 +129,12 @@ def prepare_weight(weight: QuantizedWeight) -> PackedWeight:
     rows, columns = (_whole_tiles(size) for size in (out_features, in_features))
     group_size = columns if weight.group_size is None else weight.group_size
     half = 1 << (weight.bits - 1)
-    # Padding with the lowest code makes u = 0; signed 8-bit codes are their own u.
-    codes = _pad(weight.codes, rows, columns, value=0 if weight.bits == 8 else -half)
+    unsigned = _pad(weight.codes.short() + half, rows, columns).to(torch.uint8)
     offset = None
     if weight.zero_point is not None:
-        first = 0 if weight.bits == 8 else half
-        offset = _pad(weight.zero_point.float() + first, rows, columns // group_size).T.contiguous()
+        offset = _pad(weight.zero_point.short() + half, rows, columns // group_size).to(torch.uint8).T.contiguous()
     return PackedWeight(
-        planes=_planes(codes, weight.bits),
+        planes=_planes(unsigned, weight.bits),
         scale=_pad(weight.scale, rows, columns // group_size).T.contiguous(),
         offset=offset,
         bits=weight.bits,
@@ -172,34 +162,35 @@ def stack_weights(weights: Sequence[PackedWeight]) -> PackedWeight:
     )
 
 
-def permuted_run(bits: int) -> int:
-    """Length R of the runs of columns that `permute_columns` reorders: place p of a run holds column p // 2 + p % 2 * R / 2."""
-    return _RUNS[bits]
+def paired_columns(values: Tensor, bits: int) -> Tensor:
+    """values [..., columns] in the order in which a word's fields hold them, lowest first; columns is a multiple of a word's.
 
-
-def permute_columns(x: Tensor, bits: int) -> Tensor:
-    """x [..., columns] in the order of a weight's words; columns is a multiple of `permuted_run(bits)`.
-
-    Within each run, the columns of its first half alternate with those of its second: 0, 4, 1, 5, 2, 6, 3, 7 for 4 bits.
+    Field f of the lower half of a word is column 2f, field f of the upper half column 2f + 1; for 4 bits the order is
+    0, 2, 4, 6, 1, 3, 5, 7.
     """
-    run = _RUNS[bits]
-    runs = x.reshape(*x.shape[:-1], x.shape[-1] // run, 2, run // 2)
-    return runs.transpose(-1, -2).reshape(x.shape)
+    words: Tensor = values.unflatten(-1, (-1, _CODES_PER_WORD[bits] // 2, 2))
+    return words.transpose(-1, -2).reshape(values.shape)
 
 
-def _planes(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
+def _planes(unsigned: Tensor, bits: int) -> tuple[Tensor, ...]:
+    """unsigned: u [rows, columns] uint8."""
     if bits == 8:
-        return (codes.contiguous(),)
+        return (unsigned.contiguous(),)
+    codes = paired_columns(unsigned, bits)
     if bits != 3:
-        return (pack(codes, bits),)
-    unsigned = codes + 4
-    top = (unsigned >> 2).to(torch.int32).unflatten(1, (-1, 16)) << torch.arange(16, device=codes.device)
-    return pack((unsigned & 3) - 2, 2), top.sum(2).to(torch.int16)
+        return (_packed(codes, bits),)
+    top = (codes >> 2).to(torch.int32).unflatten(1, (-1, 16)) << torch.arange(16, device=codes.device)
+    return _packed(codes & 3, 2), top.sum(2).to(torch.int16)
 
 
-def _pad(tensor: Tensor, rows: int, columns: int, value: int = 0) -> Tensor:
+def _packed(unsigned: Tensor, bits: int) -> Tensor:
+    """int32 words of fields of `bits` bits; `pack` takes signed codes."""
+    return pack(unsigned.to(torch.int8) - (1 << (bits - 1)), bits)
+
+
+def _pad(tensor: Tensor, rows: int, columns: int) -> Tensor:
     padding = (0, columns - tensor.shape[1], 0, rows - tensor.shape[0])
-    return functional.pad(tensor, padding, value=value) if any(padding) else tensor
+    return functional.pad(tensor, padding) if any(padding) else tensor
 
 
 def _whole_tiles(size: int) -> int:

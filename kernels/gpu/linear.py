@@ -51,11 +51,11 @@ class KernelLinear(nn.Module):
         self._static: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features).contiguous()
         if self.transform is not None:
-            rows = transform(rows.contiguous(), self.transform)
+            rows = transform(rows, self.transform)
         corrected = self.residual is not None and (not self.decode_only or x.shape[-2] == 1)
-        y = self._product(rows.contiguous(), torch.float32 if corrected else x.dtype)
+        y = self._product(rows, torch.float32 if corrected else x.dtype)
         if corrected and self.residual is not None:
             y = add_rows_(y, rows, self.residual.store, self._channels(rows, self.residual)).to(x.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)

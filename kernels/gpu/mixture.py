@@ -14,7 +14,7 @@ from counterweight.kernels.gpu import linear as single
 from counterweight.kernels.gpu.activations import prepare
 from counterweight.kernels.gpu.experts import Routing, align_tokens, block_of, expert_gemm, project_experts
 from counterweight.kernels.gpu.hadamard import transform
-from counterweight.kernels.gpu.layout import DECODE_TOKENS, PackedWeight
+from counterweight.kernels.gpu.layout import PackedWeight
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.linear import CompensatedLinear
 
@@ -66,19 +66,12 @@ class KernelExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         x = hidden_states.contiguous()
-        routing = align_tokens(top_k_index, self.experts, self._block(x.shape[0], top_k_index, x))
+        block = block_of(top_k_index.numel(), self._gate.weight, dtype=x.dtype, device=x.device)
+        routing = align_tokens(top_k_index, self.experts, block)
         gated = self.activation(self._gate(x, routing)) * self._up(x, routing)
         inner = gated.flatten(0, 1).contiguous()  # [slots, intermediate]
-        block = self._block(inner.shape[0], top_k_index, x)
-        if block != routing.block:
-            routing = align_tokens(top_k_index, self.experts, block)
         y = self._down(inner, routing, gates=top_k_weights.contiguous(), out_dtype=torch.float32)
         return y.sum(1).to(x.dtype)
-
-    def _block(self, rows: int, expert_of: Tensor, x: Tensor) -> int:
-        """The block of slots that suits an input of so many rows."""
-        permuted = rows <= DECODE_TOKENS
-        return block_of(expert_of.numel(), self._gate.weight, permuted=permuted, dtype=x.dtype, device=x.device)
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, bits={self._gate.weight.bits}, kernels=triton"

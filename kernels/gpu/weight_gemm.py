@@ -1,8 +1,7 @@
 """y = x W^T with an integer weight, low-rank term and bias in the same kernel: for a few tokens at a time, or for many.
 
-Few tokens (decoding) are bound by instructions for every weight as much as by memory. There the dot is of codes as they come
-out of their words, and scales multiply its result; the input has to be prepared for that (`PreparedInput.permuted`). With
-many tokens (prefill) a dequantized weight serves them all, and the input is used as it is.
+Few tokens (decoding) are bound by instructions for every weight as much as by memory. There the dot is of the codes less their
+zero points, exact integers, and scales multiply its result. With many tokens (prefill) a dequantized weight serves them all.
 """
 
 # Bodies of jit functions hold values of the triton language; they carry no annotations but constexpr.
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from counterweight.kernels.gpu import launch
-from counterweight.kernels.gpu.layout import PackedWeight, PreparedInput
+from counterweight.kernels.gpu.layout import DECODE_TOKENS, PackedWeight, PreparedInput
 from counterweight.kernels.gpu.partials import summed_over
 from counterweight.kernels.gpu.weight_tile import decode_tile, dense_tile, finish_tile
 
@@ -31,8 +30,9 @@ _LEAST_BLOCKS = 4  # blocks a split has at least: as many as its loads are ahead
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
     """Tokens (bm), output features (bn), columns (bk) and directions of the low-rank term (br) of a tile, and how one program
-    computes it."""
+    computes it. decoding: by the kernel for a few tokens, whose columns are the weight's blocks."""
 
+    decoding: bool = False
     bm: int
     bn: int = 128
     bk: int = 64
@@ -50,8 +50,8 @@ def decode_tiling(tokens: int, bits: int, dtype: torch.dtype, major: int) -> Til
     """
     bm = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
     if dtype == torch.float32:
-        return Tiling(bm=min(bm, 16), bn=64, warps=8, stages=2)
-    return Tiling(bm=bm, warps=8 if bm == 32 and (bits == 3 or major >= 10) else 4, stages=4)
+        return Tiling(decoding=True, bm=min(bm, 16), bn=64, warps=8, stages=2)
+    return Tiling(decoding=True, bm=bm, warps=8 if bm == 32 and (bits == 3 or major >= 10) else 4, stages=4)
 
 
 def dense_tiling(tokens: int, dtype: torch.dtype, block: int, major: int) -> Tiling:
@@ -89,17 +89,16 @@ def weight_gemm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     splits: int | None = None,
+    decoding: bool | None = None,
 ) -> Tensor:
     """step * (values W^T) + projected up^T + bias, [tokens, out] in `out_dtype` (by default x's); see `reference.linear`.
 
-    The kernel follows from x: permuted, that of decoding, made for at most `DECODE_TOKENS` tokens; in natural order, that of
-    prefill. up: [out, rank] of any float dtype, or int8 codes whose steps are in x.projected; needed exactly when x.projected
-    is there. bias: [out]. splits: parts in which columns are summed, None for as many as fill a GPU.
+    up: [out, rank] of any float dtype, or int8 codes whose steps are in x.projected; needed exactly when x.projected is there.
+    bias: [out]. splits: parts in which columns are summed, None for as many as fill a GPU. decoding: which of the two kernels
+    multiplies, None for the one that suits the number of tokens.
 
     Sums are float32, in an order that depends on shapes alone. With integer codes as values, the decoding kernel's are exact as
-    long as they stay below 2**24 in every group: for 4-bit weights always with bfloat16, and with float16 but for blocks
-    whose codes are nearly all extreme and of one sign. Raises ValueError for shapes, dtypes or devices that do not go
-    together.
+    long as they stay below 2**24 in every group. Raises ValueError for shapes, dtypes or devices that do not go together.
     """
     check(x, weight, up, bias, x.tokens)
     if weight.experts is not None:
@@ -108,7 +107,7 @@ def weight_gemm(
     out = torch.empty(tokens, weight.out_features, dtype=out_dtype or x.dtype, device=device)
     if tokens == 0:
         return out
-    tiling = tiling_of(tokens, weight, permuted=x.permuted, dtype=x.dtype, device=device)
+    tiling = tiling_of(tokens, weight, dtype=x.dtype, device=device, decoding=decoding)
     multiply_into(out, x, weight, up, bias, tiling, row_blocks=-(-tokens // tiling.bm), splits=splits)
     return out
 
@@ -135,7 +134,6 @@ def multiply_into(
     with launch.current(out.device), summed_over(splits, out) as target:
         weight_kernel[feature_blocks, splits, row_blocks](
             values=x.values,
-            sums=x.sums,
             step=x.step,
             low=weight.planes[0],
             high=weight.planes[1] if len(weight.planes) > 1 else None,
@@ -160,7 +158,7 @@ def multiply_into(
             BLOCK=weight.block,
             SPLITS=splits,
             SHARING=count // x.tokens,
-            PERMUTED=x.permuted,
+            DECODING=tiling.decoding,
             WHOLE=weight.in_features == weight.columns,
             BM=tiling.bm,
             BN=tiling.bn,
@@ -177,12 +175,7 @@ def check(x: PreparedInput, weight: PackedWeight, up: Tensor | None, bias: Tenso
     device = x.values.device
     if not launch.runs_on(device):
         raise ValueError(f"values: on {device}: expected a device that kernels run on in this process")
-    columns = weight.columns if x.permuted else weight.in_features
-    _expect("values", x.values, (x.tokens, columns), device)
-    if x.permuted:
-        if x.sums is None:
-            raise ValueError("sums: None: expected the sums of permuted values")
-        _expect("sums", x.sums, (x.tokens, weight.columns // weight.block), device)
+    _expect("values", x.values, (x.tokens, weight.in_features), device)
     if (up is None) != (x.projected is None):
         raise ValueError("up, projected: one is None: expected both of a low-rank term, or none")
     experts = () if weight.experts is None else (weight.experts,)
@@ -196,12 +189,14 @@ def check(x: PreparedInput, weight: PackedWeight, up: Tensor | None, bias: Tenso
     _expect("scale", weight.scale, tuple(weight.scale.shape), device)
 
 
-def tiling_of(tokens: int, weight: PackedWeight, *, permuted: bool, dtype: torch.dtype, device: torch.device) -> Tiling:
-    """The tile for `tokens` rows of an input with this `permuted` and dtype; under the interpreter, Hopper's."""
+def tiling_of(
+    rows: int, weight: PackedWeight, *, dtype: torch.dtype, device: torch.device, decoding: bool | None = None
+) -> Tiling:
+    """The tile for so many rows that one weight multiplies; under the interpreter, Hopper's. decoding: see `weight_gemm`."""
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    if permuted:
-        return decode_tiling(tokens, weight.bits, dtype, major)
-    return dense_tiling(tokens, dtype, weight.block, major)
+    if rows <= DECODE_TOKENS if decoding is None else decoding:
+        return decode_tiling(rows, weight.bits, dtype, major)
+    return dense_tiling(rows, dtype, weight.block, major)
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -213,7 +208,6 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.dev
 @triton.jit
 def weight_kernel(
     values,
-    sums,
     step,
     low,
     high,
@@ -238,7 +232,7 @@ def weight_kernel(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     SHARING: tl.constexpr,
-    PERMUTED: tl.constexpr,
+    DECODING: tl.constexpr,
     WHOLE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -279,10 +273,9 @@ def weight_kernel(
     share = tl.cdiv(blocks, SPLITS)
     first = split * share
     last = tl.minimum(first + share, blocks)
-    if PERMUTED:
+    if DECODING:
         acc = decode_tile(
             values,
-            sums,
             low,
             high,
             scale,
@@ -291,6 +284,7 @@ def weight_kernel(
             first_row,
             rows,
             blocks,
+            in_features,
             first,
             last,
             BITS,
@@ -298,6 +292,7 @@ def weight_kernel(
             BLOCK,
             BM,
             BN,
+            WHOLE,
             COMPUTE,
             PRECISION,
             ASM,
@@ -325,6 +320,7 @@ def weight_kernel(
             WHOLE,
             COMPUTE,
             PRECISION,
+            ASM,
         )
     finish_tile(
         acc,

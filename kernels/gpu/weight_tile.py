@@ -19,7 +19,6 @@ import triton.language as tl
 @triton.jit
 def decode_tile(
     values,
-    sums,
     low,
     high,
     scale,
@@ -28,6 +27,7 @@ def decode_tile(
     first_row,
     rows,
     blocks,
+    in_features,
     first_block,
     last_block,
     BITS: tl.constexpr,
@@ -35,118 +35,48 @@ def decode_tile(
     BLOCK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    WHOLE: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Weight rows first_row.. times permuted `values`, over blocks first_block .. last_block - 1 of BLOCK columns.
+    """Weight rows first_row.. times `values`, over blocks first_block .. last_block - 1 of BLOCK columns.
 
-    The dot is of MAGIC + u; what MAGIC and offset add to it is subtracted after each block, where numbers are small enough for
-    sums of integer codes to stay exact, and scales multiply last. Scales, offsets and sums are read a block ahead by hand:
-    the compiler overlaps only the dot's own operands, and waits for all others on the spot.
+    The dot is of codes less their zero points, small integers that are exact in every type; scales multiply its result, so sums
+    of integer codes of x stay exact. Scales and offsets are read a block ahead by hand: the compiler overlaps only the dot's
+    own operands, and waits for all others on the spot. WHOLE: in_features is blocks * BLOCK.
     """
     dtype: tl.constexpr = values.dtype.element_ty
-    # bfloat16's mantissa does not hold an 8-bit code, nor is there a pair to unpack: such codes are converted.
-    MAGIC: tl.constexpr = 0 if BITS == 8 else 1024 if dtype == tl.float16 else 128 if dtype == tl.bfloat16 else 0
-    HALF: tl.constexpr = 0 if BITS == 8 else 1 << (BITS - 1)
-    CORRECTED: tl.constexpr = (offset is not None) or MAGIC + HALF != 0
     w_rows = first_row + tl.arange(0, BN)
     ks = tl.arange(0, BLOCK)
-    x_at = values + x_rows[None, :] * (blocks * BLOCK) + ks[:, None]
-    s_at = sums + x_rows * blocks
+    x_at = values + x_rows[None, :] * in_features + ks[:, None]
     step = rows if GROUPED else 0
     scale += first_block * step + w_rows
     factor = tl.load(scale).to(tl.float32)
+    zero = None
     if offset is not None:
         offset += first_block * step + w_rows
-        shift = MAGIC + tl.load(offset)
-    if CORRECTED:
-        total = tl.load(s_at + first_block)
+        zero = tl.load(offset)
     acc = tl.zeros((BN, BM), tl.float32)
     for block in tl.range(first_block, last_block):
-        following = tl.minimum(block + 1, last_block - 1)
-        if CORRECTED:
-            next_total = tl.load(s_at + following)
         if GROUPED:
-            next_factor = tl.load(scale + (following - first_block) * rows).to(tl.float32)
+            following = (tl.minimum(block + 1, last_block - 1) - first_block) * rows
+            next_factor = tl.load(scale + following).to(tl.float32)
             if offset is not None:
-                next_shift = MAGIC + tl.load(offset + (following - first_block) * rows)
-        codes = _mantissas(low, high, w_rows, blocks, block, BITS, BLOCK, BN, dtype, ASM).to(COMPUTE)
-        x = tl.load(x_at + block * BLOCK).to(COMPUTE)
+                next_zero = tl.load(offset + following)
+        codes = _centred(low, high, zero, w_rows, blocks * BLOCK, block, BITS, BN, BLOCK, dtype, COMPUTE, ASM)
+        k = block * BLOCK
+        x = tl.load(x_at + k) if WHOLE else tl.load(x_at + k, mask=(k + ks < in_features)[:, None], other=0.0)
         if GROUPED:
-            part = tl.dot(codes, x, input_precision=PRECISION)
-            if offset is not None:
-                part -= shift[:, None] * total[None, :]
-                shift = next_shift
-            elif CORRECTED:
-                part -= (MAGIC + HALF) * total[None, :]
-            acc += part * factor[:, None]
+            acc += tl.dot(codes, x.to(COMPUTE), input_precision=PRECISION) * factor[:, None]
             factor = next_factor
-        else:
-            acc = tl.dot(codes, x, acc, input_precision=PRECISION)
             if offset is not None:
-                acc -= shift[:, None] * total[None, :]
-            elif CORRECTED:
-                acc -= (MAGIC + HALF) * total[None, :]
-        if CORRECTED:
-            total = next_total
+                zero = next_zero
+        else:
+            acc = tl.dot(codes, x.to(COMPUTE), acc, input_precision=PRECISION)
     if not GROUPED:
         acc *= factor[:, None]
     return acc
-
-
-@triton.jit
-def _mantissas(
-    low,
-    high,
-    w_rows,
-    blocks,
-    block,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BN: tl.constexpr,
-    dtype: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """Codes of one block [BN, BLOCK] as MAGIC + u of dtype (u for float32), columns in the order of `permute_columns`; 8 bits:
-    int8 codes."""
-    if BITS == 8:
-        return tl.load(
-            low + w_rows.to(tl.int64)[:, None] * (blocks * BLOCK) + (block * BLOCK + tl.arange(0, BLOCK))[None, :]
-        )
-    else:
-        WIDTH: tl.constexpr = 4 if BITS == 4 else 2
-        PAIRS: tl.constexpr = 16 // WIDTH
-        WORDS: tl.constexpr = BLOCK // (2 * PAIRS)
-        word = w_rows.to(tl.int64)[:, None] * (blocks * WORDS) + (block * WORDS + tl.arange(0, WORDS))[None, :]
-        pair = tl.arange(0, PAIRS)[None, None, :]
-        numbers = _magic(tl.load(low + word)[:, :, None] >> (pair * WIDTH), WIDTH, dtype, ASM)
-        if BITS == 3:
-            # The two bytes of top bits to the two halves, two bits up; then bit `pair` of each half is shifted to bit 2.
-            top = tl.load(high + word).to(tl.int32)
-            top = ((top & 0xFF) | ((top & 0xFF00) << 8)) << 2
-            numbers = numbers | ((top[:, :, None] >> pair) & 0x00040004)
-        if dtype == tl.float32:
-            even = (numbers & 0xFFFF).to(dtype)
-            odd = (numbers >> 16).to(dtype)
-        else:
-            even = numbers.to(tl.int16).to(dtype, bitcast=True)
-            odd = (numbers >> 16).to(tl.int16).to(dtype, bitcast=True)
-        return tl.reshape(tl.join(even, odd), (BN, BLOCK))
-
-
-@triton.jit
-def _magic(fields, WIDTH: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
-    """Two numbers MAGIC + u of dtype in an int32 (u for float32), from one with u at the bottom of both halves."""
-    MASK: tl.constexpr = ((1 << WIDTH) - 1) * 0x10001
-    BIASES: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400 if dtype == tl.float16 else 0
-    if ASM:
-        # (fields & MASK) | BIASES in one instruction, for which triton 3.6 spends two.
-        return tl.inline_asm_elementwise(
-            f"lop3.b32 $0, $1, {MASK}, {BIASES}, 0xea;", "=r,r", [fields], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        return (fields & MASK) | BIASES
 
 
 @triton.jit
@@ -172,12 +102,13 @@ def dense_tile(
     WHOLE: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """Weight rows first_row.. times `values` in natural order, over blocks first_block .. last_block - 1 of BLOCK columns, BK
-    of them at a time.
+    """Weight rows first_row.. times `values`, over blocks first_block .. last_block - 1 of BLOCK columns, BK of them at a time.
 
     Weights are dequantized in float32 and rounded to the type of the dot. WHOLE: in_features is blocks * BLOCK.
     """
+    dtype: tl.constexpr = values.dtype.element_ty
     w_rows = first_row + tl.arange(0, BN)
     ks = tl.arange(0, BK)
     x_at = values + x_rows[None, :] * in_features + ks[:, None]
@@ -185,8 +116,11 @@ def dense_tile(
     for step in tl.range(first_block * (BLOCK // BK), last_block * (BLOCK // BK)):
         k = step * BK
         group = k // BLOCK * rows + w_rows if GROUPED else w_rows
-        weight = _centred(low, high, offset, group, w_rows, blocks, step, BITS, BLOCK, BN, BK)
-        weight = weight * tl.load(scale + group).to(tl.float32)[:, None]
+        zero = None
+        if offset is not None:
+            zero = tl.load(offset + group)
+        codes = _centred(low, high, zero, w_rows, blocks * BLOCK, step, BITS, BN, BK, dtype, COMPUTE, ASM)
+        weight = codes.to(tl.float32) * tl.load(scale + group).to(tl.float32)[:, None]
         x = tl.load(x_at + k) if WHOLE else tl.load(x_at + k, mask=(k + ks < in_features)[:, None], other=0.0)
         acc = tl.dot(weight.to(COMPUTE), x.to(COMPUTE), acc, input_precision=PRECISION)
     return acc
@@ -196,46 +130,104 @@ def dense_tile(
 def _centred(
     low,
     high,
-    offset,
-    group,
+    zero,
     w_rows,
-    blocks,
+    columns,
     step,
     BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    dtype: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """Codes minus their zero points [BN, BK] float32, in natural order, of columns step * BK.."""
-    row = w_rows.to(tl.int64)[:, None]
+    """Codes less their zero points [BN, BK] of COMPUTE, of columns step * BK..; zero: their offsets [BN], None for 2**(BITS-1).
+
+    columns: codes of a row in memory. Nothing is rounded: the integers are within -255 .. 255, which bfloat16 still holds.
+    """
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    CODES: tl.constexpr = 1 if BITS == 8 else 8 if BITS == 4 else 16  # of a word
+    WORDS: tl.constexpr = BK // CODES
+    at = w_rows.to(tl.int64)[:, None] * (columns // CODES) + (step * WORDS + tl.arange(0, WORDS))[None, :]
     if BITS == 8:
-        at = row * (blocks * BLOCK) + (step * BK + tl.arange(0, BK))[None, :]
-        numbers = tl.load(low + at).to(tl.float32)
-        if offset is not None:
-            numbers -= tl.load(offset + group)[:, None]
-        return numbers
+        shift = tl.full((BN, 1), HALF, tl.float32) if zero is None else zero.to(tl.float32)[:, None]
+        return _difference(tl.load(low + at).to(tl.int32), shift, COMPUTE)
     else:
-        WIDTH: tl.constexpr = 4 if BITS == 4 else 2
-        CODES: tl.constexpr = 32 // WIDTH
-        WORDS: tl.constexpr = BK // CODES
-        at = row * (blocks * (BLOCK // CODES)) + (step * WORDS + tl.arange(0, WORDS))[None, :]
-        place = tl.arange(0, CODES // 2)[None, None, :] * 2
-        even = tl.load(low + at)[:, :, None] >> (place * WIDTH)
-        odd = even >> WIDTH
-        even = even & ((1 << WIDTH) - 1)
-        odd = odd & ((1 << WIDTH) - 1)
+        WIDTH: tl.constexpr = 32 // CODES
+        pair = tl.arange(0, CODES // 2)[None, None, :]
+        fields = tl.load(low + at)[:, :, None] >> (pair * WIDTH)
+        top = None
         if BITS == 3:
-            top = tl.load(high + at).to(tl.int32)[:, :, None] >> place
-            even = even | ((top << 2) & 4)
-            odd = odd | ((top << 1) & 4)
-        # In the mantissa of 2**23 a small integer is a float already: cheaper than a conversion.
-        even = (even | 0x4B000000).to(tl.float32, bitcast=True)
-        odd = (odd | 0x4B000000).to(tl.float32, bitcast=True)
-        numbers = tl.reshape(tl.join(even, odd), (BN, BK))
-        if offset is not None:
-            return numbers - (8388608.0 + tl.load(offset + group)[:, None])
+            # The two bytes of top bits to the two halves, two bits up; then bit `pair` of each half is shifted to bit 2.
+            top = tl.load(high + at).to(tl.int32)
+            top = ((top & 0xFF) | ((top & 0xFF00) << 8)) << 2
+            top = (top[:, :, None] >> pair) & 0x00040004
+        if dtype == tl.float32:
+            MASK: tl.constexpr = ((1 << WIDTH) - 1) * 0x10001
+            numbers = fields & MASK
+            if BITS == 3:
+                numbers |= top
+            shift = tl.full((BN, 1, 1), HALF, tl.float32) if zero is None else zero.to(tl.float32)[:, None, None]
+            even, odd = _difference(numbers & 0xFFFF, shift, COMPUTE), _difference(numbers >> 16, shift, COMPUTE)
         else:
-            return numbers - (8388608.0 + (1 << (BITS - 1)))
+            numbers = _mantissas(fields, WIDTH, dtype, ASM)
+            if BITS == 3:
+                numbers |= top
+            # -(MAGIC + offset) in both halves: an offset is added where the mantissa counts ones.
+            MINUS: tl.constexpr = -0x3CFF3D00 if dtype == tl.bfloat16 else -0x1BFF1C00
+            if zero is None:
+                shift = tl.full((BN, 1, 1), MINUS + HALF * 0x10001, tl.int32)
+            else:
+                shift = (zero.to(tl.int32) * 0x10001 + MINUS)[:, None, None]
+            even, odd = _sums(numbers, shift, dtype, COMPUTE, ASM)
+        return tl.reshape(tl.join(even, odd), (BN, BK))
+
+
+@triton.jit
+def _difference(u, zero, COMPUTE: tl.constexpr):
+    """u - zero, u int32 below 2**23: in the mantissa of 2**23 it is a float32 already, which is cheaper than a conversion."""
+    return ((u | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + zero)).to(COMPUTE)
+
+
+@triton.jit
+def _mantissas(fields, WIDTH: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
+    """Two numbers MAGIC + u of dtype in an int32, from one with u at the bottom of both halves; MAGIC: 128 in bfloat16, 1024 in
+    float16, where the mantissa counts ones."""
+    MASK: tl.constexpr = ((1 << WIDTH) - 1) * 0x10001
+    MAGIC: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
+    if ASM:
+        # (fields & MASK) | MAGIC in one instruction, for which triton 3.6 spends two.
+        return tl.inline_asm_elementwise(
+            f"lop3.b32 $0, $1, {MASK}, {MAGIC}, 0xea;", "=r,r", [fields], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return (fields & MASK) | MAGIC
+
+
+@triton.jit
+def _sums(a, b, dtype: tl.constexpr, COMPUTE: tl.constexpr, ASM: tl.constexpr):
+    """a + b, each two numbers of dtype in an int32: the sums of the low and of the high halves, of COMPUTE."""
+    if ASM:
+        # Two sums in one instruction. bfloat16 has no addition before sm_90, but a product with 1 and an addition.
+        ONE: tl.constexpr = "{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }"
+        ADD: tl.constexpr = ONE if dtype == tl.bfloat16 else "add.rn.f16x2 $0, $1, $2;"
+        total = tl.inline_asm_elementwise(ADD, "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+        low, high = _halves(total, dtype)
+        return low.to(COMPUTE), high.to(COMPUTE)
+    else:
+        a_low, a_high = _halves(a, dtype)
+        b_low, b_high = _halves(b, dtype)
+        low = a_low.to(tl.float32) + b_low.to(tl.float32)
+        high = a_high.to(tl.float32) + b_high.to(tl.float32)
+        return low.to(COMPUTE), high.to(COMPUTE)
+
+
+@triton.jit
+def _halves(pair, dtype: tl.constexpr):
+    """The low and the high half of int32 as numbers of dtype."""
+    low = pair.to(tl.int16).to(dtype, bitcast=True)
+    high = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return low, high
 
 
 @triton.jit

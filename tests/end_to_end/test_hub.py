@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.models import checkpoint, write_text
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 NAME, COMMIT = "owner/tiny", "1" * 40
@@ -101,7 +102,7 @@ def plan(tmp_path: Path, endpoint: str, model: str = f"hf:{NAME}") -> subprocess
         env={**environment, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
 
 

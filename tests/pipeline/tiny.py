@@ -27,6 +27,7 @@ from counterweight.pipeline.tokens import read_tokens
 from counterweight.workers.errors import WorkerError
 from counterweight.workers.worker import Worker
 from tests.models import Case, checkpoint, write_text
+from tests.patience import PATIENCE
 
 MANIFEST = """\
 apiVersion: counterweight/v1
@@ -195,7 +196,7 @@ def local_path(uri: str) -> Path:
     return Path(uri.removeprefix("file://"))
 
 
-def until(condition: Callable[[], bool], *, seconds: float = 120.0) -> None:
+def until(condition: Callable[[], bool], *, seconds: float = PATIENCE) -> None:
     """Waits for a condition; a test that waits longer than `seconds` fails."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -248,7 +249,7 @@ class Run:
         """What has been written so far."""
         return os.pread(self._log.fileno(), 1 << 20, 0).decode()
 
-    def wait_for(self, text: str, *, seconds: float = 200.0) -> None:
+    def wait_for(self, text: str, *, seconds: float = PATIENCE) -> None:
         """Until stderr holds a text, which it must before the process ends."""
         deadline = time.monotonic() + seconds
         while text not in self.stderr:
@@ -256,7 +257,7 @@ class Run:
             assert time.monotonic() < deadline, f"no {text!r} in {seconds} s: {self.stderr}"
             time.sleep(0.005)
 
-    def finish(self, *, seconds: float = 250.0) -> tuple[int, str, str]:
+    def finish(self, *, seconds: float = PATIENCE) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
         try:
             out, _ = self.process.communicate(timeout=seconds)

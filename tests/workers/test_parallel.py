@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from counterweight.workers.parallel import OrderedPool
+from tests.patience import PATIENCE
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -80,7 +81,7 @@ def test_a_failure_stops_what_has_not_begun(pool: OrderedPool) -> None:
 
 
 def test_threads_run_at_the_same_time() -> None:
-    barrier = threading.Barrier(3, timeout=10)
+    barrier = threading.Barrier(3, timeout=PATIENCE)
     pool = OrderedPool(3)
     assert sorted(pool.map(lambda _: barrier.wait(), range(3))) == [0, 1, 2]
     pool.close()

@@ -306,10 +306,10 @@ def walk(config: Mapping[str, Any]) -> None:
 
 
 def assert_refused_or_works(config: Mapping[str, Any]) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with suppress(CheckpointError, UnsupportedModelError):
         walk(config)
-    assert time.perf_counter() - started < 10.0
+    assert time.process_time() - started < 10.0
 
 
 @pytest.mark.parametrize("change", HOSTILE, ids=str)

@@ -21,7 +21,6 @@ _POINTERS = {
 _NUMBERS = {
     "tokens": "i32",
     "in_features": "i32",
-    "columns": "i32",
     "rank": "i32",
     "slice": "i32",
     "epsilon": "fp32",
@@ -39,7 +38,6 @@ def _case(
     norm: bool = False,
     smooth: bool = False,
     summed: int = 0,
-    run: int = 2,
     integer: bool = False,
     factor: str = "*bf16",
     emit: bool = True,
@@ -66,7 +64,6 @@ def _case(
         "CLIPPED": bits > 0,
         "SMALLEST_STEP": 2.0**-7,
         "EMIT": emit,
-        "RUN": run,
         "SUMMED": summed,
         "BRANCH": rank > 0,
         "STEPPED": stepped,
@@ -83,7 +80,7 @@ def _case(
         kernel=activations._prepare,
         types={**types, **_NUMBERS},
         constants=constants,
-        aligned=(*types, "in_features", "columns", "rank", "slice"),
+        aligned=(*types, "in_features", "rank", "slice"),
         options={
             "num_warps": plan.warps,
             "num_stages": activations._STAGES,
@@ -94,11 +91,11 @@ def _case(
 
 
 CASES = [
-    _case("weight kernel, 1 token, norm, no codes", tokens=1, bits=0, norm=True, summed=128, run=8),
-    _case("weight kernel, 1 token, A8, int8 factors", tokens=1, columns=14336, summed=128, run=8, factor="*i8"),
-    _case("weight kernel, 1 token, A8, no branch", tokens=1, rank=0, norm=True, summed=128, run=8),
-    _case("weight kernel, 16 tokens, A4, norm, smooth", tokens=16, bits=4, norm=True, smooth=True, summed=128, run=8),
-    _case("weight kernel, 16 tokens, rank 410, g32", tokens=16, rank=410, bits=0, summed=32, run=16),
+    _case("weight kernel, 1 token, norm, no codes", tokens=1, bits=0, norm=True),
+    _case("weight kernel, 1 token, A8, int8 factors", tokens=1, columns=14336, factor="*i8"),
+    _case("weight kernel, 1 token, A8, no branch", tokens=1, rank=0, norm=True),
+    _case("weight kernel, 16 tokens, A4, norm, smooth", tokens=16, bits=4, norm=True, smooth=True),
+    _case("weight kernel, 16 tokens, rank 410", tokens=16, rank=410, bits=0, emit=False),
     _case("weight kernel, 2048 tokens, branch alone", tokens=2048, columns=14336, bits=0, emit=False),
     _case("integer kernel, 4096 tokens, A8", tokens=4096, columns=14336, integer=True),
     _case(

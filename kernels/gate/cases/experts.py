@@ -43,12 +43,12 @@ def _projection(block: int, down: str) -> Case:
 
 
 CASES = [
-    *weight_cases("experts/decode int4 g128 m8", 8, permuted=True, up=_bf16, experts=True),
-    *weight_cases("experts/decode int4 g128 m16", 16, permuted=True, up=_bf16, experts=True),
-    *weight_cases("experts/decode int4 g128 m32", 32, permuted=True, up=_bf16, experts=True, asymmetric=True),
-    *weight_cases("experts/decode int3 g128 m16", 16, permuted=True, bits=3, up=_bf16, experts=True),
-    *weight_cases("experts/prefill int4 g128 m64", 64, permuted=False, up=_bf16, experts=True),
-    *weight_cases("experts/prefill int4 g128", 256, permuted=False, up=_bf16, experts=True, asymmetric=True),
+    *weight_cases("experts/decode int4 g128 m8", 8, up=_bf16, experts=True),
+    *weight_cases("experts/decode int4 g128 m16", 16, up=_bf16, experts=True),
+    *weight_cases("experts/decode int4 g128 m32", 32, up=_bf16, experts=True, asymmetric=True),
+    *weight_cases("experts/decode int3 g128 m16", 16, bits=3, up=_bf16, experts=True),
+    *weight_cases("experts/prefill int4 g128 m64", 64, up=_bf16, experts=True),
+    *weight_cases("experts/prefill int4 g128", 256, up=_bf16, experts=True, asymmetric=True),
     _projection(8, "bf16"),
     _projection(32, "i8"),
     _projection(64, "bf16"),

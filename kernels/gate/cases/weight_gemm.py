@@ -9,6 +9,7 @@ import torch
 
 from counterweight.kernels.gate.case import ARCHS, Case
 from counterweight.kernels.gpu import launch
+from counterweight.kernels.gpu.layout import DECODE_TOKENS
 from counterweight.kernels.gpu.partials import add_partials
 from counterweight.kernels.gpu.weight_gemm import Tiling, decode_tiling, dense_tiling, weight_kernel
 
@@ -21,7 +22,6 @@ def weight_cases(
     name: str,
     tokens: int,
     *,
-    permuted: bool,
     dtype: torch.dtype = torch.bfloat16,
     bits: int = 4,
     block: int = 128,
@@ -37,15 +37,17 @@ def weight_cases(
 ) -> list[Case]:
     """One case for each tile that is chosen for `tokens` tokens on some architectures."""
 
+    decoding = tokens <= DECODE_TOKENS
+
     def tiling(arch: int) -> Tiling:
-        if permuted:
+        if decoding:
             return decode_tiling(tokens, bits, dtype, arch // 10)
         return dense_tiling(tokens, dtype, block, arch // 10)
 
     float_name = f"*{_NAMES[dtype]}"
     types = {
         "values": float_name,
-        "low": "*i8" if bits == 8 else "*i32",
+        "low": "*u8" if bits == 8 else "*i32",
         "scale": float_name,
         "out": float_name if splits == 1 else "*fp32",
         "count": "i32",
@@ -58,10 +60,9 @@ def weight_cases(
     if up is not None:
         types |= {"up": f"*{_NAMES[up]}", "projected": "*fp32"}
     optional = {
-        "sums": ("*fp32", permuted),
         "step": ("*fp32", quantized),
         "high": ("*i16", bits == 3),
-        "offset": ("*fp32", asymmetric),
+        "offset": ("*u8", asymmetric),
         "bias": (float_name, True),
         "gates": (float_name, experts),
         "slots": ("*i32", experts),
@@ -87,7 +88,7 @@ def weight_cases(
                     "BLOCK": block,
                     "SPLITS": splits,
                     "SHARING": 2 if experts else 1,
-                    "PERMUTED": permuted,
+                    "DECODING": decoding,
                     "WHOLE": whole,
                     "BM": tile.bm,
                     "BN": tile.bn,
@@ -105,7 +106,7 @@ def weight_cases(
                     "rank",
                 ),
                 options={"num_warps": tile.warps, "num_stages": tile.stages},
-                weights_per_iteration=tile.bn * (block if permuted else tile.bk),
+                weights_per_iteration=tile.bn * (block if decoding else tile.bk),
                 required={arch: operations for arch, operations in (required or {}).items() if arch in only},
                 archs=only,
             )
@@ -117,33 +118,31 @@ _TENSOR_CORES = {80: ("HMMA",), 89: ("HMMA",), 90: ("HGMMA",)}
 _bf16, _i8 = torch.bfloat16, torch.int8
 
 CASES = [
-    *weight_cases("weight_gemm/decode int4 g128 m8", 8, permuted=True, up=_bf16),
-    *weight_cases("weight_gemm/decode int4 g128 m16", 16, permuted=True, up=_bf16, required=_TENSOR_CORES),
-    *weight_cases("weight_gemm/decode int4 g128 m32", 32, permuted=True, up=_bf16, asymmetric=True),
-    *weight_cases("weight_gemm/decode int4 g128 m16 split", 16, permuted=True, splits=4),
-    *weight_cases("weight_gemm/decode int4 g128 m16 fp16", 16, permuted=True, dtype=torch.float16),
-    *weight_cases("weight_gemm/decode int4 g128 m16 W4A8", 16, permuted=True, asymmetric=True, quantized=True, up=_i8),
-    *weight_cases("weight_gemm/decode int4 channel m16", 16, permuted=True, grouped=False, up=_bf16),
-    *weight_cases("weight_gemm/decode int4 channel m16 asymmetric", 16, permuted=True, grouped=False, asymmetric=True),
-    *weight_cases("weight_gemm/decode int4 g64 m16", 16, permuted=True, block=64),
-    *weight_cases("weight_gemm/decode int4 g32 m16", 16, permuted=True, block=32),
-    *weight_cases("weight_gemm/decode int2 g128 m16", 16, permuted=True, bits=2, asymmetric=True, up=_i8),
-    *weight_cases("weight_gemm/decode int3 g128 m16", 16, permuted=True, bits=3, up=_bf16),
-    *weight_cases("weight_gemm/decode int3 g128 m32", 32, permuted=True, bits=3, asymmetric=True, up=_bf16),
-    *weight_cases("weight_gemm/decode int8 g128 m16", 16, permuted=True, bits=8, asymmetric=True, up=_bf16),
-    *weight_cases("weight_gemm/decode int8 channel m32", 32, permuted=True, bits=8, grouped=False, up=_bf16),
-    *weight_cases("weight_gemm/decode int4 g128 m16 fp32", 16, permuted=True, dtype=torch.float32, up=torch.float32),
-    *weight_cases("weight_gemm/prefill int4 g128 m64", 64, permuted=False, up=_bf16, asymmetric=True),
-    *weight_cases(
-        "weight_gemm/prefill int4 g128 m128", 128, permuted=False, up=_bf16, asymmetric=True, archs=(90, 100)
-    ),
-    *weight_cases("weight_gemm/prefill int4 g128", 256, permuted=False, up=_bf16, required=_TENSOR_CORES),
-    *weight_cases("weight_gemm/prefill int4 channel W4A8", 256, permuted=False, grouped=False, quantized=True, up=_i8),
-    *weight_cases("weight_gemm/prefill int4 g32 ragged", 256, permuted=False, block=32, asymmetric=True, whole=False),
-    *weight_cases("weight_gemm/prefill int2 g128", 256, permuted=False, bits=2, asymmetric=True),
-    *weight_cases("weight_gemm/prefill int3 g128", 256, permuted=False, bits=3, asymmetric=True, up=_bf16),
-    *weight_cases("weight_gemm/prefill int8 channel", 256, permuted=False, bits=8, grouped=False, up=_bf16),
-    *weight_cases("weight_gemm/prefill int4 g128 fp32", 256, permuted=False, dtype=torch.float32, up=torch.float32),
+    *weight_cases("weight_gemm/decode int4 g128 m8", 8, up=_bf16),
+    *weight_cases("weight_gemm/decode int4 g128 m16", 16, up=_bf16, required=_TENSOR_CORES),
+    *weight_cases("weight_gemm/decode int4 g128 m32", 32, up=_bf16, asymmetric=True),
+    *weight_cases("weight_gemm/decode int4 g128 m16 split", 16, splits=4),
+    *weight_cases("weight_gemm/decode int4 g128 m16 fp16", 16, dtype=torch.float16),
+    *weight_cases("weight_gemm/decode int4 g128 m16 W4A8", 16, asymmetric=True, quantized=True, up=_i8),
+    *weight_cases("weight_gemm/decode int4 channel m16", 16, grouped=False, up=_bf16),
+    *weight_cases("weight_gemm/decode int4 channel m16 asymmetric", 16, grouped=False, asymmetric=True),
+    *weight_cases("weight_gemm/decode int4 g64 m16", 16, block=64),
+    *weight_cases("weight_gemm/decode int4 g32 m16", 16, block=32),
+    *weight_cases("weight_gemm/decode int2 g128 m16", 16, bits=2, asymmetric=True, up=_i8),
+    *weight_cases("weight_gemm/decode int3 g128 m16", 16, bits=3, up=_bf16),
+    *weight_cases("weight_gemm/decode int3 g128 m32", 32, bits=3, asymmetric=True, up=_bf16),
+    *weight_cases("weight_gemm/decode int8 g128 m16", 16, bits=8, asymmetric=True, up=_bf16),
+    *weight_cases("weight_gemm/decode int8 channel m32", 32, bits=8, grouped=False, up=_bf16),
+    *weight_cases("weight_gemm/decode int4 g128 m16 fp32", 16, dtype=torch.float32, up=torch.float32),
+    *weight_cases("weight_gemm/prefill int4 g128 m64", 64, up=_bf16, asymmetric=True),
+    *weight_cases("weight_gemm/prefill int4 g128 m128", 128, up=_bf16, asymmetric=True, archs=(90, 100)),
+    *weight_cases("weight_gemm/prefill int4 g128", 256, up=_bf16, required=_TENSOR_CORES),
+    *weight_cases("weight_gemm/prefill int4 channel W4A8", 256, grouped=False, quantized=True, up=_i8),
+    *weight_cases("weight_gemm/prefill int4 g32 ragged", 256, block=32, asymmetric=True, whole=False),
+    *weight_cases("weight_gemm/prefill int2 g128", 256, bits=2, asymmetric=True),
+    *weight_cases("weight_gemm/prefill int3 g128", 256, bits=3, asymmetric=True, up=_bf16),
+    *weight_cases("weight_gemm/prefill int8 channel", 256, bits=8, grouped=False, up=_bf16),
+    *weight_cases("weight_gemm/prefill int4 g128 fp32", 256, dtype=torch.float32, up=torch.float32),
     Case(
         name="weight_gemm/add_partials",
         kernel=add_partials,

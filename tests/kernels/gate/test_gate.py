@@ -19,6 +19,7 @@ from counterweight.kernels.gate.budget import Budget
 from counterweight.kernels.gate.case import Case
 from counterweight.kernels.gate.disassembly import innermost_loops, matches, parse
 from counterweight.kernels.gate.measurement import Measurement
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[3]
 BUDGETS = ROOT / "kernels" / "gate" / "budgets.toml"
@@ -176,16 +177,16 @@ def gate(*arguments: str, triton: str | None = None) -> subprocess.CompletedProc
     if triton is not None:
         environment["PYTHONPATH"] = triton
     command = [sys.executable, "-m", "counterweight.kernels.gate", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1180)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * PATIENCE)
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2 * PATIENCE)
 def test_every_kernel_is_within_its_budget() -> None:
     done = gate("--brief")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.skipif(OTHER_TRITON not in os.environ, reason=f"{OTHER_TRITON}: not set to a directory with triton 3.6")
 def test_every_kernel_is_within_its_budget_with_the_older_triton() -> None:
     done = gate("--brief", triton=os.environ[OTHER_TRITON])

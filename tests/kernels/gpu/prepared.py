@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from counterweight.kernels.formats import LowRank, QuantizedWeight
-from counterweight.kernels.gpu.layout import PackedWeight, PreparedInput, permute_columns
+from counterweight.kernels.gpu.layout import PreparedInput
 from counterweight.kernels.reference import quantize_activations
 from tests.kernels.gpu.guarded import guarded
 
@@ -40,7 +39,7 @@ def random_weight(
 
 
 def random_input(seed: int, tokens: int, in_features: int, dtype: torch.dtype) -> Tensor:
-    """x [tokens, in], of another mean than zero: a wrong correction by sums shows."""
+    """x [tokens, in], of another mean than zero: a wrong zero point shows."""
     random = torch.Generator().manual_seed(seed)
     return (torch.randn(tokens, in_features, generator=random) + 0.5).to(dtype)
 
@@ -64,24 +63,16 @@ def projected(x: Tensor, low_rank: LowRank) -> Tensor:
     return y.float()
 
 
-def prepare(
-    x: Tensor, weight: PackedWeight, *, permuted: bool, bits: int | None = None, projection: Tensor | None = None
-) -> PreparedInput:
-    """x as the kernels of decoding (permuted) or of prefill read it, between guard bands; bits: of its codes, None for x."""
+def prepare(x: Tensor, *, bits: int | None = None, projection: Tensor | None = None) -> PreparedInput:
+    """x as the weight kernels read it, between guard bands; bits: of its codes, None for x itself."""
     values, step = x, None
     if bits is not None:
         values, step = quantize_activations(x, bits)
         step = guarded(step[:, 0].float())
-    sums = None
-    if permuted:
-        values = functional.pad(values, (0, weight.columns - x.shape[1]))
-        sums = guarded(values.float().unflatten(1, (-1, weight.block)).sum(2))
-        values = permute_columns(values, weight.bits)
     return PreparedInput(
         values=guarded(values),
-        permuted=permuted,
         step=step,
-        sums=sums,
+        sums=None,
         projected=None if projection is None else guarded(projection),
     )
 

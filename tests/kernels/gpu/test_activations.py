@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from counterweight.kernels.formats import ActivationFormat, QuantizedWeight
 from counterweight.kernels.gpu.activations import prepare, unsupported
 from counterweight.kernels.gpu.integer_gemm import IntegerWeight, prepare_integer
-from counterweight.kernels.gpu.layout import DECODE_TOKENS, PackedWeight, PreparedInput, permute_columns, prepare_weight
+from counterweight.kernels.gpu.layout import PackedWeight, PreparedInput, prepare_weight
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.reference import layer_input, quantize_activations
 from tests.kernels.gpu.guarded import bands_are_intact, guarded
@@ -79,54 +78,40 @@ def test_codes_are_the_reference_s(
     codes, step = quantize_activations(x, bits, clip=clip)
     assert result.step is not None
     assert result.values.dtype is (torch.int8 if integer else dtype)
-    assert torch.equal(result.values.cpu()[:, :288].double(), codes.double())
+    assert torch.equal(result.values.cpu().double(), codes.double())
     assert torch.equal(result.step.cpu(), step.float().squeeze(1))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group_size", [32, 64, 128, None])
-def test_few_tokens_come_in_the_order_of_the_words_with_sums(
-    bits: int, group_size: int | None, device: torch.device
-) -> None:
-    columns = 416 if group_size is None else 384
-    x, weight = random(3, columns).half(), prepare_weight(weight_of(columns, bits=bits, group_size=group_size))
-    result = prepared(x, weight, device)
-    padded = functional.pad(x, (0, weight.columns - columns))
-    assert result.permuted
-    assert result.step is None
-    assert torch.equal(result.values.cpu(), permute_columns(padded, bits))
-    assert result.sums is not None
-    torch.testing.assert_close(
-        result.sums.cpu().double(), padded.double().unflatten(1, (-1, weight.block)).sum(2), rtol=0, atol=1e-5
-    )
-
-
 def test_sums_of_codes_are_exact(device: torch.device) -> None:
-    x, weight = random(5, 384), prepare_weight(weight_of(384, group_size=128))
-    for result in (
-        prepared(x, weight, device, activations=A8),
-        prepared(x, prepare_integer(weight_of(384, group_size=128, asymmetric=True)), device, activations=A8),
-    ):
-        codes, _ = quantize_activations(x, 8)
-        assert result.sums is not None
-        assert torch.equal(result.sums.cpu(), codes.unflatten(1, (3, 128)).sum(2))
+    x = random(5, 384)
+    result = prepared(x, prepare_integer(weight_of(384, group_size=128, asymmetric=True)), device, activations=A8)
+    codes, _ = quantize_activations(x, 8)
+    assert result.sums is not None
+    assert torch.equal(result.sums.cpu(), codes.unflatten(1, (3, 128)).sum(2))
 
 
 def test_a_symmetric_weight_of_integers_needs_no_sums(device: torch.device) -> None:
-    result = prepared(random(2, 64), prepare_integer(weight_of(64)), device, activations=A8)
-    assert result.sums is None
-    assert not result.permuted
+    assert prepared(random(2, 64), prepare_integer(weight_of(64)), device, activations=A8).sums is None
 
 
-def test_many_tokens_stay_in_order_and_uncopied(device: torch.device) -> None:
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_what_needs_nothing_is_not_copied(tokens: int, device: torch.device) -> None:
     weight = prepare_weight(weight_of(96))
-    x = random(DECODE_TOKENS + 1, 96).to(device)
+    x = random(tokens, 96).to(device)
     result = prepare(x, weight)
     assert result.values is x
-    assert (result.permuted, result.sums, result.step, result.projected) == (False, None, None, None)
-    assert prepare(x[:-1], weight).permuted
+    assert (result.sums, result.step, result.projected) == (None, None, None)
     result = prepared(x.cpu(), weight, device, activations=A8)
     assert torch.equal(result.values.cpu(), quantize_activations(x.cpu(), 8)[0])
+
+
+@pytest.mark.parametrize("activations", [None, A8])
+def test_no_tokens_no_work(activations: ActivationFormat | None, device: torch.device) -> None:
+    x = torch.zeros(0, 96, device=device)
+    result = prepare(x, prepare_weight(weight_of(96)), activations=activations, down=random(3, 96).to(device))
+    assert result.values.shape == (0, 96)
+    assert result.projected is not None
+    assert result.projected.shape == (0, 3)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 33, 70])

@@ -65,7 +65,6 @@ def prepared_codes(codes: Tensor, weight: IntegerWeight) -> PreparedInput:
     blocks = torch.nn.functional.pad(codes.float(), (0, weight.blocks * weight.block - codes.shape[1]))
     return PreparedInput(
         values=guarded(codes),
-        permuted=False,
         step=torch.ones(len(codes), device=codes.device),
         sums=guarded(blocks.unflatten(1, (weight.blocks, -1)).sum(2)),
         projected=None,

@@ -95,6 +95,21 @@ def test_it_means_what_the_torch_layer_means(part: str, tokens: str, device: tor
         assert (found - plain).abs().max() > 1e-3, f"{part} does nothing"
 
 
+@pytest.mark.parametrize("part", ["branch", "activations", "residual, static", "all"])
+def test_no_tokens_give_an_empty_result(part: str, device: torch.device) -> None:
+    linear = CompensatedLinear(weight(device), **PARTS[part](device))
+    x = inputs(device, 1, 1)[:, :0]
+    assert KernelLinear(linear)(x).shape == linear(x).shape == (1, 0, linear.out_features)
+
+
+@pytest.mark.parametrize("part", ["branch", "residual, static"])
+def test_an_input_need_not_be_contiguous(part: str, device: torch.device) -> None:
+    linear = CompensatedLinear(weight(device), **PARTS[part](device))
+    x = inputs(device, 3, 2).transpose(0, 2).contiguous().transpose(0, 2)
+    assert x.stride(-1) != 1
+    torch.testing.assert_close(KernelLinear(linear)(x), linear(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_every_width_of_code(bits: int, device: torch.device) -> None:
     linear = CompensatedLinear(weight(device, bits=bits, group_size=None), activations=ActivationFormat(bits=8))

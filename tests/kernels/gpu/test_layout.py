@@ -11,8 +11,7 @@ from torch import Tensor
 from counterweight.kernels.formats import QuantizedWeight
 from counterweight.kernels.gpu.layout import (
     PackedWeight,
-    permute_columns,
-    permuted_run,
+    paired_columns,
     prepare_weight,
     stack_weights,
     unsupported,
@@ -27,13 +26,16 @@ def fields(words: Tensor, width: int, count: int) -> Tensor:
 
 
 def codes_of(packed: PackedWeight) -> Tensor:
-    """u [rows, columns], read from the planes bit by bit."""
+    """u [rows, columns] in natural order, read from the planes bit by bit."""
     if packed.bits == 8:
         return packed.planes[0].to(torch.int64)
+    width, count = (2, 16) if packed.bits == 3 else (packed.bits, 32 // packed.bits)
+    stored = fields(packed.planes[0], width, count)
     if packed.bits == 3:
-        low, high = packed.planes
-        return fields(low, 2, 16) + 4 * fields(high, 1, 16)
-    return fields(packed.planes[0], packed.bits, 32 // packed.bits)
+        stored = stored + 4 * fields(packed.planes[1], 1, 16)
+    # Of the fields of a word, the lower half holds the even columns and the upper half the odd ones.
+    lower, upper = stored.unflatten(1, (-1, 2, count // 2)).unbind(2)
+    return torch.stack((lower, upper), dim=3).flatten(1)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -48,9 +50,8 @@ def test_holds_the_weight_padded_to_tiles(
     packed = prepare_weight(weight)
     assert (packed.rows, packed.columns) == (-(-out_features // 128) * 128, -(-in_features // 128) * 128)
     assert packed.block == min(128, group_size or 128)
-    first = 0 if bits == 8 else 2 ** (bits - 1)
-    offset = torch.full_like(packed.scale, first, dtype=torch.float32) if packed.offset is None else packed.offset
-    numbers = codes_of(packed) - offset.T.repeat_interleave(packed.group_size, 1)
+    offset = torch.full_like(packed.scale, 2 ** (bits - 1)) if packed.offset is None else packed.offset
+    numbers = codes_of(packed) - offset.T.long().repeat_interleave(packed.group_size, 1)
     dense = numbers * packed.scale.T.float().repeat_interleave(packed.group_size, 1)
     assert torch.equal(dense[:out_features, :in_features], weight.dequantize())
     padding = torch.ones_like(dense, dtype=torch.bool)
@@ -58,16 +59,9 @@ def test_holds_the_weight_padded_to_tiles(
     assert not codes_of(packed)[padding].any()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_permuted_columns_lie_as_words_hold_them(bits: int) -> None:
-    run = permuted_run(bits)
-    places = torch.arange(128)
-    expected = places // run * run + places % run // 2 + places % 2 * (run // 2)
-    assert torch.equal(permute_columns(torch.arange(128).expand(3, 128), bits), expected.expand(3, 128))
-
-
-def test_permutation_of_four_bits_is_the_documented_one() -> None:
-    assert permute_columns(torch.arange(8), 4).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+def test_pairs_of_columns_lie_half_a_word_apart() -> None:
+    assert paired_columns(torch.arange(16), 4).tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
+    assert paired_columns(torch.arange(16), 2).tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15]
 
 
 def test_stacks_experts_of_one_kind() -> None:

@@ -18,8 +18,10 @@ from tests.kernels.gpu.poisoned import poisoned
 from tests.kernels.gpu.prepared import prepare, projected, random_input, random_low_rank, random_weight, relative_error
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Sums are float32. Codes are biased by 1024 in float16, which costs 8 of its bits; weights of prefill are rounded to the dtype.
-DECODE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-4, torch.bfloat16: 5e-5}
+# Decoding: products of an integer and a number of x are exact in float32, so only their sums round: by at most K / 2 units of
+# 2**-23 of the sum of magnitudes for K columns in any order, by K where a tensor core truncates. 4e-7 was seen on a CPU.
+# Prefill: weights are rounded to the dtype.
+DECODE_TOLERANCE = 1e-5
 DENSE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2**-7}
 
 
@@ -45,11 +47,11 @@ def guard(weight: PackedWeight) -> PackedWeight:
 @pytest.mark.parametrize(
     ("bits", "group_size", "tokens"), [(2, 128, 1), (3, None, 5), (4, 128, 5), (4, 64, 11), (4, None, 17), (8, 128, 9)]
 )
-@pytest.mark.parametrize("permuted", [True, False])
+@pytest.mark.parametrize("decoding", [True, False])
 def test_equals_the_reference_on_ragged_shapes(
     device: torch.device,
     outputs: list[Tensor],
-    permuted: bool,
+    decoding: bool,
     bits: int,
     group_size: int | None,
     tokens: int,
@@ -59,38 +61,39 @@ def test_equals_the_reference_on_ragged_shapes(
     weight = random_weight(1, 130, 300, bits=bits, group_size=group_size, symmetric=symmetric, dtype=dtype).to(device)
     packed = guard(prepare_weight(weight))
     x = random_input(2, tokens, 300, dtype).to(device)
-    y = weight_gemm(prepare(x, packed, permuted=permuted), packed, out_dtype=torch.float32)
-    tolerance = DECODE_TOLERANCE if permuted else DENSE_TOLERANCE
-    assert relative_error(y, linear(x, weight)) < tolerance[dtype]
+    y = weight_gemm(prepare(x), packed, out_dtype=torch.float32, decoding=decoding)
+    tolerance = DECODE_TOLERANCE if decoding else DENSE_TOLERANCE[dtype]
+    assert relative_error(y, linear(x, weight)) < tolerance
     assert any(y is tensor for tensor in outputs)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("group_size", [32, 64])
-@pytest.mark.parametrize("permuted", [True, False])
-def test_small_groups_of_other_widths(device: torch.device, permuted: bool, group_size: int, bits: int) -> None:
+@pytest.mark.parametrize("decoding", [True, False])
+def test_small_groups_of_other_widths(device: torch.device, decoding: bool, group_size: int, bits: int) -> None:
     weight = random_weight(3, 128, 256, bits=bits, group_size=group_size, symmetric=False).to(device)
     packed = guard(prepare_weight(weight))
     x = random_input(4, 3, 256, torch.float16).to(device)
-    y = weight_gemm(prepare(x, packed, permuted=permuted), packed, out_dtype=torch.float32)
-    tolerance = DECODE_TOLERANCE if permuted else DENSE_TOLERANCE
-    assert relative_error(y, linear(x, weight)) < tolerance[torch.float16]
+    y = weight_gemm(prepare(x), packed, out_dtype=torch.float32, decoding=decoding)
+    tolerance = DECODE_TOLERANCE if decoding else DENSE_TOLERANCE[torch.float16]
+    assert relative_error(y, linear(x, weight)) < tolerance
 
 
 @pytest.mark.parametrize("factors", [torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("rank", [1, 45])
-@pytest.mark.parametrize("permuted", [True, False])
+@pytest.mark.parametrize("decoding", [True, False])
 def test_whole_layer_in_one_kernel(
-    device: torch.device, permuted: bool, rank: int, splits: int, factors: torch.dtype
+    device: torch.device, decoding: bool, rank: int, splits: int, factors: torch.dtype
 ) -> None:
     weight = random_weight(5, 130, 300).to(device)
     packed = guard(prepare_weight(weight))
     x = random_input(6, 5, 300, torch.float32).to(device)
     low_rank = random_low_rank(7, 130, 300, rank, factors).to(device)
     bias = torch.linspace(-3, 3, 130).to(device)
-    prepared = prepare(x, packed, permuted=permuted, bits=8, projection=projected(x, low_rank))
-    y = weight_gemm(prepared, packed, up=guarded(low_rank.up), bias=guarded(bias), splits=splits)
+    prepared = prepare(x, bits=8, projection=projected(x, low_rank))
+    up = guarded(low_rank.up)
+    y = weight_gemm(prepared, packed, up=up, bias=guarded(bias), splits=splits, decoding=decoding)
     parts = {"low_rank": low_rank, "bias": bias, "activations": ActivationFormat(bits=8)}
     assert relative_error(y, linear(x, weight, **parts)) < 1e-5
     for left_out in parts:
@@ -99,14 +102,14 @@ def test_whole_layer_in_one_kernel(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("permuted", [True, False])
-def test_result_has_the_dtype_of_the_input(device: torch.device, permuted: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("decoding", [True, False])
+def test_result_has_the_dtype_of_the_input(device: torch.device, decoding: bool, dtype: torch.dtype) -> None:
     weight = random_weight(8, 64, 128, dtype=dtype).to(device)
     packed = prepare_weight(weight)
     x = random_input(9, 3, 128, dtype).to(device)
     low_rank = random_low_rank(10, 64, 128, 8, dtype).to(device)
-    prepared = prepare(x, packed, permuted=permuted, projection=projected(x, low_rank))
-    y = weight_gemm(prepared, packed, up=low_rank.up)
+    prepared = prepare(x, projection=projected(x, low_rank))
+    y = weight_gemm(prepared, packed, up=low_rank.up, decoding=decoding)
     assert y.dtype is dtype
     assert relative_error(y, linear(x, weight, low_rank=low_rank)) < DENSE_TOLERANCE[dtype]
 
@@ -124,10 +127,10 @@ def test_integer_codes_are_multiplied_exactly(
     half = 1 << (bits - 1)
     weight.codes[0], weight.codes[1] = half - 1, -half
     codes = torch.randint(-128, 128, (9, 512), generator=torch.Generator().manual_seed(12))
-    codes[0] = 127 if dtype is torch.bfloat16 else 80  # in float16 the bound of 2**24 is that close
+    codes[0] = 127
     weight, packed = weight.to(device), guard(prepare_weight(weight.to(device)))
-    prepared = prepare(codes.to(dtype).to(device), packed, permuted=True)
-    y = weight_gemm(prepared, packed, out_dtype=torch.float32, splits=2)
+    prepared = prepare(codes.to(dtype).to(device))
+    y = weight_gemm(prepared, packed, out_dtype=torch.float32, splits=2, decoding=True)
     centred = weight.codes.cpu().long()
     if weight.zero_point is not None:
         repeat = group_size or 512
@@ -140,32 +143,32 @@ def test_step_multiplies_codes_of_activations(device: torch.device, bits: int) -
     weight = random_weight(13, 128, 256).to(device)
     packed = prepare_weight(weight)
     x = random_input(14, 4, 256, torch.float16).to(device)
-    y = weight_gemm(prepare(x, packed, permuted=True, bits=bits), packed, out_dtype=torch.float32)
+    y = weight_gemm(prepare(x, bits=bits), packed, out_dtype=torch.float32)
     expected = linear(x, weight, activations=ActivationFormat(bits=bits))
     assert relative_error(y, expected) < 1e-5
     assert relative_error(y, linear(x, weight)) > 1e-4
 
 
-@pytest.mark.parametrize("permuted", [True, False])
-def test_splits_are_added_in_their_order(device: torch.device, permuted: bool) -> None:
+@pytest.mark.parametrize("decoding", [True, False])
+def test_splits_are_added_in_their_order(device: torch.device, decoding: bool) -> None:
     weight = random_weight(15, 128, 512, group_size=128).to(device)
     x = random_input(16, 3, 512, torch.float32).to(device)
     total = torch.zeros(3, 128, device=device)
     for half in (slice(0, 2), slice(2, 4)):
         columns = slice(half.start * 128, half.stop * 128)
         part = prepare_weight(replace(weight, codes=weight.codes[:, columns], scale=weight.scale[:, half]))
-        total += weight_gemm(prepare(x[:, columns].contiguous(), part, permuted=permuted), part, splits=1)
+        total += weight_gemm(prepare(x[:, columns].contiguous()), part, splits=1, decoding=decoding)
     packed = prepare_weight(weight)
-    prepared = prepare(x, packed, permuted=permuted)
-    y = weight_gemm(prepared, packed, splits=2)
+    prepared = prepare(x)
+    y = weight_gemm(prepared, packed, splits=2, decoding=decoding)
     assert torch.equal(y, total)
-    assert torch.equal(y, weight_gemm(prepared, packed, splits=2))
-    assert not torch.equal(y, weight_gemm(prepared, packed, splits=1))
+    assert torch.equal(y, weight_gemm(prepared, packed, splits=2, decoding=decoding))
+    assert not torch.equal(y, weight_gemm(prepared, packed, splits=1, decoding=decoding))
 
 
 def test_no_tokens_no_work(device: torch.device) -> None:
     packed = prepare_weight(random_weight(17, 128, 128).to(device))
-    empty = prepare(torch.zeros(0, 128, dtype=torch.float16, device=device), packed, permuted=True)
+    empty = prepare(torch.zeros(0, 128, dtype=torch.float16, device=device))
     assert weight_gemm(empty, packed).shape == (0, 128)
 
 
@@ -174,8 +177,6 @@ def test_no_tokens_no_work(device: torch.device) -> None:
     [
         ({"values": torch.zeros(3, 200)}, None, r"values: \[3, 200\].*expected \[3, 256\]"),
         ({"values": torch.zeros(256, 3).T}, None, "values: .*not contiguous"),
-        ({"sums": None}, None, "sums: None"),
-        ({"sums": torch.zeros(3, 4)}, None, r"sums: \[3, 4\].*expected \[3, 2\]"),
         ({"step": torch.zeros(2)}, None, r"step: \[2\]"),
         ({"projected": torch.zeros(3, 8)}, None, "up, projected"),
         ({"projected": torch.zeros(3, 8)}, torch.zeros(130, 9), r"up: \[130, 9\].*expected \[130, 8\]"),
@@ -186,7 +187,7 @@ def test_refuses_what_does_not_go_together(
     device: torch.device, change: dict[str, Tensor | None], up: Tensor | None, message: str
 ) -> None:
     packed = prepare_weight(random_weight(18, 130, 256).to(device))
-    prepared = prepare(random_input(19, 3, 256, torch.float32).to(device), packed, permuted=True)
+    prepared = prepare(random_input(19, 3, 256, torch.float32).to(device))
     moved = {name: None if tensor is None else tensor.to(device) for name, tensor in change.items()}
     changed: PreparedInput = replace(prepared, **moved)
     with pytest.raises(ValueError, match=message):

@@ -17,6 +17,7 @@ import pytest
 from counterweight.workers.errors import CounterweightError, ObjectNotFoundError, RequestError, StorageError
 from counterweight.workers.storage import ObjectInfo, file, open_store, sha256_hex
 from counterweight.workers.storage.file import FileStore
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ for attempt in (lambda: store.write("big", bytes(2 << 20)), lambda: store.create
     except StorageError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert [line.split(" (")[1] for line in done.stdout.splitlines()] == ["EFBIG)", "EFBIG)"]
     assert files(root) == ["small"]
 
@@ -279,7 +280,7 @@ store = open_store({tmp_path.as_uri()!r})
 probe(store)
 assert "boto3" not in sys.modules and "botocore" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE)
 
 
 def test_opening_touches_nothing(root: Path) -> None:

@@ -197,7 +197,7 @@ def test_conflicts_without_end_are_an_error(proxy: FaultProxy, store: S3Store) -
     begun = time.monotonic()
     with pytest.raises(StorageError, match=r"create s3://.*/b: conflicting writers 5 times"):
         store.create("b", b"mine")
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 120
 
 
 BEGIN, SECOND, COMPLETE = ("POST", "?uploads"), ("PUT", "partNumber=2"), ("POST", "uploadId=")
