@@ -37,7 +37,7 @@ from workers.anatomy import EMBEDDING, LM_HEAD, NORM
 from workers.calibration.source import CalibrationSource
 from workers.calibration.tokens import TokenSet
 from workers.errors import GateError
-from workers.keys import digest
+from workers.keys import digest, versions
 from workers.recipe import ModuleRecipe
 from workers.storage import open_store
 from workers.tasks import (
@@ -137,6 +137,7 @@ class Orchestrator:
         everything = {
             "job": canonical(self._job).decode(),
             "setting": self._setting.determines(),
+            "versions": versions(self._job.spec.recipe),
             "software": software(),
             "tensors": dict(digests),
             "calibration": tokens.calibration.digest,

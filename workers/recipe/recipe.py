@@ -8,11 +8,11 @@ block's override does).
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from workers.config import Config
+from workers.config import Config, Method
 from workers.recipe.compensation import ASER, LRC, Compensation, NoCompensation
 from workers.recipe.residual import Residual
 from workers.recipe.transforms import Rotation, Smoothing, Transform
@@ -31,8 +31,10 @@ class Weights(WeightFormat):
         return WeightFormat(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
 
 
-class Activations(Config):
+class Activations(Method):
     """Dynamic, symmetric quantization of the inputs of quantized layers; absent: weight-only."""
+
+    VERSION: ClassVar[int] = 1
 
     bits: Literal[4, 6, 8] = 8
     """Bits of an activation code."""
