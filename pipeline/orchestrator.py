@@ -37,7 +37,7 @@ from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.calibration.source import CalibrationSource
 from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.errors import GateError
-from counterweight.workers.keys import digest
+from counterweight.workers.keys import digest, versions
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks import (
@@ -137,6 +137,7 @@ class Orchestrator:
         everything = {
             "job": canonical(self._job).decode(),
             "setting": self._setting.determines(),
+            "versions": versions(self._job.spec.recipe),
             "software": software(),
             "tensors": dict(digests),
             "calibration": tokens.calibration.digest,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 
@@ -9,6 +11,14 @@ class Config(BaseModel):
     """Frozen, keyword-only, no unknown keys, no NaN or infinity: what the manifest says is what runs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Method(Config):
+    """Options of a method: of a computation that decides what is stored."""
+
+    VERSION: ClassVar[int]
+    """Revision of the method's mathematics, part of the key of every task that uses it (`workers.keys.versions`). Whoever
+    changes the bits that it computes raises it: what others computed stays valid."""
 
 
 def first_problem(error: ValidationError) -> str:

@@ -1,16 +1,20 @@
 """Keys of durable work: digests of everything that determines a result, and of nothing else.
 
-Never of paths, times or worker counts. `NUMERICS` names the revision of our own mathematics; it is raised by whoever
-changes a result's bits, and the versions of the libraries that compute stand beside it.
+Never of paths, times or worker counts. Three revisions say what computed: `NUMERICS` that of the mathematics which all
+methods share, a method's `VERSION` its own, and the versions of the libraries. Whoever changes a result's bits raises the
+one that covers the change; `tests/golden` finds out when nobody did.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import metadata
 from typing import Any
+
+from counterweight.workers.config import Config, Method
 
 NUMERICS = 2
 
@@ -29,10 +33,27 @@ def digest(value: Any) -> str:
 
 
 @cache
-def _versions() -> dict[str, str]:
+def _libraries() -> dict[str, str]:
     return {name: metadata.version(name) for name in LIBRARIES}
 
 
 def numerics() -> dict[str, str | int]:
     """What computes: part of every key, so that work of other versions never matches."""
-    return {"counterweight": NUMERICS, **_versions()}
+    return {"counterweight": NUMERICS, **_libraries()}
+
+
+def versions(options: object) -> dict[str, int]:
+    """Class name -> `VERSION` of every method among `options`: models, mappings, tuples and lists are searched."""
+    found: dict[str, int] = {}
+    parts: Iterable[object] = ()
+    if isinstance(options, Method):
+        found[type(options).__name__] = options.VERSION
+    if isinstance(options, Config):
+        parts = (value for _, value in options)
+    elif isinstance(options, Mapping):
+        parts = options.values()
+    elif isinstance(options, tuple | list):
+        parts = options
+    for part in parts:
+        found |= versions(part)
+    return found

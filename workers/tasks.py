@@ -14,7 +14,7 @@ from pydantic import Field
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.config import Config
-from counterweight.workers.keys import digest, numerics
+from counterweight.workers.keys import digest, numerics, versions
 from counterweight.workers.recipe import ModuleRecipe, Rotation
 from counterweight.workers.workspace import Blob, Record
 
@@ -67,6 +67,7 @@ class Setting(Config):
             "device": self.device,
             "shard_tokens": SHARD_TOKENS,
             "rotation": None if self.rotation is None else self.rotation.model_dump(mode="json"),
+            "versions": versions(self.rotation),
         }
 
 
@@ -130,7 +131,7 @@ class BlockSpec(Config):
     def key(self) -> str:
         """Key of the compressed block."""
         recipe = {name: part.model_dump(mode="json") for name, part in self.recipe.items()}
-        return digest([BLOCK, self.forward_key(), self.propagate, self.paired, recipe])
+        return digest([BLOCK, self.forward_key(), self.propagate, self.paired, recipe, versions(self.recipe)])
 
 
 class KeepSpec(Config):

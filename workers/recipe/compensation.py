@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from counterweight.workers.config import Config
+from counterweight.workers.config import Method
 from counterweight.workers.recipe.rank import BudgetRank, CountRank, EnergyRank, FractionRank, Rank
 
 
-class _Compensation(Config):
+class _Compensation(Method):
     """What every compensation answers."""
 
     def problem(self, rows: int, columns: int) -> str | None:
@@ -32,6 +32,8 @@ class _Compensation(Config):
 class NoCompensation(_Compensation):
     """Nothing is put back."""
 
+    VERSION: ClassVar[int] = 1
+
     kind: Literal["none"] = "none"
 
 
@@ -49,6 +51,8 @@ class _Branch(_Compensation):
 
 class SVD(_Branch):
     """Truncated singular value decomposition of the (whitened) residual."""
+
+    VERSION: ClassVar[int] = 1
 
     kind: Literal["svd"] = "svd"
     whitening: Literal["none", "magnitude", "diagonal", "full"] = "full"
@@ -85,6 +89,8 @@ class LRC(_Branch):
     (`weights.quantizer.target` says what they aim at), and the branch is fitted again to what they leave.
     """
 
+    VERSION: ClassVar[int] = 1
+
     kind: Literal["lrc"] = "lrc"
     iterations: Annotated[int, Field(strict=True, ge=1, le=20)] = 1
     """How often codes and branch are fitted to each other."""
@@ -101,6 +107,8 @@ class ASER(_Branch):
     The `outliers` input channels that are large in both activations and weights are scaled down where the norm or the layer
     before can do it, their columns of the weight go to the branch whole, and codes are made of the rest.
     """
+
+    VERSION: ClassVar[int] = 1
 
     kind: Literal["aser"] = "aser"
     rank: Rank = Field(default_factory=lambda: CountRank(count=64))

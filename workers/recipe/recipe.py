@@ -8,11 +8,11 @@ block's override does).
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from counterweight.workers.config import Config
+from counterweight.workers.config import Config, Method
 from counterweight.workers.recipe.compensation import ASER, LRC, Compensation, NoCompensation
 from counterweight.workers.recipe.residual import Residual
 from counterweight.workers.recipe.transforms import Rotation, Smoothing, Transform
@@ -31,8 +31,10 @@ class Weights(WeightFormat):
         return WeightFormat(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
 
 
-class Activations(Config):
+class Activations(Method):
     """Dynamic, symmetric quantization of the inputs of quantized layers; absent: weight-only."""
+
+    VERSION: ClassVar[int] = 1
 
     bits: Literal[4, 6, 8] = 8
     """Bits of an activation code."""

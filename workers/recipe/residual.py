@@ -3,11 +3,11 @@ with them."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from counterweight.workers.config import Config
+from counterweight.workers.config import Config, Method
 
 _CHUNK = 1024  # kernels/residual.py says the same, but imports torch
 
@@ -35,9 +35,11 @@ class LatencyBudget(Config):
     """The GPU to be served on: one of which the data sheet is known, or its bandwidths."""
 
 
-class Residual(Config):
+class Residual(Method):
     """What quantization left, stored in few bits outside the accelerator; while decoding, each token fetches the channels
     that matter most to it (DecDEC, Park et al. 2025)."""
+
+    VERSION: ClassVar[int] = 1
 
     bits: Literal[4] = 4
     """Bits of a residual code; at equal traffic 2, 8 and 16 bits are worse (Park et al., 2025)."""

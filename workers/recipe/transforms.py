@@ -5,19 +5,21 @@ Options only, without torch: `workers/transforms` computes with them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from counterweight.workers.config import Config
+from counterweight.workers.config import Method
 
 
-class Rotation(Config):
+class Rotation(Method):
     """Orthogonal rotations that spread outliers over all channels (QuaRot, Ashkboos et al. 2024).
 
     `residual` and `heads` are folded into the weights and cost nothing at inference; `online_down` and `online_output`
     are one fast Hadamard transform of the input of each down_proj and o_proj.
     """
+
+    VERSION: ClassVar[int] = 1
 
     kind: Literal["rotation"] = "rotation"
     residual: bool = True
@@ -45,7 +47,7 @@ class Rotation(Config):
         return self.seed if self.random else None
 
 
-class Smoothing(Config):
+class Smoothing(Method):
     """Input channels that are large are scaled down where the norm or the linear before can do it, and their weights up
     (SmoothQuant, Xiao et al. 2022; with weight-only recipes AWQ, Lin et al. 2023).
 
@@ -53,6 +55,8 @@ class Smoothing(Config):
     nothing before can scale stay as they are: o_proj with grouped queries, experts that share their input with a router. An
     online rotation comes behind the scales.
     """
+
+    VERSION: ClassVar[int] = 1
 
     kind: Literal["smoothing"] = "smoothing"
     strength: Annotated[float, Field(strict=True, gt=0, le=1)] | Literal["search"] = "search"

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from counterweight.workers.config import Config
+from counterweight.workers.config import Method
 
 Rate = Annotated[float, Field(gt=0)]
 
 
-class Tuning(Config):
+class Tuning(Method):
     """Quantization with parameters that are trained to give back the block's output, in place of a quantizer.
 
     Rounding is to nearest; what is learned is where to round from (LSI, Gao et al. 2024) and onto which grid (LWC and LET
     of OmniQuant, Shao et al. 2023). Some sequences are held out, and the epoch that serves them best is the one kept, the
     untrained one included: tuning is never worse on them than rounding to nearest.
     """
+
+    VERSION: ClassVar[int] = 1
 
     kind: Literal["lsi"] = "lsi"
     increments: bool = True

@@ -5,11 +5,11 @@ Options only, without torch: `workers/quantization` computes with them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from counterweight.workers.config import Config
+from counterweight.workers.config import Config, Method
 
 
 class WeightFormat(Config):
@@ -44,8 +44,10 @@ class WeightFormat(Config):
         return self.group_size
 
 
-class AbsoluteMaximum(Config):
+class AbsoluteMaximum(Method):
     """The smallest scale that moves no value by more than half a step: the whole range of the group is covered."""
+
+    VERSION: ClassVar[int] = 1
 
     kind: Literal["absmax"] = "absmax"
 
@@ -55,12 +57,14 @@ class AbsoluteMaximum(Config):
         return False
 
 
-class MeanSquare(Config):
+class MeanSquare(Method):
     """The scale with the smallest error of rounding and clipping, among candidates that give up part of the range.
 
     Candidates are evenly spaced multiples, 1 - shrink .. 1, of the range that `absmax` covers; the error of a group is
     sum_j importance_j * |q(w_j) - w_j|**norm.
     """
+
+    VERSION: ClassVar[int] = 1
 
     kind: Literal["mse"] = "mse"
     norm: Annotated[float, Field(gt=0, le=8)] = 2.0
@@ -81,16 +85,20 @@ ScaleSearch = Annotated[AbsoluteMaximum | MeanSquare, Field(discriminator="kind"
 """How the scales of a grid are chosen."""
 
 
-class RTN(Config):
+class RTN(Method):
     """Round to nearest. Needs no calibration unless its scale search is weighted."""
+
+    VERSION: ClassVar[int] = 1
 
     kind: Literal["rtn"] = "rtn"
     scale: ScaleSearch = Field(default_factory=AbsoluteMaximum)
     """How scales are chosen."""
 
 
-class GPTQ(Config):
+class GPTQ(Method):
     """Rounding with error feedback through the second moments of the layer's input, then coordinate descent."""
+
+    VERSION: ClassVar[int] = 1
 
     kind: Literal["gptq"] = "gptq"
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01

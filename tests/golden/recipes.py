@@ -1,0 +1,242 @@
+"""The recipes whose stored tensors are pinned: every method and every option that chooses another computation, in few jobs.
+
+What a recipe does not name is the manifest's default: a change of a default is a change of bits too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from counterweight.workers import keys
+from counterweight.workers.keys import digest, versions
+from counterweight.workers.recipe import Recipe
+from tests.golden.sources import DIGESTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Golden:
+    """A job. recipe: as in a manifest. model: of `sources.MODELS`. sequences: of calibration, 256 to a shard.
+
+    sways: whether a last bit that differs can grow, because it lets an activation round the other way, which moves every
+    statistic behind it, or because training or the compressed blocks before hand it on.
+    """
+
+    recipe: Mapping[str, Any]
+    model: str = "dense"
+    propagate: str = "original"
+    compute_dtype: str = "float32"
+    sequences: int = 64
+    sways: bool = False
+
+    @property
+    def asked(self) -> str:
+        """Digest of the job: what was recorded for another one is no answer."""
+        sources = [DIGESTS[self.model], DIGESTS["tokens"]]
+        return digest([self.recipe, self.propagate, self.compute_dtype, self.sequences, sources])[:16]
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """One of these must be raised when the bits change."""
+        return {"NUMERICS": keys.NUMERICS, **versions(Recipe.model_validate(self.recipe))}
+
+
+def _weights(bits: int = 4, group_size: int | None = 32, symmetric: bool = True, **quantizer: Any) -> dict[str, Any]:
+    return {"bits": bits, "group_size": group_size, "symmetric": symmetric, "quantizer": quantizer or {"kind": "gptq"}}
+
+
+def _gptq(**options: Any) -> dict[str, Any]:
+    return {"kind": "gptq", **options}
+
+
+RTN = {"kind": "rtn"}
+A8 = {"bits": 8}
+A4 = {"bits": 4}
+SVD4 = {"kind": "svd", "rank": {"count": 4}}
+COMPRESSED = "compressed"
+
+RECIPES: Mapping[str, Golden] = {
+    # Quantizers, scale searches, grids.
+    "rtn-absmax": Golden(recipe={"weights": _weights(**RTN)}),
+    "rtn-mse-asymmetric": Golden(
+        recipe={"weights": _weights(3, 64, False, **RTN, scale={"kind": "mse", "norm": 2.4, "candidates": 12})},
+    ),
+    "rtn-mse-unweighted": Golden(
+        recipe={
+            "weights": _weights(
+                8, None, **RTN, scale={"kind": "mse", "weighted": False, "signed": False, "shrink": 0.3}
+            )
+        }
+    ),
+    "gptq-two-shards": Golden(recipe={"weights": _weights()}, sequences=300, compute_dtype="bfloat16"),
+    "gptq-as-it-comes": Golden(
+        recipe={
+            "weights": _weights(
+                2, 32, False, **_gptq(act_order=False, refinement=0, block_size=24, scale={"kind": "absmax"})
+            )
+        }
+    ),
+    "gptq-regressed": Golden(
+        recipe={"weights": _weights(3, **_gptq(target="regressed", damping=0.05)), "activations": A8},
+        propagate=COMPRESSED,
+        sways=True,
+    ),
+    "gptq-mixed": Golden(
+        recipe={"weights": _weights(4, None, **_gptq(target="mixed", mix=0.3)), "compensation": SVD4},
+        propagate=COMPRESSED,
+        sways=True,
+    ),
+    # Activations.
+    "activations-clipped": Golden(
+        recipe={"weights": _weights(), "activations": {"bits": 4, "clip": 0.9, "group_size": 32}}
+    ),
+    "activations-searched": Golden(
+        recipe={"weights": _weights(), "activations": {"bits": 6, "clip": "search"}},
+        propagate=COMPRESSED,
+        sways=True,
+    ),
+    # Low-rank branches.
+    "svd-none": Golden(
+        recipe={"weights": _weights(**RTN), "compensation": {**SVD4, "whitening": "none", "factor_bits": 8}}
+    ),
+    "svd-magnitude": Golden(
+        recipe={
+            "weights": _weights(3, **RTN),
+            "compensation": {"kind": "svd", "rank": {"fraction": 0.1}, "whitening": "magnitude", "damping": 0.1},
+        }
+    ),
+    "svd-diagonal-energy": Golden(
+        recipe={
+            "weights": _weights(3, **RTN),
+            "compensation": {"kind": "svd", "rank": {"energy": 0.3}, "whitening": "diagonal"},
+        }
+    ),
+    "svd-budget": Golden(
+        recipe={"weights": _weights(), "compensation": {"kind": "svd", "rank": {"budget_bits": 2.0}, "damping": 0.02}},
+    ),
+    "svd-anticipated": Golden(
+        recipe={
+            "weights": _weights(3),
+            "compensation": {"kind": "svd", "rank": {"count": 6}, "anticipation": 0.5},
+        },
+        propagate=COMPRESSED,
+    ),
+    "lrc-joint": Golden(
+        recipe={"weights": _weights(), "activations": A4, "compensation": {"kind": "lrc", "rank": {"count": 4}}},
+        sways=True,
+    ),
+    "lrc-weight-twice": Golden(
+        recipe={
+            "weights": _weights(4, None, **_gptq(target="mixed")),
+            "activations": A4,
+            "compensation": {
+                "kind": "lrc",
+                "rank": {"count": 4},
+                "iterations": 2,
+                "refit": "weight",
+                "factor_bits": 8,
+            },
+        },
+        sways=True,
+    ),
+    "aser": Golden(
+        recipe={
+            "weights": _weights(**RTN),
+            "activations": A8,
+            "compensation": {
+                "kind": "aser",
+                "rank": {"count": 8},
+                "outliers": 4,
+                "choose": "product",
+                "reference": "minimum",
+            },
+        }
+    ),
+    "aser-unsmoothed": Golden(
+        recipe={
+            "weights": _weights(3),
+            "compensation": {"kind": "aser", "rank": {"count": 8}, "outliers": 3, "smoothing": False, "damping": 0.05},
+        }
+    ),
+    # Transforms.
+    "rotation": Golden(
+        recipe={"transforms": [{"kind": "rotation", "seed": 7}], "weights": _weights(), "activations": A4},
+        sways=True,
+    ),
+    "rotation-online": Golden(
+        recipe={
+            "transforms": [
+                {"kind": "rotation", "residual": False, "heads": False, "online_output": True, "random": False},
+                {"kind": "smoothing", "strength": 0.5},
+            ],
+            "weights": _weights(4, None),
+        },
+        propagate=COMPRESSED,
+        sways=True,
+    ),
+    "smoothing": Golden(
+        recipe={"transforms": [{"kind": "smoothing"}], "weights": _weights(), "activations": A8, "compensation": SVD4},
+        sways=True,
+    ),
+    # Tuning.
+    "tuning": Golden(recipe={"weights": _weights(3, **RTN), "tuning": {"epochs": 2, "batch": 4}}, sways=True),
+    "tuning-transforms": Golden(
+        recipe={
+            "weights": _weights(3, 64, False, **RTN),
+            "activations": A8,
+            "tuning": {"clipping": False, "transforms": True, "block": 4, "epochs": 2, "batch": 4, "seed": 3},
+            "compensation": SVD4,
+        },
+        propagate=COMPRESSED,
+        sways=True,
+    ),
+    # Residual stores. Bucketed and exact selections store what chunked does.
+    "residual": Golden(
+        recipe={
+            "weights": _weights(3, **RTN),
+            "residual": {"selection": "static", "channels_per_chunk": 64, "candidates": 12},
+        },
+        propagate=COMPRESSED,
+    ),
+    # Exceptions, and mixtures of experts.
+    "overrides": Golden(
+        recipe={
+            "weights": _weights(3),
+            "compensation": SVD4,
+            "overrides": [
+                {"match": "*.down_proj", "weights": _weights(8, None, **RTN)},
+                {"match": "*.layers.1.mlp.*", "compensation": {"kind": "none"}},
+            ],
+            "keep": ["lm_head", "*.layers.0.self_attn.q_proj"],
+        }
+    ),
+    "experts": Golden(
+        recipe={
+            "transforms": [{"kind": "rotation"}, {"kind": "smoothing", "strength": 0.4}],
+            "weights": _weights(),
+            "compensation": SVD4,
+            "residual": {"channels_per_chunk": 128},
+        },
+        model="experts",
+        sways=True,
+    ),
+    "experts-compressed": Golden(
+        recipe={
+            "weights": _weights(4, 32, True, **_gptq(target="mixed")),
+            "activations": A8,
+            "compensation": {"kind": "lrc", "rank": {"count": 4}},
+        },
+        model="experts",
+        propagate=COMPRESSED,
+        sways=True,
+    ),
+    "experts-aser": Golden(
+        recipe={
+            "weights": _weights(**RTN),
+            "compensation": {"kind": "aser", "rank": {"count": 8}, "outliers": 4},
+        },
+        model="experts",
+        compute_dtype="bfloat16",
+    ),
+}
