@@ -128,6 +128,7 @@ class Chain:
         state = self.blocks[index]
         state.running = None
         if value is None:
+            state.holder = None  # a worker lets go of a block's statistics when it begins to solve
             self._look_again(index)
             return
         if isinstance(value, HiddenRecord):

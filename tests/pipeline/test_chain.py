@@ -344,6 +344,23 @@ def test_the_embeddings_output_is_not_among_what_is_discarded() -> None:
     assert Counter(cluster.chain.discardable) == Counter(each for behind in boundaries(cluster) for each in behind)
 
 
+def test_a_solve_that_failed_holds_nothing_any_more() -> None:
+    """Its second try reads the block's inputs again; when those have vanished meanwhile, the first halves make them anew."""
+    workspace = finished(2, "original")
+    forget_blocks(workspace, {1})
+    cluster = Cluster(workspace, count=2, workers=1)
+    cluster.assign()
+    cluster.finish(0)
+    assert cluster.started == [("forward", 1, 0)]
+    cluster.assign()
+    cluster.finish(0, fails=True)
+    for behind in boundaries(cluster):
+        for each in behind:
+            workspace.discard(each)
+    cluster.run()
+    assert len(cluster.chain.records) == 2
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_whatever_happens_in_whatever_order_the_chain_ends(data: st.DataObject) -> None:
