@@ -23,7 +23,7 @@ from common import machine, record, table, versions
 from torch import Tensor
 from torch.nn import functional
 
-from counterweight.kernels.formats import ActivationFormat, QuantizedWeight
+from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.gpu.activations import prepare
 from counterweight.kernels.gpu.error_compensation import compensate_
 from counterweight.kernels.gpu.experts import align_tokens, block_of, expert_gemm
@@ -36,6 +36,7 @@ from counterweight.kernels.gpu.layout import PackedWeight, prepare_weight, stack
 from counterweight.kernels.gpu.weight_gemm import weight_gemm
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.residual import ResidualStore
+from counterweight.kernels.weights.uniform import UniformWeight
 
 SHAPES = {
     "8B qkv": (6144, 4096),
@@ -99,10 +100,10 @@ def ring(moved: float) -> int:
     return 1 if INTERPRETED else int(min(64, max(2, 4 * CACHE // moved + 1)))
 
 
-def random_weight(rows: int, columns: int, bits: int = 4, group_size: int | None = 128) -> QuantizedWeight:
+def random_weight(rows: int, columns: int, bits: int = 4, group_size: int | None = 128) -> UniformWeight:
     half = 1 << (bits - 1)
     groups = 1 if group_size is None else columns // group_size
-    return QuantizedWeight(
+    return UniformWeight(
         codes=torch.randint(-half, half, (rows, columns), dtype=torch.int8, device=DEVICE),
         scale=(torch.rand(rows, groups, device=DEVICE) * 0.01 + 0.001).to(DTYPE),
         zero_point=None,
@@ -194,7 +195,7 @@ def tinygemm_seconds(rows: int, columns: int, tokens: int) -> float | None:
         return None
 
 
-def gemlite_seconds(weight: QuantizedWeight, tokens: int) -> float | None:
+def gemlite_seconds(weight: UniformWeight, tokens: int) -> float | None:
     """gemlite's int4 product with the same weight; None where it is not installed. ValueError when its result is not ours."""
     if INTERPRETED or find_spec("gemlite") is None:
         return None

@@ -18,8 +18,8 @@ import torch
 from common import machine, table
 from torch import Tensor
 
-from counterweight.kernels.formats import QuantizedWeight
 from counterweight.kernels.linear import CompensatedLinear
+from counterweight.kernels.weights.uniform import UniformWeight
 from counterweight.pipeline.model_source import open_model
 from counterweight.workers.anatomy import EMBEDDING
 from counterweight.workers.architecture import Siblings
@@ -116,7 +116,7 @@ def tuned(problem: Problem, format: WeightFormat, options: Tuning) -> tuple[Bloc
     return block, result
 
 
-def installed(block: Block, weights: Mapping[str, QuantizedWeight]) -> Block:
+def installed(block: Block, weights: Mapping[str, UniformWeight]) -> Block:
     """A copy of the block with these weights."""
     replica = block.replica()
     for name, weight in weights.items():

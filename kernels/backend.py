@@ -26,7 +26,7 @@ def experts_on_kernels(
 ) -> nn.Module | None:
     """A module that runs all these experts (gate_proj, up_proj, down_proj of each) in one launch a projection; None where that
     is not possible or not asked for, so that each of their layers runs by itself."""
-    device = experts[0]["gate_proj"].codes.device
+    device = experts[0]["gate_proj"].device
     if not _wanted(kernels, device):
         return None
     from counterweight.kernels.gpu.launch import runs_on
@@ -38,19 +38,19 @@ def experts_on_kernels(
 
 
 def on_kernels(linear: CompensatedLinear, kernels: Kernels = "auto", arena: HostArena | None = None) -> nn.Module:
-    """`linear`, or the layer that takes its place on the device where its codes lie.
+    """`linear`, or the layer that takes its place on the device where its weight lies.
 
     arena: where residual rows are kept, for a GPU to read them from host memory; None: on the device. Raises ValueError for
     `triton` where a kernel cannot run, with the reason.
     """
-    if not _wanted(kernels, linear.codes.device):
+    if not _wanted(kernels, linear.device):
         return linear
     from counterweight.kernels.gpu.launch import runs_on
     from counterweight.kernels.gpu.linear import KernelLinear, unsupported
 
     reason = unsupported(linear)
-    if not runs_on(linear.codes.device):
-        reason = f"codes on {linear.codes.device}: expected a GPU, or TRITON_INTERPRET=1 for Triton's interpreter"
+    if not runs_on(linear.device):
+        reason = f"weight on {linear.device}: expected a GPU, or TRITON_INTERPRET=1 for Triton's interpreter"
     if reason is None:
         return KernelLinear(linear, arena)
     if kernels == "auto":

@@ -1,7 +1,7 @@
-"""What a compensated layer is made of, in memory: integer codes with their grid, and low-rank factors.
+"""What a compensated layer is made of beside its weight: how its input is quantized, and low-rank factors.
 
-These are values, not modules: plain frozen dataclasses of tensors that every storey can pass around. `packing` turns
-them into the checkpoint's tensors and back; `linear` computes with them.
+These are values, not modules: plain frozen dataclasses of tensors that every storey can pass around. Weights are in `weights`;
+`linear` computes with all of them.
 """
 
 from __future__ import annotations
@@ -10,46 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizedWeight:
-    """Integer codes of one linear layer's weight and the uniform grid they live on.
-
-    codes: [out, in] int8, signed: -2**(bits-1) <= code <= 2**(bits-1) - 1, in compressed-tensors' convention.
-    scale: [out, groups] in the dtype that the checkpoint stores; groups = ceil(in / group_size), or 1 per channel.
-    zero_point: [out, groups] int8 in the range of the codes, or None for a symmetric grid.
-    bits: 2, 3, 4 or 8. group_size: input columns that share a scale, or None for one scale per output channel.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    bits: int
-    group_size: int | None
-
-    def to(self, device: torch.device) -> QuantizedWeight:
-        """The same weight on another device."""
-        return QuantizedWeight(
-            codes=self.codes.to(device),
-            scale=self.scale.to(device),
-            zero_point=None if self.zero_point is None else self.zero_point.to(device),
-            bits=self.bits,
-            group_size=self.group_size,
-        )
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Weight [out, in]: (code - zero_point) * scale, computed in float32 and cast to `dtype`."""
-        scale, zero_point = self.scale.float(), self.zero_point
-        columns = self.codes.shape[1]
-        offset = self.codes.float()
-        if self.group_size is None:
-            centred = offset if zero_point is None else offset - zero_point.float()
-            return (centred * scale).to(dtype)
-        repeat = self.group_size
-        if zero_point is not None:
-            offset = offset - zero_point.float().repeat_interleave(repeat, dim=1)[:, :columns]
-        return (offset * scale.repeat_interleave(repeat, dim=1)[:, :columns]).to(dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

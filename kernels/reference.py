@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from counterweight.kernels.formats import ActivationFormat, LowRank
 from counterweight.kernels.hadamard import Hadamard
+from counterweight.kernels.weights import StoredWeight
 
 
 def quantize_activations(x: Tensor, bits: int, *, clip: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,7 @@ def lower_gram(x: Tensor, scale: float = 1.0, *, dtype: torch.dtype = torch.floa
 
 def linear(
     x: Tensor,
-    weight: QuantizedWeight,
+    weight: StoredWeight,
     *,
     low_rank: LowRank | None = None,
     bias: Tensor | None = None,
@@ -64,7 +65,7 @@ def linear(
 
 def experts(
     x: Tensor,
-    weights: Sequence[QuantizedWeight],
+    weights: Sequence[StoredWeight],
     expert_of: Tensor,
     *,
     low_ranks: Sequence[LowRank | None] | None = None,
@@ -77,7 +78,7 @@ def experts(
     gates: [tokens, top_k], weights that the rows are multiplied by. The sum over top_k is left to the caller.
     """
     inputs = x if x.ndim == 3 else x.unsqueeze(1).expand(-1, expert_of.shape[1], -1)
-    y = torch.zeros(*expert_of.shape, weights[0].codes.shape[0], dtype=dtype, device=x.device)
+    y = torch.zeros(*expert_of.shape, weights[0].shape[0], dtype=dtype, device=x.device)
     for expert, weight in enumerate(weights):
         chosen = expert_of == expert
         low_rank = None if low_ranks is None else low_ranks[expert]

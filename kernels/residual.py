@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from counterweight.kernels.packing import pack, unpack
+from counterweight.kernels.weights.packing import pack, unpack
 
 CHUNK = 1024
 """Input channels among which one thread block chooses."""

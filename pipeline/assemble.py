@@ -34,11 +34,13 @@ from counterweight.pipeline.report import Report
 from counterweight.pipeline.report_html import render
 from counterweight.workers.anatomy import LM_HEAD
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
-from counterweight.workers.interchange import adapter_config, artifact_config
+from counterweight.workers.formats import ModuleFormat
+from counterweight.workers.interchange.compressed_tensors import artifact_config
+from counterweight.workers.interchange.peft import adapter_config
 from counterweight.workers.ledger import ADAPTER, ADAPTER_CONFIG, LEDGER, RESIDUAL_STORE, Ledger
 from counterweight.workers.storage import sha256_hex
 from counterweight.workers.storage.base import Written
-from counterweight.workers.tasks import BlockRecord, KeepRecord, LedgerEntry, ModuleFormat
+from counterweight.workers.tasks import BlockRecord, KeepRecord, LedgerEntry
 from counterweight.workers.workspace import Blob, Workspace
 
 SOFTWARE = ("counterweight", "torch", "transformers", "ray", "safetensors", "pydantic")

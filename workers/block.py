@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.backend import Kernels, experts_on_kernels, on_kernels
-from counterweight.kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from counterweight.kernels.formats import ActivationFormat, LowRank
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.kernels.residual import Correction
+from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.architecture import PROJECTIONS, Siblings, is_expert
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from counterweight.workers.errors import RequestError
@@ -48,7 +49,7 @@ class CompressedLinear:
     """What became of one linear layer. activations: how its input is quantized at inference, None when weight-only.
     transform: of its input at inference."""
 
-    weight: QuantizedWeight
+    weight: StoredWeight
     low_rank: LowRank | None
     activations: ActivationFormat | None
     transform: Hadamard | None = None
@@ -132,7 +133,7 @@ def compress(
     scale_dtypes: Mapping[str, torch.dtype],
     factor_dtypes: Mapping[str, torch.dtype],
     outliers: Mapping[Siblings, Tensor] | None = None,
-    codes: Mapping[str, QuantizedWeight] | None = None,
+    codes: Mapping[str, StoredWeight] | None = None,
     pool: OrderedPool,
 ) -> tuple[dict[str, CompressedLinear], list[ModuleReport]]:
     """Every linear that has a recipe, in table order; `statistics` holds an entry for each group among them.
@@ -232,7 +233,7 @@ def _solve(
     weights: Mapping[str, Tensor],
     gathered: Mapping[Siblings, InputStatistics],
     outliers: Mapping[Siblings, Tensor],
-    codes: Mapping[str, QuantizedWeight],
+    codes: Mapping[str, StoredWeight],
     job: _Job,
 ) -> list[tuple[str, CompressedLinear, ModuleReport]]:
     started = time.perf_counter()
@@ -255,14 +256,14 @@ def _solve(
         )
         report = ModuleReport(
             name=name,
-            rows=part.codes.shape[0],
-            columns=part.codes.shape[1],
-            bits=part.bits,
-            group_size=part.group_size,
+            rows=part.shape[0],
+            columns=part.shape[1],
+            bits=part.form.bits,
+            group_size=part.form.group_size,
             rank=0 if branch is None else branch.rank,
             tokens=statistics.tokens,
-            code_bits=part.codes.numel() * part.bits,
-            scale_bits=_scale_bits(part),
+            code_bits=part.code_bits,
+            scale_bits=part.scale_bits,
             factor_bits=0 if branch is None else branch.bits,
             residual_bits=0 if solution.residual is None else solution.residual.store.bits_stored,
             error_quantized=solution.error_quantized,
@@ -277,11 +278,6 @@ def _solve(
 def tensor_bits(tensor: Tensor) -> int:
     """Storage of a tensor, in bits."""
     return tensor.numel() * tensor.element_size() * 8
-
-
-def _scale_bits(weight: QuantizedWeight) -> int:
-    zero_points = 0 if weight.zero_point is None else weight.zero_point.numel() * weight.bits
-    return tensor_bits(weight.scale) + zero_points
 
 
 def _accumulator(block: Block, group: Siblings, gathering: Gathering) -> Accumulator:

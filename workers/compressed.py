@@ -21,20 +21,13 @@ from counterweight.workers.checkpoint.header import LENGTH_BYTES, header_length,
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.config import first_problem
 from counterweight.workers.errors import CheckpointError, ObjectNotFoundError
-from counterweight.workers.interchange import (
-    PACKED,
-    RESIDUAL,
-    factor_names,
-    read_branch,
-    read_residual,
-    read_weight,
-    residual_names,
-    source_config,
-)
+from counterweight.workers.formats import ModuleFormat
+from counterweight.workers.interchange.compressed_tensors import read_weight, source_config, weight_names
+from counterweight.workers.interchange.peft import factor_names, read_branch
+from counterweight.workers.interchange.residual_store import RESIDUAL, read_residual, residual_names
 from counterweight.workers.ledger import ADAPTER, LEDGER, RESIDUAL_STORE, Ledger
 from counterweight.workers.skeleton import Block, Skeleton
 from counterweight.workers.storage import ObjectStore
-from counterweight.workers.tasks import ModuleFormat
 
 
 class CompressedModel:
@@ -95,11 +88,11 @@ class CompressedModel:
             form = self.ledger.formats.get(module)
             if form is not None and parameter.endswith(".weight"):
                 linear = self._linear(module, form, device)
-                _expect_shape(module, linear.weight.codes, shape)
+                _expect_shape(module, linear.weight.shape, shape)
                 linears[parameter.removesuffix(".weight")] = linear
             else:
                 parameters[parameter] = self._read(stored)
-                _expect_shape(stored, parameters[parameter], shape)
+                _expect_shape(stored, tuple(parameters[parameter].shape), shape)
         return skeleton.block(index, parameters, device, dtype, absent=linears), linears
 
     @property
@@ -125,7 +118,7 @@ class CompressedModel:
         return self.ledger.tensors[name]
 
     def _linear(self, module: str, form: ModuleFormat, device: torch.device) -> CompressedLinear:
-        names = [f"{module}.{name}" for name in (PACKED[:3] if form.symmetric else PACKED)]
+        names = weight_names(module, form)
         tensors = self._checkpoint.read_many(names, sha256={name: self._digest(name) for name in names})
         branch = None
         if form.rank and self._adapter is not None:
@@ -138,7 +131,7 @@ class CompressedModel:
         if form.residual is not None and self._residual is not None:
             parts = residual_names(module, form)
             found = self._residual.read_many(parts, sha256={name: self._digest(name) for name in parts})
-            residual = read_residual(found, module, form, (weight.codes.shape[0], weight.codes.shape[1]))
+            residual = read_residual(found, module, form, weight.shape)
         linear = CompressedLinear(
             weight=weight,
             low_rank=branch,
@@ -149,9 +142,9 @@ class CompressedModel:
         return linear.to(device)
 
 
-def _expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"{name}: shape {list(tensor.shape)}: expected {list(shape)} (config.json)")
+def _expect_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if found != shape:
+        raise CheckpointError(f"{name}: shape {list(found)}: expected {list(shape)} (config.json)")
 
 
 def _open_file(store: ObjectStore, key: str) -> Checkpoint:

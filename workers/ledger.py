@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from counterweight.workers.config import Config
-from counterweight.workers.tasks import LedgerEntry, ModuleFormat
+from counterweight.workers.formats import ModuleFormat
+from counterweight.workers.tasks import LedgerEntry
 
 LEDGER = "ledger.json"
 RESIDUAL_STORE = "residual/residual.safetensors"

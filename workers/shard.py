@@ -12,9 +12,12 @@ from torch import Tensor
 from counterweight.kernels.residual import Correction
 from counterweight.workers.block import CompressedLinear, tensor_bits
 from counterweight.workers.checkpoint.digest import tensor_digest
-from counterweight.workers.interchange import factor_tensors, residual_tensors, weight_tensors
+from counterweight.workers.formats import ModuleFormat
+from counterweight.workers.interchange.compressed_tensors import weight_tensors
+from counterweight.workers.interchange.peft import factor_tensors
+from counterweight.workers.interchange.residual_store import residual_tensors
 from counterweight.workers.skeleton import Skeleton
-from counterweight.workers.tasks import BlockRecord, BlockSpec, LedgerEntry, ModuleFormat, ModuleReport, Timing
+from counterweight.workers.tasks import BlockRecord, BlockSpec, LedgerEntry, ModuleReport, Timing
 from counterweight.workers.workspace import Blob, Workspace
 
 
@@ -48,7 +51,7 @@ def write_block(
             factors.update({} if linear.low_rank is None else factor_tensors(name, linear.low_rank))
             residuals.update({} if linear.residual is None else residual_tensors(name, linear.residual))
             formats[name] = _format(linear)
-            shape = tuple(linear.weight.codes.shape)
+            shape = linear.weight.shape
             ledger.append(LedgerEntry(source=part.source, shape=shape, fate="quantized", stored_as=tuple(packed)))
         else:
             kept = tensors[stored] = parameters[parameter].to(dtypes[parameter])
@@ -84,9 +87,7 @@ def _format(linear: CompressedLinear) -> ModuleFormat:
     weight, branch, activations = linear.weight, linear.low_rank, linear.activations
     return ModuleFormat.model_validate(
         {
-            "bits": weight.bits,
-            "group_size": weight.group_size,
-            "symmetric": weight.zero_point is None,
+            **asdict(weight.form),
             "activation_bits": None if activations is None else activations.bits,
             "activation_clip": 1.0 if activations is None else activations.clip,
             "activation_group_size": None if activations is None else activations.group_size,

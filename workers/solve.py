@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import LowRank, QuantizedWeight
+from counterweight.kernels.formats import LowRank
 from counterweight.kernels.residual import Correction
+from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.compensation import anticipate, compensate
 from counterweight.workers.compensation.aser import without_channels
@@ -27,7 +28,7 @@ class Solution:
     """One linear. Errors are E||W t - W' y - L x||^2 / E||W t||^2 over the calibration tokens, without and with the branch;
     None when no token reached the layer. residual: what neither holds, to be fetched while decoding."""
 
-    weight: QuantizedWeight
+    weight: StoredWeight
     low_rank: LowRank | None
     error_quantized: float | None
     error_compensated: float | None
@@ -46,7 +47,7 @@ def solve(
     weights: Sequence[Tensor],
     statistics: InputStatistics,
     outliers: Tensor | None = None,
-    codes: Sequence[QuantizedWeight] | None = None,
+    codes: Sequence[StoredWeight] | None = None,
     *,
     scale_dtype: torch.dtype,
     factor_dtype: torch.dtype,
@@ -114,7 +115,7 @@ def gains(
 def _compensated(
     recipe: ModuleRecipe,
     weight: Tensor,
-    codes: QuantizedWeight,
+    codes: StoredWeight,
     statistics: InputStatistics,
     factor_dtype: torch.dtype,
     fallbacks: tuple[Fallback, ...],
@@ -146,7 +147,7 @@ def _joint(
 def _judged(
     recipe: ModuleRecipe,
     weight: Tensor,
-    quantized: QuantizedWeight,
+    quantized: StoredWeight,
     branch: LowRank | None,
     statistics: InputStatistics,
     fallbacks: tuple[Fallback, ...],
@@ -184,15 +185,9 @@ def _residual(
     )
 
 
-def _split(weight: QuantizedWeight, like: Sequence[Tensor]) -> Iterator[QuantizedWeight]:
+def _split(weight: StoredWeight, like: Sequence[Tensor]) -> Iterator[StoredWeight]:
+    """The rows of a stacked weight that belong to each of `like`."""
     start = 0
     for part in like:
-        rows = slice(start, start + part.shape[0])
-        start = rows.stop
-        yield QuantizedWeight(
-            codes=weight.codes[rows].clone(),
-            scale=weight.scale[rows].clone(),
-            zero_point=None if weight.zero_point is None else weight.zero_point[rows].clone(),
-            bits=weight.bits,
-            group_size=weight.group_size,
-        )
+        yield weight.rows(slice(start, start + part.shape[0]))
+        start += part.shape[0]

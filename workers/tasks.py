@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from counterweight.kernels.formats import ActivationFormat
-from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.config import Config
+from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.keys import digest, numerics, versions
 from counterweight.workers.recipe import ModuleRecipe, Rotation
 from counterweight.workers.workspace import Blob, Record
@@ -201,51 +200,6 @@ class LedgerEntry(Config):
     stored_as: tuple[str, ...]
     """Names of the checkpoint's tensors that hold it; empty when dropped."""
     reason: str = ""
-
-
-class OnlineTransform(Config):
-    """A Hadamard transform of a layer's input at inference: see `kernels.hadamard.Hadamard`."""
-
-    size: int = Field(ge=1)
-    seed: int | None
-    inner: int = Field(ge=1)
-
-
-class ResidualFormat(Config):
-    """How a linear's residual store is read: see `kernels.residual.Correction`."""
-
-    bits: Literal[4]
-    selection: Literal["chunked", "bucketed", "exact", "static"]
-    channels_per_chunk: int = Field(ge=1, le=1024)
-
-
-class ModuleFormat(Config):
-    """How one quantized linear is stored: what a loader must know beside the tensors."""
-
-    bits: Literal[2, 3, 4, 8]
-    group_size: int | None
-    symmetric: bool
-    activation_bits: int | None
-    activation_clip: float = 1.0
-    activation_group_size: int | None = None
-    rank: int
-    factor_bits: Literal[8] | None = None
-    online: OnlineTransform | None = None
-    residual: ResidualFormat | None = None
-
-    @property
-    def hadamard(self) -> Hadamard | None:
-        """The transform of the input at inference, None when there is none."""
-        return None if self.online is None else Hadamard(**self.online.model_dump())
-
-    @property
-    def activations(self) -> ActivationFormat | None:
-        """How the input is quantized, None when it is not."""
-        if self.activation_bits is None:
-            return None
-        return ActivationFormat(
-            bits=self.activation_bits, clip=self.activation_clip, group_size=self.activation_group_size
-        )
 
 
 class FallbackReport(Config):

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from counterweight.kernels.formats import QuantizedWeight
 from counterweight.kernels.hadamard import Hadamard
+from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.anatomy import EMBEDDING, Anatomy
 from counterweight.workers.architecture import Siblings
 from counterweight.workers.block import CompressedLinear, calibrate, compress, install, tensor_bits
@@ -31,7 +31,7 @@ from counterweight.workers.clock import Clock
 from counterweight.workers.compressed import CompressedModel
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.evaluation import advance, compressed_blocks, measure, variants_of
-from counterweight.workers.interchange import scale_dtype
+from counterweight.workers.interchange.compressed_tensors import scale_dtype
 from counterweight.workers.join import join_tensors
 from counterweight.workers.memory import release, settle
 from counterweight.workers.parallel import OrderedPool
@@ -376,7 +376,7 @@ class Worker:
 
     def _tuned(
         self, spec: BlockSpec, held: _Held, workspace: Workspace
-    ) -> tuple[_Held, dict[str, QuantizedWeight] | None]:
+    ) -> tuple[_Held, dict[str, StoredWeight] | None]:
         """Codes that were trained, where the recipe asks for it; and what is held, with the transforms that were learned."""
         tunings = {part.tuning for part in spec.recipe.values() if part.tuning is not None}
         if not tunings:

@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from counterweight.kernels.formats import QuantizedWeight
 from counterweight.kernels.gpu import launch
 from counterweight.kernels.gpu.layout import PreparedInput
+from counterweight.kernels.weights.uniform import UniformWeight
 
 __all__ = ["IntegerWeight", "integer_gemm", "prepare_integer", "unsupported"]
 
@@ -68,7 +68,7 @@ class IntegerWeight:
         return _unit(self.bits, self.group_size, self.groups)
 
 
-def unsupported(weight: QuantizedWeight) -> str | None:
+def unsupported(weight: UniformWeight) -> str | None:
     """Why the integer kernel cannot multiply this weight; None when it can."""
     columns, group = weight.codes.shape[1], weight.group_size
     if columns % 32:
@@ -85,7 +85,7 @@ def unsupported(weight: QuantizedWeight) -> str | None:
     return None
 
 
-def prepare_integer(weight: QuantizedWeight) -> IntegerWeight:
+def prepare_integer(weight: UniformWeight) -> IntegerWeight:
     """Arranges a weight of 2, 3, 4 or 8 bits, once, at load. Raises ValueError for what is `unsupported`."""
     if reason := unsupported(weight):
         raise ValueError(reason)

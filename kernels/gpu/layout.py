@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from counterweight.kernels.formats import QuantizedWeight
-from counterweight.kernels.packing import pack
+from counterweight.kernels.weights.packing import pack
+from counterweight.kernels.weights.uniform import UniformWeight
 
 __all__ = [
     "DECODE_TOKENS",
@@ -109,7 +109,7 @@ class PreparedInput:
         return self.values.dtype
 
 
-def unsupported(weight: QuantizedWeight) -> str | None:
+def unsupported(weight: UniformWeight) -> str | None:
     """Why `prepare_weight` refuses this weight, or None when it does not."""
     if weight.bits not in _BITS:
         return f"bits: {weight.bits}: expected one of {list(_BITS)}"
@@ -120,7 +120,7 @@ def unsupported(weight: QuantizedWeight) -> str | None:
     return None
 
 
-def prepare_weight(weight: QuantizedWeight) -> PackedWeight:
+def prepare_weight(weight: UniformWeight) -> PackedWeight:
     """Arranges a weight for the kernels, on the device where it lies. Raises ValueError with the reason of `unsupported`."""
     reason = unsupported(weight)
     if reason is not None:

@@ -15,13 +15,25 @@ from counterweight.kernels.gpu.host_memory import HostArena
 from counterweight.kernels.gpu.weight_gemm import weight_gemm
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.kernels.residual import Correction
+from counterweight.kernels.weights.uniform import UniformWeight
 
 __all__ = ["KernelLinear", "unsupported"]
 
 
 def unsupported(linear: CompensatedLinear) -> str | None:
     """Why no kernel can take this layer's place; None when one can."""
-    return layout.unsupported(linear.quantized()) or activations.unsupported(linear.activations)
+    weight = linear.weight
+    if not isinstance(weight, UniformWeight):
+        return f"weight: {weight.kind}: expected {UniformWeight.kind}, which kernels multiply"
+    return layout.unsupported(weight) or activations.unsupported(linear.activations)
+
+
+def uniform_weight(linear: CompensatedLinear) -> UniformWeight:
+    """The weight of a layer that a kernel can multiply; ValueError with the reason of `unsupported` for another."""
+    weight = linear.weight
+    if (reason := unsupported(linear)) is not None or not isinstance(weight, UniformWeight):
+        raise ValueError(reason)
+    return weight
 
 
 class KernelLinear(nn.Module):
@@ -35,9 +47,7 @@ class KernelLinear(nn.Module):
     def __init__(self, linear: CompensatedLinear, arena: HostArena | None = None) -> None:
         """Raises ValueError with the reason of `unsupported`."""
         super().__init__()
-        if (reason := unsupported(linear)) is not None:
-            raise ValueError(reason)
-        weight = linear.quantized()
+        weight = uniform_weight(linear)
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.activations, self.transform = linear.activations, linear.transform
         self.weight = layout.prepare_weight(weight)

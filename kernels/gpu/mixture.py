@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from counterweight.kernels.formats import ActivationFormat, QuantizedWeight
+from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.gpu import layout
 from counterweight.kernels.gpu import linear as single
 from counterweight.kernels.gpu.activations import prepare
@@ -93,7 +93,7 @@ class _Projection:
     def of(cls, linears: Sequence[CompensatedLinear]) -> _Projection:
         up, down, step = _stacked_factors(linears)
         return cls(
-            weight=layout.stack_weights([layout.prepare_weight(linear.quantized()) for linear in linears]),
+            weight=layout.stack_weights([layout.prepare_weight(single.uniform_weight(linear)) for linear in linears]),
             activations=linears[0].activations,
             transform=linears[0].transform,
             up=up,
@@ -134,7 +134,7 @@ def _stacked_factors(linears: Sequence[CompensatedLinear]) -> tuple[Tensor | Non
 
 
 def _kind(linear: CompensatedLinear) -> str:
-    weight: QuantizedWeight = linear.quantized()
+    weight = single.uniform_weight(linear)
     grid = "symmetric" if weight.zero_point is None else "asymmetric"
     return (
         f"{weight.bits} bits, group_size {weight.group_size}, {grid}, scales {weight.scale.dtype}, "

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import QuantizedWeight
+from counterweight.kernels.weights.uniform import UniformWeight
 from counterweight.workers.block import CompressedLinear
 from counterweight.workers.compressed import CompressedModel
 from counterweight.workers.storage import open_store
@@ -90,7 +90,7 @@ def _samples(linears: list[CompressedLinear]) -> Iterator[tuple[str, Tensor]]:
         yield CORRECTIONS, torch.cat([_sample(correction, 24) for correction in corrections])
 
 
-def _centred(weight: QuantizedWeight) -> Tensor:
+def _centred(weight: UniformWeight) -> Tensor:
     """Codes [out, in] int8 as multiples of the scale's magnitude, counted from the zero point; beyond 8 bits clamped."""
     repeat = weight.codes.shape[1] // weight.scale.shape[1]
     codes = weight.codes.short()

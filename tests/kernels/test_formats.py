@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from counterweight.kernels.formats import LowRank, QuantizedWeight
+from counterweight.kernels.formats import LowRank
+from counterweight.kernels.weights.uniform import UniformWeight
 
 
-def weight(group_size: int | None, *, symmetric: bool, columns: int = 12) -> QuantizedWeight:
+def weight(group_size: int | None, *, symmetric: bool, columns: int = 12) -> UniformWeight:
     """[3, columns] of 4 bits with arbitrary codes, scales (one negative) and zero points."""
     generator = torch.Generator().manual_seed(1)
     groups = 1 if group_size is None else -(-columns // group_size)
     scale = torch.rand(3, groups, generator=generator) + 0.1
     scale[1, 0] *= -1
-    return QuantizedWeight(
+    return UniformWeight(
         codes=torch.randint(-8, 8, (3, columns), generator=generator).to(torch.int8),
         scale=scale.to(torch.bfloat16),
         zero_point=None if symmetric else torch.randint(-8, 8, (3, groups), generator=generator).to(torch.int8),
@@ -37,7 +38,7 @@ def test_dequantize_is_code_minus_zero_times_scale(group_size: int | None, symme
 
 
 def test_extreme_codes_and_zero_points_do_not_overflow_int8() -> None:
-    extreme = QuantizedWeight(
+    extreme = UniformWeight(
         codes=torch.tensor([[127, -128]], dtype=torch.int8),
         scale=torch.ones(1, 2),
         zero_point=torch.tensor([[-128, 127]], dtype=torch.int8),

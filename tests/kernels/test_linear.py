@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from counterweight.kernels.formats import ActivationFormat, LowRank
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.kernels.reference import fake_quantize_activations
+from counterweight.kernels.weights.uniform import UniformWeight
 
 OUT, IN = 6, 8
 
@@ -19,7 +20,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-WEIGHT = QuantizedWeight(
+WEIGHT = UniformWeight(
     codes=(random(OUT, IN) * 3).round().clamp(-8, 7).to(torch.int8),
     scale=random(OUT, 2, seed=1).bfloat16(),
     zero_point=torch.full((OUT, 2), 2, dtype=torch.int8),
@@ -71,7 +72,7 @@ def test_output_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
 
 def test_the_weight_comes_back_as_a_value() -> None:
     layer = CompensatedLinear(WEIGHT)
-    assert torch.equal(layer.quantized().dequantize(), WEIGHT.dequantize())
+    assert torch.equal(layer.weight.dequantize(), WEIGHT.dequantize())
     assert (layer.in_features, layer.out_features) == (IN, OUT)
     assert "bits=4" in repr(layer)
     assert "rank=0" in repr(layer)
@@ -91,7 +92,7 @@ def test_a_decoded_token_gets_what_it_would_get_among_many(
     group_size: int | None, dtype: torch.dtype, tolerance: float, asymmetric: bool
 ) -> None:
     groups = 1 if group_size is None else 2
-    weight = QuantizedWeight(
+    weight = UniformWeight(
         codes=(random(40, 64) * 3).round().clamp(-8, 7).to(torch.int8),
         scale=random(40, groups, seed=9).abs() + 0.1,
         zero_point=torch.full((40, groups), 3, dtype=torch.int8) if asymmetric else None,
@@ -104,18 +105,18 @@ def test_a_decoded_token_gets_what_it_would_get_among_many(
     one_by_one = torch.cat([layer(token) for token in many.split(1, dim=1)], dim=1)
     assert one_by_one.dtype is dtype
     assert (one_by_one - together).norm() < tolerance * together.norm()
-    assert layer._by_group is not None
+    assert "_by_group" in vars(layer.weight)
 
 
 @pytest.mark.parametrize("weight", [WEIGHT, replace(WEIGHT, zero_point=None)], ids=["zero points", "groups of 4"])
-def test_what_cannot_be_multiplied_as_it_is_is_dequantized(weight: QuantizedWeight) -> None:
+def test_what_cannot_be_multiplied_as_it_is_is_dequantized(weight: UniformWeight) -> None:
     layer = CompensatedLinear(weight)
     token = random(1, 1, IN, seed=5)
     assert torch.allclose(layer(token), token @ weight.dequantize().T, atol=1e-5)
-    assert layer._by_group is None
+    assert "_by_group" not in vars(layer.weight)
 
 
 def test_a_batch_of_many_tokens_keeps_no_second_copy_of_the_codes() -> None:
     layer = CompensatedLinear(WEIGHT)
     layer(random(2, 8, IN))
-    assert layer._by_group is None
+    assert "_by_group" not in vars(layer.weight)

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from counterweight.kernels.formats import QuantizedWeight
-from counterweight.kernels.packing import from_checkpoint, pack, packed_width, to_checkpoint, unpack
+from counterweight.kernels.weights import WeightForm
+from counterweight.kernels.weights.packing import pack, packed_width, unpack
+from counterweight.kernels.weights.uniform import UniformWeight
 
 BITS = (2, 3, 4, 8)
 
@@ -25,11 +26,11 @@ def codes(rows: int, columns: int, bits: int, seed: int = 0) -> Tensor:
 
 def quantized(
     rows: int = 6, columns: int = 96, bits: int = 4, group_size: int | None = 32, symmetric: bool = True
-) -> QuantizedWeight:
+) -> UniformWeight:
     groups = 1 if group_size is None else -(-columns // group_size)
     scale = torch.rand(rows, groups, generator=torch.Generator().manual_seed(1)) + 0.5
     scale[::2] *= -1  # a scale may have either sign
-    return QuantizedWeight(
+    return UniformWeight(
         codes=codes(rows, columns, bits),
         scale=scale,
         zero_point=None if symmetric else codes(rows, groups, bits, seed=2),
@@ -130,7 +131,7 @@ def test_compressed_tensors_reads_what_we_write(bits: int, group_size: int | Non
         group_size=group_size,
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
-    read = PackedQuantizationCompressor.decompress(to_checkpoint(weight), scheme)
+    read = PackedQuantizationCompressor.decompress(weight.tensors(), scheme)
     assert torch.equal(read["weight"], weight.dequantize())
 
 
@@ -139,10 +140,10 @@ def test_compressed_tensors_reads_what_we_write(bits: int, group_size: int | Non
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_round_trip(bits: int, columns: int, group_size: int | None, symmetric: bool) -> None:
     weight = quantized(rows=5, columns=columns, bits=bits, group_size=group_size, symmetric=symmetric)
-    tensors = to_checkpoint(weight)
+    tensors = weight.tensors()
     assert tensors["weight_shape"].dtype == torch.int64
     assert ("weight_zero_point" in tensors) is not symmetric
-    read = from_checkpoint(tensors, bits, group_size, symmetric)
+    read = UniformWeight.from_tensors(tensors, WeightForm(bits=bits, group_size=group_size, symmetric=symmetric))
     assert torch.equal(read.codes, weight.codes)
     assert torch.equal(read.scale, weight.scale)
     assert (read.bits, read.group_size) == (bits, group_size)
@@ -176,23 +177,23 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_reader_refuses(case: str) -> None:
     change, match = HOSTILE[case]
-    tensors = {name: value for name, value in (to_checkpoint(quantized()) | change).items() if value is not None}
+    tensors = {name: value for name, value in (quantized().tensors() | change).items() if value is not None}
     with pytest.raises(ValueError, match=match):
-        from_checkpoint(tensors, 4, 32, True)
+        UniformWeight.from_tensors(tensors, WeightForm(bits=4, group_size=32, symmetric=True))
 
 
 def test_a_reader_refuses_what_contradicts_the_scheme() -> None:
-    tensors = to_checkpoint(quantized())
+    tensors = quantized().tensors()
     with pytest.raises(ValueError, match=r"missing \['weight_zero_point'\]"):
-        from_checkpoint(tensors, 4, 32, False)
+        UniformWeight.from_tensors(tensors, WeightForm(bits=4, group_size=32, symmetric=False))
     with pytest.raises(ValueError, match="weight_packed"):
-        from_checkpoint(tensors, 8, 32, True)
+        UniformWeight.from_tensors(tensors, WeightForm(bits=8, group_size=32, symmetric=True))
     with pytest.raises(ValueError, match="weight_scale"):
-        from_checkpoint(tensors, 4, None, True)
+        UniformWeight.from_tensors(tensors, WeightForm(bits=4, group_size=None, symmetric=True))
     with pytest.raises(ValueError, match="group_size: 0"):
-        from_checkpoint(tensors, 4, 0, True)
+        UniformWeight.from_tensors(tensors, WeightForm(bits=4, group_size=0, symmetric=True))
     with pytest.raises(ValueError, match="bits: 6"):
-        from_checkpoint(tensors, 6, 32, True)
-    asymmetric = to_checkpoint(quantized(symmetric=False)) | {"weight_zero_point": torch.zeros(6, 3, dtype=torch.int32)}
+        UniformWeight.from_tensors(tensors, WeightForm(bits=6, group_size=32, symmetric=True))
+    asymmetric = quantized(symmetric=False).tensors() | {"weight_zero_point": torch.zeros(6, 3, dtype=torch.int32)}
     with pytest.raises(ValueError, match=r"weight_zero_point: int32 \[6, 3\]: expected int32 \[1, 3\]"):
-        from_checkpoint(asymmetric, 4, 32, False)
+        UniformWeight.from_tensors(asymmetric, WeightForm(bits=4, group_size=32, symmetric=False))

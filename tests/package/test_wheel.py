@@ -61,8 +61,10 @@ def test_the_wheel_holds_one_package_with_what_it_needs(wheel: Path) -> None:
 
 
 def test_both_packages_called_kernels_work(python: Path, tmp_path: Path) -> None:
-    code = "from kernels import get_kernel; from counterweight.kernels.packing import pack; print(pack.__module__)"
-    assert ran([str(python), "-c", code], tmp_path).split() == ["counterweight.kernels.packing"]
+    code = (
+        "from kernels import get_kernel; from counterweight.kernels.weights.packing import pack; print(pack.__module__)"
+    )
+    assert ran([str(python), "-c", code], tmp_path).split() == ["counterweight.kernels.weights.packing"]
 
 
 def test_a_job_runs_there_from_another_directory(python: Path, tmp_path: Path) -> None:

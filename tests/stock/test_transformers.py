@@ -258,7 +258,7 @@ def test_compressed_tensors_itself_reads_asymmetric_weights_as_we_do(name: str, 
         }
         local["weight_scale"] = local["weight_scale"].float()
         dense = PackedQuantizationCompressor.decompress(local, scheme)["weight"]
-        assert torch.equal(layer.quantized().dequantize(), dense)
+        assert torch.equal(layer.weight.dequantize(), dense)
 
 
 @pytest.mark.parametrize("name", REFUSED)

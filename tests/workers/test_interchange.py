@@ -7,24 +7,27 @@ from typing import Any
 import pytest
 import torch
 
-from counterweight.kernels.formats import LowRank, QuantizedWeight
+from counterweight.kernels.formats import LowRank
+from counterweight.kernels.weights.uniform import UniformWeight
 from counterweight.workers.architecture import FAMILIES
 from counterweight.workers.errors import CheckpointError
-from counterweight.workers.interchange import (
+from counterweight.workers.formats import ModuleFormat
+from counterweight.workers.interchange.compressed_tensors import (
     QUANT_METHOD,
-    adapter_config,
     artifact_config,
-    factor_names,
-    factor_tensors,
-    read_branch,
     read_weight,
-    refusal_of_adapter,
     refusal_of_weights,
     scale_dtype,
     source_config,
     weight_tensors,
 )
-from counterweight.workers.tasks import ModuleFormat
+from counterweight.workers.interchange.peft import (
+    adapter_config,
+    factor_names,
+    factor_tensors,
+    read_branch,
+    refusal_of_adapter,
+)
 
 DENSE = "model.layers.0.mlp.down_proj"
 EXPERT = "model.layers.0.block_sparse_moe.experts.3.w2"
@@ -36,9 +39,9 @@ def form(bits: int = 4, **changes: Any) -> ModuleFormat:
     return ModuleFormat.model_validate({**plain, **changes})
 
 
-def weight(*, symmetric: bool = True) -> QuantizedWeight:
+def weight(*, symmetric: bool = True) -> UniformWeight:
     generator = torch.Generator().manual_seed(0)
-    return QuantizedWeight(
+    return UniformWeight(
         codes=torch.randint(-8, 8, (6, 64), generator=generator).to(torch.int8),
         scale=torch.rand(6, 2, generator=generator).bfloat16(),
         zero_point=None if symmetric else torch.randint(-8, 8, (6, 2), generator=generator).to(torch.int8),

@@ -15,7 +15,8 @@ from counterweight.workers.anatomy import LM_HEAD, NORM
 from counterweight.workers.block import CompressedLinear, install
 from counterweight.workers.checkpoint.digest import tensor_digest
 from counterweight.workers.errors import CheckpointError, ObjectNotFoundError
-from counterweight.workers.interchange import read_branch, read_weight
+from counterweight.workers.interchange.compressed_tensors import read_weight
+from counterweight.workers.interchange.peft import read_branch
 from counterweight.workers.skeleton import Block
 from counterweight.workers.tasks import BlockRecord, BlockSpec, KeepSpec
 from counterweight.workers.worker import Worker, shard_sequences

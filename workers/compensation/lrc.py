@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import LowRank, QuantizedWeight
+from counterweight.kernels.formats import LowRank
+from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.compensation.regression import factors, root_of, spectrum, stored
 from counterweight.workers.quantization import quantize
@@ -35,7 +36,7 @@ from counterweight.workers.recipe.weights import Quantizer, WeightFormat
 class LRCResult:
     """Codes and branch, the relative objective after each step (Init excluded), and departures from the recipe."""
 
-    weight: QuantizedWeight
+    weight: StoredWeight
     low_rank: LowRank
     objectives: tuple[float, ...]
     fallbacks: tuple[Fallback, ...]

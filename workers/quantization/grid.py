@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import QuantizedWeight
+from counterweight.kernels.weights.uniform import UniformWeight
 from counterweight.workers.recipe.weights import AbsoluteMaximum, MeanSquare, ScaleSearch, WeightFormat
 
 _STRIDE = 4
@@ -31,7 +31,7 @@ class Grid:
     scale: Tensor
     zero_point: Tensor | None
 
-    def round(self, weight: Tensor) -> QuantizedWeight:
+    def round(self, weight: Tensor) -> UniformWeight:
         """Each entry of `weight` [out, in] float32 to its nearest grid value."""
         rows, columns = weight.shape
         grouped = weight.reshape(rows, self.scale.shape[1], -1)
@@ -40,9 +40,9 @@ class Grid:
         codes.clamp_(self.format.lowest, self.format.highest)
         return self.with_codes(codes.reshape(rows, columns).to(torch.int8))
 
-    def with_codes(self, codes: Tensor) -> QuantizedWeight:
+    def with_codes(self, codes: Tensor) -> UniformWeight:
         """These codes [out, in] int8 on this grid."""
-        return QuantizedWeight(
+        return UniformWeight(
             codes=codes,
             scale=self.scale,
             zero_point=self.zero_point,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from counterweight.kernels.formats import QuantizedWeight
+from counterweight.kernels.weights import StoredWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,5 +23,5 @@ class Fallback:
 class QuantizationResult:
     """Codes and grid of one weight, with every departure from the recipe that led to them."""
 
-    weight: QuantizedWeight
+    weight: StoredWeight
     fallbacks: tuple[Fallback, ...] = ()

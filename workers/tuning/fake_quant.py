@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import QuantizedWeight
+from counterweight.kernels.weights.uniform import UniformWeight
 from counterweight.workers.recipe.weights import WeightFormat
 
 UNCLIPPED = 4.0
@@ -56,12 +56,12 @@ class FakeQuantized:
         centred = self.codes if self.zero_point is None else self.codes - self.zero_point
         return (centred * self.scale).flatten(1)
 
-    def stored(self) -> QuantizedWeight:
+    def stored(self) -> UniformWeight:
         """The same weight as the checkpoint will hold it. ValueError when a scale does not fit its dtype."""
         if not bool(torch.isfinite(self.scale).all()):
             raise ValueError(f"weight: a scale exceeds the range of {self.scale_dtype}, in which it would be stored")
         zero = self.zero_point
-        return QuantizedWeight(
+        return UniformWeight(
             codes=self.codes.detach().flatten(1).to(torch.int8),
             scale=self.scale.detach().squeeze(-1).to(self.scale_dtype),
             zero_point=None if zero is None else zero.detach().squeeze(-1).to(torch.int8),

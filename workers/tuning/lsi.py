@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from counterweight.kernels.formats import ActivationFormat, QuantizedWeight
+from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.reference import fake_quantize_activations
+from counterweight.kernels.weights.uniform import UniformWeight
 from counterweight.workers.architecture import Siblings
 from counterweight.workers.quantization.inputs import checked_matrix
 from counterweight.workers.recipe.tuning import Tuning
@@ -53,7 +54,7 @@ class TuningResult:
     patience ended before the epochs did.
     """
 
-    weights: Mapping[str, QuantizedWeight]
+    weights: Mapping[str, UniformWeight]
     norms: Mapping[str, Tensor]
     train: tuple[float, ...]
     held_out: tuple[float, ...]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from counterweight.kernels.gate.case import ARCHS, Case
 from counterweight.kernels.gpu.error_compensation import FETCHING_WARPS, add_rows_kernel, blocks, select_kernel
-from counterweight.kernels.packing import packed_width
 from counterweight.kernels.residual import CHUNK
+from counterweight.kernels.weights.packing import packed_width
 
 _SELECT = {
     "x": "*bf16",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import LowRank, QuantizedWeight
+from counterweight.kernels.formats import LowRank
 from counterweight.kernels.gpu.layout import PreparedInput
 from counterweight.kernels.reference import quantize_activations
+from counterweight.kernels.weights.uniform import UniformWeight
 from tests.kernels.gpu.guarded import guarded
 
 
@@ -21,7 +22,7 @@ def random_weight(
     symmetric: bool = True,
     dtype: torch.dtype = torch.float16,
     unit_scale: bool = False,
-) -> QuantizedWeight:
+) -> UniformWeight:
     """Codes and zero points of the whole range, scales that differ by group."""
     random = torch.Generator().manual_seed(seed)
     groups = 1 if group_size is None else -(-in_features // group_size)
@@ -29,7 +30,7 @@ def random_weight(
     codes = torch.randint(-half, half, (out_features, in_features), generator=random, dtype=torch.int8)
     scale = torch.rand(out_features, groups, generator=random) * 0.02 + 0.01
     zero_point = torch.randint(-half, half, (out_features, groups), generator=random, dtype=torch.int8)
-    return QuantizedWeight(
+    return UniformWeight(
         codes=codes,
         scale=torch.ones_like(scale).to(dtype) if unit_scale else scale.to(dtype),
         zero_point=None if symmetric else zero_point,

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat, QuantizedWeight
+from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.gpu.activations import prepare, unsupported
 from counterweight.kernels.gpu.integer_gemm import IntegerWeight, prepare_integer
 from counterweight.kernels.gpu.layout import PackedWeight, PreparedInput, prepare_weight
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.reference import layer_input, quantize_activations
+from counterweight.kernels.weights.uniform import UniformWeight
 from tests.kernels.gpu.guarded import bands_are_intact, guarded
 from tests.kernels.gpu.poisoned import poisoned
 
@@ -24,11 +25,11 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def weight_of(columns: int, *, bits: int = 4, group_size: int | None = 32, asymmetric: bool = False) -> QuantizedWeight:
+def weight_of(columns: int, *, bits: int = 4, group_size: int | None = 32, asymmetric: bool = False) -> UniformWeight:
     groups = 1 if group_size is None else columns // group_size
     zero_point = torch.ones(8, groups, dtype=torch.int8) if asymmetric else None
     codes = torch.zeros(8, columns, dtype=torch.int8)
-    return QuantizedWeight(
+    return UniformWeight(
         codes=codes, scale=torch.ones(8, groups), zero_point=zero_point, bits=bits, group_size=group_size
     )
 

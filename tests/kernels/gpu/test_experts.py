@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import LowRank, QuantizedWeight
+from counterweight.kernels.formats import LowRank
 from counterweight.kernels.gpu.experts import Routing, align_tokens, block_of, expert_gemm, project_experts
 from counterweight.kernels.gpu.layout import PackedWeight, prepare_weight, stack_weights
 from counterweight.kernels.reference import experts as reference_experts
+from counterweight.kernels.weights.uniform import UniformWeight
 from tests.kernels.gpu.guarded import guarded
 from tests.kernels.gpu.poisoned import poisoned
 from tests.kernels.gpu.prepared import prepare, random_input, random_low_rank, random_weight, relative_error
@@ -40,7 +41,7 @@ def make_weights(
     group_size: int | None = 128,
     symmetric: bool = True,
     dtype: torch.dtype = torch.float32,
-) -> tuple[list[QuantizedWeight], PackedWeight]:
+) -> tuple[list[UniformWeight], PackedWeight]:
     """Weights [130, 200] of EXPERTS experts, and all of them as one."""
     weights = [
         random_weight(seed, 130, 200, bits=bits, group_size=group_size, symmetric=symmetric, dtype=dtype).to(device)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from counterweight.kernels.formats import ActivationFormat, LowRank
 from counterweight.kernels.gpu.activations import prepare
 from counterweight.kernels.gpu.integer_gemm import IntegerWeight, integer_gemm, prepare_integer, unsupported
 from counterweight.kernels.gpu.layout import PreparedInput
 from counterweight.kernels.reference import linear
+from counterweight.kernels.weights.uniform import UniformWeight
 from tests.kernels.gpu.guarded import bands_are_intact, guarded
 from tests.kernels.gpu.poisoned import poisoned
 
@@ -41,7 +42,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def make_weight(
     bits: int, group_size: int | None, asymmetric: bool, columns: int, *, rows: int = 40, extreme: bool = False
-) -> QuantizedWeight:
+) -> UniformWeight:
     """Random codes and zero points; extreme: the ends of their range alone, and scales of 1."""
     groups, half = (1 if group_size is None else columns // group_size), 1 << (bits - 1)
 
@@ -51,7 +52,7 @@ def make_weight(
         return torch.randint(-half, half, shape, generator=generator(), dtype=torch.int8)
 
     scale = torch.ones(rows, groups) if extreme else torch.rand(rows, groups, generator=generator()) + 0.5
-    return QuantizedWeight(
+    return UniformWeight(
         codes=codes(rows, columns),
         scale=scale.bfloat16(),
         zero_point=codes(rows, groups) if asymmetric else None,
@@ -78,7 +79,7 @@ def move(weight: IntegerWeight, device: torch.device) -> IntegerWeight:
     return replace(weight, codes=codes, scale=scale, zero_point=zero_point)
 
 
-def exact_product(codes: Tensor, weight: QuantizedWeight) -> Tensor:
+def exact_product(codes: Tensor, weight: UniformWeight) -> Tensor:
     """sum_k x (q - zero), [tokens, out] int64."""
     centred = weight.codes.long()
     if weight.zero_point is not None:
@@ -105,7 +106,7 @@ def test_sums_of_extreme_codes_are_exact(
 @pytest.mark.parametrize("bits", [4, 8])
 def test_sums_of_the_longest_rows_stay_within_int32(bits: int, device: torch.device) -> None:
     half, columns = 1 << (bits - 1), 1 << 16
-    weight = QuantizedWeight(
+    weight = UniformWeight(
         codes=torch.full((1, columns), half - 1, dtype=torch.int8),
         scale=torch.ones(1, 1),
         zero_point=torch.full((1, 1), -half, dtype=torch.int8),
@@ -154,7 +155,7 @@ def test_results_are_rounded_to_halves(dtype: torch.dtype, tolerance: float, dev
 
 
 def compare(
-    weight: QuantizedWeight,
+    weight: UniformWeight,
     tokens: int,
     device: torch.device,
     *,
@@ -223,7 +224,7 @@ def test_halves_of_a_unit_share_bytes() -> None:
 )
 def test_other_weights_are_refused(columns: int, group_size: int | None, bits: int, reason: str) -> None:
     groups = 1 if group_size is None else -(-columns // group_size)
-    weight = QuantizedWeight(
+    weight = UniformWeight(
         codes=torch.zeros(1, columns, dtype=torch.int8),
         scale=torch.ones(1, groups),
         zero_point=None,

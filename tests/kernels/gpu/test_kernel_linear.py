@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.backend import on_kernels
-from counterweight.kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from counterweight.kernels.formats import ActivationFormat, LowRank
 from counterweight.kernels.gpu.host_memory import HostArena
 from counterweight.kernels.gpu.linear import KernelLinear
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.kernels.residual import Correction, ResidualStore
+from counterweight.kernels.weights.uniform import UniformWeight
 
 OUT, IN = 96, 128
 
 
-def weight(device: torch.device, *, bits: int = 4, group_size: int | None = 64) -> QuantizedWeight:
+def weight(device: torch.device, *, bits: int = 4, group_size: int | None = 64) -> UniformWeight:
     source = torch.Generator().manual_seed(1)
     codes = torch.randint(-(1 << bits - 1), 1 << bits - 1, (OUT, IN), generator=source, dtype=torch.int8)
     groups = 1 if group_size is None else IN // group_size
     scale = 0.01 + 0.01 * torch.rand(OUT, groups, generator=source)
-    return QuantizedWeight(codes=codes, scale=scale, zero_point=None, bits=bits, group_size=group_size).to(device)
+    return UniformWeight(codes=codes, scale=scale, zero_point=None, bits=bits, group_size=group_size).to(device)
 
 
 def low_rank(device: torch.device, *, codes: bool = False) -> LowRank:

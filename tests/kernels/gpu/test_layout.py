@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import QuantizedWeight
 from counterweight.kernels.gpu.layout import (
     PackedWeight,
     paired_columns,
@@ -16,6 +15,7 @@ from counterweight.kernels.gpu.layout import (
     stack_weights,
     unsupported,
 )
+from counterweight.kernels.weights.uniform import UniformWeight
 from tests.kernels.gpu.prepared import random_weight
 
 
@@ -85,7 +85,7 @@ def test_stacks_experts_of_one_kind() -> None:
     ],
 )
 def test_says_why_a_weight_is_refused(change: dict[str, object], reason: str) -> None:
-    weight: QuantizedWeight = random_weight(0, 4, 128)
+    weight: UniformWeight = random_weight(0, 4, 128)
     assert unsupported(weight) is None
     refused = replace(weight, **change)
     assert reason in str(unsupported(refused))

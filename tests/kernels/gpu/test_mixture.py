@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from counterweight.kernels.backend import experts_on_kernels
-from counterweight.kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from counterweight.kernels.formats import ActivationFormat, LowRank
 from counterweight.kernels.gpu.mixture import KernelExperts, unsupported
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.linear import CompensatedLinear
+from counterweight.kernels.weights.uniform import UniformWeight
 
 EXPERTS, HIDDEN, INNER = 3, 64, 32
 
@@ -25,7 +26,7 @@ def random(device: torch.device, *shape: int, seed: int) -> Tensor:
 def linear(device: torch.device, rows: int, columns: int, seed: int, **parts: Any) -> CompensatedLinear:
     codes = (3 * random(device, rows, columns, seed=seed)).round().clamp(-8, 7).to(torch.int8)
     scale = 0.01 + 0.01 * random(device, rows, 1, seed=seed + 1).abs()
-    weight = QuantizedWeight(codes=codes, scale=scale, zero_point=None, bits=4, group_size=None)
+    weight = UniformWeight(codes=codes, scale=scale, zero_point=None, bits=4, group_size=None)
     rank = parts.pop("rank", 0)
     branch = None
     if rank:

@@ -8,23 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat, LowRank, QuantizedWeight
+from counterweight.kernels.formats import ActivationFormat, LowRank
 from counterweight.kernels.gpu.host_memory import HostArena
 from counterweight.kernels.gpu.linear import KernelLinear
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.kernels.reference import linear
 from counterweight.kernels.residual import Correction, ResidualStore
+from counterweight.kernels.weights.uniform import UniformWeight
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 SHAPES = [(6144, 4096), (4096, 14336), (1000, 4096)]
 
 
-def weight(rows: int, columns: int, bits: int, group_size: int | None) -> QuantizedWeight:
+def weight(rows: int, columns: int, bits: int, group_size: int | None) -> UniformWeight:
     half = 1 << (bits - 1)
     groups = 1 if group_size is None else columns // group_size
-    return QuantizedWeight(
+    return UniformWeight(
         codes=torch.randint(-half, half, (rows, columns), dtype=torch.int8, device="cuda"),
         scale=(0.001 + 0.01 * torch.rand(rows, groups, device="cuda")).bfloat16(),
         zero_point=None,

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import QuantizedWeight
+from counterweight.kernels.weights.uniform import UniformWeight
 from counterweight.workers.calibration.statistics import InputStatistics
 
 
@@ -28,12 +28,12 @@ def of(inputs: Tensor) -> InputStatistics:
     return InputStatistics(gram=inputs.double().T @ inputs.double(), tokens=len(inputs))
 
 
-def loss(weight: Tensor, solved: QuantizedWeight, statistics: InputStatistics) -> float:
+def loss(weight: Tensor, solved: UniformWeight, statistics: InputStatistics) -> float:
     """||(W - Q) X||^2 per token, float64."""
     return row_losses(weight, solved, statistics).sum().item()
 
 
-def row_losses(weight: Tensor, solved: QuantizedWeight, statistics: InputStatistics) -> Tensor:
+def row_losses(weight: Tensor, solved: UniformWeight, statistics: InputStatistics) -> Tensor:
     error = weight.double() - solved.dequantize(torch.float64)
     return ((error @ statistics.mean_gram()) * error).sum(1)
 
@@ -44,14 +44,14 @@ def damped(statistics: InputStatistics, damping: float) -> Tensor:
     return hessian + damping * hessian.diagonal().median() * torch.eye(len(hessian), dtype=torch.float64)
 
 
-def best_of_all(weight: Tensor, solved: QuantizedWeight, statistics: InputStatistics) -> Tensor:
+def best_of_all(weight: Tensor, solved: UniformWeight, statistics: InputStatistics) -> Tensor:
     """The smallest loss of each row that any codes on the grid of `solved` reach, by trying all of them."""
     half = 1 << (solved.bits - 1)
     columns = weight.shape[1]
     every = torch.tensor(list(itertools.product(range(-half, half), repeat=columns)), dtype=torch.int8)
     best = []
     for row in range(len(weight)):
-        candidate = QuantizedWeight(
+        candidate = UniformWeight(
             codes=every,
             scale=solved.scale[row].expand(len(every), -1),
             zero_point=None if solved.zero_point is None else solved.zero_point[row].expand(len(every), -1),
@@ -62,7 +62,7 @@ def best_of_all(weight: Tensor, solved: QuantizedWeight, statistics: InputStatis
     return torch.stack(best)
 
 
-def optimal_brain_codes(weight: Tensor, solved: QuantizedWeight, hessian: Tensor, order: list[int]) -> Tensor:
+def optimal_brain_codes(weight: Tensor, solved: UniformWeight, hessian: Tensor, order: list[int]) -> Tensor:
     """Codes by Optimal Brain Surgeon, one column at a time in float64, with the explicit inverse of what is left.
 
     Frantar et al. 2022, equations 2 and 3: after each column all remaining weights take their best values, and the

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import QuantizedWeight
+from counterweight.kernels.weights.uniform import UniformWeight
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.quantization import Grid, quantize
 from counterweight.workers.recipe import GPTQ, RTN, AbsoluteMaximum, MeanSquare, WeightFormat
@@ -28,7 +28,7 @@ PLAIN = GPTQ(act_order=False, refinement=0, scale=AbsoluteMaximum())
 
 def solve(
     quantizer: GPTQ | RTN, weight: Tensor, statistics: InputStatistics, format: WeightFormat | None = None
-) -> QuantizedWeight:
+) -> UniformWeight:
     result = quantize(quantizer, weight, statistics, format or WeightFormat(), scale_dtype=torch.float32)
     assert not result.fallbacks
     return result.weight

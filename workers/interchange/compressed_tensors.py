@@ -1,9 +1,4 @@
-"""The artifact in other people's terms: compressed-tensors for the codes, PEFT for the low-rank branch.
-
-What a stock loader can represent is written so that it loads with the right logits; what it cannot is written so that it
-*refuses*. transformers skips a quantization method it does not know and then starts from random weights, so refusal
-needs an unknown `model_type` as well as our own `quant_method`; PEFT refuses an unknown `peft_type`.
-"""
+"""Weights in compressed-tensors' form: their names in the checkpoint, and the model's config.json."""
 
 from __future__ import annotations
 
@@ -13,106 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import LowRank, QuantizedWeight
-from counterweight.kernels.packing import from_checkpoint, to_checkpoint
-from counterweight.kernels.residual import Correction, ResidualStore
+from counterweight.kernels.weights import StoredWeight, format_of
 from counterweight.workers.architecture import Family, is_expert
 from counterweight.workers.errors import CheckpointError
-from counterweight.workers.tasks import ModuleFormat
+from counterweight.workers.formats import ModuleFormat
 
 QUANT_METHOD = "counterweight"
 """`quant_method` of an artifact that only our own loader may open; also the prefix of its `model_type`."""
 
-ADAPTER_PREFIX = "base_model.model."
 EXPERT_TARGET = "re:.*[.]experts[.].*"
 
-PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-"""Tensors of one quantized linear, after its name and a dot; the last only for an asymmetric grid."""
 
-
-def weight_tensors(module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+def weight_tensors(module: str, weight: StoredWeight) -> dict[str, Tensor]:
     """A quantized linear's tensors under their checkpoint names."""
-    return {f"{module}.{name}": tensor for name, tensor in to_checkpoint(weight).items()}
+    return {f"{module}.{name}": tensor for name, tensor in weight.tensors().items()}
 
 
-def factor_tensors(module: str, branch: LowRank) -> dict[str, Tensor]:
-    """A low-rank branch under PEFT's names: lora_A [rank, in], lora_B [out, rank]; of integer codes their steps too."""
-    tensors = (branch.down, branch.up, branch.down_scale, branch.up_scale)
-    names = factor_names(module, 8 if branch.up_scale is not None else None)
-    return {name: tensor.contiguous() for name, tensor in zip(names, tensors, strict=False) if tensor is not None}
+def weight_names(module: str, form: ModuleFormat) -> tuple[str, ...]:
+    """Names of the tensors of a quantized linear; CheckpointError for a format that nobody knows."""
+    return tuple(f"{module}.{name}" for name in _format_of(module, form).names(form.weight))
 
 
-def factor_names(module: str, bits: int | None) -> tuple[str, ...]:
-    """Names of a branch's tensors: A (down), B (up), and the steps of both when they are codes of `bits`."""
-    names = (f"{ADAPTER_PREFIX}{module}.lora_A", f"{ADAPTER_PREFIX}{module}.lora_B")
-    kinds = ("weight",) if bits is None else ("weight", "scale")
-    return tuple(f"{name}.{kind}" for kind in kinds for name in names)
-
-
-RESIDUAL = ("residual_packed", "residual_scale", "residual_thresholds")
-STATIC = "residual_importance"
-
-
-def residual_names(module: str, form: ModuleFormat) -> tuple[str, ...]:
-    """Names of the tensors of a linear's residual store; none when it has none."""
-    if form.residual is None:
-        return ()
-    parts = (*RESIDUAL, STATIC) if form.residual.selection == "static" else RESIDUAL
-    return tuple(f"{module}.{part}" for part in parts)
-
-
-def residual_tensors(module: str, correction: Correction) -> dict[str, Tensor]:
-    """A residual store under its names: rows by input channel, packed; scales by output channel; thresholds."""
-    store = correction.store
-    tensors = dict(zip(RESIDUAL, (store.packed, store.scale, store.thresholds), strict=True))
-    if correction.selection == "static" and correction.importance is not None:
-        tensors[STATIC] = correction.importance
-    return {f"{module}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def read_residual(
-    tensors: Mapping[str, Tensor], module: str, form: ModuleFormat, shape: tuple[int, int]
-) -> Correction | None:
-    """The residual of `module`, a linear of `shape` [out, in]; CheckpointError when its tensors are not of that shape."""
-    if form.residual is None:
-        return None
-    local = {name.rsplit(".", 1)[1]: tensor for name, tensor in tensors.items()}
-    packed, scale, thresholds = (local[name] for name in RESIDUAL)
-    rows, columns = shape
-    words = -(-rows * form.residual.bits // 32)
-    found = (tuple(packed.shape), tuple(scale.shape), tuple(thresholds.shape))
-    if found != ((columns, words), (rows,), (columns,)) or packed.dtype != torch.int32:
-        raise CheckpointError(f"residual: {module}: shapes {found}: expected those of a layer [{rows}, {columns}]")
-    store = ResidualStore(packed=packed, scale=scale, thresholds=thresholds, out_features=rows, bits=form.residual.bits)
-    return Correction(
-        store=store,
-        selection=form.residual.selection,
-        channels_per_chunk=form.residual.channels_per_chunk,
-        importance=local.get(STATIC),
-    )
-
-
-def read_weight(tensors: Mapping[str, Tensor], module: str, form: ModuleFormat) -> QuantizedWeight:
+def read_weight(tensors: Mapping[str, Tensor], module: str, form: ModuleFormat) -> StoredWeight:
     """The quantized linear `module` from its stored tensors; CheckpointError when they are not what `form` says."""
     local = {name.rsplit(".", 1)[1]: tensor for name, tensor in tensors.items()}
     try:
-        return from_checkpoint(local, bits=form.bits, group_size=form.group_size, symmetric=form.symmetric)
+        return _format_of(module, form).from_tensors(local, form.weight)
     except ValueError as error:
         raise CheckpointError(f"{module}: {error}") from error
 
 
-def read_branch(adapter: Mapping[str, Tensor], module: str, form: ModuleFormat) -> LowRank | None:
-    """The low-rank branch of `module`, or None when its format has rank 0; CheckpointError when shapes disagree."""
-    if form.rank == 0:
-        return None
-    down, up, *steps = (adapter[name] for name in factor_names(module, form.factor_bits))
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != form.rank or up.shape[1] != form.rank:
-        raise CheckpointError(f"adapter: {module}: {list(up.shape)} x {list(down.shape)}: expected rank {form.rank}")
-    if not steps:
-        return LowRank(up=up, down=down)
-    if up.dtype != torch.int8 or down.dtype != torch.int8 or any(tuple(step.shape) != (form.rank,) for step in steps):
-        raise CheckpointError(f"adapter: {module}: expected int8 codes and {form.rank} steps for each factor")
-    return LowRank(up=up, down=down, up_scale=steps[1], down_scale=steps[0])
+def _format_of(module: str, form: ModuleFormat) -> type[StoredWeight]:
+    try:
+        return format_of(form.kind)
+    except ValueError as error:
+        raise CheckpointError(f"{module}: {error}") from error
 
 
 def scale_dtype(module: str, source: torch.dtype) -> torch.dtype:
@@ -132,6 +62,9 @@ def refusal_of_weights(formats: Mapping[str, ModuleFormat], experts: Sequence[st
     layers, and experts in 16 bits beside quantized layers. They are written in that form, which its decompressor reads.
     """
     forms = formats.values()
+    for stored in sorted({form.kind for form in forms}):
+        if (refusal := format_of(stored).refusal) is not None:
+            return refusal
     if any(form.online is not None for form in forms):
         return "online Hadamard transforms: transformers ignores them, and the logits would be noise"
     if any(form.activation_clip != 1 or form.activation_group_size is not None for form in forms):
@@ -148,26 +81,6 @@ def refusal_of_weights(formats: Mapping[str, ModuleFormat], experts: Sequence[st
         return "experts on an asymmetric grid: transformers ignores their zero points"
     if kind is not None and kind[3] is not None:
         return "experts with quantized activations: transformers runs them on unquantized activations"
-    return None
-
-
-def refusal_of_adapter(formats: Mapping[str, ModuleFormat], family: Family) -> str | None:
-    """Why stock PEFT cannot represent the branches, or None when it can.
-
-    PEFT from 0.20 on fuses the adapters of experts as transformers fuses the experts, when all of them have one rank;
-    0.18 loads the same files without a word and leaves the experts out. And since it knows experts by the last part of
-    a name, it also takes a dense layer for one when the names are alike (Qwen3-MoE's dense blocks).
-    """
-    if any(form.factor_bits is not None for form in formats.values()):
-        return "factors in integer codes: PEFT would read the codes as the factors"
-    if family.experts is None:
-        return None
-    branches = [name for name, form in formats.items() if form.rank]
-    if any(is_expert(name) for name in branches):
-        return "low-rank branches on experts: PEFT has no linear layer to attach them to once experts are fused"
-    projections = {name.rpartition(".")[2] for name in family.experts.on_disk.values()}
-    if any(name.rpartition(".")[2] in projections for name in branches):
-        return "low-rank branches on dense layers that are called as experts are: PEFT takes them for experts"
     return None
 
 
@@ -234,37 +147,6 @@ def source_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if quantization.get("quant_method") == QUANT_METHOD:
         plain["model_type"] = quantization.get("base_model_type")
     return plain
-
-
-def adapter_config(formats: Mapping[str, ModuleFormat], base: str, family: Family) -> dict[str, Any]:
-    """adapter_config.json: a LoRA of scaling 1 with a rank per module. base: name of the artifact it belongs to."""
-    ranks = {name: form.rank for name, form in formats.items() if form.rank}
-    reason = refusal_of_adapter(formats, family)
-    if reason is not None:
-        return {"peft_type": QUANT_METHOD.upper(), "reason": reason, "rank_pattern": ranks}
-    first = next(iter(ranks.values()))
-    # PEFT reads pattern keys as regular expressions on the end of a module's name; a full name with dots escaped
-    # matches that module alone.
-    pattern = {_pattern(name): rank for name, rank in ranks.items()}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": first,
-        "lora_alpha": first,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "target_modules": sorted(ranks),
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-    }
-
-
-def _pattern(name: str) -> str:
-    return "^" + name.replace(".", r"\.") + "$"
 
 
 Scheme = tuple[int, int | None, bool, int | None]

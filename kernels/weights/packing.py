@@ -10,18 +10,13 @@ three mask-and-shift steps on int64 lanes, one per doubling of the run of packed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from counterweight.kernels.formats import QuantizedWeight
+from counterweight.kernels.weights.stored_weight import describe
 
-__all__ = ["CHECKPOINT_NAMES", "from_checkpoint", "pack", "packed_width", "to_checkpoint", "unpack"]
-
-CHECKPOINT_NAMES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-"""Local names of a quantized linear layer's tensors; the last is there for asymmetric grids only."""
+__all__ = ["pack", "packed_width", "unpack"]
 
 _BITS = (2, 3, 4, 8)
 _CODES_PER_LANE = 8
@@ -42,7 +37,7 @@ def pack(codes: Tensor, bits: int, *, dim: int = 1) -> Tensor:
     """
     _check_bits(bits)
     if codes.dtype is not torch.int8 or codes.ndim != 2:
-        raise ValueError(f"codes: {_describe(codes)}: expected int8 with 2 dimensions")
+        raise ValueError(f"codes: {describe(codes)}: expected int8 with 2 dimensions")
     half = 1 << (bits - 1)
     if codes.numel():
         low, high = (int(bound) for bound in codes.aminmax())
@@ -72,7 +67,7 @@ def unpack(words: Tensor, bits: int, count: int, *, dim: int = 1) -> Tensor:
     """
     _check_bits(bits)
     if words.dtype is not torch.int32 or words.ndim != 2:
-        raise ValueError(f"words: {_describe(words)}: expected int32 with 2 dimensions")
+        raise ValueError(f"words: {describe(words)}: expected int32 with 2 dimensions")
     if _dim(dim) == 0:
         return unpack(words.T, bits, count).T.contiguous()
     rows, width = words.shape
@@ -91,72 +86,6 @@ def unpack(words: Tensor, bits: int, count: int, *, dim: int = 1) -> Tensor:
     # With 8 bits the unsigned codes do not fit int8; there, flipping the top bit is the subtraction.
     signed = codes ^ -half if bits == 8 else codes - half
     return signed[:, :count].contiguous()
-
-
-def to_checkpoint(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of one quantized layer under their local names (see `CHECKPOINT_NAMES`).
-
-    weight_packed int32 [out, words]; weight_scale [out, groups] in its own dtype; weight_shape int64 [2];
-    weight_zero_point int32 [words, groups], packed along the output dimension, when the grid is asymmetric.
-    """
-    tensors = {
-        "weight_packed": pack(weight.codes, weight.bits),
-        "weight_scale": weight.scale.contiguous(),
-        "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
-    }
-    if weight.zero_point is not None:
-        tensors["weight_zero_point"] = pack(weight.zero_point, weight.bits, dim=0)
-    return tensors
-
-
-def from_checkpoint(
-    tensors: Mapping[str, Tensor], bits: int, group_size: int | None, symmetric: bool
-) -> QuantizedWeight:
-    """Inverse of `to_checkpoint` for tensors that nobody has checked yet.
-
-    Raises ValueError naming the first tensor whose presence, dtype, shape or content contradicts the others or the
-    scheme. Sizes are compared before anything is allocated from them.
-    """
-    _check_bits(bits)
-    if group_size is not None and group_size <= 0:
-        raise ValueError(f"group_size: {group_size}: expected a positive number of columns, or None")
-    expected = set(CHECKPOINT_NAMES[:3] if symmetric else CHECKPOINT_NAMES)
-    if set(tensors) != expected:
-        missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-        raise ValueError(f"tensors of a quantized layer: missing {missing}, not expected {unknown}")
-    rows, columns = _read_shape(tensors["weight_shape"])
-    groups = 1 if group_size is None else -(-columns // group_size)
-    packed, scale = tensors["weight_packed"], tensors["weight_scale"]
-    _expect(packed, "weight_packed", (torch.int32,), (rows, packed_width(columns, bits)))
-    _expect(scale, "weight_scale", (torch.bfloat16, torch.float16, torch.float32), (rows, groups))
-    if not bool(torch.isfinite(scale).all()):
-        raise ValueError("weight_scale: holds NaN or infinity: expected finite scales")
-    zero_point = None
-    if not symmetric:
-        words = tensors["weight_zero_point"]
-        _expect(words, "weight_zero_point", (torch.int32,), (packed_width(rows, bits), groups))
-        zero_point = unpack(words, bits, rows, dim=0)
-    return QuantizedWeight(
-        codes=unpack(packed, bits, columns), scale=scale, zero_point=zero_point, bits=bits, group_size=group_size
-    )
-
-
-def _read_shape(shape: Tensor) -> tuple[int, int]:
-    _expect(shape, "weight_shape", (torch.int64,), (2,))
-    rows, columns = (int(size) for size in shape)
-    if rows <= 0 or columns <= 0:
-        raise ValueError(f"weight_shape: [{rows}, {columns}]: expected two positive sizes")
-    return rows, columns
-
-
-def _expect(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
-    if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{name}: {_describe(tensor)}: expected {wanted} {list(shape)}")
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _check_bits(bits: int) -> None:

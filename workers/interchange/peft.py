@@ -1,0 +1,96 @@
+"""Low-rank branches as a PEFT adapter: a LoRA of scaling 1 with a rank for each module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from counterweight.kernels.formats import LowRank
+from counterweight.workers.architecture import Family, is_expert
+from counterweight.workers.errors import CheckpointError
+from counterweight.workers.formats import ModuleFormat
+from counterweight.workers.interchange.compressed_tensors import QUANT_METHOD
+
+ADAPTER_PREFIX = "base_model.model."
+
+
+def factor_tensors(module: str, branch: LowRank) -> dict[str, Tensor]:
+    """A low-rank branch under PEFT's names: lora_A [rank, in], lora_B [out, rank]; of integer codes their steps too."""
+    tensors = (branch.down, branch.up, branch.down_scale, branch.up_scale)
+    names = factor_names(module, 8 if branch.up_scale is not None else None)
+    return {name: tensor.contiguous() for name, tensor in zip(names, tensors, strict=False) if tensor is not None}
+
+
+def factor_names(module: str, bits: int | None) -> tuple[str, ...]:
+    """Names of a branch's tensors: A (down), B (up), and the steps of both when they are codes of `bits`."""
+    names = (f"{ADAPTER_PREFIX}{module}.lora_A", f"{ADAPTER_PREFIX}{module}.lora_B")
+    kinds = ("weight",) if bits is None else ("weight", "scale")
+    return tuple(f"{name}.{kind}" for kind in kinds for name in names)
+
+
+def read_branch(adapter: Mapping[str, Tensor], module: str, form: ModuleFormat) -> LowRank | None:
+    """The low-rank branch of `module`, or None when its format has rank 0; CheckpointError when shapes disagree."""
+    if form.rank == 0:
+        return None
+    down, up, *steps = (adapter[name] for name in factor_names(module, form.factor_bits))
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != form.rank or up.shape[1] != form.rank:
+        raise CheckpointError(f"adapter: {module}: {list(up.shape)} x {list(down.shape)}: expected rank {form.rank}")
+    if not steps:
+        return LowRank(up=up, down=down)
+    if up.dtype != torch.int8 or down.dtype != torch.int8 or any(tuple(step.shape) != (form.rank,) for step in steps):
+        raise CheckpointError(f"adapter: {module}: expected int8 codes and {form.rank} steps for each factor")
+    return LowRank(up=up, down=down, up_scale=steps[1], down_scale=steps[0])
+
+
+def refusal_of_adapter(formats: Mapping[str, ModuleFormat], family: Family) -> str | None:
+    """Why stock PEFT cannot represent the branches, or None when it can.
+
+    PEFT from 0.20 on fuses the adapters of experts as transformers fuses the experts, when all of them have one rank;
+    0.18 loads the same files without a word and leaves the experts out. And since it knows experts by the last part of
+    a name, it also takes a dense layer for one when the names are alike (Qwen3-MoE's dense blocks).
+    """
+    if any(form.factor_bits is not None for form in formats.values()):
+        return "factors in integer codes: PEFT would read the codes as the factors"
+    if family.experts is None:
+        return None
+    branches = [name for name, form in formats.items() if form.rank]
+    if any(is_expert(name) for name in branches):
+        return "low-rank branches on experts: PEFT has no linear layer to attach them to once experts are fused"
+    projections = {name.rpartition(".")[2] for name in family.experts.on_disk.values()}
+    if any(name.rpartition(".")[2] in projections for name in branches):
+        return "low-rank branches on dense layers that are called as experts are: PEFT takes them for experts"
+    return None
+
+
+def adapter_config(formats: Mapping[str, ModuleFormat], base: str, family: Family) -> dict[str, Any]:
+    """adapter_config.json: a LoRA of scaling 1 with a rank per module. base: name of the artifact it belongs to."""
+    ranks = {name: form.rank for name, form in formats.items() if form.rank}
+    reason = refusal_of_adapter(formats, family)
+    if reason is not None:
+        return {"peft_type": QUANT_METHOD.upper(), "reason": reason, "rank_pattern": ranks}
+    first = next(iter(ranks.values()))
+    # PEFT reads pattern keys as regular expressions on the end of a module's name; a full name with dots escaped
+    # matches that module alone.
+    pattern = {_pattern(name): rank for name, rank in ranks.items()}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": first,
+        "lora_alpha": first,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "target_modules": sorted(ranks),
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+    }
+
+
+def _pattern(name: str) -> str:
+    return "^" + name.replace(".", r"\.") + "$"
