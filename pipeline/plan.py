@@ -16,7 +16,7 @@ from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.architecture import is_expert
 from counterweight.workers.config import Config
 from counterweight.workers.errors import ManifestError
-from counterweight.workers.recipe import GPTQ, ModuleRecipe, Recipe
+from counterweight.workers.recipe import ModuleRecipe, Recipe
 from counterweight.workers.tasks import ITEMSIZE, shard_sequences
 from counterweight.workers.transforms.families import rotation_problem
 
@@ -177,22 +177,18 @@ def _check_recipe(
     for name, part in recipe.items():
         rows, columns = linears[name]
         where = _stored(source, index, name)
-        group = part.weights.group_size
-        if group is not None and columns % group:
-            problems.append(
-                f"spec.recipe.weights.group_size: {group}: expected a divisor of {columns}, the width of {where}"
-            )
+        if (problem := part.weights.problem(rows, columns)) is not None:
+            problems.append(f"spec.recipe.weights.{problem} of {where}")
         tiles = None if part.activations is None else part.activations.group_size
         if tiles is not None and columns % tiles:
             problems.append(
                 f"spec.recipe.activations.group_size: {tiles}: expected a divisor of {columns}, the input of {where}"
             )
-        quantizer = part.weights.quantizer
         idle = part.activations is None and propagate == "original"
-        if isinstance(quantizer, GPTQ) and quantizer.target != "plain" and idle:
+        if part.weights.regresses is not None and idle:
             problems.append(
-                f"spec.recipe.weights.quantizer.target: {quantizer.target}: expected plain, which is the same here: without "
-                "quantized activations and with calibration.propagate original, codes see the original's input"
+                f"spec.recipe.weights.{part.weights.regresses}: expected plain, which is the same here: without quantized "
+                "activations and with calibration.propagate original, codes see the original's input"
             )
         problem = part.compensation.problem(rows, columns)
         if problem is not None:
@@ -249,8 +245,7 @@ def _artifact_bytes(source: ModelSource, blocks: tuple[BlockPlan, ...]) -> int:
         for name, part in block.recipe.items():
             rows, columns = block.linears[_full(source, block, name)]
             quantized += rows * columns
-            scales = rows * (columns // part.weights.group_size if part.weights.group_size else 1)
-            total += (rows * columns * part.weights.bits) // 8 + scales * 2
+            total += part.weights.stored_bits(rows, columns) // 8
         total += (block.parameters - quantized) * 2
     return total
 

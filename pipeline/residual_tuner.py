@@ -146,7 +146,7 @@ def afford(recipe: Mapping[str, ModuleRecipe], shapes: Mapping[str, tuple[int, i
         if part.residual is not None and isinstance(budget := part.residual.channels_per_chunk, LatencyBudget):
             device = DEVICES[budget.device] if isinstance(budget.device, str) else budget.device
             shape = Shape(rows=shapes[name][0], columns=shapes[name][1])
-            profiles.setdefault(budget, {})[name] = modelled(shape, part.weights.bits, device)
+            profiles.setdefault(budget, {})[name] = modelled(shape, part.weights.code_bits, device)
     channels = {
         name: choice.k_chunk
         for budget, own in profiles.items()

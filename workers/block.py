@@ -213,13 +213,12 @@ def _solves(
     for group in statistics:
         waiting = [name for name in group if name in recipes]
         while waiting:
-            recipe, rows = recipes[waiting[0]], weights[waiting[0]].shape[0]
-            together = [
-                name
-                for name in waiting
-                if recipes[name] == recipe and (shares_a_solve(recipe) or weights[name].shape[0] == rows)
-            ]
-            waiting = [name for name in waiting if name not in together]
+            first, *others = waiting
+            recipe, rows = recipes[first], weights[first].shape[0]
+            stackable = [name for name in others if shares_a_solve(recipe) or weights[name].shape[0] == rows]
+            alike = [name for name in stackable if recipes[name] == recipe and recipe.weights.rows_are_independent]
+            together = [first, *alike]
+            waiting = [name for name in others if name not in together]
             yield _Job(
                 group=group,
                 names=tuple(together),

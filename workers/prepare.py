@@ -69,7 +69,7 @@ def prepare(
         if seen is not None and recipe.smoothing is not None and foldable:
             asked = None if recipe.activations is None else activation_format(recipe.activations)
             few = seen[:: max(1, len(seen) // 512)]
-            scales[group] = migration_scales(recipe.smoothing, weights, few, recipe.weights.format(), asked, transform)
+            scales[group] = migration_scales(recipe.smoothing, weights, few, recipe.weights.nearest, asked, transform)
             scale = scales[group].float()
             seen = after(before(seen, transform) / scale, transform)
             weights = [scaled(weight, scale, transform) for weight in weights]

@@ -17,9 +17,7 @@ from counterweight.workers.compensation.aser import without_channels
 from counterweight.workers.compensation.lrc import energy, initial_problem, lrc, squared_error
 from counterweight.workers.compensation.regression import root_of, spectrum
 from counterweight.workers.compensation.residual import residual_store
-from counterweight.workers.quantization import quantize
 from counterweight.workers.quantization.result import Fallback
-from counterweight.workers.quantization.target import aimed
 from counterweight.workers.recipe import ASER, LRC, ModuleRecipe, NoCompensation
 
 
@@ -37,8 +35,8 @@ class Solution:
 
 
 def shares_a_solve(recipe: ModuleRecipe) -> bool:
-    """Whether siblings of different size may be solved as one matrix: rows are independent given the Hessian, but not where
-    a branch enters the solve, because its rank depends on the number of rows."""
+    """Whether siblings of different size may be solved as one matrix: not where a branch enters the solve, because its rank
+    depends on the number of rows."""
     return not recipe.compensation.anticipates and not isinstance(recipe.compensation, LRC)
 
 
@@ -69,11 +67,11 @@ def solve(
     stacked = torch.cat(list(weights))
     # Codes pay for what they do to their own input, which is the quantized one.
     metric = InputStatistics(gram=statistics.product("yy"), tokens=statistics.tokens)
-    target = aimed(recipe.weights.quantizer, stacked, statistics)
+    target = recipe.weights.target(stacked, statistics)
     if isinstance(recipe.compensation, ASER) and outliers is not None:
         target = without_channels(target, outliers)
     foreseen = anticipate(recipe.compensation, metric, weights[0].shape[0])
-    quantized = quantize(recipe.weights.quantizer, target, foreseen, recipe.weights.format(), scale_dtype=scale_dtype)
+    quantized = recipe.weights.quantize(target, foreseen, scale_dtype=scale_dtype)
     parts = _split(quantized.weight, weights)
     return [
         _compensated(recipe, weight, part, statistics, factor_dtype, quantized.fallbacks)
@@ -134,10 +132,9 @@ def _joint(
 ) -> Solution:
     fitted = lrc(
         options,
-        recipe.weights.quantizer,
+        recipe.weights,
         weight,
         statistics,
-        recipe.weights.format(),
         scale_dtype=scale_dtype,
         factor_dtype=factor_dtype,
     )

@@ -36,7 +36,7 @@ from counterweight.workers.join import join_tensors
 from counterweight.workers.memory import release, settle
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.prepare import prepare
-from counterweight.workers.recipe import NoCompensation
+from counterweight.workers.recipe import NoCompensation, Weights
 from counterweight.workers.shard import write_block
 from counterweight.workers.skeleton import Block, Skeleton
 from counterweight.workers.solve import gains
@@ -387,11 +387,12 @@ class Worker:
         groups = {name: group for group in loaded.block.siblings for name in group}
         formats = {
             name: LinearFormat(
-                weights=part.weights.format(),
+                weights=part.weights.grid(),
                 scale_dtype=scale_dtype(name, loaded.dtypes[f"{name}.weight"]),
                 activations=held.statistics[groups[name]].activations,
             )
             for name, part in spec.recipe.items()
+            if isinstance(part.weights, Weights)  # which a recipe with tuning asks for
         }
         targets = [loaded.block.run(load()) for load in originals or inputs]
         found = tune(loaded.block, [load() for load in inputs], targets, formats, options)

@@ -128,7 +128,8 @@ class UniformWeight(StoredWeight):
         columns = self.codes.shape[1]
         few = x.numel() <= DECODED_TOKENS * columns
         # torch's kernel reads codes in vectors; below 32 of them at a time it was seen to crash.
-        whole = (self.group_size or columns) % 32 == 0
+        group = self.group_size or columns
+        whole = group % 32 == 0 and columns % group == 0
         return few and whole and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
     @cached_property

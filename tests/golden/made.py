@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from counterweight.kernels.weights import StoredWeight
 from counterweight.kernels.weights.uniform import UniformWeight
 from counterweight.workers.block import CompressedLinear
 from counterweight.workers.compressed import CompressedModel
@@ -80,14 +81,23 @@ def make(golden: Golden, sources: Sources, output: Path) -> Made:
 
 def _samples(linears: list[CompressedLinear]) -> Iterator[tuple[str, Tensor]]:
     weights = [linear.weight for linear in linears]
-    yield CODES, torch.cat([_sample(_centred(weight), 96) for weight in weights])
-    yield SCALES, torch.cat([_sample(weight.scale.float().abs(), 16) for weight in weights])
+    yield CODES, torch.cat([_sample(_codes(weight), 96) for weight in weights])
+    yield SCALES, torch.cat([_sample(scale.float().abs(), 16) for weight in weights for scale in _scales(weight)])
     branches = [linear.low_rank.product() for linear in linears if linear.low_rank is not None]
     if branches:
         yield BRANCHES, torch.cat([_sample(branch, 24) for branch in branches])
     corrections = [linear.residual.store.dense() for linear in linears if linear.residual is not None]
     if corrections:
         yield CORRECTIONS, torch.cat([_sample(correction, 24) for correction in corrections])
+
+
+def _codes(weight: StoredWeight) -> Tensor:
+    """Codes [out, in] int8, or of a format without codes its signs."""
+    return _centred(weight) if isinstance(weight, UniformWeight) else weight.dequantize().sign().to(torch.int8)
+
+
+def _scales(weight: StoredWeight) -> list[Tensor]:
+    return [tensor for tensor in weight.parts.values() if tensor.is_floating_point()]
 
 
 def _centred(weight: UniformWeight) -> Tensor:

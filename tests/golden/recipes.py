@@ -87,6 +87,7 @@ RECIPES: Mapping[str, Golden] = {
         propagate=COMPRESSED,
         sways=True,
     ),
+    "sign": Golden(recipe={"weights": {"format": "sign"}, "compensation": SVD4}),
     # Activations.
     "activations-clipped": Golden(
         recipe={"weights": _weights(), "activations": {"bits": 4, "clip": 0.9, "group_size": 32}}

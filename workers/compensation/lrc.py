@@ -8,7 +8,7 @@ input here, y = Q(x) what the codes see, and E[. .] over the calibration tokens,
 1. Init-LRC: were Q free, it would remove all that y can predict linearly. What is left, t' = t - E[t y^T] E[y y^T]^-1 y and x'
    likewise, is the branch's: L = the reduced-rank regression of W t' on x'. Where t = x that takes the leading directions
    of W E[x' x'^T]^(1/2): what quantizing the input lost.
-2. Update-Quant: codes for the target of `aimed`, in the metric E[y y^T].
+2. Update-Quant: codes for the target of `StoredWeights.target`, in the metric E[y y^T].
 3. Update-LR: the reduced-rank regression of W t - Q y on x.
 """
 
@@ -23,13 +23,12 @@ from counterweight.kernels.formats import LowRank
 from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.compensation.regression import factors, root_of, spectrum, stored
-from counterweight.workers.quantization import quantize
+from counterweight.workers.methods.stored import StoredWeights
 from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
 from counterweight.workers.quantization.result import Fallback
-from counterweight.workers.quantization.target import aimed, damped, right_divide
+from counterweight.workers.quantization.target import damped, right_divide
 from counterweight.workers.recipe.compensation import LRC
 from counterweight.workers.recipe.rank import Rank
-from counterweight.workers.recipe.weights import Quantizer, WeightFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,15 +43,14 @@ class LRCResult:
 
 def lrc(
     options: LRC,
-    quantizer: Quantizer,
+    weights: StoredWeights,
     weight: Tensor,
     statistics: InputStatistics,
-    format: WeightFormat,
     *,
     scale_dtype: torch.dtype,
     factor_dtype: torch.dtype,
 ) -> LRCResult:
-    """Codes and branch for `weight` [out, in]; closed forms in float64. Raises ValueError as `quantize` does, and for a rank
+    """Codes and branch for `weight` [out, in]; closed forms in float64. Raises ValueError as `weights` does, and for a rank
     that the layer is too small for. A layer that saw no token gets plain SVD of what its rounding left."""
     matrix = checked_matrix("weight", weight).double()
     checked_statistics(statistics, matrix.shape[1])
@@ -62,8 +60,8 @@ def lrc(
     objectives: list[float] = []
     fallbacks: tuple[Fallback, ...] = ()
     for _ in range(options.iterations):
-        target = aimed(quantizer, matrix, statistics, branch.product(torch.float64))
-        solved = quantize(quantizer, target.float(), metric, format, scale_dtype=scale_dtype)
+        target = weights.target(matrix, statistics, branch.product(torch.float64))
+        solved = weights.quantize(target.float(), metric, scale_dtype=scale_dtype)
         codes = solved.weight.dequantize().double()
         objectives.append(squared_error(matrix, codes, branch, statistics) / unit)
         branch = updated_branch(options, matrix, codes, statistics, branch.rank, factor_dtype)

@@ -51,6 +51,11 @@ class Grid:
         )
 
 
+def nearest(weight: Tensor, format: WeightFormat) -> Tensor:
+    """`weight` [out, in] float32 rounded to the grid that covers its whole range, scales in float32."""
+    return fit(AbsoluteMaximum(), weight, format, torch.float32, None).round(weight).dequantize()
+
+
 def fit(
     search: ScaleSearch, weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype, importance: Tensor | None
 ) -> Grid:

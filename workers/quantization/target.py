@@ -25,7 +25,7 @@ def aimed(options: Quantizer, weight: Tensor, statistics: InputStatistics, branc
     branch: the low-rank product [out, in] that stands beside the codes. The regression has the quantizer's damping.
     """
     rest = weight if branch is None else weight - branch
-    share = options.regressed_share if isinstance(options, GPTQ) else 0.0
+    share = options.regressed_share
     if not isinstance(options, GPTQ) or share == 0 or statistics.tokens == 0:
         return rest
     products = weight.double() @ statistics.product("ty")

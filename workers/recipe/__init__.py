@@ -3,9 +3,10 @@ before anything heavy is imported."""
 
 from __future__ import annotations
 
+from counterweight.workers.methods.sign import SignWeights
 from counterweight.workers.recipe.compensation import ASER, LRC, SVD, Compensation, NoCompensation
 from counterweight.workers.recipe.rank import BudgetRank, CountRank, EnergyRank, FractionRank, Rank
-from counterweight.workers.recipe.recipe import Activations, ModuleRecipe, Override, Recipe, Weights
+from counterweight.workers.recipe.recipe import Activations, AnyWeights, ModuleRecipe, Override, Recipe, Weights
 from counterweight.workers.recipe.residual import Residual
 from counterweight.workers.recipe.transforms import Rotation, Smoothing, Transform
 from counterweight.workers.recipe.tuning import Tuning
@@ -27,6 +28,7 @@ __all__ = [
     "SVD",
     "AbsoluteMaximum",
     "Activations",
+    "AnyWeights",
     "BudgetRank",
     "Compensation",
     "CountRank",
@@ -43,6 +45,7 @@ __all__ = [
     "Transform",
     "Recipe",
     "ScaleSearch",
+    "SignWeights",
     "Smoothing",
     "Tuning",
     "WeightFormat",

@@ -8,27 +8,84 @@ block's override does).
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from counterweight.workers.config import Config, Method
+from counterweight.workers.methods.sign import SignWeights
+from counterweight.workers.methods.stored import StoredWeights
 from counterweight.workers.recipe.compensation import ASER, LRC, Compensation, NoCompensation
 from counterweight.workers.recipe.residual import Residual
 from counterweight.workers.recipe.transforms import Rotation, Smoothing, Transform
 from counterweight.workers.recipe.tuning import Tuning
-from counterweight.workers.recipe.weights import GPTQ, Quantizer, WeightFormat
+from counterweight.workers.recipe.weights import GPTQ, RTN, Quantizer, WeightFormat
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from counterweight.workers.calibration.statistics import InputStatistics
+    from counterweight.workers.quantization.result import QuantizationResult
 
 
-class Weights(WeightFormat):
+class Weights(WeightFormat, StoredWeights):
     """Integer grid of the weights and the algorithm that chooses the codes."""
 
     quantizer: Quantizer = Field(default_factory=GPTQ)
     """How the codes are chosen."""
 
-    def format(self) -> WeightFormat:
+    def grid(self) -> WeightFormat:
         """The grid alone."""
         return WeightFormat(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+
+    def problem(self, rows: int, columns: int) -> str | None:
+        if self.group_size is not None and columns % self.group_size:
+            return f"group_size: {self.group_size}: expected a divisor of {columns}, the width"
+        return None
+
+    def stored_bits(self, rows: int, columns: int) -> int:
+        groups = columns // self.group_size if self.group_size else 1
+        zero_points = 0 if self.symmetric else rows * groups * self.bits
+        return rows * columns * self.bits + rows * groups * 16 + zero_points
+
+    @property
+    def code_bits(self) -> int:
+        return self.bits
+
+    @property
+    def trainable(self) -> bool:
+        return isinstance(self.quantizer, RTN)
+
+    @property
+    def regresses(self) -> str | None:
+        quantizer = self.quantizer
+        return (
+            f"quantizer.target: {quantizer.target}"
+            if isinstance(quantizer, GPTQ) and quantizer.target != "plain"
+            else None
+        )
+
+    def target(self, weight: Tensor, statistics: InputStatistics, branch: Tensor | None = None) -> Tensor:
+        from counterweight.workers.quantization.target import aimed
+
+        return aimed(self.quantizer, weight, statistics, branch)
+
+    def quantize(
+        self, target: Tensor, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
+    ) -> QuantizationResult:
+        from counterweight.workers.quantization import quantize
+
+        return quantize(self.quantizer, target, statistics, self.grid(), scale_dtype=scale_dtype)
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        from counterweight.workers.quantization.grid import nearest
+
+        return nearest(weight, self.grid())
+
+
+AnyWeights = Weights | SignWeights
+"""How weights are stored: on a uniform grid, or in the `format` that is named."""
 
 
 class Activations(Method):
@@ -50,7 +107,7 @@ class Override(Config):
 
     match: Annotated[str, Field(min_length=1, max_length=200)]
     """Glob over module names such as `model.layers.0.mlp.down_proj`; `*` crosses dots."""
-    weights: Weights | None = None
+    weights: AnyWeights | None = None
     """Replaces the recipe's weights as a whole; null: they hold."""
     compensation: Compensation | None = None
     """Replaces the recipe's compensation as a whole; null: it holds."""
@@ -65,7 +122,7 @@ class Override(Config):
 class ModuleRecipe(Config):
     """The recipe as it applies to one linear layer."""
 
-    weights: Weights
+    weights: AnyWeights
     activations: Activations | None
     compensation: Compensation
     residual: Residual | None = None
@@ -75,8 +132,7 @@ class ModuleRecipe(Config):
     @property
     def regresses(self) -> bool:
         """Whether the solve looks at what the layer's input was meant to be, where it is another."""
-        target = self.weights.quantizer.target if isinstance(self.weights.quantizer, GPTQ) else "plain"
-        return target != "plain" or isinstance(self.compensation, LRC) or self.tuning is not None
+        return self.weights.regresses is not None or isinstance(self.compensation, LRC) or self.tuning is not None
 
 
 class Recipe(Config):
@@ -84,7 +140,7 @@ class Recipe(Config):
 
     transforms: tuple[Transform, ...] = ()
     """What is done to the model before, without changing what it computes."""
-    weights: Weights
+    weights: AnyWeights
     """Grid and quantizer of the weights."""
     activations: Activations | None = None
     """Quantization of the inputs; null: weight-only."""
@@ -114,10 +170,9 @@ class Recipe(Config):
         recipes = [(self.weights, self.compensation)]
         recipes += [(item.weights or self.weights, item.compensation or self.compensation) for item in self.overrides]
         for weights, compensation in recipes:
-            if weights.quantizer.kind != "rtn":
-                raise ValueError(
-                    f"tuning: expected weights.quantizer.kind rtn, not {weights.quantizer.kind}: training rounds"
-                )
+            if not weights.trainable:
+                kind = weights.quantizer.kind if isinstance(weights, Weights) else weights.format
+                raise ValueError(f"tuning: expected weights.quantizer.kind rtn, not {kind}: training rounds")
             joint = isinstance(compensation, LRC) or (isinstance(compensation, ASER) and compensation.outliers > 0)
             if joint:
                 raise ValueError(f"tuning: expected a compensation of finished codes, not {compensation.kind}")

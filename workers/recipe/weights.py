@@ -94,6 +94,11 @@ class RTN(Method):
     scale: ScaleSearch = Field(default_factory=AbsoluteMaximum)
     """How scales are chosen."""
 
+    @property
+    def regressed_share(self) -> float:
+        """None: codes reproduce the weight."""
+        return 0.0
+
 
 class GPTQ(Method):
     """Rounding with error feedback through the second moments of the layer's input, then coordinate descent."""

@@ -6,7 +6,7 @@ own) can take a scale in; the function of the block stays as it was. SmoothQuant
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.workers.architecture import Siblings
-from counterweight.workers.quantization.grid import fit
-from counterweight.workers.recipe import AbsoluteMaximum, Smoothing, WeightFormat
+from counterweight.workers.recipe import Smoothing
 from counterweight.workers.transforms.families import Wiring
 
 NOTHING: Mapping[str, Hadamard] = {}
@@ -86,12 +85,12 @@ def migration_scales(
     options: Smoothing,
     weights: Sequence[Tensor],
     rows: Tensor,
-    format: WeightFormat,
+    nearest: Callable[[Tensor], Tensor],
     activations: ActivationFormat | None,
     transform: Hadamard | None = None,
 ) -> Tensor:
     """The scales [in] float64 of one input. weights: all [out, in] that read it; rows: [tokens, in] of it; both as they are
-    quantized, which is behind `transform` when there is one."""
+    quantized, which is behind `transform` when there is one. nearest: a weight as it is stored (`StoredWeights.nearest`)."""
     stacked, x = (before(value.float(), transform) for value in (torch.cat(list(weights)), rows))
     magnitude, size = x.abs().mean(0).double(), stacked.abs().mean(0).double()
     strengths = STRENGTHS if options.strength == "search" else (options.strength,)
@@ -99,7 +98,7 @@ def migration_scales(
     if len(candidates) == 1:
         return candidates[0]
     exact = x @ stacked.T
-    errors = [_error(stacked, x, exact, scale.float(), format, activations, transform) for scale in candidates]
+    errors = [_error(stacked, x, exact, scale.float(), nearest, activations, transform) for scale in candidates]
     return candidates[min(range(len(errors)), key=errors.__getitem__)]
 
 
@@ -134,13 +133,13 @@ def _error(
     x: Tensor,
     exact: Tensor,
     scale: Tensor,
-    format: WeightFormat,
+    nearest: Callable[[Tensor], Tensor],
     activations: ActivationFormat | None,
     transform: Hadamard | None,
 ) -> float:
     """Squared output error of rounding weight and input after scaling, behind `transform`."""
     target = after(weight * scale, transform)
-    rounded = fit(AbsoluteMaximum(), target, format, torch.float32, None).round(target).dequantize()
+    rounded = nearest(target)
     seen = after(x / scale, transform)
     if activations is not None:
         seen = fake_quantize_activations(seen, activations)

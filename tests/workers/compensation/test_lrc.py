@@ -13,7 +13,17 @@ from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from counterweight.workers.compensation.lrc import LRCResult, energy, initial_branch, lrc, squared_error, updated_branch
 from counterweight.workers.quantization.target import aimed
-from counterweight.workers.recipe import GPTQ, LRC, RTN, CountRank, EnergyRank, FractionRank, Quantizer, WeightFormat
+from counterweight.workers.recipe import (
+    GPTQ,
+    LRC,
+    RTN,
+    CountRank,
+    EnergyRank,
+    FractionRank,
+    Quantizer,
+    WeightFormat,
+    Weights,
+)
 
 A4 = ActivationFormat(bits=4)
 RANK = CountRank(count=4)
@@ -46,10 +56,9 @@ class Problem:
     def solve(self, quantizer: Quantizer | None = None, **options: object) -> LRCResult:
         return lrc(
             LRC.model_validate({"rank": RANK, **options}),
-            quantizer or GPTQ(),
+            Weights(bits=3, quantizer=quantizer or GPTQ()),
             self.weight,
             self.statistics,
-            WeightFormat(bits=3),
             scale_dtype=torch.float32,
             factor_dtype=torch.float32,
         )
@@ -209,10 +218,9 @@ def test_a_layer_that_saw_no_token_still_gets_codes_and_a_branch() -> None:
     nothing = InputStatistics(gram=torch.zeros(COLUMNS, COLUMNS, dtype=torch.float64), tokens=0)
     found = lrc(
         LRC(rank=RANK),
-        GPTQ(),
+        Weights(bits=8),
         problem.weight,
         nothing,
-        WeightFormat(bits=8),
         scale_dtype=torch.float32,
         factor_dtype=torch.float32,
     )

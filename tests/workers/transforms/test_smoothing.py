@@ -13,7 +13,7 @@ from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.architecture import Siblings
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.compensation.aser import outlier_channels, outlier_scales, without_channels
-from counterweight.workers.recipe import ASER, CountRank, Rotation, Smoothing, WeightFormat
+from counterweight.workers.recipe import ASER, CountRank, Rotation, Smoothing, WeightFormat, Weights
 from counterweight.workers.skeleton import Skeleton
 from counterweight.workers.storage import open_store
 from counterweight.workers.transforms.families import wiring_of
@@ -93,7 +93,7 @@ def test_a_search_behind_a_rotation_looks_behind_it() -> None:
     weight[:, 5] /= 50  # as where an up_proj made the outlier
     asked = ActivationFormat(bits=4)
     found = migration_scales(
-        Smoothing(), [transform.apply(weight)], transform.apply(rows), WeightFormat(bits=4), asked, transform
+        Smoothing(), [transform.apply(weight)], transform.apply(rows), Weights(bits=4).nearest, asked, transform
     )
     assert found.argmax() == 5
     assert found[5] > 5 * found.median()
@@ -141,7 +141,7 @@ def test_a_searched_strength_is_no_worse_than_any_that_is_given() -> None:
 
     def error(strength: float | str) -> float:
         options = Smoothing.model_validate({"strength": strength})
-        return output_error(weight, rows, migration_scales(options, [weight], rows, WeightFormat(bits=4), asked), 8)
+        return output_error(weight, rows, migration_scales(options, [weight], rows, Weights(bits=4).nearest, asked), 8)
 
     searched = error("search")
     assert all(searched <= error(strength) * (1 + 1e-9) for strength in (0.05, 0.25, 0.5, 0.75, 1.0))
@@ -153,7 +153,7 @@ def test_the_search_sees_quantized_activations() -> None:
     rows = outlier_rows()
     weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(2))
     alone, seen = (
-        migration_scales(Smoothing(), [weight], rows, WeightFormat(bits=8), activations)
+        migration_scales(Smoothing(), [weight], rows, Weights(bits=8).nearest, activations)
         for activations in (None, ActivationFormat(bits=4))
     )
     assert not torch.equal(alone, seen)
@@ -162,7 +162,7 @@ def test_the_search_sees_quantized_activations() -> None:
 def test_channels_that_nobody_uses_stay() -> None:
     rows, weight = outlier_rows(), torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
     rows[:, 3], weight[:, 7] = 0, 0
-    scales = migration_scales(Smoothing(strength=0.5), [weight], rows, WeightFormat(), None)
+    scales = migration_scales(Smoothing(strength=0.5), [weight], rows, Weights().nearest, None)
     assert scales[[3, 7]].tolist() == [1, 1]
     assert bool(torch.isfinite(scales).all())
 

@@ -1,0 +1,94 @@
+"""Weights as signs and two vectors (OneBit, Xu et al. 2024): one bit a weight, sixteen an input and an output channel.
+
+W ~ diag(g) sign(W) diag(h). Whatever g, h >= 0 are, no signs are nearer to W than its own; and with them, the error
+
+    sum_ij m_j (W_ij - g_i sign(W_ij) h_j)^2  =  sum_ij m_j (|W_ij| - g_i h_j)^2
+
+is that of the best matrix of rank one for |W|, which the first singular vectors of |W| diag(m)^(1/2) give (Eckart-Young); they
+have no negative entries, because |W| has none (Perron-Frobenius). m_j is 1, or E[x_j^2] of the layer's input.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from counterweight.workers.config import Method
+from counterweight.workers.methods.stored import StoredWeights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from counterweight.kernels.weights.sign import SignWeight
+    from counterweight.workers.calibration.statistics import InputStatistics
+    from counterweight.workers.quantization.result import QuantizationResult
+
+
+class SignWeights(StoredWeights, Method):
+    """One bit per weight: its sign, with one scale per output and one per input channel (OneBit, Xu et al. 2024). Only our own
+    loader reads it."""
+
+    VERSION: ClassVar[int] = 1
+    rows_are_independent: ClassVar[bool] = False
+
+    format: Literal["sign"]
+    """How the weights are stored; absent: integer codes on a uniform grid."""
+    weighted: bool = True
+    """Whether an input channel counts by its E[x^2] when the scales are chosen."""
+
+    def problem(self, rows: int, columns: int) -> str | None:
+        del rows, columns
+        return None
+
+    def stored_bits(self, rows: int, columns: int) -> int:
+        return 32 * rows * -(-columns // 32) + 16 * (rows + columns)
+
+    @property
+    def code_bits(self) -> int:
+        return 1
+
+    def quantize(
+        self, target: Tensor, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
+    ) -> QuantizationResult:
+        """ValueError for a target that is not a finite matrix, for scales that do not fit `scale_dtype`, and for statistics
+        that are absent or of another width when channels are weighted. Without a token channels count alike, which is
+        recorded."""
+        from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
+        from counterweight.workers.quantization.result import Fallback, QuantizationResult
+
+        matrix = checked_matrix("weight", target)
+        importance: Tensor | None = None
+        fallbacks: tuple[Fallback, ...] = ()
+        if self.weighted:
+            power = checked_statistics(statistics, matrix.shape[1]).mean_gram().diagonal()
+            importance = power if bool((power > 0).any()) else None
+            if importance is None:
+                cause = "no calibration token arrived: input channels count alike"
+                fallbacks = (Fallback(step="sign.weighted", cause=cause),)
+        return QuantizationResult(weight=nearest_signs(matrix, importance, scale_dtype), fallbacks=fallbacks)
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        import torch
+
+        return nearest_signs(weight, None, torch.float32).dequantize()
+
+
+def nearest_signs(weight: Tensor, importance: Tensor | None, scale_dtype: torch.dtype) -> SignWeight:
+    """The signs and scales with the least squared error for `weight` [out, in] float32, its columns weighted by `importance`
+    [in]; the decomposition in float64. ValueError when a scale does not fit `scale_dtype`."""
+    import torch
+
+    from counterweight.kernels.weights.sign import SignWeight
+
+    roots = torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device)
+    if importance is not None:
+        # A channel without input counts a little: its scale has to be something.
+        roots = importance.double().sqrt()
+        roots = roots.clamp_min(1e-3 * roots.max())
+    left, values, right = torch.linalg.svd(weight.double().abs() * roots, full_matrices=False)
+    share = values[0].sqrt()
+    row_scale, column_scale = left[:, 0].abs() * share, right[0].abs() * share / roots
+    stored = [scale.to(scale_dtype) for scale in (row_scale, column_scale)]
+    if not all(bool(torch.isfinite(scale).all()) for scale in stored):
+        raise ValueError(f"weight: a scale exceeds the range of {scale_dtype}, in which it would be stored")
+    return SignWeight.of(weight, *stored)

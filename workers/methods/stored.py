@@ -1,0 +1,63 @@
+"""What the options of every stored format answer: `spec.recipe.weights` of a manifest."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from counterweight.workers.config import Config
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from counterweight.workers.calibration.statistics import InputStatistics
+    from counterweight.workers.quantization.result import QuantizationResult
+
+
+class StoredWeights(Config):
+    """How a layer's weight is stored, and how the numbers that are stored are chosen."""
+
+    rows_are_independent: ClassVar[bool] = True
+    """Whether the rows of a weight are chosen each by itself, so that layers that share an input can be solved as one."""
+
+    @abstractmethod
+    def problem(self, rows: int, columns: int) -> str | None:
+        """The option, its value and what was expected for a weight [rows, columns], to be followed by `of` and the weight's
+        name; None when it can be stored like this."""
+
+    @abstractmethod
+    def stored_bits(self, rows: int, columns: int) -> int:
+        """Storage of a weight [rows, columns] in bits, with scales of 16."""
+
+    @property
+    @abstractmethod
+    def code_bits(self) -> int:
+        """Bits of a code."""
+
+    @property
+    def trainable(self) -> bool:
+        """Whether its codes can be trained by gradients through rounding to nearest."""
+        return False
+
+    @property
+    def regresses(self) -> str | None:
+        """The option, with its value, that makes codes look at what the layer's input was meant to be, where it is another;
+        None where none does."""
+        return None
+
+    def target(self, weight: Tensor, statistics: InputStatistics, branch: Tensor | None = None) -> Tensor:
+        """What the codes are to reproduce, [out, in] in the weight's dtype; branch [out, in]: the product that stands beside
+        them."""
+        del statistics
+        return weight if branch is None else weight - branch
+
+    @abstractmethod
+    def quantize(
+        self, target: Tensor, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
+    ) -> QuantizationResult:
+        """`target` [out, in] float32 as it is stored. statistics: of what the codes will be multiplied by."""
+
+    @abstractmethod
+    def nearest(self, weight: Tensor) -> Tensor:
+        """`weight` [out, in] float32 stored in the quickest way and read back: what a search over transforms compares."""
