@@ -21,15 +21,15 @@ from torch import Tensor
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.kernels.weights.uniform import UniformWeight
 from counterweight.pipeline.model_source import open_model
-from counterweight.workers.anatomy import EMBEDDING
-from counterweight.workers.architecture import Siblings
 from counterweight.workers.calibration.source import TextSource
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.calibration.tokens import token_set
+from counterweight.workers.models.block_builder import Block
+from counterweight.workers.models.family import SharedInputGroup
+from counterweight.workers.models.layout import EMBEDDING
 from counterweight.workers.quantization import quantize
 from counterweight.workers.recipe.tuning import Tuning
 from counterweight.workers.recipe.weights import GPTQ, RTN, MeanSquare, Quantizer, WeightFormat
-from counterweight.workers.skeleton import Block
 from counterweight.workers.tuning import LinearFormat, TuningResult, tune
 
 CPU = torch.device("cpu")
@@ -73,15 +73,15 @@ def problems(model: str, text: str, blocks: int, sequences: int, length: int) ->
         seed=0,
         field="TEXT",
     ).ids
-    embed = source.anatomy.embedding(source.checkpoint.read(EMBEDDING), CPU, torch.float32)
+    embed = source.layout.embedding(source.checkpoint.read(EMBEDDING), CPU, torch.float32)
     with torch.no_grad():
         seen, unseen = (embed(part.long()) for part in (tokens[:sequences], tokens[-sequences:]))
     found = []
     for index in range(blocks):
         tensors = source.checkpoint.read_many(source.block_tensors(index))
-        parts = source.anatomy.sources(index, source.checkpoint.names)
+        parts = source.layout.sources(index, source.checkpoint.names)
         parameters = {name: part.of(tensors[part.source]) for name, part in parts.items()}
-        block = source.anatomy.block(index, parameters, CPU, torch.float32)
+        block = source.layout.block(index, parameters, CPU, torch.float32)
         after_seen, after_unseen = block.run(seen), block.run(unseen)
         found.append(Problem(block, ([seen], [after_seen]), (unseen, after_unseen)))
         seen, unseen = after_seen, after_unseen
@@ -92,13 +92,13 @@ def solved(problem: Problem, quantizer: Quantizer, format: WeightFormat) -> Bloc
     """The block, every linear quantized for itself."""
     replica, weights = problem.block.replica(), {}
 
-    def take(group: Siblings, rows: Tensor) -> None:
+    def take(group: SharedInputGroup, rows: Tensor) -> None:
         statistics = InputStatistics.of(rows)
         for name in group:
             weight = replica.linear(name).weight.detach()
             weights[name] = quantize(quantizer, weight, statistics, format, scale_dtype=torch.bfloat16).weight
 
-    for group in replica.siblings:
+    for group in replica.groups:
         replica.linear(group[0]).register_forward_pre_hook(lambda _, x, group=group: take(group, x[0]))
     replica.run(problem.calibration[0][0])
     return installed(problem.block, weights)
@@ -106,7 +106,7 @@ def solved(problem: Problem, quantizer: Quantizer, format: WeightFormat) -> Bloc
 
 def tuned(problem: Problem, format: WeightFormat, options: Tuning) -> tuple[Block, TuningResult]:
     """The block, tuned, with its norms."""
-    names = [name for group in problem.block.siblings for name in group]
+    names = [name for group in problem.block.groups for name in group]
     formats = dict.fromkeys(names, LinearFormat(weights=format, scale_dtype=torch.bfloat16))
     result = tune(problem.block, *problem.calibration, formats, options)
     block = installed(problem.block, result.weights)

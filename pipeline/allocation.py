@@ -78,8 +78,8 @@ def share_out(
         halves = ("forward", "gains")
         hidden, found = (dispatcher.run_all([Task(f"block {index} ({half})", half, (spec,))])[0] for half in halves)
         inputs = hidden.outputs
-        shapes = source.anatomy.block_parameters(index)
-        places = source.anatomy.sources(index, source.checkpoint.names)
+        shapes = source.layout.block_parameters(index)
+        places = source.layout.sources(index, source.checkpoint.names)
         for name, part in recipe.items():
             if (budget := budget_of(part)) is None:
                 continue

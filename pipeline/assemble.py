@@ -32,12 +32,12 @@ from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.report import Report
 from counterweight.pipeline.report_html import render
-from counterweight.workers.anatomy import LM_HEAD
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
 from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.interchange.compressed_tensors import artifact_config
 from counterweight.workers.interchange.peft import adapter_config
 from counterweight.workers.ledger import ADAPTER, ADAPTER_CONFIG, LEDGER, RESIDUAL_STORE, Ledger
+from counterweight.workers.models.layout import LM_HEAD
 from counterweight.workers.storage import sha256_hex
 from counterweight.workers.storage.base import Written
 from counterweight.workers.tasks import BlockRecord, KeepRecord, LedgerEntry
@@ -104,7 +104,7 @@ class Assembler:
         source = dict(self._source.checkpoint.config)
         if LM_HEAD in ledger.tensors:
             source["tie_word_embeddings"] = False  # a rotated model's lm_head is not its embedding
-        config = artifact_config(source, ledger.formats, linears, self._source.anatomy.family)
+        config = artifact_config(source, ledger.formats, linears, self._source.layout.family)
         self._write(CONFIG, _json(config))
         self._write(LEDGER, ledger.model_dump_json(indent=1).encode())
         for name in self._source.checkpoint.copyable_files():
@@ -132,7 +132,7 @@ class Assembler:
         parts = [(r.adapter, tuple(r.factors)) for r in self._parts.blocks if r.adapter is not None]
         if parts:
             self._join("adapter", parts, ADAPTER)
-            family = self._source.anatomy.family
+            family = self._source.layout.family
             self._write(ADAPTER_CONFIG, _json(adapter_config(ledger.formats, self._artifact.name, family)))
 
     def _residual(self) -> None:
@@ -164,11 +164,11 @@ class Assembler:
         )
 
     def _linears(self) -> list[str]:
-        anatomy = self._source.anatomy
+        layout = self._source.layout
         return [
-            anatomy.module_name(index, name)
-            for index in range(anatomy.blocks)
-            for group in anatomy.block_linears(index)
+            layout.module_name(index, name)
+            for index in range(layout.blocks)
+            for group in layout.block_linears(index)
             for name in group
         ]
 

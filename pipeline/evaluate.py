@@ -57,7 +57,7 @@ def evaluate_artifact(
         sampling="consecutive",
         seed=0,
         field="--text",
-    ).within(source.anatomy.vocabulary, "--text")
+    ).within(source.layout.vocabulary, "--text")
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch).as_uri()
         blob = Workspace(open_store(place)).put_tensors({"input_ids": tokens.ids})

@@ -9,9 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, Anatomy
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.errors import CheckpointError, RequestError, StorageError
+from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, ModelLayout
 from counterweight.workers.storage import ObjectStore, open_store
 
 HUB = "hf:"
@@ -31,7 +31,7 @@ class ModelSource:
     uri: str
     store: ObjectStore
     checkpoint: Checkpoint
-    anatomy: Anatomy
+    layout: ModelLayout
 
     @property
     def dropped(self) -> tuple[str, ...]:
@@ -45,7 +45,7 @@ class ModelSource:
 
     def block_tensors(self, index: int) -> tuple[str, ...]:
         """Tensors that block `index` is made from."""
-        parts = self.anatomy.sources(index, self.checkpoint.names).values()
+        parts = self.layout.sources(index, self.checkpoint.names).values()
         return tuple(dict.fromkeys(part.source for part in parts))
 
     @property
@@ -63,14 +63,14 @@ def tokenizer_of(store: ObjectStore) -> bytes | None:
     return store.read(TOKENIZER) if store.exists(TOKENIZER) else None
 
 
-def describe(config: Mapping[str, Any]) -> Anatomy:
-    """The anatomy of the model with this config.json; takes transformers, which is a second to import."""
-    from counterweight.workers.skeleton import Skeleton
+def describe(config: Mapping[str, Any]) -> ModelLayout:
+    """The layout of the model with this config.json; takes transformers, which is a second to import."""
+    from counterweight.workers.models.block_builder import BlockBuilder
 
-    return Skeleton(config).anatomy
+    return BlockBuilder(config).layout
 
 
-def open_model(uri: str, describe: Callable[[Mapping[str, Any]], Anatomy] = describe) -> ModelSource:
+def open_model(uri: str, describe: Callable[[Mapping[str, Any]], ModelLayout] = describe) -> ModelSource:
     """Opens `file:`, `s3:` or `hf:` (a hub repository, downloaded to the local cache first) and checks the checkpoint
     against its architecture.
 
@@ -80,17 +80,17 @@ def open_model(uri: str, describe: Callable[[Mapping[str, Any]], Anatomy] = desc
     root = resolve(uri)
     store = open_store(root)
     checkpoint = Checkpoint.open(store)
-    anatomy = describe(checkpoint.config)
-    source = ModelSource(root, store, checkpoint, anatomy)
+    layout = describe(checkpoint.config)
+    source = ModelSource(root, store, checkpoint, layout)
     # A tied model's head may be stored or not; when it is, `inventory` compares it with the embedding.
-    optional = [*source.dropped, *([LM_HEAD] if anatomy.tied else [])]
-    checkpoint.expect(anatomy.expected(checkpoint.names), optional=optional)
+    optional = [*source.dropped, *([LM_HEAD] if layout.tied else [])]
+    checkpoint.expect(layout.expected(checkpoint.names), optional=optional)
     return source
 
 
 def check_stored_head(source: ModelSource, digests: Mapping[str, str]) -> None:
     """A tied model whose stored head is not its embedding is not tied: CheckpointError."""
-    if source.anatomy.tied and LM_HEAD in digests and digests[LM_HEAD] != digests[EMBEDDING]:
+    if source.layout.tied and LM_HEAD in digests and digests[LM_HEAD] != digests[EMBEDDING]:
         raise CheckpointError(
             f"{source.uri}: config.json: tie_word_embeddings: true: but {LM_HEAD} differs from {EMBEDDING}"
         )

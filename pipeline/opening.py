@@ -13,10 +13,10 @@ from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
 from counterweight.pipeline.progress import Progress
 from counterweight.pipeline.tokens import Tokens, read_tokens
-from counterweight.workers.anatomy import Anatomy
 from counterweight.workers.calibration.source import ModelSamples
 from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.errors import RequestError
+from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.storage import open_store
 from counterweight.workers.storage.probe import probe
 from counterweight.workers.tasks import SampleSpec
@@ -43,11 +43,11 @@ def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here:
         if not sampled:
             read.append(read_tokens(job, tokenizer_of(open_store(root))))
 
-    def describe(config: Mapping[str, Any]) -> Anatomy:
-        anatomies: list[Anatomy] = dispatcher.run_all(
+    def describe(config: Mapping[str, Any]) -> ModelLayout:
+        layouts: list[ModelLayout] = dispatcher.run_all(
             [Task("architecture", "describe", (config,))], meanwhile=read_texts
         )
-        return anatomies[0]
+        return layouts[0]
 
     source = open_model(root, describe)
     plan = make_plan(job, source)
@@ -56,7 +56,7 @@ def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here:
     if sampled:
         read.append(read_tokens(job, source.tokenizer(), _sampled(job, source, dispatcher)))
     (tokens,) = read
-    return source, tokens.within(source.anatomy.vocabulary)
+    return source, tokens.within(source.layout.vocabulary)
 
 
 def _sampled(job: CompressionJob, source: ModelSource, dispatcher: Dispatcher) -> TokenSet:

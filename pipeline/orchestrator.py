@@ -33,11 +33,11 @@ from counterweight.pipeline.report import (
 from counterweight.pipeline.report_html import render
 from counterweight.pipeline.tokens import Tokens
 from counterweight.pipeline.validate import Windows, check_gates, validate
-from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.calibration.source import CalibrationSource
 from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.errors import GateError
 from counterweight.workers.keys import digest, versions
+from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks import (
@@ -108,7 +108,7 @@ class Orchestrator:
         artifact = Artifact(self._store, self._job.metadata.name, self._identity(digests, tokens))
         if (published := artifact.published()) is not None:
             repair_pointer(artifact, published.document)
-            blocks = self._source.anatomy.blocks
+            blocks = self._source.layout.blocks
             self._progress.note(f"already published: all {blocks} blocks are reused, nothing is left to do")
             self._watch.stage("")
             return published
@@ -152,7 +152,7 @@ class Orchestrator:
         hidden: HiddenRecord = self._dispatcher.run_all([Task("embedding", "embed", (embed,))])[0]
         propagate = self._job.spec.calibration.propagate
         recipes: list[Mapping[str, ModuleRecipe]] = [
-            block_recipe(self._source, index, self._job.spec.recipe) for index in range(self._source.anatomy.blocks)
+            block_recipe(self._source, index, self._job.spec.recipe) for index in range(self._source.layout.blocks)
         ]
         paired = propagate == "compressed" and any(part.regresses for recipe in recipes for part in recipe.values())
 
@@ -167,7 +167,7 @@ class Orchestrator:
                 paired=paired,
             )
 
-        count = self._source.anatomy.blocks
+        count = self._source.layout.blocks
         recipes = share_out(self._dispatcher, self._source, recipes, spec_of, hidden.outputs)
         chain = Chain.open(self._workspace, spec_of, hidden.outputs * (2 if paired else 1), count, propagate)
         self._announce(chain)
@@ -221,7 +221,7 @@ class Orchestrator:
         """What lies outside the blocks: the embedding before them, norm and head behind, and what nobody needs."""
         dropped = dict.fromkeys(self._source.dropped, "follows from the config")
         last = [NORM]
-        tied, rotation = self._source.anatomy.tied, self._setting.rotation
+        tied, rotation = self._source.layout.tied, self._setting.rotation
         if LM_HEAD in digests and tied:
             dropped[LM_HEAD] = "tied: equal to the embedding, stored once"
         if not tied:

@@ -12,13 +12,11 @@ from math import prod
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.residual_tuner import afford
-from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, NORM
-from counterweight.workers.architecture import is_expert
 from counterweight.workers.config import Config
 from counterweight.workers.errors import ManifestError
+from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.recipe import ModuleRecipe, Recipe
 from counterweight.workers.tasks import ITEMSIZE, shard_sequences
-from counterweight.workers.transforms.families import rotation_problem
 
 PROCESS_BYTES = 600 << 20
 """A worker process with torch, transformers and Ray imported, before its first task (measured: 480-560 MiB)."""
@@ -68,14 +66,14 @@ def block_recipe(source: ModelSource, index: int, recipe: Recipe) -> dict[str, M
     Patterns of the recipe are matched against the name as the artifact stores it. Latency budgets are resolved here, budgets
     of bits by `allocation`, which has to look at the weights.
     """
-    anatomy = source.anatomy
+    layout = source.layout
     result: dict[str, ModuleRecipe] = {}
-    for group in anatomy.block_linears(index):
+    for group in layout.block_linears(index):
         for name in group:
             part = recipe.for_module(_stored(source, index, name))
             if part is not None:
                 result[name] = part
-    shapes = anatomy.block_parameters(index)
+    shapes = layout.block_parameters(index)
     return afford(result, {name: _matrix(shapes[f"{name}.weight"]) for name in result})
 
 
@@ -84,10 +82,10 @@ def make_plan(job: CompressionJob, source: ModelSource) -> Plan:
     a group size that does not divide a width, an override that matches nothing)."""
     _check_overrides(job.spec.recipe, source)
     _check_rotation(job.spec.recipe, source)
-    blocks = tuple(_block_plan(job, source, index) for index in range(source.anatomy.blocks))
+    blocks = tuple(_block_plan(job, source, index) for index in range(source.layout.blocks))
     calibration = job.spec.calibration
     tokens = calibration.sequences * calibration.sequence_length
-    boundary = tokens * source.anatomy.hidden_size * ITEMSIZE[calibration.compute_dtype]
+    boundary = tokens * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
     total = sum(_bytes(source, name) for name in source.tensors)
     validation = 0 if job.spec.validation is None else 2
     written = _artifact_bytes(source, blocks) + boundary * (len(blocks) + 1)
@@ -112,9 +110,9 @@ def make_plan(job: CompressionJob, source: ModelSource) -> Plan:
 
 def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPlan:
     calibration = job.spec.calibration
-    anatomy = source.anatomy
-    shapes = anatomy.block_parameters(index)
-    groups = anatomy.block_linears(index)
+    layout = source.layout
+    shapes = layout.block_parameters(index)
+    groups = layout.block_linears(index)
     recipe = block_recipe(source, index, job.spec.recipe)
     linears = {name: _matrix(shapes[f"{name}.weight"]) for group in groups for name in group}
     _check_recipe(source, index, recipe, linears, calibration.propagate)
@@ -131,12 +129,12 @@ def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPl
     statistics = sum(width * width * (8 + 4) * products for width in widths)
     shard = shard_sequences(calibration.sequence_length) * calibration.sequence_length
     intermediate = max((rows for rows, _ in linears.values()), default=0)
-    activations = shard * itemsize * (anatomy.hidden_size * 6 + intermediate * 3)
+    activations = shard * itemsize * (layout.hidden_size * 6 + intermediate * 3)
     largest = max(widths, default=0)
     # float64 Hessian, its factor and its inverse, and float32 copies of the widest layer.
     solve = largest * largest * 8 * 3 + max((rows * columns for rows, columns in linears.values()), default=0) * 16
     tokens = calibration.sequences * calibration.sequence_length
-    active = _active_share(source, linears)
+    active = {name: layout.family.active_share(source.checkpoint.config, layout.experts, name) for name in linears}
     return BlockPlan(
         index=index,
         parameters=parameters,
@@ -156,14 +154,6 @@ def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPl
             )
         ),
     )
-
-
-def _active_share(source: ModelSource, linears: Mapping[str, tuple[int, int]]) -> dict[str, float]:
-    """Share of the tokens that reach each linear: experts see theirs only."""
-    config = source.checkpoint.config
-    experts = source.anatomy.experts
-    share = int(config.get("num_experts_per_tok", 1)) / experts if experts else 1.0
-    return {name: share if is_expert(name) else 1.0 for name in linears}
 
 
 def _check_recipe(
@@ -200,7 +190,8 @@ def _check_recipe(
 def _check_rotation(recipe: Recipe, source: ModelSource) -> None:
     if recipe.rotation is None:
         return
-    problem = rotation_problem(source.anatomy.model_type, recipe.rotation)
+    layout = source.layout
+    problem = layout.family.rotation_problem(layout.model_type, recipe.rotation)
     if problem is not None:
         raise ManifestError(f"spec.recipe.transforms: {problem}")
 
@@ -211,8 +202,8 @@ def _check_overrides(recipe: Recipe, source: ModelSource) -> None:
 
     names = {
         _stored(source, index, name)
-        for index in range(source.anatomy.blocks)
-        for group in source.anatomy.block_linears(index)
+        for index in range(source.layout.blocks)
+        for group in source.layout.block_linears(index)
         for name in group
     } | {"lm_head"}
     patterns = [(f"spec.recipe.overrides.{i}.match", item.match) for i, item in enumerate(recipe.overrides)]
@@ -255,7 +246,7 @@ def _full(source: ModelSource, block: BlockPlan, name: str) -> str:
 
 
 def _stored(source: ModelSource, index: int, name: str) -> str:
-    return source.anatomy.module_name(index, name)
+    return source.layout.module_name(index, name)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

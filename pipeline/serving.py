@@ -43,8 +43,8 @@ def load_model(
     embedding = model.embedding()
     kind = embedding.dtype if dtype is None else dtype
     arena = _arena(model.residual_sizes) if compensated and place.type == "cuda" and kernels != "torch" else None
-    shell = model.skeleton.causal_shell(embedding, model.head(), place, kind)
-    for index in range(model.skeleton.blocks):
+    shell = model.builder.causal_shell(embedding, model.head(), place, kind)
+    for index in range(model.builder.blocks):
         block, linears = model.block(index, place, kind)
         install(block, linears, compensated=compensated, decode_only=residual == "decode", kernels=kernels, arena=arena)
         shell.model.layers.append(block.layer)

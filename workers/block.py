@@ -1,8 +1,8 @@
 """The heart of a block task, without files: gather statistics, quantize, compensate, measure.
 
 1. `calibrate` runs the block over its input shards and gathers each distinct input's moments on the way.
-2. `compress` solves every linear: codes on a grid (siblings with one recipe in one solve, because they share a Hessian),
-   then the low-rank branch on what the codes left, then the error that remains.
+2. `compress` solves every linear: codes on a grid (linears with one input and one recipe in one solve, because they share a
+   Hessian), then the low-rank branch on what the codes left, then the error that remains.
 3. `install` puts the result into the block, so that it can be run as it will be served.
 """
 
@@ -24,10 +24,10 @@ from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
-from counterweight.workers.architecture import PROJECTIONS, Siblings, is_expert
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from counterweight.workers.errors import RequestError
 from counterweight.workers.hooks import input_hooks
+from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup, is_expert
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.solve import shares_a_solve, solve
@@ -35,7 +35,9 @@ from counterweight.workers.tasks import FallbackReport, ModuleReport
 
 if TYPE_CHECKING:
     from counterweight.kernels.gpu.host_memory import HostArena
-    from counterweight.workers.skeleton import Block  # transformers, which who only reads reports does not need
+    from counterweight.workers.models.block_builder import (
+        Block,  # transformers, which who only reads reports does not need
+    )
 
 PARALLEL_WIDTH = 1024
 """Input columns of the widest layer from which solves run side by side. Below, an operation on one column is so short
@@ -71,10 +73,10 @@ def calibrate(
     block: Block,
     inputs: Sequence[Callable[[], Tensor]],
     emit: Callable[[Tensor], Output],
-    gatherings: Mapping[Siblings, Gathering],
+    gatherings: Mapping[SharedInputGroup, Gathering],
     pool: OrderedPool,
     originals: Sequence[Callable[[], Tensor]] = (),
-) -> tuple[dict[Siblings, InputStatistics], list[Output]]:
+) -> tuple[dict[SharedInputGroup, InputStatistics], list[Output]]:
     """Runs the block over its inputs and gathers the moments of what enters each group of `gatherings`.
 
     inputs: one callable per shard that loads its hidden states [sequences, length, hidden]; the shards' number and order
@@ -91,13 +93,13 @@ def calibrate(
 
     def run(
         loads: tuple[Callable[[], Tensor], Callable[[], Tensor] | None],
-    ) -> tuple[dict[Siblings, ShardMoments], Output]:
+    ) -> tuple[dict[SharedInputGroup, ShardMoments], Output]:
         load, load_original = loads
         replica = replicas.get()
-        meant: dict[Siblings, Tensor] = {}
-        moments: dict[Siblings, ShardMoments] = {}
+        meant: dict[SharedInputGroup, Tensor] = {}
+        moments: dict[SharedInputGroup, ShardMoments] = {}
 
-        def take(group: Siblings, rows: Tensor) -> None:
+        def take(group: SharedInputGroup, rows: Tensor) -> None:
             moments[group] = ShardMoments.of(rows, gatherings[group], meant.get(group))
 
         try:
@@ -127,12 +129,12 @@ def calibrate(
 
 def compress(
     weights: Mapping[str, Tensor],
-    statistics: Mapping[Siblings, InputStatistics],
+    statistics: Mapping[SharedInputGroup, InputStatistics],
     recipes: Mapping[str, ModuleRecipe],
     *,
     scale_dtypes: Mapping[str, torch.dtype],
     factor_dtypes: Mapping[str, torch.dtype],
-    outliers: Mapping[Siblings, Tensor] | None = None,
+    outliers: Mapping[SharedInputGroup, Tensor] | None = None,
     codes: Mapping[str, StoredWeight] | None = None,
     pool: OrderedPool,
 ) -> tuple[dict[str, CompressedLinear], list[ModuleReport]]:
@@ -195,7 +197,7 @@ def install(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    group: Siblings
+    group: SharedInputGroup
     names: tuple[str, ...]
     recipe: ModuleRecipe
     scale_dtype: torch.dtype
@@ -204,12 +206,12 @@ class _Job:
 
 def _solves(
     weights: Mapping[str, Tensor],
-    statistics: Mapping[Siblings, InputStatistics],
+    statistics: Mapping[SharedInputGroup, InputStatistics],
     recipes: Mapping[str, ModuleRecipe],
     scale_dtypes: Mapping[str, torch.dtype],
     factor_dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[_Job]:
-    """Siblings that share a recipe share a solve when they can."""
+    """SharedInputGroup that share a recipe share a solve when they can."""
     for group in statistics:
         waiting = [name for name in group if name in recipes]
         while waiting:
@@ -230,8 +232,8 @@ def _solves(
 
 def _solve(
     weights: Mapping[str, Tensor],
-    gathered: Mapping[Siblings, InputStatistics],
-    outliers: Mapping[Siblings, Tensor],
+    gathered: Mapping[SharedInputGroup, InputStatistics],
+    outliers: Mapping[SharedInputGroup, Tensor],
     codes: Mapping[str, StoredWeight],
     job: _Job,
 ) -> list[tuple[str, CompressedLinear, ModuleReport]]:
@@ -279,6 +281,6 @@ def tensor_bits(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size() * 8
 
 
-def _accumulator(block: Block, group: Siblings, gathering: Gathering) -> Accumulator:
+def _accumulator(block: Block, group: SharedInputGroup, gathering: Gathering) -> Accumulator:
     weight = block.linear(group[0]).weight
     return Accumulator(weight.shape[1], weight.device, gathering)

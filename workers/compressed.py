@@ -15,7 +15,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.block import CompressedLinear
 from counterweight.workers.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 from counterweight.workers.checkpoint.reader import Checkpoint
@@ -26,7 +25,8 @@ from counterweight.workers.interchange.compressed_tensors import read_weight, so
 from counterweight.workers.interchange.peft import factor_names, read_branch
 from counterweight.workers.interchange.residual_store import RESIDUAL, read_residual, residual_names
 from counterweight.workers.ledger import ADAPTER, LEDGER, RESIDUAL_STORE, Ledger
-from counterweight.workers.skeleton import Block, Skeleton
+from counterweight.workers.models.block_builder import Block, BlockBuilder
+from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.storage import ObjectStore
 
 
@@ -39,7 +39,7 @@ class CompressedModel:
     def __init__(
         self, checkpoint: Checkpoint, adapter: Checkpoint | None, residual: Checkpoint | None, ledger: Ledger
     ) -> None:
-        self.skeleton = Skeleton(source_config(checkpoint.config))
+        self.builder = BlockBuilder(source_config(checkpoint.config))
         self.ledger = ledger
         self._checkpoint, self._adapter, self._residual = checkpoint, adapter, residual
         forms = ledger.formats
@@ -79,11 +79,11 @@ class CompressedModel:
 
         Linears that are quantized hold no weight until `install` puts their compressed selves in place.
         """
-        skeleton = self.skeleton
+        builder = self.builder
         linears: dict[str, CompressedLinear] = {}
         parameters: dict[str, Tensor] = {}
-        for parameter, shape in skeleton.anatomy.block_parameters(index).items():
-            stored = skeleton.anatomy.disk_name(index, parameter)
+        for parameter, shape in builder.layout.block_parameters(index).items():
+            stored = builder.layout.disk_name(index, parameter)
             module = stored.removesuffix(".weight")
             form = self.ledger.formats.get(module)
             if form is not None and parameter.endswith(".weight"):
@@ -93,7 +93,7 @@ class CompressedModel:
             else:
                 parameters[parameter] = self._read(stored)
                 _expect_shape(stored, tuple(parameters[parameter].shape), shape)
-        return skeleton.block(index, parameters, device, dtype, absent=linears), linears
+        return builder.block(index, parameters, device, dtype, absent=linears), linears
 
     @property
     def residual_sizes(self) -> list[int]:
@@ -107,7 +107,7 @@ class CompressedModel:
 
     def head(self) -> dict[str, Tensor]:
         """Final norm and lm_head (of a tied model: the embedding)."""
-        return {NORM: self._read(NORM), LM_HEAD: self._read(EMBEDDING if self.skeleton.tied else LM_HEAD)}
+        return {NORM: self._read(NORM), LM_HEAD: self._read(EMBEDDING if self.builder.tied else LM_HEAD)}
 
     def _read(self, name: str) -> Tensor:
         return self._checkpoint.read(name, sha256=self._digest(name))

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from counterweight.workers.block import install
 from counterweight.workers.compressed import CompressedModel
+from counterweight.workers.models.block_builder import Block
 from counterweight.workers.parallel import OrderedPool
-from counterweight.workers.skeleton import Block
 from counterweight.workers.tasks import BASELINE, COMPENSATED, QUANTIZED, WindowMetrics
 
 Blocks = Callable[[int], Mapping[str, Block]]

@@ -8,21 +8,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from counterweight.workers.architecture import Siblings
-from counterweight.workers.skeleton import Block
+from counterweight.workers.models.block_builder import Block
+from counterweight.workers.models.family import SharedInputGroup
 
-Take = Callable[[Siblings, Tensor], None]
-"""Called with a group of siblings and the input [..., in] that they share."""
+Take = Callable[[SharedInputGroup, Tensor], None]
+"""Called with a group of linears and the input [..., in] that they share."""
 
 
 @contextmanager
-def input_hooks(block: Block, groups: Iterable[Siblings], take: Take) -> Iterator[None]:
+def input_hooks(block: Block, groups: Iterable[SharedInputGroup], take: Take) -> Iterator[None]:
     """Calls `take` whenever something enters the first linear of one of `groups`, while the context is open."""
     handles: list[torch.utils.hooks.RemovableHandle] = []
     try:
         for group in groups:
 
-            def hook(_: nn.Module, arguments: tuple[Tensor, ...], group: Siblings = group) -> None:
+            def hook(_: nn.Module, arguments: tuple[Tensor, ...], group: SharedInputGroup = group) -> None:
                 take(group, arguments[0])
 
             handles.append(block.linear(group[0]).register_forward_pre_hook(hook))

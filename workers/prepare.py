@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.hadamard import Hadamard
-from counterweight.workers.architecture import Siblings
 from counterweight.workers.calibration.clipping import activation_format, best_clip
 from counterweight.workers.calibration.statistics import Gathering
 from counterweight.workers.compensation.aser import outlier_channels, outlier_scales
 from counterweight.workers.hooks import input_hooks
+from counterweight.workers.models.block_builder import Block
+from counterweight.workers.models.family import ModelFamily, SharedInputGroup
 from counterweight.workers.recipe import ASER, Activations, ModuleRecipe
-from counterweight.workers.skeleton import Block
-from counterweight.workers.transforms.families import Wiring
 from counterweight.workers.transforms.smoothing import after, before, migration_scales, producer_rows, scaled
 
 ROWS = 2048
@@ -32,37 +31,37 @@ class Preparation:
     """gatherings: what to gather of each group's input. scales: by what its input is to be divided before that, [in].
     outliers: channels that ASER takes out."""
 
-    gatherings: Mapping[Siblings, Gathering]
-    scales: Mapping[Siblings, Tensor] = field(default_factory=dict)
-    outliers: Mapping[Siblings, Tensor] = field(default_factory=dict)
+    gatherings: Mapping[SharedInputGroup, Gathering]
+    scales: Mapping[SharedInputGroup, Tensor] = field(default_factory=dict)
+    outliers: Mapping[SharedInputGroup, Tensor] = field(default_factory=dict)
 
 
 def prepare(
     block: Block,
     recipes: Mapping[str, ModuleRecipe],
     parameters: Mapping[str, Tensor],
-    wiring: Wiring,
+    family: ModelFamily,
     online: Mapping[str, Hadamard],
     load: Callable[[], Tensor],
 ) -> Preparation:
-    """Choices for every group of siblings of which one has a recipe; the first of these speaks for the group.
+    """Choices for every group of linears that share an input; a group takes the options of its first member that has a recipe.
 
     parameters: the block's, names relative to it. online: linears whose input is transformed at inference. load: the first
     shard of the block's input, read only where a choice needs it.
     """
     groups = {
         group: next(recipes[name] for name in group if name in recipes)
-        for group in block.siblings
+        for group in block.groups
         if any(name in recipes for name in group)
     }
     curious = [group for group, recipe in groups.items() if _needs_rows(recipe)]
     rows = _captured(block, curious, load) if curious else {}
-    scales: dict[Siblings, Tensor] = {}
-    outliers: dict[Siblings, Tensor] = {}
-    gatherings: dict[Siblings, Gathering] = {}
+    scales: dict[SharedInputGroup, Tensor] = {}
+    outliers: dict[SharedInputGroup, Tensor] = {}
+    gatherings: dict[SharedInputGroup, Gathering] = {}
     for group, recipe in groups.items():
         seen = rows.get(group)
-        foldable = producer_rows(wiring, group, parameters) is not None
+        foldable = producer_rows(family, group, parameters) is not None
         transform = online.get(group[0])
         # Parameters lie on the CPU, rows where the block runs.
         weights = [] if seen is None else [parameters[f"{name}.weight"].float().to(seen.device) for name in group]
@@ -101,12 +100,14 @@ def _needs_rows(recipe: ModuleRecipe) -> bool:
     return searches or recipe.smoothing is not None or isinstance(recipe.compensation, ASER)
 
 
-def _captured(block: Block, groups: list[Siblings], load: Callable[[], Tensor]) -> dict[Siblings, Tensor]:
+def _captured(
+    block: Block, groups: list[SharedInputGroup], load: Callable[[], Tensor]
+) -> dict[SharedInputGroup, Tensor]:
     """Up to `ROWS` evenly spaced rows [tokens, in] float32 of the input of each group, from the first shard; a group that no
     token reached has none."""
-    found: dict[Siblings, Tensor] = {}
+    found: dict[SharedInputGroup, Tensor] = {}
 
-    def take(group: Siblings, rows: Tensor) -> None:
+    def take(group: SharedInputGroup, rows: Tensor) -> None:
         tokens = rows.reshape(-1, rows.shape[-1])
         if len(tokens):
             found[group] = tokens[:: max(1, len(tokens) // ROWS)][:ROWS].float()

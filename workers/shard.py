@@ -16,14 +16,14 @@ from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.interchange.compressed_tensors import weight_tensors
 from counterweight.workers.interchange.peft import factor_tensors
 from counterweight.workers.interchange.residual_store import residual_tensors
-from counterweight.workers.skeleton import Skeleton
+from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.tasks import BlockRecord, BlockSpec, LedgerEntry, ModuleReport, Timing
 from counterweight.workers.workspace import Blob, Workspace
 
 
 def write_block(
     spec: BlockSpec,
-    skeleton: Skeleton,
+    builder: BlockBuilder,
     parameters: Mapping[str, Tensor],
     dtypes: Mapping[str, torch.dtype],
     linears: Mapping[str, CompressedLinear],
@@ -40,9 +40,9 @@ def write_block(
     formats: dict[str, ModuleFormat] = {}
     ledger: list[LedgerEntry] = []
     kept_bits = 0
-    slices = skeleton.anatomy.sources(spec.index, spec.tensors)
+    slices = builder.layout.sources(spec.index, spec.tensors)
     for parameter, part in slices.items():
-        stored = skeleton.anatomy.disk_name(spec.index, parameter)
+        stored = builder.layout.disk_name(spec.index, parameter)
         module = parameter.removesuffix(".weight")
         if parameter.endswith(".weight") and module in linears:
             linear, name = linears[module], stored.removesuffix(".weight")
@@ -70,7 +70,7 @@ def write_block(
         residual=workspace.put_tensors(residuals) if residuals else None,
         residuals={name: tensor_digest(tensor) for name, tensor in residuals.items()},
         modules=tuple(
-            report.model_copy(update={"name": _full_name(skeleton, spec.index, report.name)}) for report in reports
+            report.model_copy(update={"name": _full_name(builder, spec.index, report.name)}) for report in reports
         ),
         formats=formats,
         kept_bits=kept_bits,
@@ -79,8 +79,8 @@ def write_block(
     )
 
 
-def _full_name(skeleton: Skeleton, index: int, module: str) -> str:
-    return skeleton.anatomy.module_name(index, module)
+def _full_name(builder: BlockBuilder, index: int, module: str) -> str:
+    return builder.layout.module_name(index, module)
 
 
 def _format(linear: CompressedLinear) -> ModuleFormat:

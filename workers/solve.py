@@ -35,8 +35,8 @@ class Solution:
 
 
 def shares_a_solve(recipe: ModuleRecipe) -> bool:
-    """Whether siblings of different size may be solved as one matrix: not where a branch enters the solve, because its rank
-    depends on the number of rows."""
+    """Whether linears of different size that share an input may be solved as one matrix: not where a branch enters the solve,
+    because its rank depends on the number of rows."""
     return not recipe.compensation.anticipates and not isinstance(recipe.compensation, LRC)
 
 

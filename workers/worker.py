@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.weights import StoredWeight
-from counterweight.workers.anatomy import EMBEDDING, Anatomy
-from counterweight.workers.architecture import Siblings
 from counterweight.workers.block import CompressedLinear, calibrate, compress, install, tensor_bits
 from counterweight.workers.calibration.sampling import sample
 from counterweight.workers.calibration.statistics import InputStatistics
@@ -34,13 +32,16 @@ from counterweight.workers.evaluation import advance, compressed_blocks, measure
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
 from counterweight.workers.join import join_tensors
 from counterweight.workers.memory import release, settle
+from counterweight.workers.models.block_builder import Block, BlockBuilder
+from counterweight.workers.models.families import family_of
+from counterweight.workers.models.family import SharedInputGroup
+from counterweight.workers.models.layout import EMBEDDING, ModelLayout
+from counterweight.workers.models.source import outside, whole
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.prepare import prepare
 from counterweight.workers.recipe import NoCompensation, Weights
 from counterweight.workers.shard import write_block
-from counterweight.workers.skeleton import Block, Skeleton
 from counterweight.workers.solve import gains
-from counterweight.workers.source_model import outside, whole
 from counterweight.workers.storage import open_store, stream_sha256
 from counterweight.workers.storage.base import Written
 from counterweight.workers.tasks import (
@@ -67,7 +68,6 @@ from counterweight.workers.tasks import (
     Timing,
     shard_sequences,
 )
-from counterweight.workers.transforms.families import wiring_of
 from counterweight.workers.transforms.rotation import residual_hadamard, rotate_block, rotate_embedding, rotated_outside
 from counterweight.workers.transforms.smoothing import fold
 from counterweight.workers.tuning.lsi import LinearFormat, tune
@@ -96,8 +96,8 @@ class _Held:
 
     key: str
     loaded: LoadedBlock
-    outliers: Mapping[Siblings, Tensor]
-    statistics: dict[Siblings, InputStatistics]
+    outliers: Mapping[SharedInputGroup, Tensor]
+    statistics: dict[SharedInputGroup, InputStatistics]
     outputs: tuple[Blob, ...]
     timing: Timing
 
@@ -117,7 +117,7 @@ class Worker:
         on_gpu = device == "cuda" and torch.cuda.is_available()
         self.device = torch.device("cuda" if on_gpu else "cpu")
         self._pool = OrderedPool(1 if on_gpu else threads)
-        self._sources: dict[str, tuple[Checkpoint, Skeleton]] = {}
+        self._sources: dict[str, tuple[Checkpoint, BlockBuilder]] = {}
         self._held: _Held | None = None
         settle()
 
@@ -125,14 +125,14 @@ class Worker:
         """The kind of device this worker computes on."""
         return self.device.type
 
-    def describe(self, config: Mapping[str, Any]) -> Anatomy:
+    def describe(self, config: Mapping[str, Any]) -> ModelLayout:
         """Names and shapes of the model with this config.json. CheckpointError, UnsupportedModelError."""
-        return Skeleton(config).anatomy
+        return BlockBuilder(config).layout
 
     def sample(self, spec: SampleSpec) -> list[list[int]]:
         """Windows of tokens that the model draws itself; it is in memory as a whole."""
         checkpoint = Checkpoint.open(open_store(spec.source))
-        model = whole(checkpoint, Skeleton(checkpoint.config), self.device, DTYPES[spec.compute_dtype])
+        model = whole(checkpoint, BlockBuilder(checkpoint.config), self.device, DTYPES[spec.compute_dtype])
         ids = sample(model, spec.sequences, spec.length, temperature=spec.temperature, seed=spec.seed)
         del model
         release(self.device)
@@ -150,12 +150,12 @@ class Worker:
         if (done := workspace.lookup(EMBED, key, HiddenRecord)) is not None and _all_there(workspace, done.outputs):
             return done
         clock = Clock(self.device)
-        checkpoint, skeleton = self._source(spec.setting)
+        checkpoint, builder = self._source(spec.setting)
         name, sha256 = spec.tensor
         weight = checkpoint.read(name, sha256=sha256)
         if (rotation := spec.setting.rotation) is not None and rotation.residual:
-            weight = rotate_embedding(weight, residual_hadamard(skeleton.hidden_size, rotation))
-        module = skeleton.embedding(weight, self.device, DTYPES[spec.setting.compute_dtype])
+            weight = rotate_embedding(weight, residual_hadamard(builder.hidden_size, rotation))
+        module = builder.embedding(weight, self.device, DTYPES[spec.setting.compute_dtype])
         ids = workspace.get_tensors(spec.tokens)["input_ids"]
         clock.lap("load")
         with torch.no_grad():
@@ -172,11 +172,11 @@ class Worker:
         if (done := workspace.lookup(KEEP, key, KeepRecord)) is not None and workspace.has(done.checkpoint):
             return done
         clock = Clock(self.device)
-        checkpoint, skeleton = self._source(spec.setting)
+        checkpoint, builder = self._source(spec.setting)
         tensors = checkpoint.read_many(spec.tensors, sha256=spec.tensors)
         sources: dict[str, tuple[str, ...]] = {name: (name,) for name in tensors}
         if (rotation := spec.setting.rotation) is not None and rotation.residual:
-            tensors, sources = rotated_outside(tensors, residual_hadamard(skeleton.hidden_size, rotation))
+            tensors, sources = rotated_outside(tensors, residual_hadamard(builder.hidden_size, rotation))
         clock.lap("load")
         blob = workspace.put_tensors(tensors)
         clock.lap("write")
@@ -228,10 +228,10 @@ class Worker:
         clock.lap("solve")
         outputs = self._propagate(spec, held.loaded.block, linears, held.outputs, workspace)
         clock.lap("forward")
-        _, skeleton = self._source(spec.setting)
+        _, builder = self._source(spec.setting)
         record = write_block(
             spec,
-            skeleton,
+            builder,
             held.loaded.parameters,
             held.loaded.dtypes,
             linears,
@@ -276,32 +276,32 @@ class Worker:
         if (done := workspace.lookup(EVALUATE, key, EvaluateRecord)) is not None:
             return done
         clock = Clock(self.device)
-        checkpoint, skeleton = self._source(spec.setting)
+        checkpoint, builder = self._source(spec.setting)
         model = CompressedModel.open(open_store(spec.artifact), ledger_sha256=spec.ledger)
         variants = variants_of(model)
         ids = workspace.get_tensors(spec.tokens)["input_ids"][spec.start : spec.stop].long().to(self.device)
         batches = ids.split(shard_sequences(ids.shape[1]))
-        original = outside(checkpoint, skeleton, spec.tensors)
+        original = outside(checkpoint, builder, spec.tensors)
         plain = spec.setting.model_copy(update={"rotation": None})
 
-        def ends(one: Skeleton, embedding: Tensor, head: Mapping[str, Tensor]) -> tuple[list[Tensor], nn.Module]:
+        def ends(one: BlockBuilder, embedding: Tensor, head: Mapping[str, Tensor]) -> tuple[list[Tensor], nn.Module]:
             embed = one.embedding(embedding, self.device, torch.float32)
             with torch.no_grad():
                 return [embed(batch) for batch in batches], one.head(head, self.device, torch.float32)
 
         # The compressed model may live in other coordinates than the original, its variants share theirs.
-        of_compressed = ends(model.skeleton, model.embedding(), model.head())
-        of_variant = dict.fromkeys(variants, of_compressed) | {BASELINE: ends(skeleton, original[EMBEDDING], original)}
+        of_compressed = ends(model.builder, model.embedding(), model.head())
+        of_variant = dict.fromkeys(variants, of_compressed) | {BASELINE: ends(builder, original[EMBEDDING], original)}
 
         def blocks(index: int) -> dict[str, Block]:
             release(self.device)
             found = compressed_blocks(model, index, variants[1:], self.device)
-            names = {part.source for part in skeleton.anatomy.sources(index, spec.tensors).values()}
+            names = {part.source for part in builder.layout.sources(index, spec.tensors).values()}
             digests = {name: spec.tensors[name] for name in names}
             return {BASELINE: self.load_block(plain, index, digests, torch.float32).block, **found}
 
         first = {variant: hidden for variant, (hidden, _) in of_variant.items()}
-        hidden = advance(first, blocks, skeleton.blocks, self._pool)
+        hidden = advance(first, blocks, builder.blocks, self._pool)
         windows = measure(hidden, batches, {variant: head for variant, (_, head) in of_variant.items()}, self._pool)
         clock.lap("forward")
         record = EvaluateRecord(
@@ -325,11 +325,11 @@ class Worker:
 
     # -- internals ----------------------------------------------------------------------------------------------
 
-    def _source(self, setting: Setting) -> tuple[Checkpoint, Skeleton]:
+    def _source(self, setting: Setting) -> tuple[Checkpoint, BlockBuilder]:
         if setting.source not in self._sources:
             self._sources.clear()
             checkpoint = Checkpoint.open(open_store(setting.source))
-            self._sources[setting.source] = (checkpoint, Skeleton(setting.config))
+            self._sources[setting.source] = (checkpoint, BlockBuilder(setting.config))
         return self._sources[setting.source]
 
     def _calibrated(self, spec: BlockSpec, workspace: Workspace) -> _Held:
@@ -349,15 +349,15 @@ class Worker:
             return _put_hidden(workspace, output) if keep_outputs else None
 
         inputs, originals = self._streams(spec, workspace)
-        skeleton = self._source(spec.setting)[1]
-        wiring = wiring_of(skeleton.config.model_type)
-        chosen = prepare(block, spec.recipe, loaded.parameters, wiring, loaded.online, inputs[0])
+        builder = self._source(spec.setting)[1]
+        family = family_of(builder.config.model_type)
+        chosen = prepare(block, spec.recipe, loaded.parameters, family, loaded.online, inputs[0])
         if chosen.scales:
             # What the original block makes is shared between recipes, so it comes from the block as it was.
             _, outputs = calibrate(block, originals or inputs, emit, {}, self._pool) if keep_outputs else ({}, [])
-            parameters = fold(wiring, chosen.scales, loaded.parameters, loaded.online)
+            parameters = fold(family, chosen.scales, loaded.parameters, loaded.online)
             loaded = replace(
-                loaded, parameters=parameters, block=self._block(skeleton, spec.index, parameters, loaded.online, dtype)
+                loaded, parameters=parameters, block=self._block(builder, spec.index, parameters, loaded.online, dtype)
             )
             statistics, _ = calibrate(loaded.block, inputs, lambda _: None, chosen.gatherings, self._pool, originals)
         else:
@@ -384,7 +384,7 @@ class Worker:
         (options,) = tunings
         inputs, originals = self._streams(spec, workspace)
         loaded = held.loaded
-        groups = {name: group for group in loaded.block.siblings for name in group}
+        groups = {name: group for group in loaded.block.groups for name in group}
         formats = {
             name: LinearFormat(
                 weights=part.weights.grid(),
@@ -398,18 +398,18 @@ class Worker:
         found = tune(loaded.block, [load() for load in inputs], targets, formats, options)
         if not found.norms:
             return held, dict(found.weights)
-        skeleton = self._source(spec.setting)[1]
-        wiring = wiring_of(skeleton.config.model_type)
+        builder = self._source(spec.setting)[1]
+        family = family_of(builder.config.model_type)
         scales = {}
-        for group in loaded.block.siblings:
-            norm = f"{wiring.norm_before(group[0])}.weight"
+        for group in loaded.block.groups:
+            norm = f"{family.norm_before(group[0])}.weight"
             if norm in found.norms:
                 before, after = (
-                    value.float() + wiring.norm_offset for value in (loaded.parameters[norm], found.norms[norm])
+                    value.float() + family.norm_offset for value in (loaded.parameters[norm], found.norms[norm])
                 )
                 scales[group] = before / after
-        parameters = fold(wiring, scales, loaded.parameters, loaded.online)
-        block = self._block(skeleton, spec.index, parameters, loaded.online, DTYPES[spec.setting.compute_dtype])
+        parameters = fold(family, scales, loaded.parameters, loaded.online)
+        block = self._block(builder, spec.index, parameters, loaded.online, DTYPES[spec.setting.compute_dtype])
         gatherings = {group: statistics.gathering for group, statistics in held.statistics.items()}
         statistics, _ = calibrate(block, inputs, lambda _: None, gatherings, self._pool, originals)
         loaded = replace(loaded, parameters=parameters, block=block)
@@ -417,8 +417,8 @@ class Worker:
 
     def load_block(self, setting: Setting, index: int, digests: Mapping[str, str], dtype: torch.dtype) -> LoadedBlock:
         """A source block on the device, every tensor verified, in the setting's coordinates."""
-        checkpoint, skeleton = self._source(setting)
-        slices = skeleton.anatomy.sources(index, checkpoint.names)
+        checkpoint, builder = self._source(setting)
+        slices = builder.layout.sources(index, checkpoint.names)
         tensors = checkpoint.read_many(digests, sha256=digests)
         absent = {part.source for part in slices.values()} - tensors.keys()
         if absent:
@@ -428,24 +428,24 @@ class Worker:
         online: dict[str, Hadamard] = {}
         if setting.rotation is not None:
             parameters, online = rotate_block(
-                skeleton.config.model_type,
+                builder.config.model_type,
                 parameters,
                 setting.rotation,
-                heads=skeleton.config.num_attention_heads,
-                key_value_heads=skeleton.config.num_key_value_heads,
+                heads=builder.config.num_attention_heads,
+                key_value_heads=builder.config.num_key_value_heads,
             )
-        block = self._block(skeleton, index, parameters, online, dtype)
+        block = self._block(builder, index, parameters, online, dtype)
         return LoadedBlock(block=block, parameters=parameters, dtypes=dtypes, online=online)
 
     def _block(
         self,
-        skeleton: Skeleton,
+        builder: BlockBuilder,
         index: int,
         parameters: Mapping[str, Tensor],
         online: Mapping[str, Hadamard],
         dtype: torch.dtype,
     ) -> Block:
-        block = skeleton.block(index, parameters, self.device, dtype)
+        block = builder.block(index, parameters, self.device, dtype)
         for name, transform in online.items():
             block.transform_input(name, transform)
         return block

@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from statistics import mean, median
 
 from counterweight.pipeline.report_html.text import count
+from counterweight.workers.models.families import families
 from counterweight.workers.tasks import ModuleReport
 
 KINDS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 """The order of a block's linears on the page; kinds that are not listed follow as they come."""
 
-EXPERT_PARTS = {"w1": "gate (w1)", "w3": "up (w3)", "w2": "down (w2)"}
-"""Mixtral's names on disk say nothing to a reader."""
+EXPERT_PARTS = {
+    part: label
+    for family in families().values()
+    if family.experts is not None
+    for part, label in family.experts.labels.items()
+}
+"""What experts' linears are called, where their names on disk say nothing to a reader."""
 
 OTHER = "other"
 

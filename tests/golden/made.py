@@ -67,7 +67,7 @@ def make(golden: Golden, sources: Sources, output: Path) -> Made:
     }
     published = run_job(sources.model(golden.model), output, golden.recipe, calibration=calibration)
     model = CompressedModel.open(open_store(published.uri))
-    blocks = [model.block(index, torch.device("cpu"), torch.float32)[1] for index in range(model.skeleton.blocks)]
+    blocks = [model.block(index, torch.device("cpu"), torch.float32)[1] for index in range(model.builder.blocks)]
     modules = json.loads((local(published) / "report" / "report.json").read_text())["modules"]
     stored = read_tensors(local(published))
     kept = [stored[name] for name in sorted(stored) if name.rpartition(".")[0] not in model.ledger.formats]

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from counterweight.workers.anatomy import EMBEDDING
 from counterweight.workers.checkpoint.digest import tensor_digest
+from counterweight.workers.models.block_builder import BlockBuilder
+from counterweight.workers.models.layout import EMBEDDING
 from counterweight.workers.recipe import ModuleRecipe, Recipe
-from counterweight.workers.skeleton import Skeleton
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks import BlockSpec, ComputeDtype, EmbedSpec, Setting
 from counterweight.workers.workspace import Blob, Workspace
@@ -37,8 +37,8 @@ class Site:
         return Workspace(open_store(self.work.as_uri()))
 
     @property
-    def skeleton(self) -> Skeleton:
-        return Skeleton(read_config(self.source))
+    def builder(self) -> BlockBuilder:
+        return BlockBuilder(read_config(self.source))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -74,14 +74,14 @@ class Site:
         propagate: Literal["original", "compressed"] = "original",
     ) -> BlockSpec:
         """One block's task."""
-        skeleton, digests = self.skeleton, self.digests
+        builder, digests = self.builder, self.digests
         whole = Recipe.model_validate(dict(recipe))
         parts: dict[str, ModuleRecipe] = {}
-        for name in (name for group in skeleton.anatomy.block_linears(index) for name in group):
-            part = whole.for_module(skeleton.anatomy.module_name(index, name))
+        for name in (name for group in builder.layout.block_linears(index) for name in group):
+            part = whole.for_module(builder.layout.module_name(index, name))
             if part is not None:
                 parts[name] = part
-        sources = {part.source for part in skeleton.anatomy.sources(index, digests).values()}
+        sources = {part.source for part in builder.layout.sources(index, digests).values()}
         return BlockSpec(
             setting=self.setting,
             index=index,

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from counterweight.kernels.linear import CompensatedLinear
-from counterweight.workers.architecture import Siblings
 from counterweight.workers.block import CompressedLinear, calibrate, compress, install
 from counterweight.workers.calibration.statistics import Gathering, InputStatistics
 from counterweight.workers.errors import RequestError
+from counterweight.workers.models.block_builder import Block, BlockBuilder
+from counterweight.workers.models.family import SharedInputGroup
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.recipe import ModuleRecipe
-from counterweight.workers.skeleton import Block, Skeleton
 from counterweight.workers.tasks import ModuleReport
 from tests.models import CASES, build
 
@@ -28,12 +28,10 @@ def block_of(case: str, *, index: int = 0, **changes: Any) -> Block:
     """Block `index` of a tiny model, filled."""
     model = build(case, **changes)
     config = {**model.config.to_dict(), "model_type": CASES[case].family}
-    skeleton = Skeleton(config)
+    builder = BlockBuilder(config)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    parameters = {
-        name: part.of(tensors[part.source]) for name, part in skeleton.anatomy.sources(index, tensors).items()
-    }
-    return skeleton.block(index, parameters, CPU, torch.float32)
+    parameters = {name: part.of(tensors[part.source]) for name, part in builder.layout.sources(index, tensors).items()}
+    return builder.block(index, parameters, CPU, torch.float32)
 
 
 def shards(count: int = 4, *, sequences: int = 2, length: int = 16, width: int = 64) -> list[Tensor]:
@@ -47,12 +45,10 @@ def loaders(hidden: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
 
 def calibrated(
     block: Block, hidden: Sequence[Tensor], threads: int = 1
-) -> tuple[dict[Siblings, InputStatistics], list[Tensor]]:
+) -> tuple[dict[SharedInputGroup, InputStatistics], list[Tensor]]:
     pool = OrderedPool(threads)
     try:
-        return calibrate(
-            block, loaders(hidden), lambda output: output, dict.fromkeys(block.siblings, Gathering()), pool
-        )
+        return calibrate(block, loaders(hidden), lambda output: output, dict.fromkeys(block.groups, Gathering()), pool)
     finally:
         pool.close()
 
@@ -61,7 +57,7 @@ def inputs_of(block: Block, hidden: Sequence[Tensor]) -> dict[str, Tensor]:
     """Every linear's input [tokens, in] in float64, taken by hooks of our own."""
     replica = block.replica()
     seen: dict[str, list[Tensor]] = {}
-    for name in (name for group in block.siblings for name in group):
+    for name in (name for group in block.groups for name in group):
 
         def take(_: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
             seen.setdefault(name, []).append(arguments[0].flatten(0, -2).double())
@@ -79,7 +75,7 @@ def module_recipe(**fields: Any) -> ModuleRecipe:
 
 def compressed(
     block: Block,
-    statistics: Mapping[Siblings, InputStatistics],
+    statistics: Mapping[SharedInputGroup, InputStatistics],
     recipes: Mapping[str, ModuleRecipe],
     threads: int = 1,
     dtype: torch.dtype = torch.bfloat16,
@@ -104,7 +100,7 @@ def test_statistics_are_those_of_every_sibling(case: str) -> None:
     block, hidden = block_of(case), shards()
     statistics, _ = calibrated(block, hidden)
     seen = inputs_of(block, hidden)
-    assert tuple(statistics) == block.siblings
+    assert tuple(statistics) == block.groups
     for group, found in statistics.items():
         for name in group:
             x = seen[name]
@@ -133,7 +129,7 @@ def test_outputs_are_those_of_the_block_in_order() -> None:
 
 def test_only_the_groups_that_are_asked_for_are_gathered() -> None:
     block = block_of("llama")
-    asked = block.siblings[1:2]
+    asked = block.groups[1:2]
     statistics, _ = calibrate(
         block, loaders(shards(1)), lambda output: None, dict.fromkeys(asked, Gathering()), OrderedPool(1)
     )
@@ -191,7 +187,7 @@ def test_errors_are_those_of_the_outputs(quantizer: str, compensation: dict[str,
     recipe = module_recipe(
         weights={"bits": 3, "group_size": 32, "quantizer": {"kind": quantizer}}, compensation=compensation
     )
-    recipes = {name: recipe for group in block.siblings for name in group}
+    recipes = {name: recipe for group in block.groups for name in group}
     linears, reports = compressed(block, statistics, recipes)
     assert list(reports) == list(recipes)
     seen = inputs_of(block, hidden)
@@ -217,16 +213,16 @@ def test_an_error_is_never_negative() -> None:
     block = block_of("qwen2")
     statistics, _ = calibrated(block, shards(1, sequences=1, length=8))
     recipe = module_recipe(compensation={"kind": "svd", "rank": {"count": 16}})
-    _, reports = compressed(block, statistics, {name: recipe for group in block.siblings for name in group})
+    _, reports = compressed(block, statistics, {name: recipe for group in block.groups for name in group})
     for report in reports.values():
         assert report.error_compensated is not None
         assert 0 <= report.error_compensated < 1e-6
 
 
-def test_siblings_of_one_recipe_get_what_each_would_get_alone() -> None:
+def test_linears_of_one_input_and_recipe_get_what_each_would_get_alone() -> None:
     block = block_of("llama")
     statistics, _ = calibrated(block, shards())
-    group = block.siblings[0]
+    group = block.groups[0]
     recipe = module_recipe(compensation={"kind": "svd", "rank": {"count": 4}})
     together, _ = compressed(block, statistics, dict.fromkeys(group, recipe))
     for name in group:
@@ -261,7 +257,7 @@ def test_threads_change_no_bit_of_the_solves() -> None:
     recipe = module_recipe(
         weights={"bits": 4, "group_size": 32, "quantizer": {"kind": "gptq"}}, compensation={"kind": "svd"}
     )
-    recipes = {name: recipe for group in block.siblings for name in group}
+    recipes = {name: recipe for group in block.groups for name in group}
     first, first_reports = compressed(block, statistics, recipes)
     for threads in (2, 3):
         other, other_reports = compressed(block, statistics, recipes, threads)
@@ -296,7 +292,7 @@ def test_bits_are_counted_all_in() -> None:
 def test_scales_and_factors_are_stored_as_asked(dtype: torch.dtype) -> None:
     block = block_of("llama")
     statistics, _ = calibrated(block, shards())
-    group = block.siblings[1]
+    group = block.groups[1]
     weights = {name: block.linear(name).weight.detach().bfloat16() for name in group}
     recipes = dict.fromkeys(group, module_recipe(compensation={"kind": "svd"}))
     linears, _ = compress(
@@ -319,7 +315,7 @@ def test_an_installed_block_is_the_block_with_other_weights(case: str, compensat
     block, hidden = block_of(case), shards(2)
     statistics, _ = calibrated(block, hidden)
     recipe = module_recipe(compensation={"kind": "svd", "rank": {"count": 4}})
-    recipes = {name: recipe for group in block.siblings for name in group}
+    recipes = {name: recipe for group in block.groups for name in group}
     linears, _ = compressed(block, statistics, recipes)
     dense, installed = block.replica(), block.replica()
     for name, linear in linears.items():
@@ -334,9 +330,9 @@ def test_an_installed_block_is_the_block_with_other_weights(case: str, compensat
 
 
 def test_a_branch_that_is_anticipated_is_quantized_for_and_pays() -> None:
-    """Siblings of other sizes have other ranks, so each has a solve of its own."""
+    """SharedInputGroup of other sizes have other ranks, so each has a solve of its own."""
     block = block_of("llama")
-    group = block.siblings[0]
+    group = block.groups[0]
     width = block.linear(group[0]).weight.shape[1]
     generator = torch.Generator().manual_seed(0)
     strength = torch.logspace(0, -1.5, width)  # directions of unlike energy, as inputs of trained models have

@@ -9,7 +9,6 @@ import torch
 
 from counterweight.kernels.formats import LowRank
 from counterweight.kernels.weights.uniform import UniformWeight
-from counterweight.workers.architecture import FAMILIES
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.interchange.compressed_tensors import (
@@ -28,6 +27,7 @@ from counterweight.workers.interchange.peft import (
     read_branch,
     refusal_of_adapter,
 )
+from counterweight.workers.models.families import families
 
 DENSE = "model.layers.0.mlp.down_proj"
 EXPERT = "model.layers.0.block_sparse_moe.experts.3.w2"
@@ -103,7 +103,9 @@ def test_integer_factors_are_read_as_written_and_not_by_peft() -> None:
     assert found is not None
     assert torch.equal(found.product(), coded.product())
     assert found.product()[0, 0] == 3 * 0.5 * -5 * 2.0 + 3 * 0.25 * -5 * 1.0
-    assert adapter_config({DENSE: form(rank=2, factor_bits=8)}, "x", FAMILIES["llama"])["peft_type"] == "COUNTERWEIGHT"
+    assert (
+        adapter_config({DENSE: form(rank=2, factor_bits=8)}, "x", families()["llama"])["peft_type"] == "COUNTERWEIGHT"
+    )
     wrong = {**tensors, factor_names(DENSE, 8)[2]: torch.ones(3)}
     with pytest.raises(CheckpointError, match="int8 codes and 2 steps"):
         read_branch(wrong, DENSE, form(rank=2, factor_bits=8))
@@ -122,7 +124,7 @@ def test_online_transforms_are_said_in_the_words_of_compressed_tensors() -> None
         "model.layers.2.mlp.down_proj": form(online={**online, "size": 768}),  # 12 x 64: theirs is another matrix
         "model.layers.3.mlp.down_proj": form(online={**online, "inner": 4}),
     }
-    config = artifact_config(SOURCE, formats, list(formats), FAMILIES["llama"])["quantization_config"]
+    config = artifact_config(SOURCE, formats, list(formats), families()["llama"])["quantization_config"]
     assert "online Hadamard" in config["reason"]
     found = TransformConfig.model_validate(config["transform_config"]).config_groups
     said = {scheme.head_dim: scheme.apply[0].targets for scheme in found.values()}
@@ -170,8 +172,8 @@ def test_what_stock_transformers_cannot_represent(formats: dict[str, ModuleForma
 )
 def test_branches_that_are_not_for_peft(family: str, branches: list[str], reason: str | None) -> None:
     formats = {**dict.fromkeys(branches, form(rank=4)), OTHER_EXPERT: form()}
-    found = refusal_of_adapter(formats, FAMILIES[family])
-    config = adapter_config(formats, "tiny", FAMILIES[family])
+    found = refusal_of_adapter(formats, families()[family])
+    config = adapter_config(formats, "tiny", families()[family])
     if reason is None:
         assert found is None
         assert config["peft_type"] == "LORA"
@@ -187,7 +189,7 @@ SOURCE = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hid
 
 
 def config_of(formats: dict[str, ModuleFormat], linears: list[str]) -> dict[str, Any]:
-    return artifact_config(SOURCE, formats, linears, FAMILIES["mixtral"])
+    return artifact_config(SOURCE, formats, linears, families()["mixtral"])
 
 
 def test_a_refused_artifact_has_no_model_type_that_anybody_knows() -> None:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.workers.anatomy import LM_HEAD, NORM
 from counterweight.workers.block import CompressedLinear, install
 from counterweight.workers.checkpoint.digest import tensor_digest
 from counterweight.workers.errors import CheckpointError, ObjectNotFoundError
 from counterweight.workers.interchange.compressed_tensors import read_weight
 from counterweight.workers.interchange.peft import read_branch
-from counterweight.workers.skeleton import Block
+from counterweight.workers.models.block_builder import Block
+from counterweight.workers.models.layout import LM_HEAD, NORM
 from counterweight.workers.tasks import BlockRecord, BlockSpec, KeepSpec
 from counterweight.workers.worker import Worker, shard_sequences
 from counterweight.workers.workspace import Blob
@@ -70,12 +70,12 @@ def content(record: BlockRecord) -> dict[str, Any]:
 
 def run_compensated(site: Site, record: BlockRecord, hidden: Tensor, index: int) -> Tensor:
     """What the stored shard of block `index` makes of hidden states, put together by the formats of the record alone."""
-    skeleton, stored = site.skeleton, site.workspace.get_tensors(record.checkpoint)
+    builder, stored = site.builder, site.workspace.get_tensors(record.checkpoint)
     factors = {} if record.adapter is None else site.workspace.get_tensors(record.adapter)
     linears: dict[str, CompressedLinear] = {}
     kept: dict[str, Tensor] = {}
-    for parameter in skeleton.anatomy.block_parameters(index):
-        name = skeleton.anatomy.disk_name(index, parameter)
+    for parameter in builder.layout.block_parameters(index):
+        name = builder.layout.disk_name(index, parameter)
         module = name.removesuffix(".weight")
         if module in record.formats and parameter.endswith(".weight"):
             form = record.formats[module]
@@ -87,7 +87,7 @@ def run_compensated(site: Site, record: BlockRecord, hidden: Tensor, index: int)
             )
         else:
             kept[parameter] = stored[name]
-    block: Block = skeleton.block(index, kept, CPU, torch.float32, absent=linears)
+    block: Block = builder.block(index, kept, CPU, torch.float32, absent=linears)
     install(block, linears)
     return block.run(hidden)
 

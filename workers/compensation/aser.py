@@ -25,7 +25,7 @@ def outlier_channels(weights: Sequence[Tensor], magnitude: Tensor, options: ASER
 
     As many as the options ask for, but at most half of all and of the smallest branch's rank.
 
-    weights: the matrices [out, in] that read the input; siblings share the choice, because they share the input.
+    weights: the matrices [out, in] that read the input; they share the choice, because they share the input.
     magnitude: E|x|, [in].
     """
     score = magnitude.double()

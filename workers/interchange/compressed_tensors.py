@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.weights import StoredWeight, format_of
-from counterweight.workers.architecture import Family, is_expert
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.formats import ModuleFormat
+from counterweight.workers.models.family import ModelFamily, is_expert
 
 QUANT_METHOD = "counterweight"
 """`quant_method` of an artifact that only our own loader may open; also the prefix of its `model_type`."""
@@ -85,7 +85,7 @@ def refusal_of_weights(formats: Mapping[str, ModuleFormat], experts: Sequence[st
 
 
 def artifact_config(
-    source: Mapping[str, Any], formats: Mapping[str, ModuleFormat], linears: Sequence[str], family: Family
+    source: Mapping[str, Any], formats: Mapping[str, ModuleFormat], linears: Sequence[str], family: ModelFamily
 ) -> dict[str, Any]:
     """config.json of the artifact: the source's, with the quantization in compressed-tensors' form.
 
@@ -205,7 +205,7 @@ def _group(scheme: Scheme, targets: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _ignored(formats: Mapping[str, ModuleFormat], linears: Sequence[str], family: Family) -> list[str]:
+def _ignored(formats: Mapping[str, ModuleFormat], linears: Sequence[str], family: ModelFamily) -> list[str]:
     kept = [name for name in linears if name not in formats]
-    routers = ["re:.*[.]gate$"] if family.experts is not None else []
+    routers = family.experts.routers if family.experts is not None else ()
     return ["lm_head", *routers, *kept]

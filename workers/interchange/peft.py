@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.formats import LowRank
-from counterweight.workers.architecture import Family, is_expert
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.interchange.compressed_tensors import QUANT_METHOD
+from counterweight.workers.models.family import ModelFamily, is_expert
 
 ADAPTER_PREFIX = "base_model.model."
 
@@ -45,7 +45,7 @@ def read_branch(adapter: Mapping[str, Tensor], module: str, form: ModuleFormat) 
     return LowRank(up=up, down=down, up_scale=steps[1], down_scale=steps[0])
 
 
-def refusal_of_adapter(formats: Mapping[str, ModuleFormat], family: Family) -> str | None:
+def refusal_of_adapter(formats: Mapping[str, ModuleFormat], family: ModelFamily) -> str | None:
     """Why stock PEFT cannot represent the branches, or None when it can.
 
     PEFT from 0.20 on fuses the adapters of experts as transformers fuses the experts, when all of them have one rank;
@@ -65,7 +65,7 @@ def refusal_of_adapter(formats: Mapping[str, ModuleFormat], family: Family) -> s
     return None
 
 
-def adapter_config(formats: Mapping[str, ModuleFormat], base: str, family: Family) -> dict[str, Any]:
+def adapter_config(formats: Mapping[str, ModuleFormat], base: str, family: ModelFamily) -> dict[str, Any]:
     """adapter_config.json: a LoRA of scaling 1 with a rank per module. base: name of the artifact it belongs to."""
     ranks = {name: form.rank for name, form in formats.items() if form.rank}
     reason = refusal_of_adapter(formats, family)

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.hadamard import Hadamard
-from counterweight.workers.anatomy import LM_HEAD, NORM
 from counterweight.workers.errors import UnsupportedModelError
+from counterweight.workers.models.families import family_of
+from counterweight.workers.models.family import ModelFamily
+from counterweight.workers.models.layout import LM_HEAD, NORM
 from counterweight.workers.recipe.transforms import Rotation
-from counterweight.workers.transforms.families import Wiring, rotation_problem, wiring_of
 
 
 def residual_hadamard(width: int, options: Rotation) -> Hadamard:
@@ -56,10 +57,10 @@ def rotate_block(
     heads, key_value_heads: of the attention, as the config has them. Raises UnsupportedModelError for an unknown
     model_type and for a residual rotation of a family that has none; ValueError when attention is not of that many heads.
     """
-    wiring = wiring_of(model_type)
-    if (problem := rotation_problem(model_type, options)) is not None:
+    family = family_of(model_type)
+    if (problem := family.rotation_problem(model_type, options)) is not None:
         raise UnsupportedModelError(problem)
-    block = _Block.of(wiring, parameters, options, heads, key_value_heads)
+    block = _Block.of(family, parameters, options, heads, key_value_heads)
     rotated = {name: block.rotated(name).to(dtype).contiguous() for name in parameters}
     modules = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
     online = {module: transform for module in modules if (transform := block.online(module)) is not None}
@@ -106,10 +107,10 @@ class _Block:
     """One block and its rotations; None for those that were not asked for.
 
     residual: [hidden]. head: [head_dim], of every head. across: [heads * head_dim], online. down: online, yes or no.
-    value_rows: how many of the last rows of `wiring.value` are values, key_value_heads * head_dim.
+    value_rows: how many of the last rows of `family.value` are values, key_value_heads * head_dim.
     """
 
-    wiring: Wiring
+    family: ModelFamily
     parameters: Mapping[str, Tensor]
     residual: Hadamard | None
     head: Hadamard | None
@@ -119,18 +120,18 @@ class _Block:
 
     @classmethod
     def of(
-        cls, wiring: Wiring, parameters: Mapping[str, Tensor], options: Rotation, heads: int, key_value_heads: int
+        cls, family: ModelFamily, parameters: Mapping[str, Tensor], options: Rotation, heads: int, key_value_heads: int
     ) -> _Block:
-        hidden, mixed = parameters[f"{wiring.output}.weight"].shape
-        written = parameters[f"{wiring.value}.weight"].shape[0]
+        hidden, mixed = parameters[f"{family.output}.weight"].shape
+        written = parameters[f"{family.value}.weight"].shape[0]
         if mixed % heads or written < mixed // heads * key_value_heads:
             raise ValueError(
-                f"{wiring.output}: {mixed} input columns, {wiring.value}: {written} output rows: "
+                f"{family.output}: {mixed} input columns, {family.value}: {written} output rows: "
                 f"expected those of {heads} heads and {key_value_heads} key-value heads"
             )
         head_dim = mixed // heads
         return cls(
-            wiring=wiring,
+            family=family,
             parameters=parameters,
             residual=residual_hadamard(hidden, options) if options.residual else None,
             head=Hadamard(size=head_dim, seed=options.sign_seed) if options.heads else None,
@@ -143,7 +144,7 @@ class _Block:
         """The parameter `name`, rotated, in float64."""
         value = self.parameters[name].double()
         module, _, kind = name.rpartition(".")
-        if module in self.wiring.reads:
+        if module in self.family.reads:
             return value if self.residual is None else torch.ones_like(value)
         if kind == "bias":
             return self._outputs(module, value)
@@ -151,27 +152,27 @@ class _Block:
 
     def online(self, module: str) -> Hadamard | None:
         """The transform of the input of `module` at inference."""
-        if module == self.wiring.output:
+        if module == self.family.output:
             return self.across
-        if self.down and self.wiring.is_down(module):
+        if self.down and self.family.is_down(module):
             return Hadamard(size=self.parameters[f"{module}.weight"].shape[1])
         return None
 
     def _inputs(self, module: str, weight: Tensor) -> Tensor:
         """weight [out, in] with its last axis in the coordinates that the input of `module` will have."""
-        norm = self.wiring.norm_before(module)
+        norm = self.family.norm_before(module)
         if self.residual is not None and norm is not None:
             weight = self.residual.apply(weight * self.parameters[f"{norm}.weight"].double())
-        if self.head is not None and module == self.wiring.output:
+        if self.head is not None and module == self.family.output:
             weight = _by_head(weight, self.head)
         transform = self.online(module)
         return weight if transform is None else transform.apply(weight)
 
     def _outputs(self, module: str, values: Tensor) -> Tensor:
         """values [..., out] with its last axis in the coordinates that the output of `module` will have."""
-        if self.residual is not None and self.wiring.writes_residual(module):
+        if self.residual is not None and self.family.writes_residual(module):
             values = self.residual.apply(values)
-        if self.head is not None and module == self.wiring.value:
+        if self.head is not None and module == self.family.value:
             others = values.shape[-1] - self.value_rows
             values = torch.cat((values[..., :others], _by_head(values[..., others:], self.head)), dim=-1)
         return values

@@ -14,42 +14,42 @@ from torch import Tensor
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.reference import fake_quantize_activations
-from counterweight.workers.architecture import Siblings
+from counterweight.workers.models.family import ModelFamily, SharedInputGroup
 from counterweight.workers.recipe import Smoothing
-from counterweight.workers.transforms.families import Wiring
 
 NOTHING: Mapping[str, Hadamard] = {}
 
 STRENGTHS = tuple(step / 20 for step in range(21))
 
 
-def producer_rows(wiring: Wiring, group: Siblings, parameters: Mapping[str, Tensor]) -> tuple[str, slice] | None:
+def producer_rows(
+    family: ModelFamily, group: SharedInputGroup, parameters: Mapping[str, Tensor]
+) -> tuple[str, slice] | None:
     """The parameter whose elements or last rows can take the scales of a group's input in; None when there is none."""
-    norm = wiring.norm_before(group[0])
+    norm = family.norm_before(group[0])
     if norm is not None:
         readers = {
             name.removesuffix(".weight")
             for name in parameters
-            if name.endswith(".weight") and wiring.norm_before(name.removesuffix(".weight")) == norm
+            if name.endswith(".weight") and family.norm_before(name.removesuffix(".weight")) == norm
         }
         return (f"{norm}.weight", slice(None)) if readers == set(group) else None
     width = parameters[f"{group[0]}.weight"].shape[1]
-    if wiring.is_down(group[0]):
+    if family.is_down(group[0]):
         parent = group[0].rpartition(".")[0]
-        name = next(n for n in (f"{parent}.up_proj.weight", f"{parent}.gate_up_proj.weight") if n in parameters)
+        name = f"{parent}.{family.up}.weight"
         return name, slice(len(parameters[name]) - width, None)
-    if group[0] == wiring.output:
-        name = f"{wiring.value}.weight"
-        fused = wiring.value.endswith("qkv_proj")
+    if group[0] == family.output:
+        name = f"{family.value}.weight"
         # Grouped queries read the same values: one row of values would need several scales.
-        alike = len(parameters[name]) == (3 * width if fused else width)
+        alike = len(parameters[name]) == (3 * width if family.fused_value else width)
         return (name, slice(len(parameters[name]) - width, None)) if alike else None
     return None
 
 
 def fold(
-    wiring: Wiring,
-    scales: Mapping[Siblings, Tensor],
+    family: ModelFamily,
+    scales: Mapping[SharedInputGroup, Tensor],
     parameters: Mapping[str, Tensor],
     online: Mapping[str, Hadamard] = NOTHING,
 ) -> dict[str, Tensor]:
@@ -60,14 +60,14 @@ def fold(
     """
     folded = {name: value.float() for name, value in parameters.items()}
     for group, scale in scales.items():
-        place = producer_rows(wiring, group, parameters)
+        place = producer_rows(family, group, parameters)
         if place is None:
             raise ValueError(f"{group[0]}: nothing before it can take scales in")
         name, rows = place
         scale = scale.to(folded[name])
         value = folded[name].clone()
         if value.ndim == 1:
-            value = (value + wiring.norm_offset) / scale - wiring.norm_offset
+            value = (value + family.norm_offset) / scale - family.norm_offset
         else:
             value[rows] /= scale.unsqueeze(1)
         folded[name] = value

@@ -26,12 +26,12 @@ from torch.nn import functional
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.kernels.weights.uniform import UniformWeight
-from counterweight.workers.architecture import Siblings
+from counterweight.workers.models.block_builder import Block
+from counterweight.workers.models.families import family_of
+from counterweight.workers.models.family import SharedInputGroup
 from counterweight.workers.quantization.inputs import checked_matrix
 from counterweight.workers.recipe.tuning import Tuning
 from counterweight.workers.recipe.weights import WeightFormat
-from counterweight.workers.skeleton import Block
-from counterweight.workers.transforms.families import wiring_of
 from counterweight.workers.tuning.fake_quant import FakeQuantized, clipping_of, fake_quantize, straight_through
 
 
@@ -153,12 +153,13 @@ class _Learner:
 
     def _fold(self, formats: Mapping[str, LinearFormat]) -> Iterator[tuple[str, _FoldedNorm]]:
         """The norms that feed only linears which are tuned."""
-        wiring = wiring_of(self._block.model_type)
+        family = family_of(self._block.model_type)
         modules = dict(self._block.layer.named_modules())
-        for name in wiring.reads:
-            readers = tuple(module for module in modules if wiring.norm_before(module) == name)
+        for name in family.reads:
+            readers = tuple(module for module in modules if family.norm_before(module) == name)
             if all(reader in formats for reader in readers):
-                yield name, _FoldedNorm(modules[name], readers, formats[readers[0]].scale_dtype)
+                dtype = formats[readers[0]].scale_dtype
+                yield name, _FoldedNorm(modules[name], readers, dtype, family.norm_offset)
 
     def rates(self) -> list[dict[str, object]]:
         """The parameters in groups of one learning rate each, as an optimizer takes them."""
@@ -265,14 +266,14 @@ class _TunedLinear(nn.Module):
 class _FoldedNorm(nn.Module):
     """A norm whose output is divided, channel by channel, by the learned scales that multiply its readers' columns."""
 
-    def __init__(self, norm: nn.Module, readers: Siblings, dtype: torch.dtype) -> None:
+    def __init__(self, norm: nn.Module, readers: SharedInputGroup, dtype: torch.dtype, offset: float) -> None:
+        """offset: what the norm adds to its weight before it multiplies."""
         super().__init__()
         self.readers = readers
         self._norm, self._dtype = norm, dtype
         weight = norm.get_parameter("weight")
         self._gain = weight.detach().float()
-        # Gemma's norms multiply by 1 + weight.
-        self._offset = 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
+        self._offset = offset
         self.log_scale = nn.Parameter(torch.zeros_like(self._gain))
 
     def _weight(self) -> Tensor:

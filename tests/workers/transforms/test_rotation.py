@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from counterweight.kernels.hadamard import Hadamard, hadamard_matrix
-from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.errors import UnsupportedModelError
+from counterweight.workers.models.block_builder import Block, BlockBuilder
+from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.recipe.transforms import Rotation
-from counterweight.workers.skeleton import Block, Skeleton
 from counterweight.workers.transforms import (
     residual_hadamard,
     residual_rotation,
@@ -33,9 +33,9 @@ WITHOUT_RESIDUAL = Rotation(residual=False, online_output=True)
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint on its way through the skeleton: block parameters by index, and what lies around the blocks."""
+    """A checkpoint on its way through the builder: block parameters by index, and what lies around the blocks."""
 
-    skeleton: Skeleton
+    builder: BlockBuilder
     blocks: tuple[dict[str, Tensor], ...]
     embedding: Tensor
     head: Mapping[str, Tensor]
@@ -43,7 +43,7 @@ class Model:
 
     def block(self, index: int) -> Block:
         """Block `index`, its online transforms in hooks."""
-        block = self.skeleton.block(index, self.blocks[index], CPU, torch.float32)
+        block = self.builder.block(index, self.blocks[index], CPU, torch.float32)
         for name, transform in self.online[index].items():
 
             def transformed(
@@ -56,43 +56,43 @@ class Model:
 
     def hidden(self, ids: Tensor) -> list[Tensor]:
         """Hidden states [sequences, length, hidden] before each block and after the last."""
-        states: list[Tensor] = [self.skeleton.embedding(self.embedding, CPU, torch.float32)(ids)]
+        states: list[Tensor] = [self.builder.embedding(self.embedding, CPU, torch.float32)(ids)]
         for index in range(len(self.blocks)):
             states.append(self.block(index).run(states[-1]))
         return [state.detach() for state in states]
 
     def logits(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.skeleton.head(self.head, CPU, torch.float32)(self.hidden(ids)[-1])
+        logits: Tensor = self.builder.head(self.head, CPU, torch.float32)(self.hidden(ids)[-1])
         return logits
 
     def rotated(self, options: Rotation) -> Model:
-        results = [rotate(self.skeleton, parameters, options) for parameters in self.blocks]
+        results = [rotate(self.builder, parameters, options) for parameters in self.blocks]
         embedding, head = self.embedding, dict(self.head)
         if options.residual:
-            rotation = residual_hadamard(self.skeleton.hidden_size, options)
+            rotation = residual_hadamard(self.builder.hidden_size, options)
             embedding = rotate_embedding(embedding, rotation)
             head[NORM], head[LM_HEAD] = rotate_head(head[NORM], head[LM_HEAD], rotation)
         blocks, online = (tuple(part) for part in zip(*results, strict=True))
-        return Model(skeleton=self.skeleton, blocks=blocks, embedding=embedding, head=head, online=online)
+        return Model(builder=self.builder, blocks=blocks, embedding=embedding, head=head, online=online)
 
 
 def rotate(
-    skeleton: Skeleton, parameters: Mapping[str, Tensor], options: Rotation, **changes: Any
+    builder: BlockBuilder, parameters: Mapping[str, Tensor], options: Rotation, **changes: Any
 ) -> tuple[dict[str, Tensor], dict[str, Hadamard]]:
-    config = skeleton.config
+    config = builder.config
     heads = {"heads": config.num_attention_heads, "key_value_heads": config.num_key_value_heads}
     return rotate_block(config.model_type, parameters, options, **{**heads, **changes})
 
 
 def opened(case: str, directory: Path, **changes: Any) -> Model:
     checkpoint(case, directory, **changes)
-    skeleton, tensors = Skeleton(read_config(directory)), read_tensors(directory)
+    builder, tensors = BlockBuilder(read_config(directory)), read_tensors(directory)
     blocks = tuple(
-        {name: part.of(tensors[part.source]).clone() for name, part in skeleton.anatomy.sources(index, tensors).items()}
-        for index in range(skeleton.blocks)
+        {name: part.of(tensors[part.source]).clone() for name, part in builder.layout.sources(index, tensors).items()}
+        for index in range(builder.blocks)
     )
-    head = {NORM: tensors[NORM], LM_HEAD: tensors[EMBEDDING if skeleton.tied else LM_HEAD]}
-    return Model(skeleton, blocks, tensors[EMBEDDING], head, tuple({} for _ in blocks))
+    head = {NORM: tensors[NORM], LM_HEAD: tensors[EMBEDDING if builder.tied else LM_HEAD]}
+    return Model(builder, blocks, tensors[EMBEDDING], head, tuple({} for _ in blocks))
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -136,7 +136,7 @@ def test_the_residual_stream_is_rotated(case: str, tmp_path: Path) -> None:
     model = opened(case, tmp_path)
     ids, q = token_ids(1, 16), residual_rotation(64, ALL).float()
     pairs = list(zip(model.rotated(ALL).hidden(ids), model.hidden(ids), strict=True))
-    assert len(pairs) == model.skeleton.blocks + 1
+    assert len(pairs) == model.builder.blocks + 1
     for rotated, original in pairs:
         assert_same(rotated @ q.T, original)
         assert (rotated - original).square().mean() > 0.5 * original.square().mean()
@@ -146,7 +146,7 @@ def test_the_residual_stream_is_rotated(case: str, tmp_path: Path) -> None:
 def test_a_residual_stream_behind_norms_is_refused(case: str, tmp_path: Path) -> None:
     model = opened(case, tmp_path)
     with pytest.raises(UnsupportedModelError, match=rf"expected false for {case}.*post_feedforward_layernorm scale"):
-        rotate(model.skeleton, model.blocks[0], ALL)
+        rotate(model.builder, model.blocks[0], ALL)
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
@@ -158,7 +158,7 @@ def test_attention_of_another_number_of_heads_is_refused(tmp_path: Path) -> None
     model = opened("llama", tmp_path)
     for heads, key_value_heads in ((5, 1), (4, 3)):
         with pytest.raises(ValueError, match=f"expected those of {heads} heads and {key_value_heads} key-value heads"):
-            rotate(model.skeleton, model.blocks[0], ALL, heads=heads, key_value_heads=key_value_heads)
+            rotate(model.builder, model.blocks[0], ALL, heads=heads, key_value_heads=key_value_heads)
 
 
 ATTENTION_INPUTS = {f"self_attn.{name}_proj.weight" for name in "qkv"}
@@ -193,7 +193,7 @@ def only(option: str, **changes: Any) -> Rotation:
 @pytest.mark.parametrize("option", CHANGED)
 def test_each_option_changes_its_own_parameters_and_no_others(option: str, tmp_path: Path) -> None:
     model = opened("llama-tied-biased", tmp_path)
-    rotated, online = rotate(model.skeleton, model.blocks[0], only(option))
+    rotated, online = rotate(model.builder, model.blocks[0], only(option))
     assert {name for name, tensor in model.blocks[0].items() if not torch.equal(rotated[name], tensor)} == CHANGED[
         option
     ]
@@ -206,7 +206,7 @@ def test_the_weights_are_those_of_the_formulas(tmp_path: Path) -> None:
     """Written out with dense matrices for one block with grouped heads and biases."""
     model = opened("llama-tied-biased", tmp_path)
     old = {name: tensor.double() for name, tensor in model.blocks[0].items()}
-    new, _ = rotate(model.skeleton, model.blocks[0], ALL)
+    new, _ = rotate(model.builder, model.blocks[0], ALL)
     q = residual_rotation(64, ALL)
     head = Hadamard(size=16, seed=ALL.seed).dense()
     per_head, per_group = torch.block_diag(*[head] * 4), torch.block_diag(*[head] * 2)
@@ -237,16 +237,16 @@ def test_the_weights_are_those_of_the_formulas(tmp_path: Path) -> None:
 
 def test_every_expert_has_its_own_online_transform(tmp_path: Path) -> None:
     model = opened("qwen3_moe", tmp_path)
-    _, sparse = rotate(model.skeleton, model.blocks[0], Rotation())
+    _, sparse = rotate(model.builder, model.blocks[0], Rotation())
     assert sparse == {f"mlp.experts.{expert}.down_proj": Hadamard(size=32) for expert in range(4)}
-    _, dense = rotate(model.skeleton, model.blocks[1], Rotation())
+    _, dense = rotate(model.builder, model.blocks[1], Rotation())
     assert dense == {"mlp.down_proj": Hadamard(size=96)}
 
 
 def test_the_dtype_is_that_which_was_asked_for(tmp_path: Path) -> None:
     model = opened("qwen3", tmp_path)
-    exact, _ = rotate(model.skeleton, model.blocks[0], ALL, dtype=torch.float64)
-    stored, _ = rotate(model.skeleton, model.blocks[0], ALL, dtype=torch.bfloat16)
+    exact, _ = rotate(model.builder, model.blocks[0], ALL, dtype=torch.float64)
+    stored, _ = rotate(model.builder, model.blocks[0], ALL, dtype=torch.bfloat16)
     assert all(torch.equal(stored[name], tensor.bfloat16()) for name, tensor in exact.items())
     q = residual_rotation(64, ALL)
     assert rotate_embedding(model.embedding, q, dtype=torch.float64).dtype is torch.float64
@@ -258,7 +258,7 @@ def test_the_dtype_is_that_which_was_asked_for(tmp_path: Path) -> None:
 def test_products_are_computed_in_float64(tmp_path: Path) -> None:
     """Rotating back leaves the weights as they were, far closer than float32 arithmetic would."""
     model = opened("llama", tmp_path)
-    rotated, _ = rotate(model.skeleton, model.blocks[0], only("residual"), dtype=torch.float64)
+    rotated, _ = rotate(model.builder, model.blocks[0], only("residual"), dtype=torch.float64)
     q = residual_rotation(64, only("residual"))
     back = q @ rotated["mlp.down_proj.weight"]
     torch.testing.assert_close(back, model.blocks[0]["mlp.down_proj.weight"].double(), rtol=0, atol=1e-13)
@@ -281,7 +281,7 @@ def test_random_signs_come_from_the_seed(option: str, tmp_path: Path) -> None:
     model = opened("llama", tmp_path)
 
     def weight(**changes: Any) -> Tensor:
-        rotated, _ = rotate(model.skeleton, model.blocks[0], only(option, **changes))
+        rotated, _ = rotate(model.builder, model.blocks[0], only(option, **changes))
         return rotated["self_attn.o_proj.weight"]
 
     assert torch.equal(weight(seed=1), weight(seed=1))

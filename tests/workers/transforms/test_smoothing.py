@@ -10,13 +10,13 @@ from torch import Tensor
 
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.hadamard import Hadamard
-from counterweight.workers.architecture import Siblings
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.compensation.aser import outlier_channels, outlier_scales, without_channels
+from counterweight.workers.models.block_builder import BlockBuilder
+from counterweight.workers.models.families import family_of
+from counterweight.workers.models.family import SharedInputGroup
 from counterweight.workers.recipe import ASER, CountRank, Rotation, Smoothing, WeightFormat, Weights
-from counterweight.workers.skeleton import Skeleton
 from counterweight.workers.storage import open_store
-from counterweight.workers.transforms.families import wiring_of
 from counterweight.workers.transforms.rotation import rotate_block
 from counterweight.workers.transforms.smoothing import fold, migration_scales, producer_rows
 from tests.models import checkpoint
@@ -24,12 +24,12 @@ from tests.models import checkpoint
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe"]
 
 
-def block_of(family: str, directory: Path) -> tuple[Skeleton, dict[str, Tensor]]:
+def block_of(family: str, directory: Path) -> tuple[BlockBuilder, dict[str, Tensor]]:
     checkpoint(family, directory, num_hidden_layers=1)
     reader = Checkpoint.open(open_store(directory.as_uri()))
-    skeleton = Skeleton(reader.config)
-    sources = skeleton.anatomy.sources(0, reader.names)
-    return skeleton, {name: part.of(reader.read(part.source)) for name, part in sources.items()}
+    builder = BlockBuilder(reader.config)
+    sources = builder.layout.sources(0, reader.names)
+    return builder, {name: part.of(reader.read(part.source)) for name, part in sources.items()}
 
 
 def scales_of(width: int, seed: int) -> Tensor:
@@ -38,32 +38,32 @@ def scales_of(width: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folded_block_computes_the_same(family: str, tmp_path: Path) -> None:
-    skeleton, parameters = block_of(family, tmp_path)
-    wiring, cpu = wiring_of(family), torch.device("cpu")
-    scales: dict[Siblings, Tensor] = {}
-    for number, group in enumerate(skeleton.anatomy.block_linears(0)):
-        if producer_rows(wiring, group, parameters) is not None:
+    builder, parameters = block_of(family, tmp_path)
+    known, cpu = family_of(family), torch.device("cpu")
+    scales: dict[SharedInputGroup, Tensor] = {}
+    for number, group in enumerate(builder.layout.block_linears(0)):
+        if producer_rows(known, group, parameters) is not None:
             scales[group] = scales_of(parameters[f"{group[0]}.weight"].shape[1], number)
     assert any("down_proj" in group[0] for group in scales)
-    folded = fold(wiring, scales, parameters)
-    hidden = torch.randn(2, 9, skeleton.hidden_size, generator=torch.Generator().manual_seed(1))
-    before, after = (skeleton.block(0, tensors, cpu, torch.float32).run(hidden) for tensors in (parameters, folded))
+    folded = fold(known, scales, parameters)
+    hidden = torch.randn(2, 9, builder.hidden_size, generator=torch.Generator().manual_seed(1))
+    before, after = (builder.block(0, tensors, cpu, torch.float32).run(hidden) for tensors in (parameters, folded))
     assert torch.allclose(before, after, atol=1e-5, rtol=1e-4)
     for group, scale in scales.items():
         for name in group:
             expected = parameters[f"{name}.weight"].float() * scale.float()
-            own_rows = producer_rows(wiring, group, parameters)
+            own_rows = producer_rows(known, group, parameters)
             # A linear that takes in scales for another (up, v) also has its rows divided.
-            if not any(producer_rows(wiring, g, parameters) == (f"{name}.weight", own_rows) for g in scales):
+            if not any(producer_rows(known, g, parameters) == (f"{name}.weight", own_rows) for g in scales):
                 columns = folded[f"{name}.weight"] / expected
                 assert torch.allclose(columns, columns[:, :1].expand_as(columns), rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
 def test_scales_come_before_an_online_rotation(family: str, tmp_path: Path) -> None:
-    skeleton, parameters = block_of(family, tmp_path)
-    wiring, cpu = wiring_of(family), torch.device("cpu")
-    config = skeleton.config
+    builder, parameters = block_of(family, tmp_path)
+    known, cpu = family_of(family), torch.device("cpu")
+    config = builder.config
     rotated, online = rotate_block(
         family,
         parameters,
@@ -73,14 +73,14 @@ def test_scales_come_before_an_online_rotation(family: str, tmp_path: Path) -> N
     )
     scales = {
         group: scales_of(parameters[f"{group[0]}.weight"].shape[1], number)
-        for number, group in enumerate(skeleton.anatomy.block_linears(0))
+        for number, group in enumerate(builder.layout.block_linears(0))
         if group[0] in online
     }
     assert scales
-    hidden = torch.randn(2, 9, skeleton.hidden_size, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(2, 9, builder.hidden_size, generator=torch.Generator().manual_seed(1))
     outputs = []
-    for tensors in (rotated, fold(wiring, scales, rotated, online)):
-        block = skeleton.block(0, tensors, cpu, torch.float32)
+    for tensors in (rotated, fold(known, scales, rotated, online)):
+        block = builder.block(0, tensors, cpu, torch.float32)
         for name, transform in online.items():
             block.transform_input(name, transform)
         outputs.append(block.run(hidden))
@@ -101,20 +101,20 @@ def test_a_search_behind_a_rotation_looks_behind_it() -> None:
 
 @pytest.mark.parametrize(("family", "foldable"), [("llama", False), ("phi3", False), ("mixtral", False)])
 def test_grouped_queries_have_no_place_for_scales_before_o(family: str, foldable: bool, tmp_path: Path) -> None:
-    skeleton, parameters = block_of(family, tmp_path)
-    grouped = skeleton.config.num_key_value_heads != skeleton.config.num_attention_heads
-    place = producer_rows(wiring_of(family), ("self_attn.o_proj",), parameters)
+    builder, parameters = block_of(family, tmp_path)
+    grouped = builder.config.num_key_value_heads != builder.config.num_attention_heads
+    place = producer_rows(family_of(family), ("self_attn.o_proj",), parameters)
     assert (place is not None) == (foldable or not grouped)
 
 
 def test_experts_that_share_their_input_with_a_router_are_left_alone(tmp_path: Path) -> None:
-    skeleton, parameters = block_of("mixtral", tmp_path)
-    wiring = wiring_of("mixtral")
-    groups = {group[0]: producer_rows(wiring, group, parameters) for group in skeleton.anatomy.block_linears(0)}
+    builder, parameters = block_of("mixtral", tmp_path)
+    known = family_of("mixtral")
+    groups = {group[0]: producer_rows(known, group, parameters) for group in builder.layout.block_linears(0)}
     assert groups["mlp.experts.0.gate_proj"] is None
     assert groups["mlp.experts.0.down_proj"] == ("mlp.experts.0.up_proj.weight", slice(0, None))
     with pytest.raises(ValueError, match=r"gate_proj: nothing before it"):
-        fold(wiring, {("mlp.experts.0.gate_proj",): torch.ones(1)}, parameters)
+        fold(known, {("mlp.experts.0.gate_proj",): torch.ones(1)}, parameters)
 
 
 def outlier_rows(width: int = 64) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.linear import CompensatedLinear
+from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.recipe.tuning import Tuning
 from counterweight.workers.recipe.weights import WeightFormat
-from counterweight.workers.skeleton import Block, Skeleton
 from counterweight.workers.tuning import LinearFormat, TuningResult, tune
 from counterweight.workers.tuning.fake_quant import clipping_of, fake_quantize
 from tests.models import CASES, build
@@ -26,10 +26,10 @@ ALL_LEARNED = ["increments", "clipping", "transforms"]
 def block_of(case: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Block:
     """Block 0 of a tiny model, filled."""
     model = build(case, **changes)
-    skeleton = Skeleton({**model.config.to_dict(), "model_type": CASES[case].family})
+    builder = BlockBuilder({**model.config.to_dict(), "model_type": CASES[case].family})
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    parameters = {name: part.of(tensors[part.source]) for name, part in skeleton.anatomy.sources(0, tensors).items()}
-    return skeleton.block(0, parameters, CPU, dtype)
+    parameters = {name: part.of(tensors[part.source]) for name, part in builder.layout.sources(0, tensors).items()}
+    return builder.block(0, parameters, CPU, dtype)
 
 
 def shards(count: int = 4, *, sequences: int = 3, length: int = 16, width: int = 64, seed: int = 3) -> list[Tensor]:
@@ -42,7 +42,7 @@ def shards(count: int = 4, *, sequences: int = 3, length: int = 16, width: int =
 
 def formats_of(block: Block, format: WeightFormat = W2, **fields: Any) -> dict[str, LinearFormat]:
     one = LinearFormat(weights=format, scale_dtype=fields.pop("scale_dtype", torch.bfloat16), **fields)
-    return {name: one for group in block.siblings for name in group}
+    return {name: one for group in block.groups for name in group}
 
 
 def tuned(block: Block, formats: dict[str, LinearFormat] | None = None, /, **options: Any) -> TuningResult:

@@ -8,28 +8,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.checkpoint.reader import Checkpoint
-from counterweight.workers.skeleton import Skeleton
+from counterweight.workers.models.block_builder import BlockBuilder
+from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 
 
-def outside(checkpoint: Checkpoint, skeleton: Skeleton, sha256: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+def outside(
+    checkpoint: Checkpoint, builder: BlockBuilder, sha256: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
     """Embedding, final norm and lm_head under their names; of a tied model the embedding is the lm_head.
 
     sha256: the digests of (at least) these tensors, where they are known.
     """
-    names = [EMBEDDING, NORM] if skeleton.tied else [EMBEDDING, NORM, LM_HEAD]
+    names = [EMBEDDING, NORM] if builder.tied else [EMBEDDING, NORM, LM_HEAD]
     tensors = checkpoint.read_many(names, sha256=None if sha256 is None else {name: sha256[name] for name in names})
-    return {LM_HEAD: tensors[EMBEDDING], **tensors} if skeleton.tied else tensors
+    return {LM_HEAD: tensors[EMBEDDING], **tensors} if builder.tied else tensors
 
 
-def whole(checkpoint: Checkpoint, skeleton: Skeleton, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def whole(checkpoint: Checkpoint, builder: BlockBuilder, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The causal model with all its blocks in memory, read one after the other."""
-    ends = outside(checkpoint, skeleton)
-    model = skeleton.causal_shell(ends[EMBEDDING], ends, device, dtype)
-    for index in range(skeleton.blocks):
-        slices = skeleton.anatomy.sources(index, checkpoint.names)
+    ends = outside(checkpoint, builder)
+    model = builder.causal_shell(ends[EMBEDDING], ends, device, dtype)
+    for index in range(builder.blocks):
+        slices = builder.layout.sources(index, checkpoint.names)
         tensors = checkpoint.read_many({part.source for part in slices.values()})
         parameters = {name: part.of(tensors[part.source]) for name, part in slices.items()}
-        model.model.layers.append(skeleton.block(index, parameters, device, dtype).layer)
+        model.model.layers.append(builder.block(index, parameters, device, dtype).layer)
     return model.eval()

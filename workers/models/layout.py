@@ -1,6 +1,6 @@
 """Names and shapes of a model's parts: which blocks there are, what they hold, where that lies in a checkpoint.
 
-Plain data, which `skeleton` derives from a config.json with transformers' help and any process can work with, so that
+Plain data, which `block_builder` derives from a config.json with transformers' help and any process can work with, so that
 the one who plans needs neither transformers nor a model.
 """
 
@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from counterweight.workers.architecture import EXPERT, Family, Siblings, family_of
+from counterweight.workers.models.families import family_of
+from counterweight.workers.models.family import EXPERT, ModelFamily, SharedInputGroup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,15 +36,15 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockAnatomy:
+class BlockLayout:
     """parameters: name (relative to the block) -> shape. linears: those that can be quantized, grouped by shared input."""
 
     parameters: Mapping[str, tuple[int, ...]]
-    linears: tuple[Siblings, ...]
+    linears: tuple[SharedInputGroup, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Anatomy:
+class ModelLayout:
     """A whole model. vocabulary: rows of the embedding. tied: whether the head is the embedding. experts: of a sparse block, 0
     without any. kinds: the different blocks; kind_of: block -> its place among them."""
 
@@ -52,11 +53,11 @@ class Anatomy:
     vocabulary: int
     tied: bool
     experts: int
-    kinds: tuple[BlockAnatomy, ...]
+    kinds: tuple[BlockLayout, ...]
     kind_of: tuple[int, ...]
 
     @property
-    def family(self) -> Family:
+    def family(self) -> ModelFamily:
         return family_of(self.model_type)
 
     @property
@@ -67,7 +68,7 @@ class Anatomy:
         """Parameter name (relative to the block) -> shape."""
         return self.kinds[self.kind_of[index]].parameters
 
-    def block_linears(self, index: int) -> tuple[Siblings, ...]:
+    def block_linears(self, index: int) -> tuple[SharedInputGroup, ...]:
         """The quantizable linears of block `index`, grouped by shared input."""
         return self.kinds[self.kind_of[index]].linears
 
@@ -118,7 +119,8 @@ class Anatomy:
         return prefix + parameter
 
     def _is_sparse(self, parameter: str) -> bool:
-        return self.family.experts is not None and parameter.startswith("mlp.")
+        experts = self.family.experts
+        return experts is not None and parameter.startswith(experts.mlp)
 
     def _source(self, prefix: str, parameter: str, shape: tuple[int, ...], names: set[str]) -> Slice:
         layout = self.family.experts

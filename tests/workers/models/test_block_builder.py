@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from counterweight.workers.anatomy import EMBEDDING, LM_HEAD, NORM
-from counterweight.workers.architecture import FAMILIES
 from counterweight.workers.errors import CheckpointError, UnsupportedModelError
-from counterweight.workers.skeleton import Block, LinearExperts, Skeleton
+from counterweight.workers.models.block_builder import Block, BlockBuilder, LinearExperts
+from counterweight.workers.models.families import families
+from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from tests.models import (
     BASE,
     CASES,
@@ -51,29 +51,27 @@ def expert_groups(experts: int) -> tuple[tuple[str, ...], ...]:
     return tuple(groups)
 
 
-def filled(skeleton: Skeleton, tensors: Mapping[str, Tensor], index: int) -> Block:
-    parameters = {
-        name: part.of(tensors[part.source]) for name, part in skeleton.anatomy.sources(index, tensors).items()
-    }
-    return skeleton.block(index, parameters, CPU, torch.float32)
+def filled(builder: BlockBuilder, tensors: Mapping[str, Tensor], index: int) -> Block:
+    parameters = {name: part.of(tensors[part.source]) for name, part in builder.layout.sources(index, tensors).items()}
+    return builder.block(index, parameters, CPU, torch.float32)
 
 
-def logits_by_block(skeleton: Skeleton, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    hidden: Tensor = skeleton.embedding(tensors[EMBEDDING], CPU, torch.float32)(ids)
-    for index in range(skeleton.blocks):
-        hidden = filled(skeleton, tensors, index).run(hidden)
-    head = {NORM: tensors[NORM], LM_HEAD: tensors[EMBEDDING if skeleton.tied else LM_HEAD]}
-    logits: Tensor = skeleton.head(head, CPU, torch.float32)(hidden)
+def logits_by_block(builder: BlockBuilder, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    hidden: Tensor = builder.embedding(tensors[EMBEDDING], CPU, torch.float32)(ids)
+    for index in range(builder.blocks):
+        hidden = filled(builder, tensors, index).run(hidden)
+    head = {NORM: tensors[NORM], LM_HEAD: tensors[EMBEDDING if builder.tied else LM_HEAD]}
+    logits: Tensor = builder.head(head, CPU, torch.float32)(hidden)
     return logits
 
 
 def assert_is_the_model(model: PreTrainedModel, directory: Path) -> None:
     ids = token_ids(2, 32)
-    skeleton, tensors = Skeleton(read_config(directory)), read_tensors(directory)
-    assert skeleton.anatomy.expected(tensors) == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    builder, tensors = BlockBuilder(read_config(directory)), read_tensors(directory)
+    assert builder.layout.expected(tensors) == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     with torch.no_grad():
         expected = model(ids).logits
-        torch.testing.assert_close(logits_by_block(skeleton, tensors, ids), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits_by_block(builder, tensors, ids), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -96,7 +94,7 @@ def test_sixteen_bit_shards(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_every_family_of_the_table_is_among_the_cases() -> None:
-    assert {case.family for case in CASES.values()} == set(FAMILIES)
+    assert {case.family for case in CASES.values()} == set(families())
 
 
 @pytest.mark.parametrize(
@@ -120,27 +118,27 @@ def test_the_features_that_are_compared_do_something(case: str, changes: dict[st
     assert difference.abs().max() > 1e-3
 
 
-def test_siblings_are_the_linears_of_the_block() -> None:
-    assert Skeleton({**BASE, "model_type": "llama"}).anatomy.block_linears(0) == DENSE_GROUPS
-    assert Skeleton({**BASE, "model_type": "phi3"}).anatomy.block_linears(1) == (
+def test_groups_are_the_linears_of_the_block() -> None:
+    assert BlockBuilder({**BASE, "model_type": "llama"}).layout.block_linears(0) == DENSE_GROUPS
+    assert BlockBuilder({**BASE, "model_type": "phi3"}).layout.block_linears(1) == (
         ("self_attn.qkv_proj",),
         ("self_attn.o_proj",),
         ("mlp.gate_up_proj",),
         ("mlp.down_proj",),
     )
-    mixtral = Skeleton({**BASE, "model_type": "mixtral", "num_local_experts": 3})
-    assert mixtral.anatomy.block_linears(0) == DENSE_GROUPS[:2] + expert_groups(3)
+    mixtral = BlockBuilder({**BASE, "model_type": "mixtral", "num_local_experts": 3})
+    assert mixtral.layout.block_linears(0) == DENSE_GROUPS[:2] + expert_groups(3)
 
 
 def test_a_dense_block_of_a_sparse_model() -> None:
-    skeleton = Skeleton({**BASE, **MOE, "model_type": "qwen3_moe", "mlp_only_layers": [1]})
-    assert skeleton.anatomy.block_linears(0) == DENSE_GROUPS[:2] + expert_groups(4)
-    assert skeleton.anatomy.block_linears(1) == DENSE_GROUPS
-    assert skeleton.anatomy.disk_name(1, "mlp.down_proj.weight") == "model.layers.1.mlp.down_proj.weight"
+    builder = BlockBuilder({**BASE, **MOE, "model_type": "qwen3_moe", "mlp_only_layers": [1]})
+    assert builder.layout.block_linears(0) == DENSE_GROUPS[:2] + expert_groups(4)
+    assert builder.layout.block_linears(1) == DENSE_GROUPS
+    assert builder.layout.disk_name(1, "mlp.down_proj.weight") == "model.layers.1.mlp.down_proj.weight"
 
 
 def test_names_on_disk_of_mixtral() -> None:
-    skeleton = Skeleton({**BASE, "model_type": "mixtral", "num_local_experts": 12})
+    builder = BlockBuilder({**BASE, "model_type": "mixtral", "num_local_experts": 12})
     names = {
         "mlp.experts.11.gate_proj.weight": "model.layers.1.block_sparse_moe.experts.11.w1.weight",
         "mlp.experts.1.up_proj.weight": "model.layers.1.block_sparse_moe.experts.1.w3.weight",
@@ -148,7 +146,7 @@ def test_names_on_disk_of_mixtral() -> None:
         "mlp.gate.weight": "model.layers.1.block_sparse_moe.gate.weight",
         "input_layernorm.weight": "model.layers.1.input_layernorm.weight",
     }
-    assert {name: skeleton.anatomy.disk_name(1, name) for name in names} == names
+    assert {name: builder.layout.disk_name(1, name) for name in names} == names
 
 
 def test_an_expert_without_tokens_is_not_run() -> None:
@@ -165,7 +163,7 @@ def test_an_expert_without_tokens_is_not_run() -> None:
 
 def test_a_replica_shares_tensors_and_not_modules(tmp_path: Path) -> None:
     checkpoint("llama", tmp_path)
-    block = filled(Skeleton(read_config(tmp_path)), read_tensors(tmp_path), 0)
+    block = filled(BlockBuilder(read_config(tmp_path)), read_tensors(tmp_path), 0)
     copy = block.replica()
     assert copy.linear("mlp.down_proj") is not block.linear("mlp.down_proj")
     assert copy.linear("mlp.down_proj").weight.data_ptr() == block.linear("mlp.down_proj").weight.data_ptr()
@@ -176,14 +174,14 @@ def test_a_replica_shares_tensors_and_not_modules(tmp_path: Path) -> None:
 
 def test_missing_and_unexpected_parameters_are_refused(tmp_path: Path) -> None:
     checkpoint("llama", tmp_path)
-    skeleton, tensors = Skeleton(read_config(tmp_path)), read_tensors(tmp_path)
-    parameters = {name: part.of(tensors[part.source]) for name, part in skeleton.anatomy.sources(0, tensors).items()}
+    builder, tensors = BlockBuilder(read_config(tmp_path)), read_tensors(tmp_path)
+    parameters = {name: part.of(tensors[part.source]) for name, part in builder.layout.sources(0, tensors).items()}
     surplus = {**parameters, "mlp.down_proj.bias": torch.zeros(64)}
     with pytest.raises(CheckpointError, match=r"unexpected \['mlp.down_proj.bias'\]"):
-        skeleton.block(0, surplus, CPU, torch.float32)
+        builder.block(0, surplus, CPU, torch.float32)
     del parameters["input_layernorm.weight"]
     with pytest.raises(CheckpointError, match=r"missing \['input_layernorm.weight'\]"):
-        skeleton.block(0, parameters, CPU, torch.float32)
+        builder.block(0, parameters, CPU, torch.float32)
 
 
 def test_the_config_that_was_given_stays_as_it_was() -> None:
@@ -191,16 +189,16 @@ def test_the_config_that_was_given_stays_as_it_was() -> None:
     config = {**BASE, "model_type": "llama", "rope_parameters": dict(LLAMA3_ROPE)}
     del config["rope_parameters"]["original_max_position_embeddings"]
     before = copy.deepcopy(config)
-    Skeleton(config)
+    BlockBuilder(config)
     assert config == before
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "LLAMA", "", None, 7, ["llama"], {"a": 1}])
 def test_an_unknown_model_type_is_refused_with_the_known_ones(model_type: object) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
-        Skeleton({**BASE, "model_type": model_type})
+        BlockBuilder({**BASE, "model_type": model_type})
     assert repr(model_type) in str(caught.value)
-    assert all(known in str(caught.value) for known in FAMILIES)
+    assert all(known in str(caught.value) for known in families())
 
 
 HOSTILE: list[dict[str, Any]] = [
@@ -298,11 +296,11 @@ HOSTILE_EXPERTS: list[dict[str, Any]] = [
 
 def walk(config: Mapping[str, Any]) -> None:
     """What opening and running a model asks of a config."""
-    skeleton = Skeleton(config)
-    expected = skeleton.anatomy.expected([])
+    builder = BlockBuilder(config)
+    expected = builder.layout.expected([])
     tensors = {name: torch.zeros(shape) for name, shape in expected.items()}
-    logits = logits_by_block(skeleton, tensors, token_ids(1, 32))
-    assert logits.shape == (1, 32, skeleton.vocabulary)
+    logits = logits_by_block(builder, tensors, token_ids(1, 32))
+    assert logits.shape == (1, 32, builder.vocabulary)
 
 
 def assert_refused_or_works(config: Mapping[str, Any]) -> None:

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from counterweight.kernels.hadamard import Hadamard
-from counterweight.workers.anatomy import LM_HEAD, NORM, Anatomy, BlockAnatomy
-from counterweight.workers.architecture import PROJECTIONS, Family, Siblings, family_of, sibling_groups
 from counterweight.workers.errors import CheckpointError, UnsupportedModelError
-from counterweight.workers.model_config import parse_config
+from counterweight.workers.models.config import parse_config
+from counterweight.workers.models.families import family_of
+from counterweight.workers.models.family import PROJECTIONS, ModelFamily, SharedInputGroup
+from counterweight.workers.models.layout import LM_HEAD, NORM, BlockLayout, ModelLayout
 
 
 class LinearExperts(nn.Module):
@@ -64,14 +65,14 @@ class LinearExperts(nn.Module):
         return output
 
 
-class Skeleton:
+class BlockBuilder:
     """Builds the parts of one model from its config.json alone; holds no weights.
 
     Raises UnsupportedModelError for an unknown family or an impossible configuration.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.family: Family = family_of(config.get("model_type"))
+        self.family: ModelFamily = family_of(config.get("model_type"))
         self.config = parse_config(config)
         self.config._attn_implementation = "eager" if self.family.eager_attention else "sdpa"
         self.blocks: int = self.config.num_hidden_layers
@@ -90,34 +91,34 @@ class Skeleton:
         return self._unfused(self._layer(index))
 
     @cached_property
-    def anatomy(self) -> Anatomy:
+    def layout(self) -> ModelLayout:
         """Names and shapes of all that the model consists of."""
         kinds: dict[tuple[tuple[str, tuple[int, ...]], ...], int] = {}
-        anatomies: list[BlockAnatomy] = []
+        layouts: list[BlockLayout] = []
         kind_of: list[int] = []
         for index in range(self.blocks):
             layer = self._layer(index)
             # Unfusing hundreds of experts takes longer than all else here, and most blocks are alike.
             kind = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
             if kind not in kinds:
-                kinds[kind] = len(anatomies)
-                anatomies.append(self._anatomy(self._unfused(layer)))
+                kinds[kind] = len(layouts)
+                layouts.append(self._layout(self._unfused(layer)))
             kind_of.append(kinds[kind])
-        return Anatomy(
+        return ModelLayout(
             model_type=self.config.model_type,
             hidden_size=self.hidden_size,
             vocabulary=self.vocabulary,
             tied=self.tied,
             experts=self.experts,
-            kinds=tuple(anatomies),
+            kinds=tuple(layouts),
             kind_of=tuple(kind_of),
         )
 
-    def _anatomy(self, layer: nn.Module) -> BlockAnatomy:
+    def _layout(self, layer: nn.Module) -> BlockLayout:
         linears = frozenset(name for name, module in layer.named_modules() if isinstance(module, nn.Linear))
-        return BlockAnatomy(
+        return BlockLayout(
             parameters={name: tuple(parameter.shape) for name, parameter in layer.named_parameters()},
-            linears=sibling_groups(self.family, linears, self.experts),
+            linears=self.family.groups_among(linears, self.experts),
         )
 
     def _layer(self, index: int) -> nn.Module:
@@ -168,7 +169,7 @@ class Skeleton:
         missing = [name for name in wrong.missing_keys if name.removesuffix(".weight") not in absent]
         if missing or wrong.unexpected_keys:
             raise CheckpointError(f"block {index}: missing {missing}, unexpected {wrong.unexpected_keys}")
-        return Block(self._around(layer, index, device), self.anatomy.block_linears(index))
+        return Block(self._around(layer, index, device), self.layout.block_linears(index))
 
     def head(self, parameters: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:
         """hidden states [batch, length, hidden] -> logits [batch, length, vocabulary], in `dtype`.
@@ -184,8 +185,9 @@ class Skeleton:
         self, embedding: Tensor, head: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
     ) -> PreTrainedModel:
         """The whole causal model without its blocks, for a caller that appends them to `model.layers` in order."""
-        model = self._causal(_with_layers(self.config, []))
-        model.config = model.model.config = copy.deepcopy(self.config)
+        # Built whole, on the meta device: some families settle by their layers which masks they make (Qwen2's windows).
+        model = self._causal(_with_layers(self.config, list(range(self.blocks))))
+        model.model.layers = nn.ModuleList()
         _filled_embedding(model.model.embed_tokens, embedding.to(device, dtype))
         _fill_head(model, head, device, dtype)
         if self.tied:
@@ -211,9 +213,9 @@ class Skeleton:
 class Block:
     """A filled block: `run` hidden states through it, look up its linears, copy it for another thread."""
 
-    def __init__(self, base: PreTrainedModel, siblings: tuple[Siblings, ...]) -> None:
+    def __init__(self, base: PreTrainedModel, groups: tuple[SharedInputGroup, ...]) -> None:
         self._base = base
-        self.siblings = siblings
+        self.groups = groups
 
     @property
     def layer(self) -> nn.Module:
@@ -243,7 +245,7 @@ class Block:
     def replica(self) -> Block:
         """A copy that shares every tensor but has its own modules, so that another thread can hook and run it."""
         shared = [*self._base.parameters(), *self._base.buffers()]
-        return Block(copy.deepcopy(self._base, {id(tensor): tensor for tensor in shared}), self.siblings)
+        return Block(copy.deepcopy(self._base, {id(tensor): tensor for tensor in shared}), self.groups)
 
     @property
     def model_type(self) -> str:

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from counterweight.workers.errors import CheckpointError
+from counterweight.workers.models.families import families, family_of
 
 MAX_LAYERS = 1024
 """More layers than any published model; a config that claims more is refused before anything is built."""
@@ -29,13 +30,15 @@ SIZE_FIELDS = (
     "num_key_value_heads",
     "head_dim",
     "vocab_size",
-    "num_local_experts",
-    "num_experts",
-    "num_experts_per_tok",
     "query_pre_attn_scalar",
 )
 
-BOUNDS = {"num_hidden_layers": MAX_LAYERS, "num_local_experts": MAX_EXPERTS, "num_experts": MAX_EXPERTS}
+
+def bounds() -> dict[str, int]:
+    """Field of a config -> the most that it may say."""
+    layouts = [family.experts for family in families().values() if family.experts is not None]
+    experts = {key: MAX_EXPERTS for layout in layouts for key in (layout.count_key, layout.active_key)}
+    return {**dict.fromkeys(SIZE_FIELDS, MAX_WIDTH), "num_hidden_layers": MAX_LAYERS, **experts}
 
 
 def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
@@ -55,11 +58,10 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def _check_sizes(config: Mapping[str, Any]) -> None:
-    for field in SIZE_FIELDS:
+    for field, bound in bounds().items():
         value = config.get(field)
         if value is None:
             continue
-        bound = BOUNDS.get(field, MAX_WIDTH)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= bound:
             raise CheckpointError(f"config.json: {field}: {value!r}: expected an integer from 1 to {bound}")
 
@@ -70,8 +72,9 @@ def _check_divisions(config: PreTrainedConfig) -> None:
         raise CheckpointError(
             f"config.json: num_key_value_heads: {groups}: expected a divisor of num_attention_heads, {heads}"
         )
-    experts = getattr(config, "num_local_experts", None)
-    if experts is not None and config.num_experts_per_tok > experts:
-        raise CheckpointError(
-            f"config.json: num_experts_per_tok: {config.num_experts_per_tok}: expected at most {experts}, the experts"
-        )
+    layout = family_of(config.model_type).experts
+    if layout is None:
+        return
+    experts, active = getattr(config, layout.count_key), getattr(config, layout.active_key)
+    if active > experts:
+        raise CheckpointError(f"config.json: {layout.active_key}: {active}: expected at most {experts}, the experts")

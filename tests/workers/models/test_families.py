@@ -1,0 +1,72 @@
+"""A family is one value: whoever has a file here passes through everything that asks about models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from counterweight import load_model
+from counterweight.pipeline.cli import main
+from counterweight.workers.errors import UnsupportedModelError
+from counterweight.workers.models.block_builder import BlockBuilder
+from counterweight.workers.models.families import families, family_of
+from tests.inprocess import local
+from tests.models import BASE, CASES
+from tests.pipeline.tiny import job_of, run_local, write_job
+
+
+def test_every_family_has_a_model_to_be_tried_with() -> None:
+    assert {case.family for case in CASES.values()} == set(families())
+
+
+def test_an_unknown_model_type_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"model_type: 'gpt2': expected one of gemma2, .*, qwen3_moe"):
+        family_of("gpt2")
+
+
+@pytest.mark.parametrize("name", families())
+def test_every_linear_is_connected(name: str) -> None:
+    """Each linear's input comes from a norm, the heads or the product in an MLP, and each norm that is named exists."""
+    family, case = family_of(name), CASES[name]
+    builder = BlockBuilder({**BASE, **case.config, "model_type": name})
+    for index in range(builder.blocks):
+        parameters = builder.layout.block_parameters(index)
+        weights = {parameter.removesuffix(".weight") for parameter, shape in parameters.items() if len(shape) == 2}
+        normed = {module for module in weights if family.norm_before(module) is not None}
+        assert {family.norm_before(module) for module in normed} == set(family.reads)
+        assert all(f"{norm}.weight" in parameters for norm in family.reads)
+        written = {module for module in weights if family.writes_residual(module)}
+        assert normed | written == weights
+        assert not normed & written
+        assert family.value in normed
+        downs = {module for module in weights if family.is_down(module)}
+        assert all(f"{module.rpartition('.')[0]}.{family.up}" in weights for module in downs)
+
+
+@pytest.mark.parametrize("name", families())
+def test_every_family_passes_from_plan_to_report(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = write_job(tmp_path, case=name, layers=2)
+    residual = "true" if family_of(name).obstacle is None else "false"
+    changes = [
+        f"spec.recipe.transforms=[{{kind: rotation, residual: {residual}}}, {{kind: smoothing, strength: 0.5}}]",
+        "spec.recipe.activations={bits: 8}",
+        "spec.recipe.compensation={kind: lrc, rank: {count: 4}}",
+    ]
+    assert main(["plan", str(manifest), *(argument for change in changes for argument in ("--set", change))]) == 0
+    assert "does not fit  nothing" in " ".join(capsys.readouterr().out.split()).replace("fit nothing", "fit  nothing")
+    published = run_local(job_of(manifest, *changes))
+    assert (local(published) / "report" / "report.html").stat().st_size > 1000
+    model = load_model(published.uri, dtype=torch.float32)
+    logits = model(torch.arange(1, 17).unsqueeze(0)).logits
+    assert bool(torch.isfinite(logits).all())
+
+
+@pytest.mark.parametrize("name", [name for name in families() if family_of(name).obstacle is not None])
+def test_what_cannot_be_rotated_is_refused_with_its_reason(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_job(tmp_path, case=name, layers=2)
+    assert main(["plan", str(manifest), "--set", "spec.recipe.transforms=[{kind: rotation}]"]) == 2
+    assert f"rotation.residual: true: expected false for {name}" in capsys.readouterr().err

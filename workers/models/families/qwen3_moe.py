@@ -1,0 +1,27 @@
+"""Qwen3-MoE: blocks are dense or sparse by configuration."""
+
+from __future__ import annotations
+
+from counterweight.workers.models.family import (
+    ATTENTION,
+    EXPERT,
+    GATED_MLP,
+    PROJECTIONS,
+    SPARSE_DOWN,
+    SPARSE_READERS,
+    ExpertLayout,
+    ModelFamily,
+)
+
+FAMILY = ModelFamily(
+    model_types=("qwen3_moe",),
+    groups=(*ATTENTION, *GATED_MLP),
+    reads={"input_layernorm": ATTENTION[0], "post_attention_layernorm": (*GATED_MLP[0], *SPARSE_READERS)},
+    down=(*GATED_MLP[1], *SPARSE_DOWN),
+    experts=ExpertLayout(
+        module="mlp.experts",
+        count_key="num_experts",
+        on_disk={name: name for name in (f"mlp.experts.{EXPERT}.{projection}" for projection in PROJECTIONS)},
+        fused_on_disk=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    ),
+)

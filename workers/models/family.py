@@ -1,0 +1,149 @@
+"""What a model family is: a value that says all that transformers does not, in one place.
+
+A family's block is run by transformers' own modules (see `block_builder`), so attention, masks, rotary embeddings and norms
+are never restated. What a compressor needs beside them: the linears that can be quantized, grouped by the input that they
+share; what tensors are called on disk; how experts are stored; who reads and who writes what, so that a transform can be
+folded into its neighbours. A model whose family has no file in `families` is refused.
+
+Module names are relative to a block (`self_attn.q_proj`). An expert's index stands as `{expert}` in names, and as `*` in globs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from counterweight.workers.recipe.transforms import Rotation
+
+EXPERT = "{expert}"
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""Linears of one expert."""
+
+SharedInputGroup = tuple[str, ...]
+"""Linears of one block that read the same input and therefore share its statistics, in output order."""
+
+Globs = tuple[str, ...]
+
+ATTENTION: tuple[SharedInputGroup, ...] = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+)
+GATED_MLP: tuple[SharedInputGroup, ...] = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+SPARSE_READERS: Globs = ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
+SPARSE_DOWN: Globs = ("mlp.experts.*.down_proj",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLayout:
+    """How a mixture-of-experts MLP is stored and how its experts become linears.
+
+    module: the experts module inside a block (transformers fuses all experts into two 3-D parameters there).
+    count_key: the config field that holds the number of experts.
+    on_disk: expert linear -> its name in a checkpoint that keeps experts apart; both relative to the block.
+    fused_on_disk: (gate_up, down) names of the 3-D tensors of a checkpoint that keeps them fused.
+    active_key: the config field that holds how many experts a token sees.
+    routers: names of routers, which stay as they are, in compressed-tensors' words.
+    labels: last part of an on-disk name -> what the report calls it, where the name says nothing to a reader.
+    """
+
+    module: str
+    count_key: str
+    on_disk: Mapping[str, str]
+    fused_on_disk: tuple[str, str]
+    active_key: str = "num_experts_per_tok"
+    routers: tuple[str, ...] = ("re:.*[.]gate$",)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    groups: tuple[SharedInputGroup, ...] = (
+        (f"mlp.experts.{EXPERT}.gate_proj", f"mlp.experts.{EXPERT}.up_proj"),
+        (f"mlp.experts.{EXPERT}.down_proj",),
+    )
+
+    @property
+    def mlp(self) -> str:
+        """Prefix of the names of a sparse MLP's parts."""
+        return self.module.rpartition(".")[0] + "."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFamily:
+    """One model family.
+
+    model_types: of config.json. groups: quantizable linears of a dense block, grouped by shared input; a name may be absent in
+    some blocks. renames: module-name prefix -> on-disk prefix, relative to the block, for names that differ. experts: layout of
+    the sparse MLP, None for a dense family. eager_attention: the family's attention has a term (logit soft-capping) that the
+    fused kernels leave out.
+
+    How the linears of a block are connected:
+    reads: norm -> the linears (and router) that read its output, which nothing else does.
+    value: its last output rows are the attention's values, head by head; fused_value: queries and keys are its other rows.
+    output: reads the values that attention has mixed, head by head, and writes the residual stream.
+    down: read the elementwise product inside an MLP, and write the residual stream. up: last part of the name of the linear
+    whose last rows are a factor of that product.
+    obstacle: why the residual stream cannot be rotated, None where it can. norm_offset: what a norm adds to its weight before
+    it multiplies.
+    """
+
+    model_types: tuple[str, ...]
+    groups: tuple[SharedInputGroup, ...]
+    reads: Mapping[str, Globs]
+    down: Globs
+    renames: Mapping[str, str] = field(default_factory=dict)
+    experts: ExpertLayout | None = None
+    eager_attention: bool = False
+    value: str = "self_attn.v_proj"
+    fused_value: bool = False
+    output: str = "self_attn.o_proj"
+    up: str = "up_proj"
+    obstacle: str | None = None
+    norm_offset: float = 0.0
+
+    def norm_before(self, module: str) -> str | None:
+        """The norm whose output `module` reads, None for a module that reads something else."""
+        return next((norm for norm, readers in self.reads.items() if _matches(module, readers)), None)
+
+    def is_down(self, module: str) -> bool:
+        """Whether `module` is the second linear of an MLP."""
+        return _matches(module, self.down)
+
+    def writes_residual(self, module: str) -> bool:
+        """Whether the output of `module` is added to the residual stream."""
+        return module == self.output or self.is_down(module)
+
+    def active_share(self, config: Mapping[str, Any], experts: int, module: str) -> float:
+        """Share of the tokens that reach the linear `module` in a model with this config.json and so many experts in a block:
+        each expert sees its own only."""
+        if self.experts is None or not is_expert(module):
+            return 1.0
+        return int(config.get(self.experts.active_key, 1)) / experts
+
+    def rotation_problem(self, model_type: str, rotation: Rotation) -> str | None:
+        """Why a model of this family cannot be rotated as `rotation` asks; None where it can."""
+        if not rotation.residual or self.obstacle is None:
+            return None
+        stream = f"whose residual stream cannot be rotated: {self.obstacle}"
+        return f"rotation.residual: true: expected false for {model_type}, {stream}"
+
+    def groups_among(self, linears: frozenset[str], experts: int) -> tuple[SharedInputGroup, ...]:
+        """The groups that exist among the `linears` of one concrete block, experts written out, in the family's order."""
+        groups = list(self.groups)
+        if self.experts is not None:
+            groups += [
+                tuple(name.replace(EXPERT, str(expert)) for name in group)
+                for expert in range(experts)
+                for group in self.experts.groups
+            ]
+        present = [tuple(name for name in group if name in linears) for group in groups]
+        return tuple(group for group in present if group)
+
+
+def is_expert(module: str) -> bool:
+    """Whether a linear, by its name in a block or in full, belongs to an expert: a router decides which tokens it sees."""
+    return ".experts." in f".{module}."
+
+
+def _matches(module: str, globs: Globs) -> bool:
+    return any(fnmatchcase(module, glob) for glob in globs)
