@@ -91,7 +91,7 @@ def seconds(calls: list[Call], repeats: int = 20) -> float:
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / len(calls))
+        times.append(float(begin.elapsed_time(end)) / 1e3 / len(calls))
     return statistics.median(times)
 
 
@@ -208,7 +208,8 @@ def gemlite_seconds(weight: UniformWeight, tokens: int) -> float | None:
         layer = GemLiteLinear(4, **sizes, input_dtype=DType.BF16, output_dtype=DType.BF16)
         zeros = torch.full_like(weight.scale, 8)
         layer.pack((weight.codes + 8).to(torch.uint8), weight.scale.clone(), zeros, None)
-        return layer
+        packed: torch.nn.Module = layer
+        return packed
 
     layers = [made() for _ in range(ring(rows * columns / 2))]
     x = random_input(tokens, columns)

@@ -1,20 +1,21 @@
 """Time of one shard's Gram product on one core: the whole matrix, and strips of its lower triangle.
 
-    python benchmarks/gram.py
+    python benchmarks/gram.py [--tokens 4096] [--widths 256 768 1024]
 
 Chooses `TRIANGLE_BLOCK` in `workers/calibration/statistics.py`.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from common import machine, table
 from torch import Tensor
 
-TOKENS = 4096
 STRIPS = (64, 128, 192, 256, 384)
 
 
@@ -40,15 +41,19 @@ def best(call: Callable[[], object], repeats: int = 8) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--widths", type=int, nargs="+", default=[256, 768, 1024])
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for width in (256, 768, 1024):
-        x = torch.randn(TOKENS, width)
-        whole = best(lambda x=x: x.T @ x)
-        cells = [f"{best(lambda x=x, block=block: strips(x, block)):.1f}" for block in STRIPS]
+    for width in arguments.widths:
+        x = torch.randn(arguments.tokens, width)
+        whole = best(partial(torch.matmul, x.T, x))
+        cells = [f"{best(partial(strips, x, block)):.1f}" for block in STRIPS]
         rows.append([str(width), f"{whole:.1f}", *cells])
     print(machine())
-    print(f"milliseconds for {TOKENS} tokens, float32, one thread")
+    print(f"milliseconds for {arguments.tokens} tokens, float32, one thread")
     print(table(["width", "whole", *(f"strips of {block}" for block in STRIPS)], rows))
 
 

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -163,7 +164,16 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def run(pool: RayPool, recipe: dict[str, Any], model: Path, data: Path, output: Path) -> Published:
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Sequences to calibrate on, windows to measure on, tokens of both."""
+
+    sequences: int
+    windows: int
+    length: int
+
+
+def run(pool: RayPool, recipe: dict[str, Any], model: Path, data: Path, output: Path, size: Size) -> Published:
     """One job to its end."""
     from counterweight.pipeline.opening import open_job
     from counterweight.pipeline.orchestrator import Orchestrator
@@ -171,12 +181,13 @@ def run(pool: RayPool, recipe: dict[str, Any], model: Path, data: Path, output: 
     own = {key: value for key, value in recipe.items() if key != "propagate"}
     calibration = {
         "source": {"uri": (data / "wikitext2" / "wiki.valid.txt").as_uri()},
-        "sequences": 128,
-        "sequence_length": 256,
+        "sequences": size.sequences,
+        "sequence_length": size.length,
         "sampling": "consecutive",
         "propagate": recipe.get("propagate", "original"),
     }
-    validation = {"text": {"uri": (data / "wikitext2" / "wiki.test.raw").as_uri()}, "windows": 160}
+    test = {"uri": (data / "wikitext2" / "wiki.test.raw").as_uri()}
+    validation = {"text": test, "windows": size.windows, "sequence_length": size.length}
     manifest = {
         "apiVersion": "counterweight/v1",
         "kind": "CompressionJob",
@@ -256,11 +267,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "recipes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--windows", type=int, default=160)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--only", nargs="+", default=[], help="rows to run, by name")
     parser.add_argument("--second", action="store_true")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
     about = f"{machine()}. {versions('torch', 'transformers')}."
     cpus = threads_per_worker(None, arguments.workers, available=sorted(os.sched_getaffinity(0)))
+    jobs = Size(sequences=arguments.sequences, windows=arguments.windows, length=arguments.length)
     size = PoolSize(workers=arguments.workers, cpus=cpus, gpus=0)
     models, data, output = (path.resolve() for path in (arguments.models, arguments.data, arguments.output))
     second = documentation(output) if arguments.second else None
@@ -274,7 +290,11 @@ def main() -> None:
             rows: list[list[str]] = []
             published: list[Published] = []
             for name, recipe in recipes.items():
-                published = [run(pool, one, models / model, data, output) for one in seeded(recipe, arguments.seeds)]
+                if arguments.only and name not in arguments.only:
+                    continue
+                published = [
+                    run(pool, one, models / model, data, output, jobs) for one in seeded(recipe, arguments.seeds)
+                ]
                 rows.append(row(name, published, second))
                 print(*rows[-1], sep="  ", flush=True)
             baseline = published[0].document.baseline

@@ -86,7 +86,7 @@ def floor(arguments: argparse.Namespace) -> dict[str, float]:
     return seconds
 
 
-def ours(arguments: argparse.Namespace, scratch: Path) -> tuple[float, float, float]:
+def ours(arguments: argparse.Namespace, scratch: Path, python: str | None = None) -> tuple[float, float, float]:
     """The same two figures; tokens are ready when the stage after them begins. And what of it our own forward passes and
     statistics took."""
     manifest = scratch / "job.yaml"
@@ -96,7 +96,7 @@ def ours(arguments: argparse.Namespace, scratch: Path) -> tuple[float, float, fl
             **fields, sequences=arguments.sequences, length=arguments.length, output=(scratch / "ours").resolve()
         )
     )
-    command = [our_python(), "-m", "counterweight.pipeline.cli", "run", str(manifest)]
+    command = [python or our_python(), "-m", "counterweight.pipeline.cli", "run", str(manifest)]
     for override in arguments.set:
         command += ["--set", override]
     started = time.perf_counter()
@@ -117,9 +117,16 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--record", action="store_true")
+    parser.add_argument("--alone", action="store_true", help="our side only, in the environment of this process")
     arguments = parser.parse_args()
     # The commands run elsewhere.
     arguments.model, arguments.text = (str(Path(path).resolve()) for path in (arguments.model, arguments.text))
+    if arguments.alone:
+        with tempfile.TemporaryDirectory() as scratch:
+            found_alone = ours(arguments, Path(scratch), sys.executable)
+        names = ("tokens ready to checkpoint", "whole process", "forward passes and statistics")
+        print(*(f"{name} {seconds:.2f} s" for name, seconds in zip(names, found_alone, strict=True)), sep="\n")
+        return
     peer_python()
     our_python()
     about = f"{machine()}. {versions('torch', 'transformers', 'ray')}; peer: {PEER} with {TORCH}."

@@ -19,12 +19,12 @@ from common import machine, table
 from torch import Tensor
 
 from counterweight.kernels.linear import CompensatedLinear
-from counterweight.kernels.weights.uniform import UniformWeight
+from counterweight.kernels.weights import StoredWeight
 from counterweight.pipeline.model_source import open_model
 from counterweight.workers.calibration.source import TextSource
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.calibration.tokens import token_set
-from counterweight.workers.models.block_builder import Block
+from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.family import SharedInputGroup
 from counterweight.workers.models.layout import EMBEDDING
 from counterweight.workers.quantization import quantize
@@ -73,7 +73,8 @@ def problems(model: str, text: str, blocks: int, sequences: int, length: int) ->
         seed=0,
         field="TEXT",
     ).ids
-    embed = source.layout.embedding(source.checkpoint.read(EMBEDDING), CPU, torch.float32)
+    builder = BlockBuilder(source.checkpoint.config)
+    embed = builder.embedding(source.checkpoint.read(EMBEDDING), CPU, torch.float32)
     with torch.no_grad():
         seen, unseen = (embed(part.long()) for part in (tokens[:sequences], tokens[-sequences:]))
     found = []
@@ -81,7 +82,7 @@ def problems(model: str, text: str, blocks: int, sequences: int, length: int) ->
         tensors = source.checkpoint.read_many(source.block_tensors(index))
         parts = source.layout.sources(index, source.checkpoint.names)
         parameters = {name: part.of(tensors[part.source]) for name, part in parts.items()}
-        block = source.layout.block(index, parameters, CPU, torch.float32)
+        block = builder.block(index, parameters, CPU, torch.float32)
         after_seen, after_unseen = block.run(seen), block.run(unseen)
         found.append(Problem(block, ([seen], [after_seen]), (unseen, after_unseen)))
         seen, unseen = after_seen, after_unseen
@@ -90,7 +91,8 @@ def problems(model: str, text: str, blocks: int, sequences: int, length: int) ->
 
 def solved(problem: Problem, quantizer: Quantizer, format: WeightFormat) -> Block:
     """The block, every linear quantized for itself."""
-    replica, weights = problem.block.replica(), {}
+    replica = problem.block.replica()
+    weights: dict[str, StoredWeight] = {}
 
     def take(group: SharedInputGroup, rows: Tensor) -> None:
         statistics = InputStatistics.of(rows)
@@ -116,7 +118,7 @@ def tuned(problem: Problem, format: WeightFormat, options: Tuning) -> tuple[Bloc
     return block, result
 
 
-def installed(block: Block, weights: Mapping[str, UniformWeight]) -> Block:
+def installed(block: Block, weights: Mapping[str, StoredWeight]) -> Block:
     """A copy of the block with these weights."""
     replica = block.replica()
     for name, weight in weights.items():

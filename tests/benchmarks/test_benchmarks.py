@@ -1,0 +1,110 @@
+"""Every benchmark runs, on a tiny model: as its README has it, from the repository's root."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import checkpoint
+from tests.patience import PATIENCE
+from tests.pipeline.tiny import job_of, run_local, write_job, write_text
+
+ROOT = Path(__file__).parent.parent.parent
+NUMBER = re.compile(r"\d+\.\d+")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job's model, texts and manifest; and the reference models' folders, with another tiny model in them."""
+    place = tmp_path_factory.mktemp("benchmarks")
+    write_job(place / "job", layers=1)
+    checkpoint("llama", place / "models" / "llama", torch.bfloat16, num_hidden_layers=1)
+    texts = place / "data" / "wikitext2"
+    texts.mkdir(parents=True)
+    write_text(texts / "wiki.valid.txt", 1000)
+    write_text(texts / "wiki.test.raw", 500, seed=1)
+    return place
+
+
+def ran(script: str, *arguments: object) -> str:
+    """What the benchmark printed."""
+    command = [sys.executable, f"benchmarks/{script}.py", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def rows(printed: str) -> Sequence[str]:
+    """The lines of the tables in it, without their heads."""
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    return [line for line in lines if NUMBER.search(line)]
+
+
+def test_all_are_here() -> None:
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"common"}
+    tried = set(re.findall(r'ran\("(\w+)"', Path(__file__).read_text()))
+    assert tried == scripts
+
+
+def test_gram() -> None:
+    assert len(rows(ran("gram", "--tokens", 128, "--widths", 64, 96))) == 2
+
+
+def test_stock_floor(place: Path) -> None:
+    assert '"products"' in ran("stock_floor", place / "job" / "model", 32, 16)
+
+
+def test_tuning(place: Path) -> None:
+    text = place / "data" / "wikitext2" / "wiki.valid.txt"
+    sizes = ("--blocks", 1, "--sequences", 4, "--length", 16, "--bits", 3, "--set", "epochs=1")
+    assert len(rows(ran("tuning", place / "job" / "model", text, *sizes))) == 8
+
+
+def test_generation(place: Path) -> None:
+    published = run_local(job_of(place / "job" / "job.yaml"))
+    printed = ran("generation", "--artifact", published.uri, "--tokens", 2, "--prompt", 4, "--repeats", 1)
+    assert len(rows(printed)) == 3
+
+
+@pytest.mark.end_to_end
+def test_quality(place: Path) -> None:
+    (row,) = rows(ran("quality", place / "job" / "job.yaml"))
+    assert row.startswith("| `job.yaml` |")
+
+
+@pytest.mark.end_to_end
+def test_memory() -> None:
+    assert "deepest over shallowest" in ran("memory", "--hidden", 512, "--layers", 1)
+
+
+@pytest.mark.end_to_end
+def test_recipes(place: Path) -> None:
+    folders = ("--models", place / "models", "--data", place / "data", "--output", place / "recipes")
+    sizes = ("--sequences", 8, "--windows", 4, "--length", 16, "--seeds", 1)
+    (row,) = rows(ran("recipes", "w4a4-llama", *folders, *sizes, "--only", "LRC, rank 10 %"))
+    assert row.startswith("| LRC, rank 10 % |")
+
+
+@pytest.mark.end_to_end
+def test_speed(place: Path) -> None:
+    """Our side; the peer wants an environment of several gigabytes."""
+    text = place / "data" / "wikitext2" / "wiki.valid.txt"
+    sizes = ("--sequences", 8, "--length", 16, "--set", "spec.recipe.weights.group_size=32")
+    printed = ran("speed", "--alone", "--model", place / "job" / "model", "--text", text, *sizes)
+    assert len(NUMBER.findall(printed)) == 3
+
+
+def test_gpu_kernels() -> None:
+    printed = ran("gpu_kernels", "--smoke")
+    assert len([line for line in printed.splitlines() if NUMBER.search(line)]) > 5
+    assert printed.endswith("it runs\n")
