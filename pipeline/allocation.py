@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from counterweight.pipeline.dispatch import Dispatcher, Task
+from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.workers.recipe import BudgetRank, CountRank, ModuleRecipe, NoCompensation
-from counterweight.workers.tasks import BlockSpec
+from counterweight.workers.tasks.block import BlockSpec
+from counterweight.workers.tasks.gains import Gains
 from counterweight.workers.workspace import Blob
 
 
@@ -75,9 +76,8 @@ def share_out(
     inputs = first
     for index, recipe in enumerate(recipes):
         spec = spec_of(index, inputs).model_copy(update={"propagate": "original", "paired": False})
-        halves = ("forward", "gains")
-        hidden, found = (dispatcher.run_all([Task(f"block {index} ({half})", half, (spec,))])[0] for half in halves)
-        inputs = hidden.outputs
+        (found,) = dispatcher.run_all([Gains(block=spec)])
+        inputs = found.outputs
         shapes = source.layout.block_parameters(index)
         places = source.layout.sources(index, source.checkpoint.names)
         for name, part in recipe.items():

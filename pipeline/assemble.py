@@ -27,7 +27,7 @@ from counterweight.pipeline.artifact import (
     LedgerSummary,
     Published,
 )
-from counterweight.pipeline.dispatch import Dispatcher, Task
+from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.report import Report
@@ -39,8 +39,10 @@ from counterweight.workers.interchange.peft import adapter_config
 from counterweight.workers.ledger import ADAPTER, ADAPTER_CONFIG, LEDGER, RESIDUAL_STORE, Ledger
 from counterweight.workers.models.layout import LM_HEAD
 from counterweight.workers.storage import sha256_hex
-from counterweight.workers.storage.base import Written
-from counterweight.workers.tasks import BlockRecord, KeepRecord, LedgerEntry
+from counterweight.workers.tasks.block import BlockRecord
+from counterweight.workers.tasks.files import Checksum, Join
+from counterweight.workers.tasks.pass_through import PassThroughRecord
+from counterweight.workers.tasks.records import LedgerEntry
 from counterweight.workers.workspace import Blob, Workspace
 
 SOFTWARE = ("counterweight", "torch", "transformers", "ray", "safetensors", "pydantic")
@@ -50,9 +52,9 @@ SOFTWARE = ("counterweight", "torch", "transformers", "ray", "safetensors", "pyd
 class Parts:
     """What an artifact is made of. first and last: kept tensors before and behind the blocks."""
 
-    first: KeepRecord
+    first: PassThroughRecord
     blocks: Sequence[BlockRecord]
-    last: KeepRecord
+    last: PassThroughRecord
     dropped: Sequence[LedgerEntry]
 
     @property
@@ -118,7 +120,7 @@ class Assembler:
             raise IntegrityError(f"{len(missing)} source tensors are not accounted for: {', '.join(missing[:5])}")
 
     def _shards(self) -> None:
-        records: list[BlockRecord | KeepRecord] = [self._parts.first, *self._parts.blocks, self._parts.last]
+        records: list[BlockRecord | PassThroughRecord] = [self._parts.first, *self._parts.blocks, self._parts.last]
         weight_map: dict[str, str] = {}
         total = 0
         for number, record in enumerate(records, start=1):
@@ -141,8 +143,8 @@ class Assembler:
             self._join("residual store", parts, RESIDUAL_STORE)
 
     def _join(self, what: str, parts: Sequence[tuple[Blob, tuple[str, ...]]], path: str) -> None:
-        arguments = (self._workspace.store.uri, parts, self._artifact.uri, path)
-        written: Written = self._dispatcher.run_all([Task(what, "join", arguments)])[0]
+        task = Join(workspace=self._workspace.store.uri, parts=parts, output=self._artifact.uri, path=path, what=what)
+        (written,) = self._dispatcher.run_all([task])
         self._files[path] = FileEntry(size=written.size, sha256=written.sha256)
 
     def _check_bytes(self) -> None:
@@ -150,7 +152,7 @@ class Assembler:
         anew; what differs once is read again, because a bit may have turned on the way."""
         suspects = [path for path in self._files if path.endswith(".safetensors")]
         for _ in range(2):
-            tasks = [Task(f"check of {path}", "checksum", (self._artifact.uri, path)) for path in suspects]
+            tasks = [Checksum(self._artifact.uri, path) for path in suspects]
             found = self._dispatcher.run_all(tasks)
             suspects = [
                 path for path, sha256 in zip(suspects, found, strict=True) if sha256 != self._files[path].sha256

@@ -13,23 +13,31 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from counterweight.pipeline.policies import Placement
-from counterweight.workers.tasks import BLOCK, FORWARD, BlockRecord, BlockSpec, HiddenRecord
+from counterweight.workers.tasks.block import CALIBRATE, COMPRESS, BlockRecord, BlockSpec
+from counterweight.workers.tasks.calibrate import Calibrate
+from counterweight.workers.tasks.compress import Compress
+from counterweight.workers.tasks.records import HiddenRecord
 from counterweight.workers.workspace import Blob, Workspace
 
 
-class Half(Enum):
-    """A method of the worker."""
+class Phase(Enum):
+    """Which of a block's tasks."""
 
-    FORWARD = "forward"
-    BLOCK = "block"
+    CALIBRATE = "forward"
+    COMPRESS = "block"
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
     """A piece of work for one worker: one half of one block."""
 
-    half: Half
+    phase: Phase
     spec: BlockSpec
+
+    @property
+    def task(self) -> Calibrate | Compress:
+        """What the worker does."""
+        return Calibrate(block=self.spec) if self.phase is Phase.CALIBRATE else Compress(block=self.spec)
 
 
 @dataclass(slots=True)
@@ -43,7 +51,7 @@ class BlockState:
     outputs: tuple[Blob, ...] | None = None
     present: bool = False
     needed: bool = False
-    running: Half | None = None
+    running: Phase | None = None
     forwarded: bool = False
     holder: int | None = None
 
@@ -73,7 +81,7 @@ class Chain:
             if inputs is None:
                 break
             spec = state.spec = spec_of(index, inputs)
-            record = workspace.lookup(BLOCK, spec.key(), BlockRecord)
+            record = workspace.lookup(COMPRESS, spec.key(), BlockRecord)
             if record is not None and _stored(workspace, record):
                 state.record, state.reused = record, True
             state.outputs = _known_outputs(workspace, spec, record, propagate)
@@ -118,7 +126,7 @@ class Chain:
             return None
         state = self.blocks[chosen]
         first_half = self.propagate == "original" and chosen in starts
-        state.running = Half.FORWARD if first_half else Half.BLOCK
+        state.running = Phase.CALIBRATE if first_half else Phase.COMPRESS
         assert state.spec is not None
         return Link(state.running, state.spec)
 
@@ -179,7 +187,7 @@ def _known_outputs(
 ) -> tuple[Blob, ...] | None:
     if propagate == "compressed":
         return None if record is None else record.outputs
-    found = workspace.lookup(FORWARD, spec.forward_key(), HiddenRecord)
+    found = workspace.lookup(CALIBRATE, spec.calibrate_key(), HiddenRecord)
     return None if found is None else found.outputs
 
 

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from counterweight.pipeline.policies import Failure, RetryPolicy, Verdict, describe
 from counterweight.pipeline.pool import Outcome, WorkerPool
 from counterweight.workers.errors import CounterweightError, WorkerError
+from counterweight.workers.tasks.task import Task
+
+R = TypeVar("R")
 
 WAIT_SECONDS = 0.2
 """How long one look at the workers lasts: short enough that an interrupt is felt at once."""
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """A call of a worker's method. name: for people, and what tries are counted by."""
-
-    name: str
-    method: str
-    arguments: tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Finished:
-    """A task that left its worker: with a value, or to be tried again (retry), perhaps because the worker died."""
+    """A task that left its worker: with what it gave back, or to be tried again (retry), perhaps because the worker died."""
 
-    task: Task
+    task: Task[Any]
     worker: int
     value: Any = None
     retry: bool = False
@@ -39,22 +33,17 @@ class Dispatcher:
 
     def __init__(self, pool: WorkerPool, policy: RetryPolicy, note: Callable[[str], None]) -> None:
         self._pool, self._policy, self._note = pool, policy, note
-        self._running: dict[int, Task] = {}
+        self._running: dict[int, Task[Any]] = {}
         self._tries: dict[str, int] = {}
         self.idle: list[int] = list(range(pool.size))
         """Longest idle first: a fresh process, which has torch to import, comes behind those that wait, and a task that
         failed is tried on another worker when there is one."""
 
-    @property
-    def busy(self) -> bool:
-        """Whether any task is running."""
-        return bool(self._running)
-
-    def start(self, worker: int, task: Task) -> None:
+    def start(self, worker: int, task: Task[Any]) -> None:
         """Starts a task on an idle worker."""
         self.idle.remove(worker)
         self._tries[task.name] = self._tries.get(task.name, 0) + 1
-        self._running[self._pool.submit(worker, task.method, *task.arguments)] = task
+        self._running[self._pool.submit(worker, task)] = task
 
     def collect(self) -> list[Finished]:
         """What finished within `WAIT_SECONDS`. Raises the task's error when it is final, the worker's process first
@@ -63,15 +52,15 @@ class Dispatcher:
 
     def run_all(
         self,
-        tasks: Sequence[Task],
+        tasks: Sequence[Task[R]],
         done: Callable[[int], None] = lambda _: None,
         meanwhile: Callable[[], None] = lambda: None,
-    ) -> list[Any]:
+    ) -> list[R]:
         """Runs independent tasks on any workers; their values in the tasks' order. done: called with the number of
         finished tasks after each. meanwhile: called once, when the first of them have been started."""
         waiting = list(range(len(tasks)))
         index_of = {task.name: index for index, task in enumerate(tasks)}
-        values: dict[int, Any] = {}
+        values: dict[int, R] = {}
 
         def start_some() -> None:
             while waiting and self.idle:
@@ -105,7 +94,7 @@ class Dispatcher:
         return Finished(task, outcome.worker, retry=True, worker_died=outcome.worker_died)
 
 
-def _named(task: Task, error: BaseException, tries: int) -> BaseException:
+def _named(task: Task[Any], error: BaseException, tries: int) -> BaseException:
     """The final error with the task's name in it, keeping its class and so its exit code."""
     attempts = f" after {tries} tries" if tries > 1 else ""
     if isinstance(error, CounterweightError):

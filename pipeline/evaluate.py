@@ -18,7 +18,9 @@ from counterweight.workers.errors import IntegrityError, RequestError
 from counterweight.workers.keys import digest
 from counterweight.workers.ledger import LEDGER
 from counterweight.workers.storage import open_store
-from counterweight.workers.tasks import EvaluateSpec, Setting
+from counterweight.workers.tasks.evaluate import Evaluate
+from counterweight.workers.tasks.inspect import Inspect
+from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Workspace
 
@@ -43,7 +45,7 @@ def evaluate_artifact(
     report = _report(store.read(REPORT, sha256=file_entry(store, document, REPORT).sha256), store.uri_of(REPORT))
     source = open_model(against or document.base_model.uri)
     worker = Worker("cuda" if device == "cuda" else "cpu", threads=len(os.sched_getaffinity(0)))
-    digests = {name: found.sha256 for name, found in worker.inspect(source.uri, source.tensors).items()}
+    digests = {name: found.sha256 for name, found in worker.run(Inspect(source.uri, source.tensors)).items()}
     if digest(digests) != document.base_model.digest:
         raise RequestError(
             f"{source.uri}: digest {digest(digests)[:16]}: expected {document.base_model.digest[:16]}, the model that "
@@ -61,7 +63,7 @@ def evaluate_artifact(
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch).as_uri()
         blob = Workspace(open_store(place)).put_tensors({"input_ids": tokens.ids})
-        spec = EvaluateSpec(
+        task = Evaluate(
             setting=Setting(
                 source=source.uri,
                 config=source.checkpoint.config,
@@ -76,7 +78,7 @@ def evaluate_artifact(
             start=0,
             stop=tokens.sequences,
         )
-        record = worker.evaluate(spec)
+        record = worker.run(task)
     baseline, quantized, compensated = qualities(record.windows)
     return {"baseline": baseline, "quantized": quantized, "compensated": compensated}
 

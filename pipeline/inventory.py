@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from counterweight.pipeline.dispatch import Dispatcher, Task
+from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.model_source import ModelSource, check_stored_head
 from counterweight.workers.checkpoint.digest import TensorDigest
 from counterweight.workers.errors import CheckpointError
+from counterweight.workers.tasks.inspect import Inspect
 
 INSPECT_BYTES = 1 << 30
 """Source bytes per task: enough to keep a worker busy, small enough to spread a model over many."""
@@ -22,7 +23,7 @@ def inventory(source: ModelSource, dispatcher: Dispatcher) -> dict[str, str]:
     """
     batches = _batches(source)
     tasks = [
-        Task(f"inventory {number + 1} of {len(batches)}", "inspect", (source.uri, batch))
+        Inspect(source=source.uri, names=batch, part=f"{number + 1} of {len(batches)}")
         for number, batch in enumerate(batches)
     ]
     found: dict[str, TensorDigest] = {}

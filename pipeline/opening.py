@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from counterweight.pipeline.dispatch import Dispatcher, Task
+from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource, open_model, resolve, tokenizer_of
 from counterweight.pipeline.plan import make_plan
@@ -19,7 +19,8 @@ from counterweight.workers.errors import RequestError
 from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.storage import open_store
 from counterweight.workers.storage.probe import probe
-from counterweight.workers.tasks import SampleSpec
+from counterweight.workers.tasks.describe import Describe
+from counterweight.workers.tasks.sample import Sample
 
 
 def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here: bool) -> tuple[ModelSource, Tokens]:
@@ -44,10 +45,8 @@ def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here:
             read.append(read_tokens(job, tokenizer_of(open_store(root))))
 
     def describe(config: Mapping[str, Any]) -> ModelLayout:
-        layouts: list[ModelLayout] = dispatcher.run_all(
-            [Task("architecture", "describe", (config,))], meanwhile=read_texts
-        )
-        return layouts[0]
+        (layout,) = dispatcher.run_all([Describe(config)], meanwhile=read_texts)
+        return layout
 
     source = open_model(root, describe)
     plan = make_plan(job, source)
@@ -63,7 +62,7 @@ def _sampled(job: CompressionJob, source: ModelSource, dispatcher: Dispatcher) -
     """What the model writes by itself, drawn by one worker."""
     calibration = job.spec.calibration
     assert isinstance(calibration.source, ModelSamples)
-    spec = SampleSpec(
+    task = Sample(
         source=source.uri,
         compute_dtype=calibration.compute_dtype,
         sequences=calibration.sequences,
@@ -71,5 +70,5 @@ def _sampled(job: CompressionJob, source: ModelSource, dispatcher: Dispatcher) -
         temperature=calibration.source.temperature,
         seed=calibration.seed,
     )
-    rows: list[list[int]] = dispatcher.run_all([Task("tokens of the model's own", "sample", (spec,))])[0]
+    (rows,) = dispatcher.run_all([task])
     return TokenSet.of(rows)

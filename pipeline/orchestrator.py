@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from counterweight.pipeline.allocation import share_out
 from counterweight.pipeline.artifact import Artifact, FileEntry, Published
 from counterweight.pipeline.assemble import Assembler, Parts, job_recipe, now, publish, repair_pointer, software
-from counterweight.pipeline.chain import Chain, Half, Link, errors_of
-from counterweight.pipeline.dispatch import Dispatcher, Task
+from counterweight.pipeline.chain import Chain, Link, Phase, errors_of
+from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.inventory import inventory
 from counterweight.pipeline.manifest import CompressionJob, canonical
 from counterweight.pipeline.model_source import ModelSource
@@ -40,16 +40,11 @@ from counterweight.workers.keys import digest, versions
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.storage import open_store
-from counterweight.workers.tasks import (
-    BlockRecord,
-    BlockSpec,
-    Device,
-    EmbedSpec,
-    HiddenRecord,
-    KeepSpec,
-    LedgerEntry,
-    Setting,
-)
+from counterweight.workers.tasks.block import BlockRecord, BlockSpec
+from counterweight.workers.tasks.embed import Embed
+from counterweight.workers.tasks.pass_through import PassThrough
+from counterweight.workers.tasks.records import LedgerEntry
+from counterweight.workers.tasks.setting import Device, Setting
 from counterweight.workers.workspace import WORK, Blob, Workspace
 
 
@@ -146,10 +141,10 @@ class Orchestrator:
         return digest(everything)[:16]
 
     def _blocks(self, digests: Mapping[str, str], calibration: TokenSet) -> Chain:
-        embed = EmbedSpec(
+        embed = Embed(
             setting=self._setting, tokens=self._store_tokens(calibration), tensor=(EMBEDDING, digests[EMBEDDING])
         )
-        hidden: HiddenRecord = self._dispatcher.run_all([Task("embedding", "embed", (embed,))])[0]
+        (hidden,) = self._dispatcher.run_all([embed])
         propagate = self._job.spec.calibration.propagate
         recipes: list[Mapping[str, ModuleRecipe]] = [
             block_recipe(self._source, index, self._job.spec.recipe) for index in range(self._source.layout.blocks)
@@ -189,7 +184,7 @@ class Orchestrator:
             link = chain.assign(worker)
             if link is None:
                 continue
-            task = Task(f"block {link.spec.index} ({link.half.value})", link.half.value, (link.spec,))
+            task = link.task
             self._links[task.name] = link
             self._dispatcher.start(worker, task)
             self._progress.block_started(link.spec.index, worker)
@@ -198,7 +193,7 @@ class Orchestrator:
             if finished.worker_died:
                 chain.lost(finished.worker)
             chain.settle(link, finished.worker, finished.value)
-            if link.half is Half.BLOCK and finished.value is not None:
+            if link.phase is Phase.COMPRESS and finished.value is not None:
                 self._block_done(finished.value, reused=False)
 
     def _block_done(self, record: BlockRecord, *, reused: bool) -> None:
@@ -228,11 +223,10 @@ class Orchestrator:
             last.append(LM_HEAD)
         elif rotation is not None and rotation.residual:
             last.append(EMBEDDING)  # rotated with the norm fused into it, it is the embedding no longer
-        specs = [
-            KeepSpec(setting=self._setting, tensors={name: digests[name] for name in names})
+        tasks = [
+            PassThrough(setting=self._setting, tensors={name: digests[name] for name in names})
             for names in ([EMBEDDING], last)
         ]
-        tasks = [Task(f"kept tensors {n + 1} of {len(specs)}", "keep", (spec,)) for n, spec in enumerate(specs)]
         first, behind = self._dispatcher.run_all(tasks)
         entries = [
             LedgerEntry(

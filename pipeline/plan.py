@@ -16,7 +16,7 @@ from counterweight.workers.config import Config
 from counterweight.workers.errors import ManifestError
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.recipe import ModuleRecipe, Recipe
-from counterweight.workers.tasks import ITEMSIZE, shard_sequences
+from counterweight.workers.tasks.setting import ITEMSIZE, shard_sequences
 
 PROCESS_BYTES = 600 << 20
 """A worker process with torch, transformers and Ray imported, before its first task (measured: 480-560 MiB)."""

@@ -19,7 +19,8 @@ from counterweight.workers.errors import CounterweightError, RequestError, Worke
 from counterweight.workers.process import WorkerProcess
 
 if TYPE_CHECKING:
-    from counterweight.workers.tasks import Device
+    from counterweight.workers.tasks.setting import Device
+    from counterweight.workers.tasks.task import Task
 
 EMBEDDED_STORE_BYTES = 128 << 20
 """Ray's object store in the embedded cluster: tasks exchange records of kilobytes; tensors go through storage."""
@@ -50,8 +51,8 @@ class WorkerPool(Protocol):
 
     size: int
 
-    def submit(self, worker: int, method: str, *arguments: Any) -> int:
-        """Calls a worker's method; returns a ticket."""
+    def submit(self, worker: int, task: Task[Any]) -> int:
+        """Starts a task on a worker; returns a ticket."""
 
     def wait(self, seconds: float) -> list[Outcome]:
         """Outcomes that arrived, waiting at most `seconds` for the first."""
@@ -95,7 +96,7 @@ class RayPool:
 
     def devices(self) -> list[str]:
         """Waits until every worker answers; returns the device each computes on. WorkerError when one does not."""
-        calls = [actor.call.remote("ready") for actor in self._actors]
+        calls = [actor.ready.remote() for actor in self._actors]
         try:
             devices: list[str] = self._ray.get(calls, timeout=START_SECONDS)
         except self._ray.exceptions.GetTimeoutError as error:
@@ -104,8 +105,8 @@ class RayPool:
             raise WorkerError(f"a worker did not start: {error}") from error
         return devices
 
-    def submit(self, worker: int, method: str, *arguments: Any) -> int:
-        reference = self._actors[worker].call.remote(method, *arguments)
+    def submit(self, worker: int, task: Task[Any]) -> int:
+        reference = self._actors[worker].run.remote(task)
         self._tickets += 1
         self._pending[reference] = (self._tickets, worker)
         return self._tickets

@@ -11,15 +11,9 @@ from math import exp
 from typing import Any
 
 from counterweight.workers.config import Config
-from counterweight.workers.tasks import (
-    BASELINE,
-    COMPENSATED,
-    QUANTIZED,
-    BlockRecord,
-    ModuleReport,
-    Timing,
-    WindowMetrics,
-)
+from counterweight.workers.tasks.block import BlockRecord
+from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, QUANTIZED, WindowMetrics
+from counterweight.workers.tasks.records import ModuleReport, Timing
 
 
 class Quality(Config):

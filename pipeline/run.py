@@ -14,7 +14,7 @@ from counterweight.workers.process import importing
 
 if TYPE_CHECKING:
     from counterweight.pipeline.artifact import Published
-    from counterweight.workers.tasks import Device
+    from counterweight.workers.tasks.setting import Device
 
 
 def run_job(job: CompressionJob, progress: Progress, *, address: str | None = None) -> Published:

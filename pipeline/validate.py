@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from counterweight.pipeline.artifact import Artifact, FileEntry
-from counterweight.pipeline.dispatch import Dispatcher, Task
+from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.manifest import Gates
 from counterweight.pipeline.report import Quality, TaskReport
 from counterweight.workers.errors import GateError
 from counterweight.workers.ledger import LEDGER
-from counterweight.workers.tasks import EvaluateRecord, EvaluateSpec, Setting, WindowMetrics, shard_sequences
+from counterweight.workers.tasks.evaluate import Evaluate, WindowMetrics
+from counterweight.workers.tasks.setting import Setting, shard_sequences
 from counterweight.workers.workspace import Blob
 
 Windows = dict[str, list[WindowMetrics]]
@@ -36,8 +37,8 @@ def validate(
     """
     batch = shard_sequences(length)
     share = -(-windows // (batch * workers)) * batch
-    specs = [
-        EvaluateSpec(
+    tasks = [
+        Evaluate(
             setting=setting,
             tensors=digests,
             artifact=artifact.uri,
@@ -48,8 +49,7 @@ def validate(
         )
         for start in range(0, windows, share)
     ]
-    tasks = [Task(f"validation of windows {s.start} to {s.stop - 1}", "evaluate", (s,)) for s in specs]
-    records: list[EvaluateRecord] = dispatcher.run_all(tasks, lambda count: done(count, len(tasks)))
+    records = dispatcher.run_all(tasks, lambda count: done(count, len(tasks)))
     merged: Windows = {}
     for record in records:
         for variant, found in record.windows.items():

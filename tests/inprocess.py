@@ -15,6 +15,7 @@ from counterweight.pipeline.orchestrator import Orchestrator
 from counterweight.pipeline.pool import Outcome
 from counterweight.pipeline.progress import Progress
 from counterweight.workers.errors import CounterweightError
+from counterweight.workers.tasks.task import Task
 from counterweight.workers.worker import Worker
 from tests.models import write_text
 
@@ -31,11 +32,11 @@ class InProcessPool:
         self._workers = [Worker("cpu", threads) for _ in range(workers)]
         self._finished: list[Outcome] = []
 
-    def submit(self, worker: int, method: str, *arguments: Any) -> int:
-        self.calls.append((worker, method))
+    def submit(self, worker: int, task: Task[Any]) -> int:
+        self.calls.append((worker, task.kind))
         ticket = len(self.calls)
         try:
-            value = getattr(self._workers[worker], method)(*arguments)
+            value = self._workers[worker].run(task)
             self._finished.append(Outcome(ticket, worker, value=value))
         except CounterweightError as error:
             self._finished.append(Outcome(ticket, worker, error=error))

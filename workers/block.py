@@ -31,7 +31,7 @@ from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup, i
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.solve import shares_a_solve, solve
-from counterweight.workers.tasks import FallbackReport, ModuleReport
+from counterweight.workers.tasks.records import FallbackReport, ModuleReport
 
 if TYPE_CHECKING:
     from counterweight.kernels.gpu.host_memory import HostArena

@@ -7,7 +7,7 @@ import time
 import torch
 
 from counterweight.workers.memory import device_peak_bytes, host_peak_bytes, reset_peak
-from counterweight.workers.tasks import Timing
+from counterweight.workers.tasks.records import Timing
 
 
 class Clock:

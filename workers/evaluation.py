@@ -17,7 +17,7 @@ from counterweight.workers.block import install
 from counterweight.workers.compressed import CompressedModel
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.parallel import OrderedPool
-from counterweight.workers.tasks import BASELINE, COMPENSATED, QUANTIZED, WindowMetrics
+from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, QUANTIZED, WindowMetrics
 
 Blocks = Callable[[int], Mapping[str, Block]]
 """Index -> the block under each variant."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from counterweight.workers.config import Config
 from counterweight.workers.formats import ModuleFormat
-from counterweight.workers.tasks import LedgerEntry
+from counterweight.workers.tasks.records import LedgerEntry
 
 LEDGER = "ledger.json"
 RESIDUAL_STORE = "residual/residual.safetensors"

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import gc
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from counterweight.workers.tasks import Device
+    from counterweight.workers.tasks.setting import Device
+    from counterweight.workers.tasks.task import Task
+
+R = TypeVar("R")
 
 
 @contextmanager
@@ -29,13 +32,17 @@ def importing() -> Iterator[None]:
 
 
 class WorkerProcess:
-    """Passes calls on to a `Worker` that is imported and made in the process itself."""
+    """Passes tasks on to a `Worker` that is imported and made in the process itself."""
 
     def __init__(self, device: Device, threads: int) -> None:
         with importing():
             from counterweight.workers.worker import Worker
         self._worker = Worker(device, threads)
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        """What the worker's `method` returns for `arguments`."""
-        return getattr(self._worker, method)(*arguments)
+    def ready(self) -> str:
+        """The kind of device that the worker computes on."""
+        return self._worker.ready()
+
+    def run(self, task: Task[R]) -> R:
+        """What the task gives back."""
+        return self._worker.run(task)

@@ -17,7 +17,8 @@ from counterweight.workers.interchange.compressed_tensors import weight_tensors
 from counterweight.workers.interchange.peft import factor_tensors
 from counterweight.workers.interchange.residual_store import residual_tensors
 from counterweight.workers.models.block_builder import BlockBuilder
-from counterweight.workers.tasks import BlockRecord, BlockSpec, LedgerEntry, ModuleReport, Timing
+from counterweight.workers.tasks.block import BlockRecord, BlockSpec
+from counterweight.workers.tasks.records import LedgerEntry, ModuleReport, Timing
 from counterweight.workers.workspace import Blob, Workspace
 
 

@@ -10,7 +10,7 @@ from counterweight.pipeline.report_html.modules import ExpertTokens, Starved, de
 from counterweight.pipeline.report_html.plots import SHARES, expert_map
 from counterweight.pipeline.report_html.tables import code, figure, fold, legend, section, table
 from counterweight.pipeline.report_html.text import count
-from counterweight.workers.tasks import ModuleReport
+from counterweight.workers.tasks.records import ModuleReport
 
 SHOWN = 20
 """Rows of a table before the rest is folded away."""

@@ -9,7 +9,7 @@ from statistics import mean, median
 
 from counterweight.pipeline.report_html.text import count
 from counterweight.workers.models.families import families
-from counterweight.workers.tasks import ModuleReport
+from counterweight.workers.tasks.records import ModuleReport
 
 KINDS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 """The order of a block's linears on the page; kinds that are not listed follow as they come."""

@@ -14,7 +14,7 @@ from counterweight.pipeline.report_html.modules import middle
 from counterweight.pipeline.report_html.style import STYLE
 from counterweight.pipeline.report_html.tables import code, facts, fold, section, table
 from counterweight.pipeline.report_html.text import NONE, count, percent, recipe_line
-from counterweight.workers.tasks import ModuleReport
+from counterweight.workers.tasks.records import ModuleReport
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Even if a string escaped its quotes, a browser would load nothing and run nothing."""

@@ -18,6 +18,9 @@ import pytest
 
 from counterweight.pipeline.artifact import DOCUMENT, verify
 from counterweight.workers.errors import CounterweightError, IntegrityError, RequestError, StorageError, WorkerError
+from counterweight.workers.tasks.compress import Compress
+from counterweight.workers.tasks.embed import Embed
+from counterweight.workers.tasks.task import Task
 from tests.pipeline.tiny import (
     Death,
     Events,
@@ -52,7 +55,7 @@ class Once:
         self._number, self._fault = number, fault
         self.calls = 0
 
-    def __call__(self, worker: int, method: str, arguments: tuple[Any, ...]) -> BaseException | Death | None:
+    def __call__(self, worker: int, task: Task[Any]) -> BaseException | Death | None:
         self.calls += 1
         return self._fault if self.calls == self._number else None
 
@@ -80,18 +83,12 @@ def test_one_fault_at_any_call_leaves_no_trace_in_the_bytes(
 
 
 def test_every_worker_dies_once_in_every_task(manifest: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    seen: set[tuple[str, int | None]] = set()
+    seen: set[str] = set()
 
-    def fault(worker: int, method: str, arguments: tuple[Any, ...]) -> Death | None:
-        task = (
-            method,
-            getattr(arguments[0], "index", None),
-            getattr(arguments[0], "start", None),
-            str(arguments)[-80:],
-        )
-        if task in seen:
+    def fault(worker: int, task: Task[Any]) -> Death | None:
+        if task.name in seen:
             return None
-        seen.add(task)
+        seen.add(task.name)
         return Death.AFTER
 
     published = run_local(job_of(manifest, f"spec.output.uri={tmp_path}"), LocalPool(2, fault=fault))
@@ -124,8 +121,8 @@ def test_a_fault_that_stays_ends_the_job_by_name_and_keeps_what_is_done(
     kind: type[CounterweightError],
     text: str,
 ) -> None:
-    def fault(worker: int, method: str, arguments: tuple[Any, ...]) -> Exception | None:
-        return error if method == "block" and arguments[0].index == 1 else None
+    def fault(worker: int, task: Task[Any]) -> Exception | None:
+        return error if isinstance(task, Compress) and task.block.index == 1 else None
 
     job = job_of(manifest, f"spec.output.uri={tmp_path}")
     with pytest.raises(kind, match=text):
@@ -143,11 +140,11 @@ def hidden_states(output: Path) -> list[Path]:
     return [path for path in blobs if b'"hidden"' in path.read_bytes()[:200]]
 
 
-def stopped_behind(manifest: Path, output: Path, method: str) -> None:
-    """A job that stops at the first call of a method."""
+def stopped_behind(manifest: Path, output: Path, kind: str) -> None:
+    """A job that stops at the first task of a kind."""
 
-    def fault(worker: int, called: str, arguments: tuple[Any, ...]) -> Exception | None:
-        return RequestError("stopped") if called == method else None
+    def fault(worker: int, task: Task[Any]) -> Exception | None:
+        return RequestError("stopped") if task.kind == kind else None
 
     with pytest.raises(RequestError, match="stopped"):
         run_local(job_of(manifest, f"spec.output.uri={output}"), LocalPool(1, fault=fault))
@@ -212,8 +209,8 @@ def test_a_source_that_changed_under_the_job_is_refused(manifest: Path, tmp_path
     other = write_job(tmp_path / "job", layers=2)
     model = other.parent / "model" / "model.safetensors"
 
-    def fault(worker: int, method: str, arguments: tuple[Any, ...]) -> None:
-        if method == "embed":
+    def fault(worker: int, task: Task[Any]) -> None:
+        if isinstance(task, Embed):
             data = bytearray(model.read_bytes())
             data[-1] ^= 1
             model.write_bytes(data)
@@ -233,8 +230,8 @@ class Beside(Once):
         super().__init__(number, Death.BEFORE)
         self._act = act
 
-    def __call__(self, worker: int, method: str, arguments: tuple[Any, ...]) -> None:
-        if super().__call__(worker, method, arguments):
+    def __call__(self, worker: int, task: Task[Any]) -> None:
+        if super().__call__(worker, task):
             self._act()
 
 

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from counterweight.pipeline.manifest import load_manifest
 from counterweight.workers.errors import StorageError
 from counterweight.workers.storage import open_store
 from counterweight.workers.storage.s3_client import S3Settings
+from counterweight.workers.tasks.task import Task
 from tests.faultproxy import Fault, FaultProxy
 from tests.pipeline.tiny import Death, LocalPool, files_of, job_of, local_path, run_local, write_job
 from tests.servers import S3Server, ceph_server, moto_server
@@ -95,9 +97,9 @@ def test_a_worker_that_dies_leaves_no_trace_there_either(
 ) -> None:
     root, seen = connect(server), set()
 
-    def fault(worker: int, method: str, arguments: tuple[object, ...]) -> Death | None:
-        first = method not in seen
-        seen.add(method)
+    def fault(worker: int, task: Task[Any]) -> Death | None:
+        first = task.kind not in seen
+        seen.add(task.kind)
         return Death.AFTER if first else None
 
     published = run_local(job_of(manifest, f"spec.output.uri={root}"), LocalPool(2, fault=fault))

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 from counterweight.pipeline.report import BitsPerWeight, ModelReport, Quality, Report, TaskReport, TokensReport
 from counterweight.pipeline.report_html import render
-from counterweight.workers.tasks import FallbackReport, ModuleReport, Timing
+from counterweight.workers.tasks.records import FallbackReport, ModuleReport, Timing
 
 DIGEST = "0123456789abcdef" * 4
 DENSE = (

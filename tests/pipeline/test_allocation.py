@@ -10,6 +10,8 @@ import pytest
 from counterweight.pipeline.allocation import Candidate, allocate
 from counterweight.pipeline.artifact import open_artifact
 from counterweight.pipeline.report import Report
+from counterweight.workers import calibrated_block
+from counterweight.workers.block import calibrate
 from tests.inprocess import run_job
 from tests.models import checkpoint
 
@@ -81,3 +83,19 @@ def test_propagated_jobs_share_out_too(tmp_path: Path) -> None:
     }
     published = run_job(tmp_path / "model", tmp_path, recipe, calibration={"propagate": "compressed"})
     assert 0 < published.document.bits_per_weight.factors <= 2.0
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_gains_are_measured_where_the_statistics_are(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four blocks are calibrated once for their gains and once for their codes, on however many workers."""
+    passes: list[int] = []
+    monkeypatch.setattr(calibrated_block, "calibrate", lambda *arguments: passes.append(1) or calibrate(*arguments))
+    checkpoint("llama", tmp_path / "model", num_hidden_layers=4)
+    recipe = {
+        "weights": {"bits": 3, "group_size": None, "quantizer": {"kind": "rtn"}},
+        "compensation": {"kind": "svd", "rank": {"budget_bits": 2.0}},
+    }
+    run_job(tmp_path / "model", tmp_path, recipe, workers=workers)
+    assert len(passes) == 8

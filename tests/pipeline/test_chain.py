@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterweight.pipeline.chain import Chain, Half, Link
-from counterweight.workers.tasks import BLOCK, FORWARD, BlockRecord, BlockSpec, HiddenRecord, Setting, Timing
+from counterweight.pipeline.chain import Chain, Link, Phase
+from counterweight.workers.tasks.block import CALIBRATE, COMPRESS, BlockRecord, BlockSpec
+from counterweight.workers.tasks.records import HiddenRecord, Timing
+from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.workspace import AnyRecord, Blob, Workspace
 
 Propagate = Literal["original", "compressed"]
@@ -83,7 +85,7 @@ class Cluster:
                 continue
             index = link.spec.index
             assert index not in [other.spec.index for other in self.running.values()], "a block on two workers"
-            self.started.append((link.half.value, index, worker))
+            self.started.append((link.phase.value, index, worker))
             self.running[worker] = link
 
     def finish(self, worker: int, *, dies: bool = False, fails: bool = False) -> None:
@@ -115,17 +117,19 @@ class Cluster:
 
     def _readable(self, worker: int, link: Link) -> bool:
         """A half whose statistics are not in memory reads the block's inputs."""
-        held = link.half is Half.BLOCK and self.holds[worker] == link.spec.index and self.propagate == "original"
+        held = link.phase is Phase.COMPRESS and self.holds[worker] == link.spec.index and self.propagate == "original"
         return held or all(self.workspace.has(each) for each in link.spec.inputs)
 
     def _work(self, worker: int, link: Link) -> HiddenRecord | BlockRecord:
         spec = link.spec
         outputs = tuple(blob(self.propagate, spec.index, each.sha256) for each in spec.inputs)
-        if link.half is Half.FORWARD:
+        if link.phase is Phase.CALIBRATE:
             assert self.propagate == "original", "with compressed propagation there is only the whole task"
             self.holds[worker] = spec.index
             self.workspace.put(*outputs)
-            return self.workspace.commit(FORWARD, spec.forward_key(), HiddenRecord(outputs=outputs, timing=Timing()))
+            return self.workspace.commit(
+                CALIBRATE, spec.calibrate_key(), HiddenRecord(outputs=outputs, timing=Timing())
+            )
         if self.holds[worker] != spec.index:
             self.recalculated.append(spec.index)
         self.holds[worker] = None
@@ -144,7 +148,7 @@ class Cluster:
             ledger=(),
             timing=Timing(),
         )
-        return self.workspace.commit(BLOCK, spec.key(), record)
+        return self.workspace.commit(COMPRESS, spec.key(), record)
 
     def halves(self, half: str) -> list[int]:
         """Blocks of which a half was started, in order."""
@@ -162,7 +166,7 @@ def forget_blocks(workspace: MemoryWorkspace, indices: Iterable[int]) -> None:
     """Removes the records of these blocks, as if the job had been killed before."""
     wanted = set(indices)
     for key, record in list(workspace.records.items()):
-        if key[0] == BLOCK and record.index in wanted:
+        if key[0] == COMPRESS and record.index in wanted:
             del workspace.records[key]
 
 
@@ -200,11 +204,11 @@ def test_second_halves_run_beside_the_chain() -> None:
     cluster = Cluster(MemoryWorkspace(), count=5, workers=5)
     for _ in range(5):
         cluster.assign()
-        (forward,) = [worker for worker, link in cluster.running.items() if link.half is Half.FORWARD]
+        (forward,) = [worker for worker, link in cluster.running.items() if link.phase is Phase.CALIBRATE]
         cluster.finish(forward)
     cluster.assign()
     assert sorted(link.spec.index for link in cluster.running.values()) == [0, 1, 2, 3, 4]
-    assert {link.half for link in cluster.running.values()} == {Half.BLOCK}
+    assert {link.phase for link in cluster.running.values()} == {Phase.COMPRESS}
 
 
 def test_a_dead_holders_block_goes_to_another_worker_and_the_chain_goes_on() -> None:
@@ -237,7 +241,7 @@ def test_a_worker_that_dies_after_its_commit_loses_nothing() -> None:
     cluster.work(0)
     cluster.finish(0, dies=True)
     cluster.run()
-    assert len([key for key in cluster.workspace.records if key[0] == FORWARD]) == 2
+    assert len([key for key in cluster.workspace.records if key[0] == CALIBRATE]) == 2
 
 
 @pytest.mark.parametrize("propagate", ["original", "compressed"])

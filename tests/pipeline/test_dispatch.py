@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from counterweight.pipeline.dispatch import Dispatcher, Task
+from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.pool import Outcome
+from counterweight.workers.context import TaskContext
 from counterweight.workers.errors import (
     CheckpointError,
     CounterweightError,
@@ -18,13 +20,32 @@ from counterweight.workers.errors import (
     StorageError,
     WorkerError,
 )
+from counterweight.workers.tasks.task import Task
 
 DIED = "died"
 """In a script: the worker's process is gone."""
 
 
+@dataclass(frozen=True)
+class Numbered(Task[tuple[str, int]]):
+    """A task of its own kind, which gives back its kind and number."""
+
+    number: int
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return f"m{self.number}"
+
+    @property
+    def name(self) -> str:
+        return f"task {self.number}"
+
+    def run(self, context: TaskContext) -> tuple[str, int]:
+        return self.kind, self.number
+
+
 class ScriptedPool:
-    """Each call of a method takes the next item of that method's script; without one it returns its arguments."""
+    """Each task takes the next item of its kind's script; without one it gives back its value."""
 
     def __init__(self, size: int, script: dict[str, Sequence[Any]] | None = None) -> None:
         self.size = size
@@ -34,18 +55,18 @@ class ScriptedPool:
         self._script = {method: list(items) for method, items in (script or {}).items()}
         self._waiting: list[Outcome] = []
 
-    def submit(self, worker: int, method: str, *arguments: Any) -> int:
+    def submit(self, worker: int, task: Task[Any]) -> int:
         assert worker not in [outcome.worker for outcome in self._waiting], "a busy worker was given a task"
-        self.calls.append((worker, method))
+        self.calls.append((worker, task.kind))
         ticket = len(self.calls)
-        items = self._script.get(method, [])
+        items = self._script.get(task.kind, [])
         item = items.pop(0) if items else None
         if item == DIED:
             outcome = Outcome(ticket, worker, error=WorkerError(f"worker {worker} died"), worker_died=True)
         elif isinstance(item, BaseException):
             outcome = Outcome(ticket, worker, error=item)
         else:
-            outcome = Outcome(ticket, worker, value=(method, *arguments))
+            outcome = Outcome(ticket, worker, value=task.run(None))  # type: ignore[arg-type]
         self._waiting.append(outcome)
         return ticket
 
@@ -62,8 +83,8 @@ class ScriptedPool:
         return None
 
 
-def tasks(count: int) -> list[Task]:
-    return [Task(f"task {number}", f"m{number}", (number,)) for number in range(count)]
+def tasks(count: int) -> list[Numbered]:
+    return [Numbered(number) for number in range(count)]
 
 
 def dispatcher(pool: ScriptedPool, notes: list[str] | None = None) -> Dispatcher:
@@ -161,14 +182,12 @@ def test_one_step_says_who_is_idle_and_what_was_lost() -> None:
     first, second = tasks(2)
     running.start(0, first)
     running.start(1, second)
-    assert running.busy
     assert running.idle == []
     (lost,) = running.collect()
     assert (lost.task, lost.worker, lost.retry, lost.worker_died, lost.value) == (first, 0, True, True, None)
     assert running.idle == [0]
     (done,) = running.collect()
     assert (done.task, done.worker, done.retry, done.value) == (second, 1, False, ("m1", 1))
-    assert not running.busy
     assert running.idle == [0, 1]
 
 

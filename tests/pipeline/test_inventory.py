@@ -13,6 +13,7 @@ from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.workers.checkpoint.digest import tensor_digest
 from counterweight.workers.errors import CheckpointError
+from counterweight.workers.tasks.inspect import Inspect
 from tests.models import build, read_tensors, save
 from tests.pipeline.tiny import LocalPool
 
@@ -42,7 +43,7 @@ def test_the_work_is_spread_in_batches_that_lie_together(directory: Path, monkey
     monkeypatch.setattr(module, "INSPECT_BYTES", 30_000)
     source, pool = open_model(directory.as_uri()), LocalPool(2)
     assert run(source, pool) == whole
-    batches = [arguments[1] for _, _, arguments in pool.calls]
+    batches = [task.names for _, task in pool.calls if isinstance(task, Inspect)]
     assert len(batches) > 3
     entry = source.checkpoint.entry
     names = [name for batch in batches for name in batch]

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -17,6 +18,7 @@ from counterweight.pipeline.policies import describe
 from counterweight.pipeline.pool import Outcome, PoolSize, RayPool, cluster, threads_per_worker
 from counterweight.pipeline.run import pool_size
 from counterweight.workers.errors import CheckpointError, RequestError, WorkerError
+from counterweight.workers.tasks.inspect import Inspect
 from tests.models import checkpoint
 from tests.patience import PATIENCE
 from tests.pipeline.tiny import actor_pids, job_of, until, write_job
@@ -95,7 +97,7 @@ def test_nothing_asked_nothing_answered(pool: RayPool) -> None:
 
 
 def test_a_call_comes_back_with_its_ticket_its_worker_and_its_value(pool: RayPool, model: str) -> None:
-    tickets = [pool.submit(worker, "inspect", model, ["model.norm.weight"]) for worker in (0, 1)]
+    tickets = [pool.submit(worker, Inspect(model, ["model.norm.weight"])) for worker in (0, 1)]
     found: list[Outcome] = []
     until(lambda: len(found.__iadd__(pool.wait(0.2))) == 2)
     assert sorted((outcome.ticket, outcome.worker) for outcome in found) == [(tickets[0], 0), (tickets[1], 1)]
@@ -105,20 +107,20 @@ def test_a_call_comes_back_with_its_ticket_its_worker_and_its_value(pool: RayPoo
 
 
 def test_an_error_raised_on_purpose_arrives_as_it_was(pool: RayPool, tmp_path: Path) -> None:
-    outcome = outcome_of(pool, pool.submit(0, "inspect", tmp_path.as_uri(), ["x"]))
+    outcome = outcome_of(pool, pool.submit(0, Inspect(tmp_path.as_uri(), ["x"])))
     assert type(outcome.error) is CheckpointError
     assert str(outcome.error).endswith("config.json: not found, expected a transformers checkpoint")
     assert not outcome.worker_died
 
 
 def test_a_defect_is_one_line_and_its_traceback_is_not_lost(pool: RayPool) -> None:
-    outcome = outcome_of(pool, pool.submit(1, "inspect", 5, ["x"]))
+    outcome = outcome_of(pool, pool.submit(1, Inspect(cast(str, 5), ["x"])))
     assert isinstance(outcome.error, AttributeError)
     assert not outcome.worker_died
     text = describe(outcome.error)
     assert text.startswith("AttributeError: ")
     assert "\n" not in text
-    assert "Traceback" in str(outcome.error.__cause__) or "worker.py" in str(outcome.error.__cause__)
+    assert "Traceback" in str(outcome.error.__cause__) or "inspect.py" in str(outcome.error.__cause__)
 
 
 def test_a_killed_worker_is_noticed_and_replaced_and_the_other_works_on(pool: RayPool, model: str) -> None:
@@ -127,7 +129,7 @@ def test_a_killed_worker_is_noticed_and_replaced_and_the_other_works_on(pool: Ra
     assert len(before) == 2
     victim = before[0]
     os.kill(victim, signal.SIGSTOP)  # it cannot answer before it dies
-    tickets = [pool.submit(worker, "inspect", model, ["model.norm.weight"]) for worker in (0, 1)]
+    tickets = [pool.submit(worker, Inspect(model, ["model.norm.weight"])) for worker in (0, 1)]
     os.kill(victim, signal.SIGKILL)
     found: list[Outcome] = []
     until(lambda: len(found.__iadd__(pool.wait(0.2))) == 2)
@@ -139,8 +141,8 @@ def test_a_killed_worker_is_noticed_and_replaced_and_the_other_works_on(pool: Ra
     assert "\n" not in str(dead.error)
     assert alive.error is None
     pool.restart(dead.worker)
-    again = outcome_of(pool, pool.submit(dead.worker, "ready"))
-    assert again.value == "cpu"
+    again = outcome_of(pool, pool.submit(dead.worker, Inspect(model, ["model.norm.weight"])))
+    assert set(again.value) == {"model.norm.weight"}
     after = actor_pids(os.getpid())
     assert victim not in after
     assert len(after) == 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from counterweight.pipeline.report import Report, qualities, quality
-from counterweight.workers.tasks import WindowMetrics
+from counterweight.workers.tasks.evaluate import WindowMetrics
 from tests.models import read_tensors
 from tests.pipeline.tiny import job_of, local_path, run_local, write_job
 

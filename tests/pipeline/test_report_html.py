@@ -10,7 +10,7 @@ import pytest
 
 from counterweight.pipeline.report import Report
 from counterweight.pipeline.report_html import render
-from counterweight.workers.tasks import FallbackReport
+from counterweight.workers.tasks.records import FallbackReport
 from tests.pipeline.report_documents import (
     QUANTIZED,
     dense,

@@ -8,7 +8,8 @@ from counterweight.pipeline.manifest import Gates
 from counterweight.pipeline.report import Quality, Report
 from counterweight.pipeline.validate import check_gates
 from counterweight.workers.errors import GateError
-from counterweight.workers.worker import shard_sequences
+from counterweight.workers.tasks.evaluate import Evaluate
+from counterweight.workers.tasks.setting import shard_sequences
 from tests.pipeline.tiny import Events, LocalPool, job_of, local_path, run_local, write_job
 
 ORIGINAL = Quality(perplexity=10.0, kl=0.0, top1_agreement=1.0)
@@ -72,7 +73,7 @@ def test_the_windows_are_shared_out_without_gap_or_overlap_and_the_figures_do_no
     for workers in (1, 2, 3, 9):
         pool, events = LocalPool(workers), Events()
         published = run_local(job_of(manifest, f"spec.output.uri={tmp_path / str(workers)}", *long), pool, events)
-        specs = [arguments[0] for _, method, arguments in pool.calls if method == "evaluate"]
+        specs = [task for _, task in pool.calls if isinstance(task, Evaluate)]
         windows = [number for spec in sorted(specs, key=lambda s: s.start) for number in range(spec.start, spec.stop)]
         assert windows == list(range(7))
         assert len(specs) == min(workers, 2)
@@ -90,7 +91,7 @@ def test_without_a_validation_nothing_is_measured(manifest: Path, tmp_path: Path
     published = run_local(job_of(manifest, f"spec.output.uri={tmp_path}", "spec.validation="), pool)
     assert published.document.baseline is None
     assert published.document.compensated is None
-    assert "evaluate" not in [method for _, method, _ in pool.calls]
+    assert not any(isinstance(task, Evaluate) for _, task in pool.calls)
 
 
 def test_what_is_claimed_without_compensation_is_measured_without_it(manifest: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from counterweight.pipeline.pool import Outcome
 from counterweight.pipeline.progress import Progress
 from counterweight.pipeline.tokens import read_tokens
 from counterweight.workers.errors import WorkerError
+from counterweight.workers.tasks.task import Task
 from counterweight.workers.worker import Worker
 from tests.models import Case, checkpoint, write_text
 from tests.patience import PATIENCE
@@ -67,8 +68,8 @@ class Death(Enum):
     AFTER = "after"
 
 
-Fault = Callable[[int, str, tuple[Any, ...]], BaseException | Death | None]
-"""Worker, method and arguments of a call -> what goes wrong with it."""
+Fault = Callable[[int, Task[Any]], BaseException | Death | None]
+"""Worker and task -> what goes wrong with it."""
 
 
 @dataclass(slots=True)
@@ -82,7 +83,7 @@ class LocalPool:
 
     def __init__(self, size: int = 1, *, fault: Fault = lambda *_: None, threads: int = 1) -> None:
         self.size = size
-        self.calls: list[tuple[int, str, tuple[Any, ...]]] = []
+        self.calls: list[tuple[int, Task[Any]]] = []
         self.restarts: list[int] = []
         self._fault, self._threads = fault, threads
         self._slots = [self._fresh() for _ in range(size)]
@@ -95,11 +96,11 @@ class LocalPool:
     def devices(self) -> list[str]:
         return [slot.worker.ready() for slot in self._slots]
 
-    def submit(self, worker: int, method: str, *arguments: Any) -> int:
-        self.calls.append((worker, method, arguments))
-        fault = self._fault(worker, method, arguments)
+    def submit(self, worker: int, task: Task[Any]) -> int:
+        self.calls.append((worker, task))
+        fault = self._fault(worker, task)
         slot = self._slots[worker]
-        future: Future[Any] = slot.thread.submit(_call, slot.worker, method, arguments, fault)
+        future: Future[Any] = slot.thread.submit(_call, slot.worker, task, fault)
         self._tickets += 1
         self._pending[future] = (self._tickets, worker)
         return self._tickets
@@ -130,12 +131,12 @@ class _Died(WorkerError):
     """Stands for the news that a process is gone."""
 
 
-def _call(worker: Worker, method: str, arguments: tuple[Any, ...], fault: BaseException | Death | None) -> Any:
+def _call(worker: Worker, task: Task[Any], fault: BaseException | Death | None) -> Any:
     if isinstance(fault, BaseException):
         raise fault
     if fault is Death.BEFORE:
         raise _Died("worker died: killed by the test")
-    value = getattr(worker, method)(*arguments)
+    value = worker.run(task)
     if fault is Death.AFTER:
         raise _Died("worker died: killed by the test")
     return value

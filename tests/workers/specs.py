@@ -14,7 +14,9 @@ from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.models.layout import EMBEDDING
 from counterweight.workers.recipe import ModuleRecipe, Recipe
 from counterweight.workers.storage import open_store
-from counterweight.workers.tasks import BlockSpec, ComputeDtype, EmbedSpec, Setting
+from counterweight.workers.tasks.block import BlockSpec
+from counterweight.workers.tasks.embed import Embed
+from counterweight.workers.tasks.setting import ComputeDtype, Setting
 from counterweight.workers.workspace import Blob, Workspace
 from tests.models import read_config, read_tensors
 
@@ -62,9 +64,9 @@ class Site:
         """Token ids as a blob of the workspace."""
         return self.workspace.put_tensors({"input_ids": ids.int()})
 
-    def embed(self, ids: Tensor) -> EmbedSpec:
+    def embed(self, ids: Tensor) -> Embed:
         """The task that makes block 0's inputs."""
-        return EmbedSpec(setting=self.setting, tokens=self.put_tokens(ids), tensor=(EMBEDDING, self.digests[EMBEDDING]))
+        return Embed(setting=self.setting, tokens=self.put_tokens(ids), tensor=(EMBEDDING, self.digests[EMBEDDING]))
 
     def block(
         self,

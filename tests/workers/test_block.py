@@ -17,7 +17,7 @@ from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.family import SharedInputGroup
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.recipe import ModuleRecipe
-from counterweight.workers.tasks import ModuleReport
+from counterweight.workers.tasks.records import ModuleReport
 from tests.models import CASES, build
 
 CPU = torch.device("cpu")

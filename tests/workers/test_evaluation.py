@@ -19,8 +19,16 @@ from counterweight.pipeline.artifact import REPORT, REPORT_PAGE
 from counterweight.workers.errors import IntegrityError
 from counterweight.workers.ledger import LEDGER
 from counterweight.workers.storage import sha256_hex
-from counterweight.workers.tasks import BASELINE, COMPENSATED, QUANTIZED, EvaluateRecord, EvaluateSpec, WindowMetrics
-from counterweight.workers.worker import Worker, shard_sequences
+from counterweight.workers.tasks.evaluate import (
+    BASELINE,
+    COMPENSATED,
+    QUANTIZED,
+    Evaluate,
+    EvaluateRecord,
+    WindowMetrics,
+)
+from counterweight.workers.tasks.setting import shard_sequences
+from counterweight.workers.worker import Worker
 from tests.inprocess import local, run_job
 from tests.models import checkpoint, token_ids
 from tests.workers.specs import Site
@@ -56,10 +64,10 @@ def worker() -> Iterator[Worker]:
     opened.close()
 
 
-def evaluate_spec(made: Made, work: Path, ids: Tensor, *, artifact: str = "compensated") -> EvaluateSpec:
+def evaluate_spec(made: Made, work: Path, ids: Tensor, *, artifact: str = "compensated") -> Evaluate:
     site = Site(source=made.source, work=work)
     root = made.artifacts[artifact]
-    return EvaluateSpec(
+    return Evaluate(
         setting=site.setting,
         tensors=site.digests,
         artifact=root.as_uri(),
@@ -96,7 +104,7 @@ def assert_close(found: Sequence[WindowMetrics], expected: Sequence[WindowMetric
 @pytest.fixture(scope="module")
 def found(made: Made, tmp_path_factory: pytest.TempPathFactory) -> EvaluateRecord:
     worker = Worker("cpu", 1)
-    return worker.evaluate(evaluate_spec(made, tmp_path_factory.mktemp("work"), token_ids(WINDOWS, LENGTH)))
+    return worker.run(evaluate_spec(made, tmp_path_factory.mktemp("work"), token_ids(WINDOWS, LENGTH)))
 
 
 def test_the_baseline_is_what_transformers_measures(made: Made, found: EvaluateRecord) -> None:
@@ -131,11 +139,11 @@ def test_divergence_is_never_negative_and_compensation_lowers_it(found: Evaluate
     assert 0 < means[COMPENSATED] < means[QUANTIZED]
 
 
-def parts_of(worker: Worker, spec: EvaluateSpec, bounds: Sequence[int]) -> dict[str, list[WindowMetrics]]:
+def parts_of(worker: Worker, spec: Evaluate, bounds: Sequence[int]) -> dict[str, list[WindowMetrics]]:
     """What several specs find, put together."""
     merged: dict[str, list[WindowMetrics]] = {}
     for start, stop in pairwise([spec.start, *bounds, spec.stop]):
-        for variant, windows in worker.evaluate(spec.model_copy(update={"start": start, "stop": stop})).windows.items():
+        for variant, windows in worker.run(spec.model_copy(update={"start": start, "stop": stop})).windows.items():
             merged.setdefault(variant, []).extend(windows)
     return merged
 
@@ -143,7 +151,7 @@ def parts_of(worker: Worker, spec: EvaluateSpec, bounds: Sequence[int]) -> dict[
 def test_a_window_does_not_depend_on_its_share(made: Made, worker: Worker, tmp_path: Path) -> None:
     batch = shard_sequences(1024)
     spec = evaluate_spec(made, tmp_path, token_ids(2 * batch + 1, 1024))
-    whole = worker.evaluate(spec).windows
+    whole = worker.run(spec).windows
     assert parts_of(worker, spec, [batch, 2 * batch]) == {variant: list(windows) for variant, windows in whole.items()}
     for variant, windows in parts_of(
         worker, spec, [batch - 1]
@@ -172,27 +180,27 @@ def test_the_number_of_workers_changes_no_figure(tmp_path: Path) -> None:
 
 def test_threads_change_no_bit(made: Made, worker: Worker, tmp_path: Path) -> None:
     ids = token_ids(shard_sequences(1024) + 2, 1024)
-    alone = Worker("cpu", 1).evaluate(evaluate_spec(made, tmp_path / "alone", ids))
-    assert worker.evaluate(evaluate_spec(made, tmp_path / "two", ids)).windows == alone.windows
+    alone = Worker("cpu", 1).run(evaluate_spec(made, tmp_path / "alone", ids))
+    assert worker.run(evaluate_spec(made, tmp_path / "two", ids)).windows == alone.windows
 
 
 def test_without_branches_there_is_no_compensated_variant(made: Made, worker: Worker, tmp_path: Path) -> None:
-    record = worker.evaluate(evaluate_spec(made, tmp_path, token_ids(2, LENGTH), artifact="plain"))
+    record = worker.run(evaluate_spec(made, tmp_path, token_ids(2, LENGTH), artifact="plain"))
     assert set(record.windows) == {BASELINE, QUANTIZED}
 
 
 def test_a_finished_evaluation_is_looked_up(made: Made, worker: Worker, tmp_path: Path) -> None:
     spec = evaluate_spec(made, tmp_path, token_ids(2, LENGTH))
-    done = worker.evaluate(spec)
+    done = worker.run(spec)
     elsewhere = spec.model_copy(update={"artifact": (tmp_path / "nothing here").as_uri()})
-    assert worker.evaluate(elsewhere) == done
+    assert worker.run(elsewhere) == done
 
 
 def test_another_ledger_than_the_keys_is_refused(made: Made, worker: Worker, tmp_path: Path) -> None:
     """Otherwise a record would be found under the key of an artifact that it was not measured on."""
     spec = evaluate_spec(made, tmp_path, token_ids(2, LENGTH))
     with pytest.raises(IntegrityError, match=LEDGER):
-        worker.evaluate(spec.model_copy(update={"artifact": made.artifacts["plain"].as_uri()}))
+        worker.run(spec.model_copy(update={"artifact": made.artifacts["plain"].as_uri()}))
 
 
 def test_what_is_measured_determines_the_key(made: Made, tmp_path: Path) -> None:

@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 
 from counterweight.workers.block import CompressedLinear, install
+from counterweight.workers.calibrated_block import load_block
 from counterweight.workers.checkpoint.digest import tensor_digest
 from counterweight.workers.errors import CheckpointError, ObjectNotFoundError
 from counterweight.workers.interchange.compressed_tensors import read_weight
 from counterweight.workers.interchange.peft import read_branch
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.layout import LM_HEAD, NORM
-from counterweight.workers.tasks import BlockRecord, BlockSpec, KeepSpec
-from counterweight.workers.worker import Worker, shard_sequences
+from counterweight.workers.tasks.block import BlockRecord, BlockSpec
+from counterweight.workers.tasks.calibrate import Calibrate
+from counterweight.workers.tasks.compress import Compress
+from counterweight.workers.tasks.inspect import Inspect
+from counterweight.workers.tasks.pass_through import PassThrough
+from counterweight.workers.tasks.setting import shard_sequences
+from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Blob
 from tests.models import Case, build, checkpoint, save_fused, token_ids
 from tests.workers.specs import RECIPE, Site
@@ -58,7 +64,7 @@ def site(llama: Path, tmp_path: Path) -> Site:
 
 
 def embedded(worker: Worker, site: Site, *, sequences: int = 2, length: int = 16) -> tuple[Blob, ...]:
-    return worker.embed(site.embed(token_ids(sequences, length))).outputs
+    return worker.run(site.embed(token_ids(sequences, length))).outputs
 
 
 def content(record: BlockRecord) -> dict[str, Any]:
@@ -98,14 +104,14 @@ def test_it_says_what_it_computes_on(make: MakeWorker) -> None:
 
 
 def test_inspection_finds_digests_and_numbers_that_are_none(site: Site, make: MakeWorker) -> None:
-    found = make().inspect(site.source.as_uri(), site.tensors)
+    found = make().run(Inspect(source=site.source.as_uri(), names=list(site.tensors)))
     assert {name: one.sha256 for name, one in found.items()} == site.digests
     assert all(one.finite for one in found.values())
 
 
 def test_embedding_cuts_shards_of_a_fixed_number_of_tokens(site: Site, make: MakeWorker) -> None:
     ids = token_ids(SHARD + 2, LENGTH)
-    outputs = make().embed(site.embed(ids)).outputs
+    outputs = make().run(site.embed(ids)).outputs
     hidden = [site.workspace.get_tensors(blob)["hidden"] for blob in outputs]
     assert [len(shard) for shard in hidden] == [SHARD, 2]
     assert SHARD > 2
@@ -121,18 +127,18 @@ def test_threads_change_no_bit(case: str, propagate: Any, tmp_path: Path, make: 
         site = Site(source=tmp_path / "model", work=tmp_path / f"work{threads}")
         worker = make(threads)
         inputs = embedded(worker, site, sequences=SHARD + 2, length=LENGTH)
-        found.append(content(worker.block(site.block(0, inputs, GPTQ, propagate))))
+        found.append(content(worker.run(Compress(block=site.block(0, inputs, GPTQ, propagate)))))
     assert found[0] == found[1]
 
 
 def test_two_halves_on_one_worker_are_the_whole_on_another(site: Site, make: MakeWorker, tmp_path: Path) -> None:
     worker = make()
     spec = site.block(0, embedded(worker, site))
-    worker.forward(spec)
-    halves = worker.block(spec)
+    worker.run(Calibrate(block=spec))
+    halves = worker.run(Compress(block=spec))
     elsewhere = Site(source=site.source, work=tmp_path / "elsewhere")
     fresh = make()
-    whole = fresh.block(elsewhere.block(0, embedded(fresh, elsewhere)))
+    whole = fresh.run(Compress(block=elsewhere.block(0, embedded(fresh, elsewhere))))
     assert content(halves) == content(whole)
     assert site.workspace.get_bytes(halves.checkpoint) == elsewhere.workspace.get_bytes(whole.checkpoint)
     assert halves.adapter is not None
@@ -143,8 +149,8 @@ def test_forward_passes_on_what_the_original_block_makes(site: Site, make: MakeW
     worker = make()
     inputs = embedded(worker, site)
     spec = site.block(0, inputs)
-    outputs = worker.forward(spec).outputs
-    block = worker.load_block(site.setting, 0, spec.tensors, torch.float32).block
+    outputs = worker.run(Calibrate(block=spec)).outputs
+    block = load_block(worker.context, site.setting, 0, spec.tensors, torch.float32).block
     for before, after in zip(inputs, outputs, strict=True):
         hidden = site.workspace.get_tensors(before)["hidden"]
         assert torch.equal(site.workspace.get_tensors(after)["hidden"], block.run(hidden))
@@ -158,25 +164,25 @@ def test_finished_work_is_looked_up(site: Site, make: MakeWorker, tmp_path: Path
     worker = make()
     ids = token_ids(2, 16)
     embed = site.embed(ids)
-    spec = site.block(0, worker.embed(embed).outputs)
-    keep = KeepSpec(setting=site.setting, tensors={NORM: site.digests[NORM]})
-    done = worker.embed(embed), worker.block(spec), worker.keep(keep)
+    spec = site.block(0, worker.run(embed).outputs)
+    keep = PassThrough(setting=site.setting, tensors={NORM: site.digests[NORM]})
+    done = worker.run(embed), worker.run(Compress(block=spec)), worker.run(keep)
     shutil.rmtree(source)
     fresh = make()
-    assert (fresh.embed(embed), fresh.block(spec), fresh.keep(keep)) == done
+    assert (fresh.run(embed), fresh.run(Compress(block=spec)), fresh.run(keep)) == done
     site.workspace.discard(done[1].checkpoint)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        fresh.block(spec)
+        fresh.run(Compress(block=spec))
 
 
 def test_lost_bytes_are_made_again(site: Site, make: MakeWorker) -> None:
     worker = make()
     spec = site.block(0, embedded(worker, site))
-    done = worker.block(spec)
+    done = worker.run(Compress(block=spec))
     assert done.adapter is not None
     for blob in (done.checkpoint, done.adapter):
         site.workspace.discard(blob)
-        assert content(worker.block(spec)) == content(done)
+        assert content(worker.run(Compress(block=spec))) == content(done)
         assert site.workspace.has(blob)
 
 
@@ -185,7 +191,7 @@ def test_missing_inputs_are_an_error_that_a_retry_may_mend(site: Site, make: Mak
     inputs = embedded(worker, site)
     site.workspace.discard(inputs[0])
     with pytest.raises(ObjectNotFoundError):
-        worker.block(site.block(0, inputs))
+        worker.run(Compress(block=site.block(0, inputs)))
 
 
 def test_a_source_that_changed_is_refused(site: Site, make: MakeWorker) -> None:
@@ -194,10 +200,10 @@ def test_a_source_that_changed_is_refused(site: Site, make: MakeWorker) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     changed = spec.model_copy(update={"tensors": {**spec.tensors, name: "0" * 64}})
     with pytest.raises(CheckpointError, match="the source changed while the job ran"):
-        worker.block(changed)
+        worker.run(Compress(block=changed))
     less = {other: sha256 for other, sha256 in spec.tensors.items() if other != name}
     with pytest.raises(CheckpointError, match="no digest for"):
-        worker.block(spec.model_copy(update={"tensors": less}))
+        worker.run(Compress(block=spec.model_copy(update={"tensors": less})))
 
 
 def test_held_statistics_serve_only_the_task_they_were_gathered_for(site: Site, make: MakeWorker) -> None:
@@ -206,15 +212,15 @@ def test_held_statistics_serve_only_the_task_they_were_gathered_for(site: Site, 
     inputs = embedded(worker, site)
     some = site.block(0, inputs, {**RECIPE, "keep": ["lm_head", "*.down_proj"]})
     assert len(some.recipe) == 6
-    worker.forward(some)
-    record = worker.block(site.block(0, inputs))
+    worker.run(Calibrate(block=some))
+    record = worker.run(Compress(block=site.block(0, inputs)))
     assert len(record.formats) == 7
 
 
 def test_compressed_propagation_hands_on_the_compensated_blocks_outputs(site: Site, make: MakeWorker) -> None:
     worker = make()
     inputs = embedded(worker, site, sequences=SHARD + 1, length=LENGTH)
-    first = worker.block(site.block(0, inputs, propagate="compressed"))
+    first = worker.run(Compress(block=site.block(0, inputs, propagate="compressed")))
     for before, after in zip(inputs, first.outputs, strict=True):
         hidden = site.workspace.get_tensors(before)["hidden"]
         expected = run_compensated(site, first, hidden, 0)
@@ -225,13 +231,13 @@ def test_compressed_propagation_differs_from_block_one_on(site: Site, make: Make
     worker = make()
     inputs = embedded(worker, site, sequences=SHARD + 1, length=LENGTH)
     specs = [site.block(0, inputs, GPTQ, propagate) for propagate in ("original", "compressed")]
-    first_original, first_compressed = (worker.block(spec) for spec in specs)
+    first_original, first_compressed = (worker.run(Compress(block=spec)) for spec in specs)
     assert first_original.tensors == first_compressed.tensors
     assert first_original.factors == first_compressed.factors
     assert first_original.outputs == ()
-    passed_on = worker.forward(specs[0]).outputs
-    second_original = worker.block(site.block(1, passed_on, GPTQ))
-    second_compressed = worker.block(site.block(1, first_compressed.outputs, GPTQ, "compressed"))
+    passed_on = worker.run(Calibrate(block=specs[0])).outputs
+    second_original = worker.run(Compress(block=site.block(1, passed_on, GPTQ)))
+    second_compressed = worker.run(Compress(block=site.block(1, first_compressed.outputs, GPTQ, "compressed")))
     assert second_original.tensors.keys() == second_compressed.tensors.keys()
     assert second_original.tensors != second_compressed.tensors
 
@@ -247,7 +253,7 @@ def test_what_is_kept_is_carried_over_bit_for_bit(
     worker = make()
     recipe = {**RECIPE, "keep": ["lm_head", "*.o_proj"]}
     spec = site.block(0, embedded(worker, site), recipe)
-    record = worker.block(spec)
+    record = worker.run(Compress(block=spec))
     stored, source = site.workspace.get_tensors(record.checkpoint), site.tensors
     kept = [entry for entry in record.ledger if entry.fate == "kept"]
     assert any(entry.source.endswith("o_proj.weight") for entry in kept)
@@ -256,7 +262,7 @@ def test_what_is_kept_is_carried_over_bit_for_bit(
         (name,) = entry.stored_as
         assert stored[name].dtype is dtype
         assert torch.equal(stored[name], source[entry.source])
-    outside = worker.keep(KeepSpec(setting=site.setting, tensors={NORM: site.digests[NORM]}))
+    outside = worker.run(PassThrough(setting=site.setting, tensors={NORM: site.digests[NORM]}))
     assert torch.equal(site.workspace.get_tensors(outside.checkpoint)[NORM], source[NORM])
     hidden = site.workspace.get_tensors(spec.inputs[0])["hidden"]
     assert hidden.dtype is torch.bfloat16
@@ -268,7 +274,7 @@ def test_the_ledger_covers_every_parameter(case: str, tmp_path: Path, make: Make
     site = Site(source=tmp_path / "model", work=tmp_path / "work")
     worker = make()
     spec = site.block(0, embedded(worker, site), {**RECIPE, "compensation": {"kind": "none"}})
-    assert_accounted(site, spec, worker.block(spec))
+    assert_accounted(site, spec, worker.run(Compress(block=spec)))
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
@@ -277,7 +283,7 @@ def test_the_ledger_covers_fused_experts(case: str, tmp_path: Path, make: MakeWo
     site = Site(source=tmp_path / "model", work=tmp_path / "work")
     worker = make()
     spec = site.block(0, embedded(worker, site), {**RECIPE, "compensation": {"kind": "none"}})
-    record = worker.block(spec)
+    record = worker.run(Compress(block=spec))
     assert_accounted(site, spec, record)
     of_gate_up = [entry for entry in record.ledger if entry.source.endswith("experts.gate_up_proj")]
     assert len(of_gate_up) == 8  # gate and up of four experts
@@ -291,7 +297,7 @@ def test_fused_experts_give_the_bits_of_separate_ones(tmp_path: Path, make: Make
     records = []
     for name in ("fused", "apart"):
         site = Site(source=tmp_path / name, work=tmp_path / f"work-{name}")
-        records.append(worker.block(site.block(0, embedded(worker, site))))
+        records.append(worker.run(Compress(block=site.block(0, embedded(worker, site)))))
     assert records[0].tensors == records[1].tensors
     assert records[0].factors == records[1].factors
 
@@ -318,8 +324,8 @@ def test_module_errors_are_those_of_the_stored_bytes(site: Site, make: MakeWorke
     worker = make()
     inputs = embedded(worker, site, sequences=4, length=64)
     spec = site.block(0, inputs, GPTQ)
-    record = worker.block(spec)
-    loaded = worker.load_block(site.setting, 0, spec.tensors, torch.float32)
+    record = worker.run(Compress(block=spec))
+    loaded = load_block(worker.context, site.setting, 0, spec.tensors, torch.float32)
     block, parameters = loaded.block, loaded.parameters
     seen: dict[str, list[Tensor]] = {}
     for name in spec.recipe:
@@ -350,7 +356,7 @@ def test_module_errors_are_those_of_the_stored_bytes(site: Site, make: MakeWorke
 def test_outside_the_blocks_tensors_are_kept(site: Site, make: MakeWorker) -> None:
     names = [NORM]
     assert LM_HEAD not in site.tensors  # tied
-    record = make().keep(KeepSpec(setting=site.setting, tensors={name: site.digests[name] for name in names}))
+    record = make().run(PassThrough(setting=site.setting, tensors={name: site.digests[name] for name in names}))
     assert record.tensors == {NORM: site.digests[NORM]}
     assert [(entry.source, entry.fate, entry.stored_as) for entry in record.ledger] == [(NORM, "kept", (NORM,))]
     assert record.bits == 64 * 16
@@ -425,7 +431,7 @@ def test_the_model_and_its_name_are_not_the_same(site: Site) -> None:
 def test_jobs_that_differ_in_recipe_share_the_forward_pass(site: Site) -> None:
     inputs = (site.workspace.put_tensors({"hidden": torch.zeros(1, 2, 64)}),)
     one, other = site.block(0, inputs), site.block(0, inputs, GPTQ)
-    assert one.forward_key() == other.forward_key()
+    assert one.calibrate_key() == other.calibrate_key()
     assert one.key() != other.key()
 
 
@@ -434,11 +440,11 @@ def test_a_family_whose_weights_do_not_fit_groups_is_refused(tmp_path: Path, mak
     site = Site(source=tmp_path / "model", work=tmp_path / "work")
     worker = make()
     with pytest.raises(ValueError, match="expected a multiple of group_size 32"):
-        worker.block(site.block(0, embedded(worker, site)))
+        worker.run(Compress(block=site.block(0, embedded(worker, site))))
 
 
 def test_a_block_that_feeds_on_compressed_ones_has_no_first_half(site: Site, make: MakeWorker) -> None:
     worker = make()
     spec = site.block(0, embedded(worker, site), GPTQ, propagate="compressed")
     with pytest.raises(ValueError, match="block 0: propagate compressed: expected original"):
-        worker.forward(spec)
+        worker.run(Calibrate(block=spec))

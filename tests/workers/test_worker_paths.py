@@ -13,7 +13,9 @@ from counterweight.kernels.linear import CompensatedLinear
 from counterweight.pipeline.artifact import open_artifact
 from counterweight.pipeline.report import Report
 from counterweight.pipeline.serving import load_model
+from counterweight.workers.calibrated_block import calibrated, load_block
 from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.worker import Worker
 from tests.inprocess import run_job
 from tests.models import checkpoint
@@ -43,18 +45,18 @@ def block_error(report: Report) -> float:
 def test_paired_inputs_carry_the_original_stream_beside_the_compressed_one(site: Site) -> None:
     """What leaves the block is what both models make of it; and the statistics see both."""
     worker = Worker("cpu")
-    hidden = worker.embed(site.embed(torch.arange(64).view(4, 16))).outputs
+    hidden = worker.run(site.embed(torch.arange(64).view(4, 16))).outputs
     recipe = {"weights": RTN3, "compensation": {"kind": "lrc", "rank": {"count": 2}}}
     spec = site.block(0, (*hidden, *hidden), recipe, propagate="compressed").model_copy(update={"paired": True})
-    outputs = worker.block(spec).outputs
+    outputs = worker.run(Compress(block=spec)).outputs
     assert len(outputs) == 2 * len(hidden)
-    loaded = worker.load_block(site.setting, 0, spec.tensors, torch.float32)
+    loaded = load_block(worker.context, site.setting, 0, spec.tensors, torch.float32)
     read = site.workspace.get_tensors
     expected = loaded.block.run(read(hidden[0])["hidden"])
     assert torch.equal(read(outputs[len(hidden)])["hidden"], expected)
     assert not torch.allclose(read(outputs[0])["hidden"], expected, atol=1e-3)
     behind = site.block(1, outputs, recipe, propagate="compressed").model_copy(update={"paired": True})
-    statistics: dict[Any, InputStatistics] = worker._calibrated(behind, site.workspace).statistics
+    statistics: dict[Any, InputStatistics] = calibrated(worker.context, behind, site.workspace).statistics
     for found in statistics.values():
         assert found.streams == {"x", "t"}
         assert not torch.allclose(found.product("tt"), found.gram)
@@ -64,13 +66,13 @@ def test_experts_have_no_original_stream_because_a_router_may_send_them_other_to
     checkpoint("mixtral", tmp_path / "model", num_hidden_layers=2)
     site = Site(source=tmp_path / "model", work=tmp_path / "work")
     worker = Worker("cpu")
-    hidden = worker.embed(site.embed(torch.arange(64).view(4, 16))).outputs
+    hidden = worker.run(site.embed(torch.arange(64).view(4, 16))).outputs
     # Eight bits leave the routing as it is: as many tokens as in the original model, though that is not the rule.
     recipe = {"weights": {**RTN3, "bits": 8}, "compensation": {"kind": "lrc", "rank": {"count": 2}}}
     first = site.block(0, (*hidden, *hidden), recipe, propagate="compressed").model_copy(update={"paired": True})
-    outputs = worker.block(first).outputs
+    outputs = worker.run(Compress(block=first)).outputs
     behind = site.block(1, outputs, recipe, propagate="compressed").model_copy(update={"paired": True})
-    statistics: dict[Any, InputStatistics] = worker._calibrated(behind, site.workspace).statistics
+    statistics: dict[Any, InputStatistics] = calibrated(worker.context, behind, site.workspace).statistics
     streams = {group[0]: found.streams for group, found in statistics.items()}
     assert streams["self_attn.q_proj"] == {"x", "t"}
     assert {seen for name, seen in streams.items() if "experts" in name} == {frozenset({"x"})}

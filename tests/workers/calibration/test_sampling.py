@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from counterweight.workers.errors import CheckpointError
-from counterweight.workers.tasks import SampleSpec
+from counterweight.workers.tasks.sample import Sample
 from counterweight.workers.worker import Worker
 from tests.inprocess import local, run_job
 from tests.models import checkpoint
@@ -26,8 +26,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def drawn(model: Path, **changes: object) -> Tensor:
     fields = {"source": model.as_uri(), "compute_dtype": "float32", "sequences": 20, "length": 12}
-    spec = SampleSpec.model_validate({**fields, "temperature": 1.0, "seed": 0, **changes})
-    return torch.tensor(Worker().sample(spec))
+    spec = Sample.model_validate({**fields, "temperature": 1.0, "seed": 0, **changes})
+    return torch.tensor(Worker().run(spec))
 
 
 def test_nearly_without_temperature_it_is_the_most_probable_continuation(model: Path) -> None:

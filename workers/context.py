@@ -1,0 +1,49 @@
+"""What a task finds on the worker that runs it. Nothing in here is part of what a result is: that comes from the task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from counterweight.workers.checkpoint.reader import Checkpoint
+from counterweight.workers.models.block_builder import BlockBuilder
+from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.storage import open_store
+from counterweight.workers.tasks.setting import Setting
+from counterweight.workers.workspace import Blob, Workspace
+
+if TYPE_CHECKING:
+    from counterweight.workers.calibrated_block import CalibratedBlock
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TaskContext:
+    """device: where tensors are computed with. pool: threads that share the shards and the solves. calibrated: the block whose
+    statistics are in memory."""
+
+    def __init__(self, device: torch.device, threads: int) -> None:
+        self.device = device
+        self.pool = OrderedPool(threads)
+        self.calibrated: CalibratedBlock | None = None
+        self._sources: dict[str, tuple[Checkpoint, BlockBuilder]] = {}
+
+    def source(self, setting: Setting) -> tuple[Checkpoint, BlockBuilder]:
+        """The job's source model, opened; the last one is remembered."""
+        if setting.source not in self._sources:
+            self._sources.clear()
+            checkpoint = Checkpoint.open(open_store(setting.source))
+            self._sources[setting.source] = (checkpoint, BlockBuilder(setting.config))
+        return self._sources[setting.source]
+
+    def close(self) -> None:
+        """Drops what is held and ends the threads."""
+        self.calibrated = None
+        self.pool.close()
+
+
+def put_hidden(workspace: Workspace, hidden: Tensor) -> Blob:
+    """Stores one shard of hidden states, which can be made again."""
+    return workspace.put_tensors({"hidden": hidden.cpu()}, durable=False)

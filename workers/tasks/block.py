@@ -1,0 +1,93 @@
+"""One transformer block: what a job asks of it, and what was made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
+
+from counterweight.workers.config import Config
+from counterweight.workers.formats import ModuleFormat
+from counterweight.workers.keys import digest, versions
+from counterweight.workers.recipe import ModuleRecipe
+from counterweight.workers.storage import open_store
+from counterweight.workers.tasks.records import LedgerEntry, ModuleReport, Timing
+from counterweight.workers.tasks.setting import Setting
+from counterweight.workers.workspace import Blob, Record, Workspace
+
+CALIBRATE, COMPRESS, GAINS = "forward", "block", "gains"
+"""Kinds of a block's tasks, as their records are filed."""
+
+
+class BlockSpec(Config):
+    """One transformer block: which, from which weights, on which inputs, compressed how."""
+
+    setting: Setting
+    index: int
+    tensors: Mapping[str, str]
+    """Source tensors of the block -> sha256."""
+    inputs: tuple[Blob, ...]
+    """Hidden states that enter the block, one blob per shard, in order."""
+    recipe: Mapping[str, ModuleRecipe]
+    """Linear (name relative to the block) -> what applies to it; linears that are kept are absent."""
+    propagate: Literal["original", "compressed"]
+    paired: bool = False
+    """Whether the second half of `inputs` is what enters the block in the original model, which the first no longer is."""
+
+    @property
+    def shards(self) -> int:
+        """Shards of one stream of inputs."""
+        return len(self.inputs) // 2 if self.paired else len(self.inputs)
+
+    def calibrate_key(self) -> str:
+        """Key of the block's *original* output: no recipe enters, so jobs that differ in recipe share it."""
+        return digest(
+            [
+                CALIBRATE,
+                self.setting.determines(),
+                self.index,
+                dict(self.tensors),
+                [blob.sha256 for blob in self.inputs],
+            ]
+        )
+
+    def key(self) -> str:
+        """Key of the compressed block."""
+        recipe = {name: part.model_dump(mode="json") for name, part in self.recipe.items()}
+        return digest([COMPRESS, self.calibrate_key(), self.propagate, self.paired, recipe, versions(self.recipe)])
+
+    def workspace(self) -> Workspace:
+        """Where the block's results are kept."""
+        return Workspace(open_store(self.setting.workspace))
+
+
+class BlockRecord(Record):
+    """A compressed block: finished checkpoint shard, adapter factors, what it cost and won."""
+
+    index: int
+    checkpoint: Blob
+    adapter: Blob | None
+    outputs: tuple[Blob, ...]
+    """Hidden states after the *compressed* block (propagate: compressed), then, of paired inputs, after the original one;
+    otherwise empty."""
+    tensors: Mapping[str, str]
+    """Tensors in the checkpoint shard -> sha256 of dtype, shape and bytes."""
+    factors: Mapping[str, str]
+    """Tensors of the adapter -> sha256, likewise."""
+    residual: Blob | None = None
+    """The block's residual stores."""
+    residuals: Mapping[str, str] = Field(default_factory=dict)
+    """Tensors of the residual stores -> sha256, likewise."""
+    modules: tuple[ModuleReport, ...]
+    formats: Mapping[str, ModuleFormat]
+    """Full module name, as stored -> format."""
+    kept_bits: int = Field(ge=0)
+    """Bits of the block's tensors that were carried over: norms, biases, routers, kept linears."""
+    ledger: tuple[LedgerEntry, ...]
+    timing: Timing
+
+    @property
+    def stored(self) -> tuple[Blob, ...]:
+        """The blobs that an artifact is made of."""
+        return tuple(blob for blob in (self.checkpoint, self.adapter, self.residual) if blob is not None)

@@ -1,0 +1,31 @@
+"""What a model is: names and shapes, from its config.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from counterweight.workers.models.layout import ModelLayout
+from counterweight.workers.tasks.task import Task
+
+if TYPE_CHECKING:
+    from counterweight.workers.context import TaskContext
+
+
+@dataclass(frozen=True)
+class Describe(Task[ModelLayout]):
+    """Names and shapes of the model with this config.json. CheckpointError, UnsupportedModelError."""
+
+    kind: ClassVar[str] = "describe"
+
+    config: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return "architecture"
+
+    def run(self, context: TaskContext) -> ModelLayout:
+        from counterweight.workers.models.block_builder import BlockBuilder
+
+        return BlockBuilder(self.config).layout

@@ -1,0 +1,66 @@
+"""The embedding: tokens to the hidden states that enter block 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
+
+from counterweight.workers.config import Config
+from counterweight.workers.keys import digest
+from counterweight.workers.storage import open_store
+from counterweight.workers.tasks.records import HiddenRecord
+from counterweight.workers.tasks.setting import Setting, shard_sequences
+from counterweight.workers.tasks.task import DurableTask
+from counterweight.workers.workspace import Blob, Workspace
+
+if TYPE_CHECKING:
+    from counterweight.workers.context import TaskContext
+
+
+class Embed(Config, DurableTask[HiddenRecord]):
+    """Token ids to hidden states, cut into shards."""
+
+    kind: ClassVar[str] = "embed"
+    record: ClassVar[type[HiddenRecord]] = HiddenRecord
+
+    setting: Setting
+    tokens: Blob
+    """A safetensors blob with `input_ids` [sequences, length] int32."""
+    tensor: tuple[str, str]
+    """Name and sha256 of the embedding."""
+
+    @property
+    def name(self) -> str:
+        return "embedding"
+
+    def key(self) -> str:
+        return digest([self.kind, self.setting.determines(), self.tokens.sha256, self.tensor[1]])
+
+    def workspace(self) -> Workspace:
+        return Workspace(open_store(self.setting.workspace))
+
+    def blobs(self, record: HiddenRecord) -> Iterable[Blob]:
+        return record.outputs
+
+    def compute(self, context: TaskContext, workspace: Workspace) -> HiddenRecord:
+        import torch
+
+        from counterweight.workers.clock import Clock
+        from counterweight.workers.context import DTYPES, put_hidden
+        from counterweight.workers.transforms.rotation import residual_hadamard, rotate_embedding
+
+        clock = Clock(context.device)
+        checkpoint, builder = context.source(self.setting)
+        name, sha256 = self.tensor
+        weight = checkpoint.read(name, sha256=sha256)
+        if (rotation := self.setting.rotation) is not None and rotation.residual:
+            weight = rotate_embedding(weight, residual_hadamard(builder.hidden_size, rotation))
+        module = builder.embedding(weight, context.device, DTYPES[self.setting.compute_dtype])
+        ids = workspace.get_tensors(self.tokens)["input_ids"]
+        clock.lap("load")
+        with torch.no_grad():
+            shards = [module(part.long().to(context.device)) for part in ids.split(shard_sequences(ids.shape[1]))]
+        clock.lap("forward")
+        outputs = tuple(put_hidden(workspace, shard) for shard in shards)
+        clock.lap("write")
+        return HiddenRecord(outputs=outputs, timing=clock.timing())

@@ -1,0 +1,118 @@
+"""Metrics of some windows of text under the original, the quantized and the compensated model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from counterweight.workers.config import Config
+from counterweight.workers.keys import digest
+from counterweight.workers.storage import open_store
+from counterweight.workers.tasks.records import Timing
+from counterweight.workers.tasks.setting import Setting, shard_sequences
+from counterweight.workers.tasks.task import DurableTask
+from counterweight.workers.workspace import Blob, Record, Workspace
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from counterweight.workers.context import TaskContext
+    from counterweight.workers.models.block_builder import Block, BlockBuilder
+
+BASELINE, QUANTIZED, COMPENSATED = "baseline", "quantized", "compensated"
+"""The models that validation compares: the original, its codes alone, and with what compensates them."""
+
+
+class WindowMetrics(Config):
+    """One window under one model.
+
+    nll: mean negative log-likelihood of its tokens but the first, in nats. kl: mean over positions of
+    KL(baseline || this), in nats. agreement: share of positions with the baseline's most probable token.
+    """
+
+    nll: float
+    kl: float
+    agreement: float
+
+
+class EvaluateRecord(Record):
+    """Variant -> metrics of the windows, in order. Without any low-rank branch there is no `compensated`."""
+
+    windows: Mapping[str, tuple[WindowMetrics, ...]]
+    timing: Timing
+
+
+class Evaluate(Config, DurableTask[EvaluateRecord]):
+    """Metrics of windows [start, stop) of a token set, under an artifact with and without its branches and under the model that
+    it was made from."""
+
+    kind: ClassVar[str] = "evaluate"
+    record: ClassVar[type[EvaluateRecord]] = EvaluateRecord
+
+    setting: Setting
+    tensors: Mapping[str, str]
+    """Every source tensor -> sha256."""
+    artifact: str
+    """Root URI of the artifact's files."""
+    ledger: str
+    """sha256 of the artifact's ledger, which holds the digest of every stored tensor."""
+    tokens: Blob
+    start: int
+    stop: int
+
+    def key(self) -> str:
+        shared = {**self.setting.determines(), "compute_dtype": "float32"}
+        return digest([self.kind, shared, dict(self.tensors), self.ledger, self.tokens.sha256, self.start, self.stop])
+
+    @property
+    def name(self) -> str:
+        return f"validation of windows {self.start} to {self.stop - 1}"
+
+    def workspace(self) -> Workspace:
+        return Workspace(open_store(self.setting.workspace))
+
+    def compute(self, context: TaskContext, workspace: Workspace) -> EvaluateRecord:
+        import torch
+
+        from counterweight.workers.calibrated_block import load_block
+        from counterweight.workers.clock import Clock
+        from counterweight.workers.compressed import CompressedModel
+        from counterweight.workers.evaluation import advance, compressed_blocks, measure, variants_of
+        from counterweight.workers.memory import release
+        from counterweight.workers.models.layout import EMBEDDING
+        from counterweight.workers.models.source import outside
+
+        clock = Clock(context.device)
+        checkpoint, builder = context.source(self.setting)
+        model = CompressedModel.open(open_store(self.artifact), ledger_sha256=self.ledger)
+        variants = variants_of(model)
+        ids = workspace.get_tensors(self.tokens)["input_ids"][self.start : self.stop].long().to(context.device)
+        batches = ids.split(shard_sequences(ids.shape[1]))
+        original = outside(checkpoint, builder, self.tensors)
+        plain = self.setting.model_copy(update={"rotation": None})
+
+        def ends(one: BlockBuilder, embedding: Tensor, head: Mapping[str, Tensor]) -> tuple[list[Tensor], nn.Module]:
+            embed = one.embedding(embedding, context.device, torch.float32)
+            with torch.no_grad():
+                return [embed(batch) for batch in batches], one.head(head, context.device, torch.float32)
+
+        # The compressed model may live in other coordinates than the original, its variants share theirs.
+        of_compressed = ends(model.builder, model.embedding(), model.head())
+        of_variant = dict.fromkeys(variants, of_compressed) | {BASELINE: ends(builder, original[EMBEDDING], original)}
+
+        def blocks(index: int) -> dict[str, Block]:
+            release(context.device)
+            found = compressed_blocks(model, index, variants[1:], context.device)
+            names = {part.source for part in builder.layout.sources(index, self.tensors).values()}
+            digests = {name: self.tensors[name] for name in names}
+            return {BASELINE: load_block(context, plain, index, digests, torch.float32).block, **found}
+
+        first = {variant: hidden for variant, (hidden, _) in of_variant.items()}
+        hidden = advance(first, blocks, builder.blocks, context.pool)
+        windows = measure(hidden, batches, {variant: head for variant, (_, head) in of_variant.items()}, context.pool)
+        clock.lap("forward")
+        record = EvaluateRecord(
+            windows={variant: tuple(found) for variant, found in windows.items()}, timing=clock.timing()
+        )
+        release(context.device)
+        return record

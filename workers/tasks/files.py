@@ -1,0 +1,55 @@
+"""Files of an artifact: factors and residual stores of all blocks joined into one, and bytes checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from counterweight.workers.storage import open_store, stream_sha256
+from counterweight.workers.storage.base import Written
+from counterweight.workers.tasks.task import Task
+from counterweight.workers.workspace import Blob, Workspace
+
+if TYPE_CHECKING:
+    from counterweight.workers.context import TaskContext
+
+
+@dataclass(frozen=True)
+class Join(Task[Written]):
+    """Writes blobs of tensors as one file `path` below the root URI `output`; its size and sha256. workspace: root URI. parts:
+    blob -> names of its tensors. what: for people."""
+
+    kind: ClassVar[str] = "join"
+
+    workspace: str
+    parts: Sequence[tuple[Blob, Sequence[str]]]
+    output: str
+    path: str
+    what: str
+
+    @property
+    def name(self) -> str:
+        return self.what
+
+    def run(self, context: TaskContext) -> Written:
+        from counterweight.workers.join import join_tensors
+
+        return join_tensors(Workspace(open_store(self.workspace)), self.parts, open_store(self.output), self.path)
+
+
+@dataclass(frozen=True)
+class Checksum(Task[str]):
+    """sha256 of the bytes of the object `path` below the root URI `root`, in bounded memory."""
+
+    kind: ClassVar[str] = "checksum"
+
+    root: str
+    path: str
+
+    @property
+    def name(self) -> str:
+        return f"check of {self.path}"
+
+    def run(self, context: TaskContext) -> str:
+        return stream_sha256(open_store(self.root), self.path)

@@ -1,0 +1,33 @@
+"""The first look at source tensors: a digest of each, and whether it is finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from counterweight.workers.checkpoint.digest import TensorDigest
+from counterweight.workers.checkpoint.reader import Checkpoint
+from counterweight.workers.storage import open_store
+from counterweight.workers.tasks.task import Task
+
+if TYPE_CHECKING:
+    from counterweight.workers.context import TaskContext
+
+
+@dataclass(frozen=True)
+class Inspect(Task[dict[str, TensorDigest]]):
+    """Reads each byte of these tensors once, in bounded memory. source: root URI. part: of how many, for people."""
+
+    kind: ClassVar[str] = "inspect"
+
+    source: str
+    names: Sequence[str]
+    part: str = "1 of 1"
+
+    @property
+    def name(self) -> str:
+        return f"inventory {self.part}"
+
+    def run(self, context: TaskContext) -> dict[str, TensorDigest]:
+        return Checkpoint.open(open_store(self.source)).inspect(self.names)

@@ -1,0 +1,79 @@
+"""Tensors outside the blocks that the artifact carries over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from counterweight.workers.config import Config
+from counterweight.workers.keys import digest
+from counterweight.workers.storage import open_store
+from counterweight.workers.tasks.records import LedgerEntry, Timing
+from counterweight.workers.tasks.setting import Setting
+from counterweight.workers.tasks.task import DurableTask
+from counterweight.workers.workspace import Blob, Record, Workspace
+
+if TYPE_CHECKING:
+    from counterweight.workers.context import TaskContext
+
+
+class PassThroughRecord(Record):
+    """Tensors carried over: one checkpoint shard."""
+
+    checkpoint: Blob
+    tensors: Mapping[str, str]
+    ledger: tuple[LedgerEntry, ...]
+    bits: int = Field(ge=0)
+    timing: Timing
+
+
+class PassThrough(Config, DurableTask[PassThroughRecord]):
+    """Carries tensors outside the blocks over into a checkpoint shard of their own, rotated where the model is. tensors: name
+    -> sha256."""
+
+    kind: ClassVar[str] = "keep"
+    record: ClassVar[type[PassThroughRecord]] = PassThroughRecord
+
+    setting: Setting
+    tensors: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return f"kept tensors ({', '.join(self.tensors)})"
+
+    def key(self) -> str:
+        return digest([self.kind, self.setting.determines(), dict(self.tensors)])
+
+    def workspace(self) -> Workspace:
+        return Workspace(open_store(self.setting.workspace))
+
+    def blobs(self, record: PassThroughRecord) -> Iterable[Blob]:
+        return (record.checkpoint,)
+
+    def compute(self, context: TaskContext, workspace: Workspace) -> PassThroughRecord:
+        from counterweight.workers.block import tensor_bits
+        from counterweight.workers.checkpoint.digest import tensor_digest
+        from counterweight.workers.clock import Clock
+        from counterweight.workers.transforms.rotation import residual_hadamard, rotated_outside
+
+        clock = Clock(context.device)
+        checkpoint, builder = context.source(self.setting)
+        tensors = checkpoint.read_many(self.tensors, sha256=self.tensors)
+        sources: dict[str, tuple[str, ...]] = {name: (name,) for name in tensors}
+        if (rotation := self.setting.rotation) is not None and rotation.residual:
+            tensors, sources = rotated_outside(tensors, residual_hadamard(builder.hidden_size, rotation))
+        clock.lap("load")
+        blob = workspace.put_tensors(tensors)
+        clock.lap("write")
+        return PassThroughRecord(
+            checkpoint=blob,
+            tensors={name: tensor_digest(tensor) for name, tensor in tensors.items()},
+            ledger=tuple(
+                LedgerEntry(source=source, shape=checkpoint.entry(source).shape, fate="kept", stored_as=stored)
+                for source, stored in sources.items()
+            ),
+            bits=sum(tensor_bits(tensor) for tensor in tensors.values()),
+            timing=clock.timing(),
+        )

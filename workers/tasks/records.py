@@ -1,0 +1,74 @@
+"""What records of several tasks are made of, and reports show: times, the fate of a tensor, what became of a linear."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from counterweight.workers.config import Config
+from counterweight.workers.workspace import Blob, Record
+
+
+class Timing(Config):
+    """Where a task's time went, in seconds, and its memory's high-water marks, in bytes."""
+
+    load: float = 0.0
+    forward: float = 0.0
+    solve: float = 0.0
+    write: float = 0.0
+    host_peak_bytes: int = 0
+    device_peak_bytes: int = 0
+    device: str = "cpu"
+
+    @property
+    def total(self) -> float:
+        return self.load + self.forward + self.solve + self.write
+
+
+class HiddenRecord(Record):
+    """Hidden states at a block's boundary, one blob per shard."""
+
+    outputs: tuple[Blob, ...]
+    timing: Timing
+
+
+class LedgerEntry(Config):
+    """What became of one source tensor."""
+
+    source: str
+    shape: tuple[int, ...]
+    fate: Literal["quantized", "kept", "dropped"]
+    stored_as: tuple[str, ...]
+    """Names of the checkpoint's tensors that hold it; empty when dropped."""
+    reason: str = ""
+
+
+class FallbackReport(Config):
+    """A departure from the recipe that was necessary, with its cause; never silent."""
+
+    step: str
+    cause: str
+
+
+class ModuleReport(Config):
+    """What one linear layer cost and won.
+
+    error_quantized, error_compensated: squared error of the output over the calibration tokens, quantized inputs included,
+    relative to the original output, before and after the low-rank branch; None when no token reached the layer. Bits are of
+    storage, in sum over the layer.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    bits: int
+    group_size: int | None
+    rank: int
+    tokens: int
+    code_bits: int
+    scale_bits: int
+    factor_bits: int
+    residual_bits: int = 0
+    error_quantized: float | None
+    error_compensated: float | None
+    fallbacks: tuple[FallbackReport, ...] = ()
+    seconds: float

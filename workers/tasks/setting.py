@@ -1,0 +1,57 @@
+"""What every task of a job shares, and how its tokens are cut into shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from counterweight.workers.config import Config
+from counterweight.workers.keys import numerics, versions
+from counterweight.workers.recipe import Rotation
+
+SHARD_TOKENS = 8192
+"""Tokens of one shard of hidden states. Part of the numerics: statistics are reduced shard by shard."""
+
+
+def shard_sequences(length: int) -> int:
+    """Sequences of `length` tokens in one shard of hidden states."""
+    return max(1, SHARD_TOKENS // length)
+
+
+IRRELEVANT_CONFIG = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+"""Fields of config.json that cannot change a block's result."""
+
+ComputeDtype = Literal["float32", "bfloat16"]
+ITEMSIZE: Mapping[ComputeDtype, int] = {"float32": 4, "bfloat16": 2}
+"""Bytes of an activation."""
+
+Device = Literal["cpu", "cuda"]
+
+
+class Setting(Config):
+    """What every task of a job shares."""
+
+    source: str
+    """Root URI of the source checkpoint."""
+    config: Mapping[str, Any]
+    """The source's config.json."""
+    workspace: str
+    """Root URI of the durable state."""
+    compute_dtype: ComputeDtype
+    device: Device
+    """Where the arithmetic was asked to run: bits differ between kinds of device, so results do not mix."""
+    rotation: Rotation | None = None
+    """Coordinates in which the model is compressed; null: its own."""
+
+    def determines(self) -> dict[str, Any]:
+        """The part of a key that all tasks share."""
+        config = {name: value for name, value in self.config.items() if name not in IRRELEVANT_CONFIG}
+        return {
+            "numerics": numerics(),
+            "config": config,
+            "compute_dtype": self.compute_dtype,
+            "device": self.device,
+            "shard_tokens": SHARD_TOKENS,
+            "rotation": None if self.rotation is None else self.rotation.model_dump(mode="json"),
+            "versions": versions(self.rotation),
+        }
