@@ -45,6 +45,8 @@ class CompensatedLinear(nn.Module):
         self.decode_only = decode_only
         self.out_features, self.in_features = weight.shape
         self._weight = weight
+        if taken := weight.parts.keys() & {"up", "down", "up_scale", "down_scale", "bias"}:
+            raise ValueError(f"weight: {weight.kind}: parts {sorted(taken)}: expected other names than the branch's")
         for name, part in weight.parts.items():
             self.register_buffer(name, part)
         self.register_buffer("up", None if low_rank is None else low_rank.up)

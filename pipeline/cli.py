@@ -73,15 +73,26 @@ def run(
 
 
 @app.command()
-def plan(manifest: Manifest, set_: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    manifest: Manifest,
+    set_: Overrides = None,
+    device: Annotated[
+        str | None, typer.Option(help="The workers' GPU, such as H100-80G: does it fit?", show_default=False)
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Replaces spec.resources.workers.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
     """Say what a job would do and need, from headers alone."""
     from counterweight.pipeline.manifest import load_manifest
 
-    job = load_manifest(manifest, set_ or []).job
+    overrides = [*(set_ or []), *([] if workers is None else [f"spec.resources.workers={workers}"])]
+    job = load_manifest(manifest, overrides).job
     from counterweight.pipeline.model_source import open_model
     from counterweight.pipeline.plan import make_plan
 
-    made = make_plan(job, open_model(job.spec.model.uri))
+    made = make_plan(job, open_model(job.spec.model.uri), device)
+    unknown = job.spec.resources.gpus_per_worker > 0 and device is None
+    fits = "not known: name the workers' GPU with --device" if unknown else "nothing"
     if as_json:
         _print_json(made.model_dump(mode="json"))
         return
@@ -98,7 +109,7 @@ def plan(manifest: Manifest, set_: Overrides = None, as_json: AsJson = False) ->
                 f"{bytes_text(made.storage_read_bytes)} read, {bytes_text(made.storage_written_bytes)} written",
             ),
             ("headers read", bytes_text(made.header_bytes_read)),
-            ("does not fit", "; ".join(made.problems) or "nothing"),
+            ("does not fit", "; ".join(made.problems) or fits),
         ],
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from counterweight.pipeline.dispatch import Dispatcher
@@ -15,12 +16,15 @@ from counterweight.pipeline.progress import Progress
 from counterweight.pipeline.tokens import Tokens, read_tokens
 from counterweight.workers.calibration.source import ModelSamples
 from counterweight.workers.calibration.tokens import TokenSet
-from counterweight.workers.errors import RequestError
+from counterweight.workers.errors import RequestError, StorageError
 from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.storage import open_store
 from counterweight.workers.storage.probe import probe
 from counterweight.workers.tasks.describe import Describe
 from counterweight.workers.tasks.sample import Sample
+
+STALE = timedelta(days=7)
+"""Age at which an unfinished write cannot belong to a job that runs."""
 
 
 def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here: bool) -> tuple[ModelSource, Tokens]:
@@ -35,6 +39,7 @@ def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here:
     except RequestError as error:
         raise RequestError(f"spec.output.uri: {error}") from error
 
+    _sweep(job, progress)
     root = resolve(job.spec.model.uri)
     dispatcher = Dispatcher(pool, RetryPolicy(), progress.note)
     sampled = isinstance(job.spec.calibration.source, ModelSamples)
@@ -56,6 +61,18 @@ def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here:
         read.append(read_tokens(job, source.tokenizer(), _sampled(job, source, dispatcher)))
     (tokens,) = read
     return source, tokens.within(source.layout.vocabulary)
+
+
+def _sweep(job: CompressionJob, progress: Progress) -> None:
+    """Removes what writers that were killed left behind: temporary files, open multipart uploads. Where that is not possible
+    the job goes on."""
+    try:
+        swept = open_store(job.spec.output.uri).abort_stale_writes(STALE)
+    except (RequestError, StorageError) as error:
+        progress.note(f"unfinished writes of earlier jobs could not be removed: {error}")
+        return
+    if swept:
+        progress.note(f"removed {swept} unfinished writes older than {STALE.days} days")
 
 
 def _sampled(job: CompressionJob, source: ModelSource, dispatcher: Dispatcher) -> TokenSet:

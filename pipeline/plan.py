@@ -6,9 +6,11 @@ Sizes are estimates with the same shape as the truth: every term is named, and t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from math import prod
 
+from counterweight.pipeline.devices import memory_of
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.residual_tuner import afford
@@ -57,6 +59,8 @@ class Plan(Config):
     storage_written_bytes: int
     flops: int
     header_bytes_read: int
+    device: str | None
+    """The GPU that it was asked about; null: none."""
     problems: tuple[str, ...]
 
 
@@ -77,9 +81,10 @@ def block_recipe(source: ModelSource, index: int, recipe: Recipe) -> dict[str, M
     return afford(result, {name: _matrix(shapes[f"{name}.weight"]) for name in result})
 
 
-def make_plan(job: CompressionJob, source: ModelSource) -> Plan:
-    """The plan of a job. ManifestError for what the recipe asks and the model cannot give (a rank above a layer's size,
-    a group size that does not divide a width, an override that matches nothing)."""
+def make_plan(job: CompressionJob, source: ModelSource, device: str | None = None) -> Plan:
+    """The plan of a job. device: a name of `devices.MEMORY`, RequestError for another. ManifestError for what the recipe asks
+    and the model cannot give (a rank above a layer's size, a group size that does not divide a width, an override that matches
+    nothing)."""
     _check_overrides(job.spec.recipe, source)
     _check_rotation(job.spec.recipe, source)
     blocks = tuple(_block_plan(job, source, index) for index in range(source.layout.blocks))
@@ -104,7 +109,8 @@ def make_plan(job: CompressionJob, source: ModelSource) -> Plan:
         storage_written_bytes=written,
         flops=sum(block.forward_flops + block.statistics_flops for block in blocks),
         header_bytes_read=source.checkpoint.bytes_read,
-        problems=tuple(_misfits(job, PROCESS_BYTES + peak)),
+        device=device,
+        problems=tuple(_misfits(job, blocks, device)),
     )
 
 
@@ -217,15 +223,26 @@ def _check_overrides(recipe: Recipe, source: ModelSource) -> None:
         raise ManifestError("\n".join(idle))
 
 
-def _misfits(job: CompressionJob, peak: int) -> list[str]:
-    workers = job.spec.resources.workers
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if job.spec.resources.gpus_per_worker == 0 and peak * workers > available:
-        return [
-            f"{workers} workers of {peak / 2**30:.1f} GiB need {peak * workers / 2**30:.1f} GiB: "
-            f"this machine has {available / 2**30:.1f} GiB"
-        ]
-    return []
+def _misfits(job: CompressionJob, blocks: Sequence[BlockPlan], device: str | None) -> list[str]:
+    """What does not fit this machine, for workers without GPUs, or the device that is named."""
+    largest = max(blocks, key=lambda block: block.peak_bytes)
+    resources = job.spec.resources
+    if resources.gpus_per_worker == 0 and device is None:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        each = PROCESS_BYTES + largest.peak_bytes
+        need = each * resources.workers
+        what = f"{resources.workers} workers of {_gib(each)} need {_gib(need)}: this machine has {_gib(available)}"
+    else:
+        available = (
+            sys.maxsize if device is None else int(memory_of(device) * min(1.0, resources.gpus_per_worker or 1.0))
+        )
+        need = largest.peak_bytes
+        what = f"block {largest.index} needs {_gib(need)} of a GPU: a worker has {_gib(available)} of {device}"
+    return [what] if need > available else []
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
 
 
 def _artifact_bytes(source: ModelSource, blocks: tuple[BlockPlan, ...]) -> int:

@@ -211,7 +211,7 @@ def _solves(
     scale_dtypes: Mapping[str, torch.dtype],
     factor_dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[_Job]:
-    """SharedInputGroup that share a recipe share a solve when they can."""
+    """Linears that share an input and a recipe share a solve when they can."""
     for group in statistics:
         waiting = [name for name in group if name in recipes]
         while waiting:

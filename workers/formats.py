@@ -31,9 +31,9 @@ class ResidualFormat(Config):
 class ModuleFormat(Config):
     """How one quantized linear is stored: what a loader must know beside the tensors."""
 
-    kind: str = "uniform"
+    kind: str = Field(default="uniform", max_length=40)
     """How its weight is stored: see `kernels.weights`."""
-    bits: Literal[1, 2, 3, 4, 8]
+    bits: int = Field(ge=1, le=8)
     group_size: int | None
     symmetric: bool
     activation_bits: int | None

@@ -10,7 +10,7 @@ at most unused bytes. Records hold what a task found (digests, errors, seconds),
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -19,7 +19,7 @@ from torch import Tensor
 from counterweight.workers.checkpoint.writer import read_safetensors, safetensors_pieces
 from counterweight.workers.config import Config, first_problem
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
-from counterweight.workers.storage import ObjectStore, sha256_hex
+from counterweight.workers.storage import ObjectStore
 
 WORK = "_work"
 """Everything here lies under this prefix of the output's root; no job can have this name (`_` is not allowed in one)."""
@@ -69,13 +69,6 @@ class Workspace:
                 writer.commit()
         return blob
 
-    def put_bytes(self, data: bytes) -> Blob:
-        """Stores bytes as a blob."""
-        blob = Blob(sha256=sha256_hex(data), size=len(data))
-        if not self.has(blob):
-            self.store.write(blob.key, data)
-        return blob
-
     def get_bytes(self, blob: Blob) -> bytes:
         """The blob's bytes, every one verified. IntegrityError, ObjectNotFoundError."""
         return self.store.read(blob.key, sha256=blob.sha256)
@@ -118,8 +111,3 @@ class Workspace:
         if earlier is None:
             raise IntegrityError(f"{self.store.uri_of(name)}: a record was there and is gone")
         return earlier
-
-    def commits(self, kind: str) -> Iterator[str]:
-        """Keys of the committed tasks of a kind."""
-        for info in self.store.list(f"{COMMITS}/{kind}/"):
-            yield info.key.rsplit("/", 1)[1].removesuffix(".json")

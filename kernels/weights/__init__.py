@@ -17,7 +17,12 @@ def formats() -> Mapping[str, type[StoredWeight]]:
     """kind -> class, of every format that a file of this folder defines."""
     for module in pkgutil.iter_modules(__path__):
         import_module(f"{__name__}.{module.name}")
-    return {found.kind: found for found in StoredWeight.__subclasses__()}
+    found: dict[str, type[StoredWeight]] = {}
+    for one in StoredWeight.__subclasses__():
+        if one.kind in found:
+            raise ValueError(f"kind: {one.kind!r}: expected one that {found[one.kind].__name__} does not have")
+        found[one.kind] = one
+    return found
 
 
 def format_of(kind: str) -> type[StoredWeight]:

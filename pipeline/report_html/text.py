@@ -47,6 +47,9 @@ def recipe_line(document: Mapping[str, Any]) -> str:
     if not weights:
         return "recipe below"
     activations = _mapping(recipe.get("activations"))
+    if isinstance(weights.get("format"), str):
+        inputs = f"A{activations.get('bits', '?')}, " if activations else ""
+        return f"{inputs}weights stored as {weights['format']}" + _compensation(_mapping(recipe.get("compensation")))
     bits = f"W{weights.get('bits', '?')}" + (f"A{activations.get('bits', '?')}" if activations else "")
     group = weights.get("group_size")
     parts = [f"{bits} per channel" if group is None else f"{bits} in groups of {group}"]

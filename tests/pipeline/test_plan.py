@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from counterweight.pipeline import devices
 from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.pipeline.plan import PROCESS_BYTES, block_recipe, make_plan
 from counterweight.workers.checkpoint.header import LENGTH_BYTES
-from counterweight.workers.errors import ManifestError
+from counterweight.workers.errors import ManifestError, RequestError
 from counterweight.workers.recipe import Weights
 from tests.models import checkpoint, read_tensors
 from tests.pipeline.tiny import job_of, local_path, run_local, write_job
@@ -97,6 +98,24 @@ def test_longer_sequences_and_more_workers_need_more_memory(manifest: Path, sour
     # GPUs have memory of their own, which headers do not tell.
     gpus = job_of(manifest, "spec.resources={workers: 5000, gpus_per_worker: 1}")
     assert make_plan(gpus, source).problems == ()
+
+
+def test_what_does_not_fit_a_gpu_is_told_with_its_block(
+    manifest: Path, source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(manifest, "spec.resources={workers: 8, gpus_per_worker: 1}")
+    assert make_plan(job, source, "L4-24G").problems == ()
+    peak = make_plan(job, source).blocks[0].peak_bytes
+    monkeypatch.setattr(devices, "MEMORY", {"tiny": peak})
+    (problem,) = make_plan(job, source, "tiny").problems
+    assert problem.startswith("block 0 needs ")
+    assert problem.endswith(" of tiny")
+    monkeypatch.setattr(devices, "MEMORY", {"tiny": 2 * peak})
+    assert make_plan(job, source, "tiny").problems == ()
+    shared = job_of(manifest, "spec.resources={workers: 8, gpus_per_worker: 0.5}")
+    assert len(make_plan(shared, source, "tiny").problems) == 1
+    with pytest.raises(RequestError, match="--device: 'H1000': expected one of tiny"):
+        make_plan(job, source, "H1000")
 
 
 def test_all_that_the_recipe_asks_in_vain_is_listed(manifest: Path, source: ModelSource) -> None:

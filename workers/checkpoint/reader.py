@@ -172,16 +172,6 @@ class Checkpoint:
             self.bytes_read += sum(read.length for read in group)
         return {entry.name: found[entry.name] for entry in entries}
 
-    def check_finite(self, names: Iterable[str]) -> None:
-        """Raises `CheckpointError` listing the tensors among `names` that hold a NaN or an infinity."""
-        problems = [
-            f"{self.entry(name).file}: tensor {show(name)}: holds NaN or infinity, expected finite numbers"
-            for name, found in sorted(self.inspect(names).items())
-            if not found.finite
-        ]
-        if problems:
-            raise refusal(self._store.uri, problems)
-
     def copyable_files(self) -> list[str]:
         """Those of `COPYABLE_FILES` that exist: the tokenizer and the generation settings."""
         return [key for key in COPYABLE_FILES if self._store.exists(key)]

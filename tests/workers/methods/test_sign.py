@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -54,6 +56,21 @@ def test_the_error_is_what_eckart_and_young_leave() -> None:
         assert error(weight, stored, counted) == pytest.approx(
             _rank_one_error((weight.abs() * roots).double()), rel=1e-5
         )
+
+
+@pytest.mark.parametrize("make", [torch.zeros, torch.ones, lambda *shape: torch.eye(*shape)[:, : shape[1]]])
+def test_weights_that_are_hardly_any(make: Callable[..., Tensor]) -> None:
+    weight = make(12, 9)
+    stored = nearest_signs(weight, None, torch.float32)
+    assert bool(torch.isfinite(stored.dequantize()).all())
+    if bool((weight == 1).all()):
+        assert torch.allclose(stored.dequantize(), weight)
+
+
+def test_a_large_weight_takes_no_whole_decomposition() -> None:
+    started = time.process_time()
+    nearest_signs(random(1024, 2048), None, torch.float32)
+    assert time.process_time() - started < 2.0, "a singular value decomposition of this size takes ten times as long"
 
 
 def test_channels_that_see_more_count_more() -> None:
