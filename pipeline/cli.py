@@ -8,11 +8,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from counterweight.pipeline.units import bytes_text
+
+if TYPE_CHECKING:
+    from counterweight.pipeline.report import Quality
 
 app = typer.Typer(
     name="counterweight",
@@ -171,10 +174,7 @@ def evaluate(
         return
     _print_rows(
         f"{artifact}",
-        [
-            (name, f"perplexity {q.perplexity:.4f}   KL {q.kl:.5f}   top-1 agreement {q.top1_agreement:.4f}")
-            for name, q in found.items()
-        ],
+        [(name, "   ".join(_measured(quality))) for name, quality in found.items()],
     )
 
 
@@ -233,13 +233,21 @@ def _each_file(path: str, size: int) -> None:
     typer.echo(f"{path}  {bytes_text(size)}", err=True)
 
 
+def _measured(quality: Quality) -> list[str]:
+    """Each metric with its number."""
+    from counterweight.workers.metrics import METRICS
+
+    found = [(metric, quality.of(metric)) for metric in METRICS]
+    return [f"{metric.short} {value:{metric.digits}}" for metric, value in found if value is not None]
+
+
 def _summary(document: Any, uri: str) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for name in ("baseline", "quantized", "compensated"):
         quality = getattr(document, name)
         if quality is not None:
             label = "original" if name == "baseline" else name
-            rows.append((label, f"perplexity {quality.perplexity:.4f}   KL {quality.kl:.5f}"))
+            rows.append((label, "   ".join(_measured(quality)[:2])))
     bits = document.bits_per_weight
     rows.append(
         (

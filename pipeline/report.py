@@ -7,25 +7,32 @@ codes, scales with zero points, low-rank factors, residual store, over the weigh
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import exp
 from typing import Any
 
+from pydantic import ConfigDict, Field
+
 from counterweight.workers.config import Config
+from counterweight.workers.metrics import METRICS, Metric
 from counterweight.workers.tasks.block import BlockRecord
 from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, QUANTIZED, WindowMetrics
 from counterweight.workers.tasks.records import ModuleReport, Timing
 
 
 class Quality(Config):
-    """A model on the validation windows.
+    """A model on the validation windows: a number for each metric of `workers.metrics`. Those that every report has are fields;
+    further ones are there when they were measured."""
 
-    perplexity: exp of the mean over windows of the mean negative log-likelihood. kl: mean KL(baseline || this), in nats
-    per token. top1_agreement: share of tokens with the baseline's most probable next token.
-    """
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float] = Field(init=False)
 
     perplexity: float
     kl: float
     top1_agreement: float
+
+    def of(self, metric: Metric) -> float | None:
+        """The metric's number; None in a report that is older than the metric."""
+        value: float | None = getattr(self, metric.name, None)
+        return value
 
 
 class BitsPerWeight(Config):
@@ -89,13 +96,9 @@ class Report(Config):
 
 
 def quality(windows: Sequence[WindowMetrics]) -> Quality:
-    """Means over windows, in the order given."""
-    count = len(windows)
-    return Quality(
-        perplexity=exp(sum(window.nll for window in windows) / count),
-        kl=sum(window.kl for window in windows) / count,
-        top1_agreement=sum(window.agreement for window in windows) / count,
-    )
+    """Every metric over windows, in the order given."""
+    summary = {metric.name: metric.over_windows([window[metric.name] for window in windows]) for metric in METRICS}
+    return Quality.model_validate(summary)
 
 
 def qualities(windows: Mapping[str, Sequence[WindowMetrics]]) -> tuple[Quality, Quality, Quality]:

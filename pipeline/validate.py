@@ -10,6 +10,7 @@ from counterweight.pipeline.manifest import Gates
 from counterweight.pipeline.report import Quality, TaskReport
 from counterweight.workers.errors import GateError
 from counterweight.workers.ledger import LEDGER
+from counterweight.workers.metrics import METRICS, Metric
 from counterweight.workers.tasks.evaluate import Evaluate, WindowMetrics
 from counterweight.workers.tasks.setting import Setting, shard_sequences
 from counterweight.workers.workspace import Blob
@@ -63,14 +64,23 @@ def validate(
 
 def check_gates(gates: Gates, baseline: Quality, compensated: Quality) -> None:
     """GateError naming every gate that the model as it is served does not pass."""
-    failures: list[str] = []
-    ratio = compensated.perplexity / baseline.perplexity
-    if gates.perplexity_ratio is not None and not ratio <= gates.perplexity_ratio:
-        failures.append(
-            f"spec.validation.gates.perplexity_ratio: {ratio:.4f} (perplexity {compensated.perplexity:.4f}, original "
-            f"{baseline.perplexity:.4f}): expected at most {gates.perplexity_ratio:g}"
-        )
-    if gates.kl is not None and not compensated.kl <= gates.kl:
-        failures.append(f"spec.validation.gates.kl: {compensated.kl:.5f}: expected at most {gates.kl:g}")
+    failures = [problem for metric in METRICS if (problem := _failure(metric, gates, baseline, compensated))]
     if failures:
         raise GateError("\n".join(failures))
+
+
+def _failure(metric: Metric, gates: Gates, baseline: Quality, compensated: Quality) -> str | None:
+    """What a metric's gate has against the model, None when there is no bound or it is kept."""
+    bound: float | None = getattr(gates, metric.gate)
+    found, original = compensated.of(metric), baseline.of(metric)
+    if bound is None or found is None or original is None:
+        return None
+    measured = f"{found:{metric.digits}}"
+    if metric.relative:
+        ratio = found / original
+        measured = f"{ratio:.4f} ({metric.short} {measured}, original {original:{metric.digits}})"
+        found = ratio
+    # Written so that what is no number passes nothing.
+    kept = found >= bound if metric.higher_is_better else found <= bound
+    limit = "least" if metric.higher_is_better else "most"
+    return None if kept else f"spec.validation.gates.{metric.gate}: {measured}: expected at {limit} {bound:g}"

@@ -1,4 +1,4 @@
-"""Validation of an artifact on a range of windows: perplexity, KL divergence, agreement; block by block.
+"""Validation of an artifact on a range of windows, block by block.
 
 The original, the quantized model (without its low-rank branches) and the compensated one advance together, one block of
 each in memory at a time, on the same tokens, in float32. What is claimed without compensation is measured without it. A
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from counterweight.workers.block import install
 from counterweight.workers.compressed import CompressedModel
+from counterweight.workers.metrics import METRICS, Comparison
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, QUANTIZED, WindowMetrics
@@ -87,8 +88,5 @@ def _log_probabilities(head: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def _window(reference: Tensor, own: Tensor, ids: Tensor) -> WindowMetrics:
-    targets = ids[1:].long().to(own.device)
-    nll = -own[:-1].gather(1, targets[:, None]).mean(dtype=torch.float64)
-    kl = functional.kl_div(own, reference, reduction="none", log_target=True).sum(-1).mean(dtype=torch.float64)
-    agreement = (own.argmax(-1) == reference.argmax(-1)).double().mean()
-    return WindowMetrics(nll=float(nll), kl=max(float(kl), 0.0), agreement=float(agreement))
+    window = Comparison(reference, own, ids)
+    return {metric.name: metric.of_window(window) for metric in METRICS}

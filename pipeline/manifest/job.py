@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, create_model, field_validator
 
 from counterweight.workers.calibration.source import CalibrationSource, TokenSource
 from counterweight.workers.config import Config
+from counterweight.workers.metrics import METRICS
 from counterweight.workers.recipe import Recipe
 
 MAX_URI = 2000  # characters
@@ -91,15 +92,22 @@ class Calibration(Section):
     """
 
 
-class Gates(Section):
+class _Gates(Section):
     """Bounds that the compressed model must keep; beyond one of them nothing is published."""
 
-    perplexity_ratio: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Largest perplexity of the compressed model, as a multiple of the original's; null: no bound."""
-    kl: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Largest mean Kullback-Leibler divergence from the original's next-token distribution, in nats; null: no
-    bound.
-    """
+
+_Bound = Annotated[float, Field(gt=0, le=1e6)] | None
+
+if TYPE_CHECKING:
+    Gates = _Gates
+else:
+    # A field for each metric, which the type checker does not see.
+    Gates = create_model(
+        "Gates",
+        __base__=_Gates,
+        __doc__=_Gates.__doc__,
+        **{metric.gate: (_Bound, Field(default=None, description=metric.description)) for metric in METRICS},
+    )
 
 
 class Validation(Section):

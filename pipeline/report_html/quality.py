@@ -8,6 +8,7 @@ from counterweight.pipeline.report_html.modules import Panel, middle, panels
 from counterweight.pipeline.report_html.plots import ErrorPlots, perplexity_plot
 from counterweight.pipeline.report_html.tables import figure, legend, section, table
 from counterweight.pipeline.report_html.text import NONE, count, exact, percent
+from counterweight.workers.metrics import METRICS, Metric
 
 ERROR = "‖(W − W′)X‖² / ‖WX‖² over the calibration tokens"
 
@@ -37,12 +38,13 @@ def result_section(report: Report) -> Markup:
     columns = [("original", "original", baseline), ("quantized", "before", quantized)]
     if has_compensation(report):
         columns.append(("compensated", "after", compensated))
-    rows = [
-        ("perplexity", *(exact(q.perplexity, ".4f") for _, _, q in columns)),
-        ("ratio to the original", *(_ratio(q, baseline) for _, _, q in columns)),
-        ("KL, nats per token", *(exact(q.kl, ".4g") for _, _, q in columns)),
-        ("top-1 agreement", *(_share(q.top1_agreement) for _, _, q in columns)),
-    ]
+    rows: list[tuple[str, ...]] = []
+    for metric in METRICS:
+        values = [quality.of(metric) for _, _, quality in columns]
+        if any(value is not None for value in values):
+            rows.append((metric.label, *(_shown(metric, value) for value in values)))
+        if metric.relative:
+            rows.append(("ratio to the original", *(_ratio(quality, baseline) for _, _, quality in columns)))
     return section(
         "Result",
         tag("p", _verdict(report)),
@@ -57,6 +59,12 @@ def result_section(report: Report) -> Markup:
         ),
         tag("p", _measured(report), class_="soft"),
     )
+
+
+def _shown(metric: Metric, value: float | None) -> str:
+    if metric.higher_is_better:
+        return NONE if value is None else _share(value)
+    return exact(value, metric.digits if metric.relative else ".4g")
 
 
 def _ratio(quality: Quality, baseline: Quality) -> str:

@@ -8,6 +8,7 @@ from counterweight.pipeline.manifest import Gates
 from counterweight.pipeline.report import Quality, Report
 from counterweight.pipeline.validate import check_gates
 from counterweight.workers.errors import GateError
+from counterweight.workers.metrics import METRICS
 from counterweight.workers.tasks.evaluate import Evaluate
 from counterweight.workers.tasks.setting import shard_sequences
 from tests.pipeline.tiny import Events, LocalPool, job_of, local_path, run_local, write_job
@@ -34,6 +35,20 @@ def test_a_gate_names_what_was_measured_and_what_was_allowed() -> None:
         "spec.validation.gates.perplexity_ratio: 1.1000 (perplexity 11.0000, original 10.0000): expected at most 1.05",
         "spec.validation.gates.kl: 0.10000: expected at most 0.05",
     ]
+
+
+def test_every_metric_has_its_gate() -> None:
+    """Absolute or relative, at most or at least."""
+    original = Quality.model_validate({**ORIGINAL.model_dump(), "kl_p99": 0.0})
+    model = Quality.model_validate({**served().model_dump(), "kl_p99": 0.7})
+    check_gates(Gates(kl_p99=0.7, top1_agreement=0.9), original, model)
+    with pytest.raises(GateError) as caught:
+        check_gates(Gates(kl_p99=0.6, top1_agreement=0.95), original, model)
+    assert str(caught.value).splitlines() == [
+        "spec.validation.gates.kl_p99: 0.70000: expected at most 0.6",
+        "spec.validation.gates.top1_agreement: 0.9000: expected at least 0.95",
+    ]
+    assert {metric.gate for metric in METRICS} == set(Gates.model_fields)
 
 
 def test_one_gate_alone_is_enough() -> None:

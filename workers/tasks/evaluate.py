@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
 from counterweight.workers.keys import digest
+from counterweight.workers.metrics import METRICS
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.records import Timing
 from counterweight.workers.tasks.setting import Setting, shard_sequences
@@ -23,16 +24,8 @@ BASELINE, QUANTIZED, COMPENSATED = "baseline", "quantized", "compensated"
 """The models that validation compares: the original, its codes alone, and with what compensates them."""
 
 
-class WindowMetrics(Config):
-    """One window under one model.
-
-    nll: mean negative log-likelihood of its tokens but the first, in nats. kl: mean over positions of
-    KL(baseline || this), in nats. agreement: share of positions with the baseline's most probable token.
-    """
-
-    nll: float
-    kl: float
-    agreement: float
+WindowMetrics = Mapping[str, float]
+"""Metric -> its number for one window under one model."""
 
 
 class EvaluateRecord(Record):
@@ -62,7 +55,18 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
 
     def key(self) -> str:
         shared = {**self.setting.determines(), "compute_dtype": "float32"}
-        return digest([self.kind, shared, dict(self.tensors), self.ledger, self.tokens.sha256, self.start, self.stop])
+        return digest(
+            [
+                self.kind,
+                [metric.name for metric in METRICS],
+                shared,
+                dict(self.tensors),
+                self.ledger,
+                self.tokens.sha256,
+                self.start,
+                self.stop,
+            ]
+        )
 
     @property
     def name(self) -> str:

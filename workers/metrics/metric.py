@@ -1,0 +1,54 @@
+"""What a metric is: a number of every window of text, how the numbers of all windows become one, and what is better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Comparison:
+    """One window under two models. reference, own: log-probabilities of the next token under the original and under the model
+    that is judged, [length, vocabulary] float32. ids: the window's tokens, [length]."""
+
+    def __init__(self, reference: Tensor, own: Tensor, ids: Tensor) -> None:
+        self.reference, self.own, self.ids = reference, own, ids
+
+    @cached_property
+    def divergence(self) -> Tensor:
+        """KL(original || this) at each position, in nats, [length] float32."""
+        from torch.nn import functional
+
+        return functional.kl_div(self.own, self.reference, reduction="none", log_target=True).sum(-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """name: in records, reports and gates. label: with its unit, for a table. short: for a line. digits: a format. of_window:
+    its number for one window. over_windows: their summary. higher_is_better: whether it is. relative: whether a gate bounds its
+    multiple of the original's, as `<name>_ratio`, and not itself. description: of the gate.
+    """
+
+    name: str
+    label: str
+    short: str
+    digits: str
+    of_window: Callable[[Comparison], float]
+    over_windows: Callable[[Sequence[float]], float]
+    higher_is_better: bool = False
+    relative: bool = False
+    description: str
+
+    @property
+    def gate(self) -> str:
+        """What the gate on it is called in a manifest."""
+        return f"{self.name}_ratio" if self.relative else self.name
+
+
+def mean(values: Sequence[float]) -> float:
+    """Over windows, in the order given."""
+    return sum(values) / len(values)
