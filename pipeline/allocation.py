@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.model_source import ModelSource
-from counterweight.workers.recipe import BudgetRank, CountRank, ModuleRecipe, NoCompensation
+from counterweight.workers.recipe import BudgetRank, ModuleRecipe
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.gains import Gains
 from counterweight.workers.workspace import Blob
@@ -96,22 +96,16 @@ def share_out(
 
 
 def _factor_bits(part: ModuleRecipe, itemsize: int) -> int:
-    own = None if isinstance(part.compensation, NoCompensation) else part.compensation.factor_bits
+    own = part.compensation.branch_bits
     return 8 * itemsize if own is None else own
 
 
 def budget_of(part: ModuleRecipe) -> float | None:
     """The budget that a layer's rank is drawn from, None when it has a rank of its own."""
-    compensation = part.compensation
-    if isinstance(compensation, NoCompensation) or not isinstance(compensation.rank, BudgetRank):
-        return None
-    return compensation.rank.budget_bits
+    rank = part.compensation.branch_rank
+    return rank.budget_bits if isinstance(rank, BudgetRank) else None
 
 
 def with_rank(part: ModuleRecipe, rank: int) -> ModuleRecipe:
     """The recipe with its share of the budget; without a branch when it got none."""
-    if isinstance(part.compensation, NoCompensation) or rank == 0:
-        return part.model_copy(update={"compensation": NoCompensation()})
-    return part.model_copy(
-        update={"compensation": part.compensation.model_copy(update={"rank": CountRank(count=rank)})}
-    )
+    return part.model_copy(update={"compensation": part.compensation.with_rank(rank)})

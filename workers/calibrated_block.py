@@ -21,7 +21,7 @@ from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import SharedInputGroup
 from counterweight.workers.prepare import prepare
-from counterweight.workers.recipe import NoCompensation, Weights
+from counterweight.workers.recipe import Weights
 from counterweight.workers.shard import write_block
 from counterweight.workers.solve import gains
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
@@ -216,7 +216,7 @@ def branch_gains(
     for group, statistics in held.statistics.items():
         for name in group:
             part = spec.recipe.get(name)
-            if part is None or isinstance(part.compensation, NoCompensation):
+            if part is None or part.compensation.branch_rank is None:
                 continue
             (own,) = gains(
                 part,

@@ -15,11 +15,10 @@ from torch import Tensor
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.calibration.clipping import activation_format, best_clip
 from counterweight.workers.calibration.statistics import Gathering
-from counterweight.workers.compensation.aser import outlier_channels, outlier_scales
 from counterweight.workers.hooks import input_hooks
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.family import ModelFamily, SharedInputGroup
-from counterweight.workers.recipe import ASER, Activations, ModuleRecipe
+from counterweight.workers.recipe import Activations, ModuleRecipe
 from counterweight.workers.transforms.smoothing import after, before, migration_scales, producer_rows, scaled
 
 ROWS = 2048
@@ -72,14 +71,15 @@ def prepare(
             scale = scales[group].float()
             seen = after(before(seen, transform) / scale, transform)
             weights = [scaled(weight, scale, transform) for weight in weights]
-        if seen is not None and isinstance(recipe.compensation, ASER) and recipe.compensation.outliers:
-            magnitude = seen.abs().double().mean(0)
-            outliers[group] = outlier_channels(weights, magnitude, recipe.compensation)
+        taken = None
+        if seen is not None and recipe.compensation.needs_rows:
+            taken = recipe.compensation.take_out(weights, seen.abs().double().mean(0))
+        if seen is not None and taken is not None:
+            outliers[group] = taken.channels
             # Behind a transform there are no outlier channels left to scale.
-            if recipe.compensation.smoothing and foldable and transform is None:
-                down = outlier_scales(magnitude, outliers[group], recipe.compensation)
-                scales[group] = scales.get(group, torch.ones_like(down)) * down
-                seen = seen / down.float()
+            if taken.scales is not None and foldable and transform is None:
+                scales[group] = scales.get(group, torch.ones_like(taken.scales)) * taken.scales
+                seen = seen / taken.scales.float()
         gatherings[group] = _gathering([recipes[name] for name in group if name in recipes], recipe.activations, seen)
     return Preparation(gatherings=gatherings, scales=scales, outliers=outliers)
 
@@ -97,7 +97,7 @@ def _gathering(recipes: list[ModuleRecipe], activations: Activations | None, row
 
 def _needs_rows(recipe: ModuleRecipe) -> bool:
     searches = recipe.activations is not None and recipe.activations.clip == "search"
-    return searches or recipe.smoothing is not None or isinstance(recipe.compensation, ASER)
+    return searches or recipe.smoothing is not None or recipe.compensation.needs_rows
 
 
 def _captured(

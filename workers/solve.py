@@ -12,13 +12,12 @@ from counterweight.kernels.formats import LowRank
 from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.calibration.statistics import InputStatistics
-from counterweight.workers.compensation import anticipate, compensate
 from counterweight.workers.compensation.aser import without_channels
-from counterweight.workers.compensation.lrc import energy, initial_problem, lrc, squared_error
+from counterweight.workers.compensation.lrc import energy, squared_error
 from counterweight.workers.compensation.regression import root_of, spectrum
 from counterweight.workers.compensation.residual import residual_store
 from counterweight.workers.quantization.result import Fallback
-from counterweight.workers.recipe import ASER, LRC, ModuleRecipe, NoCompensation
+from counterweight.workers.recipe import ModuleRecipe, NoCompensation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +36,7 @@ class Solution:
 def shares_a_solve(recipe: ModuleRecipe) -> bool:
     """Whether linears of different size that share an input may be solved as one matrix: not where a branch enters the solve,
     because its rank depends on the number of rows."""
-    return not recipe.compensation.anticipates and not isinstance(recipe.compensation, LRC)
+    return not recipe.compensation.anticipates and not recipe.compensation.joint
 
 
 def solve(
@@ -55,10 +54,8 @@ def solve(
     outliers: channels of the input that ASER takes out of the codes. codes: of each weight, when they are chosen already.
     Raises ValueError as the solvers do.
     """
-    if isinstance(recipe.compensation, LRC):
-        return [
-            _joint(recipe, recipe.compensation, weight, statistics, scale_dtype, factor_dtype) for weight in weights
-        ]
+    if recipe.compensation.joint:
+        return [_joint(recipe, weight, statistics, scale_dtype, factor_dtype) for weight in weights]
     if codes is not None:
         return [
             _compensated(recipe, weight, part, statistics, factor_dtype, ())
@@ -68,9 +65,9 @@ def solve(
     # Codes pay for what they do to their own input, which is the quantized one.
     metric = InputStatistics(gram=statistics.product("yy"), tokens=statistics.tokens)
     target = recipe.weights.target(stacked, statistics)
-    if isinstance(recipe.compensation, ASER) and outliers is not None:
+    if outliers is not None:
         target = without_channels(target, outliers)
-    foreseen = anticipate(recipe.compensation, metric, weights[0].shape[0])
+    foreseen = recipe.compensation.foresee(metric, weights[0].shape[0])
     quantized = recipe.weights.quantize(target, foreseen, scale_dtype=scale_dtype)
     parts = _split(quantized.weight, weights)
     return [
@@ -94,9 +91,9 @@ def gains(
     the whitened error of codes that were made without a branch.
     """
     options = recipe.compensation
-    if isinstance(options, LRC):
-        problems = [initial_problem(weight.double(), statistics, options.damping) for weight in weights]
-    else:
+    ahead = [options.gain_problem(weight.double(), statistics) for weight in weights]
+    problems = [problem for problem in ahead if problem is not None]
+    if not problems:
         plain = recipe.model_copy(update={"compensation": NoCompensation(), "residual": None})
         solved = solve(plain, weights, statistics, outliers, scale_dtype=scale_dtype, factor_dtype=torch.float32)
         root = root_of(statistics.gram)
@@ -118,25 +115,19 @@ def _compensated(
     factor_dtype: torch.dtype,
     fallbacks: tuple[Fallback, ...],
 ) -> Solution:
-    fitted = compensate(recipe.compensation, weight - codes.dequantize(), statistics, dtype=factor_dtype)
+    fitted = recipe.compensation.fit(weight - codes.dequantize(), statistics, dtype=factor_dtype)
     return _judged(recipe, weight, codes, fitted.low_rank, statistics, (*fallbacks, *fitted.fallbacks))
 
 
 def _joint(
     recipe: ModuleRecipe,
-    options: LRC,
     weight: Tensor,
     statistics: InputStatistics,
     scale_dtype: torch.dtype,
     factor_dtype: torch.dtype,
 ) -> Solution:
-    fitted = lrc(
-        options,
-        recipe.weights,
-        weight,
-        statistics,
-        scale_dtype=scale_dtype,
-        factor_dtype=factor_dtype,
+    fitted = recipe.compensation.solve(
+        recipe.weights, weight, statistics, scale_dtype=scale_dtype, factor_dtype=factor_dtype
     )
     return _judged(recipe, weight, fitted.weight, fitted.low_rank, statistics, fitted.fallbacks)
 

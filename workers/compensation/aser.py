@@ -12,12 +12,21 @@ where `workers.transforms.smoothing` can; the quantized activations of all chann
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from counterweight.workers.recipe.compensation import ASER
 from counterweight.workers.recipe.rank import BudgetRank, EnergyRank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakenOut:
+    """channels: of the input, int64, ascending. scales: by what the input may be divided, [in] float64; None: as it is."""
+
+    channels: Tensor
+    scales: Tensor | None
 
 
 def outlier_channels(weights: Sequence[Tensor], magnitude: Tensor, options: ASER) -> Tensor:

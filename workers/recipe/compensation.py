@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from counterweight.workers.config import Method
 from counterweight.workers.recipe.rank import BudgetRank, CountRank, EnergyRank, FractionRank, Rank
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from counterweight.workers.calibration.statistics import InputStatistics
+    from counterweight.workers.compensation.aser import TakenOut
+    from counterweight.workers.compensation.lrc import LRCResult
+    from counterweight.workers.compensation.result import CompensationResult
+    from counterweight.workers.methods.stored import StoredWeights
+
 
 class _Compensation(Method):
-    """What every compensation answers."""
+    """What every compensation answers; nothing, for one that does nothing."""
 
     def problem(self, rows: int, columns: int) -> str | None:
         """Why a layer [rows, columns] cannot have it, or None when it can."""
@@ -20,13 +31,78 @@ class _Compensation(Method):
 
     @property
     def anticipates(self) -> bool:
-        """Whether the quantizer is told of what will follow: see `workers.compensation.anticipate`."""
+        """Whether the quantizer is told of what will follow: see `foresee`."""
         return False
 
     @property
     def needs_magnitudes(self) -> bool:
         """Whether sum |x| must be gathered."""
         return False
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether it looks at rows of the input before statistics are gathered: see `take_out`."""
+        return False
+
+    @property
+    def joint(self) -> bool:
+        """Whether codes and branch are fitted to each other: see `solve`."""
+        return False
+
+    @property
+    def of_finished_codes(self) -> bool:
+        """Whether it can follow codes that something else has chosen."""
+        return True
+
+    @property
+    def branch_rank(self) -> Rank | None:
+        """How the rank of its branch is asked for; None without a branch."""
+        return None
+
+    @property
+    def branch_bits(self) -> int | None:
+        """Bits of the branch's factors; None for those of the source's dtype."""
+        return None
+
+    def with_rank(self, count: int) -> Compensation:
+        """The same with a branch of this rank; nothing for 0."""
+        del count
+        return NoCompensation()
+
+    def take_out(self, weights: Sequence[Tensor], magnitude: Tensor) -> TakenOut | None:
+        """Channels of the input to take out of the codes. weights: [out, in] that read it; magnitude: E|x| [in] float64."""
+        del weights, magnitude
+        return None
+
+    def foresee(self, statistics: InputStatistics, rows: int) -> InputStatistics:
+        """The statistics with which to quantize a layer of `rows` outputs that this will follow."""
+        del rows
+        return statistics
+
+    def fit(self, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype) -> CompensationResult:
+        """The branch for `residual` [out, in] = W - Q, with factors stored in `dtype`."""
+        from counterweight.workers.compensation.result import CompensationResult
+
+        del statistics, dtype
+        return CompensationResult(low_rank=None, captured=0.0, singular_values=residual.new_zeros(0).double())
+
+    def gain_problem(self, weight: Tensor, statistics: InputStatistics) -> tuple[Tensor, Tensor] | None:
+        """A matrix [out, in] and a root [in, in] of a metric, float64, whose product's squared singular values say what each
+        rank of the branch wins of `weight` [out, in] float64, before there are codes; None where codes are needed for it."""
+        del weight, statistics
+        return None
+
+    def solve(
+        self,
+        weights: StoredWeights,
+        weight: Tensor,
+        statistics: InputStatistics,
+        *,
+        scale_dtype: torch.dtype,
+        factor_dtype: torch.dtype,
+    ) -> LRCResult:
+        """Codes and branch of `weight` [out, in] float32 where they are `joint`; TypeError elsewhere."""
+        raise TypeError(f"{type(self).__name__}: expected a compensation that is joint")
 
 
 class NoCompensation(_Compensation):
@@ -47,6 +123,20 @@ class _Branch(_Compensation):
 
     def problem(self, rows: int, columns: int) -> str | None:
         return self.rank.problem(rows, columns)
+
+    @property
+    def branch_rank(self) -> Rank | None:
+        return self.rank
+
+    @property
+    def branch_bits(self) -> int | None:
+        return self.factor_bits
+
+    def with_rank(self, count: int) -> Compensation:
+        if count == 0:
+            return NoCompensation()
+        found: Compensation = self.model_copy(update={"rank": CountRank(count=count)})  # type: ignore[assignment]
+        return found
 
 
 class SVD(_Branch):
@@ -77,6 +167,16 @@ class SVD(_Branch):
     def anticipates(self) -> bool:
         return self.anticipation > 0
 
+    def foresee(self, statistics: InputStatistics, rows: int) -> InputStatistics:
+        from counterweight.workers.compensation.svd import deflated
+
+        return deflated(self, statistics, rows)
+
+    def fit(self, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype) -> CompensationResult:
+        from counterweight.workers.compensation.svd import svd
+
+        return svd(self, residual, statistics, dtype)
+
     @property
     def needs_magnitudes(self) -> bool:
         return self.whitening == "magnitude"
@@ -99,6 +199,32 @@ class LRC(_Branch):
     refit: Literal["joint", "weight"] = "joint"
     """What the branch is fitted to once there are codes. joint: the whole output error, that of the quantized input included
     (Update-LR). weight: the error of the weight alone, as whitened SVD; it cannot shrink the output."""
+
+    @property
+    def joint(self) -> bool:
+        return True
+
+    @property
+    def of_finished_codes(self) -> bool:
+        return False
+
+    def gain_problem(self, weight: Tensor, statistics: InputStatistics) -> tuple[Tensor, Tensor] | None:
+        from counterweight.workers.compensation.lrc import initial_problem
+
+        return initial_problem(weight, statistics, self.damping)
+
+    def solve(
+        self,
+        weights: StoredWeights,
+        weight: Tensor,
+        statistics: InputStatistics,
+        *,
+        scale_dtype: torch.dtype,
+        factor_dtype: torch.dtype,
+    ) -> LRCResult:
+        from counterweight.workers.compensation.lrc import lrc
+
+        return lrc(self, weights, weight, statistics, scale_dtype=scale_dtype, factor_dtype=factor_dtype)
 
 
 class ASER(_Branch):
@@ -124,6 +250,27 @@ class ASER(_Branch):
     """Whether outlier channels are scaled down; otherwise their columns are taken out as they are."""
     damping: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the mean of E[x^2] that is added to each channel's."""
+
+    @property
+    def needs_rows(self) -> bool:
+        return True
+
+    @property
+    def of_finished_codes(self) -> bool:
+        return self.outliers == 0
+
+    def take_out(self, weights: Sequence[Tensor], magnitude: Tensor) -> TakenOut | None:
+        from counterweight.workers.compensation.aser import TakenOut, outlier_channels, outlier_scales
+
+        if not self.outliers:
+            return None
+        channels = outlier_channels(weights, magnitude, self)
+        scales = outlier_scales(magnitude, channels, self) if self.smoothing else None
+        return TakenOut(channels=channels, scales=scales)
+
+    def fit(self, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype) -> CompensationResult:
+        plain = SVD(rank=self.rank, damping=self.damping, factor_bits=self.factor_bits)
+        return plain.fit(residual, statistics, dtype=dtype)
 
 
 Compensation = Annotated[NoCompensation | SVD | ASER | LRC, Field(discriminator="kind")]

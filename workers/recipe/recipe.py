@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from counterweight.workers.config import Config, Method
 from counterweight.workers.methods.sign import SignWeights
 from counterweight.workers.methods.stored import StoredWeights
-from counterweight.workers.recipe.compensation import ASER, LRC, Compensation, NoCompensation
+from counterweight.workers.recipe.compensation import Compensation, NoCompensation
 from counterweight.workers.recipe.residual import Residual
 from counterweight.workers.recipe.transforms import Rotation, Smoothing, Transform
 from counterweight.workers.recipe.tuning import Tuning
@@ -132,7 +132,7 @@ class ModuleRecipe(Config):
     @property
     def regresses(self) -> bool:
         """Whether the solve looks at what the layer's input was meant to be, where it is another."""
-        return self.weights.regresses is not None or isinstance(self.compensation, LRC) or self.tuning is not None
+        return self.weights.regresses is not None or self.compensation.joint or self.tuning is not None
 
 
 class Recipe(Config):
@@ -173,8 +173,7 @@ class Recipe(Config):
             if not weights.trainable:
                 kind = weights.quantizer.kind if isinstance(weights, Weights) else weights.format
                 raise ValueError(f"tuning: expected weights.quantizer.kind rtn, not {kind}: training rounds")
-            joint = isinstance(compensation, LRC) or (isinstance(compensation, ASER) and compensation.outliers > 0)
-            if joint:
+            if not compensation.of_finished_codes:
                 raise ValueError(f"tuning: expected a compensation of finished codes, not {compensation.kind}")
         return self
 

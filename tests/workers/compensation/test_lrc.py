@@ -175,7 +175,6 @@ def test_the_objective_never_rises_at_update_quant_solved_exactly(problem: Probl
 
 def test_beats_the_branch_that_is_fitted_to_what_is_left() -> None:
     """LRC < whitened SVD of the same codes' error < no branch, where inputs are quantized."""
-    from counterweight.workers.compensation import compensate
     from counterweight.workers.quantization import quantize
     from counterweight.workers.recipe import SVD
 
@@ -184,7 +183,7 @@ def test_beats_the_branch_that_is_fitted_to_what_is_left() -> None:
     codes = quantize(
         GPTQ(), problem.weight, metric, WeightFormat(bits=3), scale_dtype=torch.float32
     ).weight.dequantize()
-    after = compensate(SVD(rank=RANK), problem.weight - codes, problem.statistics, dtype=torch.float32).low_rank
+    after = SVD(rank=RANK).fit(problem.weight - codes, problem.statistics, dtype=torch.float32).low_rank
     assert after is not None
     solved = problem.solve()
     joint = problem.loss(solved.weight.dequantize(), dense(solved.low_rank))

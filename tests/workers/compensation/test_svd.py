@@ -10,12 +10,21 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from counterweight.workers.calibration.statistics import InputStatistics
-from counterweight.workers.compensation import anticipate, compensate
 from counterweight.workers.compensation.result import CompensationResult
 from counterweight.workers.quantization import quantize
 from counterweight.workers.recipe import GPTQ, SVD, Compensation, CountRank, EnergyRank, NoCompensation, WeightFormat
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
+
+
+def compensate(
+    options: Compensation, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype
+) -> CompensationResult:
+    return options.fit(residual, statistics, dtype=dtype)
+
+
+def anticipate(options: Compensation, statistics: InputStatistics, rows: int) -> InputStatistics:
+    return options.foresee(statistics, rows)
 
 
 def generator(seed: int) -> torch.Generator:
