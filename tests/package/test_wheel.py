@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -20,7 +21,9 @@ HUB_KERNELS = "kernels==0.17.2"
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("wheel")
-    pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", str(place), str(ROOT))
+    # A copy: setuptools builds in the tree, and takes what an earlier build left there for sources.
+    sources = shutil.copytree(ROOT, place / "sources", symlinks=True, ignore=shutil.ignore_patterns(".*", "build"))
+    pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", str(place), str(sources))
     (built,) = place.glob("counterweight-*.whl")
     return built
 
