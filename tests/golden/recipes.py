@@ -19,8 +19,8 @@ from tests.golden.sources import DIGESTS
 class Golden:
     """A job. recipe: as in a manifest. model: of `sources.MODELS`. sequences: of calibration, 256 to a shard.
 
-    sways: whether a last bit that differs can grow, because it lets an activation round the other way, which moves every
-    statistic behind it, or because training or the compressed blocks before hand it on.
+    sways: kinds of values (see `made.Made`) in which a last bit that differs can grow: it lets an activation round the other
+    way, which moves every statistic behind it, and training, compressed blocks before and branches hand that on.
     """
 
     recipe: Mapping[str, Any]
@@ -28,7 +28,7 @@ class Golden:
     propagate: str = "original"
     compute_dtype: str = "float32"
     sequences: int = 64
-    sways: bool = False
+    sways: tuple[str, ...] = ()
 
     @property
     def asked(self) -> str:
@@ -80,12 +80,12 @@ RECIPES: Mapping[str, Golden] = {
     "gptq-regressed": Golden(
         recipe={"weights": _weights(3, **_gptq(target="regressed", damping=0.05)), "activations": A8},
         propagate=COMPRESSED,
-        sways=True,
+        sways=("codes", "scales"),
     ),
     "gptq-mixed": Golden(
         recipe={"weights": _weights(4, None, **_gptq(target="mixed", mix=0.3)), "compensation": SVD4},
         propagate=COMPRESSED,
-        sways=True,
+        sways=("codes", "scales", "branches", "errors"),
     ),
     "sign": Golden(recipe={"weights": {"format": "sign"}, "compensation": SVD4}),
     # Activations.
@@ -93,9 +93,9 @@ RECIPES: Mapping[str, Golden] = {
         recipe={"weights": _weights(), "activations": {"bits": 4, "clip": 0.9, "group_size": 32}}
     ),
     "activations-searched": Golden(
-        recipe={"weights": _weights(), "activations": {"bits": 6, "clip": "search"}},
+        recipe={"weights": _weights(), "activations": {"bits": 4, "clip": "search"}},
         propagate=COMPRESSED,
-        sways=True,
+        sways=("codes", "errors"),
     ),
     # Low-rank branches.
     "svd-none": Golden(
@@ -104,13 +104,13 @@ RECIPES: Mapping[str, Golden] = {
     "svd-magnitude": Golden(
         recipe={
             "weights": _weights(3, **RTN),
-            "compensation": {"kind": "svd", "rank": {"fraction": 0.1}, "whitening": "magnitude", "damping": 0.1},
+            "compensation": {"kind": "svd", "rank": {"fraction": 0.1}, "whitening": "magnitude"},
         }
     ),
     "svd-diagonal-energy": Golden(
         recipe={
             "weights": _weights(3, **RTN),
-            "compensation": {"kind": "svd", "rank": {"energy": 0.3}, "whitening": "diagonal"},
+            "compensation": {"kind": "svd", "rank": {"energy": 0.3}, "whitening": "diagonal", "damping": 0.1},
         }
     ),
     "svd-budget": Golden(
@@ -125,7 +125,7 @@ RECIPES: Mapping[str, Golden] = {
     ),
     "lrc-joint": Golden(
         recipe={"weights": _weights(), "activations": A4, "compensation": {"kind": "lrc", "rank": {"count": 4}}},
-        sways=True,
+        sways=("codes", "scales"),
     ),
     "lrc-weight-twice": Golden(
         recipe={
@@ -139,7 +139,7 @@ RECIPES: Mapping[str, Golden] = {
                 "factor_bits": 8,
             },
         },
-        sways=True,
+        sways=("codes", "scales"),
     ),
     "aser": Golden(
         recipe={
@@ -163,7 +163,7 @@ RECIPES: Mapping[str, Golden] = {
     # Transforms.
     "rotation": Golden(
         recipe={"transforms": [{"kind": "rotation", "seed": 7}], "weights": _weights(), "activations": A4},
-        sways=True,
+        sways=("codes", "errors"),
     ),
     "rotation-online": Golden(
         recipe={
@@ -174,14 +174,14 @@ RECIPES: Mapping[str, Golden] = {
             "weights": _weights(4, None),
         },
         propagate=COMPRESSED,
-        sways=True,
+        sways=("codes", "scales", "errors"),
     ),
     "smoothing": Golden(
         recipe={"transforms": [{"kind": "smoothing"}], "weights": _weights(), "activations": A8, "compensation": SVD4},
-        sways=True,
+        sways=("branches",),
     ),
     # Tuning.
-    "tuning": Golden(recipe={"weights": _weights(3, **RTN), "tuning": {"epochs": 2, "batch": 4}}, sways=True),
+    "tuning": Golden(recipe={"weights": _weights(3, **RTN), "tuning": {"epochs": 2, "batch": 4}}, sways=("errors",)),
     "tuning-transforms": Golden(
         recipe={
             "weights": _weights(3, 64, False, **RTN),
@@ -190,7 +190,7 @@ RECIPES: Mapping[str, Golden] = {
             "compensation": SVD4,
         },
         propagate=COMPRESSED,
-        sways=True,
+        sways=("codes", "scales", "branches", "kept", "errors"),
     ),
     # Residual stores. Bucketed and exact selections store what chunked does.
     "residual": Golden(
@@ -220,7 +220,7 @@ RECIPES: Mapping[str, Golden] = {
             "residual": {"channels_per_chunk": 128},
         },
         model="experts",
-        sways=True,
+        sways=("branches", "corrections"),
     ),
     "experts-compressed": Golden(
         recipe={
@@ -230,7 +230,7 @@ RECIPES: Mapping[str, Golden] = {
         },
         model="experts",
         propagate=COMPRESSED,
-        sways=True,
+        sways=("codes", "scales", "errors"),
     ),
     "experts-aser": Golden(
         recipe={

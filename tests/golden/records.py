@@ -25,16 +25,16 @@ from tests.golden.recipes import Golden
 
 COMMAND = "python -m tests.golden.record"
 
-STEADY: Mapping[str, float] = {CODES: 0.01, SCALES: 0.001, BRANCHES: 0.01, CORRECTIONS: 0.01, KEPT: 1e-5, ERRORS: 0.003}
+STEADY: Mapping[str, float] = {CODES: 0.01, SCALES: 0.01, BRANCHES: 0.1, CORRECTIONS: 0.02, KEPT: 1e-3, ERRORS: 0.005}
 """Kind of values -> how far they may be from the recorded ones: of codes the share that differs, otherwise ||a - b|| / ||b||.
 
-Seen here, with torch's, MKL's and oneDNN's other instruction sets: codes 0.003, scales 0.0002, branches 0.003, errors 0.001,
-all of it where the model computes in bfloat16; in float32 no code, and 1e-5, 3e-6 and 1e-4.
+Seen with other instruction sets of torch, MKL and oneDNN: 0.0022, 0.004, 0.043, 0, 9e-5 and 0.0024; of recipes in float32 in
+which nothing sways 0, 0, 8e-6, 0, 3e-8 and 1e-4. The rest is room for ties that fall the other way.
 """
 
-SWAYING: Mapping[str, float] = {CODES: 0.3, SCALES: 0.05, BRANCHES: 0.8, CORRECTIONS: 0.3, KEPT: 0.03, ERRORS: 0.04}
-"""Likewise, of recipes that sway. Where codes differ, a branch differs much: what rounding leaves has no few strong directions,
-and others are as good. That they are as good is what the bound on errors says."""
+SWAYING: Mapping[str, float] = {CODES: 0.3, SCALES: 0.1, BRANCHES: 0.8, CORRECTIONS: 0.3, KEPT: 0.03, ERRORS: 0.04}
+"""Likewise, of kinds that sway in a recipe; seen: 0.18, 0.041, 0.54, 0.13, 0.014, 0.019. Where codes differ, a branch differs
+much: what rounding leaves has no few strong directions, and others are as good. That they are is what the errors say."""
 
 SHORT = 16
 """Hex digits of a tensor's digest that are kept, to say which one changed."""
@@ -92,7 +92,7 @@ class Values:
 
     def beyond(self, golden: Golden, made: Made) -> list[str]:
         """The kinds of values that are further from these than the tolerance, with both numbers."""
-        tolerances = SWAYING if golden.sways else STEADY
+        tolerances = {kind: (SWAYING if kind in golden.sways else STEADY)[kind] for kind in STEADY}
         found = distances(self.tensors, made.values)
         return [
             f"{kind} {distance:.2g}, expected at most {tolerances[kind]:g}"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from counterweight.workers.config import Method
 from counterweight.workers.keys import versions
-from counterweight.workers.recipe import GPTQ, RTN, SVD, Recipe
+from counterweight.workers.recipe import GPTQ, RTN, SVD, MeanSquare, NoCompensation, Recipe
 from tests.golden.machine import this_machine
 from tests.golden.made import CODES, Made, Sources, make
 from tests.golden.recipes import RECIPES, Golden
 from tests.golden.record import HERE
-from tests.golden.records import Entry, Records, Refused
+from tests.golden.records import SWAYING, Entry, Records, Refused, Verdict
 from tests.golden.sources import DIGESTS, LENGTH, digest_of
 from tests.inprocess import local, run_job
 
@@ -66,16 +70,59 @@ def test_everything_that_is_recorded_is_a_recipe_and_the_other_way_round(recorde
     assert recorded.values.keys() == RECIPES.keys()
 
 
+def test_every_method_has_a_recipe() -> None:
+    used = set[str]().union(*(golden.versions for golden in RECIPES.values()))
+    assert used == {"NUMERICS", *_methods(Method)}
+
+
+def _methods(kind: type[Method]) -> set[str]:
+    own = {kind.__name__} if "VERSION" in vars(kind) else set()
+    return own.union(*(_methods(below) for below in kind.__subclasses__()))
+
+
+def test_what_sways_is_a_kind_of_values() -> None:
+    assert {kind for golden in RECIPES.values() for kind in golden.sways} <= SWAYING.keys()
+
+
+def test_tolerances_hold_under_other_arithmetic() -> None:
+    """In a process of its own: torch without vector instructions and MKL on another path, of which no digest is recorded."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+    names = ("gptq-two-shards", "lrc-joint", "svd-anticipated", "rotation")
+    tests = [f"{__file__}::{test_a_recipe_stores_what_was_recorded.__name__}[{name}]" for name in names]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n0", *tests], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "4 passed, 4 warnings" in done.stdout, done.stdout
+    assert all(f"{name}: no digests of default-" in done.stdout for name in names)
+
+
 @pytest.mark.parametrize(
     ("name", "where", "value"),
     [
-        ("gptq-two-shards", "weights.quantizer.damping", 0.05),
-        ("gptq-as-it-comes", "weights.quantizer.refinement", 1),
         ("rtn-mse-asymmetric", "weights.quantizer.scale.norm", 2.0),
-        ("aser-unsmoothed", "compensation.damping", 0.5),
+        ("rtn-mse-unweighted", "weights.quantizer.scale.weighted", True),
+        ("gptq-two-shards", "weights.quantizer.damping", 0.02),
+        ("gptq-two-shards", "weights.quantizer.refinement", 0),
+        ("gptq-as-it-comes", "weights.quantizer.refinement", 1),
+        ("gptq-as-it-comes", "weights.quantizer.act_order", True),
+        ("gptq-regressed", "weights.quantizer.target", "mixed"),
+        ("gptq-mixed", "weights.quantizer.mix", 0.4),
+        ("activations-clipped", "activations.clip", 0.88),
+        ("activations-searched", "activations.clip", 1.0),
         ("svd-magnitude", "compensation.whitening", "diagonal"),
-        ("activations-clipped", "activations.clip", 0.8),
-        ("residual", "residual.candidates", 2),
+        ("svd-diagonal-energy", "compensation.damping", 0.5),
+        ("svd-budget", "compensation.rank.budget_bits", 2.1),
+        ("svd-anticipated", "compensation.anticipation", 0.55),
+        ("lrc-joint", "compensation.damping", 0.05),
+        ("lrc-joint", "compensation.refit", "weight"),
+        ("aser", "compensation.reference", "median"),
+        ("aser", "compensation.choose", "activations"),
+        ("aser-unsmoothed", "compensation.damping", 0.0),
+        ("rotation", "transforms", [{"kind": "rotation", "seed": 8}]),
+        ("smoothing", "transforms", [{"kind": "smoothing", "strength": 0.5}]),
+        ("tuning", "tuning.seed", 1),
+        ("tuning", "tuning.epochs", 3),
+        ("residual", "residual.candidates", 13),
         ("overrides", "keep", ["lm_head"]),
     ],
 )
@@ -138,6 +185,47 @@ class TestRecords:
         assert verdict.problem is not None
         assert "codes 0.33, expected at most 0.01" in verdict.problem
 
+    def test_another_machine_tells_another_shape(self, records: Records) -> None:
+        other = replace(records, entries={})
+        for codes in (torch.tensor([1, 2], dtype=torch.int8), torch.empty(0)):
+            problem = other.judge("one", self.golden, replace(self.after, values={CODES: codes})).problem
+            assert "codes inf" in str(problem)
+
+    def test_another_machine_records_only_what_is_near(self, records: Records) -> None:
+        other = replace(records, machine=replace(records.machine, fingerprint="f" * 64), entries={})
+        far = replace(self.after, values={CODES: torch.tensor([1, 2, 4], dtype=torch.int8)})
+        with pytest.raises(Refused, match="further from the recorded values"):
+            other.record("one", self.golden, far)
+        other.record("one", self.golden, self.after)
+        assert other.judge("one", self.golden, self.after) == Verdict(problem=None, exact=True)
+
+    def test_digests_of_earlier_versions_leave_values_to_compare(
+        self, records: Records, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Somebody raised a version and recorded on another machine: this one must not fail for that.
+        monkeypatch.setattr(RTN, "VERSION", RTN.VERSION + 1)
+        other = Records.read(records.directory, replace(records.machine, fingerprint="f" * 64))
+        other.record("one", self.golden, self.before)
+        other.write()
+        verdict = Records.read(records.directory, records.machine).judge("one", self.golden, self.after)
+        assert verdict == Verdict(problem=None, exact=False)
+
+    def test_versions_of_other_methods_do_not_matter(self, records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(GPTQ, "VERSION", GPTQ.VERSION + 1)
+        assert records.judge("one", self.golden, self.before) == Verdict(problem=None, exact=True)
+
+    def test_another_job_asks_to_be_recorded(self, records: Records) -> None:
+        problem = records.judge("one", replace(self.golden, sequences=63), self.before).problem
+        assert "record anew" in str(problem)
+
+    def test_recording_again_changes_no_byte(self, records: Records) -> None:
+        files = [path for path in records.directory.rglob("*") if path.is_file()]
+        written = [path.read_bytes() for path in files]
+        records.record("one", self.golden, self.before)
+        records.write()
+        assert len(files) == 2
+        assert [path.read_bytes() for path in files] == written
+
     def test_a_tensor_more_is_named_as_such(self) -> None:
         entry = Entry.of(self.golden, self.before)
         assert entry.changed(replace(self.before, tensors={"a": "1" * 64})) == ["the set of names, now 1, before 2"]
@@ -145,7 +233,7 @@ class TestRecords:
 
 def test_versions_are_those_of_the_methods_that_a_recipe_uses() -> None:
     recipe = Recipe.model_validate({"weights": {"bits": 4, "quantizer": {"kind": "gptq"}}})
-    assert versions(recipe) == {"GPTQ": GPTQ.VERSION, "MeanSquare": 1, "NoCompensation": 1}
+    assert versions(recipe) == {method.__name__: method.VERSION for method in (GPTQ, MeanSquare, NoCompensation)}
 
 
 def test_a_raised_version_leaves_the_finished_blocks_of_other_methods_valid(
