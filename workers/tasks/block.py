@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,7 +11,6 @@ from counterweight.workers.config import Config
 from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.keys import digest, versions
 from counterweight.workers.recipe import ModuleRecipe
-from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.records import LedgerEntry, ModuleReport, Timing
 from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.workspace import Blob, Record, Workspace
@@ -57,9 +56,20 @@ class BlockSpec(Config):
         recipe = {name: part.model_dump(mode="json") for name, part in self.recipe.items()}
         return digest([COMPRESS, self.calibrate_key(), self.propagate, self.paired, recipe, versions(self.recipe)])
 
+
+class BlockTask(Config):
+    """What the tasks of one block have in common."""
+
+    kind: ClassVar[str]
+
+    block: BlockSpec
+
+    @property
+    def name(self) -> str:
+        return f"block {self.block.index} ({self.kind})"
+
     def workspace(self) -> Workspace:
-        """Where the block's results are kept."""
-        return Workspace(open_store(self.setting.workspace))
+        return self.block.setting.open_workspace()
 
 
 class BlockRecord(Record):

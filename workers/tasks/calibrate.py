@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from counterweight.workers.config import Config
-from counterweight.workers.tasks.block import CALIBRATE, BlockSpec
+from counterweight.workers.tasks.block import CALIBRATE, BlockTask
 from counterweight.workers.tasks.records import HiddenRecord
 from counterweight.workers.tasks.task import Task
 
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
     from counterweight.workers.context import TaskContext
 
 
-class Calibrate(Config, Task[HiddenRecord]):
+class Calibrate(BlockTask, Task[HiddenRecord]):
     """Runs the original block, gathers the statistics, which stay with this worker, and stores the outputs, which the block
     behind waits for. Done even where its record is there: it is asked for where the statistics or the outputs are not.
 
@@ -21,12 +20,6 @@ class Calibrate(Config, Task[HiddenRecord]):
     """
 
     kind: ClassVar[str] = CALIBRATE
-
-    block: BlockSpec
-
-    @property
-    def name(self) -> str:
-        return f"block {self.block.index} ({self.kind})"
 
     def run(self, context: TaskContext) -> HiddenRecord:
         from counterweight.workers.calibrated_block import calibrated
@@ -36,7 +29,7 @@ class Calibrate(Config, Task[HiddenRecord]):
             raise ValueError(
                 f"block {block.index}: propagate {block.propagate}: expected original, where blocks are calibrated apart"
             )
-        workspace = block.workspace()
+        workspace = self.workspace()
         found = calibrated(context, block, workspace)
         record = HiddenRecord(outputs=found.outputs, timing=found.timing)
         return workspace.commit(self.kind, block.calibrate_key(), record)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
-from counterweight.workers.config import Config
-from counterweight.workers.tasks.block import COMPRESS, BlockRecord, BlockSpec
+from counterweight.workers.tasks.block import COMPRESS, BlockRecord, BlockTask
 from counterweight.workers.tasks.task import DurableTask
 from counterweight.workers.workspace import Blob, Workspace
 
@@ -14,24 +13,15 @@ if TYPE_CHECKING:
     from counterweight.workers.context import TaskContext
 
 
-class Compress(Config, DurableTask[BlockRecord]):
+class Compress(BlockTask, DurableTask[BlockRecord]):
     """Solves every linear of a block and stores what a checkpoint, an adapter and a residual store hold of it. What this worker
     has just calibrated is not calibrated again; done elsewhere or by a process that died, it has the same bits."""
 
     kind: ClassVar[str] = COMPRESS
     record: ClassVar[type[BlockRecord]] = BlockRecord
 
-    block: BlockSpec
-
-    @property
-    def name(self) -> str:
-        return f"block {self.block.index} ({self.kind})"
-
     def key(self) -> str:
         return self.block.key()
-
-    def workspace(self) -> Workspace:
-        return self.block.workspace()
 
     def blobs(self, record: BlockRecord) -> Iterable[Blob]:
         return (*record.stored, *record.outputs)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
 from counterweight.workers.keys import digest
-from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.records import HiddenRecord
 from counterweight.workers.tasks.setting import Setting, shard_sequences
 from counterweight.workers.tasks.task import DurableTask
@@ -37,7 +36,7 @@ class Embed(Config, DurableTask[HiddenRecord]):
         return digest([self.kind, self.setting.determines(), self.tokens.sha256, self.tensor[1]])
 
     def workspace(self) -> Workspace:
-        return Workspace(open_store(self.setting.workspace))
+        return self.setting.open_workspace()
 
     def blobs(self, record: HiddenRecord) -> Iterable[Blob]:
         return record.outputs

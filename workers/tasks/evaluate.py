@@ -73,7 +73,7 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
         return f"validation of windows {self.start} to {self.stop - 1}"
 
     def workspace(self) -> Workspace:
-        return Workspace(open_store(self.setting.workspace))
+        return self.setting.open_workspace()
 
     def compute(self, context: TaskContext, workspace: Workspace) -> EvaluateRecord:
         import torch

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from counterweight.workers.config import Config
-from counterweight.workers.tasks.block import GAINS, BlockSpec
+from counterweight.workers.tasks.block import GAINS, BlockTask
 from counterweight.workers.tasks.task import DurableTask
 from counterweight.workers.workspace import Blob, Record, Workspace
 
@@ -22,23 +21,14 @@ class GainsRecord(Record):
     outputs: tuple[Blob, ...]
 
 
-class Gains(Config, DurableTask[GainsRecord]):
+class Gains(BlockTask, DurableTask[GainsRecord]):
     """Calibrates a block and measures the gains on its statistics, where they are."""
 
     kind: ClassVar[str] = GAINS
     record: ClassVar[type[GainsRecord]] = GainsRecord
 
-    block: BlockSpec
-
-    @property
-    def name(self) -> str:
-        return f"block {self.block.index} ({self.kind})"
-
     def key(self) -> str:
         return self.block.key()
-
-    def workspace(self) -> Workspace:
-        return self.block.workspace()
 
     def blobs(self, record: GainsRecord) -> Iterable[Blob]:
         return record.outputs

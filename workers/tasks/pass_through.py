@@ -9,7 +9,6 @@ from pydantic import Field
 
 from counterweight.workers.config import Config
 from counterweight.workers.keys import digest
-from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.records import LedgerEntry, Timing
 from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.tasks.task import DurableTask
@@ -47,7 +46,7 @@ class PassThrough(Config, DurableTask[PassThroughRecord]):
         return digest([self.kind, self.setting.determines(), dict(self.tensors)])
 
     def workspace(self) -> Workspace:
-        return Workspace(open_store(self.setting.workspace))
+        return self.setting.open_workspace()
 
     def blobs(self, record: PassThroughRecord) -> Iterable[Blob]:
         return (record.checkpoint,)

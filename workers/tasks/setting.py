@@ -8,6 +8,8 @@ from typing import Any, Literal
 from counterweight.workers.config import Config
 from counterweight.workers.keys import numerics, versions
 from counterweight.workers.recipe import Rotation
+from counterweight.workers.storage import open_store
+from counterweight.workers.workspace import Workspace
 
 SHARD_TOKENS = 8192
 """Tokens of one shard of hidden states. Part of the numerics: statistics are reduced shard by shard."""
@@ -42,6 +44,10 @@ class Setting(Config):
     """Where the arithmetic was asked to run: bits differ between kinds of device, so results do not mix."""
     rotation: Rotation | None = None
     """Coordinates in which the model is compressed; null: its own."""
+
+    def open_workspace(self) -> Workspace:
+        """Where the job's results are kept."""
+        return Workspace(open_store(self.workspace))
 
     def determines(self) -> dict[str, Any]:
         """The part of a key that all tasks share."""
