@@ -6,7 +6,6 @@ Sizes are estimates with the same shape as the truth: every term is named, and t
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from math import prod
 
@@ -227,17 +226,17 @@ def _misfits(job: CompressionJob, blocks: Sequence[BlockPlan], device: str | Non
     """What does not fit this machine, for workers without GPUs, or the device that is named."""
     largest = max(blocks, key=lambda block: block.peak_bytes)
     resources = job.spec.resources
-    if resources.gpus_per_worker == 0 and device is None:
+    if device is not None:
+        available = int(memory_of(device) * min(1.0, resources.gpus_per_worker or 1.0))
+        need = largest.peak_bytes
+        what = f"block {largest.index} needs {_gib(need)} of a GPU: a worker has {_gib(available)} of {device}"
+    elif resources.gpus_per_worker == 0:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         each = PROCESS_BYTES + largest.peak_bytes
         need = each * resources.workers
         what = f"{resources.workers} workers of {_gib(each)} need {_gib(need)}: this machine has {_gib(available)}"
     else:
-        available = (
-            sys.maxsize if device is None else int(memory_of(device) * min(1.0, resources.gpus_per_worker or 1.0))
-        )
-        need = largest.peak_bytes
-        what = f"block {largest.index} needs {_gib(need)} of a GPU: a worker has {_gib(available)} of {device}"
+        return []  # nothing is known of a GPU that nobody names
     return [what] if need > available else []
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from counterweight.kernels.weights.stored_weight import (
+    SCALE_DTYPES,
     StoredWeight,
     WeightForm,
     expect_finite,
@@ -23,7 +24,6 @@ from counterweight.kernels.weights.stored_weight import (
 )
 
 _NAMES = ("weight_signs", "weight_row_scale", "weight_column_scale", "weight_shape")
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class SignWeight(StoredWeight):
         rows, columns = read_shape(tensors["weight_shape"])
         expect_tensor(tensors["weight_signs"], "weight_signs", (torch.int32,), (rows, -(-columns // 32)))
         for name, size in (("weight_row_scale", rows), ("weight_column_scale", columns)):
-            expect_tensor(tensors[name], name, _FLOATS, (size,))
+            expect_tensor(tensors[name], name, SCALE_DTYPES, (size,))
             expect_finite(tensors[name], name)
         words, row_scale, column_scale = (tensors[name] for name in _NAMES[:3])
         return cls(words=words, row_scale=row_scale, column_scale=column_scale)

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes in which a checkpoint stores scales."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightForm:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from counterweight.kernels.weights.packing import pack, packed_width, unpack
 from counterweight.kernels.weights.stored_weight import (
+    SCALE_DTYPES,
     StoredWeight,
     WeightForm,
     expect_finite,
@@ -107,7 +108,7 @@ class UniformWeight(StoredWeight):
         groups = 1 if group_size is None else -(-columns // group_size)
         packed, scale = tensors["weight_packed"], tensors["weight_scale"]
         expect_tensor(packed, "weight_packed", (torch.int32,), (rows, packed_width(columns, bits)))
-        expect_tensor(scale, "weight_scale", (torch.bfloat16, torch.float16, torch.float32), (rows, groups))
+        expect_tensor(scale, "weight_scale", SCALE_DTYPES, (rows, groups))
         expect_finite(scale, "weight_scale")
         zero_point = None
         if not form.symmetric:

@@ -44,7 +44,7 @@ def result_section(report: Report) -> Markup:
         if any(value is not None for value in values):
             rows.append((metric.label, *(_shown(metric, value) for value in values)))
         if metric.relative:
-            rows.append(("ratio to the original", *(_ratio(quality, baseline) for _, _, quality in columns)))
+            rows.append(("ratio to the original", *(_ratio(metric, quality, baseline) for _, _, quality in columns)))
     return section(
         "Result",
         tag("p", _verdict(report)),
@@ -67,8 +67,9 @@ def _shown(metric: Metric, value: float | None) -> str:
     return exact(value, metric.digits if metric.relative else ".4g")
 
 
-def _ratio(quality: Quality, baseline: Quality) -> str:
-    return exact(quality.perplexity / baseline.perplexity if baseline.perplexity > 0 else None, ".4f")
+def _ratio(metric: Metric, quality: Quality, baseline: Quality) -> str:
+    value, original = quality.of(metric), baseline.of(metric)
+    return exact(value / original if value is not None and original is not None and original > 0 else None, ".4f")
 
 
 def _share(value: float) -> Markup:
