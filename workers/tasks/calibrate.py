@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, ClassVar
 from counterweight.workers.config import Config
 from counterweight.workers.tasks.block import CALIBRATE, BlockSpec
 from counterweight.workers.tasks.records import HiddenRecord
-from counterweight.workers.tasks.task import Task
+from counterweight.workers.tasks.task import DurableTask
+from counterweight.workers.workspace import Workspace
 
 if TYPE_CHECKING:
     from counterweight.workers.context import TaskContext
 
 
-class Calibrate(Config, Task[HiddenRecord]):
+class Calibrate(Config, DurableTask[HiddenRecord]):
     """Runs the original block, gathers the statistics, which stay with this worker, and stores the outputs, which the block
     behind waits for. Done even where its record is there: it is asked for where the statistics or the outputs are not.
 
@@ -21,6 +22,7 @@ class Calibrate(Config, Task[HiddenRecord]):
     """
 
     kind: ClassVar[str] = CALIBRATE
+    record: ClassVar[type[HiddenRecord]] = HiddenRecord
 
     block: BlockSpec
 
@@ -28,7 +30,21 @@ class Calibrate(Config, Task[HiddenRecord]):
     def name(self) -> str:
         return f"block {self.block.index} ({self.kind})"
 
+    @property
+    def block_index(self) -> int:
+        return self.block.index
+
+    def key(self) -> str:
+        return self.block.calibrate_key()
+
+    def workspace(self) -> Workspace:
+        return self.block.workspace()
+
     def run(self, context: TaskContext) -> HiddenRecord:
+        workspace = self.workspace()
+        return workspace.commit(self.kind, self.key(), self.compute(context, workspace))
+
+    def compute(self, context: TaskContext, workspace: Workspace) -> HiddenRecord:
         from counterweight.workers.calibrated_block import calibrated
 
         block = self.block
@@ -36,7 +52,6 @@ class Calibrate(Config, Task[HiddenRecord]):
             raise ValueError(
                 f"block {block.index}: propagate {block.propagate}: expected original, where blocks are calibrated apart"
             )
-        workspace = block.workspace()
         found = calibrated(context, block, workspace)
-        record = HiddenRecord(outputs=found.outputs, timing=found.timing)
-        return workspace.commit(self.kind, block.calibrate_key(), record)
+        context.held.hold(found)
+        return HiddenRecord(outputs=found.outputs, timing=found.timing)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
 from counterweight.workers.tasks.block import COMPRESS, BlockRecord, BlockSpec
 from counterweight.workers.tasks.task import DurableTask
-from counterweight.workers.workspace import Blob, Workspace
+from counterweight.workers.workspace import Workspace
 
 if TYPE_CHECKING:
     from counterweight.workers.context import TaskContext
@@ -27,16 +26,17 @@ class Compress(Config, DurableTask[BlockRecord]):
     def name(self) -> str:
         return f"block {self.block.index} ({self.kind})"
 
+    @property
+    def block_index(self) -> int:
+        return self.block.index
+
     def key(self) -> str:
         return self.block.key()
 
     def workspace(self) -> Workspace:
         return self.block.workspace()
 
-    def blobs(self, record: BlockRecord) -> Iterable[Blob]:
-        return (*record.stored, *record.outputs)
-
     def compute(self, context: TaskContext, workspace: Workspace) -> BlockRecord:
-        from counterweight.workers.calibrated_block import compressed
+        from counterweight.workers.compressed_block import compressed
 
         return compressed(context, self.block, workspace)

@@ -1,4 +1,4 @@
-"""The chain of block tasks on simulated workers: no process, no tensor, records in a dictionary."""
+"""The graph of block tasks on simulated workers: no process, no tensor, records in a dictionary."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterweight.pipeline.chain import Chain, Link, Phase
-from counterweight.workers.tasks.block import CALIBRATE, COMPRESS, BlockRecord, BlockSpec
+from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks
+from counterweight.pipeline.graph import Graph, Node
+from counterweight.workers.tasks.block import CALIBRATE, COMPRESS, GAINS, BlockRecord, BlockSpec
+from counterweight.workers.tasks.calibrate import Calibrate
+from counterweight.workers.tasks.compress import Compress
+from counterweight.workers.tasks.embed import Embed
+from counterweight.workers.tasks.gains import Gains, GainsRecord
 from counterweight.workers.tasks.records import HiddenRecord, Timing
 from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.workspace import AnyRecord, Blob, Workspace
@@ -27,13 +32,15 @@ def blob(*content: object) -> Blob:
 
 
 FIRST = (blob("embedding", 0), blob("embedding", 1))
+EMBED = Embed(setting=SETTING, tokens=blob("tokens"), tensor=("embedding", "0" * 64))
 
 
 class MemoryWorkspace(Workspace):
     """Records and blobs that are only remembered."""
 
     def __init__(self) -> None:
-        self.records: dict[tuple[str, str], Any] = {}
+        embedded = HiddenRecord(outputs=FIRST, timing=Timing())
+        self.records: dict[tuple[str, str], Any] = {(EMBED.kind, EMBED.key()): embedded}
         self.blobs: set[str] = {each.sha256 for each in FIRST}
 
     def put(self, *blobs: Blob) -> None:
@@ -53,53 +60,95 @@ class MemoryWorkspace(Workspace):
         return earlier
 
 
-class Cluster:
-    """Simulated workers on one chain; each holds the statistics of the last block whose first half it did."""
+BlockTask = Calibrate | Gains | Compress
 
-    def __init__(self, workspace: MemoryWorkspace, *, count: int, workers: int, propagate: Propagate = "original"):
-        self.workspace, self.propagate = workspace, propagate
-        self.chain = Chain.open(workspace, self.spec_of, FIRST, count, propagate)
-        self.running: dict[int, Link] = {}
+
+class Cluster:
+    """Simulated workers on one graph; each holds the statistics of the last block that it calibrated, with a budget of all."""
+
+    def __init__(
+        self,
+        workspace: MemoryWorkspace,
+        *,
+        count: int,
+        workers: int,
+        propagate: Propagate = "original",
+        budget: bool = False,
+        hold: int = 100,
+    ):
+        self.workspace, self.propagate, self.count, self.hold = workspace, propagate, count, hold
+        self.shared = 0
+        self.graph = Graph(workspace, hold_bytes=hold)
+        embedded: Node[HiddenRecord] = self.graph.add(lambda: EMBED)
+        shares = Budget(blocks=frozenset(range(count)), share=self._share, bytes=[1] * count)
+        self.blocks: Blocks = add_blocks(
+            self.graph, embedded, [{}] * count, self.spec_of, propagate=propagate, budget=shares if budget else None
+        )
+        self.graph.open()
+        self.running: dict[int, Node[object]] = {}
         self.workers = range(workers)
-        self.holds: dict[int, int | None] = dict.fromkeys(self.workers)
+        self.holds: dict[int, list[int]] = {worker: [] for worker in self.workers}
         self.started: list[tuple[str, int, int]] = []
         self.recalculated: list[int] = []
 
-    def spec_of(self, index: int, inputs: tuple[Blob, ...]) -> BlockSpec:
+    @property
+    def done(self) -> bool:
+        return all(node.done for node in self.blocks.compress)
+
+    def _share(self, gains: Any) -> list[BlockRecipe]:
+        assert sorted(gains) == list(range(self.count)), "shared out before all gains are known"
+        self.shared += 1
+        return [{}] * self.count
+
+    def spec_of(
+        self,
+        index: int,
+        recipe: BlockRecipe,
+        inputs: tuple[Blob, ...],
+        original_inputs: tuple[Blob, ...],
+        propagate: Propagate,
+    ) -> BlockSpec:
         return BlockSpec(
             setting=SETTING,
             index=index,
             tensors={f"model.layers.{index}.w": "0" * 64},
             inputs=inputs,
-            recipe={},
-            propagate=self.propagate,
+            original_inputs=original_inputs,
+            recipe=recipe,
+            propagate=propagate,
         )
 
     def assign(self) -> None:
-        """What the orchestrator's step does before it waits."""
+        """What the dispatcher does before it waits."""
         for worker in self.workers:
             if worker in self.running:
                 continue
-            link = self.chain.assign(worker)
-            if link is None:
+            node = self.graph.assign(worker)
+            if node is None:
                 continue
-            index = link.spec.index
-            assert index not in [other.spec.index for other in self.running.values()], "a block on two workers"
-            self.started.append((link.phase.value, index, worker))
-            self.running[worker] = link
+            if isinstance(node.made(), Embed):
+                self.started.append(("embed", -1, worker))
+            else:
+                task = block_task(node)
+                index = task.block.index
+                others = [other.made().block_index for other in self.running.values()]
+                assert index not in others, "a block on two workers"
+                self.started.append((task.kind, index, worker))
+            self.running[worker] = node
 
     def finish(self, worker: int, *, dies: bool = False, fails: bool = False) -> None:
         """A worker's task ends: with its record, with its death, or with an error that may mend."""
-        link = self.running.pop(worker)
+        node = self.running.pop(worker)
         if dies:
-            self.holds[worker] = None
-            self.chain.lost(worker)
-            self.chain.settle(link, worker, None)
-        elif fails or not self._readable(worker, link):
-            self.holds[worker] = None
-            self.chain.settle(link, worker, None)
+            self.holds[worker] = []
+            self.graph.lost(worker)
+            self.graph.failed(node)
+        elif fails or not self._readable(worker, node):
+            if not isinstance(node.made(), Embed):
+                self._forget(worker, block_task(node).block.index)
+            self.graph.failed(node)
         else:
-            self.chain.settle(link, worker, self._work(worker, link))
+            self.graph.settle(node, worker, self._work(worker, node))
 
     def work(self, worker: int) -> None:
         """A worker does its task; nobody hears of it."""
@@ -108,31 +157,54 @@ class Cluster:
     def run(self) -> None:
         """To the end, one task after another, without faults."""
         steps = 0
-        while not self.chain.done:
+        while not self.done:
             self.assign()
             assert self.running, "nothing runs, nothing can start, and blocks are missing"
             self.finish(min(self.running))
             steps += 1
-            assert steps <= 4 * self.chain.count, "no progress"
+            assert steps <= 6 * self.count + 1, "no progress"
 
-    def _readable(self, worker: int, link: Link) -> bool:
-        """A half whose statistics are not in memory reads the block's inputs."""
-        held = link.phase is Phase.COMPRESS and self.holds[worker] == link.spec.index and self.propagate == "original"
-        return held or all(self.workspace.has(each) for each in link.spec.inputs)
+    def _forget(self, worker: int, index: int) -> None:
+        self.holds[worker] = [held for held in self.holds[worker] if held != index]
 
-    def _work(self, worker: int, link: Link) -> HiddenRecord | BlockRecord:
-        spec = link.spec
-        outputs = tuple(blob(self.propagate, spec.index, each.sha256) for each in spec.inputs)
-        if link.phase is Phase.CALIBRATE:
-            assert self.propagate == "original", "with compressed propagation there is only the whole task"
-            self.holds[worker] = spec.index
+    def _readable(self, worker: int, node: Node[object]) -> bool:
+        """A task whose statistics are not in memory reads the block's inputs."""
+        if isinstance(node.made(), Embed):
+            return True
+        task = block_task(node)
+        in_memory = not isinstance(task, Calibrate) and task.block.propagate == "original"
+        held = in_memory and task.block.index in self.holds[worker]
+        return held or all(self.workspace.has(each) for each in task.block.inputs)
+
+    def _calibrated(self, worker: int, task: BlockTask) -> None:
+        """The statistics are in memory from now on, those of others as far as there is room."""
+        index = task.block.index
+        if index not in self.holds[worker]:
+            kept = self.holds[worker][-self.hold :] if self.hold else []
+            self.holds[worker] = [*kept, index]
+            if not isinstance(task, Calibrate):
+                self.recalculated.append(index)
+
+    def _work(self, worker: int, node: Node[object]) -> HiddenRecord | BlockRecord | GainsRecord:
+        if isinstance(node.made(), Embed):
+            self.workspace.put(*FIRST)
+            return HiddenRecord(outputs=FIRST, timing=Timing())
+        task = block_task(node)
+        spec = task.block
+        outputs = tuple(blob(spec.propagate, spec.index, each.sha256) for each in spec.inputs)
+        if spec.propagate == "original":
+            self._calibrated(worker, task)
+        if isinstance(task, Calibrate):
+            assert spec.propagate == "original", "with compressed propagation there is only the whole task"
             self.workspace.put(*outputs)
             return self.workspace.commit(
                 CALIBRATE, spec.calibrate_key(), HiddenRecord(outputs=outputs, timing=Timing())
             )
-        if self.holds[worker] != spec.index:
-            self.recalculated.append(spec.index)
-        self.holds[worker] = None
+        if isinstance(task, Gains):
+            if not task.keep:
+                self._forget(worker, spec.index)
+            return self.workspace.commit(GAINS, spec.key(), GainsRecord(gains={}, outputs=outputs))
+        self._forget(worker, spec.index)
         checkpoint = blob("checkpoint", spec.index)
         self.workspace.put(checkpoint, *(outputs if self.propagate == "compressed" else ()))
         record = BlockRecord(
@@ -151,8 +223,14 @@ class Cluster:
         return self.workspace.commit(COMPRESS, spec.key(), record)
 
     def halves(self, half: str) -> list[int]:
-        """Blocks of which a half was started, in order."""
+        """Blocks of which a task of this kind was started, in order."""
         return [index for name, index, _ in self.started if name == half]
+
+
+def block_task(node: Node[object]) -> BlockTask:
+    task = node.made()
+    assert isinstance(task, Calibrate | Gains | Compress)
+    return task
 
 
 def finished(count: int, propagate: Propagate = "original") -> MemoryWorkspace:
@@ -174,7 +252,7 @@ def boundaries(cluster: Cluster) -> list[tuple[Blob, ...]]:
     """Hidden states behind each block."""
     found: list[tuple[Blob, ...]] = []
     inputs = FIRST
-    for index in range(cluster.chain.count):
+    for index in range(cluster.count):
         inputs = tuple(blob(cluster.propagate, index, each.sha256) for each in inputs)
         found.append(inputs)
     return found
@@ -187,7 +265,7 @@ def test_every_block_is_solved_once_and_first_halves_come_in_order(workers: int)
     assert cluster.halves("forward") == [0, 1, 2, 3, 4, 5]
     assert sorted(cluster.halves("block")) == [0, 1, 2, 3, 4, 5]
     assert cluster.recalculated == []
-    assert [record.index for record in cluster.chain.records] == [0, 1, 2, 3, 4, 5]
+    assert [record.index for record in cluster.blocks.records] == [0, 1, 2, 3, 4, 5]
 
 
 def test_the_half_done_block_of_a_worker_is_its_next() -> None:
@@ -204,11 +282,11 @@ def test_second_halves_run_beside_the_chain() -> None:
     cluster = Cluster(MemoryWorkspace(), count=5, workers=5)
     for _ in range(5):
         cluster.assign()
-        (forward,) = [worker for worker, link in cluster.running.items() if link.phase is Phase.CALIBRATE]
+        (forward,) = [worker for worker, node in cluster.running.items() if isinstance(node.made(), Calibrate)]
         cluster.finish(forward)
     cluster.assign()
-    assert sorted(link.spec.index for link in cluster.running.values()) == [0, 1, 2, 3, 4]
-    assert {link.phase for link in cluster.running.values()} == {Phase.COMPRESS}
+    assert sorted(block_task(node).block.index for node in cluster.running.values()) == [0, 1, 2, 3, 4]
+    assert {type(node.made()) for node in cluster.running.values()} == {Compress}
 
 
 def test_a_dead_holders_block_goes_to_another_worker_and_the_chain_goes_on() -> None:
@@ -251,19 +329,19 @@ def test_a_resumed_job_runs_what_is_missing(propagate: Propagate, done: tuple[in
     missing = [index for index in range(4) if index not in done]
     forget_blocks(workspace, missing)
     cluster = Cluster(workspace, count=4, workers=2, propagate=propagate)
-    reused = [state.record.index for state in cluster.chain.blocks if state.record is not None and state.reused]
+    reused = [record.index for record in cluster.blocks.reused]
     # A compressed chain is followed record by record: behind a gap, the keys are not known yet.
     known = done if propagate == "original" else [index for index in done if index < min(missing, default=4)]
     assert reused == list(known)
     cluster.run()
     assert sorted(cluster.halves("block")) == [index for index in range(4) if index not in known]
-    assert len(cluster.chain.records) == 4
+    assert len(cluster.blocks.records) == 4
 
 
 def test_a_finished_job_has_nothing_to_do() -> None:
     cluster = Cluster(finished(4), count=4, workers=1)
-    assert cluster.chain.done
-    assert cluster.chain.assign(0) is None
+    assert cluster.done
+    assert cluster.graph.assign(0) is None
 
 
 @pytest.mark.parametrize(
@@ -305,10 +383,10 @@ def test_a_block_whose_shard_is_gone_is_not_done() -> None:
 def test_compressed_propagation_is_one_task_per_block_on_the_outputs_of_the_one_before() -> None:
     cluster = Cluster(MemoryWorkspace(), count=3, workers=2, propagate="compressed")
     seen: list[tuple[Blob, ...]] = []
-    while not cluster.chain.done:
+    while not cluster.done:
         cluster.assign()
         assert len(cluster.running) == 1
-        seen += [link.spec.inputs for link in cluster.running.values()]
+        seen += [block_task(node).block.inputs for node in cluster.running.values()]
         cluster.finish(next(iter(cluster.running)))
     assert [name for name, _, _ in cluster.started] == ["block"] * 3
     assert seen == [FIRST, *boundaries(cluster)[:2]]
@@ -338,14 +416,14 @@ def test_hidden_states_that_vanish_while_the_job_runs_are_made_again(propagate: 
             workspace.discard(each)
     cluster.run()
     assert {0, 1, 2} <= set(cluster.halves("forward" if propagate == "original" else "block"))
-    assert len(cluster.chain.records) == 4
+    assert len(cluster.blocks.records) == 4
 
 
 def test_the_embeddings_output_is_not_among_what_is_discarded() -> None:
     """Everything else follows from it, so another job on the same chain can always go on."""
     cluster = Cluster(MemoryWorkspace(), count=3, workers=1)
     cluster.run()
-    assert Counter(cluster.chain.discardable) == Counter(each for behind in boundaries(cluster) for each in behind)
+    assert Counter(cluster.blocks.discardable) == Counter(each for behind in boundaries(cluster) for each in behind)
 
 
 def test_a_solve_that_failed_holds_nothing_any_more() -> None:
@@ -362,7 +440,78 @@ def test_a_solve_that_failed_holds_nothing_any_more() -> None:
         for each in behind:
             workspace.discard(each)
     cluster.run()
-    assert len(cluster.chain.records) == 2
+    assert len(cluster.blocks.records) == 2
+
+
+def test_an_embedding_whose_output_is_gone_is_made_again_when_a_block_reads_it() -> None:
+    workspace = finished(2)
+    forget_blocks(workspace, [0])
+    for each in FIRST:
+        workspace.discard(each)
+    cluster = Cluster(workspace, count=2, workers=1)
+    cluster.run()
+    assert cluster.started == [("embed", -1, 0), ("forward", 0, 0), ("block", 0, 0)]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_with_a_budget_every_block_is_calibrated_once_and_measured_where_its_statistics_are(workers: int) -> None:
+    cluster = Cluster(MemoryWorkspace(), count=4, workers=workers, budget=True)
+    cluster.run()
+    assert cluster.halves("forward") == [0, 1, 2, 3]
+    assert cluster.recalculated == []
+    assert cluster.shared == 1
+    first_compressed = min(place for place, (kind, _, _) in enumerate(cluster.started) if kind == "block")
+    assert max(place for place, (kind, _, _) in enumerate(cluster.started) if kind == "gains") < first_compressed
+    for kind in ("gains", "block"):
+        places = {(index, worker) for name, index, worker in cluster.started if name == kind}
+        assert places == {(index, worker) for name, index, worker in cluster.started if name == "forward"}
+
+
+def test_gains_of_one_block_are_measured_while_the_next_is_calibrated() -> None:
+    cluster = Cluster(MemoryWorkspace(), count=3, workers=2, budget=True)
+    cluster.assign()
+    cluster.finish(0)
+    cluster.assign()
+    assert cluster.started[1:] == [("gains", 0, 0), ("forward", 1, 1)]
+
+
+@pytest.mark.parametrize(("hold", "twice"), [(0, [0, 1, 2]), (1, [0, 1]), (2, [0]), (3, [])])
+def test_blocks_beyond_the_bound_are_calibrated_a_second_time(hold: int, twice: list[int]) -> None:
+    """One worker, four blocks of one byte each; beside the one that it works on it keeps `hold`."""
+    cluster = Cluster(MemoryWorkspace(), count=4, workers=1, budget=True, hold=hold)
+    cluster.run()
+    assert cluster.halves("forward") == [0, 1, 2, 3]
+    assert sorted(cluster.recalculated) == twice
+
+
+def test_a_budget_with_compressed_propagation_measures_the_original_blocks_first() -> None:
+    cluster = Cluster(MemoryWorkspace(), count=3, workers=1, propagate="compressed", budget=True)
+    cluster.run()
+    assert [kind for kind, _, _ in cluster.started] == ["forward", "gains"] * 3 + ["block"] * 3
+    assert cluster.holds == {0: []}
+    assert {each.sha256 for each in cluster.blocks.discardable} == cluster.workspace.blobs - {
+        *(each.sha256 for each in FIRST),
+        *(blob("checkpoint", index).sha256 for index in range(3)),
+    }
+
+
+def test_a_resumed_job_with_a_budget_asks_for_no_gains_again() -> None:
+    first = Cluster(MemoryWorkspace(), count=4, workers=1, budget=True)
+    first.run()
+    forget_blocks(first.workspace, [1])
+    cluster = Cluster(first.workspace, count=4, workers=1, budget=True)
+    assert [record.index for record in cluster.blocks.reused] == [0, 2, 3]
+    cluster.run()
+    assert cluster.started == [("forward", 1, 0), ("block", 1, 0)]
+
+
+def test_a_value_that_is_not_there_yet_is_an_error() -> None:
+    graph = Graph()
+    node = graph.add(lambda: EMBED)
+    with pytest.raises(ValueError, match=r"^node 0: has no value yet"):
+        _ = node.value
+    with pytest.raises(ValueError, match=r"^workspace: none"):
+        graph.open()
 
 
 @settings(max_examples=300, deadline=None)
@@ -371,6 +520,7 @@ def test_whatever_happens_in_whatever_order_the_chain_ends(data: st.DataObject) 
     """Workers finish in any order, die, fail, and hidden states vanish: while there are fewer faults than patience,
     every block is solved, no half runs without its inputs, and nothing hangs."""
     propagate: Propagate = data.draw(st.sampled_from(["original", "compressed"]))
+    budget, hold = data.draw(st.booleans()), data.draw(st.integers(0, 3))
     count = data.draw(st.integers(1, 6))
     workers = data.draw(st.sampled_from([1, 2, 3, 5]))
     workspace = MemoryWorkspace()
@@ -379,12 +529,13 @@ def test_whatever_happens_in_whatever_order_the_chain_ends(data: st.DataObject) 
         forget_blocks(workspace, data.draw(st.sets(st.integers(0, count - 1))))
     cluster = Cluster(workspace, count=count, workers=workers, propagate=propagate)
     hidden = [each for behind in boundaries(cluster) for each in behind]
+    hidden += FIRST if data.draw(st.booleans()) else ()
     for each in data.draw(st.sets(st.sampled_from(hidden))):
         workspace.discard(each)
-    cluster = Cluster(workspace, count=count, workers=workers, propagate=propagate)
+    cluster = Cluster(workspace, count=count, workers=workers, propagate=propagate, budget=budget, hold=hold)
     faults = data.draw(st.integers(0, 6))
-    for _ in range(20 * (count + 1)):
-        if cluster.chain.done:
+    for _ in range(40 * (count + 1)):
+        if cluster.done:
             break
         cluster.assign()
         assert cluster.running, "nothing runs, nothing can start, and blocks are missing"
@@ -399,7 +550,7 @@ def test_whatever_happens_in_whatever_order_the_chain_ends(data: st.DataObject) 
             cluster.finish(worker, dies=True)
         else:
             cluster.finish(worker, dies=event.startswith("dies"), fails=event == "fails")
-    assert cluster.chain.done
-    assert [record.index for record in cluster.chain.records] == list(range(count))
+    assert cluster.done
+    assert [record.index for record in cluster.blocks.records] == list(range(count))
     if not cluster.running:
-        assert cluster.chain.assign(0) is None or propagate == "original"
+        assert cluster.graph.assign(0) is None
