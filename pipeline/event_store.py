@@ -70,14 +70,20 @@ def _without_credentials(value: object) -> object:
 
 class EventStore:
     """A reader that keeps events below `store`. job: its id. note: called, on the job's thread, with what went wrong.
-    seconds: between two looks of the writing thread."""
+    seconds: between two looks of the writing thread. patience: seconds that the end may take."""
 
     def __init__(
-        self, store: ObjectStore, job: str, note: Callable[[str], None], *, seconds: float = FLUSH_SECONDS
+        self,
+        store: ObjectStore,
+        job: str,
+        note: Callable[[str], None],
+        *,
+        seconds: float = FLUSH_SECONDS,
+        patience: float = END_SECONDS,
     ) -> None:
         run = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
         self.prefix = f"{JOBS}/{job}/events/{run}"
-        self._store, self._note, self._seconds = store, note, seconds
+        self._store, self._note, self._seconds, self._patience = store, note, seconds, patience
         self._lock = threading.Lock()
         self._segments: list[bytearray] = [bytearray()]
         self._unwritten: set[int] = set()
@@ -104,12 +110,12 @@ class EventStore:
         self._tell()
 
     def end(self) -> None:
-        """Writes what is left, for `END_SECONDS` at most."""
+        """Writes what is left, within the patience."""
         self._ended = True
         self._wake.set()
-        self._thread.join(END_SECONDS)
+        self._thread.join(self._patience)
         if self._thread.is_alive():
-            self._problem = self._problem or f"the store took longer than {END_SECONDS:.0f} s"
+            self._problem = self._problem or f"the store took longer than {self._patience:g} s"
         self._tell()
 
     def _tell(self) -> None:
