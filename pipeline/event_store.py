@@ -6,6 +6,8 @@ An object store cannot append. The last segment is therefore written whole again
 until it is full and the next one begins; so there are few objects however long a job runs. Every run of a job has a folder
 of its own, so that two at once do not meet.
 
+A request that is refused leaves nothing in its output: events are written from `JobAdmitted` on, those before it then too.
+
 Writing happens on a thread of its own. It never fails the job and never holds it up, at its end for `END_SECONDS` at most:
 what could not be written is noted once and tried again with the next events.
 """
@@ -20,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 
-from counterweight.pipeline.events import ArtifactPublished, Event, JobFailed, StageEntered
+from counterweight.pipeline.events import ArtifactPublished, Event, JobAdmitted, JobFailed, StageEntered
 from counterweight.workers.errors import CounterweightError
 from counterweight.workers.storage import ObjectStore
 
@@ -87,6 +89,7 @@ class EventStore:
         self._lock = threading.Lock()
         self._segments: list[bytearray] = [bytearray()]
         self._unwritten: set[int] = set()
+        self._writes = False
         self._problem: str | None = None
         self._noted = False
         self._wake, self._ended = threading.Event(), False
@@ -105,6 +108,8 @@ class EventStore:
             if milestone or not full:
                 self._segments[-1] += line
                 self._unwritten.add(len(self._segments) - 1)
+        if isinstance(event, JobAdmitted) or (isinstance(event, JobFailed) and not event.refused):
+            self._writes = True
         if milestone:
             self._wake.set()
         self._tell()
@@ -132,6 +137,8 @@ class EventStore:
         self._write()
 
     def _write(self) -> None:
+        if not self._writes:
+            return
         with self._lock:
             waiting = {index: bytes(self._segments[index]) for index in self._unwritten}
             self._unwritten.clear()

@@ -1,6 +1,6 @@
 """What happens to a job, as values. The display, the log in the store and whoever comes later are readers of them.
 
-Only the standard library is imported here: the command shows a display before anything else is loaded.
+Nothing that takes time is imported here: the command shows a display before anything else is loaded.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import ClassVar, Protocol, Self
+
+from counterweight.workers.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,16 @@ class JobStarted(Event):
     name: str
     id: str
     workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobAdmitted(Event):
+    """Manifest, texts and model have been looked at and nothing in them is wrong: work begins. artifact: the id of what it will
+    be."""
+
+    kind: ClassVar[str] = "job_admitted"
+
+    artifact: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +169,13 @@ class ArtifactPublished(Event):
 
 @dataclass(frozen=True, slots=True)
 class JobFailed(Event):
-    """The job ended without an artifact. error: the class of what ended it."""
+    """The job ended without an artifact. error: the class of what ended it. refused: whether the request is wrong."""
 
     kind: ClassVar[str] = "job_failed"
 
     error: str
     text: str
+    refused: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +210,7 @@ class EventLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self.emit(JobFailed(type(error).__name__, str(error)))
+            self.emit(JobFailed(type(error).__name__, str(error), isinstance(error, RequestError)))
         for reader in list(self._readers):
             reader.end()
 

@@ -12,7 +12,7 @@ from counterweight.pipeline.artifact import Artifact, Published
 from counterweight.pipeline.assemble import Assembler, Parts, job_recipe, now, publish, repair_pointer, software
 from counterweight.pipeline.blocks import Blocks
 from counterweight.pipeline.dispatch import Dispatcher
-from counterweight.pipeline.events import ArtifactPublished, EventLog
+from counterweight.pipeline.events import ArtifactPublished, EventLog, JobAdmitted
 from counterweight.pipeline.graph import Graph
 from counterweight.pipeline.inventory import inventory
 from counterweight.pipeline.manifest import CompressionJob, canonical
@@ -87,6 +87,7 @@ class Orchestrator:
         self._watch.stage("inventory")
         digests = inventory(self._source, self._dispatcher)
         artifact = Artifact(self._store, self._job.metadata.name, self._identity(digests, tokens))
+        self._log.emit(JobAdmitted(artifact.id))
         if (published := artifact.published()) is not None:
             repair_pointer(artifact, published.document)
             blocks = self._source.layout.blocks

@@ -13,7 +13,16 @@ import pytest
 
 from counterweight.pipeline import event_store, events
 from counterweight.pipeline.event_store import EventStore, line_of, redacted
-from counterweight.pipeline.events import Event, EventLog, JobFailed, Note, StageEntered, TaskRetried, TaskStarted
+from counterweight.pipeline.events import (
+    Event,
+    EventLog,
+    JobAdmitted,
+    JobFailed,
+    Note,
+    StageEntered,
+    TaskRetried,
+    TaskStarted,
+)
 from counterweight.workers.errors import GateError, StorageError
 from counterweight.workers.storage import open_store
 from counterweight.workers.storage.file import FileStore
@@ -23,6 +32,9 @@ from tests.patience import PATIENCE
 from tests.pipeline.tiny import until
 
 RECIPE = {"weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "rtn"}}}
+
+
+ADMITTED = JobAdmitted("0" * 16)
 
 
 class Told:
@@ -51,8 +63,17 @@ def stored(root: Path) -> list[list[dict[str, Any]]]:
     return [[json.loads(line) for path in sorted(run.iterdir()) for line in path.open()] for run in runs]
 
 
+def behind(runs: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """Of each run of `opened`, what followed its first event."""
+    assert all(run[0]["kind"] == "job_admitted" for run in runs)
+    return [run[1:] for run in runs]
+
+
 def opened(root: Path, notes: list[str] | None = None, **options: float) -> EventStore:
-    return EventStore(open_store(root.as_uri()), "job", ([] if notes is None else notes).append, **options)
+    """A store of events of a job that has been admitted."""
+    store = EventStore(open_store(root.as_uri()), "job", ([] if notes is None else notes).append, **options)
+    store.on(ADMITTED)
+    return store
 
 
 def test_kinds_are_told_apart() -> None:
@@ -80,7 +101,7 @@ def test_what_ends_a_job_is_its_last_event() -> None:
 
     with pytest.raises(GateError):
         job()
-    assert told.events == [Note("one"), JobFailed("GateError", "kl: too much")]
+    assert told.events == [Note("one"), JobFailed("GateError", "kl: too much", refused=False)]
     assert told.ended == 1
 
 
@@ -90,7 +111,7 @@ class TestStore:
         before = events.time.time()
         store.on(TaskStarted("block 1 (forward)", "forward", 3, 1))
         store.end()
-        ((line,),) = stored(tmp_path)
+        ((line,),) = behind(stored(tmp_path))
         assert before <= line.pop("time") <= events.time.time()
         assert line == {
             "kind": "task_started",
@@ -104,13 +125,13 @@ class TestStore:
         store = opened(tmp_path, seconds=PATIENCE)
         store.on(Note("one"))
         store.on(StageEntered("blocks"))
-        until(lambda: [len(run) for run in stored(tmp_path)] == [2])
+        until(lambda: [len(run) for run in stored(tmp_path)] == [3])
         store.end()
 
     def test_other_events_are_visible_within_the_interval(self, tmp_path: Path) -> None:
         store = opened(tmp_path, seconds=0.01)
         store.on(Note("one"))
-        until(lambda: [len(run) for run in stored(tmp_path)] == [1])
+        until(lambda: [len(run) for run in stored(tmp_path)] == [2])
         store.end()
 
     def test_segments_are_full_before_the_next_begins(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +143,7 @@ class TestStore:
         files = sorted(tmp_path.rglob("*.jsonl"))
         assert [path.name for path in files] == [f"{number + 1:05}.jsonl" for number in range(len(files))]
         assert all(200 < path.stat().st_size <= 400 for path in files[:-1])
-        assert [line["text"] for line in stored(tmp_path)[0]] == [f"number {number:03}" for number in range(40)]
+        assert [line["text"] for line in behind(stored(tmp_path))[0]] == [f"number {number:03}" for number in range(40)]
 
     def test_objects_are_bounded_and_the_end_is_told_all_the_same(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -132,19 +153,34 @@ class TestStore:
         store = opened(tmp_path)
         for number in range(1000):
             store.on(Note(f"number {number:03}"))
-        store.on(JobFailed("GateError", "kl"))
+        store.on(JobFailed("GateError", "kl", refused=False))
         store.end()
         assert len(list(tmp_path.rglob("*.jsonl"))) == 3
         lines = stored(tmp_path)[0]
         assert lines[-1]["kind"] == "job_failed"
         assert 10 < len(lines) < 30
 
+    @pytest.mark.parametrize(("refused", "kinds"), [(True, []), (False, ["note", "job_failed"])])
+    def test_a_request_that_is_refused_leaves_nothing(self, tmp_path: Path, refused: bool, kinds: list[str]) -> None:
+        store = EventStore(open_store(tmp_path.as_uri()), "job", [].append, seconds=0.01)
+        store.on(Note("before"))
+        store.on(JobFailed("SomeError", "text", refused=refused))
+        store.end()
+        assert [line["kind"] for run in stored(tmp_path) for line in run] == kinds
+
+    def test_what_came_before_a_job_was_admitted_is_told_with_it(self, tmp_path: Path) -> None:
+        store = EventStore(open_store(tmp_path.as_uri()), "job", [].append)
+        store.on(Note("before"))
+        store.on(ADMITTED)
+        store.end()
+        assert [line["kind"] for line in stored(tmp_path)[0]] == ["note", "job_admitted"]
+
     def test_two_runs_of_a_job_do_not_meet(self, tmp_path: Path) -> None:
         both = [opened(tmp_path) for _ in range(2)]
         for number, store in enumerate(both):
             store.on(Note(str(number)))
             store.end()
-        assert sorted(run[0]["text"] for run in stored(tmp_path)) == ["0", "1"]
+        assert sorted(run[0]["text"] for run in behind(stored(tmp_path))) == ["0", "1"]
 
     def test_a_store_that_fails_is_noted_once_and_tried_again(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -168,7 +204,7 @@ class TestStore:
         assert notes == ["events of the job could not be stored: write https://***@host/k: 503 SlowDown"]
         fails[0] = False
         store.end()
-        assert [line["text"] for line in stored(tmp_path)[0]] == ["one", "0", "1", "2", "3", "4"]
+        assert [line["text"] for line in behind(stored(tmp_path))[0]] == ["one", "0", "1", "2", "3", "4"]
         assert len(notes) == 1
 
     def test_a_store_that_does_not_answer_holds_nothing_up(
