@@ -188,7 +188,7 @@ class Graph:
                 (node.wanted and not node.done)
                 or (not node.done and any(other.place in needed for other in node.followers))
                 or (not node.ran and any(other.place in needed for other in node.users))
-                or (not node.present and any(o.place in needed and not o.in_memory for o in node.readers))
+                or (not node.present and any(other.place in needed for other in node.readers))
             ):
                 needed.add(node.place)
         return needed

@@ -228,3 +228,19 @@ def test_idle_workers_do_what_nobody_waits_for_yet() -> None:
     Dispatcher(pool, RetryPolicy(), lambda _: None, graph).run([wanted])
     assert pool.calls == [(0, "m0"), (1, "m1")]
     assert not other.done
+
+
+def test_what_a_dead_worker_held_is_not_waited_for_there() -> None:
+    """Two nodes use what worker 1 holds. It dies in the first: the second is then no more its own than the first is."""
+    graph = Graph()
+    graph.add(lambda: Numbered(0))
+    held = [graph.add(lambda number=number: Numbered(number)) for number in (1, 2)]
+    gate = graph.add(lambda: Numbered(3), after=held)
+    users = [
+        graph.add(lambda number=number: Numbered(number), after=(gate,), uses=one)
+        for number, one in zip((4, 5), held, strict=True)
+    ]
+    pool = ScriptedPool(2, {"m4": [DIED]})
+    pool.order = lambda outcomes: [outcome for outcome in outcomes if outcome.worker == 1]
+    assert Dispatcher(pool, RetryPolicy(), lambda _: None, graph).run(users) == [("m4", 4), ("m5", 5)]
+    assert [kind for worker, kind in pool.calls if worker == 1] == ["m1", "m2", "m3", "m4", "m4", "m5"]

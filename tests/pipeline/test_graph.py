@@ -204,7 +204,8 @@ class Cluster:
             if not task.keep:
                 self._forget(worker, spec.index)
             return self.workspace.commit(GAINS, spec.key(), GainsRecord(gains={}, outputs=outputs))
-        self._forget(worker, spec.index)
+        if spec.propagate == "original":
+            self._forget(worker, spec.index)
         checkpoint = blob("checkpoint", spec.index)
         self.workspace.put(checkpoint, *(outputs if self.propagate == "compressed" else ()))
         record = BlockRecord(
@@ -503,6 +504,83 @@ def test_a_resumed_job_with_a_budget_asks_for_no_gains_again() -> None:
     assert [record.index for record in cluster.blocks.reused] == [0, 2, 3]
     cluster.run()
     assert cluster.started == [("forward", 1, 0), ("block", 1, 0)]
+
+
+def test_what_nobody_reads_is_not_made_again() -> None:
+    """The record of the last block's hidden states is gone; every block is done."""
+    workspace = finished(3)
+    (last,) = Cluster(workspace, count=3, workers=1).blocks.calibrate[2:]
+    task = last.made()
+    assert isinstance(task, Calibrate)
+    del workspace.records[CALIBRATE, task.key()]
+    cluster = Cluster(workspace, count=3, workers=1)
+    assert not cluster.blocks.calibrate[2].done
+    assert cluster.graph.assign(0) is None
+
+
+def test_what_a_dead_worker_held_anybody_can_compress() -> None:
+    cluster = Cluster(MemoryWorkspace(), count=4, workers=2, budget=True)
+    while not cluster.halves("block"):
+        cluster.assign()
+        if not cluster.halves("block"):
+            cluster.finish(next(iter(cluster.running)))  # whoever has worked longest
+    held = {worker: list(blocks) for worker, blocks in cluster.holds.items()}
+    assert all(len(blocks) == 2 for blocks in held.values())
+    cluster.finish(0, dies=True)
+    cluster.finish(1)
+    cluster.workers = range(1, 2)  # it has no successor
+    cluster.run()
+    assert sorted(cluster.recalculated) == held[0]
+
+
+def test_gains_that_were_measured_elsewhere_leave_the_statistics_there() -> None:
+    cluster = Cluster(MemoryWorkspace(), count=2, workers=2, budget=True)
+    cluster.assign()
+    cluster.finish(0)
+    cluster.assign()
+    cluster.finish(0, dies=True)  # in the gains of block 0
+    cluster.finish(1)
+    cluster.workers = range(1, 2)
+    for _ in range(2):
+        cluster.assign()
+        cluster.finish(1)
+    assert cluster.halves("gains") == [0, 1, 0]
+    cluster.workers = range(2)  # the first has a successor, which holds nothing
+    cluster.run()
+    assert cluster.recalculated == [0]
+    assert [worker for kind, _, worker in cluster.started if kind == "block"] == [1, 1]
+
+
+class Vanishing(Cluster):
+    """Two workers; block 0 is calibrated on the first, and block 1 has failed on the second because block 0's hidden states are
+    gone. So block 0 is to be compressed where its statistics are, and to be calibrated again."""
+
+    def __init__(self) -> None:
+        super().__init__(MemoryWorkspace(), count=2, workers=2)
+        self.assign()
+        self.finish(0)
+        chain = self.graph.assign(1)
+        assert chain is not None
+        assert chain.made().name == "block 1 (forward)"
+        for each in boundaries(self)[0]:
+            self.workspace.discard(each)
+        self.graph.failed(chain)
+
+    def given(self, worker: int) -> str | None:
+        node = self.graph.assign(worker)
+        return None if node is None else node.made().name
+
+
+def test_a_block_is_not_calibrated_again_while_it_is_compressed() -> None:
+    cluster = Vanishing()
+    assert cluster.given(0) == "block 0 (block)"
+    assert cluster.given(1) is None
+
+
+def test_a_block_is_not_compressed_while_it_is_calibrated_again() -> None:
+    cluster = Vanishing()
+    assert cluster.given(1) == "block 0 (forward)"
+    assert cluster.given(0) is None
 
 
 def test_a_value_that_is_not_there_yet_is_an_error() -> None:
