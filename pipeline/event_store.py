@@ -1,6 +1,6 @@
 """A job's events in the object store, for whoever is not at the terminal.
 
-    _jobs/<job id>/events/<run>/00001.jsonl    one JSON object a line: kind, time, and the event's fields
+    _work/events/<job id>/<run>/00001.jsonl    one JSON object a line: kind, time, and the event's fields
 
 An object store cannot append. The last segment is therefore written whole again, every few seconds and at the end of a stage,
 until it is full and the next one begins; so there are few objects however long a job runs. Every run of a job has a folder
@@ -25,9 +25,9 @@ from dataclasses import asdict
 from counterweight.pipeline.events import ArtifactPublished, Event, JobAdmitted, JobFailed, StageEntered
 from counterweight.workers.errors import CounterweightError
 from counterweight.workers.storage import ObjectStore
+from counterweight.workers.workspace import WORK
 
-JOBS = "_jobs"
-"""Everything of jobs lies under this prefix of the output's root; no artifact can have this name (`_` is not allowed)."""
+EVENTS = f"{WORK}/events"
 
 SEGMENT_BYTES = 64 << 10
 MAX_SEGMENTS = 256
@@ -84,7 +84,7 @@ class EventStore:
         patience: float = END_SECONDS,
     ) -> None:
         run = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
-        self.prefix = f"{JOBS}/{job}/events/{run}"
+        self.prefix = f"{EVENTS}/{job}/{run}"
         self._store, self._note, self._seconds, self._patience = store, note, seconds, patience
         self._lock = threading.Lock()
         self._segments: list[bytearray] = [bytearray()]

@@ -58,7 +58,7 @@ def kinds() -> list[type[Event]]:
 
 def stored(root: Path) -> list[list[dict[str, Any]]]:
     """The events of each run of the only job, in the order of the runs' names."""
-    runs = sorted(root.glob("_jobs/*/events/*"))
+    runs = sorted(root.glob("_work/events/*/*"))
     assert len({run.parent for run in runs}) <= 1
     return [[json.loads(line) for path in sorted(run.iterdir()) for line in path.open()] for run in runs]
 
@@ -245,7 +245,7 @@ def test_a_whole_job_leaves_its_events(tmp_path: Path) -> None:
     (lines,) = stored(tmp_path / "artifacts")
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
     assert lines[0]["kind"] == "job_started"
-    assert lines[0]["id"] == next((tmp_path / "artifacts" / "_jobs").iterdir()).name
+    assert lines[0]["id"] == next((tmp_path / "artifacts" / "_work" / "events").iterdir()).name
     assert lines[-1] == {**lines[-1], "kind": "artifact_published", "uri": published.uri, "existing": False}
     stages = [line["stage"] for line in lines if line["kind"] == "stage_entered"]
     assert stages == ["inventory", "blocks", "assemble", "validate", "publish"]
@@ -274,7 +274,7 @@ def test_a_job_whose_events_cannot_be_stored_is_published(tmp_path: Path, monkey
     real = FileStore.write
 
     def write(store: FileStore, key: str, data: bytes | bytearray | memoryview) -> None:
-        if key.startswith(event_store.JOBS):
+        if key.startswith(event_store.EVENTS):
             raise StorageError("disk full")
         real(store, key, data)
 
