@@ -12,7 +12,6 @@ lm_head and embeddings stay in 16 bits. Bits per weight are all in. Rows whose r
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import statistics
@@ -27,7 +26,6 @@ from counterweight.pipeline.artifact import REPORT, Published
 from counterweight.pipeline.evaluate import evaluate_artifact
 from counterweight.pipeline.manifest import parse_manifest
 from counterweight.pipeline.pool import PoolSize, RayPool, cluster, threads_per_worker
-from counterweight.pipeline.progress import make_progress
 from counterweight.workers.storage import open_store
 
 ROTATION = {"kind": "rotation"}
@@ -175,6 +173,7 @@ class Size:
 
 def run(pool: RayPool, recipe: dict[str, Any], model: Path, data: Path, output: Path, size: Size) -> Published:
     """One job to its end."""
+    from counterweight.pipeline.events import EventLog
     from counterweight.pipeline.opening import open_job
     from counterweight.pipeline.orchestrator import Orchestrator
 
@@ -201,9 +200,9 @@ def run(pool: RayPool, recipe: dict[str, Any], model: Path, data: Path, output: 
         },
     }
     job = parse_manifest(json.dumps(manifest), name="recipes.json", base=output.as_uri()).job
-    progress = make_progress(io.StringIO())
-    source, tokens = open_job(job, pool, progress, here=True)
-    return Orchestrator(job, source, tokens, pool, "cpu", progress).run()
+    with EventLog() as log:
+        source, tokens = open_job(job, pool, log, here=True)
+        return Orchestrator(job, source, tokens, pool, "cpu", log).run()
 
 
 def seeded(recipe: dict[str, Any], seeds: int) -> list[dict[str, Any]]:

@@ -7,15 +7,13 @@ the best use of it (but for the last few bits).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from counterweight.pipeline.dispatch import Dispatcher
+from counterweight.pipeline.blocks import BlockRecipe
 from counterweight.pipeline.model_source import ModelSource
-from counterweight.workers.recipe import BudgetRank, ModuleRecipe
-from counterweight.workers.tasks.block import BlockSpec
-from counterweight.workers.tasks.gains import Gains
-from counterweight.workers.workspace import Blob
+from counterweight.workers.recipe import ModuleRecipe
+from counterweight.workers.tasks.gains import GainsRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,28 +58,15 @@ def allocate(candidates: Mapping[Layer, Candidate], budget_bits: float) -> dict[
 
 
 def share_out(
-    dispatcher: Dispatcher,
-    source: ModelSource,
-    recipes: Sequence[Mapping[str, ModuleRecipe]],
-    spec_of: Callable[[int, tuple[Blob, ...]], BlockSpec],
-    first: tuple[Blob, ...],
-) -> list[Mapping[str, ModuleRecipe]]:
-    """Each block's recipes with a rank in the place of every budget; as they are when none has one.
-
-    One pass over the original blocks, one after the other, asks what branches could win. first: what enters block 0.
-    """
-    if all(budget_of(part) is None for recipe in recipes for part in recipe.values()):
-        return list(recipes)
+    source: ModelSource, recipes: Sequence[BlockRecipe], gains: Mapping[int, GainsRecord]
+) -> list[BlockRecipe]:
+    """Each block's recipes with a rank in the place of every budget. gains: of each block with a layer that has one."""
     candidates: dict[float, dict[Layer, Candidate]] = {}
-    inputs = first
-    for index, recipe in enumerate(recipes):
-        spec = spec_of(index, inputs).model_copy(update={"propagate": "original", "paired": False})
-        (found,) = dispatcher.run_all([Gains(block=spec)])
-        inputs = found.outputs
+    for index, found in gains.items():
         shapes = source.layout.block_parameters(index)
         places = source.layout.sources(index, source.checkpoint.names)
-        for name, part in recipe.items():
-            if (budget := budget_of(part)) is None:
+        for name, part in recipes[index].items():
+            if (budget := part.budget_bits) is None:
                 continue
             rows, columns = shapes[f"{name}.weight"]
             dtype = source.checkpoint.entry(places[f"{name}.weight"].source).dtype
@@ -95,15 +80,16 @@ def share_out(
     ]
 
 
+def budgeted(recipes: Sequence[BlockRecipe]) -> frozenset[int]:
+    """Blocks with a layer whose rank is drawn from a budget."""
+    return frozenset(
+        index for index, recipe in enumerate(recipes) if any(part.budget_bits is not None for part in recipe.values())
+    )
+
+
 def _factor_bits(part: ModuleRecipe, itemsize: int) -> int:
     own = part.compensation.branch_bits
     return 8 * itemsize if own is None else own
-
-
-def budget_of(part: ModuleRecipe) -> float | None:
-    """The budget that a layer's rank is drawn from, None when it has a rank of its own."""
-    rank = part.compensation.branch_rank
-    return rank.budget_bits if isinstance(rank, BudgetRank) else None
 
 
 def with_rank(part: ModuleRecipe, rank: int) -> ModuleRecipe:

@@ -61,6 +61,7 @@ def run(
 
     overrides = [*(set_ or []), *([] if output is None else [f"spec.output.uri={json.dumps(_absolute(output))}"])]
     job = load_manifest(manifest, overrides).job
+    from counterweight.pipeline.events import Summary
     from counterweight.pipeline.progress import make_progress
     from counterweight.pipeline.run import run_job  # a wrong manifest need not wait for transformers and Ray
 
@@ -68,7 +69,7 @@ def run(
         # Ray's threads print what they think of dead workers; stdout holds the result and nothing else.
         with redirect_stdout(sys.stderr):
             published = run_job(job, progress, address=address)
-        progress.finish(_summary(published.document, published.uri))
+        progress.on(Summary(_summary(published.document, published.uri)))
     if as_json:
         _print_json({"uri": published.uri, **published.document.model_dump(mode="json")})
     else:

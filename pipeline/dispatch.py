@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from counterweight.pipeline.events import Event, TaskFinished, TaskRetried, TaskStarted
+from counterweight.pipeline.graph import Graph, Node
 from counterweight.pipeline.policies import Failure, RetryPolicy, Verdict, describe
 from counterweight.pipeline.pool import Outcome, WorkerPool
 from counterweight.workers.errors import CounterweightError, WorkerError
@@ -21,7 +24,7 @@ WAIT_SECONDS = 0.2
 class Finished:
     """A task that left its worker: with what it gave back, or to be tried again (retry), perhaps because the worker died."""
 
-    task: Task[Any]
+    task: Task[object]
     worker: int
     value: Any = None
     retry: bool = False
@@ -29,26 +32,64 @@ class Finished:
 
 
 class Dispatcher:
-    """Starts tasks on idle workers and turns outcomes into values, retries or a final error."""
+    """Starts tasks on idle workers and turns outcomes into values, retries or a final error.
 
-    def __init__(self, pool: WorkerPool, policy: RetryPolicy, note: Callable[[str], None]) -> None:
-        self._pool, self._policy, self._note = pool, policy, note
-        self._running: dict[int, Task[Any]] = {}
+    graph: the job's tasks, in which `run` finds what can start. emit: told of every task that starts, ends or is tried again.
+    """
+
+    def __init__(
+        self, pool: WorkerPool, policy: RetryPolicy, emit: Callable[[Event], None], graph: Graph | None = None
+    ) -> None:
+        self._pool, self._policy, self._emit = pool, policy, emit
+        self._running: dict[int, tuple[Task[object], float]] = {}
+        self._nodes: dict[str, Node[object]] = {}
         self._tries: dict[str, int] = {}
+        self.graph = graph or Graph()
+        self.workers = pool.size
         self.idle: list[int] = list(range(pool.size))
         """Longest idle first: a fresh process, which has torch to import, comes behind those that wait, and a task that
         failed is tried on another worker when there is one."""
 
-    def start(self, worker: int, task: Task[Any]) -> None:
+    def start(self, worker: int, task: Task[object]) -> None:
         """Starts a task on an idle worker."""
         self.idle.remove(worker)
         self._tries[task.name] = self._tries.get(task.name, 0) + 1
-        self._running[self._pool.submit(worker, task)] = task
+        self._running[self._pool.submit(worker, task)] = (task, time.perf_counter())
+        self._emit(TaskStarted(task.name, task.kind, worker, task.block_index))
 
     def collect(self) -> list[Finished]:
         """What finished within `WAIT_SECONDS`. Raises the task's error when it is final, the worker's process first
         replaced when it died."""
         return [self._settle(outcome) for outcome in self._pool.wait(WAIT_SECONDS)]
+
+    def run(
+        self,
+        wanted: Collection[Node[R]],
+        finished: Callable[[Node[R]], None] = lambda _: None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[R]:
+        """Runs the graph until the `wanted` nodes are done; their values. Other nodes that can run are started too, earlier
+        ones first, and may still be running at the end. finished: called with each of the wanted when it is. meanwhile:
+        called once, when the first tasks have been started."""
+        self._start_some()
+        meanwhile()
+        while not all(node.done for node in wanted):
+            if not self._running:
+                waiting = next(node for node in wanted if not node.done)
+                raise WorkerError(f"node {waiting.place}: nothing runs and nothing that it waits for can start")
+            for found in self.collect():
+                node = self._nodes.pop(found.task.name)
+                if found.worker_died:
+                    self.graph.lost(found.worker)
+                if found.retry:
+                    self.graph.failed(node)
+                    continue
+                self.graph.settle(node, found.worker, found.value)
+                for one in wanted:
+                    if one is node:
+                        finished(one)
+            self._start_some()
+        return [node.value for node in wanted]
 
     def run_all(
         self,
@@ -58,43 +99,41 @@ class Dispatcher:
     ) -> list[R]:
         """Runs independent tasks on any workers; their values in the tasks' order. done: called with the number of
         finished tasks after each. meanwhile: called once, when the first of them have been started."""
-        waiting = list(range(len(tasks)))
-        index_of = {task.name: index for index, task in enumerate(tasks)}
-        values: dict[int, R] = {}
+        nodes = [self.graph.add(_giving(task)) for task in tasks]
+        return self.run(nodes, lambda _: done(sum(node.done for node in nodes)), meanwhile)
 
-        def start_some() -> None:
-            while waiting and self.idle:
-                self.start(self.idle[0], tasks[waiting.pop(0)])
-
-        start_some()
-        meanwhile()
-        while len(values) < len(tasks):
-            for finished in self.collect():
-                index = index_of[finished.task.name]
-                if finished.retry:
-                    waiting.insert(0, index)
-                else:
-                    values[index] = finished.value
-                    done(len(values))
-            start_some()
-        return [values[index] for index in range(len(tasks))]
+    def _start_some(self) -> None:
+        for worker in list(self.idle):
+            node = self.graph.assign(worker)
+            if node is None:
+                continue
+            task = node.made()
+            self._nodes[task.name] = node
+            self.start(worker, task)
 
     def _settle(self, outcome: Outcome) -> Finished:
-        task = self._running.pop(outcome.ticket)
+        task, since = self._running.pop(outcome.ticket)
         if outcome.worker_died:
             self._pool.restart(outcome.worker)
         self.idle.append(outcome.worker)
         if outcome.error is None:
+            seconds = time.perf_counter() - since
+            self._emit(TaskFinished(task.name, task.kind, outcome.worker, seconds, task.block_index))
             return Finished(task, outcome.worker, value=outcome.value)
         tries = self._tries[task.name]
         verdict = self._policy.judge(Failure(outcome.error, outcome.worker_died), tries)
         if verdict is Verdict.FAIL:
             raise _named(task, outcome.error, tries)
-        self._note(f"{task.name}: try {tries} of {self._policy.attempts} failed: {describe(outcome.error)}")
+        cause = describe(outcome.error)
+        self._emit(TaskRetried(task.name, outcome.worker, tries, self._policy.attempts, cause, outcome.worker_died))
         return Finished(task, outcome.worker, retry=True, worker_died=outcome.worker_died)
 
 
-def _named(task: Task[Any], error: BaseException, tries: int) -> BaseException:
+def _giving(task: Task[R]) -> Callable[[], Task[R]]:
+    return lambda: task
+
+
+def _named(task: Task[object], error: BaseException, tries: int) -> BaseException:
     """The final error with the task's name in it, keeping its class and so its exit code."""
     attempts = f" after {tries} tries" if tries > 1 else ""
     if isinstance(error, CounterweightError):

@@ -7,18 +7,20 @@ from datetime import timedelta
 from typing import Any
 
 from counterweight.pipeline.dispatch import Dispatcher
+from counterweight.pipeline.event_store import EventStore
+from counterweight.pipeline.events import EventLog, JobStarted
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource, open_model, resolve, tokenizer_of
 from counterweight.pipeline.plan import make_plan
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
-from counterweight.pipeline.progress import Progress
 from counterweight.pipeline.tokens import Tokens, read_tokens
 from counterweight.workers.calibration.source import ModelSamples
 from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.errors import RequestError, StorageError
+from counterweight.workers.keys import digest
 from counterweight.workers.models.layout import ModelLayout
-from counterweight.workers.storage import open_store
+from counterweight.workers.storage import ObjectStore, open_store
 from counterweight.workers.storage.probe import probe
 from counterweight.workers.tasks.describe import Describe
 from counterweight.workers.tasks.sample import Sample
@@ -27,7 +29,7 @@ STALE = timedelta(days=7)
 """Age at which an unfinished write cannot belong to a job that runs."""
 
 
-def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here: bool) -> tuple[ModelSource, Tokens]:
+def open_job(job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool) -> tuple[ModelSource, Tokens]:
     """The model, checked against its architecture and the recipe, and the tokens; the output, checked for what we need of it.
 
     What the architecture is a worker says: it needs transformers anyway, this process would load it for that alone. While
@@ -35,13 +37,15 @@ def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here:
     here: the workers run on this machine, so they must fit into it. Raises RequestError and its kinds, SurroundingsError.
     """
     try:
-        probe(open_store(job.spec.output.uri))
+        store = open_store(job.spec.output.uri)
+        probe(store)
     except RequestError as error:
         raise RequestError(f"spec.output.uri: {error}") from error
-
-    _sweep(job, progress)
+    log.add(EventStore(store, job_id(job), log.note))
+    log.emit(JobStarted(job.metadata.name, job_id(job), pool.size))
+    _sweep(store, log)
     root = resolve(job.spec.model.uri)
-    dispatcher = Dispatcher(pool, RetryPolicy(), progress.note)
+    dispatcher = Dispatcher(pool, RetryPolicy(), log.emit)
     sampled = isinstance(job.spec.calibration.source, ModelSamples)
     read: list[Tokens] = []
 
@@ -63,16 +67,21 @@ def open_job(job: CompressionJob, pool: WorkerPool, progress: Progress, *, here:
     return source, tokens.within(source.layout.vocabulary)
 
 
-def _sweep(job: CompressionJob, progress: Progress) -> None:
+def job_id(job: CompressionJob) -> str:
+    """Of the manifest, with every default written out: the same job submitted again has the same."""
+    return digest([job.metadata.name, job.spec.model_dump(mode="json")])[:16]
+
+
+def _sweep(store: ObjectStore, log: EventLog) -> None:
     """Removes what writers that were killed left behind: temporary files, open multipart uploads. Where that is not possible
     the job goes on."""
     try:
-        swept = open_store(job.spec.output.uri).abort_stale_writes(STALE)
+        swept = store.abort_stale_writes(STALE)
     except (RequestError, StorageError) as error:
-        progress.note(f"unfinished writes of earlier jobs could not be removed: {error}")
+        log.note(f"unfinished writes of earlier jobs could not be removed: {error}")
         return
     if swept:
-        progress.note(f"removed {swept} unfinished writes older than {STALE.days} days")
+        log.note(f"removed {swept} unfinished writes older than {STALE.days} days")
 
 
 def _sampled(job: CompressionJob, source: ModelSource, dispatcher: Dispatcher) -> TokenSet:

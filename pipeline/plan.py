@@ -15,6 +15,7 @@ from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.residual_tuner import afford
 from counterweight.workers.config import Config
 from counterweight.workers.errors import ManifestError
+from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.recipe import ModuleRecipe, Recipe
 from counterweight.workers.tasks.setting import ITEMSIZE, shard_sequences
@@ -35,6 +36,8 @@ class BlockPlan(Config):
     activation_bytes: int
     solve_bytes: int
     peak_bytes: int
+    calibrated_bytes: int
+    """What calibration leaves in memory: weights, as they were read and as they run, and the sums of the statistics."""
     forward_flops: int
     statistics_flops: int
 
@@ -93,7 +96,8 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     total = sum(_bytes(source, name) for name in source.tensors)
     validation = 0 if job.spec.validation is None else 2
     written = _artifact_bytes(source, blocks) + boundary * (len(blocks) + 1)
-    peak = max(block.peak_bytes for block in blocks)
+    held = _held_bytes(job, blocks)
+    peak = max(block.peak_bytes for block in blocks) + held
     return Plan(
         name=job.metadata.name,
         model=source.uri,
@@ -109,8 +113,16 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         flops=sum(block.forward_flops + block.statistics_flops for block in blocks),
         header_bytes_read=source.checkpoint.bytes_read,
         device=device,
-        problems=tuple(_misfits(job, blocks, device)),
+        problems=tuple(_misfits(job, blocks, held, device)),
     )
+
+
+def _held_bytes(job: CompressionJob, blocks: Sequence[BlockPlan]) -> int:
+    """What a worker keeps at most, beside the block that it works on, of blocks that wait for a budget to be shared out."""
+    if job.spec.calibration.propagate != "original":
+        return 0
+    sharing = [block for block in blocks if any(part.budget_bits is not None for part in block.recipe.values())]
+    return min(HOLD_BYTES, sum(block.calibrated_bytes for block in sharing))
 
 
 def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPlan:
@@ -150,6 +162,7 @@ def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPl
         activation_bytes=activations,
         solve_bytes=solve,
         peak_bytes=stored + parameters * itemsize + statistics + max(activations, solve),
+        calibrated_bytes=stored + parameters * itemsize + statistics * 8 // (8 + 4),
         forward_flops=int(2 * tokens * sum(prod(shape) * active[name] for name, shape in linears.items())),
         statistics_flops=int(
             sum(
@@ -222,17 +235,17 @@ def _check_overrides(recipe: Recipe, source: ModelSource) -> None:
         raise ManifestError("\n".join(idle))
 
 
-def _misfits(job: CompressionJob, blocks: Sequence[BlockPlan], device: str | None) -> list[str]:
-    """What does not fit this machine, for workers without GPUs, or the device that is named."""
+def _misfits(job: CompressionJob, blocks: Sequence[BlockPlan], held: int, device: str | None) -> list[str]:
+    """What does not fit this machine, for workers without GPUs, or the device that is named. held: see `_held_bytes`."""
     largest = max(blocks, key=lambda block: block.peak_bytes)
     resources = job.spec.resources
     if device is not None:
         available = int(memory_of(device) * min(1.0, resources.gpus_per_worker or 1.0))
-        need = largest.peak_bytes
+        need = largest.peak_bytes + held
         what = f"block {largest.index} needs {_gib(need)} of a GPU: a worker has {_gib(available)} of {device}"
     elif resources.gpus_per_worker == 0:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        each = PROCESS_BYTES + largest.peak_bytes
+        each = PROCESS_BYTES + largest.peak_bytes + held
         need = each * resources.workers
         what = f"{resources.workers} workers of {_gib(each)} need {_gib(need)}: this machine has {_gib(available)}"
     else:

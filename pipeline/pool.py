@@ -51,7 +51,7 @@ class WorkerPool(Protocol):
 
     size: int
 
-    def submit(self, worker: int, task: Task[Any]) -> int:
+    def submit(self, worker: int, task: Task[object]) -> int:
         """Starts a task on a worker; returns a ticket."""
 
     def wait(self, seconds: float) -> list[Outcome]:
@@ -105,7 +105,7 @@ class RayPool:
             raise WorkerError(f"a worker did not start: {error}") from error
         return devices
 
-    def submit(self, worker: int, task: Task[Any]) -> int:
+    def submit(self, worker: int, task: Task[object]) -> int:
         reference = self._actors[worker].run.remote(task)
         self._tickets += 1
         self._pending[reference] = (self._tickets, worker)

@@ -1,4 +1,4 @@
-"""What a running job shows: on a terminal a display that stays in place, elsewhere one plain line per event.
+"""What a running job shows of its events: on a terminal a display that stays in place, elsewhere one plain line per event.
 
 Everything is written to the stream that `make_progress` is given, which is stderr: stdout belongs to the result.
 """
@@ -14,6 +14,19 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
+from counterweight.pipeline.events import (
+    BlockDone,
+    Event,
+    FellBack,
+    Note,
+    Planned,
+    StageEntered,
+    Summary,
+    TaskFinished,
+    TaskRetried,
+    TaskStarted,
+    WindowsDone,
+)
 from counterweight.pipeline.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
@@ -28,8 +41,7 @@ BAR_WIDTH = 40  # characters
 
 
 class Progress(ABC):
-    """What the orchestrator tells about a job, in the order in which it happens. A context manager: leaving it, in
-    whatever way, gives the terminal back as it was."""
+    """Shows a job's events. A context manager: leaving it, in whatever way, gives the terminal back as it was."""
 
     def __enter__(self) -> Self:
         return self
@@ -40,42 +52,12 @@ class Progress(ABC):
         return None
 
     @abstractmethod
-    def stage(self, name: str) -> None:
-        """The job enters a stage: tokens, inventory, blocks, assemble, validate, publish."""
+    def on(self, event: Event) -> None:
+        """Shows an event, or nothing of it."""
 
-    @abstractmethod
-    def plan(self, blocks: int, reused: int) -> None:
-        """The model has `blocks` blocks, of which `reused` were finished before; `block_done` follows for those too."""
-
-    @abstractmethod
-    def block_started(self, index: int, worker: int) -> None:
-        """A worker takes up a block, or the second half of one."""
-
-    @abstractmethod
-    def block_done(
-        self,
-        index: int,
-        *,
-        seconds: float,
-        peak_bytes: int,
-        error_quantized: float | None,
-        error_compensated: float | None,
-        reused: bool,
-    ) -> None:
-        """A block is finished. seconds and peak_bytes: of its task. error_*: its modules' mean relative output error
-        before and after the low-rank branch, None when no token reached one. reused: an earlier job made it."""
-
-    @abstractmethod
-    def windows(self, done: int, total: int) -> None:
-        """`done` of `total` parts of the validation are finished."""
-
-    @abstractmethod
-    def note(self, text: str) -> None:
-        """Something that the user should see: a warning, a retry, a fall-back."""
-
-    @abstractmethod
-    def finish(self, lines: Sequence[tuple[str, str]]) -> None:
-        """The job is done; lines: label and value of each line of the summary."""
+    def end(self) -> None:
+        """The job's events are over; a summary may follow."""
+        return
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,47 +120,36 @@ class PlainProgress(Progress):
         self._count = BlockCount()
         self._started: dict[int, int] = {}
 
-    def stage(self, name: str) -> None:
-        self._line(f"stage {name}")
+    def on(self, event: Event) -> None:
+        match event:
+            case StageEntered(stage):
+                self._line(f"stage {stage}")
+            case Planned(blocks, reused):
+                self._count = BlockCount(blocks)
+                self._line(f"{blocks} blocks, {reused} of them finished before")
+            # A further task of a block on the worker that did the first is no news.
+            case TaskStarted(block=int(block), worker=worker) if self._started.get(block) != worker:
+                self._started[block] = worker
+                self._line(f"block {block} started on worker {worker}")
+            case BlockDone():
+                self._block_done(event)
+            case WindowsDone(done, total):
+                self._line(f"validation {done}/{total} done")
+            case Note(text) | TaskRetried(text=text) | FellBack(text=text):
+                self._line(f"note: {one_line(text)}")
+            case Summary(lines):
+                for label, value in _aligned(lines):
+                    self._line(f"{label}  {value}")
 
-    def plan(self, blocks: int, reused: int) -> None:
-        self._count = BlockCount(blocks)
-        self._line(f"{blocks} blocks, {reused} of them finished before")
-
-    def block_started(self, index: int, worker: int) -> None:
-        # The second half of a block on the worker that did the first is no event.
-        if self._started.get(index) != worker:
-            self._started[index] = worker
-            self._line(f"block {index} started on worker {worker}")
-
-    def block_done(
-        self,
-        index: int,
-        *,
-        seconds: float,
-        peak_bytes: int,
-        error_quantized: float | None,
-        error_compensated: float | None,
-        reused: bool,
-    ) -> None:
-        self._count = self._count.finished(0.0, reused=reused)
-        errors = _errors(error_quantized, error_compensated)
+    def _block_done(self, event: BlockDone) -> None:
+        self._count = self._count.finished(0.0, reused=event.reused)
+        errors = _errors(event.error_quantized, event.error_compensated)
         count = f"({self._count.done}/{self._count.blocks})"
-        if reused:
-            self._line(f"block {index} reused {count}, {errors}")
+        if event.reused:
+            self._line(f"block {event.block} reused {count}, {errors}")
         else:
-            cost = f"in {seconds_text(seconds)}, peak {bytes_text(peak_bytes)}"
-            self._line(f"block {index} done {count} {cost}, {errors}")
-
-    def windows(self, done: int, total: int) -> None:
-        self._line(f"validation {done}/{total} done")
-
-    def note(self, text: str) -> None:
-        self._line(f"note: {one_line(text)}")
-
-    def finish(self, lines: Sequence[tuple[str, str]]) -> None:
-        for label, value in _aligned(lines):
-            self._line(f"{label}  {value}")
+            cost = f"in {seconds_text(event.seconds)}, peak {bytes_text(event.peak_bytes)}"
+            self._line(f"block {event.block} done {count} {cost}, {errors}")
 
     def _line(self, text: str) -> None:
         self._stream.write(f"{text}\n")
@@ -225,48 +196,47 @@ class LiveProgress(Progress):
     ) -> None:
         self._live.stop()
 
-    def stage(self, name: str) -> None:
-        self._view.stage = name
-        self._live.refresh()
-
-    def plan(self, blocks: int, reused: int) -> None:
-        now = self._clock()
-        self._view.count = BlockCount(blocks, since=now, latest=now)
-        self._live.refresh()
-
-    def block_started(self, index: int, worker: int) -> None:
-        self._view.running = {**self._view.running, worker: index}
-        self._live.refresh()
-
-    def block_done(
-        self,
-        index: int,
-        *,
-        seconds: float,
-        peak_bytes: int,
-        error_quantized: float | None,
-        error_compensated: float | None,
-        reused: bool,
-    ) -> None:
+    def on(self, event: Event) -> None:
         view = self._view
-        view.count = view.count.finished(self._clock(), reused=reused)
-        view.running = {worker: block for worker, block in view.running.items() if block != index}
-        how = "reused" if reused else f"in {seconds_text(seconds)}"
-        view.last = f"block {index} {how}, {_errors(error_quantized, error_compensated)}"
-        if not reused:  # a reused block's memory was another job's
-            view.peak_bytes = max(view.peak_bytes, peak_bytes)
+        match event:
+            case StageEntered(stage):
+                view.stage = stage
+            case Planned(blocks):
+                now = self._clock()
+                view.count = BlockCount(blocks, since=now, latest=now)
+            case TaskStarted(block=int(block), worker=worker):
+                view.running = {**view.running, worker: block}
+            case TaskFinished(worker=worker):
+                view.running = {other: block for other, block in view.running.items() if other != worker}
+            case BlockDone():
+                self._block_done(event)
+            case WindowsDone(done, total):
+                view.validation = (done, total)
+            case Note(text) | TaskRetried(text=text) | FellBack(text=text):
+                self._note(text)
+                return
+            case Summary(lines):
+                self._finish(lines)
+                return
+            case _:
+                return
         self._live.refresh()
 
-    def windows(self, done: int, total: int) -> None:
-        self._view.validation = (done, total)
-        self._live.refresh()
+    def _block_done(self, event: BlockDone) -> None:
+        view = self._view
+        view.count = view.count.finished(self._clock(), reused=event.reused)
+        view.running = {worker: block for worker, block in view.running.items() if block != event.block}
+        how = "reused" if event.reused else f"in {seconds_text(event.seconds)}"
+        view.last = f"block {event.block} {how}, {_errors(event.error_quantized, event.error_compensated)}"
+        if not event.reused:  # a reused block's memory was another job's
+            view.peak_bytes = max(view.peak_bytes, event.peak_bytes)
 
-    def note(self, text: str) -> None:
+    def _note(self, text: str) -> None:
         from rich.text import Text
 
         self._console.print(Text(f"note: {one_line(text)}", style="yellow"))
 
-    def finish(self, lines: Sequence[tuple[str, str]]) -> None:
+    def _finish(self, lines: Sequence[tuple[str, str]]) -> None:
         from rich.text import Text
 
         self._view.stage = "done"

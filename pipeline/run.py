@@ -6,14 +6,15 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from counterweight.pipeline.events import EventLog
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.pool import PoolSize, RayPool, cluster, threads_per_worker
-from counterweight.pipeline.progress import Progress
 from counterweight.workers.errors import WorkerError
 from counterweight.workers.process import importing
 
 if TYPE_CHECKING:
     from counterweight.pipeline.artifact import Published
+    from counterweight.pipeline.progress import Progress
     from counterweight.workers.tasks.setting import Device
 
 
@@ -24,7 +25,7 @@ def run_job(job: CompressionJob, progress: Progress, *, address: str | None = No
     SurroundingsError; nothing is published then.
     """
     size = pool_size(job, address)
-    with cluster(address, size):
+    with EventLog(progress) as log, cluster(address, size):
         pool = RayPool(size)
         try:
             # Workers load torch and transformers now, and so does this process with torch. Not while Ray starts: an import
@@ -32,9 +33,9 @@ def run_job(job: CompressionJob, progress: Progress, *, address: str | None = No
             with importing():
                 from counterweight.pipeline.opening import open_job
                 from counterweight.pipeline.orchestrator import Orchestrator
-            source, tokens = open_job(job, pool, progress, here=_embedded(address))
-            device = _device(pool.devices(), size.device, progress)
-            return Orchestrator(job, source, tokens, pool, device, progress).run()
+            source, tokens = open_job(job, pool, log, here=_embedded(address))
+            device = _device(pool.devices(), size.device, log)
+            return Orchestrator(job, source, tokens, pool, device, log).run()
         finally:
             pool.close()
 
@@ -47,13 +48,13 @@ def pool_size(job: CompressionJob, address: str | None) -> PoolSize:
     return PoolSize(workers=resources.workers, cpus=cpus, gpus=resources.gpus_per_worker)
 
 
-def _device(found: Sequence[str], asked: Device, progress: Progress) -> Device:
+def _device(found: Sequence[str], asked: Device, log: EventLog) -> Device:
     """What the workers compute on, which is part of every key; WorkerError when they differ, because bits would too."""
     kinds = sorted(set(found))
     if len(kinds) > 1:
         raise WorkerError(f"workers compute on {' and '.join(kinds)}: expected the same kind of device everywhere")
     if kinds != [asked]:
-        progress.note(f"no {asked} device on the workers' machines: they compute on the {kinds[0]}")
+        log.note(f"no {asked} device on the workers' machines: they compute on the {kinds[0]}")
     return "cuda" if kinds == ["cuda"] else "cpu"
 
 

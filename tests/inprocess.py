@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from counterweight.pipeline.artifact import Published
+from counterweight.pipeline.events import BlockDone, Event, EventLog, FellBack, Note, StageEntered, TaskRetried
 from counterweight.pipeline.manifest import parse_manifest
 from counterweight.pipeline.opening import open_job
 from counterweight.pipeline.orchestrator import Orchestrator
 from counterweight.pipeline.pool import Outcome
 from counterweight.pipeline.progress import Progress
 from counterweight.workers.errors import CounterweightError
+from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.worker import Worker
 from tests.models import write_text
@@ -26,13 +28,13 @@ class InProcessPool:
     Errors that are raised on purpose become outcomes, as they do under Ray; any other error is a defect and leaves here.
     """
 
-    def __init__(self, workers: int = 1, threads: int = 1) -> None:
+    def __init__(self, workers: int = 1, threads: int = 1, hold_bytes: int = HOLD_BYTES) -> None:
         self.size = workers
         self.calls: list[tuple[int, str]] = []
-        self._workers = [Worker("cpu", threads) for _ in range(workers)]
+        self._workers = [Worker("cpu", threads, hold_bytes) for _ in range(workers)]
         self._finished: list[Outcome] = []
 
-    def submit(self, worker: int, task: Task[Any]) -> int:
+    def submit(self, worker: int, task: Task[object]) -> int:
         self.calls.append((worker, task.kind))
         ticket = len(self.calls)
         try:
@@ -62,35 +64,14 @@ class RecordedProgress(Progress):
     notes: list[str] = field(default_factory=list)
     done: list[tuple[int, bool]] = field(default_factory=list)
 
-    def stage(self, name: str) -> None:
-        self.stages.append(name)
-
-    def plan(self, blocks: int, reused: int) -> None:
-        pass
-
-    def block_started(self, index: int, worker: int) -> None:
-        pass
-
-    def block_done(
-        self,
-        index: int,
-        *,
-        seconds: float,
-        peak_bytes: int,
-        error_quantized: float | None,
-        error_compensated: float | None,
-        reused: bool,
-    ) -> None:
-        self.done.append((index, reused))
-
-    def windows(self, done: int, total: int) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def finish(self, lines: Sequence[tuple[str, str]]) -> None:
-        pass
+    def on(self, event: Event) -> None:
+        match event:
+            case StageEntered(stage):
+                self.stages.append(stage)
+            case BlockDone(block=block, reused=reused):
+                self.done.append((block, reused))
+            case Note(text) | TaskRetried(text=text) | FellBack(text=text):
+                self.notes.append(text)
 
 
 def run_job(
@@ -102,6 +83,7 @@ def run_job(
     validation: Mapping[str, Any] | None = None,
     workers: int = 1,
     threads: int = 1,
+    hold_bytes: int = HOLD_BYTES,
     progress: Progress | None = None,
 ) -> Published:
     """Compresses the checkpoint in `model`, made by `tests.models`; artifacts go below `output`.
@@ -120,11 +102,11 @@ def run_job(
         spec["validation"] = {"text": {"uri": text}, "windows": 8, **validation}
     document = {"apiVersion": "counterweight/v1", "kind": "CompressionJob", "metadata": {"name": "tiny"}, "spec": spec}
     job = parse_manifest(json.dumps(document), name="tiny.json", base=output.as_uri()).job
-    pool = InProcessPool(workers, threads)
-    shown = progress or RecordedProgress()
+    pool = InProcessPool(workers, threads, hold_bytes)
     try:
-        source, tokens = open_job(job, pool, shown, here=True)
-        return Orchestrator(job, source, tokens, pool, "cpu", shown).run()
+        with EventLog(progress or RecordedProgress()) as log:
+            source, tokens = open_job(job, pool, log, here=True)
+            return Orchestrator(job, source, tokens, pool, "cpu", log).run()
     finally:
         pool.close()
 

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from counterweight.workers.checkpoint.reader import Checkpoint
+from counterweight.workers.held_blocks import HOLD_BYTES, HeldBlocks
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.workspace import Blob, Workspace
 
-if TYPE_CHECKING:
-    from counterweight.workers.calibrated_block import CalibratedBlock
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TaskContext:
-    """device: where tensors are computed with. pool: threads that share the shards and the solves. calibrated: the block whose
+    """device: where tensors are computed with. pool: threads that share the shards and the solves. held: blocks whose
     statistics are in memory."""
 
-    def __init__(self, device: torch.device, threads: int) -> None:
+    def __init__(self, device: torch.device, threads: int, hold_bytes: int = HOLD_BYTES) -> None:
         self.device = device
         self.pool = OrderedPool(threads)
-        self.calibrated: CalibratedBlock | None = None
+        self.held = HeldBlocks(hold_bytes)
         self._sources: dict[str, tuple[Checkpoint, BlockBuilder]] = {}
 
     def source(self, setting: Setting) -> tuple[Checkpoint, BlockBuilder]:
@@ -40,7 +36,7 @@ class TaskContext:
 
     def close(self) -> None:
         """Drops what is held and ends the threads."""
-        self.calibrated = None
+        self.held.clear()
         self.pool.close()
 
 

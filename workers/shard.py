@@ -19,7 +19,7 @@ from counterweight.workers.interchange.residual_store import residual_tensors
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.records import LedgerEntry, ModuleReport, Timing
-from counterweight.workers.workspace import Blob, Workspace
+from counterweight.workers.workspace import Workspace
 
 
 def write_block(
@@ -29,7 +29,6 @@ def write_block(
     dtypes: Mapping[str, torch.dtype],
     linears: Mapping[str, CompressedLinear],
     reports: Iterable[ModuleReport],
-    outputs: tuple[Blob, ...],
     workspace: Workspace,
     timing: Timing,
 ) -> BlockRecord:
@@ -65,7 +64,6 @@ def write_block(
         index=spec.index,
         checkpoint=workspace.put_tensors(tensors),
         adapter=workspace.put_tensors(factors) if factors else None,
-        outputs=outputs,
         tensors={name: tensor_digest(tensor) for name, tensor in tensors.items()},
         factors={name: tensor_digest(tensor) for name, tensor in factors.items()},
         residual=workspace.put_tensors(residuals) if residuals else None,

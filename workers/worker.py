@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 
 from counterweight.workers.context import TaskContext
+from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.memory import settle
 from counterweight.workers.tasks.setting import Device
 from counterweight.workers.tasks.task import Task
@@ -19,15 +20,16 @@ class Worker:
 
     device: `cuda` runs on the GPU when there is one and on the CPU otherwise; the records say which it was.
     threads: on a CPU, how many threads share the shards and the solves; results do not depend on it.
+    hold_bytes: see `HOLD_BYTES`; nor on this.
     """
 
-    def __init__(self, device: Device = "cpu", threads: int = 1) -> None:
+    def __init__(self, device: Device = "cpu", threads: int = 1, hold_bytes: int = HOLD_BYTES) -> None:
         # One thread inside an operation, several operations at a time: bits then do not depend on `threads`.
         torch.set_num_threads(1)
         # Float32 products must be float32 products: TF32 keeps 10 bits of mantissa.
         torch.backends.cuda.matmul.allow_tf32 = False
         on_gpu = device == "cuda" and torch.cuda.is_available()
-        self.context = TaskContext(torch.device("cuda" if on_gpu else "cpu"), 1 if on_gpu else threads)
+        self.context = TaskContext(torch.device("cuda" if on_gpu else "cpu"), 1 if on_gpu else threads, hold_bytes)
         settle()
 
     def ready(self) -> str:

@@ -42,6 +42,16 @@ class Blob(Config):
 class Record(Config):
     """Base of what a commit holds."""
 
+    @property
+    def stored(self) -> tuple[Blob, ...]:
+        """Blobs without which the record does not count: the task is done again."""
+        return ()
+
+    @property
+    def hidden_states(self) -> tuple[Blob, ...]:
+        """Blobs that the next task reads and that are discarded when the job is published: they can be made again."""
+        return ()
+
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,17 +87,44 @@ def test_propagated_jobs_share_out_too(tmp_path: Path) -> None:
     assert 0 < published.document.bits_per_weight.factors <= 2.0
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_gains_are_measured_where_the_statistics_are(
-    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Four blocks are calibrated once for their gains and once for their codes, on however many workers."""
+def passes_of(
+    monkeypatch: pytest.MonkeyPatch, model: Path, output: Path, recipe: Mapping[str, Any], **options: Any
+) -> tuple[int, bytes]:
+    """How often a job ran a block for its statistics; and the bytes of its first shard of blocks."""
     passes: list[int] = []
-    monkeypatch.setattr(calibrated_block, "calibrate", lambda *arguments: passes.append(1) or calibrate(*arguments))
+    counted = lambda *arguments: passes.append(1) or calibrate(*arguments)  # noqa: E731
+    monkeypatch.setattr(calibrated_block, "calibrate", counted)
+    published = run_job(model, output, recipe, **options)
+    store, _ = open_artifact(published.uri)
+    return len(passes), store.read("model-00002-of-00006.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["svd", "lrc"])
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_every_block_is_calibrated_once_where_its_statistics_fit_and_twice_where_they_do_not(
+    kind: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On however many workers, and to the same bits."""
     checkpoint("llama", tmp_path / "model", num_hidden_layers=4)
     recipe = {
         "weights": {"bits": 3, "group_size": None, "quantizer": {"kind": "rtn"}},
-        "compensation": {"kind": "svd", "rank": {"budget_bits": 2.0}},
+        "compensation": {"kind": kind, "rank": {"budget_bits": 2.0}},
     }
-    run_job(tmp_path / "model", tmp_path, recipe, workers=workers)
-    assert len(passes) == 8
+    count, kept = passes_of(monkeypatch, tmp_path / "model", tmp_path / "kept", recipe, workers=workers)
+    assert count == 4
+    count, dropped = passes_of(
+        monkeypatch, tmp_path / "model", tmp_path / "dropped", recipe, workers=workers, hold_bytes=0
+    )
+    assert count == (4 if workers == 4 else 8)  # four workers have a block each, and nothing to keep beside it
+    assert kept == dropped
+
+
+def test_statistics_that_depend_on_the_rank_are_gathered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ASER takes out at most half as many channels as its branch has ranks, which is known when the budget is shared out."""
+    checkpoint("llama", tmp_path / "model", num_hidden_layers=4)
+    recipe = {
+        "weights": {"bits": 3, "group_size": None, "quantizer": {"kind": "rtn"}},
+        "compensation": {"kind": "aser", "rank": {"budget_bits": 2.0}, "smoothing": False},
+    }
+    count, _ = passes_of(monkeypatch, tmp_path / "model", tmp_path / "job", recipe)
+    assert count == 8

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from counterweight.pipeline.dispatch import Dispatcher
+from counterweight.pipeline.events import Event, TaskFinished, TaskRetried, TaskStarted
+from counterweight.pipeline.graph import Graph
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.pool import Outcome
 from counterweight.workers.context import TaskContext
@@ -55,7 +57,7 @@ class ScriptedPool:
         self._script = {method: list(items) for method, items in (script or {}).items()}
         self._waiting: list[Outcome] = []
 
-    def submit(self, worker: int, task: Task[Any]) -> int:
+    def submit(self, worker: int, task: Task[object]) -> int:
         assert worker not in [outcome.worker for outcome in self._waiting], "a busy worker was given a task"
         self.calls.append((worker, task.kind))
         ticket = len(self.calls)
@@ -87,8 +89,8 @@ def tasks(count: int) -> list[Numbered]:
     return [Numbered(number) for number in range(count)]
 
 
-def dispatcher(pool: ScriptedPool, notes: list[str] | None = None) -> Dispatcher:
-    return Dispatcher(pool, RetryPolicy(), ([] if notes is None else notes).append)
+def dispatcher(pool: ScriptedPool, events: list[Event] | None = None) -> Dispatcher:
+    return Dispatcher(pool, RetryPolicy(), ([] if events is None else events).append)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -116,13 +118,15 @@ def test_nothing_to_do_is_done() -> None:
 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_failing_surroundings_are_tried_again_and_noted(failures: int) -> None:
-    notes: list[str] = []
+    events: list[Event] = []
     pool = ScriptedPool(2, {"m1": [StorageError("write s3://b/k: 503 SlowDown")] * failures})
-    values = dispatcher(pool, notes).run_all(tasks(3))
+    values = dispatcher(pool, events).run_all(tasks(3))
     assert values[1] == ("m1", 1)
     assert [method for _, method in pool.calls].count("m1") == failures + 1
     expected = [f"task 1: try {n + 1} of 3 failed: write s3://b/k: 503 SlowDown" for n in range(failures)]
-    assert notes == expected
+    assert [event.text for event in events if isinstance(event, TaskRetried)] == expected
+    assert len([event for event in events if isinstance(event, TaskStarted)]) == 3 + failures
+    assert len([event for event in events if isinstance(event, TaskFinished)]) == 3
 
 
 def test_after_three_tries_the_error_is_final_and_keeps_its_class() -> None:
@@ -196,3 +200,47 @@ def test_a_task_that_failed_goes_to_the_worker_that_has_waited_longest() -> None
     pool = ScriptedPool(3, {"m0": [DIED, StorageError("x")]})
     dispatcher(pool).run_all(tasks(1))
     assert pool.calls == [(0, "m0"), (1, "m0"), (2, "m0")]
+
+
+def test_a_node_waits_for_those_that_it_is_made_from() -> None:
+    graph = Graph()
+    first = graph.add(lambda: Numbered(3))
+    second = graph.add(lambda: Numbered(first.value[1] + 4), after=(first,))
+    pool = ScriptedPool(2)
+    running = Dispatcher(pool, RetryPolicy(), lambda _: None, graph)
+    assert running.run([second]) == [("m7", 7)]
+    assert [kind for _, kind in pool.calls] == ["m3", "m7"]
+
+
+def test_whoever_waits_for_what_cannot_start_is_told() -> None:
+    """And does not wait for ever: a node that depends on itself can never run."""
+    graph = Graph()
+    node = graph.add(lambda: Numbered(0))
+    node.after = (node,)
+    with pytest.raises(WorkerError, match=r"^node 0: nothing runs and nothing that it waits for can start$"):
+        Dispatcher(ScriptedPool(1), RetryPolicy(), lambda _: None, graph).run([node])
+
+
+def test_idle_workers_do_what_nobody_waits_for_yet() -> None:
+    graph = Graph()
+    wanted, other = (graph.add(lambda number=number: Numbered(number)) for number in range(2))
+    pool = ScriptedPool(2)
+    Dispatcher(pool, RetryPolicy(), lambda _: None, graph).run([wanted])
+    assert pool.calls == [(0, "m0"), (1, "m1")]
+    assert not other.done
+
+
+def test_what_a_dead_worker_held_is_not_waited_for_there() -> None:
+    """Two nodes use what worker 1 holds. It dies in the first: the second is then no more its own than the first is."""
+    graph = Graph()
+    graph.add(lambda: Numbered(0))
+    held = [graph.add(lambda number=number: Numbered(number)) for number in (1, 2)]
+    gate = graph.add(lambda: Numbered(3), after=held)
+    users = [
+        graph.add(lambda number=number: Numbered(number), after=(gate,), uses=one)
+        for number, one in zip((4, 5), held, strict=True)
+    ]
+    pool = ScriptedPool(2, {"m4": [DIED]})
+    pool.order = lambda outcomes: [outcome for outcome in outcomes if outcome.worker == 1]
+    assert Dispatcher(pool, RetryPolicy(), lambda _: None, graph).run(users) == [("m4", 4), ("m5", 5)]
+    assert [kind for worker, kind in pool.calls if worker == 1] == ["m1", "m2", "m3", "m4", "m4", "m5"]

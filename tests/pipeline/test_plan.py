@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from counterweight.pipeline import devices
+from counterweight.pipeline import devices, plan
 from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.pipeline.plan import PROCESS_BYTES, block_recipe, make_plan
+from counterweight.workers.calibrated_block import calibrated
 from counterweight.workers.checkpoint.header import LENGTH_BYTES
 from counterweight.workers.errors import ManifestError, RequestError
 from counterweight.workers.recipe import Weights
-from tests.models import checkpoint, read_tensors
+from counterweight.workers.worker import Worker
+from tests.models import checkpoint, read_tensors, token_ids
 from tests.pipeline.tiny import job_of, local_path, run_local, write_job
 from tests.workers.checkpoint.builders import RecordingStore
+from tests.workers.specs import Site
 
 LINEARS = {
     "self_attn.q_proj": (64, 64),
@@ -116,6 +119,39 @@ def test_what_does_not_fit_a_gpu_is_told_with_its_block(
     assert len(make_plan(shared, source, "tiny").problems) == 1
     with pytest.raises(RequestError, match="--device: 'H1000': expected one of tiny"):
         make_plan(job, source, "H1000")
+
+
+BUDGET = "spec.recipe.compensation.rank={budget_bits: 2.0}"
+
+
+@pytest.mark.parametrize("activations", ["null", "{bits: 8}"])
+def test_what_calibration_leaves_in_memory_is_what_is_planned(
+    manifest: Path, source: ModelSource, tmp_path: Path, activations: str
+) -> None:
+    job = job_of(manifest, f"spec.recipe.activations={activations}")
+    site = Site(source=manifest.parent / "model", work=tmp_path, compute_dtype=job.spec.calibration.compute_dtype)
+    worker = Worker("cpu")
+    inputs = worker.run(site.embed(token_ids(2, 16))).outputs
+    spec = site.block(0, inputs).model_copy(update={"recipe": block_recipe(source, 0, job.spec.recipe)})
+    held = calibrated(worker.context, spec, site.workspace)
+    worker.close()
+    assert make_plan(job, source).blocks[0].calibrated_bytes == pytest.approx(held.bytes, rel=0.01)
+
+
+def test_a_budget_keeps_statistics_of_several_blocks_within_a_bound(
+    manifest: Path, source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, sharing = make_plan(job_of(manifest), source), make_plan(job_of(manifest, BUDGET), source)
+    held = sum(block.calibrated_bytes for block in sharing.blocks)
+    assert sharing.peak_bytes_per_worker == plain.peak_bytes_per_worker + held
+    compressed = make_plan(job_of(manifest, BUDGET, "spec.calibration.propagate=compressed"), source)
+    assert compressed.peak_bytes_per_worker == plain.peak_bytes_per_worker
+    monkeypatch.setattr(plan, "HOLD_BYTES", held - 1)
+    assert make_plan(job_of(manifest, BUDGET), source).peak_bytes_per_worker == sharing.peak_bytes_per_worker - 1
+    # A GPU that has just what a job without a budget needs.
+    monkeypatch.setattr(plan, "memory_of", lambda name: sharing.blocks[0].peak_bytes)
+    assert make_plan(job_of(manifest, BUDGET), source, "tiny").problems
+    assert not make_plan(job_of(manifest), source, "tiny").problems
 
 
 def test_all_that_the_recipe_asks_in_vain_is_listed(manifest: Path, source: ModelSource) -> None:

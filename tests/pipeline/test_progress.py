@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from counterweight.pipeline.events import BlockDone, Note, Planned, StageEntered, Summary, TaskStarted, WindowsDone
 from counterweight.pipeline.progress import BlockCount, LiveProgress, PlainProgress, Progress, make_progress
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
@@ -33,35 +34,32 @@ class Terminal(io.StringIO):
 
 
 def done(progress: Progress, index: int, *, before: float | None = 0.012, after: float | None = 0.0081) -> None:
-    progress.block_done(
-        index,
-        seconds=0.44,
-        peak_bytes=612 << 20,
-        error_quantized=before,
-        error_compensated=after,
-        reused=False,
-    )
+    progress.on(BlockDone(index, 0.44, 612 << 20, before, after, reused=False))
 
 
 def reused(progress: Progress, index: int) -> None:
-    progress.block_done(index, seconds=9, peak_bytes=9 << 30, error_quantized=0.1, error_compensated=0.05, reused=True)
+    progress.on(BlockDone(index, 9, 9 << 30, 0.1, 0.05, reused=True))
+
+
+def started(progress: Progress, index: int, worker: int) -> None:
+    progress.on(TaskStarted(f"block {index} (forward)", "forward", worker, index))
 
 
 class TestPlain:
     def test_a_whole_job_line_by_line(self) -> None:
         stream = io.StringIO()
         with PlainProgress(stream) as progress:
-            progress.stage("blocks")
-            progress.plan(3, 1)
+            progress.on(StageEntered("blocks"))
+            progress.on(Planned(3, 1))
             reused(progress, 0)
-            progress.block_started(2, 1)
-            progress.block_started(1, 0)
+            started(progress, 2, 1)
+            started(progress, 1, 0)
             done(progress, 2)
-            progress.note("model.layers.1.mlp.up_proj: gptq.damping: raised to 0.1")
+            progress.on(Note("model.layers.1.mlp.up_proj: gptq.damping: raised to 0.1"))
             done(progress, 1)
-            progress.stage("validate")
-            progress.windows(1, 2)
-            progress.finish([("perplexity", "12.31"), ("report", "file:///out/report.html")])
+            progress.on(StageEntered("validate"))
+            progress.on(WindowsDone(1, 2))
+            progress.on(Summary([("perplexity", "12.31"), ("report", "file:///out/report.html")]))
         assert stream.getvalue().splitlines() == [
             "stage blocks",
             "3 blocks, 1 of them finished before",
@@ -88,7 +86,7 @@ class TestPlain:
     def test_errors_that_are_absent_or_equal(self, before: float | None, after: float | None, text: str) -> None:
         stream = io.StringIO()
         progress = PlainProgress(stream)
-        progress.plan(1, 0)
+        progress.on(Planned(1, 0))
         done(progress, 0, before=before, after=after)
         assert stream.getvalue().splitlines()[-1] == f"block 0 done (1/1) in 0.4 s, peak 612 MiB, {text}"
 
@@ -96,7 +94,7 @@ class TestPlain:
         stream = io.StringIO()
         progress = PlainProgress(stream)
         for worker in (0, 0, 1):
-            progress.block_started(4, worker)
+            started(progress, 4, worker)
         assert stream.getvalue().splitlines() == [
             "block 4 started on worker 0",
             "block 4 started on worker 1",
@@ -105,14 +103,14 @@ class TestPlain:
     def test_an_event_is_one_line_without_control_characters(self) -> None:
         stream = io.StringIO()
         progress = PlainProgress(stream)
-        progress.note("a\r\nb\x1b[31m\x07 \u202e c")
-        progress.finish([("x\ny", "1\n2   3")])
+        progress.on(Note("a\r\nb\x1b[31m\x07 \u202e c"))
+        progress.on(Summary([("x\ny", "1\n2   3")]))
         assert stream.getvalue() == "note: a b [31m c\nx y  1 2   3\n"
 
     def test_every_line_is_flushed(self) -> None:
         raw = io.BytesIO()
         progress = PlainProgress(io.TextIOWrapper(io.BufferedWriter(raw, 1 << 16)))
-        progress.note("here")
+        progress.on(Note("here"))
         assert raw.getvalue() == b"note: here\n"
 
 
@@ -137,12 +135,12 @@ class TestLive:
     def test_shows_the_figures(self) -> None:
         console, clock = self.console(), Clock()
         with LiveProgress(console, clock=clock) as progress:
-            progress.stage("blocks")
-            progress.plan(6, 1)
+            progress.on(StageEntered("blocks"))
+            progress.on(Planned(6, 1))
             reused(progress, 0)
             assert "1/6" in self.written(console)
             assert "time left unknown" in self.written(console)
-            progress.block_started(1, 3)
+            started(progress, 1, 3)
             assert "block 1 on worker 3" in self.written(console)
             clock.now += 10
             done(progress, 1)
@@ -156,36 +154,29 @@ class TestLive:
             ):
                 assert figure in frame
             assert "on worker 3" not in frame
-            progress.stage("validate")
-            progress.windows(3, 8)
+            progress.on(StageEntered("validate"))
+            progress.on(WindowsDone(3, 8))
             assert "3/8" in self.last_frame(console)
-            progress.finish([("perplexity", "12.31"), ("report", "u" * 300)])
+            progress.on(Summary([("perplexity", "12.31"), ("report", "u" * 300)]))
         assert "u" * 300 in self.raw(console)
         assert "perplexity  12.31" in self.written(console)
 
     def test_the_peak_is_the_largest_of_this_job(self) -> None:
         console = self.console()
         with LiveProgress(console, clock=Clock()) as progress:
-            progress.plan(3, 1)
+            progress.on(Planned(3, 1))
             reused(progress, 0)
             assert "peak" not in self.raw(console)
             for index, size in ((1, 700 << 20), (2, 600 << 20)):
-                progress.block_done(
-                    index,
-                    seconds=1,
-                    peak_bytes=size,
-                    error_quantized=None,
-                    error_compensated=None,
-                    reused=False,
-                )
+                progress.on(BlockDone(index, 1, size, None, None, reused=False))
         assert "peak 700 MiB" in self.raw(console).rsplit("validation", 1)[-1]
         assert "no error measured" in self.raw(console)
 
     def test_notes_are_text_not_markup(self) -> None:
         console = Console(force_terminal=True, file=io.StringIO(), width=100)  # markup is on
         with LiveProgress(console, clock=Clock()) as progress:
-            progress.note("[bold]x[/bold] \x1b[2J")
-            progress.finish([("[red]label[/red]", "[/nothing]")])
+            progress.on(Note("[bold]x[/bold] \x1b[2J"))
+            progress.on(Summary([("[red]label[/red]", "[/nothing]")]))
         written = self.written(console)
         assert "note: [bold]x[/bold] [2J" in written
         assert "[red]label[/red]  [/nothing]" in written
@@ -194,9 +185,9 @@ class TestLive:
     def test_lines_stay_within_a_narrow_terminal(self) -> None:
         console = self.console(width=30)
         with LiveProgress(console, clock=Clock()) as progress:
-            progress.plan(200, 0)
+            progress.on(Planned(200, 0))
             for worker in range(40):
-                progress.block_started(worker, worker)
+                started(progress, worker, worker)
         frames = Text.from_ansi(self.raw(console).replace("\x1b[2K", "\n").replace("\x1b[1A", "")).plain
         assert max(map(len, frames.splitlines())) <= 30
 
@@ -206,7 +197,7 @@ class TestLive:
 
         def job() -> None:
             with LiveProgress(console, clock=Clock()) as progress:
-                progress.stage("blocks")
+                progress.on(StageEntered("blocks"))
                 assert HIDE in self.raw(console)
                 assert SHOW not in self.raw(console)
                 raise error
@@ -218,9 +209,9 @@ class TestLive:
 
     def test_stdout_is_left_alone(self, capsys: pytest.CaptureFixture[str]) -> None:
         with LiveProgress(self.console(), clock=Clock()) as progress:
-            progress.stage("blocks")
+            progress.on(StageEntered("blocks"))
             print("mine")
-            progress.finish([("a", "b")])
+            progress.on(Summary([("a", "b")]))
         captured = capsys.readouterr()
         assert (captured.out, captured.err) == ("mine\n", "")
 
@@ -228,7 +219,7 @@ class TestLive:
         stream = Terminal()
         monkeypatch.setattr(sys, "stderr", stream)
         with make_progress(stream) as progress:
-            progress.stage("blocks")
+            progress.on(StageEntered("blocks"))
             print("a warning", file=sys.stderr)
             lines = stream.getvalue()
         assert sys.stderr is stream
@@ -263,14 +254,14 @@ class TestChoice:
     def test_a_terminal_gets_the_display(self) -> None:
         stream = Terminal()
         with make_progress(stream) as progress:
-            progress.stage("blocks")
+            progress.on(StageEntered("blocks"))
         assert isinstance(progress, LiveProgress)
         assert "blocks" in stream.getvalue()
 
     def test_a_file_gets_lines(self) -> None:
         stream = io.StringIO()
         with make_progress(stream) as progress:
-            progress.stage("blocks")
+            progress.on(StageEntered("blocks"))
         assert isinstance(progress, PlainProgress)
         assert stream.getvalue() == "stage blocks\n"
 

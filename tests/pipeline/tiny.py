@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from enum import Enum
@@ -18,6 +18,19 @@ from typing import Any
 import torch
 
 from counterweight.pipeline.artifact import Published
+from counterweight.pipeline.events import (
+    BlockDone,
+    Event,
+    EventLog,
+    FellBack,
+    Note,
+    Planned,
+    StageEntered,
+    Summary,
+    TaskRetried,
+    TaskStarted,
+    WindowsDone,
+)
 from counterweight.pipeline.manifest import CompressionJob, load_manifest
 from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.orchestrator import Orchestrator
@@ -143,35 +156,33 @@ def _call(worker: Worker, task: Task[Any], fault: BaseException | Death | None) 
 
 
 class Events(Progress):
-    """Every event as a tuple: its name, then its arguments."""
+    """Every event that the display shows as a tuple: its name, then its fields."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[Any, ...]] = []
+        self.all: list[Event] = []
 
     def named(self, name: str) -> list[tuple[Any, ...]]:
-        """The arguments of each event of a name."""
+        """The fields of each event of a name."""
         return [event[1:] for event in self.seen if event[0] == name]
 
-    def stage(self, name: str) -> None:
-        self.seen.append(("stage", name))
-
-    def plan(self, blocks: int, reused: int) -> None:
-        self.seen.append(("plan", blocks, reused))
-
-    def block_started(self, index: int, worker: int) -> None:
-        self.seen.append(("block_started", index, worker))
-
-    def block_done(self, index: int, *, reused: bool, **_: Any) -> None:
-        self.seen.append(("block_done", index, reused))
-
-    def windows(self, done: int, total: int) -> None:
-        self.seen.append(("windows", done, total))
-
-    def note(self, text: str) -> None:
-        self.seen.append(("note", text))
-
-    def finish(self, lines: Sequence[tuple[str, str]]) -> None:
-        self.seen.append(("finish", tuple(lines)))
+    def on(self, event: Event) -> None:
+        self.all.append(event)
+        match event:
+            case StageEntered(stage):
+                self.seen.append(("stage", stage))
+            case Planned(blocks, reused):
+                self.seen.append(("plan", blocks, reused))
+            case TaskStarted(block=int(block), worker=worker):
+                self.seen.append(("block_started", block, worker))
+            case BlockDone(block=block, reused=reused):
+                self.seen.append(("block_done", block, reused))
+            case WindowsDone(done, total):
+                self.seen.append(("windows", done, total))
+            case Note(text) | TaskRetried(text=text) | FellBack(text=text):
+                self.seen.append(("note", text))
+            case Summary(lines):
+                self.seen.append(("finish", tuple(lines)))
 
 
 def run_local(job: CompressionJob, pool: LocalPool | None = None, progress: Progress | None = None) -> Published:
@@ -179,9 +190,8 @@ def run_local(job: CompressionJob, pool: LocalPool | None = None, progress: Prog
     pool = LocalPool() if pool is None else pool
     try:
         source = open_model(job.spec.model.uri)
-        return Orchestrator(
-            job, source, read_tokens(job, source.tokenizer()), pool, "cpu", Events() if progress is None else progress
-        ).run()
+        with EventLog(Events() if progress is None else progress) as log:
+            return Orchestrator(job, source, read_tokens(job, source.tokenizer()), pool, "cpu", log).run()
     finally:
         pool.close()
 

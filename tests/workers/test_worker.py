@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from counterweight.workers.block import CompressedLinear, install
-from counterweight.workers.calibrated_block import load_block
 from counterweight.workers.checkpoint.digest import tensor_digest
 from counterweight.workers.errors import CheckpointError, ObjectNotFoundError
 from counterweight.workers.interchange.compressed_tensors import read_weight
 from counterweight.workers.interchange.peft import read_branch
+from counterweight.workers.loaded_block import load_block
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.layout import LM_HEAD, NORM
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec

@@ -13,8 +13,9 @@ from counterweight.kernels.linear import CompensatedLinear
 from counterweight.pipeline.artifact import open_artifact
 from counterweight.pipeline.report import Report
 from counterweight.pipeline.serving import load_model
-from counterweight.workers.calibrated_block import calibrated, load_block
+from counterweight.workers.calibrated_block import calibrated
 from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.loaded_block import load_block
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.worker import Worker
 from tests.inprocess import run_job
@@ -47,15 +48,17 @@ def test_paired_inputs_carry_the_original_stream_beside_the_compressed_one(site:
     worker = Worker("cpu")
     hidden = worker.run(site.embed(torch.arange(64).view(4, 16))).outputs
     recipe = {"weights": RTN3, "compensation": {"kind": "lrc", "rank": {"count": 2}}}
-    spec = site.block(0, (*hidden, *hidden), recipe, propagate="compressed").model_copy(update={"paired": True})
-    outputs = worker.run(Compress(block=spec)).outputs
-    assert len(outputs) == 2 * len(hidden)
+    spec = site.block(0, hidden, recipe, propagate="compressed").model_copy(update={"original_inputs": hidden})
+    record = worker.run(Compress(block=spec))
+    assert len(record.outputs) == len(record.original_outputs) == len(hidden)
     loaded = load_block(worker.context, site.setting, 0, spec.tensors, torch.float32)
     read = site.workspace.get_tensors
     expected = loaded.block.run(read(hidden[0])["hidden"])
-    assert torch.equal(read(outputs[len(hidden)])["hidden"], expected)
-    assert not torch.allclose(read(outputs[0])["hidden"], expected, atol=1e-3)
-    behind = site.block(1, outputs, recipe, propagate="compressed").model_copy(update={"paired": True})
+    assert torch.equal(read(record.original_outputs[0])["hidden"], expected)
+    assert not torch.allclose(read(record.outputs[0])["hidden"], expected, atol=1e-3)
+    behind = site.block(1, record.outputs, recipe, propagate="compressed").model_copy(
+        update={"original_inputs": record.original_outputs}
+    )
     statistics: dict[Any, InputStatistics] = calibrated(worker.context, behind, site.workspace).statistics
     for found in statistics.values():
         assert found.streams == {"x", "t"}
@@ -69,9 +72,11 @@ def test_experts_have_no_original_stream_because_a_router_may_send_them_other_to
     hidden = worker.run(site.embed(torch.arange(64).view(4, 16))).outputs
     # Eight bits leave the routing as it is: as many tokens as in the original model, though that is not the rule.
     recipe = {"weights": {**RTN3, "bits": 8}, "compensation": {"kind": "lrc", "rank": {"count": 2}}}
-    first = site.block(0, (*hidden, *hidden), recipe, propagate="compressed").model_copy(update={"paired": True})
-    outputs = worker.run(Compress(block=first)).outputs
-    behind = site.block(1, outputs, recipe, propagate="compressed").model_copy(update={"paired": True})
+    first = site.block(0, hidden, recipe, propagate="compressed").model_copy(update={"original_inputs": hidden})
+    record = worker.run(Compress(block=first))
+    behind = site.block(1, record.outputs, recipe, propagate="compressed").model_copy(
+        update={"original_inputs": record.original_outputs}
+    )
     statistics: dict[Any, InputStatistics] = calibrated(worker.context, behind, site.workspace).statistics
     streams = {group[0]: found.streams for group, found in statistics.items()}
     assert streams["self_attn.q_proj"] == {"x", "t"}

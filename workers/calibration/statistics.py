@@ -70,6 +70,12 @@ class InputStatistics:
         )
 
     @property
+    def bytes(self) -> int:
+        """Memory of the sums."""
+        found = (self.gram, *self.others.values(), self.absolute, self.thresholds)
+        return sum(tensor.nbytes for tensor in found if tensor is not None)
+
+    @property
     def width(self) -> int:
         return int(self.gram.shape[0])
 

@@ -64,6 +64,10 @@ class _Compensation(Method):
         """Bits of the branch's factors; None for those of the source's dtype."""
         return None
 
+    def gathers(self) -> dict[str, object]:
+        """What calibration looks at: two compensations with equal values can follow the same statistics."""
+        return self.model_dump(mode="json") if self.needs_rows else {"magnitudes": self.needs_magnitudes}
+
     def with_rank(self, count: int) -> Compensation:
         """The same with a branch of this rank; nothing for 0."""
         del count

@@ -16,6 +16,7 @@ from counterweight.workers.config import Config, Method
 from counterweight.workers.methods.sign import SignWeights
 from counterweight.workers.methods.stored import StoredWeights
 from counterweight.workers.recipe.compensation import Compensation, NoCompensation
+from counterweight.workers.recipe.rank import BudgetRank
 from counterweight.workers.recipe.residual import Residual
 from counterweight.workers.recipe.transforms import Rotation, Smoothing, Transform
 from counterweight.workers.recipe.tuning import Tuning
@@ -133,6 +134,16 @@ class ModuleRecipe(Config):
     def regresses(self) -> bool:
         """Whether the solve looks at what the layer's input was meant to be, where it is another."""
         return self.weights.regresses is not None or self.compensation.joint or self.tuning is not None
+
+    @property
+    def budget_bits(self) -> float | None:
+        """The budget that the rank of the branch is drawn from; None when it has a rank of its own or there is no branch."""
+        rank = self.compensation.branch_rank
+        return rank.budget_bits if isinstance(rank, BudgetRank) else None
+
+    def gathers(self) -> dict[str, object]:
+        """What calibration looks at: linears whose recipes differ in nothing else can be solved from the same statistics."""
+        return {**self.model_dump(mode="json", exclude={"compensation"}), "compensation": self.compensation.gathers()}
 
 
 class Recipe(Config):

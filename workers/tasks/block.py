@@ -28,16 +28,11 @@ class BlockSpec(Config):
     """Source tensors of the block -> sha256."""
     inputs: tuple[Blob, ...]
     """Hidden states that enter the block, one blob per shard, in order."""
+    original_inputs: tuple[Blob, ...] = ()
+    """What enters the block in the original model, likewise; empty where that is the same or nothing looks at it."""
     recipe: Mapping[str, ModuleRecipe]
     """Linear (name relative to the block) -> what applies to it; linears that are kept are absent."""
     propagate: Literal["original", "compressed"]
-    paired: bool = False
-    """Whether the second half of `inputs` is what enters the block in the original model, which the first no longer is."""
-
-    @property
-    def shards(self) -> int:
-        """Shards of one stream of inputs."""
-        return len(self.inputs) // 2 if self.paired else len(self.inputs)
 
     def calibrate_key(self) -> str:
         """Key of the block's *original* output: no recipe enters, so jobs that differ in recipe share it."""
@@ -47,14 +42,22 @@ class BlockSpec(Config):
                 self.setting.determines(),
                 self.index,
                 dict(self.tensors),
-                [blob.sha256 for blob in self.inputs],
+                [blob.sha256 for blob in (*self.inputs, *self.original_inputs)],
             ]
         )
 
     def key(self) -> str:
         """Key of the compressed block."""
         recipe = {name: part.model_dump(mode="json") for name, part in self.recipe.items()}
-        return digest([COMPRESS, self.calibrate_key(), self.propagate, self.paired, recipe, versions(self.recipe)])
+        # Records made when both streams were one list are keyed with true.
+        streams = "two" if self.original_inputs else False
+        return digest([COMPRESS, self.calibrate_key(), self.propagate, streams, recipe, versions(self.recipe)])
+
+    def statistics_key(self) -> str:
+        """Key of what calibration leaves in a worker's memory: of tasks with equal keys one calibration is enough."""
+        streams = len(self.original_inputs)
+        gathers = {name: part.gathers() for name, part in self.recipe.items()}
+        return digest([self.calibrate_key(), self.propagate, streams, gathers])
 
 
 class BlockTask(Config):
@@ -68,6 +71,10 @@ class BlockTask(Config):
     def name(self) -> str:
         return f"block {self.block.index} ({self.kind})"
 
+    @property
+    def block_index(self) -> int:
+        return self.block.index
+
     def workspace(self) -> Workspace:
         return self.block.setting.open_workspace()
 
@@ -78,9 +85,10 @@ class BlockRecord(Record):
     index: int
     checkpoint: Blob
     adapter: Blob | None
-    outputs: tuple[Blob, ...]
-    """Hidden states after the *compressed* block (propagate: compressed), then, of paired inputs, after the original one;
-    otherwise empty."""
+    outputs: tuple[Blob, ...] = ()
+    """Hidden states after the *compressed* block (propagate: compressed); otherwise empty."""
+    original_outputs: tuple[Blob, ...] = ()
+    """Hidden states after the original block, where the task has `original_inputs`."""
     tensors: Mapping[str, str]
     """Tensors in the checkpoint shard -> sha256 of dtype, shape and bytes."""
     factors: Mapping[str, str]
@@ -101,3 +109,7 @@ class BlockRecord(Record):
     def stored(self) -> tuple[Blob, ...]:
         """The blobs that an artifact is made of."""
         return tuple(blob for blob in (self.checkpoint, self.adapter, self.residual) if blob is not None)
+
+    @property
+    def hidden_states(self) -> tuple[Blob, ...]:
+        return (*self.outputs, *self.original_outputs)

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.tasks.block import CALIBRATE, BlockTask
 from counterweight.workers.tasks.records import HiddenRecord
-from counterweight.workers.tasks.task import Task
+from counterweight.workers.tasks.task import DurableTask
+from counterweight.workers.workspace import Workspace
 
 if TYPE_CHECKING:
     from counterweight.workers.context import TaskContext
 
 
-class Calibrate(BlockTask, Task[HiddenRecord]):
+class Calibrate(BlockTask, DurableTask[HiddenRecord]):
     """Runs the original block, gathers the statistics, which stay with this worker, and stores the outputs, which the block
     behind waits for. Done even where its record is there: it is asked for where the statistics or the outputs are not.
 
@@ -20,8 +21,16 @@ class Calibrate(BlockTask, Task[HiddenRecord]):
     """
 
     kind: ClassVar[str] = CALIBRATE
+    record: ClassVar[type[HiddenRecord]] = HiddenRecord
+
+    def key(self) -> str:
+        return self.block.calibrate_key()
 
     def run(self, context: TaskContext) -> HiddenRecord:
+        workspace = self.workspace()
+        return workspace.commit(self.kind, self.key(), self.compute(context, workspace))
+
+    def compute(self, context: TaskContext, workspace: Workspace) -> HiddenRecord:
         from counterweight.workers.calibrated_block import calibrated
 
         block = self.block
@@ -29,7 +38,6 @@ class Calibrate(BlockTask, Task[HiddenRecord]):
             raise ValueError(
                 f"block {block.index}: propagate {block.propagate}: expected original, where blocks are calibrated apart"
             )
-        workspace = self.workspace()
         found = calibrated(context, block, workspace)
-        record = HiddenRecord(outputs=found.outputs, timing=found.timing)
-        return workspace.commit(self.kind, block.calibrate_key(), record)
+        context.held.hold(found)
+        return HiddenRecord(outputs=found.outputs, timing=found.timing)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.tasks.block import COMPRESS, BlockRecord, BlockTask
 from counterweight.workers.tasks.task import DurableTask
-from counterweight.workers.workspace import Blob, Workspace
+from counterweight.workers.workspace import Workspace
 
 if TYPE_CHECKING:
     from counterweight.workers.context import TaskContext
@@ -23,10 +22,7 @@ class Compress(BlockTask, DurableTask[BlockRecord]):
     def key(self) -> str:
         return self.block.key()
 
-    def blobs(self, record: BlockRecord) -> Iterable[Blob]:
-        return (*record.stored, *record.outputs)
-
     def compute(self, context: TaskContext, workspace: Workspace) -> BlockRecord:
-        from counterweight.workers.calibrated_block import compressed
+        from counterweight.workers.compressed_block import compressed
 
         return compressed(context, self.block, workspace)

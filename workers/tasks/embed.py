@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
@@ -37,9 +36,6 @@ class Embed(Config, DurableTask[HiddenRecord]):
 
     def workspace(self) -> Workspace:
         return self.setting.open_workspace()
-
-    def blobs(self, record: HiddenRecord) -> Iterable[Blob]:
-        return record.outputs
 
     def compute(self, context: TaskContext, workspace: Workspace) -> HiddenRecord:
         import torch

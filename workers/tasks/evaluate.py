@@ -78,10 +78,10 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
     def compute(self, context: TaskContext, workspace: Workspace) -> EvaluateRecord:
         import torch
 
-        from counterweight.workers.calibrated_block import load_block
         from counterweight.workers.clock import Clock
         from counterweight.workers.compressed import CompressedModel
         from counterweight.workers.evaluation import advance, compressed_blocks, measure, variants_of
+        from counterweight.workers.loaded_block import load_block
         from counterweight.workers.memory import release
         from counterweight.workers.models.layout import EMBEDDING
         from counterweight.workers.models.source import outside

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.tasks.block import GAINS, BlockTask
@@ -22,19 +22,21 @@ class GainsRecord(Record):
 
 
 class Gains(BlockTask, DurableTask[GainsRecord]):
-    """Calibrates a block and measures the gains on its statistics, where they are."""
+    """Measures a block's gains on its statistics, where they are; calibrates it where they are not."""
 
     kind: ClassVar[str] = GAINS
     record: ClassVar[type[GainsRecord]] = GainsRecord
 
+    keep: bool = False
+    """Whether the statistics stay in memory, for the block to be compressed from them; no part of the result."""
+
     def key(self) -> str:
         return self.block.key()
 
-    def blobs(self, record: GainsRecord) -> Iterable[Blob]:
-        return record.outputs
-
     def compute(self, context: TaskContext, workspace: Workspace) -> GainsRecord:
-        from counterweight.workers.calibrated_block import branch_gains
+        from counterweight.workers.calibrated_block import branch_gains, calibrated
 
-        gains, outputs = branch_gains(context, self.block, workspace)
-        return GainsRecord(gains=gains, outputs=outputs)
+        held = calibrated(context, self.block, workspace)
+        gains = branch_gains(context, self.block, held)
+        context.held.hold(held, keep=self.keep)
+        return GainsRecord(gains=gains, outputs=held.outputs)

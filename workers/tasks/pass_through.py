@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -27,6 +27,10 @@ class PassThroughRecord(Record):
     bits: int = Field(ge=0)
     timing: Timing
 
+    @property
+    def stored(self) -> tuple[Blob, ...]:
+        return (self.checkpoint,)
+
 
 class PassThrough(Config, DurableTask[PassThroughRecord]):
     """Carries tensors outside the blocks over into a checkpoint shard of their own, rotated where the model is. tensors: name
@@ -47,9 +51,6 @@ class PassThrough(Config, DurableTask[PassThroughRecord]):
 
     def workspace(self) -> Workspace:
         return self.setting.open_workspace()
-
-    def blobs(self, record: PassThroughRecord) -> Iterable[Blob]:
-        return (record.checkpoint,)
 
     def compute(self, context: TaskContext, workspace: Workspace) -> PassThroughRecord:
         from counterweight.workers.block import tensor_bits

@@ -30,6 +30,10 @@ class HiddenRecord(Record):
     outputs: tuple[Blob, ...]
     timing: Timing
 
+    @property
+    def hidden_states(self) -> tuple[Blob, ...]:
+        return self.outputs
+
 
 class LedgerEntry(Config):
     """What became of one source tensor."""

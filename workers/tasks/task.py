@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
-from counterweight.workers.workspace import Blob, Record, Workspace
+from counterweight.workers.workspace import Record, Workspace
 
 if TYPE_CHECKING:
     from counterweight.workers.context import TaskContext
 
-R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 Kept = TypeVar("Kept", bound=Record)
 
 
-class Task(ABC, Generic[R]):
-    """What one worker does at a time. R: what it gives back."""
+class Task(ABC, Generic[R_co]):
+    """What one worker does at a time. R_co: what it gives back."""
 
     kind: ClassVar[str]
 
@@ -25,8 +24,19 @@ class Task(ABC, Generic[R]):
     def name(self) -> str:
         """For people, and what tries are counted by: no two tasks of a job have the same."""
 
+    @property
+    def block_index(self) -> int | None:
+        """The transformer block that the task works on, for people; None: none or several."""
+        return None
+
+    def lookup(self, workspace: Workspace) -> R_co | None:
+        """The result, where somebody has finished the task before and its stored bytes are there; None otherwise. Hidden
+        states that can be made again need not be there."""
+        del workspace
+        return None
+
     @abstractmethod
-    def run(self, context: TaskContext) -> R:
+    def run(self, context: TaskContext) -> R_co:
         """Does the work on a worker. Nothing that comes from the context alone may decide the result."""
 
 
@@ -43,19 +53,18 @@ class DurableTask(Task[Kept]):
     def workspace(self) -> Workspace:
         """Where results are kept."""
 
-    def blobs(self, record: Kept) -> Iterable[Blob]:
-        """What has to be there for a record to count; without it the work is done again."""
-        del record
-        return ()
-
     @abstractmethod
     def compute(self, context: TaskContext, workspace: Workspace) -> Kept:
         """The work itself."""
 
+    def lookup(self, workspace: Workspace) -> Kept | None:
+        found: Kept | None = workspace.lookup(self.kind, self.key(), self.record)  # type: ignore[assignment]
+        return found if found is not None and all(workspace.has(blob) for blob in found.stored) else None
+
     def run(self, context: TaskContext) -> Kept:
         """1. Somebody may have finished it. 2. Otherwise it is done here. 3. The record that was committed first holds."""
-        workspace, key = self.workspace(), self.key()
-        done: Kept | None = workspace.lookup(self.kind, key, self.record)  # type: ignore[assignment]
-        if done is not None and all(workspace.has(blob) for blob in self.blobs(done)):
+        workspace = self.workspace()
+        done = self.lookup(workspace)
+        if done is not None and all(workspace.has(blob) for blob in done.hidden_states):
             return done
-        return workspace.commit(self.kind, key, self.compute(context, workspace))
+        return workspace.commit(self.kind, self.key(), self.compute(context, workspace))

@@ -15,7 +15,7 @@ transforms (columns times s, the norm in front divided by s) and its clipping (`
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.kernels.weights.uniform import UniformWeight
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.families import family_of
-from counterweight.workers.models.family import SharedInputGroup
+from counterweight.workers.models.family import ModelFamily, SharedInputGroup
 from counterweight.workers.quantization.inputs import checked_matrix
 from counterweight.workers.recipe.tuning import Tuning
 from counterweight.workers.recipe.weights import WeightFormat
@@ -107,6 +107,23 @@ def tune(
         epoch=best_epoch,
         stopped=epoch < options.epochs,
     )
+
+
+def learned_scales(
+    family: ModelFamily,
+    groups: Iterable[SharedInputGroup],
+    parameters: Mapping[str, Tensor],
+    norms: Mapping[str, Tensor],
+) -> dict[SharedInputGroup, Tensor]:
+    """By what each group's input was divided while learning, [in] float32: the weight of the norm before it over its new one,
+    for groups whose norm is among `norms`."""
+    scales = {}
+    for group in groups:
+        norm = f"{family.norm_before(group[0])}.weight"
+        if norm in norms:
+            before, after = (value.float() + family.norm_offset for value in (parameters[norm], norms[norm]))
+            scales[group] = before / after
+    return scales
 
 
 Pair = tuple[Tensor, Tensor]

@@ -1,0 +1,135 @@
+"""The blocks of a model as nodes of the graph.
+
+    propagate: original     embed ──> calibrate 0 ──> calibrate 1 ──> ...      compress k uses what calibrate k left in memory
+    propagate: compressed   embed ──> compress 0  ──> compress 1  ──> ...
+    a budget of bits        calibrate k ──> gains k, all gains ──> the shares ──> every compress
+
+Calibrating one block after another is the only sequence in `original`; blocks are compressed beside it. With a budget a block
+is calibrated once where its statistics fit in memory until the budget is shared out (`HOLD_BYTES`), otherwise twice. In
+`compressed` gains are measured on the original's activations, so statistics are gathered twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Literal, Protocol
+
+from counterweight.pipeline.graph import Graph, Node
+from counterweight.workers.recipe import ModuleRecipe
+from counterweight.workers.tasks.block import BlockRecord, BlockSpec
+from counterweight.workers.tasks.calibrate import Calibrate
+from counterweight.workers.tasks.compress import Compress
+from counterweight.workers.tasks.gains import Gains, GainsRecord
+from counterweight.workers.tasks.records import HiddenRecord
+from counterweight.workers.workspace import Blob
+
+BlockRecipe = Mapping[str, ModuleRecipe]
+"""Linear (name in the block) -> what applies to it."""
+
+
+class SpecOf(Protocol):
+    """Makes a block's spec."""
+
+    def __call__(
+        self,
+        index: int,
+        recipe: BlockRecipe,
+        inputs: tuple[Blob, ...],
+        original_inputs: tuple[Blob, ...],
+        propagate: Literal["original", "compressed"],
+    ) -> BlockSpec: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Ranks that a whole model shares out. blocks: those with a layer that takes part. share: gains of each of these ->
+    recipes of all blocks, with ranks in the place of budgets. bytes: of each block's statistics and weights in memory."""
+
+    blocks: frozenset[int]
+    share: Callable[[Mapping[int, GainsRecord]], Sequence[BlockRecipe]]
+    bytes: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A model's blocks in the graph. compress: one node a block. calibrate: likewise, where blocks are calibrated apart."""
+
+    compress: tuple[Node[BlockRecord], ...]
+    calibrate: tuple[Node[HiddenRecord], ...]
+
+    @property
+    def records(self) -> list[BlockRecord]:
+        """In block order; when all are done."""
+        return [node.value for node in self.compress]
+
+    @property
+    def reused(self) -> list[BlockRecord]:
+        """Of the blocks that earlier jobs had finished."""
+        return [node.value for node in self.compress if node.reused]
+
+    @property
+    def discardable(self) -> list[Blob]:
+        """Every blob of hidden states that can be made again: all but the embedding's output, from which a job that shares
+        these blocks, and runs now, finds its way when the others are gone."""
+        return [blob for node in (*self.calibrate, *self.compress) for blob in node.hidden_states]
+
+
+def add_blocks(
+    graph: Graph,
+    embedded: Node[HiddenRecord],
+    recipes: Sequence[BlockRecipe],
+    spec_of: SpecOf,
+    *,
+    propagate: Literal["original", "compressed"],
+    paired: bool = False,
+    budget: Budget | None = None,
+) -> Blocks:
+    """Nodes for all blocks behind the embedding. paired: with `compressed`, whether what enters a block in the original model
+    goes beside what enters the compressed one."""
+    count = len(recipes)
+    ends = [embedded]
+    """What enters each block in the original model."""
+    gains: dict[int, Node[GainsRecord]] = {}
+    compresses: list[Node[BlockRecord]] = []
+
+    def calibrated_spec(index: int) -> BlockSpec:
+        return spec_of(index, recipes[index], ends[index].value.outputs, (), "original")
+
+    def calibrate(index: int) -> Calibrate:
+        return Calibrate(block=calibrated_spec(index))
+
+    def measure(index: int) -> Gains:
+        return Gains(block=calibrated_spec(index), keep=propagate == "original")
+
+    @cache
+    def shared() -> Sequence[BlockRecipe]:
+        return recipes if budget is None else budget.share({index: node.value for index, node in gains.items()})
+
+    def compress(index: int) -> Compress:
+        if propagate == "original" or index == 0:
+            inputs = ends[index].value.outputs
+            originals = inputs if paired else ()
+        else:
+            before = compresses[index - 1].value
+            inputs, originals = before.outputs, before.original_outputs
+        return Compress(block=spec_of(index, shared()[index], inputs, originals, propagate))
+
+    if propagate == "original" or budget is not None:
+        for index in range(count):
+            size = 0 if budget is None else budget.bytes[index]
+            reads = (ends[index],)
+            node = graph.add(partial(calibrate, index), reads=reads, wanted=False, bytes=size)
+            if budget is not None and index in budget.blocks:
+                gains[index] = graph.add(partial(measure, index), reads=reads, uses=node)
+            ends.append(node)
+    after = tuple(gains.values())
+    for index in range(count):
+        make = partial(compress, index)
+        if propagate == "original":
+            added = graph.add(make, reads=(ends[index],), after=after, uses=ends[index + 1])
+        else:
+            added = graph.add(make, reads=(compresses[-1] if compresses else embedded,), after=after)
+        compresses.append(added)
+    return Blocks(tuple(compresses), tuple(ends[1:]))

@@ -1,0 +1,237 @@
+"""The graph of a job's tasks: what can run now and where, and what a resumed job need not do again.
+
+A node is a task with what it depends on: values (records of other tasks), hidden states that lie in the store, statistics in
+a worker's memory. The graph holds what is known of each node; `assign`, `settle` and `lost` are the only transitions. It
+starts nothing and waits for nothing, so it can be tested without a worker.
+
+Hidden states are discarded when a job that shares them has been published. A node is therefore needed when it has no value,
+and again when a node that is needed reads hidden states of it that are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from counterweight.pipeline.policies import Placement
+from counterweight.workers.held_blocks import HOLD_BYTES
+from counterweight.workers.tasks.task import Task
+from counterweight.workers.workspace import Blob, Record, Workspace
+
+R_co = TypeVar("R_co", covariant=True)
+R = TypeVar("R")
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Node(Generic[R_co]):
+    """A task and where it stands. What is above the line is given, what is below is the graph's to change.
+
+    make: the task, called when all of `reads` and `after` have values. reads: nodes whose hidden states enter it. after: nodes
+    whose values it is made from. uses: the node whose statistics it works on, in the memory of that node's worker. wanted:
+    whether it is run for its own sake, and not only for those that depend on it. bytes: what it leaves in its worker's memory
+    until those that use it are done.
+    """
+
+    make: Callable[[], Task[R_co]]
+    reads: Sequence[Node[object]] = ()
+    after: Sequence[Node[object]] = ()
+    uses: Node[object] | None = None
+    wanted: bool = True
+    bytes: int = 0
+    # -----
+    place: int
+    """Position in the graph: those that it depends on come before it."""
+    task: Task[R_co] | None = None
+    found: R_co | None = None
+    """Its value, once it has one."""
+    done: bool = False
+    reused: bool = False
+    """Whether the value was found when the job was opened."""
+    present: bool = False
+    """Whether its hidden states are in the store, as far as is known."""
+    ran: bool = False
+    """Whether it was run by this job."""
+    running: bool = False
+    holder: int | None = None
+    """The worker that holds its statistics."""
+    readers: list[Node[object]] = field(default_factory=list)
+    followers: list[Node[object]] = field(default_factory=list)
+    users: list[Node[object]] = field(default_factory=list)
+
+    @property
+    def value(self) -> R_co:
+        """What the task gave back; ValueError before it did."""
+        if not self.done:
+            raise ValueError(f"node {self.place}: has no value yet: expected one that is done")
+        return self.found  # type: ignore[return-value]
+
+    @property
+    def known(self) -> bool:
+        """Whether everything that the task is made from has a value."""
+        return all(node.done for node in (*self.reads, *self.after))
+
+    @property
+    def hidden_states(self) -> tuple[Blob, ...]:
+        """Blobs of hidden states that it has made."""
+        return self.found.hidden_states if isinstance(self.found, Record) else ()
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether a worker holds what it works on, so that nothing has to be read."""
+        return self.uses is not None and self.uses.holder is not None
+
+    def made(self) -> Task[R_co]:
+        """The task; call when `known`."""
+        if self.task is None:
+            self.task = self.make()
+        return self.task
+
+
+class Graph:
+    """All tasks of a job. workspace: where results and hidden states lie; hold_bytes: of statistics that a worker holds beside
+    those that it works on."""
+
+    def __init__(
+        self,
+        workspace: Workspace | None = None,
+        placement: Placement | None = None,
+        hold_bytes: int = HOLD_BYTES,
+    ) -> None:
+        self.nodes: list[Node[object]] = []
+        self._workspace = workspace
+        self._placement = placement or Placement()
+        self._hold_bytes = hold_bytes
+
+    def add(
+        self,
+        make: Callable[[], Task[R]],
+        *,
+        reads: Sequence[Node[object]] = (),
+        after: Sequence[Node[object]] = (),
+        uses: Node[object] | None = None,
+        wanted: bool = True,
+        bytes: int = 0,
+    ) -> Node[R]:
+        """A further node, behind those that it depends on; see `Node`."""
+        node = Node(make=make, reads=reads, after=after, uses=uses, wanted=wanted, bytes=bytes, place=len(self.nodes))
+        self.nodes.append(node)
+        for other in reads:
+            other.readers.append(node)
+        for other in after:
+            other.followers.append(node)
+        if uses is not None:
+            uses.users.append(node)
+        return node
+
+    def open(self) -> None:
+        """Looks up what earlier jobs have finished, as far as keys are known: behind a gap they are not."""
+        if self._workspace is None:
+            raise ValueError("workspace: none: expected the one that results are looked up in")
+        for node in self.nodes:
+            if node.done or not node.known:
+                continue
+            found = node.made().lookup(self._workspace)
+            if found is not None:
+                node.found, node.done, node.reused = found, True, True
+                node.present = self._there(node)
+
+    def assign(self, worker: int) -> Node[object] | None:
+        """The next node for an idle worker, now counted as running; None when there is none for it."""
+        needed = self._needed()
+        held: dict[int, int] = {}
+        orphans: list[int] = []
+        starts: list[int] = []
+        for node in self.nodes:
+            if node.running or node.place not in needed or not self._ready(node, needed):
+                continue
+            if node.uses is None:
+                starts.append(node.place)
+            elif node.uses.holder is None:
+                orphans.append(node.place)
+            else:
+                held[node.place] = node.uses.holder
+        chosen = self._placement.choose(worker, held, orphans, starts)
+        if chosen is None:
+            return None
+        node = self.nodes[chosen]
+        node.running = True
+        return node
+
+    def settle(self, node: Node[R], worker: int, value: R) -> None:
+        """A node's task came back with its value."""
+        node.running = False
+        node.found, node.done, node.ran, node.present = value, True, True, True
+        if node.uses is not None:
+            self._hold(node.uses, worker)
+        self._hold(node, worker)
+
+    def failed(self, node: Node[object]) -> None:
+        """A node's task came back without a value and is to be done again. What it worked on is in no memory any more, and
+        what it reads may be gone from the store."""
+        node.running = False
+        if node.uses is not None:
+            node.uses.holder = None
+        self._look_again(node)
+
+    def lost(self, worker: int) -> None:
+        """A worker's process died: what it held in memory is gone, what was committed is not."""
+        for node in self.nodes:
+            if node.holder == worker:
+                node.holder = None
+
+    def _needed(self) -> set[int]:
+        """Places of the nodes that have to run: from the last back, because none depends on a later one."""
+        needed: set[int] = set()
+        for node in reversed(self.nodes):
+            if (
+                (node.wanted and not node.done)
+                or (not node.done and any(other.place in needed for other in node.followers))
+                or (not node.ran and any(other.place in needed for other in node.users))
+                or (not node.present and any(other.place in needed for other in node.readers))
+            ):
+                needed.add(node.place)
+        return needed
+
+    def _ready(self, node: Node[object], needed: set[int]) -> bool:
+        """Whether a needed node can start. Statistics that a node waits for are used where they are held; where their holder
+        died the node calibrates for itself, unless the calibration has to run again anyhow."""
+        if not node.known or any(user.running for user in node.users):
+            return False
+        if node.uses is not None:
+            if node.uses.running:
+                return False
+            if node.in_memory:
+                return True
+            if node.uses.place in needed:
+                return False
+        return all(other.present for other in node.reads)
+
+    def _hold(self, node: Node[object], worker: int) -> None:
+        """Statistics are with a worker as long as a user is not done; the oldest of its others go when they are too many, as
+        `HeldBlocks` lets them go."""
+        if all(user.done for user in node.users):
+            node.holder = None
+            return
+        if node.holder == worker:
+            return
+        others = [other for other in self.nodes if other.holder == worker and other is not node]
+        node.holder = worker
+        total = sum(other.bytes for other in others)
+        for other in others:
+            if total <= self._hold_bytes:
+                break
+            other.holder = None
+            total -= other.bytes
+
+    def _look_again(self, node: Node[object]) -> None:
+        """After a failure: which of the hidden states behind it are still there, back to the first that are."""
+        for other in node.reads:
+            if other.done and other.present:
+                other.present = self._there(other)
+            if not other.present:
+                self._look_again(other)
+
+    def _there(self, node: Node[object]) -> bool:
+        workspace = self._workspace
+        return workspace is None or all(workspace.has(blob) for blob in node.hidden_states)

@@ -1,0 +1,210 @@
+"""The stages of a job. Each adds nodes to the job's graph, or runs those that are there, and returns a value."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from counterweight.pipeline.allocation import budgeted, share_out
+from counterweight.pipeline.artifact import Artifact, FileEntry
+from counterweight.pipeline.assemble import Parts
+from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks
+from counterweight.pipeline.dispatch import Dispatcher
+from counterweight.pipeline.events import BlockDone, EventLog, FellBack, Planned, StageEntered, WindowsDone
+from counterweight.pipeline.graph import Node
+from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.model_source import ModelSource
+from counterweight.pipeline.plan import block_recipe, make_plan
+from counterweight.pipeline.report import TaskReport
+from counterweight.pipeline.validate import Windows, validate
+from counterweight.workers.calibration.tokens import TokenSet
+from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
+from counterweight.workers.tasks.block import BlockRecord, BlockSpec
+from counterweight.workers.tasks.embed import Embed
+from counterweight.workers.tasks.pass_through import PassThrough, PassThroughRecord
+from counterweight.workers.tasks.records import HiddenRecord, LedgerEntry
+from counterweight.workers.tasks.setting import Setting
+from counterweight.workers.workspace import Blob, Workspace
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Wall seconds per stage."""
+
+    log: EventLog
+    seconds: dict[str, float] = field(default_factory=dict)
+    _stage: str = ""
+    _since: float = 0.0
+
+    def stage(self, name: str) -> None:
+        """Ends the running stage and begins the next; an empty name only ends."""
+        now = time.perf_counter()
+        if self._stage:
+            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
+        self._stage, self._since = name, now
+        if name:
+            self.log.emit(StageEntered(name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What all stages of a job share. digests: source tensor -> sha256."""
+
+    job: CompressionJob
+    source: ModelSource
+    setting: Setting
+    workspace: Workspace
+    dispatcher: Dispatcher
+    log: EventLog
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What lies outside the blocks: the embedding before them, norm and head behind, and what nobody needs."""
+
+    first: Node[PassThroughRecord]
+    last: Node[PassThroughRecord]
+    dropped: tuple[LedgerEntry, ...]
+
+
+def add_embedding(job: Job, calibration: TokenSet) -> Node[HiddenRecord]:
+    """The node that makes what enters block 0."""
+    task = Embed(
+        setting=job.setting,
+        tokens=stored_tokens(job, calibration),
+        tensor=(EMBEDDING, job.digests[EMBEDDING]),
+    )
+    return job.dispatcher.graph.add(lambda: task)
+
+
+def add_model(job: Job, embedded: Node[HiddenRecord]) -> Blocks:
+    """The nodes of all blocks, compressed as the recipe says."""
+    spec, source = job.job.spec, job.source
+    recipes: list[BlockRecipe] = [block_recipe(source, index, spec.recipe) for index in range(source.layout.blocks)]
+    propagate = spec.calibration.propagate
+
+    def spec_of(
+        index: int,
+        recipe: BlockRecipe,
+        inputs: tuple[Blob, ...],
+        original_inputs: tuple[Blob, ...],
+        propagate: Literal["original", "compressed"],
+    ) -> BlockSpec:
+        return BlockSpec(
+            setting=job.setting,
+            index=index,
+            tensors={name: job.digests[name] for name in source.block_tensors(index)},
+            inputs=inputs,
+            original_inputs=original_inputs,
+            recipe=recipe,
+            propagate=propagate,
+        )
+
+    budget = None
+    if shares := budgeted(recipes):
+        plan = make_plan(job.job, source)
+        budget = Budget(
+            blocks=shares,
+            share=lambda gains: share_out(source, recipes, gains),
+            bytes=[block.calibrated_bytes for block in plan.blocks],
+        )
+    paired = propagate == "compressed" and any(part.regresses for recipe in recipes for part in recipe.values())
+    return add_blocks(
+        job.dispatcher.graph, embedded, recipes, spec_of, propagate=propagate, paired=paired, budget=budget
+    )
+
+
+def add_outside(job: Job) -> Outside:
+    """The nodes that carry over what lies outside the blocks; workers do them when no block is to be done."""
+    digests, layout, rotation = job.digests, job.source.layout, job.setting.rotation
+    dropped = dict.fromkeys(job.source.dropped, "follows from the config")
+    last = [NORM]
+    if LM_HEAD in digests and layout.tied:
+        dropped[LM_HEAD] = "tied: equal to the embedding, stored once"
+    if not layout.tied:
+        last.append(LM_HEAD)
+    elif rotation is not None and rotation.residual:
+        last.append(EMBEDDING)  # rotated with the norm fused into it, it is the embedding no longer
+
+    def carried(names: list[str]) -> Node[PassThroughRecord]:
+        task = PassThrough(setting=job.setting, tensors={name: digests[name] for name in names})
+        return job.dispatcher.graph.add(lambda: task)
+
+    entries = tuple(
+        LedgerEntry(
+            source=name,
+            shape=job.source.checkpoint.entry(name).shape,
+            fate="dropped",
+            stored_as=(),
+            reason=reason,
+        )
+        for name, reason in dropped.items()
+    )
+    return Outside(carried([EMBEDDING]), carried(last), entries)
+
+
+def compress_blocks(job: Job, blocks: Blocks) -> list[BlockRecord]:
+    """Runs what earlier jobs have not finished; the records of all blocks."""
+    job.dispatcher.graph.open()
+    count, reused = len(blocks.compress), blocks.reused
+    job.log.emit(Planned(count, len(reused)))
+    if reused:
+        job.log.note(f"resuming: {len(reused)} of {count} blocks were finished before and are reused")
+    for record in reused:
+        job.log.emit(block_done(record, reused=True))
+
+    def finished(node: Node[BlockRecord]) -> None:
+        job.log.emit(block_done(node.value, reused=False))
+        for module in node.value.modules:
+            for fallback in module.fallbacks:
+                job.log.emit(FellBack(module.name, fallback.step, fallback.cause))
+
+    return job.dispatcher.run(blocks.compress, finished)
+
+
+def gather_parts(job: Job, blocks: Blocks, outside: Outside) -> Parts:
+    """Everything that an artifact is made of."""
+    first, last = job.dispatcher.run([outside.first, outside.last])
+    return Parts(first, blocks.records, last, outside.dropped)
+
+
+def measure(
+    job: Job, artifact: Artifact, files: Mapping[str, FileEntry], validation: TokenSet
+) -> tuple[Windows, list[TaskReport]]:
+    """The windows of the validation under every model, and what measuring them cost."""
+    return validate(
+        job.dispatcher,
+        job.setting,
+        job.digests,
+        artifact,
+        files,
+        stored_tokens(job, validation),
+        validation.sequences,
+        validation.length,
+        job.dispatcher.workers,
+        lambda done, total: job.log.emit(WindowsDone(done, total)),
+    )
+
+
+def stored_tokens(job: Job, tokens: TokenSet) -> Blob:
+    """The ids as a blob of the workspace."""
+    return job.workspace.put_tensors({"input_ids": tokens.ids})
+
+
+def block_done(record: BlockRecord, *, reused: bool) -> BlockDone:
+    """The event of a finished block, with its modules' mean errors."""
+
+    def mean(values: list[float]) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    return BlockDone(
+        block=record.index,
+        seconds=record.timing.total,
+        peak_bytes=record.timing.host_peak_bytes,
+        error_quantized=mean([m.error_quantized for m in record.modules if m.error_quantized is not None]),
+        error_compensated=mean([m.error_compensated for m in record.modules if m.error_compensated is not None]),
+        reused=reused,
+    )

@@ -1,0 +1,116 @@
+"""Keys of tasks: what enters them, and that they are those under which finished work lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from counterweight.workers.recipe import ModuleRecipe, Recipe
+from counterweight.workers.tasks import setting
+from counterweight.workers.tasks.block import BlockRecord, BlockSpec
+from counterweight.workers.tasks.compress import Compress
+from counterweight.workers.tasks.embed import Embed
+from counterweight.workers.tasks.gains import Gains
+from counterweight.workers.tasks.setting import Setting
+from counterweight.workers.workspace import Blob
+
+BLOBS = (Blob(sha256="1" * 64, size=1), Blob(sha256="2" * 64, size=2))
+SETTING = Setting(
+    source="file:///model",
+    config={"model_type": "llama"},
+    workspace="file:///work",
+    compute_dtype="float32",
+    device="cpu",
+)
+WEIGHTS = {"bits": 4, "group_size": 32, "quantizer": {"kind": "rtn"}}
+LINEAR = "mlp.up_proj"
+
+
+def part(**compensation: Any) -> ModuleRecipe:
+    asked = compensation or {"kind": "svd", "rank": {"count": 4}}
+    found = Recipe.model_validate({"weights": WEIGHTS, "compensation": asked}).for_module(f"model.layers.3.{LINEAR}")
+    assert found is not None
+    return found
+
+
+def spec(recipe: ModuleRecipe | None = None, **changes: Any) -> BlockSpec:
+    values = {
+        "setting": SETTING,
+        "index": 3,
+        "tensors": {"a": "0" * 64},
+        "inputs": BLOBS,
+        "recipe": {LINEAR: recipe or part()},
+        "propagate": "original",
+    }
+    return BlockSpec.model_validate({**values, **changes})
+
+
+def test_keys_are_those_of_the_revision_before_tasks_were_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded then, with these versions: finished work of users is found again."""
+    monkeypatch.setattr(setting, "numerics", lambda: {"counterweight": 2, "torch": "2", "transformers": "5"})
+    embed = Embed(setting=SETTING, tokens=BLOBS[0], tensor=("e", "3" * 64))
+    assert embed.key() == "eae75e8488f5038edc0a6e68f9f9c2d2074323a5f291bedc4542421593606512"
+    assert spec().calibrate_key() == "d1cdb2663f047bb2536bb9775a40034518f7482ac62bf90048520b3ef3ae9f43"
+    assert spec().key() == "6ad85eb6fc714883af33c0295d139b4541811211f95cb481890c2cf32bf760e8"
+    compressed = spec(propagate="compressed")
+    assert compressed.key() == "8923a15e337135e33bc31eeedc9e36be34fd4dc44392ef5bb6b5b5a45daa9369"
+
+
+def test_two_streams_are_not_one_of_double_length() -> None:
+    paired = spec(original_inputs=BLOBS, propagate="compressed")
+    assert paired.key() != spec(inputs=BLOBS * 2, propagate="compressed").key()
+    assert paired.statistics_key() != spec(inputs=BLOBS * 2, propagate="compressed").statistics_key()
+
+
+def test_a_record_of_the_last_revision_is_read() -> None:
+    old = {
+        "index": 0,
+        "checkpoint": BLOBS[0].model_dump(),
+        "adapter": None,
+        "outputs": [],
+        "tensors": {},
+        "factors": {},
+        "modules": [],
+        "formats": {},
+        "kept_bits": 0,
+        "ledger": [],
+        "timing": {},
+    }
+    record = BlockRecord.model_validate(old)
+    assert record.stored == (BLOBS[0],)
+    assert record.hidden_states == ()
+
+
+def test_whether_statistics_are_kept_does_not_enter_the_key() -> None:
+    assert Gains(block=spec(), keep=True).key() == Gains(block=spec(), keep=False).key()
+
+
+def test_statistics_serve_every_rank() -> None:
+    keys = {spec(part(kind="svd", rank=rank)).statistics_key() for rank in ({"count": 2}, {"budget_bits": 1.0})}
+    assert len(keys) == 1
+    assert spec(part(kind="none")).statistics_key() in keys
+    assert (
+        Compress(block=spec(part(kind="svd", rank={"count": 2}))).key() != Compress(block=spec(part(kind="none"))).key()
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        # sum |x| is gathered for one of them
+        ({"kind": "svd", "whitening": "magnitude"}, {"kind": "svd"}),
+        # how many channels are taken out depends on the rank
+        ({"kind": "aser", "rank": {"count": 8}}, {"kind": "aser", "rank": {"count": 16}}),
+    ],
+)
+def test_statistics_that_differ_have_other_keys(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert spec(part(**one)).statistics_key() != spec(part(**other)).statistics_key()
+
+
+def test_other_inputs_are_other_statistics() -> None:
+    keys = {
+        found.statistics_key()
+        for found in (spec(), spec(inputs=BLOBS[:1]), spec(propagate="compressed"), spec(tensors={"a": "1" * 64}))
+    }
+    assert len(keys) == 4

@@ -1,0 +1,93 @@
+"""A source block in a worker's memory: read, verified, in the recipe's coordinates, ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from counterweight.kernels.hadamard import Hadamard
+from counterweight.workers.context import TaskContext
+from counterweight.workers.errors import CheckpointError
+from counterweight.workers.models.block_builder import Block, BlockBuilder
+from counterweight.workers.models.families import family_of
+from counterweight.workers.models.family import SharedInputGroup
+from counterweight.workers.tasks.setting import Setting
+from counterweight.workers.transforms.rotation import rotate_block
+from counterweight.workers.transforms.smoothing import fold
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedBlock:
+    """A source block that can run, and what it was made of.
+
+    parameters: in the recipe's coordinates; what is kept is carried over, the rest is solved. dtypes: of the parameters in
+    the source, in which they are stored. online: linear -> transform of its input at inference.
+    """
+
+    block: Block
+    parameters: dict[str, Tensor]
+    dtypes: dict[str, torch.dtype]
+    online: dict[str, Hadamard]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its weights, as they were read and as they run."""
+        running = self.block.layer.parameters()
+        return sum(tensor.nbytes for tensor in self.parameters.values()) + sum(tensor.nbytes for tensor in running)
+
+
+def load_block(
+    context: TaskContext, setting: Setting, index: int, digests: Mapping[str, str], dtype: torch.dtype
+) -> LoadedBlock:
+    """A source block on the device, every tensor verified, in the setting's coordinates."""
+    checkpoint, builder = context.source(setting)
+    slices = builder.layout.sources(index, checkpoint.names)
+    tensors = checkpoint.read_many(digests, sha256=digests)
+    absent = {part.source for part in slices.values()} - tensors.keys()
+    if absent:
+        raise CheckpointError(f"block {index}: the task lists no digest for {sorted(absent)[:3]}")
+    parameters = {name: part.of(tensors[part.source]) for name, part in slices.items()}
+    dtypes = {name: tensor.dtype for name, tensor in parameters.items()}
+    online: dict[str, Hadamard] = {}
+    if setting.rotation is not None:
+        parameters, online = rotate_block(
+            builder.config.model_type,
+            parameters,
+            setting.rotation,
+            heads=builder.config.num_attention_heads,
+            key_value_heads=builder.config.num_key_value_heads,
+        )
+    block = run_block(context, builder, index, parameters, online, dtype)
+    return LoadedBlock(block=block, parameters=parameters, dtypes=dtypes, online=online)
+
+
+def run_block(
+    context: TaskContext,
+    builder: BlockBuilder,
+    index: int,
+    parameters: Mapping[str, Tensor],
+    online: Mapping[str, Hadamard],
+    dtype: torch.dtype,
+) -> Block:
+    """The block on the device, with the transforms of its inputs that there are at inference."""
+    block = builder.block(index, parameters, context.device, dtype)
+    for name, transform in online.items():
+        block.transform_input(name, transform)
+    return block
+
+
+def smoothed(
+    context: TaskContext,
+    builder: BlockBuilder,
+    index: int,
+    loaded: LoadedBlock,
+    scales: Mapping[SharedInputGroup, Tensor],
+    dtype: torch.dtype,
+) -> LoadedBlock:
+    """The block with the inputs of `scales`' groups divided by them [in], which computes the same."""
+    parameters = fold(family_of(builder.config.model_type), scales, loaded.parameters, loaded.online)
+    block = run_block(context, builder, index, parameters, loaded.online, dtype)
+    return replace(loaded, parameters=parameters, block=block)
