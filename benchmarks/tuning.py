@@ -24,12 +24,13 @@ from counterweight.pipeline.model_source import open_model
 from counterweight.workers.calibration.source import TextSource
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.calibration.tokens import token_set
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.methods.quantizers import GPTQ, RTN, Quantizer
+from counterweight.workers.methods.scales import MeanSquare
+from counterweight.workers.methods.tuning import Tuning
 from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.family import SharedInputGroup
 from counterweight.workers.models.layout import EMBEDDING
-from counterweight.workers.quantization import quantize
-from counterweight.workers.recipe.tuning import Tuning
-from counterweight.workers.recipe.weights import GPTQ, RTN, MeanSquare, Quantizer, WeightFormat
 from counterweight.workers.tuning import LinearFormat, TuningResult, tune
 
 CPU = torch.device("cpu")
@@ -98,7 +99,7 @@ def solved(problem: Problem, quantizer: Quantizer, format: WeightFormat) -> Bloc
         statistics = InputStatistics.of(rows)
         for name in group:
             weight = replica.linear(name).weight.detach()
-            weights[name] = quantize(quantizer, weight, statistics, format, scale_dtype=torch.bfloat16).weight
+            weights[name] = quantizer.quantize(weight, statistics, format, scale_dtype=torch.bfloat16).weight
 
     for group in replica.groups:
         replica.linear(group[0]).register_forward_pre_hook(lambda _, x, group=group: take(group, x[0]))

@@ -209,7 +209,7 @@ def _check_rotation(recipe: Recipe, source: ModelSource) -> None:
     if recipe.rotation is None:
         return
     layout = source.layout
-    problem = layout.family.rotation_problem(layout.model_type, recipe.rotation)
+    problem = recipe.rotation.problem(layout.family, layout.model_type)
     if problem is not None:
         raise ManifestError(f"spec.recipe.transforms: {problem}")
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from math import ceil, inf, isfinite
 
 from counterweight.kernels.residual import CHUNK
+from counterweight.workers.methods.residual import Bandwidths, LatencyBudget, Residual
 from counterweight.workers.recipe import ModuleRecipe
-from counterweight.workers.recipe.residual import Bandwidths, LatencyBudget, Residual
 
 _COLUMNS_PER_STRIP = 256  # output channels that a thread block's smallest share holds
 
@@ -143,7 +143,7 @@ def afford(recipe: Mapping[str, ModuleRecipe], shapes: Mapping[str, tuple[int, i
     """
     profiles: dict[LatencyBudget, dict[str, Profile]] = {}
     for name, part in recipe.items():
-        if part.residual is not None and isinstance(budget := part.residual.channels_per_chunk, LatencyBudget):
+        if part.residual is not None and (budget := part.residual.budget) is not None:
             device = DEVICES[budget.device] if isinstance(budget.device, str) else budget.device
             shape = Shape(rows=shapes[name][0], columns=shapes[name][1])
             profiles.setdefault(budget, {})[name] = modelled(shape, part.weights.code_bits, device)

@@ -126,7 +126,7 @@ def add_outside(job: Job) -> Outside:
         dropped[LM_HEAD] = "tied: equal to the embedding, stored once"
     if not layout.tied:
         last.append(LM_HEAD)
-    elif rotation is not None and rotation.residual:
+    elif rotation is not None and rotation.unties:
         last.append(EMBEDDING)  # rotated with the norm fused into it, it is the embedding no longer
 
     def carried(names: list[str]) -> Node[PassThroughRecord]:

@@ -15,10 +15,9 @@ from counterweight.workers.loaded_block import smoothed
 from counterweight.workers.memory import release
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.families import family_of
-from counterweight.workers.recipe import Weights
 from counterweight.workers.shard import write_block
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
-from counterweight.workers.tuning.lsi import LinearFormat, learned_scales, tune
+from counterweight.workers.tuning.lsi import LinearFormat, learned_scales
 from counterweight.workers.workspace import Blob, Workspace
 
 
@@ -70,15 +69,15 @@ def tuned(
     groups = {name: group for group in loaded.block.groups for name in group}
     formats = {
         name: LinearFormat(
-            weights=part.weights.grid(),
+            weights=grid,
             scale_dtype=scale_dtype(name, loaded.dtypes[f"{name}.weight"]),
             activations=held.statistics[groups[name]].activations,
         )
         for name, part in spec.recipe.items()
-        if isinstance(part.weights, Weights)  # which a recipe with tuning asks for
+        if (grid := part.weights.trained_grid) is not None  # which a recipe with tuning asks for
     }
     targets = [loaded.block.run(load()) for load in originals or inputs]
-    found = tune(loaded.block, [load() for load in inputs], targets, formats, options)
+    found = options.tune(loaded.block, [load() for load in inputs], targets, formats)
     if not found.norms:
         return held, dict(found.weights)
     builder = context.source(spec.setting)[1]

@@ -15,7 +15,6 @@ from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import SharedInputGroup
 from counterweight.workers.tasks.setting import Setting
-from counterweight.workers.transforms.rotation import rotate_block
 from counterweight.workers.transforms.smoothing import fold
 
 
@@ -53,13 +52,8 @@ def load_block(
     dtypes = {name: tensor.dtype for name, tensor in parameters.items()}
     online: dict[str, Hadamard] = {}
     if setting.rotation is not None:
-        parameters, online = rotate_block(
-            builder.config.model_type,
-            parameters,
-            setting.rotation,
-            heads=builder.config.num_attention_heads,
-            key_value_heads=builder.config.num_key_value_heads,
-        )
+        heads, key_value_heads = builder.config.num_attention_heads, builder.config.num_key_value_heads
+        parameters, online = setting.rotation.block(builder.config.model_type, parameters, heads, key_value_heads)
     block = run_block(context, builder, index, parameters, online, dtype)
     return LoadedBlock(block=block, parameters=parameters, dtypes=dtypes, online=online)
 

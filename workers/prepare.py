@@ -16,10 +16,11 @@ from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.calibration.clipping import activation_format, best_clip
 from counterweight.workers.calibration.statistics import Gathering
 from counterweight.workers.hooks import input_hooks
+from counterweight.workers.methods.activations import Activations
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.family import ModelFamily, SharedInputGroup
-from counterweight.workers.recipe import Activations, ModuleRecipe
-from counterweight.workers.transforms.smoothing import after, before, migration_scales, producer_rows, scaled
+from counterweight.workers.recipe import ModuleRecipe
+from counterweight.workers.transforms.smoothing import after, before, producer_rows, scaled
 
 ROWS = 2048
 """Tokens that choices are made on; 512 of them where every candidate is tried in a product with the weight."""
@@ -67,7 +68,7 @@ def prepare(
         if seen is not None and recipe.smoothing is not None and foldable:
             asked = None if recipe.activations is None else activation_format(recipe.activations)
             few = seen[:: max(1, len(seen) // 512)]
-            scales[group] = migration_scales(recipe.smoothing, weights, few, recipe.weights.nearest, asked, transform)
+            scales[group] = recipe.smoothing.scales(weights, few, recipe.weights.nearest, asked, transform)
             scale = scales[group].float()
             seen = after(before(seen, transform) / scale, transform)
             weights = [scaled(weight, scale, transform) for weight in weights]

@@ -15,9 +15,9 @@ from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.compensation.aser import without_channels
 from counterweight.workers.compensation.lrc import energy, squared_error
 from counterweight.workers.compensation.regression import root_of, spectrum
-from counterweight.workers.compensation.residual import residual_store
+from counterweight.workers.methods.compensations import NoCompensation
 from counterweight.workers.quantization.result import Fallback
-from counterweight.workers.recipe import ModuleRecipe, NoCompensation
+from counterweight.workers.recipe import ModuleRecipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,29 +147,14 @@ def _judged(
         return squared_error(weight, codes, part, statistics) / unit if unit > 0 else None
 
     error = relative(None)
+    left = weight - codes if branch is None else weight - codes - branch.product()
     return Solution(
         weight=quantized,
         low_rank=branch,
         error_quantized=error,
         error_compensated=error if branch is None else relative(branch),
         fallbacks=fallbacks,
-        residual=_residual(recipe, weight - codes, branch, statistics),
-    )
-
-
-def _residual(
-    recipe: ModuleRecipe, error: Tensor, branch: LowRank | None, statistics: InputStatistics
-) -> Correction | None:
-    """The store of what codes and branch left of a weight, with its rule; `error` [out, in] is what the codes left."""
-    options = recipe.residual
-    if options is None or statistics.thresholds is None:
-        return None
-    left = error if branch is None else error - branch.product()
-    return Correction(
-        store=residual_store(left, statistics.thresholds, options),
-        selection=options.selection,
-        channels_per_chunk=options.per_chunk,
-        importance=statistics.mean_gram().diagonal().float() if options.selection == "static" else None,
+        residual=None if recipe.residual is None else recipe.residual.store(left, statistics),
     )
 
 

@@ -16,7 +16,10 @@ import torch
 
 from counterweight.workers.config import Method
 from counterweight.workers.keys import versions
-from counterweight.workers.recipe import GPTQ, RTN, SVD, MeanSquare, NoCompensation, Recipe
+from counterweight.workers.methods.compensations import SVD, NoCompensation
+from counterweight.workers.methods.quantizers import GPTQ, RTN
+from counterweight.workers.methods.scales import MeanSquare
+from counterweight.workers.recipe import Recipe
 from tests.golden.machine import this_machine
 from tests.golden.made import CODES, Made, Sources, make
 from tests.golden.recipes import RECIPES, Golden

@@ -13,7 +13,7 @@ from counterweight.pipeline.plan import PROCESS_BYTES, block_recipe, make_plan
 from counterweight.workers.calibrated_block import calibrated
 from counterweight.workers.checkpoint.header import LENGTH_BYTES
 from counterweight.workers.errors import ManifestError, RequestError
-from counterweight.workers.recipe import Weights
+from counterweight.workers.methods.weights import Weights
 from counterweight.workers.worker import Worker
 from tests.models import checkpoint, read_tensors, token_ids
 from tests.pipeline.tiny import job_of, local_path, run_local, write_job

@@ -13,17 +13,12 @@ from counterweight.pipeline.report_html.markup import Markup, escape, join, numb
 from counterweight.pipeline.report_html.modules import Place, expert_tokens, panels, place_of, starved
 from counterweight.pipeline.report_html.svg import Linear, Logarithmic, around, round_step
 from counterweight.pipeline.report_html.text import count, exact, percent, power_of_ten, recipe_line
-from counterweight.workers.recipe import (
-    RTN,
-    SVD,
-    Activations,
-    CountRank,
-    EnergyRank,
-    FractionRank,
-    Override,
-    Recipe,
-    Weights,
-)
+from counterweight.workers.methods.activations import Activations
+from counterweight.workers.methods.compensations import SVD
+from counterweight.workers.methods.compensations.rank import CountRank, EnergyRank, FractionRank
+from counterweight.workers.methods.quantizers import RTN
+from counterweight.workers.methods.weights import Weights
+from counterweight.workers.recipe import Override, Recipe
 from tests.pipeline.report_documents import mixtral, module, read
 
 

@@ -20,8 +20,8 @@ from counterweight.pipeline.residual_tuner import (
     thread_block_candidates,
     tune,
 )
+from counterweight.workers.methods.residual import Bandwidths
 from counterweight.workers.recipe import Recipe
-from counterweight.workers.recipe.residual import Bandwidths
 
 # Llama-3-8B: qkv, o, gate-up, down.
 LLAMA = {

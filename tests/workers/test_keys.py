@@ -11,7 +11,10 @@ import pytest
 from counterweight.workers import keys
 from counterweight.workers.config import Method
 from counterweight.workers.keys import LIBRARIES, canonical_json, digest, numerics, versions
-from counterweight.workers.recipe import GPTQ, MeanSquare, Recipe, Rotation
+from counterweight.workers.methods.quantizers import GPTQ
+from counterweight.workers.methods.scales import MeanSquare
+from counterweight.workers.methods.transforms import Rotation
+from counterweight.workers.recipe import Recipe
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.setting import Setting
 

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from counterweight.workers.recipe import GPTQ, RTN, SVD, ModuleRecipe, NoCompensation, Recipe
+from counterweight.workers.methods.compensations import SVD, NoCompensation
+from counterweight.workers.methods.quantizers import GPTQ, RTN
+from counterweight.workers.recipe import ModuleRecipe, Recipe
 
 DOWN = "model.layers.0.mlp.down_proj"
 QUERY = "model.layers.11.self_attn.q_proj"

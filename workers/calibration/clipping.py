@@ -7,7 +7,7 @@ from torch import Tensor
 
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.reference import fake_quantize_activations
-from counterweight.workers.recipe.recipe import Activations
+from counterweight.workers.methods.activations import Activations
 
 CANDIDATES = tuple(1 - step / 20 for step in range(11))
 """1, 0.95, .. 0.5."""

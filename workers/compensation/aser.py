@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from counterweight.workers.recipe.compensation import ASER
-from counterweight.workers.recipe.rank import BudgetRank, EnergyRank
+from counterweight.workers.methods.compensations import ASER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +40,7 @@ def outlier_channels(weights: Sequence[Tensor], magnitude: Tensor, options: ASER
     if options.choose == "product":
         score = score * torch.cat([weight.abs() for weight in weights]).double().mean(0)
     count = min(options.outliers, len(score) // 2)
-    if not isinstance(options.rank, EnergyRank | BudgetRank):
+    if options.rank.known_ahead:
         fewest = min(len(weight) for weight in weights)
         count = min(count, options.rank.resolve(fewest, len(score), score) // 2)
     return score.topk(count).indices.sort().values

@@ -23,12 +23,12 @@ from counterweight.kernels.formats import LowRank
 from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.compensation.regression import factors, root_of, spectrum, stored
-from counterweight.workers.methods.stored import StoredWeights
+from counterweight.workers.methods.compensations import LRC
+from counterweight.workers.methods.compensations.rank import Rank
+from counterweight.workers.methods.weights.stored import StoredWeights
 from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
 from counterweight.workers.quantization.result import Fallback
 from counterweight.workers.quantization.target import damped, right_divide
-from counterweight.workers.recipe.compensation import LRC
-from counterweight.workers.recipe.rank import Rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.residual import ResidualStore
+from counterweight.workers.methods.residual import Residual
 from counterweight.workers.quantization.inputs import checked_matrix
-from counterweight.workers.recipe.residual import Residual
 
 _CHUNK_ELEMENTS = 1 << 16
 """Entries that are searched at a time on a CPU: its second-level cache."""

@@ -18,10 +18,10 @@ from torch import Tensor
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.compensation.regression import factors, root_of, spectrum, stored, times
 from counterweight.workers.compensation.result import CompensationResult
+from counterweight.workers.methods.compensations import SVD
 from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
 from counterweight.workers.quantization.result import Fallback
 from counterweight.workers.quantization.target import damped
-from counterweight.workers.recipe.compensation import SVD
 
 
 def deflated(options: SVD, statistics: InputStatistics, rows: int) -> InputStatistics:

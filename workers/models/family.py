@@ -13,10 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from counterweight.workers.recipe.transforms import Rotation
+from typing import Any
 
 EXPERT = "{expert}"
 
@@ -119,13 +116,6 @@ class ModelFamily:
         if self.experts is None or not is_expert(module):
             return 1.0
         return int(config.get(self.experts.active_key, 1)) / experts
-
-    def rotation_problem(self, model_type: str, rotation: Rotation) -> str | None:
-        """Why a model of this family cannot be rotated as `rotation` asks; None where it can."""
-        if not rotation.residual or self.obstacle is None:
-            return None
-        stream = f"whose residual stream cannot be rotated: {self.obstacle}"
-        return f"rotation.residual: true: expected false for {model_type}, {stream}"
 
     def groups_among(self, linears: frozenset[str], experts: int) -> tuple[SharedInputGroup, ...]:
         """The groups that exist among the `linears` of one concrete block, experts written out, in the family's order."""

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.methods.quantizers import GPTQ
 from counterweight.workers.quantization.columns import Columns, Metric
-from counterweight.workers.quantization.grid import fit
 from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
 from counterweight.workers.quantization.result import Fallback, QuantizationResult
-from counterweight.workers.recipe.weights import GPTQ, WeightFormat
 
 _DAMPING_ATTEMPTS = 4  # the damping that was asked for, then three times ten times more
 _DAMPING_STEP = 10.0
@@ -59,7 +59,7 @@ def gptq(
     if metric is None:
         return _round(options, matrix, format, scale_dtype, *fallbacks)
     importance = torch.empty_like(power).index_copy_(0, order, metric.root.diagonal().square()).float()
-    grid = fit(options.scale, matrix, format, scale_dtype, importance)
+    grid = options.scale.fit(matrix, format, scale_dtype, importance)
     columns = Columns(matrix, grid, order)
     codes = columns.feed_back(metric, options.block_size)
     codes = columns.descend(metric, codes, options.refinement, options.block_size)
@@ -90,5 +90,5 @@ def _factorize(damping_asked: float, hessian: Tensor, order: Tensor, fallbacks: 
 def _round(
     options: GPTQ, weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype, *fallbacks: Fallback
 ) -> QuantizationResult:
-    grid = fit(options.scale, weight, format, scale_dtype, None)
+    grid = options.scale.fit(weight, format, scale_dtype, None)
     return QuantizationResult(weight=grid.round(weight), fallbacks=fallbacks)

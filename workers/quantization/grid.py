@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.weights.uniform import UniformWeight
-from counterweight.workers.recipe.weights import AbsoluteMaximum, MeanSquare, ScaleSearch, WeightFormat
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.methods.scales import MeanSquare
 
 _STRIDE = 4
 """Every fourth candidate is tried first, then the three on either side of the best. On the reference model this costs 0.1%
@@ -53,22 +54,20 @@ class Grid:
 
 def nearest(weight: Tensor, format: WeightFormat) -> Tensor:
     """`weight` [out, in] float32 rounded to the grid that covers its whole range, scales in float32."""
-    return fit(AbsoluteMaximum(), weight, format, torch.float32, None).round(weight).dequantize()
+    return covering_grid(weight, format, torch.float32).round(weight).dequantize()
 
 
-def fit(
-    search: ScaleSearch, weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype, importance: Tensor | None
+def covering_grid(weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype) -> Grid:
+    """The grid that spans the whole range of each group; see `ScaleSearch.fit`."""
+    groups = weight.unflatten(1, (-1, format.columns_per_group(weight.shape[1])))
+    return _grid(*_cover(*_range(groups, format), format, scale_dtype), format)
+
+
+def searched_grid(
+    search: MeanSquare, weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype, importance: Tensor | None
 ) -> Grid:
-    """The grid of `weight` [out, in] float32, its scales rounded to `scale_dtype`.
-
-    importance: [in] float32, non-negative; it has a say when the search is weighted, and None then means that all columns
-    are alike (the quantizers say so in a `Fallback`). ValueError for groups that do not tile the weight and for a scale
-    that does not fit its dtype.
-    """
+    """The grid with the least error of rounding and clipping; see `ScaleSearch.fit`."""
     width = format.columns_per_group(weight.shape[1])
-    if isinstance(search, AbsoluteMaximum):
-        groups = weight.unflatten(1, (-1, width))
-        return _grid(*_cover(*_range(groups, format), format, scale_dtype), format)
     counts = None
     if search.weighted and importance is not None:
         # Only ratios matter; a mean of one keeps float32 sums in range whatever the units of the input.

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from counterweight.workers.calibration.statistics import InputStatistics
-from counterweight.workers.quantization.grid import fit
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.methods.quantizers import RTN
 from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
 from counterweight.workers.quantization.result import Fallback, QuantizationResult
-from counterweight.workers.recipe.weights import RTN, WeightFormat
 
 
 def rtn(
@@ -24,11 +24,11 @@ def rtn(
     matrix = checked_matrix("weight", weight)
     importance = None
     fallbacks: tuple[Fallback, ...] = ()
-    if options.scale.weighted:
+    if options.scale.looks_at_importance:
         gram = checked_statistics(statistics, matrix.shape[1]).mean_gram()
         importance = gram.diagonal().float()
         if not bool((importance > 0).any()):
             importance = None
             fallbacks = (Fallback(step="rtn.scale", cause="no calibration token arrived: unweighted scales"),)
-    grid = fit(options.scale, matrix, format, scale_dtype, importance)
+    grid = options.scale.fit(matrix, format, scale_dtype, importance)
     return QuantizationResult(weight=grid.round(matrix), fallbacks=fallbacks)

@@ -16,23 +16,22 @@ import torch
 from torch import Tensor
 
 from counterweight.workers.calibration.statistics import InputStatistics
-from counterweight.workers.recipe.weights import GPTQ, Quantizer
 
 
-def aimed(options: Quantizer, weight: Tensor, statistics: InputStatistics, branch: Tensor | None = None) -> Tensor:
+def regressed(
+    weight: Tensor, statistics: InputStatistics, branch: Tensor | None, *, share: float, damping: float
+) -> Tensor:
     """The matrix [out, in] that the codes are to reproduce, in the weight's dtype; computed in float64.
 
-    branch: the low-rank product [out, in] that stands beside the codes. The regression has the quantizer's damping.
+    branch: the low-rank product [out, in] that stands beside the codes. share: of the regressed target, the rest is the
+    plain one. damping: of the regression, see `right_divide`.
     """
     rest = weight if branch is None else weight - branch
-    share = options.regressed_share
-    if not isinstance(options, GPTQ) or share == 0 or statistics.tokens == 0:
-        return rest
     products = weight.double() @ statistics.product("ty")
     if branch is not None:
         products = products - branch.double() @ statistics.product("xy")
-    regressed = right_divide(products, statistics.product("yy"), options.damping)
-    mixed: Tensor = (1 - share) * rest.double() + share * regressed
+    solution = right_divide(products, statistics.product("yy"), damping)
+    mixed: Tensor = (1 - share) * rest.double() + share * solution
     return mixed.to(weight.dtype)
 
 

@@ -42,14 +42,13 @@ class Embed(Config, DurableTask[HiddenRecord]):
 
         from counterweight.workers.clock import Clock
         from counterweight.workers.context import DTYPES, put_hidden
-        from counterweight.workers.transforms.rotation import residual_hadamard, rotate_embedding
 
         clock = Clock(context.device)
         checkpoint, builder = context.source(self.setting)
         name, sha256 = self.tensor
         weight = checkpoint.read(name, sha256=sha256)
-        if (rotation := self.setting.rotation) is not None and rotation.residual:
-            weight = rotate_embedding(weight, residual_hadamard(builder.hidden_size, rotation))
+        if self.setting.rotation is not None:
+            weight = self.setting.rotation.embedding(weight)
         module = builder.embedding(weight, context.device, DTYPES[self.setting.compute_dtype])
         ids = workspace.get_tensors(self.tokens)["input_ids"]
         clock.lap("load")

@@ -56,14 +56,13 @@ class PassThrough(Config, DurableTask[PassThroughRecord]):
         from counterweight.workers.block import tensor_bits
         from counterweight.workers.checkpoint.digest import tensor_digest
         from counterweight.workers.clock import Clock
-        from counterweight.workers.transforms.rotation import residual_hadamard, rotated_outside
 
         clock = Clock(context.device)
-        checkpoint, builder = context.source(self.setting)
+        checkpoint, _ = context.source(self.setting)
         tensors = checkpoint.read_many(self.tensors, sha256=self.tensors)
         sources: dict[str, tuple[str, ...]] = {name: (name,) for name in tensors}
-        if (rotation := self.setting.rotation) is not None and rotation.residual:
-            tensors, sources = rotated_outside(tensors, residual_hadamard(builder.hidden_size, rotation))
+        if self.setting.rotation is not None:
+            tensors, sources = self.setting.rotation.outside(tensors)
         clock.lap("load")
         blob = workspace.put_tensors(tensors)
         clock.lap("write")

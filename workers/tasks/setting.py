@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from counterweight.workers.config import Config
 from counterweight.workers.keys import numerics, versions
-from counterweight.workers.recipe import Rotation
+from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.storage import open_store
 from counterweight.workers.workspace import Workspace
 

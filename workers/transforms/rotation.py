@@ -25,10 +25,10 @@ from torch import Tensor
 
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.errors import UnsupportedModelError
+from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import ModelFamily
 from counterweight.workers.models.layout import LM_HEAD, NORM
-from counterweight.workers.recipe.transforms import Rotation
 
 
 def residual_hadamard(width: int, options: Rotation) -> Hadamard:
@@ -58,7 +58,7 @@ def rotate_block(
     model_type and for a residual rotation of a family that has none; ValueError when attention is not of that many heads.
     """
     family = family_of(model_type)
-    if (problem := family.rotation_problem(model_type, options)) is not None:
+    if (problem := options.problem(family, model_type)) is not None:
         raise UnsupportedModelError(problem)
     block = _Block.of(family, parameters, options, heads, key_value_heads)
     rotated = {name: block.rotated(name).to(dtype).contiguous() for name in parameters}

@@ -14,8 +14,8 @@ from torch import Tensor
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.reference import fake_quantize_activations
+from counterweight.workers.methods.transforms import Smoothing
 from counterweight.workers.models.family import ModelFamily, SharedInputGroup
-from counterweight.workers.recipe import Smoothing
 
 NOTHING: Mapping[str, Hadamard] = {}
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.weights.uniform import UniformWeight
-from counterweight.workers.recipe.weights import WeightFormat
+from counterweight.workers.methods.grid import WeightFormat
 
 UNCLIPPED = 4.0
 """Where clipping starts, as in OmniQuant: sigmoid(4) = 0.982 of the range, and still a gradient to move by."""

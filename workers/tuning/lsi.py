@@ -26,12 +26,12 @@ from torch.nn import functional
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.kernels.weights.uniform import UniformWeight
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.methods.tuning import Tuning
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import ModelFamily, SharedInputGroup
 from counterweight.workers.quantization.inputs import checked_matrix
-from counterweight.workers.recipe.tuning import Tuning
-from counterweight.workers.recipe.weights import WeightFormat
 from counterweight.workers.tuning.fake_quant import FakeQuantized, clipping_of, fake_quantize, straight_through
 
 

@@ -11,7 +11,7 @@ from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.workers.calibration.clipping import CANDIDATES, activation_format, best_clip
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from counterweight.workers.calibration.thresholds import Thresholds
-from counterweight.workers.recipe import Activations
+from counterweight.workers.methods.activations import Activations
 
 
 def rows(seed: int = 0) -> Tensor:

@@ -12,18 +12,11 @@ from counterweight.kernels.formats import ActivationFormat, LowRank
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from counterweight.workers.compensation.lrc import LRCResult, energy, initial_branch, lrc, squared_error, updated_branch
-from counterweight.workers.quantization.target import aimed
-from counterweight.workers.recipe import (
-    GPTQ,
-    LRC,
-    RTN,
-    CountRank,
-    EnergyRank,
-    FractionRank,
-    Quantizer,
-    WeightFormat,
-    Weights,
-)
+from counterweight.workers.methods.compensations import LRC
+from counterweight.workers.methods.compensations.rank import CountRank, EnergyRank, FractionRank
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.methods.quantizers import GPTQ, RTN, Quantizer
+from counterweight.workers.methods.weights import Weights
 
 A4 = ActivationFormat(bits=4)
 RANK = CountRank(count=4)
@@ -86,7 +79,7 @@ def test_the_objective_is_that_of_the_tokens(problem: Problem) -> None:
 def test_update_quant_aims_at_the_best_dense_matrix(problem: Problem) -> None:
     """What least squares over the tokens finds, for a branch that stands beside it."""
     branch = initial_branch(problem.weight.double(), problem.statistics, RANK, TINY, torch.float64)
-    target = aimed(GPTQ(target="regressed", damping=TINY), problem.weight, problem.statistics, dense(branch))
+    target = GPTQ(target="regressed", damping=TINY).aim(problem.weight, problem.statistics, dense(branch))
     wanted = problem.t.double() @ problem.weight.double().T - problem.x.double() @ dense(branch).T
     expected = torch.linalg.lstsq(problem.y.double(), wanted).solution.T
     assert torch.allclose(target.double(), expected, atol=1e-3, rtol=1e-3)
@@ -94,19 +87,19 @@ def test_update_quant_aims_at_the_best_dense_matrix(problem: Problem) -> None:
 
 def test_targets_are_plain_regressed_or_between(problem: Problem) -> None:
     plain, regressed, mixed = (
-        aimed(GPTQ(target=target), problem.weight, problem.statistics) for target in ("plain", "regressed", "mixed")
+        GPTQ(target=target).aim(problem.weight, problem.statistics) for target in ("plain", "regressed", "mixed")
     )
     assert torch.equal(plain, problem.weight)
     assert not torch.allclose(plain, regressed, atol=1e-3)
     assert torch.allclose(mixed, (plain + regressed) / 2, atol=1e-5)
-    third = aimed(GPTQ(target="mixed", mix=0.25), problem.weight, problem.statistics)
+    third = GPTQ(target="mixed", mix=0.25).aim(problem.weight, problem.statistics)
     assert torch.allclose(third, 0.75 * plain + 0.25 * regressed, atol=1e-5)
-    assert torch.equal(aimed(RTN(), problem.weight, problem.statistics), problem.weight)
+    assert torch.equal(RTN().aim(problem.weight, problem.statistics), problem.weight)
 
 
 def test_targets_agree_where_nothing_is_lost() -> None:
     exact = Problem(quantized=False)
-    regressed = aimed(GPTQ(target="regressed", damping=TINY), exact.weight, exact.statistics)
+    regressed = GPTQ(target="regressed", damping=TINY).aim(exact.weight, exact.statistics)
     assert torch.allclose(regressed, exact.weight, atol=1e-4)
 
 
@@ -147,7 +140,7 @@ def test_update_lr_is_the_best_branch_for_its_codes(problem: Problem) -> None:
 
 def test_init_is_the_best_branch_beside_any_dense_matrix(problem: Problem) -> None:
     branch = initial_branch(problem.weight.double(), problem.statistics, RANK, TINY, torch.float64)
-    beside = aimed(GPTQ(target="regressed", damping=TINY), problem.weight.double(), problem.statistics, dense(branch))
+    beside = GPTQ(target="regressed", damping=TINY).aim(problem.weight.double(), problem.statistics, dense(branch))
     found = problem.loss(beside, dense(branch))
     assert found == pytest.approx(descended(problem, branch, None), rel=1e-3)
 
@@ -167,7 +160,7 @@ def test_the_objective_never_rises_at_update_quant_solved_exactly(problem: Probl
     codes, losses = weight * 0.9, []
     for _ in range(4):
         losses.append(problem.loss(codes, dense(branch)))
-        codes = aimed(quantizer, weight, problem.statistics, dense(branch))
+        codes = quantizer.aim(weight, problem.statistics, dense(branch))
         losses.append(problem.loss(codes, dense(branch)))
         branch = updated_branch(LRC(damping=TINY), weight, codes, problem.statistics, 4, torch.float64)
     assert all(after <= before * (1 + 1e-9) for before, after in pairwise(losses))
@@ -175,14 +168,11 @@ def test_the_objective_never_rises_at_update_quant_solved_exactly(problem: Probl
 
 def test_beats_the_branch_that_is_fitted_to_what_is_left() -> None:
     """LRC < whitened SVD of the same codes' error < no branch, where inputs are quantized."""
-    from counterweight.workers.quantization import quantize
-    from counterweight.workers.recipe import SVD
+    from counterweight.workers.methods.compensations import SVD
 
     problem = Problem()
     metric = InputStatistics(gram=problem.statistics.product("yy"), tokens=TOKENS)
-    codes = quantize(
-        GPTQ(), problem.weight, metric, WeightFormat(bits=3), scale_dtype=torch.float32
-    ).weight.dequantize()
+    codes = GPTQ().quantize(problem.weight, metric, WeightFormat(bits=3), scale_dtype=torch.float32).weight.dequantize()
     after = SVD(rank=RANK).fit(problem.weight - codes, problem.statistics, dtype=torch.float32).low_rank
     assert after is not None
     solved = problem.solve()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from counterweight.workers.recipe import CountRank, EnergyRank, FractionRank, Rank
+from counterweight.workers.methods.compensations.rank import AnyRank, CountRank, EnergyRank, FractionRank
 
 NONE = torch.zeros(0)
 
@@ -69,7 +69,7 @@ def test_shares_fit_every_layer(rank: FractionRank | EnergyRank) -> None:
 )
 def test_ranks_that_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        TypeAdapter(Rank).validate_python(fields)
+        TypeAdapter(AnyRank).validate_python(fields)
 
 
 @pytest.mark.parametrize(
@@ -81,4 +81,4 @@ def test_ranks_that_are_refused(fields: dict[str, object]) -> None:
     ],
 )
 def test_a_manifest_names_a_rank(fields: dict[str, object], rank: object) -> None:
-    assert TypeAdapter(Rank).validate_python(fields) == rank
+    assert TypeAdapter(AnyRank).validate_python(fields) == rank

@@ -19,7 +19,7 @@ from counterweight.kernels.residual import (
 )
 from counterweight.workers.calibration.thresholds import Thresholds
 from counterweight.workers.compensation.residual import residual_store
-from counterweight.workers.recipe.residual import Residual
+from counterweight.workers.methods.residual import Residual
 
 ROWS, COLUMNS = 24, 256
 

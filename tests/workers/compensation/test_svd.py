@@ -11,8 +11,10 @@ from torch import Tensor
 
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.compensation.result import CompensationResult
-from counterweight.workers.quantization import quantize
-from counterweight.workers.recipe import GPTQ, SVD, Compensation, CountRank, EnergyRank, NoCompensation, WeightFormat
+from counterweight.workers.methods.compensations import SVD, AnyCompensation, Compensation, NoCompensation
+from counterweight.workers.methods.compensations.rank import CountRank, EnergyRank
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.methods.quantizers import GPTQ
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 
@@ -273,7 +275,7 @@ def test_anticipation_pays_with_the_branch_and_costs_without_it() -> None:
         for share, sums in totals.items():
             compensation = SVD(rank=CountRank(count=8), anticipation=share)
             foreseen = anticipate(compensation, statistics, 64)
-            solved = quantize(GPTQ(), weight, foreseen, WeightFormat(), scale_dtype=torch.float32).weight
+            solved = GPTQ().quantize(weight, foreseen, WeightFormat(), scale_dtype=torch.float32).weight
             residual = weight - solved.dequantize()
             branch = product(compensate(compensation, residual, statistics, dtype=torch.float64))
             sums[0] += loss(residual - branch, metric)
@@ -296,20 +298,20 @@ def test_anticipation_pays_with_the_branch_and_costs_without_it() -> None:
 )
 def test_compensations_that_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        TypeAdapter(Compensation).validate_python(fields)
+        TypeAdapter(AnyCompensation).validate_python(fields)
 
 
 def test_a_manifest_names_a_compensation() -> None:
-    named = TypeAdapter(Compensation).validate_python({"kind": "svd", "rank": {"count": 32}, "anticipation": 0.9})
+    named = TypeAdapter(AnyCompensation).validate_python({"kind": "svd", "rank": {"count": 32}, "anticipation": 0.9})
     assert named == SVD(rank=CountRank(count=32), anticipation=0.9)
-    assert TypeAdapter(Compensation).validate_python({"kind": "none"}) == NoCompensation()
+    assert TypeAdapter(AnyCompensation).validate_python({"kind": "none"}) == NoCompensation()
 
 
 @pytest.mark.parametrize("kind", ["svd", "aser"])
 def test_factors_in_integer_codes_take_half_the_bytes_and_lose_little(kind: str) -> None:
     residual, statistics = problem(64, 96)
     options = {"kind": kind, "rank": {"count": 8}}
-    adapter: TypeAdapter[Compensation] = TypeAdapter(Compensation)
+    adapter: TypeAdapter[AnyCompensation] = TypeAdapter(AnyCompensation)
     plain, coded = (
         compensate(
             adapter.validate_python({**options, "factor_bits": bits}), residual, statistics, dtype=torch.bfloat16

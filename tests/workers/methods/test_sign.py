@@ -16,7 +16,8 @@ from counterweight import load_model
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.pipeline.cli import main
 from counterweight.workers.calibration.statistics import InputStatistics
-from counterweight.workers.methods.sign import SignWeights, nearest_signs
+from counterweight.workers.methods.weights import SignWeights
+from counterweight.workers.methods.weights.sign import nearest_signs
 from tests.inprocess import local
 from tests.pipeline.tiny import job_of, run_local, write_job
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from counterweight.kernels.weights.uniform import UniformWeight
 from counterweight.workers.calibration.statistics import InputStatistics
-from counterweight.workers.quantization import Grid, quantize
-from counterweight.workers.recipe import GPTQ, RTN, AbsoluteMaximum, MeanSquare, WeightFormat
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.methods.quantizers import GPTQ, RTN
+from counterweight.workers.methods.scales import AbsoluteMaximum, MeanSquare
+from counterweight.workers.quantization.grid import Grid
 from tests.workers.quantization.problems import (
     best_of_all,
     damped,
@@ -29,7 +31,7 @@ PLAIN = GPTQ(act_order=False, refinement=0, scale=AbsoluteMaximum())
 def solve(
     quantizer: GPTQ | RTN, weight: Tensor, statistics: InputStatistics, format: WeightFormat | None = None
 ) -> UniformWeight:
-    result = quantize(quantizer, weight, statistics, format or WeightFormat(), scale_dtype=torch.float32)
+    result = quantizer.quantize(weight, statistics, format or WeightFormat(), scale_dtype=torch.float32)
     assert not result.fallbacks
     return result.weight
 
@@ -191,7 +193,7 @@ def test_dead_columns_are_rounded_to_nearest_and_counted() -> None:
     dead = torch.tensor([3, 17, 40])
     gram = statistics.gram.clone()
     gram[dead], gram[:, dead] = 0, 0
-    result = quantize(PLAIN, weight, InputStatistics(gram=gram, tokens=9), WeightFormat(), scale_dtype=torch.float32)
+    result = PLAIN.quantize(weight, InputStatistics(gram=gram, tokens=9), WeightFormat(), scale_dtype=torch.float32)
     (fallback,) = result.fallbacks
     assert fallback.step == "gptq.dead_columns"
     assert fallback.cause.startswith("3 of 48")
@@ -202,7 +204,7 @@ def test_dead_columns_are_rounded_to_nearest_and_counted() -> None:
 def test_without_tokens_weights_are_rounded_to_nearest(scale: MeanSquare | AbsoluteMaximum) -> None:
     weight, statistics = layer(rows=16, columns=48)
     nothing = InputStatistics(gram=torch.zeros_like(statistics.gram), tokens=0)
-    result = quantize(GPTQ(scale=scale), weight, nothing, WeightFormat(), scale_dtype=torch.float32)
+    result = GPTQ(scale=scale).quantize(weight, nothing, WeightFormat(), scale_dtype=torch.float32)
     assert [fallback.step for fallback in result.fallbacks] == ["gptq.tokens"]
     alike = scale.model_copy(update={"weighted": False}) if isinstance(scale, MeanSquare) else scale
     assert torch.equal(result.weight.codes, solve(RTN(scale=alike), weight, statistics).codes)
@@ -223,7 +225,7 @@ def indefinite(lowest: float) -> tuple[Tensor, InputStatistics]:
 
 def test_damping_is_raised_until_there_is_a_factor() -> None:
     weight, statistics = indefinite(-0.5)
-    result = quantize(PLAIN, weight, statistics, WeightFormat(), scale_dtype=torch.float32)
+    result = PLAIN.quantize(weight, statistics, WeightFormat(), scale_dtype=torch.float32)
     (fallback,) = result.fallbacks
     assert fallback.step == "gptq.damping"
     assert fallback.cause.endswith("raised to 1")
@@ -233,7 +235,7 @@ def test_damping_is_raised_until_there_is_a_factor() -> None:
 
 def test_without_any_factor_weights_are_rounded_to_nearest() -> None:
     weight, statistics = indefinite(-20)
-    result = quantize(PLAIN, weight, statistics, WeightFormat(), scale_dtype=torch.float32)
+    result = PLAIN.quantize(weight, statistics, WeightFormat(), scale_dtype=torch.float32)
     (fallback,) = result.fallbacks
     assert fallback.step == "gptq.cholesky"
     assert "10:" in fallback.cause
@@ -256,4 +258,4 @@ def test_one_column() -> None:
 )
 def test_statistics_that_are_refused(statistics: InputStatistics | None, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        quantize(GPTQ(), torch.ones(2, 8), statistics, WeightFormat(), scale_dtype=torch.float32)
+        GPTQ().quantize(torch.ones(2, 8), statistics, WeightFormat(), scale_dtype=torch.float32)

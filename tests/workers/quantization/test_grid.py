@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from counterweight.workers.quantization import fit, quantize
-from counterweight.workers.recipe import RTN, AbsoluteMaximum, MeanSquare, Quantizer, ScaleSearch, WeightFormat
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.methods.quantizers import RTN, AnyQuantizer
+from counterweight.workers.methods.scales import AbsoluteMaximum, MeanSquare, ScaleSearch
 from tests.workers.quantization.problems import generator, layer, of
 
 BITS = (2, 3, 4, 8)
@@ -18,7 +19,7 @@ BITS = (2, 3, 4, 8)
 
 def error(weight: Tensor, search: ScaleSearch, format: WeightFormat, importance: Tensor | None = None) -> Tensor:
     """sum_j importance_j (q(w_j) - w_j)^2 of each row on the fitted grid."""
-    grid = fit(search, weight, format, torch.float32, importance)
+    grid = search.fit(weight, format, torch.float32, importance)
     squares = (grid.round(weight).dequantize() - weight).square()
     return (squares if importance is None else squares * importance).sum(1)
 
@@ -41,7 +42,7 @@ def test_every_grid(
     weight[0], weight[1], weight[2, 5] = 0, 2.0**exponent, 0
     format = WeightFormat(bits=bits, group_size=group_size, symmetric=symmetric)  # type: ignore[arg-type]
     search = MeanSquare() if searched else AbsoluteMaximum()
-    grid = fit(search, weight, format, dtype, None)
+    grid = search.fit(weight, format, dtype, None)
     solved = grid.round(weight)
     groups = 64 // (group_size or 64)
     assert solved.scale.shape == (7, groups)
@@ -71,7 +72,7 @@ def test_every_grid(
 def test_eight_times_the_bits_is_exact_on_grid_values(bits: int) -> None:
     format = WeightFormat(bits=bits)  # type: ignore[arg-type]
     weight = 0.5 * torch.arange(format.lowest, format.highest + 1).float().unsqueeze(0)
-    grid = fit(MeanSquare(), weight, format, torch.float32, None)
+    grid = MeanSquare().fit(weight, format, torch.float32, None)
     exact = weight / 0.5 * float(grid.scale[0, 0])
     assert torch.equal(grid.round(exact).dequantize(), exact)
 
@@ -105,7 +106,7 @@ def test_the_search_finds_what_trying_everything_finds() -> None:
 def test_rounding_of_the_scale_comes_before_the_codes() -> None:
     weight = torch.randn(64, 64, generator=generator(2))
     for symmetric in (True, False):
-        grid = fit(MeanSquare(), weight, WeightFormat(bits=8, symmetric=symmetric), torch.bfloat16, None)
+        grid = MeanSquare().fit(weight, WeightFormat(bits=8, symmetric=symmetric), torch.bfloat16, None)
         solved = grid.round(weight)
         zero = 0 if solved.zero_point is None else solved.zero_point.float()
         steps = (weight / solved.scale.float() + zero).clamp(-128, 127)
@@ -120,9 +121,9 @@ def test_more_candidates_find_better_scales() -> None:
 
 def test_shrink_bounds_the_range_that_is_given_up() -> None:
     weight = torch.randn(256, 128, generator=generator(4))
-    whole = fit(AbsoluteMaximum(), weight, WeightFormat(bits=2), torch.float32, None).scale
+    whole = AbsoluteMaximum().fit(weight, WeightFormat(bits=2), torch.float32, None).scale
     for shrink in (0.2, 0.7):
-        scale = fit(MeanSquare(shrink=shrink), weight, WeightFormat(bits=2), torch.float32, None).scale
+        scale = MeanSquare(shrink=shrink).fit(weight, WeightFormat(bits=2), torch.float32, None).scale
         ratio = (scale / whole).abs()
         assert ratio.min() == pytest.approx(1 - shrink, abs=0.15)
         assert ratio.min() >= 1 - shrink - 1e-6
@@ -131,7 +132,7 @@ def test_shrink_bounds_the_range_that_is_given_up() -> None:
 def test_a_higher_norm_clips_less() -> None:
     weight = torch.randn(256, 128, generator=generator(5))
     scales = [
-        fit(MeanSquare(norm=norm), weight, WeightFormat(bits=3), torch.float32, None).scale.abs().mean()
+        MeanSquare(norm=norm).fit(weight, WeightFormat(bits=3), torch.float32, None).scale.abs().mean()
         for norm in (1.0, 2.0, 4.0)
     ]
     assert scales[0] < scales[1] < scales[2]
@@ -143,7 +144,7 @@ def test_importance_lowers_the_weighted_error() -> None:
     format = WeightFormat(bits=3, group_size=32)
     weighted = error(weight, MeanSquare(), format)
     assert torch.equal(weighted, error(weight, MeanSquare(weighted=False), format))
-    grids = [fit(MeanSquare(weighted=value), weight, format, torch.float32, importance) for value in (True, False)]
+    grids = [MeanSquare(weighted=value).fit(weight, format, torch.float32, importance) for value in (True, False)]
     losses = [((grid.round(weight).dequantize() - weight).square() @ importance).sum() for grid in grids]
     assert losses[0] < 0.97 * losses[1]
 
@@ -152,7 +153,7 @@ def test_importance_in_any_unit() -> None:
     weight = torch.randn(16, 64, generator=generator(7))
     importance = torch.logspace(-2, 2, 64)
     scales = [
-        fit(MeanSquare(), weight, WeightFormat(), torch.float32, importance * unit).scale for unit in (1e-34, 1.0, 1e34)
+        MeanSquare().fit(weight, WeightFormat(), torch.float32, importance * unit).scale for unit in (1e-34, 1.0, 1e34)
     ]
     assert torch.equal(scales[0], scales[1])
     assert torch.equal(scales[2], scales[1])
@@ -162,7 +163,7 @@ def test_signed_scales_give_the_extra_step_to_the_longer_tail() -> None:
     weight = torch.randn(128, 64, generator=generator(8))
     weight[:, 0] = 5
     format = WeightFormat(bits=3)
-    signed, unsigned = (fit(MeanSquare(signed=value), weight, format, torch.float32, None) for value in (True, False))
+    signed, unsigned = (MeanSquare(signed=value).fit(weight, format, torch.float32, None) for value in (True, False))
     assert bool((unsigned.scale > 0).all())
     assert (signed.scale < 0).float().mean() > 0.9
     losses = [(grid.round(weight).dequantize() - weight).square().sum() for grid in (signed, unsigned)]
@@ -172,7 +173,7 @@ def test_signed_scales_give_the_extra_step_to_the_longer_tail() -> None:
 def test_signed_scales_are_for_symmetric_grids_only() -> None:
     weight = torch.randn(64, 64, generator=generator(9))
     format = WeightFormat(bits=3, symmetric=False)
-    grids = [fit(MeanSquare(signed=value), weight, format, torch.float32, None) for value in (True, False)]
+    grids = [MeanSquare(signed=value).fit(weight, format, torch.float32, None) for value in (True, False)]
     assert torch.equal(grids[0].scale, grids[1].scale)
 
 
@@ -190,24 +191,24 @@ def test_smaller_groups_fit_better() -> None:
 
 def test_large_weights_are_searched_in_parts() -> None:
     weight = torch.randn(700, 256, generator=generator(12))
-    together = fit(MeanSquare(), weight, WeightFormat(), torch.float32, None).scale
-    alone = fit(MeanSquare(), weight[600:601], WeightFormat(), torch.float32, None).scale
+    together = MeanSquare().fit(weight, WeightFormat(), torch.float32, None).scale
+    alone = MeanSquare().fit(weight[600:601], WeightFormat(), torch.float32, None).scale
     assert torch.equal(together[600:601], alone)
 
 
 def test_groups_must_tile_the_input() -> None:
     with pytest.raises(ValueError, match="96 input columns: expected a multiple of group_size 64"):
-        quantize(RTN(), torch.ones(2, 96), None, WeightFormat(group_size=64), scale_dtype=torch.float32)
+        RTN().quantize(torch.ones(2, 96), None, WeightFormat(group_size=64), scale_dtype=torch.float32)
 
 
 def test_a_scale_must_fit_its_dtype() -> None:
     with pytest.raises(ValueError, match=r"exceeds the range of torch\.float16"):
-        quantize(RTN(), torch.full((1, 32), 1e7), None, WeightFormat(), scale_dtype=torch.float16)
+        RTN().quantize(torch.full((1, 32), 1e7), None, WeightFormat(), scale_dtype=torch.float16)
 
 
 def test_weights_too_small_for_the_dtype_of_the_scale() -> None:
     weight = torch.full((1, 32), 1e-12)
-    solved = quantize(RTN(), weight, None, WeightFormat(), scale_dtype=torch.float16).weight
+    solved = RTN().quantize(weight, None, WeightFormat(), scale_dtype=torch.float16).weight
     assert not solved.dequantize().any()
     assert solved.scale.item() == pytest.approx(torch.finfo(torch.float16).tiny)
 
@@ -224,12 +225,12 @@ def test_weights_too_small_for_the_dtype_of_the_scale() -> None:
 )
 def test_weights_that_are_refused(weight: Tensor, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        quantize(RTN(), weight, None, WeightFormat(), scale_dtype=torch.float32)
+        RTN().quantize(weight, None, WeightFormat(), scale_dtype=torch.float32)
 
 
 def test_rtn_rounds_each_weight_to_its_nearest_value() -> None:
     weight = torch.randn(9, 64, generator=generator(13))
-    solved = quantize(RTN(), weight, None, WeightFormat(bits=3, group_size=32), scale_dtype=torch.float32).weight
+    solved = RTN().quantize(weight, None, WeightFormat(bits=3, group_size=32), scale_dtype=torch.float32).weight
     values = torch.arange(-4, 4).view(1, 1, -1) * solved.scale.repeat_interleave(32, 1).unsqueeze(-1)
     nearest = (values - weight.unsqueeze(-1)).abs().amin(-1)
     assert torch.allclose((solved.dequantize() - weight).abs(), nearest)
@@ -238,26 +239,24 @@ def test_rtn_rounds_each_weight_to_its_nearest_value() -> None:
 def test_rtn_weighs_columns_by_the_power_of_their_input() -> None:
     weight, statistics = layer(rows=64, columns=64)
     format, search = WeightFormat(bits=3), MeanSquare()
-    solved = quantize(RTN(scale=search), weight, statistics, format, scale_dtype=torch.float32)
-    expected = fit(search, weight, format, torch.float32, statistics.mean_gram().diagonal().float())
+    solved = RTN(scale=search).quantize(weight, statistics, format, scale_dtype=torch.float32)
+    expected = search.fit(weight, format, torch.float32, statistics.mean_gram().diagonal().float())
     assert torch.equal(solved.weight.scale, expected.scale)
-    assert not torch.equal(expected.scale, fit(search, weight, format, torch.float32, None).scale)
+    assert not torch.equal(expected.scale, search.fit(weight, format, torch.float32, None).scale)
     assert not solved.fallbacks
 
 
 def test_rtn_without_tokens_searches_unweighted_and_says_so() -> None:
     weight, _ = layer(rows=8, columns=64)
-    result = quantize(
-        RTN(scale=MeanSquare()), weight, of(torch.zeros(0, 64)), WeightFormat(), scale_dtype=torch.float32
-    )
+    result = RTN(scale=MeanSquare()).quantize(weight, of(torch.zeros(0, 64)), WeightFormat(), scale_dtype=torch.float32)
     assert [fallback.step for fallback in result.fallbacks] == ["rtn.scale"]
-    alike = quantize(RTN(scale=MeanSquare(weighted=False)), weight, None, WeightFormat(), scale_dtype=torch.float32)
+    alike = RTN(scale=MeanSquare(weighted=False)).quantize(weight, None, WeightFormat(), scale_dtype=torch.float32)
     assert torch.equal(result.weight.codes, alike.weight.codes)
 
 
 def test_a_weighted_search_needs_statistics() -> None:
     with pytest.raises(ValueError, match="statistics: none"):
-        quantize(RTN(scale=MeanSquare()), torch.ones(2, 32), None, WeightFormat(), scale_dtype=torch.float32)
+        RTN(scale=MeanSquare()).quantize(torch.ones(2, 32), None, WeightFormat(), scale_dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -293,11 +292,11 @@ def test_formats_that_are_refused(fields: dict[str, object]) -> None:
 )
 def test_quantizers_that_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        TypeAdapter(Quantizer).validate_python(fields)
+        TypeAdapter(AnyQuantizer).validate_python(fields)
 
 
 def test_a_manifest_names_a_quantizer() -> None:
-    named = TypeAdapter(Quantizer).validate_python(
+    named = TypeAdapter(AnyQuantizer).validate_python(
         {"kind": "gptq", "act_order": False, "scale": {"kind": "mse", "norm": 2.4, "signed": False}}
     )
     assert named.model_dump()["scale"]["norm"] == 2.4

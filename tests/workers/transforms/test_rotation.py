@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from counterweight.kernels.hadamard import Hadamard, hadamard_matrix
 from counterweight.workers.errors import UnsupportedModelError
+from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
-from counterweight.workers.recipe.transforms import Rotation
 from counterweight.workers.transforms import (
     residual_hadamard,
     residual_rotation,

@@ -12,10 +12,14 @@ from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.compensation.aser import outlier_channels, outlier_scales, without_channels
+from counterweight.workers.methods.compensations import ASER
+from counterweight.workers.methods.compensations.rank import CountRank
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.methods.transforms import Rotation, Smoothing
+from counterweight.workers.methods.weights import Weights
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import SharedInputGroup
-from counterweight.workers.recipe import ASER, CountRank, Rotation, Smoothing, WeightFormat, Weights
 from counterweight.workers.storage import open_store
 from counterweight.workers.transforms.rotation import rotate_block
 from counterweight.workers.transforms.smoothing import fold, migration_scales, producer_rows
@@ -125,11 +129,10 @@ def outlier_rows(width: int = 64) -> Tensor:
 
 def output_error(weight: Tensor, rows: Tensor, scales: Tensor, bits: int) -> float:
     from counterweight.kernels.reference import fake_quantize_activations
-    from counterweight.workers.quantization import fit
-    from counterweight.workers.recipe import AbsoluteMaximum
+    from counterweight.workers.methods.scales import AbsoluteMaximum
 
     scaled = weight * scales.float()
-    codes = fit(AbsoluteMaximum(), scaled, WeightFormat(bits=4), torch.float32, None).round(scaled).dequantize()
+    codes = AbsoluteMaximum().fit(scaled, WeightFormat(bits=4), torch.float32, None).round(scaled).dequantize()
     seen = fake_quantize_activations(rows / scales.float(), ActivationFormat(bits=bits))
     return float((seen @ codes.T - rows @ weight.T).square().sum())
 

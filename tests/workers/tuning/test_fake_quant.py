@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.methods.quantizers import RTN
 from counterweight.workers.quantization.rtn import rtn
-from counterweight.workers.recipe.weights import RTN, WeightFormat
 from counterweight.workers.tuning.fake_quant import clipping_of, fake_quantize, straight_through
 
 FORMATS = [

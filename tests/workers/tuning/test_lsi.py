@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.linear import CompensatedLinear
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.methods.tuning import Tuning
 from counterweight.workers.models.block_builder import Block, BlockBuilder
-from counterweight.workers.recipe.tuning import Tuning
-from counterweight.workers.recipe.weights import WeightFormat
 from counterweight.workers.tuning import LinearFormat, TuningResult, tune
 from counterweight.workers.tuning.fake_quant import clipping_of, fake_quantize
 from tests.models import CASES, build

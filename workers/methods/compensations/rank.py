@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
@@ -12,8 +13,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class _Rank(Config):
+class Rank(Config):
     """What every way to ask for a rank answers."""
+
+    @property
+    def known_ahead(self) -> bool:
+        """Whether the shape of a layer decides it, before anything of the layer is known."""
+        return True
+
+    @property
+    def budget(self) -> float | None:
+        """Bits per weight that all layers which ask like this share; None: each layer has a rank of its own."""
+        return None
+
+    @abstractmethod
+    def resolve(self, rows: int, columns: int, singular_values: Tensor) -> int:
+        """The rank for a weight [rows, columns] whose residual has the `singular_values` [min(rows, columns)], descending.
+        ValueError when there is none."""
 
     def problem(self, rows: int, columns: int) -> str | None:
         """Why a weight [rows, columns] is too small for it, or None when it is not."""
@@ -21,7 +37,7 @@ class _Rank(Config):
         return None
 
 
-class FractionRank(_Rank):
+class FractionRank(Rank):
     """A share of the largest rank that the layer can have."""
 
     fraction: Annotated[float, Field(strict=True, gt=0, le=1)]
@@ -33,7 +49,7 @@ class FractionRank(_Rank):
         return max(1, round(self.fraction * min(rows, columns)))
 
 
-class CountRank(_Rank):
+class CountRank(Rank):
     """The same rank for every layer."""
 
     count: Annotated[int, Field(strict=True, ge=1)]
@@ -53,11 +69,15 @@ class CountRank(_Rank):
         return self.count
 
 
-class EnergyRank(_Rank):
+class EnergyRank(Rank):
     """As many directions as it takes to hold a share of the (whitened) residual: each layer gets what it needs."""
 
     energy: Annotated[float, Field(strict=True, gt=0, le=1)]
     """Share of the sum of the singular values, as in ASER (Zhao et al. 2024); not of their squares."""
+
+    @property
+    def known_ahead(self) -> bool:
+        return False
 
     def resolve(self, rows: int, columns: int, singular_values: Tensor) -> int:
         """The smallest r with sum_{i<=r} s_i >= energy * sum_i s_i; `singular_values` [min(rows, columns)] descend."""
@@ -66,11 +86,19 @@ class EnergyRank(_Rank):
         return min(int((held < self.energy * held[-1]).sum()) + 1, len(held))
 
 
-class BudgetRank(_Rank):
+class BudgetRank(Rank):
     """Ranks that share one budget over the whole model: each direction goes where it takes most error off for its bits."""
 
     budget_bits: Annotated[float, Field(strict=True, gt=0, le=16)]
     """Bits per weight that the branches of all such layers may take together."""
+
+    @property
+    def known_ahead(self) -> bool:
+        return False
+
+    @property
+    def budget(self) -> float:
+        return self.budget_bits
 
     def resolve(self, rows: int, columns: int, singular_values: Tensor) -> int:
         """Never: the budget is shared out before layers are solved. ValueError."""
@@ -78,5 +106,5 @@ class BudgetRank(_Rank):
         raise ValueError(f"[{rows}, {columns}]: rank.budget_bits: {self.budget_bits}: expected to be shared out first")
 
 
-Rank = FractionRank | CountRank | EnergyRank | BudgetRank
+AnyRank = FractionRank | CountRank | EnergyRank | BudgetRank
 """The rank of a branch: `{fraction: f}`, `{count: n}`, `{energy: a}` or `{budget_bits: b}`."""

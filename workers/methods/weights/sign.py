@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from counterweight.workers.config import Method
-from counterweight.workers.methods.stored import StoredWeights
+from counterweight.workers.methods.weights.stored import StoredWeights
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,10 @@ class SignWeights(StoredWeights, Method):
     @property
     def code_bits(self) -> int:
         return 1
+
+    @property
+    def label(self) -> str:
+        return self.format
 
     def quantize(
         self, target: Tensor, statistics: InputStatistics | None, *, scale_dtype: torch.dtype

@@ -1,13 +1,18 @@
-"""What a manifest can ask of the residual store. Options only, without torch: `workers/compensation/residual.py` computes
-with them."""
+"""The residual store: what the rest left, to be fetched while decoding. `workers/compensation/residual.py` makes it."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from counterweight.workers.config import Config, Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from counterweight.kernels.residual import Correction
+    from counterweight.workers.calibration.statistics import InputStatistics
 
 _CHUNK = 1024  # kernels/residual.py says the same, but imports torch
 
@@ -64,3 +69,22 @@ class Residual(Method):
         if isinstance(self.channels_per_chunk, int):
             return self.channels_per_chunk
         raise ValueError(f"channels_per_chunk: {self.channels_per_chunk}: expected a number")
+
+    @property
+    def budget(self) -> LatencyBudget | None:
+        """What channels may cost; None where their number is known."""
+        return None if isinstance(self.channels_per_chunk, int) else self.channels_per_chunk
+
+    def store(self, error: Tensor, statistics: InputStatistics) -> Correction | None:
+        """The store of what is left of a weight, `error` [out, in], with its rule; None where no token reached the layer."""
+        from counterweight.kernels.residual import Correction
+        from counterweight.workers.compensation.residual import residual_store
+
+        if statistics.thresholds is None:
+            return None
+        return Correction(
+            store=residual_store(error, statistics.thresholds, self),
+            selection=self.selection,
+            channels_per_chunk=self.per_chunk,
+            importance=statistics.mean_gram().diagonal().float() if self.selection == "static" else None,
+        )

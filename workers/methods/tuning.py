@@ -1,12 +1,19 @@
-"""What a manifest can ask to be learned block by block. Options only, without torch: `workers/tuning` computes with them."""
+"""Codes that are learned block by block. `workers/tuning` has the mathematics."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from counterweight.workers.config import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from counterweight.workers.models.block_builder import Block
+    from counterweight.workers.tuning.lsi import LinearFormat, TuningResult
 
 Rate = Annotated[float, Field(gt=0)]
 
@@ -56,3 +63,15 @@ class Tuning(Method):
         if self.block and not self.increments:
             raise ValueError(f"block: {self.block}: expected 0 unless increments are learned")
         return self
+
+    def tune(
+        self,
+        block: Block,
+        inputs: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        formats: Mapping[str, LinearFormat],
+    ) -> TuningResult:
+        """See `workers.tuning.lsi.tune`."""
+        from counterweight.workers.tuning.lsi import tune
+
+        return tune(block, inputs, targets, formats, self)

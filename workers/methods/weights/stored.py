@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from counterweight.workers.calibration.statistics import InputStatistics
+    from counterweight.workers.methods.grid import WeightFormat
     from counterweight.workers.quantization.result import QuantizationResult
 
 
@@ -36,9 +37,14 @@ class StoredWeights(Config):
         """Bits of a code."""
 
     @property
-    def trainable(self) -> bool:
-        """Whether its codes can be trained by gradients through rounding to nearest."""
-        return False
+    @abstractmethod
+    def label(self) -> str:
+        """What chooses the codes, as a message names it."""
+
+    @property
+    def trained_grid(self) -> WeightFormat | None:
+        """The grid on which codes can be trained by gradients through rounding to nearest; None where they cannot."""
+        return None
 
     @property
     def regresses(self) -> str | None:

@@ -1,0 +1,23 @@
+"""Quantization of a linear layer's input. `workers/calibration/clipping.py` and `kernels/reference.py` have the mathematics."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from counterweight.workers.config import Method
+
+
+class Activations(Method):
+    """Dynamic, symmetric quantization of the inputs of quantized layers; absent: weight-only."""
+
+    VERSION: ClassVar[int] = 1
+
+    bits: Literal[4, 6, 8] = 8
+    """Bits of an activation code."""
+    clip: Annotated[float, Field(strict=True, gt=0, le=1)] | Literal["search"] = 1.0
+    """Share of a token's largest magnitude that the codes reach; `search` finds, for each distinct input, the share with the
+    smallest squared error on the first shard of the calibration tokens. Stock loaders know only 1."""
+    group_size: Annotated[int, Field(strict=True, gt=0, multiple_of=32)] | None = None
+    """Channels of a token that share a scale, a multiple of 32; null: one scale per token. Stock loaders know only null."""

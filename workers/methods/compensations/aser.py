@@ -1,0 +1,66 @@
+"""Error reconstruction with the outlier channels taken out of the codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from counterweight.workers.methods.compensations.branch import Branch
+from counterweight.workers.methods.compensations.rank import AnyRank, CountRank
+from counterweight.workers.methods.compensations.svd import SVD
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from counterweight.workers.calibration.statistics import InputStatistics
+    from counterweight.workers.compensation.aser import TakenOut
+    from counterweight.workers.compensation.result import CompensationResult
+
+
+class ASER(Branch):
+    """Error reconstruction by whitened SVD, with the outlier channels taken out of the codes (Zhao et al. 2024).
+
+    The `outliers` input channels that are large in both activations and weights are scaled down where the norm or the layer
+    before can do it, their columns of the weight go to the branch whole, and codes are made of the rest.
+    """
+
+    VERSION: ClassVar[int] = 1
+
+    kind: Literal["aser"] = "aser"
+    rank: AnyRank = Field(default_factory=lambda: CountRank(count=64))
+    """Rank of the branch; the columns that were taken out need up to `outliers` of it."""
+    outliers: Annotated[int, Field(strict=True, ge=0, le=1024)] = 32
+    """How many input channels are taken out, at most half of the rank and of all; 0: error reconstruction alone."""
+    choose: Literal["activations", "product"] = "activations"
+    """What makes an outlier: a large E|x_i|, or as in the paper a large E|x_i| * mean_o |W_oi|. Rounding errors are alike in
+    all columns of a row, so large activations with small weights suffer most; the product overlooks them."""
+    reference: Literal["median", "minimum"] = "median"
+    """What an outlier channel is scaled down to: the median channel's mean magnitude, or the smallest of the outliers'."""
+    smoothing: bool = True
+    """Whether outlier channels are scaled down; otherwise their columns are taken out as they are."""
+    damping: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the mean of E[x^2] that is added to each channel's."""
+
+    @property
+    def needs_rows(self) -> bool:
+        return True
+
+    @property
+    def of_finished_codes(self) -> bool:
+        return self.outliers == 0
+
+    def take_out(self, weights: Sequence[Tensor], magnitude: Tensor) -> TakenOut | None:
+        from counterweight.workers.compensation.aser import TakenOut, outlier_channels, outlier_scales
+
+        if not self.outliers:
+            return None
+        channels = outlier_channels(weights, magnitude, self)
+        scales = outlier_scales(magnitude, channels, self) if self.smoothing else None
+        return TakenOut(channels=channels, scales=scales)
+
+    def fit(self, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype) -> CompensationResult:
+        plain = SVD(rank=self.rank, damping=self.damping, factor_bits=self.factor_bits)
+        return plain.fit(residual, statistics, dtype=dtype)

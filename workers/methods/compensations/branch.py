@@ -1,0 +1,36 @@
+"""The low-rank branch beside the codes: what its options are, whatever it is fitted to."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from counterweight.workers.methods.compensations.compensation import Compensation
+from counterweight.workers.methods.compensations.none import NoCompensation
+from counterweight.workers.methods.compensations.rank import AnyRank, CountRank, FractionRank, Rank
+
+
+class Branch(Compensation):
+    """What compensations with a low-rank branch have in common."""
+
+    rank: AnyRank = Field(default_factory=lambda: FractionRank(fraction=0.1))
+    """Rank of the branch."""
+    factor_bits: Literal[8] | None = None
+    """Bits of the branch's factors; null: the source's 16 or 32, as PEFT wants them."""
+
+    def problem(self, rows: int, columns: int) -> str | None:
+        return self.rank.problem(rows, columns)
+
+    @property
+    def branch_rank(self) -> Rank | None:
+        return self.rank
+
+    @property
+    def branch_bits(self) -> int | None:
+        return self.factor_bits
+
+    def with_rank(self, count: int) -> Compensation:
+        if count == 0:
+            return NoCompensation()
+        return self.model_copy(update={"rank": CountRank(count=count)})

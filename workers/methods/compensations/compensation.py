@@ -1,0 +1,107 @@
+"""What every compensation answers: how the error that codes leave is put back. `workers/compensation` has the mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from counterweight.workers.config import Method
+from counterweight.workers.methods.compensations.rank import Rank
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from counterweight.workers.calibration.statistics import InputStatistics
+    from counterweight.workers.compensation.aser import TakenOut
+    from counterweight.workers.compensation.lrc import LRCResult
+    from counterweight.workers.compensation.result import CompensationResult
+    from counterweight.workers.methods.weights.stored import StoredWeights
+
+
+class Compensation(Method):
+    """What every compensation answers; here, for one that does nothing."""
+
+    def problem(self, rows: int, columns: int) -> str | None:
+        """Why a layer [rows, columns] cannot have it, or None when it can."""
+        del rows, columns
+        return None
+
+    @property
+    def anticipates(self) -> bool:
+        """Whether the quantizer is told of what will follow: see `foresee`."""
+        return False
+
+    @property
+    def needs_magnitudes(self) -> bool:
+        """Whether sum |x| must be gathered."""
+        return False
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether it looks at rows of the input before statistics are gathered: see `take_out`."""
+        return False
+
+    @property
+    def joint(self) -> bool:
+        """Whether codes and branch are fitted to each other: see `solve`."""
+        return False
+
+    @property
+    def of_finished_codes(self) -> bool:
+        """Whether it can follow codes that something else has chosen."""
+        return True
+
+    @property
+    def branch_rank(self) -> Rank | None:
+        """How the rank of its branch is asked for; None without a branch."""
+        return None
+
+    @property
+    def branch_bits(self) -> int | None:
+        """Bits of the branch's factors; None for those of the source's dtype."""
+        return None
+
+    def gathers(self) -> dict[str, object]:
+        """What calibration looks at: two compensations with equal values can follow the same statistics."""
+        return self.model_dump(mode="json") if self.needs_rows else {"magnitudes": self.needs_magnitudes}
+
+    def with_rank(self, count: int) -> Compensation:
+        """The same with a branch of this rank, none for 0; itself, without a branch."""
+        del count
+        return self
+
+    def take_out(self, weights: Sequence[Tensor], magnitude: Tensor) -> TakenOut | None:
+        """Channels of the input to take out of the codes. weights: [out, in] that read it; magnitude: E|x| [in] float64."""
+        del weights, magnitude
+        return None
+
+    def foresee(self, statistics: InputStatistics, rows: int) -> InputStatistics:
+        """The statistics with which to quantize a layer of `rows` outputs that this will follow."""
+        del rows
+        return statistics
+
+    def fit(self, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype) -> CompensationResult:
+        """The branch for `residual` [out, in] = W - Q, with factors stored in `dtype`."""
+        from counterweight.workers.compensation.result import CompensationResult
+
+        del statistics, dtype
+        return CompensationResult(low_rank=None, captured=0.0, singular_values=residual.new_zeros(0).double())
+
+    def gain_problem(self, weight: Tensor, statistics: InputStatistics) -> tuple[Tensor, Tensor] | None:
+        """A matrix [out, in] and a root [in, in] of a metric, float64, whose product's squared singular values say what each
+        rank of the branch wins of `weight` [out, in] float64, before there are codes; None where codes are needed for it."""
+        del weight, statistics
+        return None
+
+    def solve(
+        self,
+        weights: StoredWeights,
+        weight: Tensor,
+        statistics: InputStatistics,
+        *,
+        scale_dtype: torch.dtype,
+        factor_dtype: torch.dtype,
+    ) -> LRCResult:
+        """Codes and branch of `weight` [out, in] float32 where they are `joint`; TypeError elsewhere."""
+        raise TypeError(f"{type(self).__name__}: expected a compensation that is joint")

@@ -1,0 +1,62 @@
+"""Low-rank correction on the unquantized input."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from counterweight.workers.methods.compensations.branch import Branch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from counterweight.workers.calibration.statistics import InputStatistics
+    from counterweight.workers.compensation.lrc import LRCResult
+    from counterweight.workers.methods.weights.stored import StoredWeights
+
+
+class LRC(Branch):
+    """Low-rank correction on the unquantized input, fitted jointly with the codes (Scetbon & Hensman 2024).
+
+    The branch first takes the directions of the weight that see most of what quantizing the input loses; the codes follow
+    (`weights.quantizer.target` says what they aim at), and the branch is fitted again to what they leave.
+    """
+
+    VERSION: ClassVar[int] = 1
+
+    kind: Literal["lrc"] = "lrc"
+    iterations: Annotated[int, Field(strict=True, ge=1, le=20)] = 1
+    """How often codes and branch are fitted to each other."""
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Share of the mean of E[x^2] (E[y^2] of the quantized input) that is added to each channel's."""
+    refit: Literal["joint", "weight"] = "joint"
+    """What the branch is fitted to once there are codes. joint: the whole output error, that of the quantized input included
+    (Update-LR). weight: the error of the weight alone, as whitened SVD; it cannot shrink the output."""
+
+    @property
+    def joint(self) -> bool:
+        return True
+
+    @property
+    def of_finished_codes(self) -> bool:
+        return False
+
+    def gain_problem(self, weight: Tensor, statistics: InputStatistics) -> tuple[Tensor, Tensor] | None:
+        from counterweight.workers.compensation.lrc import initial_problem
+
+        return initial_problem(weight, statistics, self.damping)
+
+    def solve(
+        self,
+        weights: StoredWeights,
+        weight: Tensor,
+        statistics: InputStatistics,
+        *,
+        scale_dtype: torch.dtype,
+        factor_dtype: torch.dtype,
+    ) -> LRCResult:
+        from counterweight.workers.compensation.lrc import lrc
+
+        return lrc(self, weights, weight, statistics, scale_dtype=scale_dtype, factor_dtype=factor_dtype)

@@ -1,0 +1,59 @@
+"""Whitened SVD of what the codes left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from counterweight.workers.methods.compensations.branch import Branch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from counterweight.workers.calibration.statistics import InputStatistics
+    from counterweight.workers.compensation.result import CompensationResult
+
+
+class SVD(Branch):
+    """Truncated singular value decomposition of the (whitened) residual."""
+
+    VERSION: ClassVar[int] = 1
+
+    kind: Literal["svd"] = "svd"
+    whitening: Literal["none", "magnitude", "diagonal", "full"] = "full"
+    """The metric: none, the plain residual (LoRC); magnitude, each input channel by its E|x| (L2QER); diagonal, by the root of
+    its E[x^2] (QERA-approx); full, the layer's output error on the calibration tokens (QERA-exact, EoRA)."""
+    damping: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the mean of E[x^2] that is added to each channel's: how much to trust directions that calibration saw
+    little of."""
+
+    anticipation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far the quantizer leaves to the branch what the branch can do. 0: it minimizes its own error. 1: errors along
+    the strongest directions of the input, as many as the branch has ranks, cost it nothing. Needs full whitening and a
+    rank that is known in advance. The higher, the smaller the error with the branch and the larger without it."""
+
+    @model_validator(mode="after")
+    def _anticipates_what_it_does(self) -> SVD:
+        if self.anticipation and (self.whitening != "full" or not self.rank.known_ahead):
+            raise ValueError("anticipation: expected 0 unless whitening is full and rank is a fraction or a count")
+        return self
+
+    @property
+    def anticipates(self) -> bool:
+        return self.anticipation > 0
+
+    def foresee(self, statistics: InputStatistics, rows: int) -> InputStatistics:
+        from counterweight.workers.compensation.svd import deflated
+
+        return deflated(self, statistics, rows)
+
+    def fit(self, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype) -> CompensationResult:
+        from counterweight.workers.compensation.svd import svd
+
+        return svd(self, residual, statistics, dtype)
+
+    @property
+    def needs_magnitudes(self) -> bool:
+        return self.whitening == "magnitude"

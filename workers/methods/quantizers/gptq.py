@@ -1,0 +1,82 @@
+"""GPTQ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.methods.quantizers.quantizer import Quantizer
+from counterweight.workers.methods.scales import AnyScaleSearch, MeanSquare
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from counterweight.workers.calibration.statistics import InputStatistics
+    from counterweight.workers.quantization.result import QuantizationResult
+
+
+class GPTQ(Quantizer):
+    """Rounding with error feedback through the second moments of the layer's input, then coordinate descent."""
+
+    VERSION: ClassVar[int] = 1
+
+    kind: Literal["gptq"] = "gptq"
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Share of a typical channel's E[x^2] (the median over those that had input) that is added to every channel's: what
+    calibration did not see. The usual mean is not typical: outlier channels make it larger than most channels' own."""
+    act_order: bool = True
+    """Whether columns are rounded in the order of decreasing E[x^2], so that the strongest still have all others to pass
+    their error to. Groups keep their place and their scales: stored tensors are not permuted."""
+    block_size: Annotated[int, Field(strict=True, ge=1, le=4096)] = 64
+    """Columns between two updates of all columns to come; a matter of speed, the result is the same up to rounding."""
+    refinement: Annotated[int, Field(strict=True, ge=0, le=100)] = 2
+    """Passes of coordinate descent over the columns after GPTQ."""
+    scale: AnyScaleSearch = Field(default_factory=MeanSquare)
+    """How scales are chosen."""
+    target: Literal["plain", "regressed", "mixed"] = "plain"
+    """What the codes are to reproduce. plain: the weight. regressed: the matrix whose product with the layer's real input
+    (quantized, or made by compressed blocks) comes nearest to the weight's with the original input: LRC's Update-Quant, and
+    the asymmetric calibration of GPTAQ and QEP. The least error of a layer, but it shrinks what noise blurs, and that adds
+    up over layers. mixed: between them. No difference where both inputs are the same."""
+    mix: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the regressed target in a mixed one; null: one half."""
+
+    @model_validator(mode="after")
+    def _mixes_when_mixed(self) -> GPTQ:
+        if self.mix is not None and self.target != "mixed":
+            raise ValueError("mix: expected only with target: mixed")
+        return self
+
+    @property
+    def regressed_share(self) -> float:
+        """How much of the target is the regressed one."""
+        return {"plain": 0.0, "mixed": 0.5 if self.mix is None else self.mix, "regressed": 1.0}[self.target]
+
+    @property
+    def regresses(self) -> str | None:
+        return None if self.target == "plain" else f"quantizer.target: {self.target}"
+
+    def aim(self, weight: Tensor, statistics: InputStatistics, branch: Tensor | None = None) -> Tensor:
+        """See `workers.quantization.target`; the regression has the quantizer's damping."""
+        from counterweight.workers.quantization.target import regressed
+
+        share = self.regressed_share
+        if share == 0 or statistics.tokens == 0:
+            return super().aim(weight, statistics, branch)
+        return regressed(weight, statistics, branch, share=share, damping=self.damping)
+
+    def quantize(
+        self,
+        weight: Tensor,
+        statistics: InputStatistics | None,
+        format: WeightFormat,
+        *,
+        scale_dtype: torch.dtype,
+    ) -> QuantizationResult:
+        """See `workers.quantization.gptq`."""
+        from counterweight.workers.quantization.gptq import gptq
+
+        return gptq(self, weight, statistics, format, scale_dtype)

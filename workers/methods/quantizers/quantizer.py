@@ -1,0 +1,48 @@
+"""What every quantizer answers: how the codes of a uniform grid are chosen. `workers/quantization` has the mathematics."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from counterweight.workers.config import Method
+from counterweight.workers.methods.grid import WeightFormat
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from counterweight.workers.calibration.statistics import InputStatistics
+    from counterweight.workers.quantization.result import QuantizationResult
+
+
+class Quantizer(Method):
+    """Chooses codes; by itself it aims at the weight."""
+
+    kind: str
+
+    @property
+    def rounds_to_nearest(self) -> bool:
+        """Whether each code is the nearest to its weight, so that gradients can be passed through the rounding."""
+        return False
+
+    @property
+    def regresses(self) -> str | None:
+        """The option, with its value, that makes codes look at what the layer's input was meant to be; None: none does."""
+        return None
+
+    def aim(self, weight: Tensor, statistics: InputStatistics, branch: Tensor | None = None) -> Tensor:
+        """The matrix [out, in] that the codes are to reproduce, in the weight's dtype; branch: the product beside them."""
+        del statistics
+        return weight if branch is None else weight - branch
+
+    @abstractmethod
+    def quantize(
+        self,
+        weight: Tensor,
+        statistics: InputStatistics | None,
+        format: WeightFormat,
+        *,
+        scale_dtype: torch.dtype,
+    ) -> QuantizationResult:
+        """Codes of `weight` [out, in] float32 on a grid of `format`. statistics: of what they will be multiplied by."""

@@ -1,0 +1,45 @@
+"""Rounding to nearest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.methods.quantizers.quantizer import Quantizer
+from counterweight.workers.methods.scales import AbsoluteMaximum, AnyScaleSearch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from counterweight.workers.calibration.statistics import InputStatistics
+    from counterweight.workers.quantization.result import QuantizationResult
+
+
+class RTN(Quantizer):
+    """Round to nearest. Needs no calibration unless its scale search is weighted."""
+
+    VERSION: ClassVar[int] = 1
+
+    kind: Literal["rtn"] = "rtn"
+    scale: AnyScaleSearch = Field(default_factory=AbsoluteMaximum)
+    """How scales are chosen."""
+
+    @property
+    def rounds_to_nearest(self) -> bool:
+        return True
+
+    def quantize(
+        self,
+        weight: Tensor,
+        statistics: InputStatistics | None,
+        format: WeightFormat,
+        *,
+        scale_dtype: torch.dtype,
+    ) -> QuantizationResult:
+        """See `workers.quantization.rtn`."""
+        from counterweight.workers.quantization.rtn import rtn
+
+        return rtn(self, weight, statistics, format, scale_dtype)

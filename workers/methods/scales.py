@@ -1,0 +1,94 @@
+"""How the scales of a uniform grid are chosen. A further way is a class here, and its name in `AnyScaleSearch`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from counterweight.workers.config import Method
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from counterweight.workers.methods.grid import WeightFormat
+    from counterweight.workers.quantization.grid import Grid
+
+
+class ScaleSearch(Method):
+    """What every way to choose scales answers."""
+
+    @property
+    @abstractmethod
+    def looks_at_importance(self) -> bool:
+        """Whether a column counts by what its rounding errors cost."""
+
+    @abstractmethod
+    def fit(
+        self, weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype, importance: Tensor | None = None
+    ) -> Grid:
+        """The grid of `weight` [out, in] float32, its scales rounded to `scale_dtype`.
+
+        importance: [in] float32, non-negative; None: all columns are alike. ValueError for groups that do not tile the
+        weight and for a scale that does not fit its dtype.
+        """
+
+
+class AbsoluteMaximum(ScaleSearch):
+    """The smallest scale that moves no value by more than half a step: the whole range of the group is covered."""
+
+    VERSION: ClassVar[int] = 1
+
+    kind: Literal["absmax"] = "absmax"
+
+    @property
+    def looks_at_importance(self) -> bool:
+        return False
+
+    def fit(
+        self, weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype, importance: Tensor | None = None
+    ) -> Grid:
+        from counterweight.workers.quantization.grid import covering_grid
+
+        del importance
+        return covering_grid(weight, format, scale_dtype)
+
+
+class MeanSquare(ScaleSearch):
+    """The scale with the smallest error of rounding and clipping, among candidates that give up part of the range.
+
+    Candidates are evenly spaced multiples, 1 - shrink .. 1, of the range that `absmax` covers; the error of a group is
+    sum_j importance_j * |q(w_j) - w_j|**norm.
+    """
+
+    VERSION: ClassVar[int] = 1
+
+    kind: Literal["mse"] = "mse"
+    norm: Annotated[float, Field(gt=0, le=8)] = 2.0
+    """Exponent of the rounding error. 2 is the exponent of the output error; others cost a power per element."""
+    candidates: Annotated[int, Field(strict=True, ge=2, le=1000)] = 20
+    """How many ranges are tried, for each sign."""
+    shrink: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """The share of the range that the boldest candidate gives up."""
+    weighted: bool = True
+    """Whether a column counts by what its rounding errors cost. RTN: E[x^2] of its input. GPTQ: the part of E[x^2] that
+    the columns rounded after it cannot make up for."""
+    signed: bool = True
+    """Whether a symmetric scale may be negative. Codes reach one step further down than up; the sign decides which end of
+    the group gets that step. Costs nothing at inference; no effect on an asymmetric grid."""
+
+    @property
+    def looks_at_importance(self) -> bool:
+        return self.weighted
+
+    def fit(
+        self, weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype, importance: Tensor | None = None
+    ) -> Grid:
+        from counterweight.workers.quantization.grid import searched_grid
+
+        return searched_grid(self, weight, format, scale_dtype, importance)
+
+
+AnyScaleSearch = Annotated[AbsoluteMaximum | MeanSquare, Field(discriminator="kind")]

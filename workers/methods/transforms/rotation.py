@@ -1,0 +1,90 @@
+"""Rotations of a model's coordinates. `workers/transforms/rotation.py` has the mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from counterweight.workers.methods.transforms.transform import Transform
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from counterweight.kernels.hadamard import Hadamard
+    from counterweight.workers.models.family import ModelFamily
+
+
+class Rotation(Transform):
+    """Orthogonal rotations that spread outliers over all channels (QuaRot, Ashkboos et al. 2024).
+
+    `residual` and `heads` are folded into the weights and cost nothing at inference; `online_down` and `online_output`
+    are one fast Hadamard transform of the input of each down_proj and o_proj.
+    """
+
+    VERSION: ClassVar[int] = 1
+
+    kind: Literal["rotation"] = "rotation"
+    residual: bool = True
+    """Rotates the residual stream, and with it the input of q, k, v, gate and up; fuses the norms. Not for Gemma."""
+    heads: bool = True
+    """Rotates the values of each attention head, and with them the input of o_proj, within the head."""
+    online_down: bool = True
+    """Rotates the input of down_proj, at inference."""
+    online_output: bool = False
+    """Rotates the input of o_proj across the heads, at inference; with `heads` that mixes all its channels."""
+    random: bool = True
+    """Whether the folded rotations flip random signs first. Online rotations do not: there it would cost something."""
+    seed: Annotated[int, Field(strict=True, ge=0, lt=1 << 32)] = 0
+    """Seed of the signs: the same ones on every machine."""
+
+    @model_validator(mode="after")
+    def _rotates_something(self) -> Rotation:
+        if not (self.residual or self.heads or self.online_down or self.online_output):
+            raise ValueError("a rotation must set residual, heads, online_down or online_output, or it does nothing")
+        return self
+
+    @property
+    def sign_seed(self) -> int | None:
+        """Seed of the signs of folded rotations, None where they have none."""
+        return self.seed if self.random else None
+
+    @property
+    def of_the_model(self) -> Rotation:
+        return self
+
+    @property
+    def unties(self) -> bool:
+        """Whether a head that was the embedding becomes a matrix of its own."""
+        return self.residual
+
+    def problem(self, family: ModelFamily, model_type: str) -> str | None:
+        """Why a model of this family cannot be rotated like this; None where it can."""
+        if not self.residual or family.obstacle is None:
+            return None
+        stream = f"whose residual stream cannot be rotated: {family.obstacle}"
+        return f"rotation.residual: true: expected false for {model_type}, {stream}"
+
+    def block(
+        self, model_type: str, parameters: Mapping[str, Tensor], heads: int, key_value_heads: int
+    ) -> tuple[dict[str, Tensor], dict[str, Hadamard]]:
+        """A block's parameters after rotation, float32, and the transforms of linears' inputs at inference: `rotate_block`."""
+        from counterweight.workers.transforms.rotation import rotate_block
+
+        return rotate_block(model_type, parameters, self, heads=heads, key_value_heads=key_value_heads)
+
+    def embedding(self, weight: Tensor) -> Tensor:
+        """The embedding [vocabulary, hidden] as it writes the stream, float32 where it is another."""
+        from counterweight.workers.transforms.rotation import residual_hadamard, rotate_embedding
+
+        return rotate_embedding(weight, residual_hadamard(weight.shape[1], self)) if self.residual else weight
+
+    def outside(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+        """What lies outside the blocks, in its dtypes, and source -> what it is stored as: `rotated_outside`."""
+        from counterweight.workers.transforms.rotation import residual_hadamard, rotated_outside
+
+        if not self.residual:
+            return dict(tensors), {name: (name,) for name in tensors}
+        (hidden,) = {tensor.shape[-1] for tensor in tensors.values()}
+        return rotated_outside(tensors, residual_hadamard(hidden, self))

@@ -1,0 +1,68 @@
+"""Weights as integer codes on a uniform grid."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.methods.quantizers import GPTQ, AnyQuantizer
+from counterweight.workers.methods.weights.stored import StoredWeights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from counterweight.workers.calibration.statistics import InputStatistics
+    from counterweight.workers.quantization.result import QuantizationResult
+
+
+class Weights(WeightFormat, StoredWeights):
+    """Integer grid of the weights and the algorithm that chooses the codes."""
+
+    quantizer: AnyQuantizer = Field(default_factory=GPTQ)
+    """How the codes are chosen."""
+
+    def grid(self) -> WeightFormat:
+        """The grid alone."""
+        return WeightFormat(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+
+    def problem(self, rows: int, columns: int) -> str | None:
+        if self.group_size is not None and columns % self.group_size:
+            return f"group_size: {self.group_size}: expected a divisor of {columns}, the width"
+        return None
+
+    def stored_bits(self, rows: int, columns: int) -> int:
+        groups = columns // self.group_size if self.group_size else 1
+        zero_points = 0 if self.symmetric else rows * groups * self.bits
+        return rows * columns * self.bits + rows * groups * 16 + zero_points
+
+    @property
+    def code_bits(self) -> int:
+        return self.bits
+
+    @property
+    def label(self) -> str:
+        return self.quantizer.kind
+
+    @property
+    def trained_grid(self) -> WeightFormat | None:
+        return self.grid() if self.quantizer.rounds_to_nearest else None
+
+    @property
+    def regresses(self) -> str | None:
+        return self.quantizer.regresses
+
+    def target(self, weight: Tensor, statistics: InputStatistics, branch: Tensor | None = None) -> Tensor:
+        return self.quantizer.aim(weight, statistics, branch)
+
+    def quantize(
+        self, target: Tensor, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
+    ) -> QuantizationResult:
+        return self.quantizer.quantize(target, statistics, self.grid(), scale_dtype=scale_dtype)
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        from counterweight.workers.quantization.grid import nearest
+
+        return nearest(weight, self.grid())
