@@ -57,6 +57,10 @@ def mixture(device: torch.device, **parts: Any) -> list[dict[str, CompensatedLin
     ]
 
 
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate) * up
+
+
 def one_by_one(experts: list[dict[str, CompensatedLinear]], x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     for token in range(x.shape[0]):
@@ -85,19 +89,19 @@ def test_together_they_compute_what_each_does(part: str, tokens: int, device: to
     # The last expert gets no token.
     chosen = torch.stack([torch.randperm(2, generator=source) for _ in range(tokens)]).to(device)
     weights = torch.rand(tokens, 2, generator=source).to(device)
-    found = KernelExperts(experts, functional.silu)(x, chosen, weights)
+    found = KernelExperts(experts, gated)(x, chosen, weights)
     torch.testing.assert_close(found, one_by_one(experts, x, chosen, weights), rtol=1e-4, atol=1e-4)
     if part != "codes alone":
-        plain = KernelExperts(mixture(device), functional.silu)(x, chosen, weights)
+        plain = KernelExperts(mixture(device), gated)(x, chosen, weights)
         assert (found - plain).abs().max() > 1e-3, f"{part} does nothing"
 
 
 def test_experts_that_differ_are_left_apart(device: torch.device) -> None:
     experts = mixture(device)
-    assert isinstance(experts_on_kernels(experts, functional.silu, "triton"), KernelExperts)
-    assert experts_on_kernels(experts, functional.silu, "torch") is None
+    assert isinstance(experts_on_kernels(experts, gated, "triton"), KernelExperts)
+    assert experts_on_kernels(experts, gated, "torch") is None
     experts[1]["up_proj"] = linear(device, INNER, HIDDEN, seed=5, activations=ActivationFormat(bits=8))
     assert "expert 1: up_proj: " in (unsupported(experts) or "")
-    assert experts_on_kernels(experts, functional.silu, "triton") is None
+    assert experts_on_kernels(experts, gated, "triton") is None
     with pytest.raises(ValueError, match="expert 1: up_proj: "):
-        KernelExperts(experts, functional.silu)
+        KernelExperts(experts, gated)
