@@ -245,6 +245,11 @@ HOSTILE: list[dict[str, Any]] = [
     {"layer_types": ["full_attention"]},
     {"layer_types": ["nonsense", "nonsense"]},
     {"layer_types": "x"},
+    {"layer_types": ["chunked_attention", "full_attention"]},
+    {"layer_types": ["linear_attention", "full_attention"]},
+    {"layer_types": [["full_attention"], 3]},
+    {"sliding_window": None, "layer_types": ["sliding_attention", "full_attention"]},
+    {"head_dim": 1},
     {"attn_implementation": "flash_attention_17"},
     {"architectures": 5},
     {"id2label": 5},
@@ -282,6 +287,22 @@ HOSTILE: list[dict[str, Any]] = [
     {"to_dict": 5},
     {"from_dict": "x"},
     {"num_hidden_layers": 2, "hidden_size ": 5},
+]
+HOSTILE_GPT_OSS: list[dict[str, Any]] = [
+    {"num_local_experts": 0},
+    {"num_local_experts": 10**6},
+    {"num_local_experts": "4"},
+    {"num_experts": -7},
+    {"num_experts_per_tok": 5},
+    {"intermediate_size": 0},
+    {"sliding_window": None},
+    {"swiglu_limit": "x"},
+    {"swiglu_limit": -1.0},
+    {"swiglu_limit": None},
+    {"swiglu_alpha": 10**400},
+    {"swiglu_alpha": 1e300},
+    {"attention_bias": False},
+    {"rope_parameters": None},
 ]
 HOSTILE_EXPERTS: list[dict[str, Any]] = [
     {"num_experts": -1},
@@ -322,3 +343,8 @@ def test_a_hostile_config_is_refused_or_harmless(family: str, change: dict[str, 
 @pytest.mark.parametrize("change", HOSTILE_EXPERTS, ids=str)
 def test_a_hostile_config_of_experts_is_refused_or_harmless(change: dict[str, Any]) -> None:
     assert_refused_or_works({**BASE, **MOE, "model_type": "qwen3_moe", **change})
+
+
+@pytest.mark.parametrize("change", HOSTILE_GPT_OSS, ids=str)
+def test_a_hostile_config_of_gpt_oss_is_refused_or_harmless(change: dict[str, Any]) -> None:
+    assert_refused_or_works({**BASE, **CASES["gpt_oss"].config, "model_type": "gpt_oss", **change})
