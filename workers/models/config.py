@@ -77,9 +77,13 @@ def _check_attention(config: PreTrainedConfig) -> None:
         expected = " or ".join(ATTENTION_KINDS)
         raise CheckpointError(f"config.json: layer_types: {unknown[0]!r}: expected {expected}")
     if "sliding_attention" in kinds and getattr(config, "sliding_window", None) is None:
-        raise CheckpointError("config.json: sliding_window: null: expected an integer, for its layers of sliding_attention")
+        raise CheckpointError(
+            "config.json: sliding_window: null: expected an integer, for its layers of sliding_attention"
+        )
     if getattr(config, "head_dim", None) == 1:
-        raise CheckpointError("config.json: head_dim: 1: expected an even number, which a rotary embedding turns in pairs")
+        raise CheckpointError(
+            "config.json: head_dim: 1: expected an even number, which a rotary embedding turns in pairs"
+        )
 
 
 def _check_divisions(config: PreTrainedConfig) -> None:

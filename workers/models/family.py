@@ -49,9 +49,9 @@ class ExpertLayout:
     module: the experts module inside a block (transformers fuses all experts into two 3-D parameters there).
     count_key: the config field that holds the number of experts.
     on_disk: expert linear -> its name in a checkpoint that keeps experts apart; both relative to the block.
-    fused_on_disk: (gate_up, down) names of the 3-D tensors of a checkpoint that keeps them fused; module and checkpoint lay
-    them out alike: [experts, out, in], or [experts, in, out] where transposed. The outputs of gate_up are first all of gate_proj,
-    then all of up_proj, or in turn (gate_proj 0::2, up_proj 1::2) where interleaved.
+    fused_on_disk: (gate_up, down) names of the 3-D tensors of a checkpoint that keeps them fused, laid out as in transformers'
+    module: [experts, out, in], or [experts, in, out] where transposed. The outputs of gate_up are all of gate_proj, then all of
+    up_proj; where interleaved, they alternate (gate_proj 0::2, up_proj 1::2).
     fused_biases_on_disk: likewise of their biases [experts, out]; None for experts without biases.
     product: transformers' fused module -> what its experts compute between their linears; None for act_fn(gate) * up.
     stock_refusal: why stock loaders cannot read a checkpoint that keeps the experts apart; None where they can.

@@ -27,8 +27,8 @@ LM_HEAD = "lm_head.weight"
 class Slice:
     """Where a module's parameter comes from: a whole source tensor, or a part of one that holds all experts.
 
-    expert: its index on the first axis. transposed: the source holds the expert's matrix as [in, out]. rows: (start, stop, step)
-    among the expert's outputs.
+    expert: its index on the first axis. transposed: the source holds the expert's matrix as [in, out]. rows: (start, stop,
+    step) among the expert's outputs.
     """
 
     source: str
