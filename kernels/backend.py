@@ -21,11 +21,12 @@ layer that it has kernels for, torch otherwise; a layer's representation says wh
 
 def experts_on_kernels(
     experts: Sequence[Mapping[str, CompensatedLinear]],
-    activation: Callable[[Tensor], Tensor],
+    product: Callable[[Tensor, Tensor], Tensor],
     kernels: Kernels = "auto",
 ) -> nn.Module | None:
     """A module that runs all these experts (gate_proj, up_proj, down_proj of each) in one launch a projection; None where that
-    is not possible or not asked for, so that each of their layers runs by itself."""
+    is not possible or not asked for, so that each of their layers runs by itself. product: (gate, up) -> the input of
+    down_proj."""
     device = experts[0]["gate_proj"].device
     if not _wanted(kernels, device):
         return None
@@ -34,7 +35,7 @@ def experts_on_kernels(
 
     if not runs_on(device) or unsupported(experts) is not None:
         return None
-    return KernelExperts(experts, activation)
+    return KernelExperts(experts, product)
 
 
 def on_kernels(linear: CompensatedLinear, kernels: Kernels = "auto", arena: HostArena | None = None) -> nn.Module:

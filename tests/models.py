@@ -91,6 +91,11 @@ CASES: Mapping[str, Case] = {
         "gemma3_text", {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 7, "query_pre_attn_scalar": 16}
     ),
     "mixtral": Case("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    # Every second layer has a window; yarn is what the family has where a config names no rotary embedding.
+    "gpt_oss": Case(
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8, "swiglu_limit": 0.75},
+    ),
     "qwen3_moe": Case("qwen3_moe", {**MOE, "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
 }
 
@@ -99,7 +104,7 @@ def build(case: str | Case, *, seed: int = 0, **changes: Any) -> PreTrainedModel
     """The model in float32. Norms and biases are random too: a model whose norms are ones hides a lost norm."""
     chosen = CASES[case] if isinstance(case, str) else case
     config = CONFIG_MAPPING[chosen.family](**{**BASE, **chosen.config, **changes})
-    attention = {"attn_implementation": "eager"} if chosen.family == "gemma2" else {}
+    attention = {"attn_implementation": "eager"} if chosen.family in ("gemma2", "gpt_oss") else {}
     model = AutoModelForCausalLM.from_config(config, **attention).float().eval()
     generator = torch.Generator().manual_seed(seed)
     centre = 0.0 if chosen.family.startswith("gemma") else 1.0  # Gemma's norms scale by 1 + weight

@@ -187,7 +187,7 @@ def install(
         own = [{name: f"{place}.{index}.{name}" for name in PROJECTIONS} for index in range(experts.experts)]
         if all(full in layers for names in own for full in names.values()):
             parts = [{name: layers[full] for name, full in names.items()} for names in own]
-            together = experts_on_kernels(parts, experts.activation, kernels)
+            together = experts_on_kernels(parts, experts.product, kernels)
             if together is not None:
                 block.replace(place, together)
                 layers = {name: layer for name, layer in layers.items() if not name.startswith(f"{place}.")}

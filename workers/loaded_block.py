@@ -48,7 +48,7 @@ def load_block(
     absent = {part.source for part in slices.values()} - tensors.keys()
     if absent:
         raise CheckpointError(f"block {index}: the task lists no digest for {sorted(absent)[:3]}")
-    parameters = {name: part.of(tensors[part.source]) for name, part in slices.items()}
+    parameters = {name: part.of(tensors[part.source]).contiguous() for name, part in slices.items()}
     dtypes = {name: tensor.dtype for name, tensor in parameters.items()}
     online: dict[str, Hadamard] = {}
     if setting.rotation is not None:

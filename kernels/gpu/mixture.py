@@ -39,6 +39,8 @@ def unsupported(experts: Sequence[Expert]) -> str | None:
             if _kind(linear) != _kind(linears[0]):
                 return f"{where}{_kind(linear)}: expected {_kind(linears[0])}, as expert 0"
         branches = [branch for linear in linears if (branch := linear.low_rank()) is not None]
+        if len({linear.bias is None for linear in linears}) > 1:
+            return f"{projection}: some experts with a bias: expected all or none"
         dtypes = {str(branch.up.dtype) for branch in branches}
         if len(dtypes) > 1:
             return f"{projection}: factors of {' and '.join(sorted(dtypes))}: expected one dtype"
@@ -53,12 +55,12 @@ class KernelExperts(nn.Module):
     part of a CUDA graph.
     """
 
-    def __init__(self, experts: Sequence[Expert], activation: Callable[[Tensor], Tensor]) -> None:
-        """Raises ValueError with the reason of `unsupported`."""
+    def __init__(self, experts: Sequence[Expert], product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """product: (gate, up) -> the input of down_proj, elementwise. Raises ValueError with the reason of `unsupported`."""
         super().__init__()
         if (reason := unsupported(experts)) is not None:
             raise ValueError(reason)
-        self.activation = activation
+        self.product = product
         self.experts = len(experts)
         self._gate, self._up, self._down = (
             _Projection.of([expert[name] for expert in experts]) for name in _PROJECTIONS
@@ -68,7 +70,7 @@ class KernelExperts(nn.Module):
         x = hidden_states.contiguous()
         block = block_of(top_k_index.numel(), self._gate.weight, dtype=x.dtype, device=x.device)
         routing = align_tokens(top_k_index, self.experts, block)
-        gated = self.activation(self._gate(x, routing)) * self._up(x, routing)
+        gated = self.product(self._gate(x, routing), self._up(x, routing))
         inner = gated.flatten(0, 1).contiguous()  # [slots, intermediate]
         y = self._down(inner, routing, gates=top_k_weights.contiguous(), out_dtype=torch.float32)
         return y.sum(1).to(x.dtype)
@@ -80,7 +82,7 @@ class KernelExperts(nn.Module):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Projection:
     """One projection of all experts. up [experts, out, rank], down [experts, rank, in], step [experts, rank]: the branches,
-    filled up with zeros to one rank; None without any."""
+    filled up with zeros to one rank; None without any. bias [experts, out]."""
 
     weight: PackedWeight
     activations: ActivationFormat | None
@@ -88,10 +90,12 @@ class _Projection:
     up: Tensor | None
     down: Tensor | None
     step: Tensor | None
+    bias: Tensor | None
 
     @classmethod
     def of(cls, linears: Sequence[CompensatedLinear]) -> _Projection:
         up, down, step = _stacked_factors(linears)
+        biases = [linear.bias for linear in linears if linear.bias is not None]
         return cls(
             weight=layout.stack_weights([layout.prepare_weight(single.uniform_weight(linear)) for linear in linears]),
             activations=linears[0].activations,
@@ -99,6 +103,7 @@ class _Projection:
             up=up,
             down=down,
             step=step,
+            bias=torch.stack(biases) if biases else None,
         )
 
     def __call__(
@@ -110,7 +115,7 @@ class _Projection:
         prepared = prepare(x, self.weight, activations=self.activations)
         if self.down is not None:
             prepared = replace(prepared, projected=project_experts(x, self.down, routing, steps=self.step))
-        return expert_gemm(prepared, self.weight, routing, up=self.up, gates=gates, out_dtype=out_dtype)
+        return expert_gemm(prepared, self.weight, routing, up=self.up, bias=self.bias, gates=gates, out_dtype=out_dtype)
 
 
 def _stacked_factors(linears: Sequence[CompensatedLinear]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -93,7 +93,8 @@ def artifact_config(
     """
     config = {**source}
     experts = [name for name in linears if is_expert(name)]
-    reason = refusal_of_weights(formats, experts)
+    apart = family.experts.stock_refusal if family.experts is not None and experts else None
+    reason = apart or refusal_of_weights(formats, experts)
     if reason is not None:
         config["model_type"] = f"{QUANT_METHOD}_{source['model_type']}"
         config["architectures"] = []

@@ -12,8 +12,9 @@ has its own input statistics, its own grid and its own low-rank branch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -25,28 +26,38 @@ from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.errors import CheckpointError, UnsupportedModelError
 from counterweight.workers.models.config import parse_config
 from counterweight.workers.models.families import family_of
-from counterweight.workers.models.family import PROJECTIONS, ModelFamily, SharedInputGroup
+from counterweight.workers.models.family import PROJECTIONS, ModelFamily, Product, SharedInputGroup
 from counterweight.workers.models.layout import LM_HEAD, NORM, BlockLayout, ModelLayout
+
+
+@dataclass(frozen=True, slots=True)
+class GatedProduct:
+    """activation(gate) * up, the product of most families' experts."""
+
+    activation: Callable[[Tensor], Tensor]
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.activation(gate) * up
 
 
 class LinearExperts(nn.Module):
     """A sparse MLP's experts as separate linears, a drop-in for transformers' fused experts module.
 
     Called as transformers calls its own: hidden [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k].
-    An expert without tokens is not run.
+    An expert without tokens is not run. product: what an expert computes between its linears.
     """
 
-    def __init__(self, experts: int, hidden: int, intermediate: int, activation: nn.Module) -> None:
+    def __init__(self, experts: int, hidden: int, intermediate: int, product: Product, *, bias: bool = False) -> None:
         super().__init__()
-        self.activation = activation
+        self.product = product
         for expert in range(experts):
             self.add_module(
                 str(expert),
                 nn.ModuleDict(
                     {
-                        "gate_proj": nn.Linear(hidden, intermediate, bias=False),
-                        "up_proj": nn.Linear(hidden, intermediate, bias=False),
-                        "down_proj": nn.Linear(intermediate, hidden, bias=False),
+                        "gate_proj": nn.Linear(hidden, intermediate, bias=bias),
+                        "up_proj": nn.Linear(hidden, intermediate, bias=bias),
+                        "down_proj": nn.Linear(intermediate, hidden, bias=bias),
                     }
                 ),
             )
@@ -60,7 +71,7 @@ class LinearExperts(nn.Module):
                 continue
             gate, up, down = (self.get_submodule(f"{expert}.{name}") for name in PROJECTIONS)
             x = hidden_states[token]
-            weighted = down(self.activation(gate(x)) * up(x)) * top_k_weights[token, slot, None]
+            weighted = down(self.product(gate(x), up(x))) * top_k_weights[token, slot, None]
             output.index_add_(0, token, weighted.to(output.dtype))
         return output
 
@@ -136,9 +147,12 @@ class BlockBuilder:
         fused = getattr(parent, leaf, None)
         if fused is None:
             return layer
-        experts, double, hidden = fused.gate_up_proj.shape
+        experts, *matrix = fused.gate_up_proj.shape
+        hidden, double = matrix if layout.transposed else reversed(matrix)
+        product = GatedProduct(fused.act_fn) if layout.product is None else layout.product(fused)
+        biased = layout.fused_biases_on_disk is not None
         with torch.device("meta"):
-            setattr(parent, leaf, LinearExperts(experts, hidden, double // 2, fused.act_fn))
+            setattr(parent, leaf, LinearExperts(experts, hidden, double // 2, product, bias=biased))
         return layer
 
     # -- parts that run -----------------------------------------------------------------------------------------
@@ -164,7 +178,8 @@ class BlockBuilder:
         is missing, and any that the block does not have, is a CheckpointError.
         """
         layer = self.block_module(index)
-        filled = {name: value.to(device, dtype) for name, value in parameters.items()}
+        # A part of a fused tensor may be a strided view, which every product would copy anew.
+        filled = {name: value.to(device, dtype).contiguous() for name, value in parameters.items()}
         wrong = layer.load_state_dict(filled, assign=True, strict=False)
         missing = [name for name in wrong.missing_keys if name.removesuffix(".weight") not in absent]
         if missing or wrong.unexpected_keys:

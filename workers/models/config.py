@@ -21,6 +21,9 @@ MAX_EXPERTS = 1024
 MAX_WIDTH = 1 << 20
 """Bound on every other size in a config: a hostile file must not make us build (even on the meta device) without limit."""
 
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
+"""What `layer_types` may say of a block of the families that are known."""
+
 SIZE_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -53,6 +56,7 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json: transformers refuses it: {error}") from error
     _check_divisions(parsed)
+    _check_attention(parsed)
     parsed.return_dict = True
     return parsed
 
@@ -64,6 +68,22 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= bound:
             raise CheckpointError(f"config.json: {field}: {value!r}: expected an integer from 1 to {bound}")
+
+
+def _check_attention(config: PreTrainedConfig) -> None:
+    """What transformers accepts in a config and then fails on when a block runs."""
+    kinds = getattr(config, "layer_types", None) or []
+    if unknown := [kind for kind in kinds if kind not in ATTENTION_KINDS]:
+        expected = " or ".join(ATTENTION_KINDS)
+        raise CheckpointError(f"config.json: layer_types: {unknown[0]!r}: expected {expected}")
+    if "sliding_attention" in kinds and getattr(config, "sliding_window", None) is None:
+        raise CheckpointError(
+            "config.json: sliding_window: null: expected an integer, for its layers of sliding_attention"
+        )
+    if getattr(config, "head_dim", None) == 1:
+        raise CheckpointError(
+            "config.json: head_dim: 1: expected an even number, which a rotary embedding turns in pairs"
+        )
 
 
 def _check_divisions(config: PreTrainedConfig) -> None:

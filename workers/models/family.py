@@ -10,10 +10,13 @@ Module names are relative to a block (`self_attn.q_proj`). An expert's index sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXPERT = "{expert}"
 
@@ -24,6 +27,9 @@ SharedInputGroup = tuple[str, ...]
 """Linears of one block that read the same input and therefore share its statistics, in output order."""
 
 Globs = tuple[str, ...]
+
+Product = Callable[["Tensor", "Tensor"], "Tensor"]
+"""(gate, up), each [..., intermediate] -> the input of down_proj, same shape."""
 
 ATTENTION: tuple[SharedInputGroup, ...] = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -41,7 +47,13 @@ class ExpertLayout:
     module: the experts module inside a block (transformers fuses all experts into two 3-D parameters there).
     count_key: the config field that holds the number of experts.
     on_disk: expert linear -> its name in a checkpoint that keeps experts apart; both relative to the block.
-    fused_on_disk: (gate_up, down) names of the 3-D tensors of a checkpoint that keeps them fused.
+    fused_on_disk: (gate_up, down) names of the 3-D tensors of a checkpoint that keeps them fused, laid out as in transformers'
+    module: [experts, out, in], or [experts, in, out] where transposed. The outputs of gate_up are all of gate_proj, then all of
+    up_proj; where interleaved, they alternate (gate_proj 0::2, up_proj 1::2).
+    fused_biases_on_disk: likewise of their biases [experts, out]; None for experts without biases.
+    product: transformers' fused module -> what its experts compute between their linears; None for act_fn(gate) * up.
+    stock_refusal: why stock loaders cannot read a checkpoint that keeps the experts apart; None where they can.
+    undecoded: end of a tensor's name -> the encoding that published checkpoints of this family have and nobody here decodes.
     active_key: the config field that holds how many experts a token sees.
     routers: names of routers, which stay as they are, in compressed-tensors' words.
     labels: last part of an on-disk name -> what the report calls it, where the name says nothing to a reader.
@@ -54,6 +66,12 @@ class ExpertLayout:
     active_key: str = "num_experts_per_tok"
     routers: tuple[str, ...] = ("re:.*[.]gate$",)
     labels: Mapping[str, str] = field(default_factory=dict)
+    transposed: bool = False
+    interleaved: bool = False
+    fused_biases_on_disk: tuple[str, str] | None = None
+    product: Callable[[Any], Product] | None = None
+    stock_refusal: str | None = None
+    undecoded: Mapping[str, str] = field(default_factory=dict)
     groups: tuple[SharedInputGroup, ...] = (
         (f"mlp.experts.{EXPERT}.gate_proj", f"mlp.experts.{EXPERT}.up_proj"),
         (f"mlp.experts.{EXPERT}.down_proj",),
@@ -71,15 +89,15 @@ class ModelFamily:
 
     model_types: of config.json. groups: quantizable linears of a dense block, grouped by shared input; a name may be absent in
     some blocks. renames: module-name prefix -> on-disk prefix, relative to the block, for names that differ. experts: layout of
-    the sparse MLP, None for a dense family. eager_attention: the family's attention has a term (logit soft-capping) that the
-    fused kernels leave out.
+    the sparse MLP, None for a dense family. eager_attention: the family's attention has a term (logit soft-capping, sinks) that
+    the fused kernels leave out.
 
     How the linears of a block are connected:
     reads: norm -> the linears (and router) that read its output, which nothing else does.
     value: its last output rows are the attention's values, head by head; fused_value: queries and keys are its other rows.
     output: reads the values that attention has mixed, head by head, and writes the residual stream.
     down: read the elementwise product inside an MLP, and write the residual stream. up: last part of the name of the linear
-    whose last rows are a factor of that product.
+    whose last rows are a factor of that product; None where the product is not linear in any of its factors.
     obstacle: why the residual stream cannot be rotated, None where it can. norm_offset: what a norm adds to its weight before
     it multiplies.
     """
@@ -94,7 +112,7 @@ class ModelFamily:
     value: str = "self_attn.v_proj"
     fused_value: bool = False
     output: str = "self_attn.o_proj"
-    up: str = "up_proj"
+    up: str | None = "up_proj"
     obstacle: str | None = None
     norm_offset: float = 0.0
 

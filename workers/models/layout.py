@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from counterweight.workers.checkpoint.refusal import show
+from counterweight.workers.errors import CheckpointError
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import EXPERT, ModelFamily, SharedInputGroup
 
@@ -23,16 +25,22 @@ LM_HEAD = "lm_head.weight"
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Where a module's parameter comes from: a whole source tensor, or an expert's rows [start, stop) of a fused one."""
+    """Where a module's parameter comes from: a whole source tensor, or a part of one that holds all experts.
+
+    expert: its index on the first axis. transposed: the source holds the expert's matrix as [in, out]. rows: (start, stop,
+    step) among the expert's outputs.
+    """
 
     source: str
     expert: int | None = None
-    rows: tuple[int, int] | None = None
+    rows: tuple[int, int, int] | None = None
+    transposed: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
         """The parameter, as a view of the source tensor."""
         part = tensor if self.expert is None else tensor[self.expert]
-        return part if self.rows is None else part[self.rows[0] : self.rows[1]]
+        part = part.T if self.transposed else part
+        return part if self.rows is None else part[slice(*self.rows)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +90,10 @@ class ModelLayout:
         return result
 
     def expected(self, available: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Every tensor that the checkpoint must hold -> its shape. `available` decides between fused and apart."""
+        """Every tensor that the checkpoint must hold -> its shape. `available` decides between fused and apart; CheckpointError
+        for tensors in an encoding of the family that nobody here decodes."""
         names = set(available)
+        self._check_encoding(names)
         hidden, vocabulary = self.hidden_size, self.vocabulary
         shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocabulary, hidden), NORM: (hidden,)}
         if not self.tied:
@@ -91,11 +101,11 @@ class ModelLayout:
         for index in range(self.blocks):
             for parameter, shape in self.block_parameters(index).items():
                 source = self._source(f"model.layers.{index}.", parameter, shape, names)
-                if source.expert is None:
-                    shapes[source.source] = shape
-                else:
-                    rows = shape[0] if source.rows is None else 2 * shape[0]
-                    shapes[source.source] = (self.experts, rows, shape[1])
+                if source.expert is not None:
+                    outputs = shape[0] if source.rows is None else 2 * shape[0]
+                    one = (outputs, *shape[1:])
+                    shape = (self.experts, *(reversed(one) if source.transposed else one))
+                shapes[source.source] = shape
         return shapes
 
     def disk_name(self, index: int, parameter: str) -> str:
@@ -110,9 +120,10 @@ class ModelLayout:
         layout = self.family.experts
         if layout is not None and parameter.startswith(f"{layout.module}."):
             expert = parameter.removeprefix(f"{layout.module}.").split(".", 1)[0]
+            linear, _, kind = parameter.rpartition(".")
             for module, disk in layout.on_disk.items():
-                if parameter == f"{module.replace(EXPERT, expert)}.weight":
-                    return f"{prefix}{disk.replace(EXPERT, expert)}.weight"
+                if linear == module.replace(EXPERT, expert):
+                    return f"{prefix}{disk.replace(EXPERT, expert)}.{kind}"
         for module, disk in self.family.renames.items():
             if parameter.startswith(module) and self._is_sparse(parameter):
                 return prefix + disk + parameter.removeprefix(module)
@@ -130,11 +141,24 @@ class ModelLayout:
         if not parameter.startswith(f"{layout.module}."):
             plain = prefix + parameter
             return Slice(plain if plain in names else apart)
-        expert, projection, _ = parameter.removeprefix(f"{layout.module}.").split(".")
-        gate_up, down = (prefix + name for name in layout.fused_on_disk)
+        expert, projection, kind = parameter.removeprefix(f"{layout.module}.").split(".")
+        fused = layout.fused_on_disk if kind == "weight" else layout.fused_biases_on_disk
+        if fused is None:
+            return Slice(apart)
+        gate_up, down = (prefix + name for name in fused)
+        transposed = layout.transposed and kind == "weight"
         if projection == "down_proj":
-            return Slice(down, int(expert)) if down in names else Slice(apart)
+            return Slice(down, int(expert), transposed=transposed) if down in names else Slice(apart)
         if gate_up not in names:
             return Slice(apart)
-        start = 0 if projection == "gate_proj" else shape[0]
-        return Slice(gate_up, int(expert), (start, start + shape[0]))
+        is_up, outputs = projection == "up_proj", shape[0]
+        rows = (int(is_up), 2 * outputs, 2) if layout.interleaved else (is_up * outputs, (is_up + 1) * outputs, 1)
+        return Slice(gate_up, int(expert), rows, transposed)
+
+    def _check_encoding(self, names: set[str]) -> None:
+        encodings = self.family.experts.undecoded if self.family.experts is not None else {}
+        for ending, encoding in encodings.items():
+            if found := sorted(name for name in names if name.endswith(ending)):
+                raise CheckpointError(
+                    f"{len(found)} tensors such as {show(found[0])}: {encoding}: expected a checkpoint in 16 or 32 bits"
+                )

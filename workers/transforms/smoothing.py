@@ -36,6 +36,8 @@ def producer_rows(
         return (f"{norm}.weight", slice(None)) if readers == set(group) else None
     width = parameters[f"{group[0]}.weight"].shape[1]
     if family.is_down(group[0]):
+        if family.up is None:
+            return None
         parent = group[0].rpartition(".")[0]
         name = f"{parent}.{family.up}.weight"
         return name, slice(len(parameters[name]) - width, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ def mixture(device: torch.device, **parts: Any) -> list[dict[str, CompensatedLin
     """Experts of which the second has a smaller branch than the others, and the third none."""
     ranks = parts.pop("ranks", (0, 0, 0))
     transform = parts.pop("transform", None)
+    biased = parts.pop("biased", False)
     shapes = {"gate_proj": (INNER, HIDDEN), "up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
     return [
         {
@@ -49,6 +51,7 @@ def mixture(device: torch.device, **parts: Any) -> list[dict[str, CompensatedLin
                 seed=100 * expert + 10 * place,
                 rank=ranks[expert],
                 transform=transform if name == "down_proj" else None,
+                bias=random(device, shape[0], seed=100 * expert + 10 * place + 9) if biased else None,
                 **parts,
             )
             for place, (name, shape) in enumerate(shapes.items())
@@ -57,13 +60,27 @@ def mixture(device: torch.device, **parts: Any) -> list[dict[str, CompensatedLin
     ]
 
 
-def one_by_one(experts: list[dict[str, CompensatedLinear]], x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate) * up
+
+
+def clamped(gate: Tensor, up: Tensor) -> Tensor:
+    return (up.clamp(-0.5, 0.5) + 1) * functional.silu(gate.clamp(max=0.5))
+
+
+def one_by_one(
+    experts: list[dict[str, CompensatedLinear]],
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    product: Callable[[Tensor, Tensor], Tensor] = gated,
+) -> Tensor:
     y = torch.zeros_like(x)
     for token in range(x.shape[0]):
         for place in range(chosen.shape[1]):
             own = experts[int(chosen[token, place])]
             row = x[token : token + 1]
-            inner = functional.silu(own["gate_proj"](row)) * own["up_proj"](row)
+            inner = product(own["gate_proj"](row), own["up_proj"](row))
             y[token] += weights[token, place] * own["down_proj"](inner)[0]
     return y
 
@@ -73,6 +90,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "branches": {"ranks": (5, 2, 0)},
     "activations": {"activations": ActivationFormat(bits=8)},
     "transform": {"transform": Hadamard(size=32, seed=1)},
+    "biases": {"biased": True},
+    "biases and branches": {"biased": True, "ranks": (5, 2, 0), "activations": ActivationFormat(bits=8)},
 }
 
 
@@ -85,19 +104,31 @@ def test_together_they_compute_what_each_does(part: str, tokens: int, device: to
     # The last expert gets no token.
     chosen = torch.stack([torch.randperm(2, generator=source) for _ in range(tokens)]).to(device)
     weights = torch.rand(tokens, 2, generator=source).to(device)
-    found = KernelExperts(experts, functional.silu)(x, chosen, weights)
+    found = KernelExperts(experts, gated)(x, chosen, weights)
     torch.testing.assert_close(found, one_by_one(experts, x, chosen, weights), rtol=1e-4, atol=1e-4)
     if part != "codes alone":
-        plain = KernelExperts(mixture(device), functional.silu)(x, chosen, weights)
+        plain = KernelExperts(mixture(device), gated)(x, chosen, weights)
         assert (found - plain).abs().max() > 1e-3, f"{part} does nothing"
+
+
+def test_a_product_that_is_not_linear_in_up(device: torch.device) -> None:
+    experts = mixture(device, biased=True)
+    x = random(device, 6, HIDDEN, seed=7)
+    chosen, weights = torch.tensor([[0, 1]] * 6, device=device), torch.full((6, 2), 0.5, device=device)
+    found = KernelExperts(experts, clamped)(x, chosen, weights)
+    torch.testing.assert_close(found, one_by_one(experts, x, chosen, weights, clamped), rtol=1e-4, atol=1e-4)
+    assert (found - KernelExperts(experts, gated)(x, chosen, weights)).abs().max() > 1e-2
 
 
 def test_experts_that_differ_are_left_apart(device: torch.device) -> None:
     experts = mixture(device)
-    assert isinstance(experts_on_kernels(experts, functional.silu, "triton"), KernelExperts)
-    assert experts_on_kernels(experts, functional.silu, "torch") is None
+    assert isinstance(experts_on_kernels(experts, gated, "triton"), KernelExperts)
+    assert experts_on_kernels(experts, gated, "torch") is None
     experts[1]["up_proj"] = linear(device, INNER, HIDDEN, seed=5, activations=ActivationFormat(bits=8))
     assert "expert 1: up_proj: " in (unsupported(experts) or "")
-    assert experts_on_kernels(experts, functional.silu, "triton") is None
+    assert experts_on_kernels(experts, gated, "triton") is None
     with pytest.raises(ValueError, match="expert 1: up_proj: "):
-        KernelExperts(experts, functional.silu)
+        KernelExperts(experts, gated)
+    experts = mixture(device)
+    experts[2] = mixture(device, biased=True)[2]
+    assert unsupported(experts) == "gate_proj: some experts with a bias: expected all or none"

@@ -42,6 +42,11 @@ RECIPES: dict[str, tuple[str, Any, list[str]]] = {
         KernelExperts,
         ["spec.recipe.weights.group_size=null", "spec.recipe.compensation={kind: svd, rank: {count: 4}}"],
     ),
+    "experts with biases": (
+        "gpt_oss",
+        KernelExperts,
+        ["spec.recipe.weights.group_size=null", "spec.recipe.compensation={kind: svd, rank: {count: 4}}"],
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from counterweight.workers.errors import CheckpointError, UnsupportedModelError
-from counterweight.workers.models.block_builder import Block, BlockBuilder, LinearExperts
+from counterweight.workers.models.block_builder import Block, BlockBuilder, GatedProduct, LinearExperts
 from counterweight.workers.models.families import families
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from tests.models import (
@@ -108,6 +108,9 @@ def test_every_family_of_the_table_is_among_the_cases() -> None:
         ("gemma3_text", {"sliding_window": 64}),
         ("llama-rope", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
         ("qwen3_moe", {"norm_topk_prob": False}),
+        ("gpt_oss", {"sliding_window": 64}),
+        ("gpt_oss", {"swiglu_limit": 7.0}),
+        ("gpt_oss", {"swiglu_alpha": 1.0}),
     ],
 )
 def test_the_features_that_are_compared_do_something(case: str, changes: dict[str, Any]) -> None:
@@ -150,7 +153,7 @@ def test_names_on_disk_of_mixtral() -> None:
 
 
 def test_an_expert_without_tokens_is_not_run() -> None:
-    experts = LinearExperts(3, 8, 4, torch.nn.SiLU())
+    experts = LinearExperts(3, 8, 4, GatedProduct(torch.nn.SiLU()))
     ran: list[int] = []
     for index in range(3):
         linear = experts.get_submodule(f"{index}.down_proj")
@@ -193,7 +196,7 @@ def test_the_config_that_was_given_stays_as_it_was() -> None:
     assert config == before
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "LLAMA", "", None, 7, ["llama"], {"a": 1}])
+@pytest.mark.parametrize("model_type", ["gpt2", "LLAMA", "", None, 7, ["llama"], {"a": 1}])
 def test_an_unknown_model_type_is_refused_with_the_known_ones(model_type: object) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         BlockBuilder({**BASE, "model_type": model_type})
@@ -242,6 +245,11 @@ HOSTILE: list[dict[str, Any]] = [
     {"layer_types": ["full_attention"]},
     {"layer_types": ["nonsense", "nonsense"]},
     {"layer_types": "x"},
+    {"layer_types": ["chunked_attention", "full_attention"]},
+    {"layer_types": ["linear_attention", "full_attention"]},
+    {"layer_types": [["full_attention"], 3]},
+    {"sliding_window": None, "layer_types": ["sliding_attention", "full_attention"]},
+    {"head_dim": 1},
     {"attn_implementation": "flash_attention_17"},
     {"architectures": 5},
     {"id2label": 5},
@@ -280,6 +288,22 @@ HOSTILE: list[dict[str, Any]] = [
     {"from_dict": "x"},
     {"num_hidden_layers": 2, "hidden_size ": 5},
 ]
+HOSTILE_GPT_OSS: list[dict[str, Any]] = [
+    {"num_local_experts": 0},
+    {"num_local_experts": 10**6},
+    {"num_local_experts": "4"},
+    {"num_experts": -7},
+    {"num_experts_per_tok": 5},
+    {"intermediate_size": 0},
+    {"sliding_window": None},
+    {"swiglu_limit": "x"},
+    {"swiglu_limit": -1.0},
+    {"swiglu_limit": None},
+    {"swiglu_alpha": 10**400},
+    {"swiglu_alpha": 1e300},
+    {"attention_bias": False},
+    {"rope_parameters": None},
+]
 HOSTILE_EXPERTS: list[dict[str, Any]] = [
     {"num_experts": -1},
     {"num_experts": "4"},
@@ -311,7 +335,7 @@ def assert_refused_or_works(config: Mapping[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("change", HOSTILE, ids=str)
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
 def test_a_hostile_config_is_refused_or_harmless(family: str, change: dict[str, Any]) -> None:
     assert_refused_or_works({**BASE, "model_type": family, **change})
 
@@ -319,3 +343,8 @@ def test_a_hostile_config_is_refused_or_harmless(family: str, change: dict[str, 
 @pytest.mark.parametrize("change", HOSTILE_EXPERTS, ids=str)
 def test_a_hostile_config_of_experts_is_refused_or_harmless(change: dict[str, Any]) -> None:
     assert_refused_or_works({**BASE, **MOE, "model_type": "qwen3_moe", **change})
+
+
+@pytest.mark.parametrize("change", HOSTILE_GPT_OSS, ids=str)
+def test_a_hostile_config_of_gpt_oss_is_refused_or_harmless(change: dict[str, Any]) -> None:
+    assert_refused_or_works({**BASE, **CASES["gpt_oss"].config, "model_type": "gpt_oss", **change})

@@ -150,8 +150,8 @@ def test_a_residual_stream_behind_norms_is_refused(case: str, tmp_path: Path) ->
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UnsupportedModelError, match="'gpt_oss': expected one of gemma2, gemma3_text, llama"):
-        rotate_block("gpt_oss", {}, ALL, heads=1, key_value_heads=1)
+    with pytest.raises(UnsupportedModelError, match="'gpt2': expected one of gemma2, gemma3_text, gpt_oss, llama"):
+        rotate_block("gpt2", {}, ALL, heads=1, key_value_heads=1)
 
 
 def test_attention_of_another_number_of_heads_is_refused(tmp_path: Path) -> None:
