@@ -30,7 +30,7 @@ from counterweight.workers.hooks import input_hooks
 from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup, is_expert
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.recipe import ModuleRecipe
-from counterweight.workers.solve import shares_a_solve, solve
+from counterweight.workers.solve import LayerState, shares_a_solve, solve
 from counterweight.workers.tasks.records import FallbackReport, ModuleReport
 
 if TYPE_CHECKING:
@@ -239,22 +239,23 @@ def _solve(
 ) -> list[tuple[str, CompressedLinear, ModuleReport]]:
     started = time.perf_counter()
     statistics, recipe = gathered[job.group], job.recipe
-    solutions = solve(
-        recipe,
-        [weights[name].float() for name in job.names],
-        statistics,
-        outliers.get(job.group),
-        [codes[name] for name in job.names] if codes else None,
-        scale_dtype=job.scale_dtype,
-        factor_dtype=job.factor_dtype,
-    )
+    layers = [
+        LayerState(
+            weight=weights[name].float(),
+            statistics=statistics,
+            scale_dtype=job.scale_dtype,
+            factor_dtype=job.factor_dtype,
+            outliers=outliers.get(job.group),
+            codes=codes.get(name),
+        )
+        for name in job.names
+    ]
+    done = [(layer, layer.errors()) for layer in solve(recipe, layers)]
     seconds = (time.perf_counter() - started) / len(job.names)
     solved = []
-    for name, solution in zip(job.names, solutions, strict=True):
-        part, branch = solution.weight, solution.low_rank
-        linear = CompressedLinear(
-            weight=part, low_rank=branch, activations=statistics.activations, residual=solution.residual
-        )
+    for name, (layer, (error_quantized, error_compensated)) in zip(job.names, done, strict=True):
+        part, branch, residual = layer.stored, layer.branch, layer.residual
+        linear = CompressedLinear(weight=part, low_rank=branch, activations=statistics.activations, residual=residual)
         report = ModuleReport(
             name=name,
             rows=part.shape[0],
@@ -266,10 +267,10 @@ def _solve(
             code_bits=part.code_bits,
             scale_bits=part.scale_bits,
             factor_bits=0 if branch is None else branch.bits,
-            residual_bits=0 if solution.residual is None else solution.residual.store.bits_stored,
-            error_quantized=solution.error_quantized,
-            error_compensated=solution.error_compensated,
-            fallbacks=tuple(FallbackReport(step=item.step, cause=item.cause) for item in solution.fallbacks),
+            residual_bits=0 if residual is None else residual.store.bits_stored,
+            error_quantized=error_quantized,
+            error_compensated=error_compensated,
+            fallbacks=tuple(FallbackReport(step=item.step, cause=item.cause) for item in layer.fallbacks),
             seconds=seconds,
         )
         solved.append((name, linear, report))

@@ -17,7 +17,7 @@ from counterweight.workers.memory import release
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import SharedInputGroup
 from counterweight.workers.prepare import prepare
-from counterweight.workers.solve import gains
+from counterweight.workers.solve import LayerState, gains
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.records import Timing
 from counterweight.workers.workspace import Blob, Workspace
@@ -107,12 +107,14 @@ def branch_gains(context: TaskContext, spec: BlockSpec, held: CalibratedBlock) -
             part = spec.recipe.get(name)
             if part is None or part.compensation.branch_rank is None:
                 continue
-            (own,) = gains(
-                part,
-                [held.loaded.parameters[f"{name}.weight"].float().to(context.device)],
-                statistics,
-                held.outliers.get(group),
-                scale_dtype=scale_dtype(name, held.loaded.dtypes[f"{name}.weight"]),
+            dtype = held.loaded.dtypes[f"{name}.weight"]
+            layer = LayerState(
+                weight=held.loaded.parameters[f"{name}.weight"].float().to(context.device),
+                statistics=statistics,
+                scale_dtype=scale_dtype(name, dtype),
+                factor_dtype=dtype,
+                outliers=held.outliers.get(group),
             )
+            (own,) = gains(part, [layer])
             found[name] = tuple(own.tolist())
     return found

@@ -1,9 +1,10 @@
-"""One sibling group of linear layers under its recipe: codes, branches, and what became of the error."""
+"""Linear layers that share an input and a recipe: codes, branches, stores, and what became of the error."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,16 +22,46 @@ from counterweight.workers.recipe import ModuleRecipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Solution:
-    """One linear. Errors are E||W t - W' y - L x||^2 / E||W t||^2 over the calibration tokens, without and with the branch;
-    None when no token reached the layer. residual: what neither holds, to be fetched while decoding."""
+class LayerState:
+    """A linear on its way through the steps of its recipe.
 
-    weight: StoredWeight
-    low_rank: LowRank | None
-    error_quantized: float | None
-    error_compensated: float | None
-    fallbacks: tuple[Fallback, ...]
+    weight: [out, in] float32. statistics: of its input. scale_dtype, factor_dtype: in which scales and factors are stored.
+    outliers: channels of the input that are taken out of the codes. codes: None before they are chosen. branch: what stands
+    beside them. residual: what neither holds, to be fetched while decoding. fallbacks: departures from the recipe.
+    """
+
+    weight: Tensor
+    statistics: InputStatistics
+    scale_dtype: torch.dtype
+    factor_dtype: torch.dtype
+    outliers: Tensor | None = None
+    codes: StoredWeight | None = None
+    branch: LowRank | None = None
     residual: Correction | None = None
+    fallbacks: tuple[Fallback, ...] = ()
+
+    @property
+    def stored(self) -> StoredWeight:
+        """The codes; ValueError before they are chosen."""
+        if self.codes is None:
+            raise ValueError("codes: none yet: expected a layer that has been quantized")
+        return self.codes
+
+    def left(self) -> Tensor:
+        """What codes and branch leave of the weight, [out, in]."""
+        error = self.weight - self.stored.dequantize()
+        return error if self.branch is None else error - self.branch.product()
+
+    def errors(self) -> tuple[float | None, float | None]:
+        """E||W t - W' y - L x||^2 / E||W t||^2 over the calibration tokens, without and with the branch; None when no token
+        reached the layer."""
+        codes, unit = self.stored.dequantize(), energy(self.weight, self.statistics)
+
+        def relative(branch: LowRank | None) -> float | None:
+            return squared_error(self.weight, codes, branch, self.statistics) / unit if unit > 0 else None
+
+        plain = relative(None)
+        return plain, plain if self.branch is None else relative(self.branch)
 
 
 def shares_a_solve(recipe: ModuleRecipe) -> bool:
@@ -39,128 +70,78 @@ def shares_a_solve(recipe: ModuleRecipe) -> bool:
     return not recipe.compensation.anticipates and not recipe.compensation.joint
 
 
-def solve(
-    recipe: ModuleRecipe,
-    weights: Sequence[Tensor],
-    statistics: InputStatistics,
-    outliers: Tensor | None = None,
-    codes: Sequence[StoredWeight] | None = None,
-    *,
-    scale_dtype: torch.dtype,
-    factor_dtype: torch.dtype,
-) -> list[Solution]:
-    """Solutions of `weights`, each [out, in] float32, which read one input and share `recipe`.
+def solve(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[LayerState]:
+    """`layers`, which read one input and share `recipe` and dtypes, with codes (unless they have them), branch and store.
 
-    outliers: channels of the input that ASER takes out of the codes. codes: of each weight, when they are chosen already.
-    Raises ValueError as the solvers do.
+    Raises ValueError as the methods do.
     """
     if recipe.compensation.joint:
-        return [_joint(recipe, weight, statistics, scale_dtype, factor_dtype) for weight in weights]
-    if codes is not None:
-        return [
-            _compensated(recipe, weight, part, statistics, factor_dtype, ())
-            for weight, part in zip(weights, codes, strict=True)
-        ]
-    stacked = torch.cat(list(weights))
-    # Codes pay for what they do to their own input, which is the quantized one.
-    metric = InputStatistics(gram=statistics.product("yy"), tokens=statistics.tokens)
-    target = recipe.weights.target(stacked, statistics)
-    if outliers is not None:
-        target = without_channels(target, outliers)
-    foreseen = recipe.compensation.foresee(metric, weights[0].shape[0])
-    quantized = recipe.weights.quantize(target, foreseen, scale_dtype=scale_dtype)
-    parts = _split(quantized.weight, weights)
-    return [
-        _compensated(recipe, weight, part, statistics, factor_dtype, quantized.fallbacks)
-        for weight, part in zip(weights, parts, strict=True)
-    ]
+        solved = [_jointly(recipe, layer) for layer in layers]
+    else:
+        coded = _quantized(recipe, layers) if all(layer.codes is None for layer in layers) else layers
+        solved = [_compensated(recipe, layer) for layer in coded]
+    if recipe.residual is None:
+        return solved
+    return [replace(layer, residual=recipe.residual.store(layer.left(), layer.statistics)) for layer in solved]
 
 
-def gains(
-    recipe: ModuleRecipe,
-    weights: Sequence[Tensor],
-    statistics: InputStatistics,
-    outliers: Tensor | None = None,
-    *,
-    scale_dtype: torch.dtype,
-) -> list[Tensor]:
+def gains(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[Tensor]:
     """How much of E||W t||^2 each further direction of a branch takes off the error, descending, [min(out, in)] float64 for
-    each of `weights`: squared singular values of what the branch is fitted to, before anything is known of its rank.
+    each of `layers`: squared singular values of what the branch is fitted to, before anything is known of its rank.
 
     LRC: of W E[x' x'^T]^(1/2), what quantizing the input loses, which predicts its error (see `initial_branch`). Otherwise of
     the whitened error of codes that were made without a branch.
     """
     options = recipe.compensation
-    ahead = [options.gain_problem(weight.double(), statistics) for weight in weights]
+    ahead = [options.gain_problem(layer.weight.double(), layer.statistics) for layer in layers]
     problems = [problem for problem in ahead if problem is not None]
     if not problems:
         plain = recipe.model_copy(update={"compensation": NoCompensation(), "residual": None})
-        solved = solve(plain, weights, statistics, outliers, scale_dtype=scale_dtype, factor_dtype=torch.float32)
-        root = root_of(statistics.gram)
-        left = [weight - part.weight.dequantize() for weight, part in zip(weights, solved, strict=True)]
-        problems = [(error.double(), root) for error in left]
+        root = root_of(layers[0].statistics.gram)
+        problems = [(layer.left().double(), root) for layer in solve(plain, layers)]
     found = []
-    for weight, (matrix, root) in zip(weights, problems, strict=True):
-        unit = energy(weight.double(), statistics)
-        squares = spectrum(matrix @ root)[0].square()[: min(weight.shape)]
+    for layer, (matrix, root) in zip(layers, problems, strict=True):
+        unit = energy(layer.weight.double(), layer.statistics)
+        squares = spectrum(matrix @ root)[0].square()[: min(layer.weight.shape)]
         found.append(squares / unit if unit > 0 else torch.zeros_like(squares))
     return found
 
 
-def _compensated(
-    recipe: ModuleRecipe,
-    weight: Tensor,
-    codes: StoredWeight,
-    statistics: InputStatistics,
-    factor_dtype: torch.dtype,
-    fallbacks: tuple[Fallback, ...],
-) -> Solution:
-    fitted = recipe.compensation.fit(weight - codes.dequantize(), statistics, dtype=factor_dtype)
-    return _judged(recipe, weight, codes, fitted.low_rank, statistics, (*fallbacks, *fitted.fallbacks))
+def _quantized(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[LayerState]:
+    """With codes, all of them chosen in one solve."""
+    first = layers[0]
+    stacked = torch.cat([layer.weight for layer in layers])
+    # Codes pay for what they do to their own input, which is the quantized one.
+    metric = InputStatistics(gram=first.statistics.product("yy"), tokens=first.statistics.tokens)
+    target = recipe.weights.target(stacked, first.statistics)
+    if first.outliers is not None:
+        target = without_channels(target, first.outliers)
+    foreseen = recipe.compensation.foresee(metric, first.weight.shape[0])
+    found = recipe.weights.quantize(target, foreseen, scale_dtype=first.scale_dtype)
+    ends = list(accumulate(layer.weight.shape[0] for layer in layers))
+    return [
+        replace(
+            layer,
+            codes=found.weight.rows(slice(end - layer.weight.shape[0], end)),
+            fallbacks=(*layer.fallbacks, *found.fallbacks),
+        )
+        for layer, end in zip(layers, ends, strict=True)
+    ]
 
 
-def _joint(
-    recipe: ModuleRecipe,
-    weight: Tensor,
-    statistics: InputStatistics,
-    scale_dtype: torch.dtype,
-    factor_dtype: torch.dtype,
-) -> Solution:
+def _compensated(recipe: ModuleRecipe, layer: LayerState) -> LayerState:
+    """With a branch for what the codes left."""
+    fitted = recipe.compensation.fit(layer.left(), layer.statistics, dtype=layer.factor_dtype)
+    return replace(layer, branch=fitted.low_rank, fallbacks=(*layer.fallbacks, *fitted.fallbacks))
+
+
+def _jointly(recipe: ModuleRecipe, layer: LayerState) -> LayerState:
+    """With codes and branch that are fitted to each other."""
     fitted = recipe.compensation.solve(
-        recipe.weights, weight, statistics, scale_dtype=scale_dtype, factor_dtype=factor_dtype
+        recipe.weights,
+        layer.weight,
+        layer.statistics,
+        scale_dtype=layer.scale_dtype,
+        factor_dtype=layer.factor_dtype,
     )
-    return _judged(recipe, weight, fitted.weight, fitted.low_rank, statistics, fitted.fallbacks)
-
-
-def _judged(
-    recipe: ModuleRecipe,
-    weight: Tensor,
-    quantized: StoredWeight,
-    branch: LowRank | None,
-    statistics: InputStatistics,
-    fallbacks: tuple[Fallback, ...],
-) -> Solution:
-    codes = quantized.dequantize()
-    unit = energy(weight, statistics)
-
-    def relative(part: LowRank | None) -> float | None:
-        return squared_error(weight, codes, part, statistics) / unit if unit > 0 else None
-
-    error = relative(None)
-    left = weight - codes if branch is None else weight - codes - branch.product()
-    return Solution(
-        weight=quantized,
-        low_rank=branch,
-        error_quantized=error,
-        error_compensated=error if branch is None else relative(branch),
-        fallbacks=fallbacks,
-        residual=None if recipe.residual is None else recipe.residual.store(left, statistics),
-    )
-
-
-def _split(weight: StoredWeight, like: Sequence[Tensor]) -> Iterator[StoredWeight]:
-    """The rows of a stacked weight that belong to each of `like`."""
-    start = 0
-    for part in like:
-        yield weight.rows(slice(start, start + part.shape[0]))
-        start += part.shape[0]
+    return replace(layer, codes=fitted.weight, branch=fitted.low_rank, fallbacks=fitted.fallbacks)
