@@ -39,6 +39,9 @@ ArtifactUri = Annotated[
 INTERRUPTED = 130
 """Exit code of a command that a SIGINT ended, as shells have it."""
 
+SHOWN = 20
+"""Unknown objects that `prune` names; with --json it names all."""
+
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """What every misuse of the command line is. typer may bring its own copy of click, whose classes only it exports."""
 
@@ -170,8 +173,10 @@ def prune(
     if as_json:
         _print_json(pruned.facts())
         return
-    for key in pruned.left:
+    for key in pruned.left[:SHOWN]:
         typer.echo(f"left alone, not of our making: {key}", err=True)
+    if len(pruned.left) > SHOWN:
+        typer.echo(f"left alone, not of our making: {len(pruned.left) - SHOWN} more (all with --json)", err=True)
     rows = [(kind, f"{tally.objects} objects, {bytes_text(tally.bytes)}") for kind, tally in pruned.removed.items()]
     total = ("total", f"{pruned.total.objects} objects, {bytes_text(pruned.total.bytes)}")
     _print_rows(f"{'would be removed' if dry_run else 'removed'} from {pruned.uri}", [*rows, total])

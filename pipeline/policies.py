@@ -9,7 +9,6 @@ from enum import Enum
 
 from counterweight.workers.errors import CounterweightError, RequestError, SurroundingsError
 
-
 STALE = timedelta(days=7)
 """Age at which what nobody used cannot belong to a job that runs: no run of a job is longer."""
 

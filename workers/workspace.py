@@ -9,8 +9,9 @@ at most unused bytes. Records hold what a task found (digests, errors, seconds),
 
 Jobs and `pipeline.prune` need not know of each other. A prune deletes what is old: it writes down what it means to delete
 and then looks again whether all of it is still old. A job first makes what it uses young, by writing or touching it, and
-then looks whether a prune has it on its list. The store is consistent, so one of them sees the other: the prune spares what
-became young, or the job waits until the list is gone and looks again. What is young stays for the prune's age.
+then looks whether a prune has it on its list, and last whether it is there. The store is consistent, so one of them sees the
+other: the prune spares what became young; or the job waits until the list is gone; or the list is gone already, and so is
+the object. What is young and there stays for the prune's age.
 
 This rests on two bounds in time. A run of a job, from its first look-up to its publication, is shorter than the age less
 `YOUNG`. A delete takes effect within `LAPSE` less `DELETING` of the moment it was asked for: a prune that was stopped for
@@ -133,15 +134,13 @@ class Workspace:
         """The committed record of a task, which then stays for the age of a prune and with it the blobs that it names; or
         None. IntegrityError when what is there is no such record."""
         name = f"{COMMITS}/{kind}/{key}.json"
-        data: bytes | None = None
-        while data is None:
-            if not self.store.touch(name, YOUNG):
-                return None
-            try:
-                read = self.store.read(name)
-            except ObjectNotFoundError:
-                return None
-            data = read if self.spared(name) else None
+        while self.store.touch(name, YOUNG):
+            if self.spared(name):
+                return self._record(name, record)
+        return None
+
+    def _record(self, name: str, record: type[AnyRecord]) -> AnyRecord:
+        data = self.store.read(name)
         try:
             return record.model_validate_json(data)
         except ValidationError as error:
@@ -162,15 +161,15 @@ class Workspace:
         raise IntegrityError(f"{self.store.uri_of(name)}: a record was there and is gone, {COMMIT_ATTEMPTS} times")
 
     def spared(self, key: str) -> bool:
-        """Whether no prune is about to delete an object that was just made young. Otherwise waits until that prune is over
-        and returns False: look again what is there."""
+        """Whether an object that was just made young is there to stay. Waits until a prune that is about to delete it is over;
+        after False, make it or touch it again."""
         waited = False
         while any(
             self._condemns(listed.key, key) and not self._lapsed(listed) for listed in self.store.list(f"{PRUNES}/")
         ):
             waited = True
             time.sleep(POLL_SECONDS)
-        return not waited
+        return not waited and self.store.exists(key)
 
     @contextmanager
     def condemned(self, names: Iterable[str]) -> Iterator[Callable[[], bool]]:

@@ -89,6 +89,7 @@ def test_what_a_prune_is_about_to_delete_is_waited_for(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, names: list[str], waits: bool
 ) -> None:
     monkeypatch.setattr(workspace_module, "POLL_SECONDS", 0.01)
+    workspace.store.write("a/b", b"")
     answers: list[bool] = []
     thread = threading.Thread(target=lambda: answers.append(workspace.spared("a/b")))
     with workspace.condemned(names):
@@ -100,7 +101,12 @@ def test_what_a_prune_is_about_to_delete_is_waited_for(
     assert workspace.spared("a/b")
 
 
+def test_what_is_gone_is_not_spared(workspace: Workspace) -> None:
+    assert not workspace.spared("a/b")
+
+
 def test_the_list_of_a_prune_that_was_killed_lapses(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.store.write("a/b", b"")
     workspace.store.write(f"{PRUNES}/0", b"a/b\n")
     age(tmp_path / PRUNES / "0", LAPSE.total_seconds() + 60)
     assert workspace.spared("a/b")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -210,7 +209,10 @@ class FileStore(ObjectStore):
         return True
 
     def stale_writes(self, older_than: timedelta) -> Iterator[StaleWrite]:
-        limit = time.time() - older_than.total_seconds()
+        with _failing("look for stale writes below", self._root):
+            if not self._root.is_dir():
+                return
+        limit = self.now() - older_than
         for directory, _, names in os.walk(self._root, onerror=_unreadable):
             for name in names:
                 path = Path(directory, name)
@@ -220,7 +222,7 @@ class FileStore(ObjectStore):
                             found = path.stat()
                         except FileNotFoundError:
                             continue  # its writer finished or another sweep was first
-                    if found.st_mtime < limit:
+                    if _time(found) < limit:
                         yield StaleWrite(key=path.relative_to(self._root).as_posix(), size=found.st_size)
 
     def abort_write(self, stale: StaleWrite) -> bool:
