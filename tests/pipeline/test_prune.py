@@ -167,6 +167,15 @@ def test_a_young_record_holds_its_old_blobs_wherever_they_stand_in_it(root: Path
     assert keys(root) == {record, *(blob.key for blob in held)}
 
 
+def test_while_a_record_is_there_its_blobs_are_no_targets_however_old_it_is(root: Path) -> None:
+    """What is looked at before blobs are deleted: records go first."""
+    blob = put_blob(root, 1, age=OLD)
+    record = put_record(root, "key", blob, age=OLD)
+    collector = Collector(FileStore(root), AGE)
+    assert {target.name for target in collector.survey().targets} == {record, blob.key}
+    assert {target.name for target in collector.survey(records_stay=True).targets} == {record}
+
+
 def test_a_blob_that_an_old_and_a_young_record_name_stays(root: Path) -> None:
     blob = put_blob(root, 1, age=OLD)
     put_record(root, "old", blob, age=OLD)

@@ -57,5 +57,5 @@ def test_durations_as_people_write_them(text: str, seconds: float) -> None:
     "text", ["", "7", "d", "-1d", "1e3d", "7 d", "7D", "7days", "nan", "infd", "٧d", "9" * 30 + "d", "9" * 400 + "w"]
 )
 def test_what_is_no_duration_is_refused_by_name(text: str) -> None:
-    with pytest.raises(RequestError, match="^--older-than: .*expected a number"):
+    with pytest.raises(RequestError, match=r"^--older-than: .*expected a number"):
         duration(text, "--older-than")
