@@ -1,6 +1,7 @@
 """Finished blocks to an artifact: every block's blob is already a checkpoint shard, so assembly is copying and naming.
 
-The order of writes is the safety: files first, then the report, then artifact.json (created once), then latest.json.
+The order of writes is the safety: the ledger first, which keeps a prune from the folder that an earlier run left; then the
+other files, then the report, then artifact.json (created once), then latest.json.
 Files whose bytes follow from the artifact's id are written unconditionally; the report holds times and is created once,
 and whoever finds one there takes it over, so two writers of one artifact never mix.
 """
@@ -91,13 +92,15 @@ class Assembler:
 
         1. Every source tensor stands in the ledger exactly as often as it should: at least once, and quantized where the
            recipe said so (the block task has seen to that); anything else is an error.
-        2. Shards are copied under the names that transformers expects; the index follows.
-        3. Factors are joined into one adapter file, residual stores into another.
-        4. Workers read what was copied and joined, and compare it with what the tasks had written.
-        5. config.json and ledger.json; tokenizer files as they are.
+        2. ledger.json.
+        3. Shards are copied under the names that transformers expects; the index follows.
+        4. Factors are joined into one adapter file, residual stores into another.
+        5. Workers read what was copied and joined, and compare it with what the tasks had written.
+        6. config.json; tokenizer files as they are.
         """
         ledger = self._parts.ledger
         self._check_account(ledger)
+        self._claim(ledger.model_dump_json(indent=1).encode())
         self._shards()
         self._adapter(ledger)
         self._residual()
@@ -108,7 +111,6 @@ class Assembler:
             source["tie_word_embeddings"] = False  # a rotated model's lm_head is not its embedding
         config = artifact_config(source, ledger.formats, linears, self._source.layout.family)
         self._write(CONFIG, _json(config))
-        self._write(LEDGER, ledger.model_dump_json(indent=1).encode())
         for name in self._source.checkpoint.copyable_files():
             self._write(name, self._source.store.read(name))
         return dict(self._files)
@@ -118,6 +120,12 @@ class Assembler:
         missing = sorted(set(self._source.checkpoint.names) - accounted)
         if missing:
             raise IntegrityError(f"{len(missing)} source tensors are not accounted for: {', '.join(missing[:5])}")
+
+    def _claim(self, ledger: bytes) -> None:
+        """Makes the folder young with its first file, whatever an earlier run left in it."""
+        self._write(LEDGER, ledger)
+        while not self._workspace.spared(self._artifact.key(LEDGER)):
+            self._write(LEDGER, ledger)
 
     def _shards(self) -> None:
         records: list[BlockRecord | PassThroughRecord] = [self._parts.first, *self._parts.blocks, self._parts.last]

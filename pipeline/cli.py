@@ -39,6 +39,9 @@ ArtifactUri = Annotated[
 INTERRUPTED = 130
 """Exit code of a command that a SIGINT ended, as shells have it."""
 
+SHOWN = 20
+"""Unknown objects that `prune` names; with --json it names all."""
+
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """What every misuse of the command line is. typer may bring its own copy of click, whose classes only it exports."""
 
@@ -143,6 +146,40 @@ def verify(uri: ArtifactUri, as_json: AsJson = False) -> None:
         _print_json(facts)
     else:
         _print_rows(f"{document.name} is whole", [(name, str(value)) for name, value in facts.items()])
+
+
+@app.command()
+def prune(
+    output: Annotated[
+        str, typer.Argument(metavar="OUTPUT_URI", help="URI of the output that jobs write to.", show_default=False)
+    ],
+    older_than: Annotated[
+        str,
+        typer.Option(
+            help="Spare what is younger: 36h, 7d, 2w. It must exceed the longest run of a job by an hour; 0 is for an "
+            "output that no job writes to now."
+        ),
+    ] = "7d",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove from an output what nothing refers to and nobody used for a while; published artifacts stay."""
+    from counterweight.pipeline.units import duration
+
+    age = duration(older_than, "--older-than")
+    from counterweight.pipeline.prune import prune as prune_output
+
+    pruned = prune_output(_absolute(output), age, dry_run=dry_run)
+    if as_json:
+        _print_json(pruned.facts())
+        return
+    for key in pruned.left[:SHOWN]:
+        typer.echo(f"left alone, not of our making: {key}", err=True)
+    if len(pruned.left) > SHOWN:
+        typer.echo(f"left alone, not of our making: {len(pruned.left) - SHOWN} more (all with --json)", err=True)
+    rows = [(kind, f"{tally.objects} objects, {bytes_text(tally.bytes)}") for kind, tally in pruned.removed.items()]
+    total = ("total", f"{pruned.total.objects} objects, {bytes_text(pruned.total.bytes)}")
+    _print_rows(f"{'would be removed' if dry_run else 'removed'} from {pruned.uri}", [*rows, total])
 
 
 @app.command("eval")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 from counterweight.pipeline.dispatch import Dispatcher
@@ -12,7 +11,7 @@ from counterweight.pipeline.events import EventLog, JobStarted
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource, open_model, resolve, tokenizer_of
 from counterweight.pipeline.plan import make_plan
-from counterweight.pipeline.policies import RetryPolicy
+from counterweight.pipeline.policies import STALE, RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
 from counterweight.pipeline.tokens import Tokens, read_tokens
 from counterweight.workers.calibration.source import ModelSamples
@@ -24,9 +23,6 @@ from counterweight.workers.storage import ObjectStore, open_store
 from counterweight.workers.storage.probe import probe
 from counterweight.workers.tasks.describe import Describe
 from counterweight.workers.tasks.sample import Sample
-
-STALE = timedelta(days=7)
-"""Age at which an unfinished write cannot belong to a job that runs."""
 
 
 def open_job(job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool) -> tuple[ModelSource, Tokens]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import Enum
 
 from counterweight.workers.errors import CounterweightError, RequestError, SurroundingsError
+
+STALE = timedelta(days=7)
+"""Age at which what nobody used cannot belong to a job that runs: no run of a job is longer."""
 
 
 class Verdict(Enum):

@@ -3,6 +3,7 @@ workers in this process; `tests/end_to_end` runs the real thing."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -20,9 +21,12 @@ import torch
 from safetensors.torch import save_file
 
 from counterweight.pipeline.artifact import verify
-from counterweight.pipeline.cli import main
+from counterweight.pipeline.cli import main, prune
+from counterweight.pipeline.policies import STALE
 from counterweight.pipeline.pool import PoolSize
-from counterweight.workers.errors import GateError
+from counterweight.pipeline.units import duration
+from counterweight.workers.errors import GateError, StorageError
+from counterweight.workers.storage.file import FileStore
 from tests.models import read_tensors
 from tests.pipeline.tiny import LocalPool, files_of, local_path, write_job
 
@@ -474,6 +478,113 @@ def test_the_address_reaches_ray(command: Command, job: Path, monkeypatch: pytes
     ran = command("run", job, "--address", "ray://10.0.0.1:10001", "--set", "spec.resources.workers=9999")
     assert ran.code == 0, ran.err
     assert addresses == ["ray://10.0.0.1:10001"]
+
+
+# -- prune ----------------------------------------------------------------------------------------------------------
+
+
+def old_blob(output: Path, days: float = 8) -> Path:
+    """A blob that no record names."""
+    path = output / "_work" / "blobs" / ("a" * 64)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes(2048))
+    written = time.time() - days * 86400
+    os.utime(path, (written, written))
+    return path
+
+
+def test_prune_says_what_it_removed_a_line_a_kind_and_the_total_last(command: Command, tmp_path: Path) -> None:
+    blob = old_blob(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    dry = command("prune", tmp_path, "--dry-run")
+    assert blob.exists()
+    assert dry.code == 0
+    assert dry.out.startswith(f"would be removed from {tmp_path.as_uri()}\n")
+    ran = command("prune", tmp_path)
+    assert not blob.exists()
+    assert ran.code == 0
+    assert ran.out.splitlines()[1:] == dry.out.splitlines()[1:]
+    lines = [line.split(maxsplit=1) for line in ran.out.splitlines()[1:]]
+    assert ["blobs", "1 objects, 2.00 KiB"] in lines
+    assert ["records", "0 objects, 0 B"] in lines
+    assert lines[-1] == ["total", "1 objects, 2.00 KiB"]
+    assert ran.err == dry.err == "left alone, not of our making: notes.txt\n"
+
+
+def test_prune_prints_facts(command: Command, tmp_path: Path) -> None:
+    old_blob(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    facts = json.loads(command("prune", tmp_path.as_uri(), "--json").out)
+    assert facts["removed"]["blobs"] == facts["total"] == {"objects": 1, "bytes": 2048}
+    assert facts["left_alone"] == ["notes.txt"]
+    assert (facts["uri"], facts["older_than_seconds"], facts["dry_run"]) == (tmp_path.as_uri(), 7 * 86400, False)
+
+
+def test_prune_names_some_unknown_objects_and_counts_the_rest(command: Command, tmp_path: Path) -> None:
+    for number in range(25):
+        (tmp_path / f"{number:02}.txt").write_text("x")
+    assert command("prune", tmp_path).err.splitlines()[-2:] == [
+        "left alone, not of our making: 19.txt",
+        "left alone, not of our making: 5 more (all with --json)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "goes"), [((), False), (("--older-than", "5d"), True), (("--older-than", "0"), True)]
+)
+def test_prune_goes_by_age(command: Command, tmp_path: Path, given: tuple[str, ...], goes: bool) -> None:
+    blob = old_blob(tmp_path, days=6)
+    assert command("prune", tmp_path, *given).code == 0
+    assert blob.exists() != goes
+
+
+def test_the_age_of_prune_is_that_of_unfinished_writes() -> None:
+    assert duration(inspect.signature(prune).parameters["older_than"].default, "") == STALE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--older-than", "7"], "--older-than: '7': expected a number and s, m, h, d or w"),
+        (["--older-than", "-1d"], "--older-than: '-1d'"),
+        (["gs://bucket/x"], "gs://bucket/x"),
+        (["hf:a/b"], "hf:a/b"),
+        (["nowhere"], "nowhere: no such directory"),
+    ],
+)
+def test_a_wrong_prune_is_exit_2(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blob = old_blob(tmp_path)
+    ran = command("prune", *(["."] if arguments[0] == "--older-than" else []), *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert len(ran.errors) == 1
+    assert expected in ran.errors[0]
+    assert blob.exists()
+
+
+def test_a_prune_of_a_damaged_or_failing_store_is_exit_4_in_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = old_blob(tmp_path)
+    record = tmp_path / "_work" / "commits" / "block" / "key.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{")
+    ran = command("prune", tmp_path)
+    assert (ran.code, ran.out, len(ran.errors)) == (4, "", 1)
+    assert record.as_uri() in ran.errors[0]
+    assert blob.exists()
+    record.unlink()
+
+    def fails(store: FileStore, key: str) -> None:
+        raise StorageError(f"delete {key}: 503 SlowDown")
+
+    monkeypatch.setattr(FileStore, "delete", fails)
+    ran = command("prune", tmp_path)
+    assert (ran.code, ran.out, len(ran.errors)) == (4, "", 1)
+    assert "503 SlowDown" in ran.errors[0]
+    assert "Traceback" not in ran.err
 
 
 def test_help_comes_at_once() -> None:

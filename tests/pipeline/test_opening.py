@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from counterweight.pipeline.opening import STALE
+from counterweight.pipeline.policies import STALE
 from counterweight.workers.errors import StorageError
 from counterweight.workers.storage.file import TEMPORARY_PREFIX, FileStore
 from tests.inprocess import RecordedProgress, run_job

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
-from counterweight.pipeline.units import bytes_text, seconds_text
+from counterweight.pipeline.units import bytes_text, duration, seconds_text
+from counterweight.workers.errors import RequestError
 
 
 @pytest.mark.parametrize(
@@ -40,3 +43,19 @@ def test_bytes(size: int, text: str) -> None:
 )
 def test_seconds(seconds: float, text: str) -> None:
     assert seconds_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0", 0), ("0d", 0), ("90s", 90), ("5m", 300), ("1.5h", 5400), ("7d", 604800), ("2w", 1209600)],
+)
+def test_durations_as_people_write_them(text: str, seconds: float) -> None:
+    assert duration(text, "--older-than") == timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "7", "d", "-1d", "1e3d", "7 d", "7D", "7days", "nan", "infd", "٧d", "9" * 30 + "d", "9" * 400 + "w"]
+)
+def test_what_is_no_duration_is_refused_by_name(text: str) -> None:
+    with pytest.raises(RequestError, match=r"^--older-than: .*expected a number"):
+        duration(text, "--older-than")

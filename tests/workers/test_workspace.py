@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from counterweight.workers import workspace as workspace_module
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
 from counterweight.workers.storage import open_store
-from counterweight.workers.workspace import BLOBS, COMMITS, Blob, Record, Workspace
+from counterweight.workers.workspace import BLOBS, COMMITS, DELETING, LAPSE, PRUNES, Blob, Record, Workspace
+from tests.patience import PATIENCE
 
 
 class Found(Record):
@@ -52,11 +56,90 @@ def test_the_order_of_tensors_does_not_matter(workspace: Workspace) -> None:
     assert workspace.put_tensors(TENSORS) == workspace.put_tensors(dict(reversed(TENSORS.items())))
 
 
-def test_what_is_there_is_not_written_again(workspace: Workspace, tmp_path: Path) -> None:
+def age(path: Path, seconds: float) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+def is_young(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime < 600
+
+
+def test_what_is_there_is_made_young_and_not_written_again(workspace: Workspace, tmp_path: Path) -> None:
     path = tmp_path / workspace.put_tensors(TENSORS).key
-    before = path.stat().st_ino, path.stat().st_mtime_ns
+    before = path.stat().st_ino
+    age(path, 7200)
     workspace.put_tensors(TENSORS)
-    assert (path.stat().st_ino, path.stat().st_mtime_ns) == before
+    assert path.stat().st_ino == before
+    assert is_young(path)
+
+
+def test_a_record_that_is_used_is_made_young(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.commit("kind", "key", Found(value=1))
+    path = tmp_path / COMMITS / "kind" / "key.json"
+    age(path, 7200)
+    workspace.lookup("kind", "key", Found)
+    assert is_young(path)
+    age(path, 7200)
+    workspace.commit("kind", "key", Found(value=2))
+    assert is_young(path)
+
+
+@pytest.mark.parametrize(("names", "waits"), [(["a/b"], True), (["c", "a/"], True), (["a"], False), (["a/bc"], False)])
+def test_what_a_prune_is_about_to_delete_is_waited_for(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, names: list[str], waits: bool
+) -> None:
+    monkeypatch.setattr(workspace_module, "POLL_SECONDS", 0.01)
+    workspace.store.write("a/b", b"")
+    answers: list[bool] = []
+    thread = threading.Thread(target=lambda: answers.append(workspace.spared("a/b")))
+    with workspace.condemned(names):
+        thread.start()
+        thread.join(0.3 if waits else PATIENCE)
+        assert answers == ([] if waits else [True])
+    thread.join()
+    assert answers == [not waits]
+    assert workspace.spared("a/b")
+
+
+def test_what_is_gone_is_not_spared(workspace: Workspace) -> None:
+    assert not workspace.spared("a/b")
+
+
+def test_the_list_of_a_prune_that_was_killed_lapses(workspace: Workspace, tmp_path: Path) -> None:
+    workspace.store.write("a/b", b"")
+    workspace.store.write(f"{PRUNES}/0", b"a/b\n")
+    age(tmp_path / PRUNES / "0", LAPSE.total_seconds() + 60)
+    assert workspace.spared("a/b")
+
+
+def test_a_prune_stops_deleting_long_before_its_list_lapses(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 2 * DELETING <= LAPSE
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with workspace.condemned(["a"]) as in_time:
+        assert in_time()
+        clock[0] += DELETING.total_seconds()
+        assert not in_time()
+
+
+def test_a_record_that_a_prune_removes_meanwhile_is_committed_anew(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace_module, "POLL_SECONDS", 0.01)
+    workspace.commit("kind", "key", Found(value=1))
+    path = f"{COMMITS}/kind/key.json"
+    committed: list[Found] = []
+    thread = threading.Thread(target=lambda: committed.append(workspace.commit("kind", "key", Found(value=2))))
+    with workspace.condemned([path]):
+        thread.start()
+        thread.join(0.3)
+        assert committed == []
+        workspace.store.delete(path)
+    thread.join()
+    assert committed == [Found(value=2)]
+    assert workspace.lookup("kind", "key", Found) == Found(value=2)
 
 
 def test_half_a_blob_is_written_again(workspace: Workspace, tmp_path: Path) -> None:

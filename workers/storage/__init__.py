@@ -3,6 +3,7 @@
 from counterweight.workers.storage.base import (
     ObjectInfo,
     ObjectStore,
+    StaleWrite,
     Writer,
     Written,
     sha256_hex,
@@ -16,6 +17,7 @@ from counterweight.workers.storage.probe import probe
 __all__ = [
     "ObjectInfo",
     "ObjectStore",
+    "StaleWrite",
     "Writer",
     "Written",
     "check_key",

@@ -12,7 +12,7 @@ import abc
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Self
 
@@ -24,10 +24,22 @@ STREAM_CHUNK = 4 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
-    """One listed object: its key, relative to the store's root, and its size in bytes."""
+    """One listed object: its key, relative to the store's root, its size in bytes, and when it was written, by the
+    clock of the store (`ObjectStore.now`)."""
 
     key: str
     size: int
+    modified: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaleWrite:
+    """A write that was begun and not ended: `key` as it is named in the store, the bytes that it holds, and on `s3:` the
+    id of its upload."""
+
+    key: str
+    size: int
+    upload: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,10 +224,28 @@ class ObjectStore(abc.ABC):
         """Deletes the object; a key without an object is not an error."""
 
     @abc.abstractmethod
+    def now(self) -> datetime:
+        """The time by the clock that dates objects (`ObjectInfo.modified`): ours may differ by minutes. On `file:` a
+        temporary file is written for it, because a file server has a clock of its own."""
+
+    @abc.abstractmethod
+    def touch(self, key: str, older_than: timedelta) -> bool:
+        """Makes an object as young as one that was just written, where it is older than `older_than`; its bytes stay.
+        False when there is no such object. On `s3:` the server copies the object onto itself."""
+
+    @abc.abstractmethod
+    def stale_writes(self, older_than: timedelta) -> Iterator[StaleWrite]:
+        """What killed writers left below the root (temporary files, multipart uploads) and that was begun longer than
+        `older_than` ago."""
+
+    @abc.abstractmethod
+    def abort_write(self, stale: StaleWrite) -> bool:
+        """Removes one of `stale_writes`; False when it is gone already, because its writer finished or another sweep was
+        first."""
+
     def abort_stale_writes(self, older_than: timedelta) -> int:
-        """Removes what killed writers left below the root (temporary files, multipart uploads) and that was
-        begun longer than `older_than` ago; returns how many. Younger than any live writer may be is the
-        caller's duty."""
+        """Removes all `stale_writes`; returns how many. An age that no live writer reaches is the caller's duty."""
+        return sum(self.abort_write(stale) for stale in self.stale_writes(older_than))
 
 
 def sha256_hex(data: bytes | bytearray | memoryview) -> str:

@@ -12,16 +12,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 
 from counterweight.workers.errors import ObjectNotFoundError, RequestError, StorageError
-from counterweight.workers.storage.base import STREAM_CHUNK, ObjectInfo, ObjectStore, Writer
+from counterweight.workers.storage.base import STREAM_CHUNK, ObjectInfo, ObjectStore, StaleWrite, Writer
 from counterweight.workers.storage.names import TEMPORARY_PREFIX, check_key, check_prefix, check_range, is_key
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
@@ -164,7 +163,8 @@ class FileStore(ObjectStore):
             elif key.startswith(prefix):
                 try:
                     if entry.is_file():
-                        yield ObjectInfo(key=key, size=entry.stat().st_size)
+                        stat = entry.stat()
+                        yield ObjectInfo(key=key, size=stat.st_size, modified=_time(stat))
                 except FileNotFoundError:
                     continue  # deleted since the directory was read: no longer an object
                 except OSError as error:
@@ -192,21 +192,47 @@ class FileStore(ObjectStore):
             directory = directory.parent
         _flush_directory(directory)
 
-    def abort_stale_writes(self, older_than: timedelta) -> int:
-        limit = time.time() - older_than.total_seconds()
-        removed = 0
+    def now(self) -> datetime:
+        with _failing("ask the time of", self._root), _Temporary(self._root / "now") as temporary:
+            return _time(os.fstat(temporary.descriptor))
+
+    def touch(self, key: str, older_than: timedelta) -> bool:
+        # At the same cost for any age, and by the file server's own clock.
+        path = self._path(key)
+        with _failing("touch", path):
+            try:
+                os.utime(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            except PermissionError:  # another user's file: whoever may write in its directory may replace it
+                self.copy(key, key)
+        return True
+
+    def stale_writes(self, older_than: timedelta) -> Iterator[StaleWrite]:
+        with _failing("look for stale writes below", self._root):
+            if not self._root.is_dir():
+                return
+        limit = self.now() - older_than
         for directory, _, names in os.walk(self._root, onerror=_unreadable):
             for name in names:
                 path = Path(directory, name)
                 if name.startswith(TEMPORARY_PREFIX):
-                    with _failing("remove stale", path):
+                    with _failing("look at stale", path):
                         try:
-                            if path.stat().st_mtime < limit:
-                                path.unlink()
-                                removed += 1
+                            found = path.stat()
                         except FileNotFoundError:
                             continue  # its writer finished or another sweep was first
-        return removed
+                    if _time(found) < limit:
+                        yield StaleWrite(key=path.relative_to(self._root).as_posix(), size=found.st_size)
+
+    def abort_write(self, stale: StaleWrite) -> bool:
+        path = self._root / stale.key
+        with _failing("remove stale", path):
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return False
+        return True
 
 
 class _Temporary:
@@ -279,6 +305,10 @@ class _FileWriter(Writer):
     def _discard(self) -> None:
         with _failing("abort writing", self._path):
             self._temporary.close()
+
+
+def _time(found: os.stat_result) -> datetime:
+    return datetime.fromtimestamp(found.st_mtime, UTC)
 
 
 def _make_directory(path: Path) -> None:

@@ -15,6 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from counterweight.workers.errors import CounterweightError, ObjectNotFoundError, RequestError
 from counterweight.workers.storage.base import ObjectStore
 
+PROBES = ".counterweight-probe"
+"""What probes write lies below it; only one that was killed leaves something."""
+
 RACERS = 8
 RACES = 5
 # A racer's record is padded: a server that looks first and writes afterwards is open to others for as long
@@ -33,7 +36,7 @@ def probe(store: ObjectStore) -> None:
     Raises `RequestError` beginning with "refused:" when it does not, and `StorageError` when the store
     cannot be reached. Passing is no proof: it bounds how often a weak server goes unnoticed.
     """
-    prefix = f".counterweight-probe/{uuid.uuid4().hex}"
+    prefix = f"{PROBES}/{uuid.uuid4().hex}"
     keys = [f"{prefix}/once", *(f"{prefix}/race-{number}" for number in range(RACES)), f"{prefix}/plain"]
     try:
         _create_once(store, keys[0])

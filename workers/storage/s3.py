@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Iterator
-from datetime import timedelta
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError, FlexibleChecksumError
 
 from counterweight.workers.errors import ObjectNotFoundError, RequestError, StorageError
-from counterweight.workers.storage.base import STREAM_CHUNK, ObjectInfo, ObjectStore, Writer
+from counterweight.workers.storage.base import STREAM_CHUNK, ObjectInfo, ObjectStore, StaleWrite, Writer
 from counterweight.workers.storage.names import MAX_KEY_BYTES, check_key, check_prefix, check_range, is_key, s3_root
 from counterweight.workers.storage.s3_client import (
     TRANSPORT_ERRORS,
@@ -230,15 +230,18 @@ class S3Store(ObjectStore):
         if source_key == key:  # which S3 refuses
             self._head(key, "copy")
             return
-        part = self._connection.settings.copy_part_size
-        transfer = TransferConfig(multipart_threshold=part, multipart_chunksize=part)
         operation = f"copy {source_uri} to"
         try:
             with s3_errors(operation, uri):
-                self._s3().copy(CopySource=self._at(source_key), **self._at(key), Config=transfer)
+                self._copy(source_key, key, {})
         except ObjectNotFoundError:
             self._require_bucket(operation, uri)
             raise
+
+    def _copy(self, source_key: str, key: str, extra: Mapping[str, Any]) -> None:
+        part = self._connection.settings.copy_part_size
+        transfer = TransferConfig(multipart_threshold=part, multipart_chunksize=part)
+        self._s3().copy(CopySource=self._at(source_key), **self._at(key), ExtraArgs=dict(extra), Config=transfer)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         full = self._prefix + check_prefix(prefix)
@@ -249,30 +252,60 @@ class S3Store(ObjectStore):
                 for item in page.get("Contents", ()):
                     key = str(item["Key"]).removeprefix(self._prefix)
                     if is_key(key):
-                        yield ObjectInfo(key=key, size=int(item["Size"]))
+                        yield ObjectInfo(key=key, size=int(item["Size"]), modified=item["LastModified"])
 
     def delete(self, key: str) -> None:
         with s3_errors("delete", self.uri_of(key)):
             self._s3().delete_object(**self._at(key))
 
-    def abort_stale_writes(self, older_than: timedelta) -> int:
-        aborted = 0
-        with s3_errors("abort stale uploads below", self.uri):
+    def now(self) -> datetime:
+        with s3_errors("ask the time of", self.uri):
+            return _date(self._s3().list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1))
+
+    def touch(self, key: str, older_than: timedelta) -> bool:
+        try:
+            head = self._head(key, "touch")
+            if _date(head) - head["LastModified"] > older_than:
+                # A copy onto itself is allowed where something changes, or is said to.
+                kept = {"MetadataDirective": "REPLACE", "Metadata": head.get("Metadata") or {}}
+                with s3_errors("touch", self.uri_of(key)):
+                    self._copy(key, key, kept)
+        except ObjectNotFoundError:
+            return False
+        return True
+
+    def stale_writes(self, older_than: timedelta) -> Iterator[StaleWrite]:
+        with s3_errors("list stale uploads below", self.uri):
             pages = self._s3().get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix):
-                # By the server's clock on both sides: ours may differ by minutes.
-                now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
+                now = _date(page)
                 for upload in page.get("Uploads", ()):
-                    if now - upload["Initiated"] <= older_than:
-                        continue
-                    try:
-                        self._s3().abort_multipart_upload(
-                            Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-                        )
-                    except ClientError as error:
-                        # Otherwise its writer finished, or another sweep was first.
-                        if code_of(error) != "NoSuchUpload":
-                            raise
-                    else:
-                        aborted += 1
-        return aborted
+                    if now - upload["Initiated"] > older_than:
+                        key, number = str(upload["Key"]), str(upload["UploadId"])
+                        yield StaleWrite(key=key, size=self._uploaded(key, number), upload=number)
+
+    def _uploaded(self, name: str, upload: str) -> int:
+        """Bytes in the parts of an open upload."""
+        try:
+            pages = self._s3().get_paginator("list_parts").paginate(Bucket=self._bucket, Key=name, UploadId=upload)
+            return sum(int(part["Size"]) for page in pages for part in page.get("Parts", ()))
+        except ClientError as error:
+            if code_of(error) != "NoSuchUpload":
+                raise
+            return 0
+
+    def abort_write(self, stale: StaleWrite) -> bool:
+        with s3_errors("abort stale upload of", f"s3://{self._bucket}/{stale.key}"):
+            try:
+                self._s3().abort_multipart_upload(Bucket=self._bucket, Key=stale.key, UploadId=stale.upload)
+            except ClientError as error:
+                # Otherwise its writer finished, or another sweep was first.
+                if code_of(error) != "NoSuchUpload":
+                    raise
+                return False
+        return True
+
+
+def _date(answer: Mapping[str, Any]) -> datetime:
+    """When the server answered, by its own clock."""
+    return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])

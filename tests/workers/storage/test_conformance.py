@@ -5,20 +5,32 @@ from __future__ import annotations
 import pickle
 import random
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError, StorageError
-from counterweight.workers.storage import ObjectInfo, ObjectStore, open_store, sha256_hex, split_uri
+from counterweight.workers.storage import ObjectStore, StaleWrite, open_store, sha256_hex, split_uri
+from tests.patience import PATIENCE
 
 MIB = 1 << 20
+SECOND = timedelta(seconds=1)
 
 
 def keys(store: ObjectStore, prefix: str = "") -> list[str]:
     return [item.key for item in store.list(prefix)]
+
+
+def sizes(store: ObjectStore, prefix: str = "") -> list[tuple[str, int]]:
+    return [(item.key, item.size) for item in store.list(prefix)]
+
+
+def modified(store: ObjectStore, key: str) -> datetime:
+    (found,) = [item.modified for item in store.list(key) if item.key == key]
+    return found
 
 
 @pytest.mark.parametrize("size", [0, 1, 5 * MIB + 3])
@@ -253,13 +265,67 @@ def test_list_is_in_key_order_with_sizes(store: ObjectStore) -> None:
     names = ["b", "a/b", "a-b", "a0", "a/c/d", "a/c-d", "ä", "a b+c%20.json", "Z", "…", "😀"]
     for size, name in enumerate(names):
         store.write(name, bytes(size))
-    expected = [ObjectInfo(key=name, size=size) for size, name in enumerate(names)]
-    expected.sort(key=lambda item: item.key.encode())
-    assert list(store.list()) == expected
+    expected = sorted(((name, size) for size, name in enumerate(names)), key=lambda item: item[0].encode())
+    assert sizes(store) == expected
     for prefix in ("a", "a/", "a/c", "a/c/", "a/c/d", "a/c/d/", "none", "none/", "b/"):
-        assert list(store.list(prefix)) == [item for item in expected if item.key.startswith(prefix)]
+        assert sizes(store, prefix) == [item for item in expected if item[0].startswith(prefix)]
     for name in names:
         assert store.read(name) == bytes(names.index(name))
+
+
+def test_objects_are_dated_by_the_stores_clock(store: ObjectStore) -> None:
+    before = store.now()
+    store.write("a", b"data")
+    after = store.now()
+    assert before - SECOND <= modified(store, "a") <= after + SECOND
+    assert keys(store) == ["a"]
+
+
+def test_a_touched_object_is_young_and_the_same(store: ObjectStore) -> None:
+    data = random.Random(3).randbytes(MIB)
+    store.write("a", data)
+    written = modified(store, "a")
+    time.sleep(1.1)  # servers date in whole seconds
+    assert store.touch("a", timedelta(0))
+    assert modified(store, "a") > written
+    assert store.read("a") == data
+
+
+def test_a_record_that_was_touched_is_still_its_creators(store: ObjectStore) -> None:
+    assert store.create("a", b"first")
+    time.sleep(1.1)
+    assert store.touch("a", timedelta(0))
+    assert not store.create("a", b"second")
+    assert store.read("a") == b"first"
+
+
+@pytest.mark.parametrize("key", ["absent", "held/below"])
+def test_what_is_not_there_cannot_be_touched(store: ObjectStore, key: str) -> None:
+    store.write("held", b"data")
+    assert not store.touch(key, timedelta(0))
+    assert keys(store) == ["held"]
+
+
+def test_what_a_killed_writer_left_is_told_before_it_is_removed(store: ObjectStore) -> None:
+    abandoned = store.open_writer("b")
+    abandoned.write(bytes(6 * MIB))
+    abandoned.write(bytes(5 * MIB))  # the first part is under way, and this one with it
+    (stale,) = until_size(store, 10 * MIB)
+    assert store.abort_write(stale)
+    assert not store.abort_write(stale)
+    assert list(store.stale_writes(timedelta(seconds=-60))) == []
+    abandoned.abort()
+
+
+def until_size(store: ObjectStore, size: int) -> list[StaleWrite]:
+    """The unfinished writes, once they hold `size` bytes."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        found = list(store.stale_writes(timedelta(seconds=-60)))
+        if sum(stale.size for stale in found) >= size:
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"no {size} bytes")
 
 
 def test_delete(store: ObjectStore) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from counterweight.workers.errors import CounterweightError, ObjectNotFoundError, RequestError, StorageError
-from counterweight.workers.storage import ObjectInfo, file, open_store, sha256_hex
+from counterweight.workers.storage import file, open_store, sha256_hex
 from counterweight.workers.storage.file import FileStore
 from tests.patience import PATIENCE
 
@@ -83,7 +83,7 @@ def test_linked_files_are_objects(store: FileStore, root: Path, tmp_path: Path) 
     (root / "broken").symlink_to(tmp_path / "gone")
     (root / "directory").symlink_to(tmp_path / "elsewhere")
     (root / "cycle").symlink_to(root)
-    assert list(store.list()) == [ObjectInfo(key="model", size=7)]
+    assert [(item.key, item.size) for item in store.list()] == [("model", 7)]
     assert store.read("model") == b"weights"
     store.write("model", b"other")
     assert (tmp_path / "blob").read_bytes() == b"weights"
@@ -96,7 +96,7 @@ def test_names_that_are_no_keys_are_not_listed(store: FileStore, root: Path) -> 
     for name in (b"back\\slash", b"new\nline", b"not-utf8-\xff", b".counterweight-tmp-0"):
         Path(os.fsdecode(bytes(root) + b"/" + name)).write_bytes(b"2")
     os.mkfifo(root / "pipe")
-    assert list(store.list()) == [ObjectInfo(key="a", size=1)]
+    assert [(item.key, item.size) for item in store.list()] == [("a", 1)]
 
 
 def test_delete_takes_empty_directories_along_but_not_the_root(store: FileStore, root: Path) -> None:
@@ -200,6 +200,22 @@ time.sleep(60)
     os.utime(root / "old", (time.time() - 7200,) * 2)
     assert store.abort_stale_writes(timedelta(hours=1)) == 1
     assert files(root) == ["old"]
+
+
+def test_another_users_file_is_touched_by_replacing_it(
+    store: FileStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write("a", b"data")
+    os.utime(root / "a", (time.time() - 7200,) * 2)
+
+    def refuses(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "utime", refuses)
+    assert store.touch("a", timedelta(0))
+    assert time.time() - (root / "a").stat().st_mtime < 3600
+    assert store.read("a") == b"data"
+    assert files(root) == ["a"]
 
 
 def test_a_link_whose_answer_was_lost_is_won(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
