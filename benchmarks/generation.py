@@ -18,7 +18,7 @@ from common import machine, record, table, versions
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from counterweight.pipeline.artifact import open_artifact
-from counterweight.pipeline.serving import load_model
+from counterweight.pipeline.artifact.load import load_model
 from counterweight.workers.storage.names import file_root
 
 

@@ -18,7 +18,8 @@ __all__ = ["load_model"]
 def load_model(
     uri: str, *, device: str = "cpu", dtype: torch.dtype | None = None, compensated: bool = True
 ) -> PreTrainedModel:
-    """A published artifact as a transformers model, ready for `generate`; see `counterweight.pipeline.serving.load_model`."""
-    from counterweight.pipeline.serving import load_model as load  # torch and transformers are imported when needed
+    """A published artifact as a transformers model, ready for `generate`; see `counterweight.pipeline.artifact.load`."""
+    # torch and transformers are imported when needed
+    from counterweight.pipeline.artifact.load import load_model as load
 
     return load(uri, device=device, dtype=dtype, compensated=compensated)

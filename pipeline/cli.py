@@ -15,7 +15,7 @@ import typer
 from counterweight.pipeline.units import bytes_text
 
 if TYPE_CHECKING:
-    from counterweight.pipeline.report import Quality
+    from counterweight.pipeline.artifact.report import Quality
 
 app = typer.Typer(
     name="counterweight",

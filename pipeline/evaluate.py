@@ -9,8 +9,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from counterweight.pipeline.artifact import REPORT, file_entry, open_artifact
+from counterweight.pipeline.artifact.report import Quality, Report, qualities
 from counterweight.pipeline.model_source import open_model
-from counterweight.pipeline.report import Quality, Report, qualities
 from counterweight.workers.calibration.source import TextSource, TokenSource
 from counterweight.workers.calibration.tokens import token_set
 from counterweight.workers.config import first_problem

@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from counterweight.pipeline.artifact import Artifact, Published
-from counterweight.pipeline.assemble import Assembler, Parts, job_recipe, now, publish, repair_pointer, software
+from counterweight.pipeline.artifact.assemble import Assembler, Parts, job_recipe
+from counterweight.pipeline.artifact.publish import now, publish, repair_pointer, software
+from counterweight.pipeline.artifact.report import (
+    ModelReport,
+    Report,
+    TaskReport,
+    TokensReport,
+    bits_per_weight,
+    qualities,
+)
+from counterweight.pipeline.artifact.report_html import render
 from counterweight.pipeline.blocks import Blocks
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.events import ArtifactPublished, EventLog, JobAdmitted
@@ -19,15 +29,6 @@ from counterweight.pipeline.manifest import CompressionJob, canonical
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
-from counterweight.pipeline.report import (
-    ModelReport,
-    Report,
-    TaskReport,
-    TokensReport,
-    bits_per_weight,
-    qualities,
-)
-from counterweight.pipeline.report_html import render
 from counterweight.pipeline.stages import (
     Job,
     Stopwatch,

@@ -9,7 +9,8 @@ from typing import Literal
 
 from counterweight.pipeline.allocation import budgeted, share_out
 from counterweight.pipeline.artifact import Artifact, FileEntry
-from counterweight.pipeline.assemble import Parts
+from counterweight.pipeline.artifact.assemble import Parts
+from counterweight.pipeline.artifact.report import TaskReport
 from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.events import BlockDone, EventLog, FellBack, Planned, StageEntered, WindowsDone
@@ -17,7 +18,6 @@ from counterweight.pipeline.graph import Node
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.plan import block_recipe, make_plan
-from counterweight.pipeline.report import TaskReport
 from counterweight.pipeline.validate import Windows, validate
 from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM

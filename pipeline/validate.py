@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from counterweight.pipeline.artifact import Artifact, FileEntry
+from counterweight.pipeline.artifact.report import Quality, TaskReport
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.manifest import Gates
-from counterweight.pipeline.report import Quality, TaskReport
 from counterweight.workers.errors import GateError
 from counterweight.workers.ledger import LEDGER
 from counterweight.workers.metrics import METRICS, Metric

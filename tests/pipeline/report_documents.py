@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
-from counterweight.pipeline.report import BitsPerWeight, ModelReport, Quality, Report, TaskReport, TokensReport
-from counterweight.pipeline.report_html import render
+from counterweight.pipeline.artifact.report import BitsPerWeight, ModelReport, Quality, Report, TaskReport, TokensReport
+from counterweight.pipeline.artifact.report_html import render
 from counterweight.workers.tasks.records import FallbackReport, ModuleReport, Timing
 
 DIGEST = "0123456789abcdef" * 4

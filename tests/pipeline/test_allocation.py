@@ -11,7 +11,7 @@ import pytest
 
 from counterweight.pipeline.allocation import Candidate, allocate
 from counterweight.pipeline.artifact import open_artifact
-from counterweight.pipeline.report import Report
+from counterweight.pipeline.artifact.report import Report
 from counterweight.workers import calibrated_block
 from counterweight.workers.block import calibrate
 from tests.inprocess import run_job

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from counterweight.pipeline.artifact import DOCUMENT, LATEST, read_document, resolve, verify
-from counterweight.pipeline.assemble import Parts
+from counterweight.pipeline.artifact.assemble import Parts
 from counterweight.workers.checkpoint.digest import tensor_digest
 from counterweight.workers.errors import GateError, IntegrityError
 from counterweight.workers.ledger import Ledger

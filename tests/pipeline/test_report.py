@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.pipeline.report import Report, qualities, quality
+from counterweight.pipeline.artifact.report import Report, qualities, quality
 from tests.models import read_tensors
 from tests.pipeline.tiny import job_of, local_path, run_local, write_job
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from counterweight.pipeline.report import Report
-from counterweight.pipeline.report_html import render
+from counterweight.pipeline.artifact.report import Report
+from counterweight.pipeline.artifact.report_html import render
 from counterweight.workers.tasks.records import FallbackReport
 from tests.pipeline.report_documents import (
     QUANTIZED,

@@ -10,7 +10,7 @@ from statistics import median
 
 import pytest
 
-from counterweight.pipeline.report import Report
+from counterweight.pipeline.artifact.report import Report
 from tests.pipeline.report_documents import (
     BASELINE,
     BITS,

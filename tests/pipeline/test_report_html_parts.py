@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from counterweight.pipeline.report_html.markup import Markup, escape, join, number, tag
-from counterweight.pipeline.report_html.modules import Place, expert_tokens, panels, place_of, starved
-from counterweight.pipeline.report_html.svg import Linear, Logarithmic, around, round_step
-from counterweight.pipeline.report_html.text import count, exact, percent, power_of_ten, recipe_line
+from counterweight.pipeline.artifact.report_html.markup import Markup, escape, join, number, tag
+from counterweight.pipeline.artifact.report_html.modules import Place, expert_tokens, panels, place_of, starved
+from counterweight.pipeline.artifact.report_html.svg import Linear, Logarithmic, around, round_step
+from counterweight.pipeline.artifact.report_html.text import count, exact, percent, power_of_ten, recipe_line
 from counterweight.workers.methods.activations import Activations
 from counterweight.workers.methods.compensations import SVD
 from counterweight.workers.methods.compensations.rank import CountRank, EnergyRank, FractionRank

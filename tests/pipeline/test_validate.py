@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from counterweight.pipeline.artifact.report import Quality, Report
 from counterweight.pipeline.manifest import Gates
-from counterweight.pipeline.report import Quality, Report
 from counterweight.pipeline.validate import check_gates
 from counterweight.workers.errors import GateError
 from counterweight.workers.metrics import METRICS

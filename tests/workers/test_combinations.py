@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from counterweight.pipeline.artifact import open_artifact
-from counterweight.pipeline.serving import load_model
+from counterweight.pipeline.artifact.load import load_model
 from counterweight.workers.errors import RequestError
 from tests.inprocess import run_job
 from tests.models import checkpoint

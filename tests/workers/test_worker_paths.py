@@ -11,8 +11,8 @@ import torch
 
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.pipeline.artifact import open_artifact
-from counterweight.pipeline.report import Report
-from counterweight.pipeline.serving import load_model
+from counterweight.pipeline.artifact.load import load_model
+from counterweight.pipeline.artifact.report import Report
 from counterweight.workers.calibrated_block import calibrated
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.loaded_block import load_block

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from counterweight.pipeline.artifact import open_artifact
-from counterweight.pipeline.serving import load_model
+from counterweight.pipeline.artifact.load import load_model
 from tests.inprocess import run_job
 from tests.models import checkpoint, read_config
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from counterweight.pipeline.report_html.markup import Markup, tag
-from counterweight.pipeline.report_html.modules import ExpertTokens, Starved, describe_tokens, expert_tokens, starved
-from counterweight.pipeline.report_html.plots import SHARES, expert_map
-from counterweight.pipeline.report_html.tables import code, figure, fold, legend, section, table
-from counterweight.pipeline.report_html.text import count
+from counterweight.pipeline.artifact.report_html.markup import Markup, tag
+from counterweight.pipeline.artifact.report_html.modules import (
+    ExpertTokens,
+    Starved,
+    describe_tokens,
+    expert_tokens,
+    starved,
+)
+from counterweight.pipeline.artifact.report_html.plots import SHARES, expert_map
+from counterweight.pipeline.artifact.report_html.tables import code, figure, fold, legend, section, table
+from counterweight.pipeline.artifact.report_html.text import count
 from counterweight.workers.tasks.records import ModuleReport
 
 SHOWN = 20

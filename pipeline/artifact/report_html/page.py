@@ -6,14 +6,14 @@ from typing import Any
 
 import yaml
 
-from counterweight.pipeline.report import Quality, Report, TokensReport
-from counterweight.pipeline.report_html import cost, quality
-from counterweight.pipeline.report_html.coverage import coverage_section, fallback_section
-from counterweight.pipeline.report_html.markup import Markup, tag
-from counterweight.pipeline.report_html.modules import middle
-from counterweight.pipeline.report_html.style import STYLE
-from counterweight.pipeline.report_html.tables import code, facts, fold, section, table
-from counterweight.pipeline.report_html.text import NONE, count, percent, recipe_line
+from counterweight.pipeline.artifact.report import Quality, Report, TokensReport
+from counterweight.pipeline.artifact.report_html import cost, quality
+from counterweight.pipeline.artifact.report_html.coverage import coverage_section, fallback_section
+from counterweight.pipeline.artifact.report_html.markup import Markup, tag
+from counterweight.pipeline.artifact.report_html.modules import middle
+from counterweight.pipeline.artifact.report_html.style import STYLE
+from counterweight.pipeline.artifact.report_html.tables import code, facts, fold, section, table
+from counterweight.pipeline.artifact.report_html.text import NONE, count, percent, recipe_line
 from counterweight.workers.tasks.records import ModuleReport
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

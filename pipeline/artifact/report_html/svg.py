@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
 
-from counterweight.pipeline.report_html.markup import Attribute, Markup, join, tag
-from counterweight.pipeline.report_html.text import power_of_ten
+from counterweight.pipeline.artifact.report_html.markup import Attribute, Markup, join, tag
+from counterweight.pipeline.artifact.report_html.text import power_of_ten
 
 TICK = 4.0
 """Length of a tick, and distance of its text."""

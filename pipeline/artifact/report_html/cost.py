@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from counterweight.pipeline.report import Report, TaskReport
-from counterweight.pipeline.report_html.markup import Markup, join, tag
-from counterweight.pipeline.report_html.plots import Layer, TaskColumns, bits_plot
-from counterweight.pipeline.report_html.tables import figure, legend, section, table
-from counterweight.pipeline.report_html.text import NONE, count, exact, percent
+from counterweight.pipeline.artifact.report import Report, TaskReport
+from counterweight.pipeline.artifact.report_html.markup import Markup, join, tag
+from counterweight.pipeline.artifact.report_html.plots import Layer, TaskColumns, bits_plot
+from counterweight.pipeline.artifact.report_html.tables import figure, legend, section, table
+from counterweight.pipeline.artifact.report_html.text import NONE, count, exact, percent
 from counterweight.pipeline.units import bytes_text, seconds_text
 
 PHASES = ("load", "forward", "solve", "write")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from counterweight.pipeline.report_html.markup import Markup, join, tag
-from counterweight.pipeline.report_html.svg import swatch
+from counterweight.pipeline.artifact.report_html.markup import Markup, join, tag
+from counterweight.pipeline.artifact.report_html.svg import swatch
 
 Row = Sequence[str]
 

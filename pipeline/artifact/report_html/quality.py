@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from counterweight.pipeline.report import Quality, Report
-from counterweight.pipeline.report_html.markup import Markup, tag
-from counterweight.pipeline.report_html.modules import Panel, middle, panels
-from counterweight.pipeline.report_html.plots import ErrorPlots, perplexity_plot
-from counterweight.pipeline.report_html.tables import figure, legend, section, table
-from counterweight.pipeline.report_html.text import NONE, count, exact, percent
+from counterweight.pipeline.artifact.report import Quality, Report
+from counterweight.pipeline.artifact.report_html.markup import Markup, tag
+from counterweight.pipeline.artifact.report_html.modules import Panel, middle, panels
+from counterweight.pipeline.artifact.report_html.plots import ErrorPlots, perplexity_plot
+from counterweight.pipeline.artifact.report_html.tables import figure, legend, section, table
+from counterweight.pipeline.artifact.report_html.text import NONE, count, exact, percent
 from counterweight.workers.metrics import METRICS, Metric
 
 ERROR = "‖(W − W′)X‖² / ‖WX‖² over the calibration tokens"

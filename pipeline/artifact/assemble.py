@@ -11,29 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
 
-from counterweight.pipeline.artifact import (
-    CONFIG,
-    DOCUMENT,
-    INDEX,
-    LATEST,
-    REPORT,
-    REPORT_PAGE,
-    Artifact,
-    ArtifactDocument,
-    FileEntry,
-    LedgerSummary,
-    Published,
-)
+from counterweight.pipeline.artifact.document import CONFIG, INDEX, FileEntry
+from counterweight.pipeline.artifact.reader import Artifact
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
-from counterweight.pipeline.report import Report
-from counterweight.pipeline.report_html import render
-from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
+from counterweight.workers.errors import IntegrityError
 from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.interchange.compressed_tensors import artifact_config
 from counterweight.workers.interchange.peft import adapter_config
@@ -45,8 +30,6 @@ from counterweight.workers.tasks.files import Checksum, Join
 from counterweight.workers.tasks.pass_through import PassThroughRecord
 from counterweight.workers.tasks.records import LedgerEntry
 from counterweight.workers.workspace import Blob, Workspace
-
-SOFTWARE = ("counterweight", "torch", "transformers", "ray", "safetensors", "pydantic")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,77 +174,9 @@ class Assembler:
         self._files[path] = FileEntry(size=len(data), sha256=sha256_hex(data))
 
 
-def publish(artifact: Artifact, report: Report, files: Mapping[str, FileEntry], ledger: Ledger) -> Published:
-    """Makes an assembled artifact visible; the report that was there first holds."""
-    store = artifact.store
-    text = _create_or_adopt(artifact, REPORT, report.model_dump_json(indent=1).encode())
-    report = Report.model_validate_json(text)
-    page = _create_or_adopt(artifact, REPORT_PAGE, render(report).encode())
-    everything = dict(files)
-    for path, data in ((REPORT, text), (REPORT_PAGE, page)):
-        everything[path] = FileEntry(size=len(data), sha256=sha256_hex(data))
-    document = ArtifactDocument(
-        name=artifact.name,
-        id=artifact.id,
-        created=report.created,
-        base_model=report.model,
-        recipe=report.recipe,
-        ledger=_summary(ledger),
-        baseline=report.baseline,
-        quantized=report.quantized,
-        compensated=report.compensated,
-        bits_per_weight=report.bits_per_weight,
-        software=report.software,
-        files=everything,
-    )
-    store.create(artifact.key(DOCUMENT), document.model_dump_json(indent=1).encode())
-    published = artifact.published()
-    if published is None:
-        raise IntegrityError(f"{artifact.uri}: {DOCUMENT} was written and is gone")
-    _point(artifact, published.document)
-    return Published(published.uri, published.document, existing=False)
-
-
-def repair_pointer(artifact: Artifact, document: ArtifactDocument) -> None:
-    """Completes a publication whose driver was killed before its last write: an artifact that is newer than the one that
-    latest.json names takes its place."""
-    try:
-        pointer = json.loads(artifact.store.read(f"{artifact.name}/{LATEST}"))
-        newest = str(pointer["created"])
-    except (ObjectNotFoundError, ValueError, KeyError, TypeError):
-        newest = ""
-    if newest < document.created:
-        _point(artifact, document)
-
-
-def _point(artifact: Artifact, document: ArtifactDocument) -> None:
-    pointer = {"id": artifact.id, "uri": artifact.uri, "created": document.created}
-    artifact.store.write(f"{artifact.name}/{LATEST}", _json(pointer))
-
-
-def software() -> dict[str, str]:
-    """Versions of what made the artifact."""
-    return {name: metadata.version(name) for name in SOFTWARE}
-
-
-def now() -> str:
-    """The time, for people."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def job_recipe(job: CompressionJob) -> dict[str, Any]:
     """The whole recipe, defaults written out, with how it was calibrated."""
     return job.spec.model_dump(mode="json", include={"recipe", "calibration"})
-
-
-def _create_or_adopt(artifact: Artifact, path: str, data: bytes) -> bytes:
-    key = artifact.key(path)
-    return data if artifact.store.create(key, data) else artifact.store.read(key)
-
-
-def _summary(ledger: Ledger) -> LedgerSummary:
-    fates = [entry.fate for entry in ledger.entries]
-    return LedgerSummary(quantized=fates.count("quantized"), kept=fates.count("kept"), dropped=fates.count("dropped"))
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-from counterweight.pipeline.report_html.text import count
+from counterweight.pipeline.artifact.report_html.text import count
 from counterweight.workers.models.families import families
 from counterweight.workers.tasks.records import ModuleReport
 

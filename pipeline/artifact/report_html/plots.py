@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from counterweight.pipeline.report import BitsPerWeight, TaskReport
-from counterweight.pipeline.report_html.markup import Markup, join, tag
-from counterweight.pipeline.report_html.modules import ExpertTokens, Panel, Spread, middle
-from counterweight.pipeline.report_html.svg import (
+from counterweight.pipeline.artifact.report import BitsPerWeight, TaskReport
+from counterweight.pipeline.artifact.report_html.markup import Markup, join, tag
+from counterweight.pipeline.artifact.report_html.modules import ExpertTokens, Panel, Spread, middle
+from counterweight.pipeline.artifact.report_html.svg import (
     Area,
     Linear,
     Logarithmic,

@@ -1,73 +1,28 @@
-"""The artifact as others see it: a directory of objects that its `artifact.json` names, with size and sha256 of each.
+"""Finding and opening an artifact: a directory of objects that its `artifact.json` names, with size and sha256 of each.
 
-    <output>/<name>/<id>/artifact.json     written last, once: with it the artifact becomes visible
-    <output>/<name>/latest.json            points to the newest id
-
-This is the reader's side (`resolve`, `verify`, `pull`) and the names; `assemble` writes.
+<output>/<name>/<id>/artifact.json     written last, once: with it the artifact becomes visible
+<output>/<name>/latest.json            points to the newest id
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from counterweight.pipeline.report import BitsPerWeight, ModelReport, Quality
-from counterweight.workers.config import Config, first_problem
+from counterweight.pipeline.artifact.document import CONFIG, DOCUMENT, INDEX, LATEST, ArtifactDocument, FileEntry
+from counterweight.workers.config import first_problem
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError
 from counterweight.workers.ledger import LEDGER
-from counterweight.workers.storage import ObjectStore, fetch, open_store, stream_sha256
+from counterweight.workers.storage import ObjectStore, open_store
 from counterweight.workers.storage.names import check_key
-
-CONFIG = "config.json"
-DOCUMENT = "artifact.json"
-INDEX = "model.safetensors.index.json"
-LATEST = "latest.json"
-REPORT = "report/report.json"
-REPORT_PAGE = "report/report.html"
 
 MAX_DOCUMENT_BYTES = 16 << 20
 """An artifact.json names files, not tensors: this is room for a hundred thousand."""
 
 MAX_POINTER_BYTES = 64 << 10
 """A latest.json has an id, a URI and a time."""
-
-
-class FileEntry(Config):
-    """One object of an artifact."""
-
-    size: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class LedgerSummary(Config):
-    """How many source tensors met which fate."""
-
-    quantized: int
-    kept: int
-    dropped: int
-
-
-class ArtifactDocument(Config):
-    """artifact.json."""
-
-    schema_version: Literal[1] = 1
-    name: str = Field(pattern=r"^[a-z0-9-]{1,63}$")
-    id: str = Field(pattern=r"^[0-9a-f]{16}$")
-    created: str
-    base_model: ModelReport
-    recipe: Mapping[str, Any]
-    ledger: LedgerSummary
-    baseline: Quality | None
-    quantized: Quality | None
-    compensated: Quality | None
-    bits_per_weight: BitsPerWeight
-    software: Mapping[str, str]
-    files: Mapping[str, FileEntry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,55 +116,8 @@ def file_entry(store: ObjectStore, document: ArtifactDocument, path: str) -> Fil
     return document.files[path]
 
 
-def verify(uri: str, done: Callable[[str, int], None] = lambda *_: None) -> ArtifactDocument:
-    """Reads every byte of an artifact and compares it with artifact.json; `done(path, bytes)` after each file.
-
-    IntegrityError listing every file that is missing, of another size or of other content.
-    """
-    store, document = resolve(uri)
-    problems: list[str] = []
-    for path, entry in sorted(document.files.items()):
-        problem = _difference(store, path, entry)
-        if problem is not None:
-            problems.append(problem)
-        done(path, entry.size)
-    if problems:
-        raise IntegrityError(
-            f"{store.uri}: {len(problems)} of {len(document.files)} files differ:\n" + "\n".join(problems)
-        )
-    return document
-
-
-def pull(uri: str, destination: Path, done: Callable[[str, int], None] = lambda *_: None) -> ArtifactDocument:
-    """Downloads an artifact into a directory, resuming what an earlier pull left; every byte is checked.
-
-    artifact.json comes last, so a directory that has it is whole.
-    """
-    store, document = resolve(uri)
-    text = store.read(DOCUMENT)
-    local = open_store(destination.absolute().as_uri())
-    if local.exists(DOCUMENT) and local.read(DOCUMENT) != text:
-        local.delete(DOCUMENT)  # another artifact's: from now on its files are being replaced
-    for path, entry in sorted(document.files.items()):
-        fetch(store, path, destination / path, size=entry.size, sha256=entry.sha256)
-        done(path, entry.size)
-    local.write(DOCUMENT, text)
-    return document
-
-
 def _bounded(store: ObjectStore, key: str, most: int) -> bytes:
     size = store.size(key)
     if size > most:
         raise IntegrityError(f"{store.uri_of(key)}: {size} bytes, expected at most {most}")
     return store.read_range(key, 0, size)
-
-
-def _difference(store: ObjectStore, path: str, entry: FileEntry) -> str | None:
-    try:
-        size = store.size(path)
-        if size != entry.size:
-            return f"{path}: {size} bytes, expected {entry.size}"
-        actual = stream_sha256(store, path)
-    except ObjectNotFoundError:
-        return f"{path}: missing"
-    return None if actual == entry.sha256 else f"{path}: sha256 {actual}, expected {entry.sha256}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from counterweight.pipeline.report_html.markup import Markup, tag
+from counterweight.pipeline.artifact.report_html.markup import Markup, tag
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 

@@ -1,0 +1,58 @@
+"""All bytes of an artifact: checked where they lie, or fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from counterweight.pipeline.artifact.document import DOCUMENT, ArtifactDocument, FileEntry
+from counterweight.pipeline.artifact.reader import resolve
+from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
+from counterweight.workers.storage import ObjectStore, fetch, open_store, stream_sha256
+
+
+def verify(uri: str, done: Callable[[str, int], None] = lambda *_: None) -> ArtifactDocument:
+    """Reads every byte of an artifact and compares it with artifact.json; `done(path, bytes)` after each file.
+
+    IntegrityError listing every file that is missing, of another size or of other content.
+    """
+    store, document = resolve(uri)
+    problems: list[str] = []
+    for path, entry in sorted(document.files.items()):
+        problem = _difference(store, path, entry)
+        if problem is not None:
+            problems.append(problem)
+        done(path, entry.size)
+    if problems:
+        raise IntegrityError(
+            f"{store.uri}: {len(problems)} of {len(document.files)} files differ:\n" + "\n".join(problems)
+        )
+    return document
+
+
+def pull(uri: str, destination: Path, done: Callable[[str, int], None] = lambda *_: None) -> ArtifactDocument:
+    """Downloads an artifact into a directory, resuming what an earlier pull left; every byte is checked.
+
+    artifact.json comes last, so a directory that has it is whole.
+    """
+    store, document = resolve(uri)
+    text = store.read(DOCUMENT)
+    local = open_store(destination.absolute().as_uri())
+    if local.exists(DOCUMENT) and local.read(DOCUMENT) != text:
+        local.delete(DOCUMENT)  # another artifact's: from now on its files are being replaced
+    for path, entry in sorted(document.files.items()):
+        fetch(store, path, destination / path, size=entry.size, sha256=entry.sha256)
+        done(path, entry.size)
+    local.write(DOCUMENT, text)
+    return document
+
+
+def _difference(store: ObjectStore, path: str, entry: FileEntry) -> str | None:
+    try:
+        size = store.size(path)
+        if size != entry.size:
+            return f"{path}: {size} bytes, expected {entry.size}"
+        actual = stream_sha256(store, path)
+    except ObjectNotFoundError:
+        return f"{path}: missing"
+    return None if actual == entry.sha256 else f"{path}: sha256 {actual}, expected {entry.sha256}"
