@@ -304,7 +304,7 @@ def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
         typer.echo(f"  {name.ljust(width)}  {value}")
 
 
-def _print_json(value: Any) -> None:
+def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2, sort_keys=True))
 
 

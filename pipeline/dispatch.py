@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from counterweight.pipeline.events import Event, TaskFinished, TaskRetried, TaskStarted
 from counterweight.pipeline.graph import Graph, Node
@@ -26,7 +26,7 @@ class Finished:
 
     task: Task[object]
     worker: int
-    value: Any = None
+    value: object = None
     retry: bool = False
     worker_died: bool = False
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.event_store import EventStore
@@ -49,7 +48,7 @@ def open_job(job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool
         if not sampled:
             read.append(read_tokens(job, tokenizer_of(open_store(root))))
 
-    def describe(config: Mapping[str, Any]) -> ModelLayout:
+    def describe(config: Mapping[str, object]) -> ModelLayout:
         (layout,) = dispatcher.run_all([Describe(config)], meanwhile=read_texts)
         return layout
 

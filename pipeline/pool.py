@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from counterweight.workers.errors import CounterweightError, RequestError, WorkerError
 from counterweight.workers.process import WorkerProcess
@@ -41,7 +41,7 @@ class Outcome:
 
     ticket: int
     worker: int
-    value: Any = None
+    value: object = None
     error: BaseException | None = None
     worker_died: bool = False
 
@@ -91,7 +91,7 @@ class RayPool:
         self._arguments = (size.device, size.cpus)
         self.size = size.workers
         self._actors = [self._class.remote(*self._arguments) for _ in range(size.workers)]
-        self._pending: dict[Any, tuple[int, int]] = {}
+        self._pending: dict[object, tuple[int, int]] = {}
         self._tickets = 0
 
     def devices(self) -> list[str]:
@@ -126,7 +126,7 @@ class RayPool:
             self._ray.kill(actor)
         self._pending.clear()
 
-    def _outcome(self, reference: Any) -> Outcome:
+    def _outcome(self, reference: object) -> Outcome:
         ticket, worker = self._pending.pop(reference)
         errors = self._ray.exceptions
         try:

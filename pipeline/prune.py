@@ -24,7 +24,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
 
 from counterweight.pipeline.artifact import DOCUMENT, LATEST
 from counterweight.pipeline.event_store import EVENTS
@@ -98,7 +97,7 @@ class Pruned:
     total: Tally
     left: tuple[str, ...]
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """As JSON."""
         return {
             "uri": self.uri,

@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import metadata
-from typing import Any
 
 from counterweight.workers.config import Config, Method
 
@@ -22,12 +21,12 @@ LIBRARIES = ("torch", "transformers")
 """Libraries whose version may change a result's bits."""
 
 
-def canonical_json(value: Any) -> bytes:
+def canonical_json(value: object) -> bytes:
     """JSON with sorted keys, no spaces, no NaN: equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True).encode()
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """sha256 (hex) of `canonical_json`."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 

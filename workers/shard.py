@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +97,7 @@ def _format(linear: CompressedLinear) -> ModuleFormat:
     )
 
 
-def _residual_format(correction: Correction) -> dict[str, Any]:
+def _residual_format(correction: Correction) -> dict[str, object]:
     return {
         "bits": correction.store.bits,
         "selection": correction.selection,

@@ -75,7 +75,7 @@ def _remembered() -> dict[str, dict[str, Any]]:
     return json.loads(_REMEMBERED.read_text()) if _REMEMBERED.exists() else {}
 
 
-def _remember(measured: Mapping[str, Mapping[str, Any]]) -> None:
+def _remember(measured: Mapping[str, Mapping[str, object]]) -> None:
     """After each case, for a run may be interrupted; the file is replaced, for another run may be reading."""
     _REMEMBERED.parent.mkdir(exist_ok=True)
     written = _REMEMBERED.with_name(f"gate.{os.getpid()}.json")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 import triton.language as tl
@@ -24,7 +23,7 @@ def runs_on(device: torch.device) -> bool:
     return device.type == ("cpu" if INTERPRETED else "cuda")
 
 
-def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
+def arithmetic(dtype: torch.dtype) -> dict[str, object]:
     """The constants COMPUTE (type of a dot's operands), PRECISION (of float32 dots) and ASM (inline assembly allowed) of a
     kernel whose activations have `dtype`.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from counterweight.pipeline.artifact.document import CONFIG, INDEX, FileEntry
 from counterweight.pipeline.artifact.reader import Artifact
@@ -174,10 +173,10 @@ class Assembler:
         self._files[path] = FileEntry(size=len(data), sha256=sha256_hex(data))
 
 
-def job_recipe(job: CompressionJob) -> dict[str, Any]:
+def job_recipe(job: CompressionJob) -> dict[str, object]:
     """The whole recipe, defaults written out, with how it was calibrated."""
     return job.spec.model_dump(mode="json", include={"recipe", "calibration"})
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
+def _json(value: Mapping[str, object]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

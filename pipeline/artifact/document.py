@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -41,7 +41,7 @@ class ArtifactDocument(Config):
     id: str = Field(pattern=r"^[0-9a-f]{16}$")
     created: str
     base_model: ModelReport
-    recipe: Mapping[str, Any]
+    recipe: Mapping[str, object]
     ledger: LedgerSummary
     baseline: Quality | None
     quantized: Quality | None

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import Any
 
 from counterweight.pipeline.artifact.document import (
     DOCUMENT,
@@ -95,5 +94,5 @@ def _summary(ledger: Ledger) -> LedgerSummary:
     return LedgerSummary(quantized=fates.count("quantized"), kept=fates.count("kept"), dropped=fates.count("dropped"))
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
+def _json(value: Mapping[str, object]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -7,7 +7,6 @@ codes, scales with zero points, low-rank factors, residual store, over the weigh
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from pydantic import ConfigDict, Field
 
@@ -66,7 +65,7 @@ class ModelReport(Config):
 class TokensReport(Config):
     """A token set. digest: of its ids."""
 
-    source: Mapping[str, Any]
+    source: Mapping[str, object]
     sequences: int
     sequence_length: int
     digest: str
@@ -81,7 +80,7 @@ class Report(Config):
     id: str
     created: str
     model: ModelReport
-    recipe: Mapping[str, Any]
+    recipe: Mapping[str, object]
     calibration: TokensReport
     validation: TokensReport | None
     baseline: Quality | None

@@ -38,7 +38,7 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
-def parse_yaml(data: bytes | str, *, name: str, path: Path = ()) -> Any:
+def parse_yaml(data: bytes | str, *, name: str, path: Path = ()) -> object:
     """The one document of a YAML text.
 
     name: what errors of the text as a whole call it. path: where in a manifest the value belongs.
@@ -49,7 +49,7 @@ def parse_yaml(data: bytes | str, *, name: str, path: Path = ()) -> Any:
     return _YamlDocument(_text(data, name), name).read(path)
 
 
-def parse_json(data: bytes | str, *, name: str) -> Any:
+def parse_json(data: bytes | str, *, name: str) -> object:
     """The value of a JSON text, under the limits of `parse_yaml`. Raises `ManifestError`."""
     try:
         parsed = json.loads(
@@ -110,7 +110,7 @@ class _Scanner(yaml.SafeLoader):
     quadratic time for brackets.
     """
 
-    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+    def fetch_flow_collection_start(self, TokenClass: object) -> None:
         if self.flow_level >= MAX_DEPTH:
             raise _TooDeepError
         super().fetch_flow_collection_start(TokenClass)
@@ -120,11 +120,11 @@ class _YamlDocument:
     """Reads the events of PyYAML, not its objects: aliases, tags and YAML 1.1 come in with those."""
 
     def __init__(self, text: str, name: str) -> None:
-        self._events: Iterator[Any] = yaml.parse(text, Loader=_Scanner)
+        self._events: Iterator[object] = yaml.parse(text, Loader=_Scanner)
         self._name = name
         self._limits = _Limits()
 
-    def read(self, path: Path) -> Any:
+    def read(self, path: Path) -> object:
         self._next()  # start of the stream
         if isinstance(self._next(), yaml.StreamEndEvent):
             raise ManifestError(f"{self._name}: empty, expected a manifest")
@@ -134,7 +134,7 @@ class _YamlDocument:
             raise ManifestError(f"{self._name}: {_line(event)}: a second document, expected one")
         return value
 
-    def _next(self, path: Path = ()) -> Any:
+    def _next(self, path: Path = ()) -> object:
         """The next event. path: of the value that it may begin."""
         try:
             return next(self._events)
@@ -164,14 +164,14 @@ class _YamlDocument:
         plain = event.style is None
         return _plain_scalar(event.value, path) if plain else _string(event.value, path)
 
-    def _sequence(self, path: Path) -> list[Any]:
-        items: list[Any] = []
+    def _sequence(self, path: Path) -> list[object]:
+        items: list[object] = []
         while not isinstance(event := self._next((*path, len(items))), yaml.SequenceEndEvent):
             items.append(self._value(event, (*path, len(items))))
         return items
 
-    def _mapping(self, path: Path) -> dict[str, Any]:
-        members: dict[str, Any] = {}
+    def _mapping(self, path: Path) -> dict[str, object]:
+        members: dict[str, object] = {}
         while not isinstance(event := self._next(path), yaml.MappingEndEvent):
             if isinstance(event, yaml.CollectionStartEvent):
                 raise problem(path, f"{_line(event)}: a list or mapping as a key: expected a string")
@@ -185,7 +185,7 @@ class _YamlDocument:
         return members
 
 
-class _Pairs(list[tuple[str, Any]]):
+class _Pairs(list[tuple[str, object]]):
     """A JSON object as written, before anyone asked whether a key occurs twice."""
 
 
@@ -197,14 +197,14 @@ class _JsonDocument:
     def __init__(self) -> None:
         self._limits = _Limits()
 
-    def read(self, parsed: Any, path: Path) -> Any:
+    def read(self, parsed: object, path: Path) -> object:
         self._limits.enter(path)
         if isinstance(parsed, _Literal):
             return _number(parsed, path)
         if isinstance(parsed, str):
             return _string(parsed, path)
         if isinstance(parsed, _Pairs):
-            members: dict[str, Any] = {}
+            members: dict[str, object] = {}
             for key, value in parsed:
                 if (key := _string(key, path)) in members:
                     raise problem((*path, key), "key given twice")
@@ -215,7 +215,7 @@ class _JsonDocument:
         return parsed
 
 
-def _plain_scalar(text: str, path: Path) -> Any:
+def _plain_scalar(text: str, path: Path) -> object:
     if text in _NULL:
         return None
     if text in _BOOLEANS:

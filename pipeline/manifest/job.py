@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, create_model, field_validator
 
@@ -28,7 +28,7 @@ _LABEL_VALUE = StringConstraints(max_length=200)
 _URI = StringConstraints(min_length=1, max_length=MAX_URI)
 
 
-def _text_by_default(source: Any) -> Any:
+def _text_by_default(source: object) -> object:
     # `text: {uri: ...}` reads as it is meant; the union itself needs a tag to give clear errors.
     return {"kind": "text", **source} if isinstance(source, dict) and "kind" not in source else source
 

@@ -9,7 +9,6 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any
 from urllib.parse import unquote
 
 from pydantic import ValidationError
@@ -79,7 +78,7 @@ def parse_manifest(data: bytes | str, *, name: str, base: str | None, overrides:
     return LoadedManifest(job=job, base=base)
 
 
-def _validated(document: dict[str, Any], changed: Sequence[Path]) -> CompressionJob:
+def _validated(document: dict[str, object], changed: Sequence[Path]) -> CompressionJob:
     try:
         # Strict mode takes a list for a tuple only from JSON: in Python the two differ, in a manifest they
         # cannot.

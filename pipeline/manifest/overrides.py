@@ -12,7 +12,7 @@ from counterweight.workers.errors import ManifestError
 _EXPECTED = "expected path=value, such as spec.recipe.weights.bits=3"
 
 
-def apply_overrides(document: Any, overrides: Sequence[str]) -> list[Path]:
+def apply_overrides(document: object, overrides: Sequence[str]) -> list[Path]:
     """Changes `document` in place, in the order given (a later one wins), and returns the paths that were
     set.
 
@@ -47,7 +47,7 @@ def _descend(path: Path, holder: Any, step: str, option: str) -> tuple[Path, Any
     return (*path, key), holder[key]
 
 
-def _key(path: Path, holder: Any, step: str, option: str) -> str | int:
+def _key(path: Path, holder: object, step: str, option: str) -> str | int:
     """`step` as a key of `holder`, or as an index of an item that it has."""
     if isinstance(holder, dict):
         return step

@@ -13,9 +13,9 @@ from counterweight.workers.calibration.source import TextSource
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def job_schema() -> dict[str, Any]:
+def job_schema() -> dict[str, object]:
     """The JSON Schema (draft 2020-12) of a `CompressionJob`; a fresh copy, the caller's to change."""
-    copy: dict[str, Any] = json.loads(schema_text())
+    copy: dict[str, object] = json.loads(schema_text())
     return copy
 
 
@@ -43,7 +43,7 @@ def _require_tags(schema: dict[str, Any]) -> None:
                 required.insert(0, discriminator["propertyName"])
 
 
-def _tidy(schema: dict[str, Any]) -> None:
+def _tidy(schema: dict[str, object]) -> None:
     """Drops the titles that pydantic makes up from field names, and the line breaks of our sources."""
     for node in _mappings(schema):
         if isinstance(node.get("title"), str):

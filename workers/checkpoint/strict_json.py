@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from counterweight.workers.checkpoint.refusal import show
 from counterweight.workers.errors import CheckpointError
 
 
-def parse_object(data: bytes, *, file: str, max_values: int) -> dict[str, Any]:
+def parse_object(data: bytes, *, file: str, max_values: int) -> dict[str, object]:
     """Parses UTF-8 JSON whose outermost value is an object.
 
     `max_values` bounds the number of values, and with it the memory: ten million empty lists take thirty
@@ -40,7 +40,7 @@ def parse_object(data: bytes, *, file: str, max_values: int) -> dict[str, Any]:
     return parsed
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     members = dict(pairs)
     if len(members) != len(pairs):
         seen: set[str] = set()

@@ -86,7 +86,7 @@ def refusal_of_weights(formats: Mapping[str, ModuleFormat], experts: Sequence[st
 
 def artifact_config(
     source: Mapping[str, Any], formats: Mapping[str, ModuleFormat], linears: Sequence[str], family: ModelFamily
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """config.json of the artifact: the source's, with the quantization in compressed-tensors' form.
 
     linears: names of all linears inside the blocks, quantized or kept, as stored.
@@ -118,7 +118,7 @@ def artifact_config(
     return config
 
 
-def transform_groups(formats: Mapping[str, ModuleFormat]) -> dict[str, Any]:
+def transform_groups(formats: Mapping[str, ModuleFormat]) -> dict[str, object]:
     """The online transforms in the words of compressed-tensors' `TransformConfig`, for those that it has words for: its
     Hadamard matrices are ours for powers of two, in equal blocks (`head_dim`) or as a whole."""
     groups: dict[int, list[str]] = {}
@@ -139,7 +139,7 @@ def transform_groups(formats: Mapping[str, ModuleFormat]) -> dict[str, Any]:
     }
 
 
-def source_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def source_config(config: Mapping[str, object]) -> dict[str, object]:
     """The model's own config.json out of an artifact's; CheckpointError when the artifact is not one of ours."""
     quantization = config.get("quantization_config")
     if not isinstance(quantization, Mapping):
@@ -157,7 +157,7 @@ def _scheme(form: ModuleFormat) -> Scheme:
     return (form.bits, form.group_size, form.symmetric, form.activation_bits)
 
 
-def _groups(formats: Mapping[str, ModuleFormat]) -> dict[str, Any]:
+def _groups(formats: Mapping[str, ModuleFormat]) -> dict[str, object]:
     """One group for all linears when one scheme fits, otherwise one per scheme with the names of its layers.
 
     With `dequantize=True`, which nobody needs for these files, transformers reads every dense layer by the first group
@@ -177,9 +177,9 @@ def _groups(formats: Mapping[str, ModuleFormat]) -> dict[str, Any]:
     }
 
 
-def _group(scheme: Scheme, targets: Sequence[str]) -> dict[str, Any]:
+def _group(scheme: Scheme, targets: Sequence[str]) -> dict[str, object]:
     bits, group_size, symmetric, activation_bits = scheme
-    weights: dict[str, Any] = {
+    weights: dict[str, object] = {
         "num_bits": bits,
         "type": "int",
         "symmetric": symmetric,

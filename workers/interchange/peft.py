@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +64,7 @@ def refusal_of_adapter(formats: Mapping[str, ModuleFormat], family: ModelFamily)
     return None
 
 
-def adapter_config(formats: Mapping[str, ModuleFormat], base: str, family: ModelFamily) -> dict[str, Any]:
+def adapter_config(formats: Mapping[str, ModuleFormat], base: str, family: ModelFamily) -> dict[str, object]:
     """adapter_config.json: a LoRA of scaling 1 with a rank per module. base: name of the artifact it belongs to."""
     ranks = {name: form.rank for name, form in formats.items() if form.rank}
     reason = refusal_of_adapter(formats, family)

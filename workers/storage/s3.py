@@ -238,7 +238,7 @@ class S3Store(ObjectStore):
             self._require_bucket(operation, uri)
             raise
 
-    def _copy(self, source_key: str, key: str, extra: Mapping[str, Any]) -> None:
+    def _copy(self, source_key: str, key: str, extra: Mapping[str, object]) -> None:
         part = self._connection.settings.copy_part_size
         transfer = TransferConfig(multipart_threshold=part, multipart_chunksize=part)
         self._s3().copy(CopySource=self._at(source_key), **self._at(key), ExtraArgs=dict(extra), Config=transfer)

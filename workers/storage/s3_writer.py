@@ -48,8 +48,8 @@ class MultipartWriter(Writer):
         self._buffer = bytearray()
         self._upload: str | None = None
         self._threads: ThreadPoolExecutor | None = None
-        self._pending: deque[Future[dict[str, Any]]] = deque()
-        self._parts: list[dict[str, Any]] = []
+        self._pending: deque[Future[dict[str, object]]] = deque()
+        self._parts: list[dict[str, object]] = []
 
     def _append(self, view: memoryview) -> None:
         while view:
@@ -77,7 +77,7 @@ class MultipartWriter(Writer):
         part, self._buffer = self._buffer, bytearray()
         self._pending.append(self._threads.submit(self._put_part, self._upload, number, part))
 
-    def _put_part(self, upload: str, number: int, part: bytearray) -> dict[str, Any]:
+    def _put_part(self, upload: str, number: int, part: bytearray) -> dict[str, object]:
         with s3_errors(f"write part {number} of", self.uri):
             answer = self._s3().upload_part(**self._place, UploadId=upload, PartNumber=number, Body=part)
         checksums = {name: value for name, value in answer.items() if name.startswith("Checksum")}

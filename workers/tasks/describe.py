@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.tasks.task import Task
@@ -19,7 +19,7 @@ class Describe(Task[ModelLayout]):
 
     kind: ClassVar[str] = "describe"
 
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
 
     @property
     def name(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from counterweight.workers.config import Config
 from counterweight.workers.keys import numerics, versions
@@ -35,7 +35,7 @@ class Setting(Config):
 
     source: str
     """Root URI of the source checkpoint."""
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     """The source's config.json."""
     workspace: str
     """Root URI of the durable state."""
@@ -49,7 +49,7 @@ class Setting(Config):
         """Where the job's results are kept."""
         return Workspace(open_store(self.workspace))
 
-    def determines(self) -> dict[str, Any]:
+    def determines(self) -> dict[str, object]:
         """The part of a key that all tasks share."""
         config = {name: value for name, value in self.config.items() if name not in IRRELEVANT_CONFIG}
         return {

@@ -9,7 +9,6 @@ its own: a clipped weight moves the bound of the range, not the weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +22,11 @@ UNCLIPPED = 4.0
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, exact: Tensor, rounded: Tensor) -> Tensor:
+    def forward(ctx: object, exact: Tensor, rounded: Tensor) -> Tensor:
         return rounded.clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import yaml
 
 from counterweight.pipeline.artifact.report import Quality, Report, TokensReport
@@ -154,7 +152,7 @@ def _details(report: Report) -> Markup:
     )
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: object) -> str:
     # Sorted, because mappings that differ only in order are equal reports.
     text: str = yaml.safe_dump(value, sort_keys=True, allow_unicode=True, width=100)
     return text.strip()

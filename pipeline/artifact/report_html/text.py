@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from counterweight.pipeline.artifact.report_html.markup import Markup, tag
 
@@ -36,7 +35,7 @@ def power_of_ten(exponent: int) -> str:
     return str(10**exponent) if exponent in (0, 1) else "10" + str(exponent).translate(_SUPERSCRIPTS)
 
 
-def recipe_line(document: Mapping[str, Any]) -> str:
+def recipe_line(document: Mapping[str, object]) -> str:
     """A recipe in one line: `W3 per channel, GPTQ + low rank 16 (svd, full whitening)`.
 
     document: as a report holds it, with the recipe under `recipe`. What it does not know or understand it leaves out:
@@ -65,7 +64,7 @@ def recipe_line(document: Mapping[str, Any]) -> str:
     return line
 
 
-def _compensation(compensation: Mapping[str, Any]) -> str:
+def _compensation(compensation: Mapping[str, object]) -> str:
     kind = compensation.get("kind", "none")
     if kind == "none":
         return ", no compensation"
@@ -87,5 +86,5 @@ def _rank(rank: object) -> str:
     return ""
 
 
-def _mapping(value: object) -> Mapping[str, Any]:
+def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
