@@ -214,7 +214,7 @@ class Orchestrator:
 
     def _parts(self, digests: Mapping[str, str], records: list[BlockRecord]) -> Parts:
         """What lies outside the blocks: the embedding before them, norm and head behind, and what nobody needs."""
-        dropped = dict.fromkeys(self._source.dropped, "follows from the config")
+        dropped = dict(self._source.dropped)
         last = [NORM]
         tied, rotation = self._source.layout.tied, self._setting.rotation
         if LM_HEAD in digests and tied:

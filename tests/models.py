@@ -34,6 +34,7 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN_MLA_ROPE = {**YARN_ROPE, "mscale": 1.0, "mscale_all_dim": 0.5}
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -66,6 +67,25 @@ BASE: Mapping[str, Any] = {
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 
+DEEPSEEK = {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_nextn_predict_layers": 1,
+}
+"""Every head has 12 rows of keys and 16 of values; experts are chosen in two of four groups of two."""
+
 CASES: Mapping[str, Case] = {
     "llama": Case("llama"),
     "llama-rope": Case("llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -91,6 +111,10 @@ CASES: Mapping[str, Case] = {
         "gemma3_text", {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 7, "query_pre_attn_scalar": 16}
     ),
     "mixtral": Case("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "deepseek_v3": Case("deepseek_v3", DEEPSEEK),
+    "deepseek_v3-full-queries": Case(
+        "deepseek_v3", {**DEEPSEEK, "q_lora_rank": None, "rope_parameters": YARN_MLA_ROPE}
+    ),
     "qwen3_moe": Case("qwen3_moe", {**MOE, "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
 }
 
@@ -107,6 +131,9 @@ def build(case: str | Case, *, seed: int = 0, **changes: Any) -> PreTrainedModel
         mean = centre if "norm" in name else 0.0
         values = torch.randn(parameter.shape, generator=generator) * 0.2 + mean
         parameter.data.copy_(values)
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
     return model
 
 

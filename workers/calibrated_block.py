@@ -144,7 +144,7 @@ def calibrated(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> C
     if chosen.scales:
         # What the original block makes is shared between recipes, so it comes from the block as it was.
         _, outputs = calibrate(block, originals or inputs, emit, {}, context.pool) if keep_outputs else ({}, [])
-        parameters = fold(family, chosen.scales, loaded.parameters, loaded.online)
+        parameters = fold(family, chosen.scales, loaded.parameters, loaded.online, heads=block.heads)
         loaded = replace(
             loaded,
             parameters=parameters,
@@ -263,7 +263,7 @@ def tuned(
                 value.float() + family.norm_offset for value in (loaded.parameters[norm], found.norms[norm])
             )
             scales[group] = before / after
-    parameters = fold(family, scales, loaded.parameters, loaded.online)
+    parameters = fold(family, scales, loaded.parameters, loaded.online, heads=loaded.block.heads)
     block = run_block(context, builder, spec.index, parameters, loaded.online, DTYPES[spec.setting.compute_dtype])
     gatherings = {group: statistics.gathering for group, statistics in held.statistics.items()}
     statistics, _ = calibrate(block, inputs, lambda _: None, gatherings, context.pool, originals)

@@ -35,8 +35,8 @@ def test_every_linear_is_connected(name: str) -> None:
         parameters = builder.layout.block_parameters(index)
         weights = {parameter.removesuffix(".weight") for parameter, shape in parameters.items() if len(shape) == 2}
         normed = {module for module in weights if family.norm_before(module) is not None}
-        assert {family.norm_before(module) for module in normed} == set(family.reads)
-        assert all(f"{norm}.weight" in parameters for norm in family.reads)
+        assert {family.norm_before(module) for module in normed} == set(family.norms)
+        assert all(f"{norm}.weight" in parameters for norm in family.norms)
         written = {module for module in weights if family.writes_residual(module)}
         assert normed | written == weights
         assert not normed & written
