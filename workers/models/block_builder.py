@@ -113,7 +113,7 @@ class BlockBuilder:
             experts=self.experts,
             kinds=tuple(layouts),
             kind_of=tuple(kind_of),
-            prediction_layers=0 if predicting is None else int(getattr(self.config, predicting)),
+            prediction_layers=0 if predicting is None else int(getattr(self.config, predicting) or 0),
         )
 
     def _layout(self, layer: nn.Module) -> BlockLayout:

@@ -76,6 +76,10 @@ def _sizes(family: ModelFamily, said: Callable[[str], object]) -> dict[str, int]
 
 
 def _check_fit(family: ModelFamily, sizes: Mapping[str, int]) -> None:
+    counts = () if family.experts is None else (family.experts.count_key, family.experts.active_key)
+    for field in ("num_attention_heads", "num_key_value_heads", *counts):
+        if field not in sizes:
+            raise CheckpointError(f"config.json: {field}: None: expected an integer")
     heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if heads % groups:
         raise CheckpointError(

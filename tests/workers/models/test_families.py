@@ -22,7 +22,9 @@ def test_every_family_has_a_model_to_be_tried_with() -> None:
 
 
 def test_an_unknown_model_type_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"model_type: 'gpt2': expected one of deepseek_v3, gemma2, .*, qwen3_moe"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"model_type: 'gpt2': expected one of deepseek_v3, gemma2, .*, qwen3_moe"
+    ):
         family_of("gpt2")
 
 
