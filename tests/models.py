@@ -114,7 +114,7 @@ CASES: Mapping[str, Case] = {
     "mixtral": Case("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "deepseek_v3": Case("deepseek_v3", DEEPSEEK),
     "deepseek_v3-full-queries": Case(
-        "deepseek_v3", {**DEEPSEEK, "q_lora_rank": None, "rope_parameters": YARN_MLA_ROPE}
+        "deepseek_v3", {**DEEPSEEK, "q_lora_rank": None, "first_k_dense_replace": 0, "rope_parameters": YARN_MLA_ROPE}
     ),
     "qwen3_moe": Case("qwen3_moe", {**MOE, "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
 }
