@@ -185,7 +185,7 @@ class Checkpoint:
         """Digest and finiteness of each tensor, by name, from one pass over its bytes.
 
         Bounded memory: `CONCURRENCY` pieces of at most `ranges.MAX_READ` bytes are held, and no tensor; of block-scaled weights
-        a batch of that size, or one that is larger, and one of them decoded.
+        as many bytes of codes (or one weight that is larger) and what they decode to.
         """
         entries = [self.entry(name) for name in dict.fromkeys(names)]
         groups = plan_reads(entry for entry in entries if entry.name not in self._scales)
@@ -209,14 +209,20 @@ class Checkpoint:
         return tensors
 
     def _decoded(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Block-scaled weights by name, decoded one after the other. Codes are read in batches of `BATCH_BYTES`, or one weight
-        that is larger, and dropped as they are decoded."""
+        """Block-scaled weights by name, decoded batch by batch: `BATCH_BYTES` of codes, or one weight that is larger."""
+        if (scaling := self._scaling) is None:
+            return
         for batch in _batches([self._stored[name] for name in names]):
             codes = self._load_stored(batch)
             scales = self._load_stored([self._scales[entry.name] for entry in batch])
-            for entry in batch:
-                assert self._scaling is not None
-                yield entry.name, self._scaling.decode(codes.pop(entry.name), scales[self._scales[entry.name].name])
+
+            def decode(
+                entry: TensorEntry, codes: dict[str, Tensor] = codes, scales: Mapping[str, Tensor] = scales
+            ) -> Tensor:
+                return scaling.decode(codes.pop(entry.name), scales[self._scales[entry.name].name])
+
+            for entry, tensor in zip(batch, _in_parallel(decode, batch), strict=True):
+                yield entry.name, tensor
 
     def _load_stored(self, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
         allocated = {entry.name: allocate(entry) for entry in entries}
