@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 """What a snapshot of a hub repository consists of; never pickles, never code."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelSource:
     """An opened checkpoint that matches its architecture: exact names, shapes and float dtypes."""
 
@@ -33,15 +34,21 @@ class ModelSource:
     checkpoint: Checkpoint
     layout: ModelLayout
 
-    @property
-    def dropped(self) -> tuple[str, ...]:
-        """Tensors that the artifact leaves out."""
-        return tuple(name for name in self.checkpoint.names if IGNORED.fullmatch(name))
+    @cached_property
+    def dropped(self) -> Mapping[str, str]:
+        """Tensors that the artifact leaves out -> why."""
+        reasons = {name: f"scales of {weight}, decoded with it" for name, weight in self.checkpoint.scales.items()}
+        for name in (*self.checkpoint.names, *self.checkpoint.scales):
+            if IGNORED.fullmatch(name):
+                reasons[name] = "follows from the config"
+            elif self.layout.predicts_further(name):
+                reasons[name] = "of a layer for multi-token prediction, which is not run"
+        return reasons
 
     @property
     def tensors(self) -> tuple[str, ...]:
         """Tensors that count."""
-        return tuple(name for name in self.checkpoint.names if not IGNORED.fullmatch(name))
+        return tuple(name for name in self.checkpoint.names if name not in self.dropped)
 
     def block_tensors(self, index: int) -> tuple[str, ...]:
         """Tensors that block `index` is made from."""

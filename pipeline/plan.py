@@ -135,7 +135,10 @@ def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPl
     _check_recipe(source, index, recipe, linears, calibration.propagate)
     itemsize = ITEMSIZE[calibration.compute_dtype]
     names = source.block_tensors(index)
-    stored = sum(_bytes(source, name) for name in names)
+    entries = [source.checkpoint.entry(name) for name in names]
+    loaded = sum(
+        prod(entry.shape) * entry.dtype.itemsize for entry in entries
+    )  # block-scaled weights take more than stored
     parameters = sum(prod(shape) for shape in shapes.values())
     widths = [linears[group[0]][1] for group in groups if any(name in recipe for name in group)]
     quantized_inputs = any(part.activations is not None for part in recipe.values())
@@ -155,14 +158,14 @@ def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPl
     return BlockPlan(
         index=index,
         parameters=parameters,
-        source_bytes=stored,
+        source_bytes=sum(entry.length for entry in entries),
         linears={_stored(source, index, name): shape for name, shape in linears.items()},
         recipe=recipe,
         statistics_bytes=statistics,
         activation_bytes=activations,
         solve_bytes=solve,
-        peak_bytes=stored + parameters * itemsize + statistics + max(activations, solve),
-        calibrated_bytes=stored + parameters * itemsize + statistics * 8 // (8 + 4),
+        peak_bytes=loaded + parameters * itemsize + statistics + max(activations, solve),
+        calibrated_bytes=loaded + parameters * itemsize + statistics * 8 // (8 + 4),
         forward_flops=int(2 * tokens * sum(prod(shape) * active[name] for name, shape in linears.items())),
         statistics_flops=int(
             sum(

@@ -120,7 +120,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord]) -> Blocks:
 def add_outside(job: Job) -> Outside:
     """The nodes that carry over what lies outside the blocks; workers do them when no block is to be done."""
     digests, layout, rotation = job.digests, job.source.layout, job.setting.rotation
-    dropped = dict.fromkeys(job.source.dropped, "follows from the config")
+    dropped = dict(job.source.dropped)
     last = [NORM]
     if LM_HEAD in digests and layout.tied:
         dropped[LM_HEAD] = "tied: equal to the embedding, stored once"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN_MLA_ROPE = {**YARN_ROPE, "mscale": 1.0, "mscale_all_dim": 0.5}
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -66,6 +68,25 @@ BASE: Mapping[str, Any] = {
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 
+DEEPSEEK = {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_nextn_predict_layers": 1,
+}
+"""Every head has 12 rows of keys and 16 of values; experts are chosen in two of four groups of two."""
+
 CASES: Mapping[str, Case] = {
     "llama": Case("llama"),
     "llama-rope": Case("llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -96,6 +117,10 @@ CASES: Mapping[str, Case] = {
         "gpt_oss",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8, "swiglu_limit": 0.75},
     ),
+    "deepseek_v3": Case("deepseek_v3", DEEPSEEK),
+    "deepseek_v3-full-queries": Case(
+        "deepseek_v3", {**DEEPSEEK, "q_lora_rank": None, "first_k_dense_replace": 0, "rope_parameters": YARN_MLA_ROPE}
+    ),
     "qwen3_moe": Case("qwen3_moe", {**MOE, "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
 }
 
@@ -112,6 +137,9 @@ def build(case: str | Case, *, seed: int = 0, **changes: Any) -> PreTrainedModel
         mean = centre if "norm" in name else 0.0
         values = torch.randn(parameter.shape, generator=generator) * 0.2 + mean
         parameter.data.copy_(values)
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
     return model
 
 
@@ -141,6 +169,58 @@ def save_fused(model: PreTrainedModel, directory: Path) -> Path:
     assert any(name.endswith(".experts.gate_up_proj") for name in tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def save_block_scaled(model: PreTrainedModel, directory: Path, *, block: tuple[int, int] = (24, 16)) -> Path:
+    """A bfloat16 checkpoint whose blocks' linears are F8_E4M3 with a scale per block, as DeepSeek-V3 is published. Gives the
+    model's own weights the decoded values, so that it stays the checkpoint's equal."""
+    save(model, directory, torch.bfloat16)
+    tensors = read_tensors(directory)
+    linears = [name for name in tensors if name.endswith(("_proj.weight", "with_mqa.weight"))]
+    for name in linears:
+        codes, scale = block_scaled(tensors[name].float(), block)
+        tensors |= {name: codes, f"{name}_scale_inv": scale}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    decoded = {name: decoded_by_hand(tensors[name], tensors[f"{name}_scale_inv"], block) for name in linears}
+    save(model, directory / "decoded", torch.bfloat16)
+    save_file(
+        {**{name: tensor for name, tensor in tensors.items() if "_scale_inv" not in name}, **decoded},
+        directory / "decoded" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    filled = AutoModelForCausalLM.from_pretrained(directory / "decoded", dtype=torch.float32)
+    model.load_state_dict(filled.state_dict())
+    shutil.rmtree(directory / "decoded")
+    scheme = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(block)}
+    (directory / "config.json").write_text(json.dumps({**read_config(directory), "quantization_config": scheme}))
+    return directory
+
+
+def block_scaled(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Codes F8_E4M3 [out, in] of a weight and their scales, float32, one per block."""
+    (rows, columns), (out, width) = block, weight.shape
+    scale = torch.empty(-(-out // rows), -(-width // columns))
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            place = (slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
+            scale[i, j] = weight[place].abs().max() / 448
+            codes[place] = (weight[place] / scale[i, j]).to(torch.float8_e4m3fn)
+    return codes, scale
+
+
+def decoded_by_hand(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """The weight, element by element: sign, exponent and mantissa of each code, times the scale of its block."""
+    bytes_, scales = codes.view(torch.uint8).tolist(), scale.tolist()
+    rows = []
+    for i, row in enumerate(bytes_):
+        values = []
+        for j, byte in enumerate(row):
+            exponent, mantissa = byte >> 3 & 15, byte & 7
+            magnitude = mantissa * 2.0**-9 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+            values.append((-magnitude if byte >> 7 else magnitude) * scales[i // block[0]][j // block[1]])
+        rows.append(values)
+    return torch.tensor(rows, dtype=torch.float64).float().bfloat16()
 
 
 def checkpoint(

@@ -82,6 +82,8 @@ def smoothed(
     dtype: torch.dtype,
 ) -> LoadedBlock:
     """The block with the inputs of `scales`' groups divided by them [in], which computes the same."""
-    parameters = fold(family_of(builder.config.model_type), scales, loaded.parameters, loaded.online)
+    parameters = fold(
+        family_of(builder.config.model_type), scales, loaded.parameters, loaded.online, heads=loaded.block.heads
+    )
     block = run_block(context, builder, index, parameters, loaded.online, dtype)
     return replace(loaded, parameters=parameters, block=block)

@@ -61,7 +61,7 @@ def prepare(
     gatherings: dict[SharedInputGroup, Gathering] = {}
     for group, recipe in groups.items():
         seen = rows.get(group)
-        foldable = producer_rows(family, group, parameters) is not None
+        foldable = producer_rows(family, group, parameters, block.heads) is not None
         transform = online.get(group[0])
         # Parameters lie on the CPU, rows where the block runs.
         weights = [] if seen is None else [parameters[f"{name}.weight"].float().to(seen.device) for name in group]

@@ -91,6 +91,8 @@ class Assembler:
         source = dict(self._source.checkpoint.config)
         if LM_HEAD in ledger.tensors:
             source["tie_word_embeddings"] = False  # a rotated model's lm_head is not its embedding
+        if (field := self._source.layout.family.prediction_layers) is not None:
+            source[field] = 0  # their tensors are left out
         config = artifact_config(source, ledger.formats, linears, self._source.layout.family)
         self._write(CONFIG, _json(config))
         for name in self._source.checkpoint.copyable_files():
@@ -99,7 +101,8 @@ class Assembler:
 
     def _check_account(self, ledger: Ledger) -> None:
         accounted = {entry.source for entry in ledger.entries}
-        missing = sorted(set(self._source.checkpoint.names) - accounted)
+        checkpoint = self._source.checkpoint
+        missing = sorted({*checkpoint.names, *checkpoint.scales} - accounted)
         if missing:
             raise IntegrityError(f"{len(missing)} source tensors are not accounted for: {', '.join(missing[:5])}")
 

@@ -177,6 +177,7 @@ class TestModules:
             ("layers.0.mlp.down_proj", Place(0, None, "down_proj")),
             ("model.layers.3.block_sparse_moe.experts.7.w2", Place(3, 7, "experts: down (w2)")),
             ("model.layers.3.mlp.experts.127.gate_proj", Place(3, 127, "experts: gate_proj")),
+            ("model.layers.4.mlp.shared_experts.up_proj", Place(4, None, "shared experts: up_proj")),
             ("model.layers.x.q_proj", Place(0, None, "other")),
             ("model.layers.1.", Place(0, None, "other")),
             ("", Place(0, None, "other")),

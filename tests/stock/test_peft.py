@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from counterweight import load_model
 from tests.inprocess import local, run_job
-from tests.models import MOE, Case, checkpoint, token_ids
+from tests.models import DEEPSEEK, MOE, Case, checkpoint, token_ids
 
 RTN = {"quantizer": {"kind": "rtn"}}
 W3 = {"bits": 3, "group_size": 32, **RTN}
@@ -28,6 +28,7 @@ MODELS: Mapping[str, Case] = {
     "phi3": Case("phi3"),
     "gemma3_text": Case("gemma3_text", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
     "mixtral": Case("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v3": Case("deepseek_v3", DEEPSEEK),
     "qwen3_moe": Case("qwen3_moe", {**MOE, "mlp_only_layers": [1]}),
 }
 
@@ -54,6 +55,10 @@ RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "attention of a mixture": (
         "mixtral",
         {"compensation": SVD, "overrides": [{"match": "*.experts.*", "compensation": NONE}]},
+    ),
+    "latent attention": (
+        "deepseek_v3",
+        {"compensation": SVD, "overrides": [{"match": "*.mlp.*", "compensation": NONE}]},
     ),
     "attention of a mixture with dense blocks": (
         "qwen3_moe",
@@ -114,6 +119,10 @@ REFUSED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "some experts": (
         "qwen3_moe",
         {"compensation": NONE, "overrides": [{"match": "*.experts.1.down_proj", "compensation": SVD}]},
+    ),
+    "shared experts": (
+        "deepseek_v3",
+        {"compensation": NONE, "overrides": [{"match": "*.shared_experts.*", "compensation": SVD}]},
     ),
     # PEFT would take them for experts, and leave them out.
     "dense blocks called as experts are": (

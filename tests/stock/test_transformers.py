@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Compre
 
 from counterweight import load_model
 from tests.inprocess import local, run_job
-from tests.models import MOE, Case, build, checkpoint, read_config, read_tensors, save_fused, token_ids
+from tests.models import DEEPSEEK, MOE, Case, build, checkpoint, read_config, read_tensors, save_fused, token_ids
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}  # widths that groups of 128 tile
 RTN = {"quantizer": {"kind": "rtn"}}
@@ -30,6 +30,7 @@ MODELS: Mapping[str, Case] = {
     "phi3": Case("phi3", WIDE),
     "gemma3_text": Case("gemma3_text", {**WIDE, "head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32}),
     "mixtral": Case("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96}),
+    "deepseek_v3": Case("deepseek_v3", DEEPSEEK),
     "qwen3_moe": Case("qwen3_moe", {**MOE, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
 }
 
@@ -88,6 +89,19 @@ REPRESENTED: Mapping[str, Recipe] = {
         "qwen3_moe",
         rest={"overrides": [{"match": "*.layers.1.mlp.*_proj", "weights": {"bits": 8, **RTN}}]},
     ),
+    "deepseek_v3": Recipe("deepseek_v3"),
+    "deepseek_v3 w3": Recipe("deepseek_v3", {"bits": 3, **RTN}),
+    "deepseek_v3 mixed": Recipe(
+        "deepseek_v3", rest={"overrides": [{"match": "*.shared_experts.*", "weights": {"bits": 8, **RTN}}]}
+    ),
+    "deepseek_v3 mixed the other way": Recipe(
+        "deepseek_v3", rest={"overrides": [{"match": "*.experts.*", "weights": {"bits": 2, "group_size": 32, **RTN}}]}
+    ),
+    "deepseek_v3 all but routed experts kept": Recipe(
+        "deepseek_v3", rest={"keep": ["lm_head", "*.self_attn.*", "*.layers.0.*", "*.shared_experts.*"]}
+    ),
+    "deepseek_v3 rotated": Recipe("deepseek_v3", rest={"transforms": [{"kind": "rotation", "online_down": False}]}),
+    "deepseek_v3 smoothed": Recipe("deepseek_v3", rest={"transforms": [{"kind": "smoothing", "strength": 0.5}]}),
     "qwen3_moe dense mlp kept": Recipe("qwen3_moe", rest={"keep": ["lm_head", "*.layers.1.mlp.*"]}),
 }
 
@@ -113,6 +127,7 @@ STANDARD_BUT_NOT_LOADED: Mapping[str, Recipe] = {
         "llama", rest={"overrides": [{"match": "*.layers.1.mlp.down_proj", "weights": ASYMMETRIC["w4 g32"]}]}
     ),
     "mixtral experts kept": Recipe("mixtral", rest={"keep": ["lm_head", "*.experts.*"]}),
+    "deepseek_v3 experts kept": Recipe("deepseek_v3", rest={"keep": ["lm_head", "*.mlp.experts.*"]}),
     "qwen3_moe experts kept": Recipe("qwen3_moe", rest={"keep": ["lm_head", "*.experts.*"]}),
 }
 """Files in the standard form that transformers 5.23 with compressed-tensors 0.20 does not load yet: zero points packed
@@ -121,6 +136,7 @@ under a module that still has them unpacked; experts in 16 bits beside quantized
 REFUSED: Mapping[str, tuple[Recipe, str]] = {
     "asymmetric experts": (Recipe("mixtral", {**W4, "symmetric": False}), "asymmetric grid"),
     "experts with quantized activations": (Recipe("qwen3_moe", rest=A8), "quantized activations"),
+    "deepseek_v3 experts with quantized activations": (Recipe("deepseek_v3", rest=A8), "quantized activations"),
     "experts of two formats": (
         Recipe("mixtral", rest={"overrides": [{"match": "*.experts.1.*", "weights": {"bits": 8, **RTN}}]}),
         "more than one format",
@@ -191,7 +207,7 @@ def test_a_source_of_fused_experts(model: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(stock(directory), ids), ours, rtol=0, atol=1e-6 * float(ours.abs().max()))
 
 
-@pytest.mark.parametrize("model", ["llama", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("model", ["llama", "gemma3_text", "mixtral", "deepseek_v3"])
 def test_in_the_dtype_of_the_checkpoint_too(model: str, make: Make) -> None:
     directory = make(Recipe(model))
     ids = token_ids(2, 24)
@@ -218,7 +234,7 @@ def test_dequantizing_a_mixture_fails_rather_than_mistakes_it(first: str, other:
     assert (theirs - ours).abs().max() < 0.05 * ours.abs().max()
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen2", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("model", ["llama", "qwen2", "gemma3_text", "mixtral", "deepseek_v3"])
 def test_greedy_generation_is_the_same(model: str, make: Make) -> None:
     directory = make(Recipe(model))
     prompt = token_ids(1, 4)

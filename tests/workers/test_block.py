@@ -94,7 +94,7 @@ def compressed(
     return linears, {report.name: report for report in reports}
 
 
-@pytest.mark.parametrize("case", ["llama", "phi3", "gemma3_text", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("case", ["llama", "phi3", "gemma3_text", "mixtral", "qwen3_moe", "deepseek_v3-full-queries"])
 def test_statistics_are_those_of_every_sibling(case: str) -> None:
     """One per distinct input: each linear of a group sees just the rows that were counted."""
     block, hidden = block_of(case), shards()

@@ -18,7 +18,7 @@ from tests.inprocess import run_job
 from tests.models import checkpoint
 
 CHOICES: dict[str, list[Any]] = {
-    "family": ["llama", "qwen2", "phi3", "gemma2", "mixtral", "gpt_oss"],
+    "family": ["llama", "qwen2", "phi3", "gemma2", "mixtral", "gpt_oss", "deepseek_v3-full-queries"],
     "bits": [2, 3, 4, 8],
     "group_size": [None, 32],
     "symmetric": [True, False],

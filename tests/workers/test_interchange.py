@@ -168,6 +168,8 @@ def test_what_stock_transformers_cannot_represent(formats: dict[str, ModuleForma
         ("qwen3_moe", ["model.layers.0.self_attn.q_proj"], None),
         ("qwen3_moe", ["model.layers.0.mlp.experts.1.up_proj"], "branches on experts"),
         ("qwen3_moe", [DENSE], "takes them for experts"),
+        ("deepseek_v3", ["model.layers.0.self_attn.kv_b_proj"], None),
+        ("deepseek_v3", ["model.layers.1.mlp.shared_experts.up_proj"], "takes them for experts"),
     ],
 )
 def test_branches_that_are_not_for_peft(family: str, branches: list[str], reason: str | None) -> None:

@@ -243,7 +243,7 @@ def test_compressed_propagation_differs_from_block_one_on(site: Site, make: Make
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("case", ["llama-tied-biased", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("case", ["llama-tied-biased", "qwen3", "qwen3_moe", "deepseek_v3"])
 def test_what_is_kept_is_carried_over_bit_for_bit(
     case: str, dtype: torch.dtype, tmp_path: Path, make: MakeWorker
 ) -> None:
@@ -268,7 +268,9 @@ def test_what_is_kept_is_carried_over_bit_for_bit(
     assert hidden.dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize("case", ["llama-tied-biased", "phi3", "gemma3_text", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "case", ["llama-tied-biased", "phi3", "gemma3_text", "mixtral", "qwen3_moe", "deepseek_v3-full-queries"]
+)
 def test_the_ledger_covers_every_parameter(case: str, tmp_path: Path, make: MakeWorker) -> None:
     checkpoint(case, tmp_path / "model", torch.bfloat16)
     site = Site(source=tmp_path / "model", work=tmp_path / "work")

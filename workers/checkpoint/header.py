@@ -72,7 +72,7 @@ class TensorEntry:
     """Where one tensor lies: `length` bytes from byte `start` of `file`, row-major and little-endian.
 
     file: the object's key in the checkpoint's store. shape: () for a scalar. length: elements times the
-    dtype's size.
+    size of the dtype that is stored.
     """
 
     name: str
@@ -106,10 +106,18 @@ def header_length(prefix: bytes, *, file: str, file_size: int) -> int:
     return length
 
 
-def parse_header(header: bytes | bytearray, *, file: str, file_size: int, already: int = 0) -> Header:
+def parse_header(
+    header: bytes | bytearray,
+    *,
+    file: str,
+    file_size: int,
+    already: int = 0,
+    dtypes: Mapping[str, torch.dtype] = DTYPES,
+) -> Header:
     """Parses the header's JSON (without the eight length bytes) of a file of `file_size` bytes.
 
     `already`: tensors that other files of the checkpoint have; `MAX_TENSORS` bounds them all together.
+    `dtypes`: the words that are allowed.
 
     Checks that the tensors fill the rest of the file exactly: no hole, no overlap, nothing behind the last.
     Raises `CheckpointError` naming the file, the tensor, the value and what was expected.
@@ -132,7 +140,7 @@ def parse_header(header: bytes | bytearray, *, file: str, file_size: int, alread
         if already + len(entries) == MAX_TENSORS:
             raise CheckpointError(f"{file}: more than {MAX_TENSORS} tensors in all")
         try:
-            entries[name] = _entry(scanner.fields(name), name, file, data_start)
+            entries[name] = _entry(scanner.fields(name), name, file, data_start, dtypes)
         except _BadField as error:
             raise CheckpointError(f"{file}: tensor {show(name)}: {error}") from error
     scanner.finish()
@@ -261,22 +269,22 @@ def _metadata(scanner: _Scanner) -> Mapping[str, str]:
     return metadata
 
 
-def _entry(pairs: object, name: str, file: str, data_start: int) -> TensorEntry:
+def _entry(pairs: object, name: str, file: str, data_start: int, dtypes: Mapping[str, torch.dtype]) -> TensorEntry:
     assert isinstance(pairs, list)  # the pattern admits nothing but an object
     fields = dict(pairs)
     if len(pairs) != len(_FIELDS) or fields.keys() != _FIELDS:
         keys = [key for key, _ in pairs]
         raise _BadField(f"fields {show(keys)}, expected dtype, shape and data_offsets, each once")
     word = fields["dtype"]
-    if not isinstance(word, str) or word not in DTYPES:
-        raise _BadField(f"dtype {show(word)}, expected one of {', '.join(DTYPES)}")
+    if not isinstance(word, str) or word not in dtypes:
+        raise _BadField(f"dtype {show(word)}, expected one of {', '.join(dtypes)}")
     shape = _counts(fields["shape"], "shape")
     offsets = _counts(fields["data_offsets"], "data_offsets")
     if len(shape) > MAX_DIMENSIONS:
         raise _BadField(f"shape of {len(shape)} dimensions, expected at most {MAX_DIMENSIONS}")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _BadField(f"data_offsets {show(list(offsets))}, expected [begin, end]")
-    dtype = DTYPES[word]
+    dtype = dtypes[word]
     length = math.prod(shape) * dtype.itemsize
     # Strides are computed from the dimensions that are not empty, and must not overflow either.
     if (length or math.prod(size or 1 for size in shape) * dtype.itemsize) >= 2**63:

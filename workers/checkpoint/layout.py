@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from counterweight.workers.checkpoint.block_scaled import BlockScaling
 from counterweight.workers.checkpoint.header import MAX_TENSORS
 from counterweight.workers.checkpoint.refusal import refusal, show
 from counterweight.workers.checkpoint.strict_json import parse_object
@@ -39,8 +40,8 @@ _MAX_LOOKED_AT = 1000  # objects listed to tell a pickle checkpoint from no chec
 _REFUSED_KEYS: Mapping[str, str] = {
     "auto_map": "the model needs code from its repository, which is never run",
     "transformers_weights": "the config redirects the weights to another file",
-    "quantization_config": "the checkpoint is already quantized; expected one in 16 or 32 bit",
-    "compression_config": "the checkpoint is already quantized; expected one in 16 or 32 bit",
+    "quantization_config": "the checkpoint is already quantized; expected one in 16 or 32 bit, or in fp8 with scales of blocks",
+    "compression_config": "the checkpoint is already quantized; expected one in 16 or 32 bit, or in fp8 with scales of blocks",
 }
 
 
@@ -48,7 +49,8 @@ _REFUSED_KEYS: Mapping[str, str] = {
 class Layout:
     """The checkpoint's files.
 
-    config: config.json, parsed. shards: keys of its safetensors files, sorted. weight_map: tensor -> shard as
+    config: config.json, parsed; without `quantization_config` where that is `scaling`, the blocks of a block-scaled source.
+    shards: keys of its safetensors files, sorted. weight_map: tensor -> shard as
     the index has it, or None without an index. bytes_read: what finding out has cost.
     """
 
@@ -56,18 +58,22 @@ class Layout:
     shards: tuple[str, ...]
     weight_map: Mapping[str, str] | None
     bytes_read: int
+    scaling: BlockScaling | None = None
 
 
 def read_layout(store: ObjectStore, *, quantized: bool = False) -> Layout:
     """Reads the config and the index. Raises `CheckpointError` where they break a rule, `StorageError` and
     `RequestError` as the store does."""
     config, config_bytes = _read_object(store, CONFIG, MAX_CONFIG_BYTES, _MAX_CONFIG_VALUES)
+    scaling = None if quantized else _scaling(config)
+    if scaling is not None:
+        del config["quantization_config"]
     check_config(config, quantized=quantized)
     single = store.exists(SINGLE)
     if not store.exists(INDEX):
         if not single:
             raise _no_weights(store)
-        return Layout(config=config, shards=(SINGLE,), weight_map=None, bytes_read=config_bytes)
+        return Layout(config=config, shards=(SINGLE,), weight_map=None, bytes_read=config_bytes, scaling=scaling)
     index, index_bytes = _read_object(store, INDEX, MAX_INDEX_BYTES, _MAX_INDEX_VALUES)
     weight_map = check_index(index)
     shards = tuple(sorted(set(weight_map.values())))
@@ -76,7 +82,20 @@ def read_layout(store: ObjectStore, *, quantized: bool = False) -> Layout:
             f"{SINGLE} beside {INDEX} that names other files: expected only one of them, "
             "because which one holds the weights depends on the loader"
         )
-    return Layout(config=config, shards=shards, weight_map=weight_map, bytes_read=config_bytes + index_bytes)
+    return Layout(
+        config=config,
+        shards=shards,
+        weight_map=weight_map,
+        bytes_read=config_bytes + index_bytes,
+        scaling=scaling,
+    )
+
+
+def _scaling(config: Mapping[str, Any]) -> BlockScaling | None:
+    try:
+        return BlockScaling.of(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{CONFIG}: {error}") from error
 
 
 def check_config(config: Mapping[str, Any], *, quantized: bool = False) -> None:

@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from counterweight.workers.checkpoint.buffers import Bytes, allocate, check_booleans
+from counterweight.workers.checkpoint.block_scaled import SOURCE_DTYPES, BlockScaling, logical
+from counterweight.workers.checkpoint.buffers import Bytes, allocate, check_booleans, flat_bytes
 from counterweight.workers.checkpoint.digest import Inspector, TensorDigest, tensor_digest
 from counterweight.workers.checkpoint.header import (
+    DTYPES,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
     TensorEntry,
@@ -33,6 +37,9 @@ from counterweight.workers.storage import ObjectStore
 
 # Requests in flight. With pieces of `ranges.MAX_READ` this bounds what is held beside the tensors to 64 MiB.
 CONCURRENCY = 4
+
+BATCH_BYTES = CONCURRENCY * MAX_READ
+"""Of block-scaled codes that are held at once, where no single weight has more."""
 
 COPYABLE_FILES = (
     "tokenizer.json",
@@ -54,7 +61,9 @@ _Result = TypeVar("_Result")
 class Checkpoint:
     """A transformers checkpoint in safetensors whose headers have been read and agree with each other.
 
-    config: config.json as parsed. bytes_read: bytes requested from the store so far. Picklable when the store
+    config: config.json as parsed. names: of the tensors that it holds. A block-scaled weight (`block_scaled`) is one tensor, in
+    bfloat16: reading decodes it, and digests, finiteness and dtype are those of what it decodes to. scales: tensors that hold
+    scales of such a weight -> its name. bytes_read: bytes requested from the store so far. Picklable when the store
     is; reads run in threads of their own, but one `Checkpoint` is for one caller at a time.
 
     Every method raises `CheckpointError`, naming file and tensor, where the checkpoint is not what it should
@@ -68,12 +77,17 @@ class Checkpoint:
         config: Mapping[str, Any],
         entries: Mapping[str, TensorEntry],
         bytes_read: int,
+        scaling: BlockScaling | None = None,
     ) -> None:
         self._store = store
-        self._entries = entries
+        self._scaling = scaling
+        self._scales = {} if scaling is None else scaling.scales(entries)
+        self._stored = {name: entries[name] for name in self._scales}
+        self._entries = {name: logical(entry) if name in self._scales else entry for name, entry in entries.items()}
         self.config = config
         self.bytes_read = bytes_read
-        self.names: tuple[str, ...] = tuple(sorted(entries))
+        self.scales: Mapping[str, str] = {scale.name: name for name, scale in self._scales.items()}
+        self.names: tuple[str, ...] = tuple(sorted(entries.keys() - self.scales.keys()))
 
     @classmethod
     def open(cls, store: ObjectStore, *, quantized: bool = False) -> Checkpoint:
@@ -83,19 +97,27 @@ class Checkpoint:
         2. One safetensors file, or an index that names files beside itself (`layout.read_layout`).
         3. Every file exists and its header is strict (`header.parse_header`).
         4. The index and the headers have the same tensors in the same files, and no tensor twice.
+        5. Where the config says that weights are block-scaled, each has its scales, and they fit.
 
         quantized: an artifact of ours is opened, whose config may say how its weights are quantized.
         """
         with _naming(store.uri):
             layout = read_layout(store, quantized=quantized)
             lengths = _header_lengths(store, layout.shards)
-            headers = _headers(store, lengths)
+            headers = _headers(store, lengths, DTYPES if layout.scaling is None else SOURCE_DTYPES)
             entries = _agreed(headers, layout.weight_map)
-        header_bytes = sum(LENGTH_BYTES + length for _, length in lengths.values())
-        return cls(store, config=layout.config, entries=entries, bytes_read=layout.bytes_read + header_bytes)
+            header_bytes = sum(LENGTH_BYTES + length for _, length in lengths.values())
+            return cls(
+                store,
+                config=layout.config,
+                entries=entries,
+                bytes_read=layout.bytes_read + header_bytes,
+                scaling=layout.scaling,
+            )
 
     def entry(self, name: str) -> TensorEntry:
-        """Where the tensor lies, its dtype and its shape."""
+        """Where the tensor lies, its dtype and its shape. Of a block-scaled weight: the dtype that it decodes to, and where its
+        codes lie."""
         entry = self._entries.get(name)
         if entry is None:
             raise CheckpointError(f"{self._store.uri}: no tensor {show(name)} in the checkpoint")
@@ -162,11 +184,16 @@ class Checkpoint:
     def inspect(self, names: Iterable[str]) -> dict[str, TensorDigest]:
         """Digest and finiteness of each tensor, by name, from one pass over its bytes.
 
-        Bounded memory: `CONCURRENCY` pieces of at most `ranges.MAX_READ` bytes are held, and no tensor.
+        Bounded memory: `CONCURRENCY` pieces of at most `ranges.MAX_READ` bytes are held, and no tensor; of block-scaled weights
+        as many bytes of codes (or one weight that is larger) and what they decode to.
         """
         entries = [self.entry(name) for name in dict.fromkeys(names)]
-        groups = plan_reads(entries)
+        groups = plan_reads(entry for entry in entries if entry.name not in self._scales)
         found: dict[str, TensorDigest] = {}
+        for name, tensor in self._decoded(entry.name for entry in entries if entry.name in self._scales):
+            inspector = Inspector(tensor.dtype, tensor.shape)
+            inspector.update(flat_bytes(tensor))
+            found[name] = inspector.result()
         for group, digests in zip(groups, _in_parallel(self._inspect_group, groups), strict=True):
             found.update(digests)
             self.bytes_read += sum(read.length for read in group)
@@ -177,6 +204,27 @@ class Checkpoint:
         return [key for key in COPYABLE_FILES if self._store.exists(key)]
 
     def _load(self, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
+        tensors = self._load_stored([entry for entry in entries if entry.name not in self._scales])
+        tensors.update(self._decoded(entry.name for entry in entries if entry.name in self._scales))
+        return tensors
+
+    def _decoded(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Block-scaled weights by name, decoded batch by batch: `BATCH_BYTES` of codes, or one weight that is larger."""
+        if (scaling := self._scaling) is None:
+            return
+        for batch in _batches([self._stored[name] for name in names]):
+            codes = self._load_stored(batch)
+            scales = self._load_stored([self._scales[entry.name] for entry in batch])
+
+            def decode(
+                entry: TensorEntry, codes: dict[str, Tensor] = codes, scales: Mapping[str, Tensor] = scales
+            ) -> Tensor:
+                return scaling.decode(codes.pop(entry.name), scales[self._scales[entry.name].name])
+
+            for entry, tensor in zip(batch, _in_parallel(decode, batch), strict=True):
+                yield entry.name, tensor
+
+    def _load_stored(self, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
         allocated = {entry.name: allocate(entry) for entry in entries}
 
         def fill(read: Read) -> int:
@@ -224,6 +272,20 @@ def _in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> It
         yield from pool.map(work, items)
 
 
+def _batches(entries: Iterable[TensorEntry]) -> Iterator[list[TensorEntry]]:
+    """Neighbours together, at most `BATCH_BYTES` or one entry."""
+    batch: list[TensorEntry] = []
+    size = 0
+    for entry in sorted(entries, key=attrgetter("file", "start")):
+        if batch and size + entry.length > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(entry)
+        size += entry.length
+    if batch:
+        yield batch
+
+
 @contextmanager
 def _naming(uri: str) -> Iterator[None]:
     """Puts the checkpoint's URI in front of what the block refuses."""
@@ -261,7 +323,9 @@ def _header_lengths(store: ObjectStore, shards: Sequence[str]) -> dict[str, tupl
     return lengths
 
 
-def _headers(store: ObjectStore, lengths: Mapping[str, tuple[int, int]]) -> list[Mapping[str, TensorEntry]]:
+def _headers(
+    store: ObjectStore, lengths: Mapping[str, tuple[int, int]], dtypes: Mapping[str, torch.dtype]
+) -> list[Mapping[str, TensorEntry]]:
     """Fetched side by side, parsed one after the other: so the limit on tensors holds for all files together."""
     headers: list[Mapping[str, TensorEntry]] = []
     problems: list[str] = []
@@ -269,7 +333,8 @@ def _headers(store: ObjectStore, lengths: Mapping[str, tuple[int, int]]) -> list
     for shard, data in zip(lengths, fetched, strict=True):
         try:
             already = sum(map(len, headers))
-            headers.append(parse_header(data, file=shard, file_size=lengths[shard][0], already=already).entries)
+            header = parse_header(data, file=shard, file_size=lengths[shard][0], already=already, dtypes=dtypes)
+            headers.append(header.entries)
         except CheckpointError as error:
             problems.append(str(error))
     if problems:

@@ -104,13 +104,14 @@ class BlockBuilder:
     @cached_property
     def layout(self) -> ModelLayout:
         """Names and shapes of all that the model consists of."""
+        predicting = self.family.prediction_layers
         kinds: dict[tuple[tuple[str, tuple[int, ...]], ...], int] = {}
         layouts: list[BlockLayout] = []
         kind_of: list[int] = []
         for index in range(self.blocks):
             layer = self._layer(index)
             # Unfusing hundreds of experts takes longer than all else here, and most blocks are alike.
-            kind = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+            kind = tuple((name, tuple(tensor.shape)) for name, tensor in layer.state_dict().items())
             if kind not in kinds:
                 kinds[kind] = len(layouts)
                 layouts.append(self._layout(self._unfused(layer)))
@@ -123,12 +124,13 @@ class BlockBuilder:
             experts=self.experts,
             kinds=tuple(layouts),
             kind_of=tuple(kind_of),
+            prediction_layers=0 if predicting is None else int(getattr(self.config, predicting) or 0),
         )
 
     def _layout(self, layer: nn.Module) -> BlockLayout:
         linears = frozenset(name for name, module in layer.named_modules() if isinstance(module, nn.Linear))
         return BlockLayout(
-            parameters={name: tuple(parameter.shape) for name, parameter in layer.named_parameters()},
+            parameters={name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()},
             linears=self.family.groups_among(linears, self.experts),
         )
 
@@ -174,12 +176,14 @@ class BlockBuilder:
     ) -> Block:
         """Block `index`, filled with `parameters` (names relative to the block, any float dtype).
 
+        Buffers (a router's correction bias) keep the dtype in which transformers makes them, whatever `dtype` is.
         absent: linears whose weight is not given because another module will take their place. Any other parameter that
         is missing, and any that the block does not have, is a CheckpointError.
         """
         layer = self.block_module(index)
+        buffers = {name: buffer.dtype for name, buffer in layer.named_buffers()}
         # A part of a fused tensor may be a strided view, which every product would copy anew.
-        filled = {name: value.to(device, dtype).contiguous() for name, value in parameters.items()}
+        filled = {name: value.to(device, buffers.get(name, dtype)).contiguous() for name, value in parameters.items()}
         wrong = layer.load_state_dict(filled, assign=True, strict=False)
         missing = [name for name in wrong.missing_keys if name.removesuffix(".weight") not in absent]
         if missing or wrong.unexpected_keys:
@@ -266,6 +270,11 @@ class Block:
     def model_type(self) -> str:
         """The family's `model_type`."""
         return str(self._base.config.model_type)
+
+    @property
+    def heads(self) -> int:
+        """Attention's heads, of queries."""
+        return int(self._base.config.num_attention_heads)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """As `run`, with gradients."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from counterweight.workers.errors import CheckpointError
-from counterweight.workers.models.families import families, family_of
+from counterweight.workers.models.families import family_of
+from counterweight.workers.models.family import ModelFamily
 
 MAX_LAYERS = 1024
 """More layers than any published model; a config that claims more is refused before anything is built."""
@@ -27,21 +28,23 @@ ATTENTION_KINDS = ("full_attention", "sliding_attention")
 SIZE_FIELDS = (
     "hidden_size",
     "intermediate_size",
-    "moe_intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
     "vocab_size",
-    "query_pre_attn_scalar",
 )
+"""Of every family."""
 
 
-def bounds() -> dict[str, int]:
-    """Field of a config -> the most that it may say."""
-    layouts = [family.experts for family in families().values() if family.experts is not None]
-    experts = {key: MAX_EXPERTS for layout in layouts for key in (layout.count_key, layout.active_key)}
-    return {**dict.fromkeys(SIZE_FIELDS, MAX_WIDTH), "num_hidden_layers": MAX_LAYERS, **experts}
+def bounds(family: ModelFamily) -> dict[str, tuple[int, int]]:
+    """Field of a config of this family -> the least and the most that it may say."""
+    found = dict.fromkeys((*SIZE_FIELDS, *family.sizes), (1, MAX_WIDTH)) | {"num_hidden_layers": (1, MAX_LAYERS)}
+    if family.experts is not None:
+        found |= dict.fromkeys((family.experts.count_key, family.experts.active_key), (1, MAX_EXPERTS))
+    if family.prediction_layers is not None:
+        found[family.prediction_layers] = (0, MAX_LAYERS)
+    return found
 
 
 def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
@@ -49,25 +52,31 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
 
     CheckpointError for sizes out of bounds, for what transformers refuses, and for what it builds but cannot run.
     """
-    _check_sizes(config)
+    family = family_of(config.get("model_type"))
+    _sizes(family, config.get)
     try:
         # A deep copy: transformers writes defaults into nested dictionaries such as `rope_parameters`.
         parsed: PreTrainedConfig = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json: transformers refuses it: {error}") from error
-    _check_divisions(parsed)
+    # Again, as transformers understood it: a field may have another name, and defaults.
+    _check_fit(family, _sizes(family, lambda field: getattr(parsed, field, None)))
     _check_attention(parsed)
     parsed.return_dict = True
     return parsed
 
 
-def _check_sizes(config: Mapping[str, Any]) -> None:
-    for field, bound in bounds().items():
-        value = config.get(field)
+def _sizes(family: ModelFamily, said: Callable[[str], object]) -> dict[str, int]:
+    """The sizes that a config says, all within their bounds; CheckpointError for another."""
+    sizes: dict[str, int] = {}
+    for field, (least, most) in bounds(family).items():
+        value = said(field)
         if value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= bound:
-            raise CheckpointError(f"config.json: {field}: {value!r}: expected an integer from 1 to {bound}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise CheckpointError(f"config.json: {field}: {value!r}: expected an integer from {least} to {most}")
+        sizes[field] = value
+    return sizes
 
 
 def _check_attention(config: PreTrainedConfig) -> None:
@@ -86,15 +95,20 @@ def _check_attention(config: PreTrainedConfig) -> None:
         )
 
 
-def _check_divisions(config: PreTrainedConfig) -> None:
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
+def _check_fit(family: ModelFamily, sizes: Mapping[str, int]) -> None:
+    counts = () if family.experts is None else (family.experts.count_key, family.experts.active_key)
+    for field in ("num_attention_heads", "num_key_value_heads", *counts):
+        if field not in sizes:
+            raise CheckpointError(f"config.json: {field}: None: expected an integer")
+    heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if heads % groups:
         raise CheckpointError(
             f"config.json: num_key_value_heads: {groups}: expected a divisor of num_attention_heads, {heads}"
         )
-    layout = family_of(config.model_type).experts
-    if layout is None:
-        return
-    experts, active = getattr(config, layout.count_key), getattr(config, layout.active_key)
-    if active > experts:
-        raise CheckpointError(f"config.json: {layout.active_key}: {active}: expected at most {experts}, the experts")
+    if (layout := family.experts) is not None and sizes[layout.active_key] > sizes[layout.count_key]:
+        raise CheckpointError(
+            f"config.json: {layout.active_key}: {sizes[layout.active_key]}: "
+            f"expected at most {sizes[layout.count_key]}, the experts"
+        )
+    if (problem := family.size_problem(sizes)) is not None:
+        raise CheckpointError(f"config.json: {problem}")

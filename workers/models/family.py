@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,18 @@ Globs = tuple[str, ...]
 
 Product = Callable[["Tensor", "Tensor"], "Tensor"]
 """(gate, up), each [..., intermediate] -> the input of down_proj, same shape."""
+
+Values = Literal["all", "last", "last of each head"]
+"""Which output rows of a linear are the attention's values: all of them; the last of the whole; the last of each head's."""
+
+SizeProblem = Callable[[Mapping[str, int]], str | None]
+"""What is wrong with the sizes of a config.json (those that are given, each within its bounds), None when nothing is."""
+
+
+def no_size_problem(sizes: Mapping[str, int]) -> str | None:
+    """For families whose sizes need to fit together in no way of their own."""
+    return None
+
 
 ATTENTION: tuple[SharedInputGroup, ...] = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -92,12 +104,19 @@ class ModelFamily:
     the sparse MLP, None for a dense family. eager_attention: the family's attention has a term (logit soft-capping, sinks) that
     the fused kernels leave out.
 
+    What its config.json may say beside what every model's says:
+    sizes: fields that hold a size, from 1 to `config.MAX_WIDTH`. size_problem: what they must have to do with each other.
+    prediction_layers: field that holds how many layers for multi-token prediction a checkpoint has behind its blocks, which
+    transformers does not run and artifacts leave out.
+
     How the linears of a block are connected:
-    reads: norm -> the linears (and router) that read its output, which nothing else does.
-    value: its last output rows are the attention's values, head by head; fused_value: queries and keys are its other rows.
+    reads: norm of the residual stream -> the linears (and router) that read its output, which nothing else does.
+    latents: likewise, for norms of something else: of what a linear inside the block has written.
+    value: some of its output rows are the attention's values, head by head; values: which; queries and keys are the others.
     output: reads the values that attention has mixed, head by head, and writes the residual stream.
     down: read the elementwise product inside an MLP, and write the residual stream. up: last part of the name of the linear
     whose last rows are a factor of that product; None where the product is not linear in any of its factors.
+    labels: prefix of a linear's name in a block -> what the report puts before its last part (for experts, see there).
     obstacle: why the residual stream cannot be rotated, None where it can. norm_offset: what a norm adds to its weight before
     it multiplies.
     """
@@ -109,16 +128,33 @@ class ModelFamily:
     renames: Mapping[str, str] = field(default_factory=dict)
     experts: ExpertLayout | None = None
     eager_attention: bool = False
+    sizes: tuple[str, ...] = ()
+    size_problem: SizeProblem = no_size_problem
+    prediction_layers: str | None = None
+    latents: Mapping[str, Globs] = field(default_factory=dict)
     value: str = "self_attn.v_proj"
-    fused_value: bool = False
+    values: Values = "all"
     output: str = "self_attn.o_proj"
     up: str | None = "up_proj"
+    labels: Mapping[str, str] = field(default_factory=dict)
     obstacle: str | None = None
     norm_offset: float = 0.0
 
+    @property
+    def norms(self) -> Mapping[str, Globs]:
+        """Norm -> what reads its output, of the residual stream and of latents."""
+        return {**self.reads, **self.latents}
+
     def norm_before(self, module: str) -> str | None:
         """The norm whose output `module` reads, None for a module that reads something else."""
-        return next((norm for norm, readers in self.reads.items() if _matches(module, readers)), None)
+        return next((norm for norm, readers in self.norms.items() if _matches(module, readers)), None)
+
+    def value_rows(self, rows: int, heads: int, width: int) -> slice | list[int]:
+        """Which of the `rows` outputs of `value` are values, in the order of attention's heads: `width` in `heads` heads."""
+        if self.values != "last of each head":
+            return slice(rows - width, rows)
+        each, own = rows // heads, width // heads
+        return [row for head in range(1, heads + 1) for row in range(head * each - own, head * each)]
 
     def is_down(self, module: str) -> bool:
         """Whether `module` is the second linear of an MLP."""

@@ -6,6 +6,7 @@ the one who plans needs neither transformers nor a model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
+
+_BLOCK = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,8 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """parameters: name (relative to the block) -> shape. linears: those that can be quantized, grouped by shared input."""
+    """parameters: name (relative to the block) -> shape, of buffers that are stored too. linears: those that can be quantized,
+    grouped by shared input."""
 
     parameters: Mapping[str, tuple[int, ...]]
     linears: tuple[SharedInputGroup, ...]
@@ -54,7 +58,8 @@ class BlockLayout:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLayout:
     """A whole model. vocabulary: rows of the embedding. tied: whether the head is the embedding. experts: of a sparse block, 0
-    without any. kinds: the different blocks; kind_of: block -> its place among them."""
+    without any. kinds: the different blocks; kind_of: block -> its place among them. prediction_layers: how many
+    layers for multi-token prediction a checkpoint has behind the blocks, which are no part of the model."""
 
     model_type: str
     hidden_size: int
@@ -63,6 +68,7 @@ class ModelLayout:
     experts: int
     kinds: tuple[BlockLayout, ...]
     kind_of: tuple[int, ...]
+    prediction_layers: int = 0
 
     @property
     def family(self) -> ModelFamily:
@@ -79,6 +85,11 @@ class ModelLayout:
     def block_linears(self, index: int) -> tuple[SharedInputGroup, ...]:
         """The quantizable linears of block `index`, grouped by shared input."""
         return self.kinds[self.kind_of[index]].linears
+
+    def predicts_further(self, name: str) -> bool:
+        """Whether a tensor belongs to one of `prediction_layers`, which lie where further blocks would."""
+        found = _BLOCK.match(name)
+        return found is not None and self.blocks <= int(found[1]) < self.blocks + self.prediction_layers
 
     def sources(self, index: int, available: Iterable[str]) -> dict[str, Slice]:
         """Parameter of block `index` -> where it lies in the checkpoint whose tensor names are `available`."""

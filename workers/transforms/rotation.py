@@ -107,7 +107,7 @@ class _Block:
     """One block and its rotations; None for those that were not asked for.
 
     residual: [hidden]. head: [head_dim], of every head. across: [heads * head_dim], online. down: online, yes or no.
-    value_rows: how many of the last rows of `family.value` are values, key_value_heads * head_dim.
+    value_rows: which rows of `family.value` are values, key_value_heads * head_dim of them.
     """
 
     family: ModelFamily
@@ -116,7 +116,7 @@ class _Block:
     head: Hadamard | None
     across: Hadamard | None
     down: bool
-    value_rows: int
+    value_rows: slice | list[int]
 
     @classmethod
     def of(
@@ -124,7 +124,7 @@ class _Block:
     ) -> _Block:
         hidden, mixed = parameters[f"{family.output}.weight"].shape
         written = parameters[f"{family.value}.weight"].shape[0]
-        if mixed % heads or written < mixed // heads * key_value_heads:
+        if mixed % heads or written < mixed // heads * key_value_heads or written % key_value_heads:
             raise ValueError(
                 f"{family.output}: {mixed} input columns, {family.value}: {written} output rows: "
                 f"expected those of {heads} heads and {key_value_heads} key-value heads"
@@ -137,7 +137,7 @@ class _Block:
             head=Hadamard(size=head_dim, seed=options.sign_seed) if options.heads else None,
             across=Hadamard(size=heads, inner=head_dim) if options.online_output else None,
             down=options.online_down,
-            value_rows=key_value_heads * head_dim,
+            value_rows=family.value_rows(written, key_value_heads, key_value_heads * head_dim),
         )
 
     def rotated(self, name: str) -> Tensor:
@@ -161,7 +161,7 @@ class _Block:
     def _inputs(self, module: str, weight: Tensor) -> Tensor:
         """weight [out, in] with its last axis in the coordinates that the input of `module` will have."""
         norm = self.family.norm_before(module)
-        if self.residual is not None and norm is not None:
+        if self.residual is not None and norm in self.family.reads:
             weight = self.residual.apply(weight * self.parameters[f"{norm}.weight"].double())
         if self.head is not None and module == self.family.output:
             weight = _by_head(weight, self.head)
@@ -173,8 +173,8 @@ class _Block:
         if self.residual is not None and self.family.writes_residual(module):
             values = self.residual.apply(values)
         if self.head is not None and module == self.family.value:
-            others = values.shape[-1] - self.value_rows
-            values = torch.cat((values[..., :others], _by_head(values[..., others:], self.head)), dim=-1)
+            values = values.clone()
+            values[..., self.value_rows] = _by_head(values[..., self.value_rows], self.head)
         return values
 
 

@@ -23,9 +23,10 @@ STRENGTHS = tuple(step / 20 for step in range(21))
 
 
 def producer_rows(
-    family: ModelFamily, group: SharedInputGroup, parameters: Mapping[str, Tensor]
-) -> tuple[str, slice] | None:
-    """The parameter whose elements or last rows can take the scales of a group's input in; None when there is none."""
+    family: ModelFamily, group: SharedInputGroup, parameters: Mapping[str, Tensor], heads: int
+) -> tuple[str, slice | list[int]] | None:
+    """The parameter, and which of its elements or rows, that can take the scales of a group's input in; None when there is
+    none. heads: attention's, of queries."""
     norm = family.norm_before(group[0])
     if norm is not None:
         readers = {
@@ -43,9 +44,10 @@ def producer_rows(
         return name, slice(len(parameters[name]) - width, None)
     if group[0] == family.output:
         name = f"{family.value}.weight"
+        rows = len(parameters[name])
         # Grouped queries read the same values: one row of values would need several scales.
-        alike = len(parameters[name]) == (3 * width if family.fused_value else width)
-        return (name, slice(len(parameters[name]) - width, None)) if alike else None
+        alike = {"all": rows == width, "last": rows == 3 * width, "last of each head": rows % heads == 0}
+        return (name, family.value_rows(rows, heads, width)) if alike[family.values] else None
     return None
 
 
@@ -54,15 +56,18 @@ def fold(
     scales: Mapping[SharedInputGroup, Tensor],
     parameters: Mapping[str, Tensor],
     online: Mapping[str, Hadamard] = NOTHING,
+    *,
+    heads: int,
 ) -> dict[str, Tensor]:
     """The block's parameters, float32, with each group's input divided by its scales [in]; ValueError for a group whose
     input nothing can scale.
 
+    heads: attention's, of queries.
     online: linears whose input is transformed at inference, which their weights have taken in: scales come before that.
     """
     folded = {name: value.float() for name, value in parameters.items()}
     for group, scale in scales.items():
-        place = producer_rows(family, group, parameters)
+        place = producer_rows(family, group, parameters, heads)
         if place is None:
             raise ValueError(f"{group[0]}: nothing before it can take scales in")
         name, rows = place

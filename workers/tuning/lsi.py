@@ -172,9 +172,9 @@ class _Learner:
         """The norms that feed only linears which are tuned."""
         family = family_of(self._block.model_type)
         modules = dict(self._block.layer.named_modules())
-        for name in family.reads:
+        for name in family.norms:
             readers = tuple(module for module in modules if family.norm_before(module) == name)
-            if all(reader in formats for reader in readers):
+            if readers and all(reader in formats for reader in readers):
                 dtype = formats[readers[0]].scale_dtype
                 yield name, _FoldedNorm(modules[name], readers, dtype, family.norm_offset)
 

@@ -22,6 +22,9 @@ EXPERT_PARTS = {
 }
 """What experts' linears are called, where their names on disk say nothing to a reader."""
 
+PARTS = {prefix: label for family in families().values() for prefix, label in family.labels.items()}
+"""What a report puts before the last part of names with a prefix, where the last part alone would say too little."""
+
 OTHER = "other"
 
 _BLOCK = re.compile(r"(?:^|\.)layers\.([0-9]{1,6})\.")
@@ -44,7 +47,9 @@ def place_of(name: str) -> Place:
     if block is None or not part:
         return Place(0, None, OTHER)
     if expert is None:
-        return Place(int(block[1]), None, part)
+        within = name[block.end() :]
+        label = next((label for prefix, label in PARTS.items() if within.startswith(prefix)), "")
+        return Place(int(block[1]), None, f"{label}{part}")
     return Place(int(block[1]), int(expert[1]), f"experts: {EXPERT_PARTS.get(part, part)}")
 
 

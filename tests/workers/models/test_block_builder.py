@@ -79,7 +79,7 @@ def test_block_by_block_is_the_whole_model(case: str, tmp_path: Path) -> None:
     assert_is_the_model(checkpoint(case, tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_experts_that_are_stored_fused(case: str, tmp_path: Path) -> None:
     model = build(case)
     assert_is_the_model(model, save_fused(model, tmp_path))

@@ -22,7 +22,9 @@ def test_every_family_has_a_model_to_be_tried_with() -> None:
 
 
 def test_an_unknown_model_type_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"model_type: 'gpt2': expected one of gemma2, .*, qwen3_moe"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"model_type: 'gpt2': expected one of deepseek_v3, gemma2, .*, qwen3_moe"
+    ):
         family_of("gpt2")
 
 
@@ -35,8 +37,8 @@ def test_every_linear_is_connected(name: str) -> None:
         parameters = builder.layout.block_parameters(index)
         weights = {parameter.removesuffix(".weight") for parameter, shape in parameters.items() if len(shape) == 2}
         normed = {module for module in weights if family.norm_before(module) is not None}
-        assert {family.norm_before(module) for module in normed} == set(family.reads)
-        assert all(f"{norm}.weight" in parameters for norm in family.reads)
+        assert {family.norm_before(module) for module in normed} == set(family.norms)
+        assert all(f"{norm}.weight" in parameters for norm in family.norms)
         written = {module for module in weights if family.writes_residual(module)}
         assert normed | written == weights
         assert not normed & written

@@ -18,14 +18,14 @@ from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.transforms import Rotation, Smoothing
 from counterweight.workers.methods.weights import Weights
 from counterweight.workers.models.block_builder import BlockBuilder
-from counterweight.workers.models.families import family_of
+from counterweight.workers.models.families import families, family_of
 from counterweight.workers.models.family import SharedInputGroup
 from counterweight.workers.storage import open_store
 from counterweight.workers.transforms.rotation import rotate_block
 from counterweight.workers.transforms.smoothing import fold, migration_scales, producer_rows
 from tests.models import checkpoint
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss"]
+FAMILIES = [*families()]
 
 
 def block_of(family: str, directory: Path) -> tuple[BlockBuilder, dict[str, Tensor]]:
@@ -46,19 +46,22 @@ def test_a_folded_block_computes_the_same(family: str, tmp_path: Path) -> None:
     known, cpu = family_of(family), torch.device("cpu")
     scales: dict[SharedInputGroup, Tensor] = {}
     for number, group in enumerate(builder.layout.block_linears(0)):
-        if producer_rows(known, group, parameters) is not None:
+        if producer_rows(known, group, parameters, builder.config.num_attention_heads) is not None:
             scales[group] = scales_of(parameters[f"{group[0]}.weight"].shape[1], number)
     assert any("down_proj" in group[0] for group in scales) == (known.up is not None)
-    folded = fold(known, scales, parameters)
+    folded = fold(known, scales, parameters, heads=builder.config.num_attention_heads)
     hidden = torch.randn(2, 9, builder.hidden_size, generator=torch.Generator().manual_seed(1))
     before, after = (builder.block(0, tensors, cpu, torch.float32).run(hidden) for tensors in (parameters, folded))
     assert torch.allclose(before, after, atol=1e-5, rtol=1e-4)
     for group, scale in scales.items():
         for name in group:
             expected = parameters[f"{name}.weight"].float() * scale.float()
-            own_rows = producer_rows(known, group, parameters)
+            own_rows = producer_rows(known, group, parameters, builder.config.num_attention_heads)
             # A linear that takes in scales for another (up, v) also has its rows divided.
-            if not any(producer_rows(known, g, parameters) == (f"{name}.weight", own_rows) for g in scales):
+            if not any(
+                producer_rows(known, g, parameters, builder.config.num_attention_heads) == (f"{name}.weight", own_rows)
+                for g in scales
+            ):
                 columns = folded[f"{name}.weight"] / expected
                 assert torch.allclose(columns, columns[:, :1].expand_as(columns), rtol=1e-4)
 
@@ -83,7 +86,7 @@ def test_scales_come_before_an_online_rotation(family: str, tmp_path: Path) -> N
     assert scales
     hidden = torch.randn(2, 9, builder.hidden_size, generator=torch.Generator().manual_seed(1))
     outputs = []
-    for tensors in (rotated, fold(known, scales, rotated, online)):
+    for tensors in (rotated, fold(known, scales, rotated, online, heads=builder.config.num_attention_heads)):
         block = builder.block(0, tensors, cpu, torch.float32)
         for name, transform in online.items():
             block.transform_input(name, transform)
@@ -107,18 +110,21 @@ def test_a_search_behind_a_rotation_looks_behind_it() -> None:
 def test_grouped_queries_have_no_place_for_scales_before_o(family: str, foldable: bool, tmp_path: Path) -> None:
     builder, parameters = block_of(family, tmp_path)
     grouped = builder.config.num_key_value_heads != builder.config.num_attention_heads
-    place = producer_rows(family_of(family), ("self_attn.o_proj",), parameters)
+    place = producer_rows(family_of(family), ("self_attn.o_proj",), parameters, builder.config.num_attention_heads)
     assert (place is not None) == (foldable or not grouped)
 
 
 def test_experts_that_share_their_input_with_a_router_are_left_alone(tmp_path: Path) -> None:
     builder, parameters = block_of("mixtral", tmp_path)
     known = family_of("mixtral")
-    groups = {group[0]: producer_rows(known, group, parameters) for group in builder.layout.block_linears(0)}
+    groups = {
+        group[0]: producer_rows(known, group, parameters, builder.config.num_attention_heads)
+        for group in builder.layout.block_linears(0)
+    }
     assert groups["mlp.experts.0.gate_proj"] is None
     assert groups["mlp.experts.0.down_proj"] == ("mlp.experts.0.up_proj.weight", slice(0, None))
     with pytest.raises(ValueError, match=r"gate_proj: nothing before it"):
-        fold(known, {("mlp.experts.0.gate_proj",): torch.ones(1)}, parameters)
+        fold(known, {("mlp.experts.0.gate_proj",): torch.ones(1)}, parameters, heads=builder.config.num_attention_heads)
 
 
 def outlier_rows(width: int = 64) -> Tensor:

@@ -142,6 +142,7 @@ def test_an_absurd_learning_rate_leaves_what_was_before(rate: float, learned: st
         ("gemma2", W2, None, torch.float32),
         ("gemma3_text", W2, None, torch.float32),
         ("mixtral", WeightFormat(bits=2, group_size=32), None, torch.float32),
+        ("deepseek_v3", W2, None, torch.float32),
         ("qwen3", W2, None, torch.bfloat16),
     ],
     ids=str,
@@ -171,6 +172,15 @@ def test_what_is_served_has_the_error_that_was_measured(
         ("phi3", {"input_layernorm.weight", "post_attention_layernorm.weight"}),
         ("gemma2", {"input_layernorm.weight", "pre_feedforward_layernorm.weight"}),
         ("mixtral", {"input_layernorm.weight"}),
+        (
+            "deepseek_v3",
+            {
+                "input_layernorm.weight",
+                "self_attn.q_a_layernorm.weight",
+                "self_attn.kv_a_layernorm.weight",
+                "post_attention_layernorm.weight",
+            },
+        ),
     ],
 )
 def test_norms_that_feed_only_tuned_linears_take_up_transforms(case: str, folded: set[str]) -> None:
@@ -182,7 +192,8 @@ def test_norms_that_feed_only_tuned_linears_take_up_transforms(case: str, folded
         assert value.shape == block.layer.get_parameter(name).shape
         assert (value - block.layer.get_parameter(name)).abs().max() > 1e-2
     formats = formats_of(block)
-    del formats["self_attn.qkv_proj" if case == "phi3" else "self_attn.v_proj"]
+    readers = {"phi3": "self_attn.qkv_proj", "deepseek_v3": "self_attn.kv_a_proj_with_mqa"}
+    del formats[readers.get(case, "self_attn.v_proj")]
     assert "input_layernorm.weight" not in tuned(block, formats, transforms=True, epochs=1).norms
 
 

@@ -10,6 +10,7 @@ FAMILY = ModelFamily(
     reads={"input_layernorm": ATTENTION[0], "pre_feedforward_layernorm": GATED_MLP[0]},
     down=GATED_MLP[1],
     eager_attention=True,
+    sizes=("query_pre_attn_scalar",),
     norm_offset=1.0,
     obstacle="post_attention_layernorm and post_feedforward_layernorm scale each channel of what is added to it",
 )

@@ -15,6 +15,6 @@ FAMILY = ModelFamily(
     reads={"input_layernorm": ("self_attn.qkv_proj",), "post_attention_layernorm": ("mlp.gate_up_proj",)},
     down=("mlp.down_proj",),
     value="self_attn.qkv_proj",
-    fused_value=True,
+    values="last",
     up="gate_up_proj",
 )

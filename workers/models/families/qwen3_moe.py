@@ -18,6 +18,7 @@ FAMILY = ModelFamily(
     groups=(*ATTENTION, *GATED_MLP),
     reads={"input_layernorm": ATTENTION[0], "post_attention_layernorm": (*GATED_MLP[0], *SPARSE_READERS)},
     down=(*GATED_MLP[1], *SPARSE_DOWN),
+    sizes=("moe_intermediate_size",),
     experts=ExpertLayout(
         module="mlp.experts",
         count_key="num_experts",
