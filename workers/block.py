@@ -29,6 +29,7 @@ from counterweight.workers.errors import RequestError
 from counterweight.workers.hooks import input_hooks
 from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup, is_expert
 from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.quantization.inputs import all_finite
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.solve import shares_a_solve, solve
 from counterweight.workers.tasks.records import FallbackReport, ModuleReport
@@ -117,12 +118,14 @@ def calibrate(
     accumulators = {group: _accumulator(block, group, gathering) for group, gathering in gatherings.items()}
     outputs: list[Output] = []
     for moments, output in pool.map(run, shards):
-        for group, shard in moments.items():
+        while moments:  # nothing of a shard stays while the next one runs
+            group, shard = moments.popitem()
             accumulators[group].add(shard)
+            del shard
         outputs.append(output)
-    statistics = {group: accumulator.result() for group, accumulator in accumulators.items()}
+    statistics = {group: accumulators.pop(group).result() for group in gatherings}
     for group, found in statistics.items():
-        if not bool(torch.isfinite(found.gram).all()):
+        if not all_finite(found.gram):
             raise RequestError(f"the input of {group[0]} is not finite on the calibration tokens")
     return statistics, outputs
 

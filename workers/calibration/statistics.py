@@ -201,4 +201,10 @@ def _lower(x: Tensor) -> Tensor:
 
 
 def _whole(lower: Tensor) -> Tensor:
-    return lower.tril() + lower.tril(-1).T
+    """The symmetric matrix of this lower triangle, strip by strip: a second copy would be what a block takes most memory for."""
+    whole = lower.tril()
+    for start in range(0, len(whole), TRIANGLE_BLOCK):
+        stop = min(start + TRIANGLE_BLOCK, len(whole))
+        whole[start:stop, stop:] = whole[stop:, start:stop].T
+        whole[start:stop, start:stop] += whole[start:stop, start:stop].tril(-1).T
+    return whole

@@ -46,6 +46,10 @@ class Columns:
             lows, highs = (low - zeros).unbind(0), (high - zeros).unbind(0)
             self._bounds = [(lows[group], highs[group]) for group in groups]
 
+    def rounded(self, metric: Metric, refinement: int, block_size: int) -> Tensor:
+        """Codes by error feedback, then by `refinement` passes of coordinate descent."""
+        return self.descend(metric, self.feed_back(metric, block_size), refinement, block_size)
+
     def feed_back(self, metric: Metric, block_size: int) -> Tensor:
         """Rounds each column to the value nearest to w_j + sum_{i<j} e_i U_ij / U_jj, e = w - q, in order."""
         feed = (metric.root / metric.root.diagonal()).float()
