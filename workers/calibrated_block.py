@@ -13,7 +13,7 @@ from counterweight.workers.clock import Clock
 from counterweight.workers.context import DTYPES, TaskContext, put_hidden
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
 from counterweight.workers.loaded_block import LoadedBlock, load_block, smoothed
-from counterweight.workers.memory import release
+from counterweight.workers.memory import release, trim
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import SharedInputGroup
 from counterweight.workers.prepare import prepare
@@ -89,6 +89,7 @@ def calibrated(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> C
     else:
         statistics, outputs = calibrate(loaded.block, inputs, emit, chosen.gatherings, context.pool, originals)
     clock.lap("forward")
+    trim()
     return CalibratedBlock(
         key=key,
         loaded=loaded,

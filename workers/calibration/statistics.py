@@ -161,7 +161,11 @@ class Accumulator:
             )
         for name, product in shard.products.items():
             if name in self._products:
-                self._products[name] += product
+                # Strip by strip: torch would make a float64 copy of the whole product first.
+                for total, part in zip(
+                    self._products[name].split(TRIANGLE_BLOCK), product.split(TRIANGLE_BLOCK), strict=True
+                ):
+                    total += part
             else:
                 self._products[name] = product.double()
         if shard.absolute is not None:
