@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.config import Method
 from counterweight.workers.recipe.rank import BudgetRank, CountRank, EnergyRank, FractionRank, Rank
 
@@ -108,6 +109,21 @@ class _Compensation(Method):
         """Codes and branch of `weight` [out, in] float32 where they are `joint`; TypeError elsewhere."""
         raise TypeError(f"{type(self).__name__}: expected a compensation that is joint")
 
+    def foresee_bytes(self, columns: int) -> int:
+        """Memory of `foresee` at its peak, beside the statistics that it is given; a quarter of it stays."""
+        del columns
+        return 0
+
+    def fit_bytes(self, rows: int, columns: int, tokens: float) -> int:
+        """Memory of `fit` at its peak, beside the residual [rows, columns] float32. tokens: that calibration has seen."""
+        del rows, columns, tokens
+        return 0
+
+    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int) -> int:
+        """Memory of `solve` at its peak, beside a weight [rows, columns] float32, where codes and branch are `joint`."""
+        del weights, rows, columns
+        return 0
+
 
 class NoCompensation(_Compensation):
     """Nothing is put back."""
@@ -181,6 +197,22 @@ class SVD(_Branch):
 
         return svd(self, residual, statistics, dtype)
 
+    def foresee_bytes(self, columns: int) -> int:
+        # The vectors, the product of the leading ones and what it leaves of the Gram matrix.
+        return 4 * matrix_bytes.DOUBLE * columns * columns if self.anticipates else 0
+
+    def fit_bytes(self, rows: int, columns: int, tokens: float) -> int:
+        square, entries = matrix_bytes.DOUBLE * columns * columns, matrix_bytes.DOUBLE * rows * columns
+        vectors = matrix_bytes.spectrum(rows, columns)
+        # In float64: the residual; behind the metric; its spectrum, or what the branch leaves of it.
+        fitting = 2 * entries + max(vectors, 2 * entries + matrix_bytes.DOUBLE * min(rows, columns) ** 2)
+        if self.whitening == "none":
+            return max(entries + vectors, 4 * entries)
+        if self.whitening != "full":
+            return max(entries + square, fitting)
+        # The mean Gram matrix, the same damped, its root.
+        return max(entries + 2 * square + matrix_bytes.root(columns, tokens), square + fitting)
+
     @property
     def needs_magnitudes(self) -> bool:
         return self.whitening == "magnitude"
@@ -230,6 +262,22 @@ class LRC(_Branch):
 
         return lrc(self, weights, weight, statistics, scale_dtype=scale_dtype, factor_dtype=factor_dtype)
 
+    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int) -> int:
+        square, entries = matrix_bytes.DOUBLE * columns * columns, matrix_bytes.DOUBLE * rows * columns
+        vectors = matrix_bytes.spectrum(rows, columns)
+        # Of the input, what its quantization loses: the prediction, the rest, and the same made symmetric.
+        initial = max(matrix_bytes.right_divide(columns, columns), 4 * square)
+        # The weight in float64, behind a root of the metric.
+        directions = square + entries + vectors
+        # The target, in float64 and in float32.
+        held = entries + matrix_bytes.SINGLE * rows * columns
+        quantizing = held + max(weights.target_bytes(rows, columns), weights.quantize_bytes(rows, columns))
+        # Codes and branch read back and turned round, and the trace of their product with the statistics.
+        judging = held + 5 * entries
+        # What the codes leave: the products, their regression, its root.
+        refitting = held + 2 * entries + max(matrix_bytes.right_divide(rows, columns), directions)
+        return entries + max(initial, directions, quantizing, judging, refitting)
+
 
 class ASER(_Branch):
     """Error reconstruction by whitened SVD, with the outlier channels taken out of the codes (Zhao et al. 2024).
@@ -275,6 +323,9 @@ class ASER(_Branch):
     def fit(self, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype) -> CompensationResult:
         plain = SVD(rank=self.rank, damping=self.damping, factor_bits=self.factor_bits)
         return plain.fit(residual, statistics, dtype=dtype)
+
+    def fit_bytes(self, rows: int, columns: int, tokens: float) -> int:
+        return SVD(rank=self.rank, damping=self.damping).fit_bytes(rows, columns, tokens)
 
 
 Compensation = Annotated[NoCompensation | SVD | ASER | LRC, Field(discriminator="kind")]

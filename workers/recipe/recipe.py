@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.config import Config, Method
 from counterweight.workers.methods.sign import SignWeights
 from counterweight.workers.methods.stored import StoredWeights
@@ -78,6 +79,16 @@ class Weights(WeightFormat, StoredWeights):
         from counterweight.workers.quantization import quantize
 
         return quantize(self.quantizer, target, statistics, self.grid(), scale_dtype=scale_dtype)
+
+    def target_bytes(self, rows: int, columns: int) -> int:
+        if self.regresses is None:
+            return 0
+        entries = matrix_bytes.DOUBLE * rows * columns
+        # The products; the regression beside them; what is left of the weight, scaled twice, and the sum.
+        return entries + max(matrix_bytes.right_divide(rows, columns), 4 * entries)
+
+    def quantize_bytes(self, rows: int, columns: int) -> int:
+        return self.quantizer.quantize_bytes(rows, columns)
 
     def nearest(self, weight: Tensor) -> Tensor:
         from counterweight.workers.quantization.grid import nearest

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.config import Method
 
 
@@ -46,6 +47,11 @@ class Rotation(Method):
         """Seed of the signs of folded rotations, None where they have none."""
         return self.seed if self.random else None
 
+    def rotate_bytes(self, rows: int, columns: int) -> int:
+        """Memory of rotating a weight [rows, columns] at its peak: in float64, behind a norm's weight, and two steps of a fast
+        transform."""
+        return 4 * matrix_bytes.DOUBLE * rows * columns
+
 
 class Smoothing(Method):
     """Input channels that are large are scaled down where the norm or the linear before can do it, and their weights up
@@ -62,6 +68,13 @@ class Smoothing(Method):
     strength: Annotated[float, Field(strict=True, gt=0, le=1)] | Literal["search"] = "search"
     """How much moves from activations to weights; `search` finds, for each distinct input, the strength among 0, 0.05, .. 1
     with the least output error of rounding on 512 calibration tokens."""
+
+    def search_bytes(self, rows: int, columns: int) -> int:
+        """Memory of choosing the scales of an input at its peak: its linears, [rows, columns] together, stacked in float32;
+        each candidate scaled, rounded and read back."""
+        if self.strength != "search":
+            return 2 * matrix_bytes.SINGLE * rows * columns
+        return (2 * matrix_bytes.SINGLE + 1 + matrix_bytes.DECODE) * rows * columns
 
 
 Transform = Annotated[Rotation | Smoothing, Field(discriminator="kind")]

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.config import Method
 
 Rate = Annotated[float, Field(gt=0)]
@@ -56,3 +57,10 @@ class Tuning(Method):
         if self.block and not self.increments:
             raise ValueError(f"block: {self.block}: expected 0 unless increments are learned")
         return self
+
+    def train_bytes(self, rows: int, columns: int) -> int:
+        """Memory of training a linear [rows, columns] at its peak: its singular vectors, and what a step keeps for gradients
+        of rounding (the weight, over its scale, rounded, whether it was clipped, in float32 each)."""
+        smaller = min(rows, columns)
+        vectors = smaller * (rows + columns) if self.increments else 0
+        return matrix_bytes.SINGLE * (vectors + 5 * rows * columns)

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.config import Config, Method
 
 
@@ -99,6 +100,11 @@ class RTN(Method):
         """None: codes reproduce the weight."""
         return 0.0
 
+    def quantize_bytes(self, rows: int, columns: int) -> int:
+        """Memory at the peak, beside the weight [rows, columns] float32."""
+        gram = matrix_bytes.DOUBLE * columns * columns if self.scale.weighted else 0
+        return gram + (matrix_bytes.SINGLE + 1) * rows * columns  # codes in float32, then in int8
+
 
 class GPTQ(Method):
     """Rounding with error feedback through the second moments of the layer's input, then coordinate descent."""
@@ -136,6 +142,16 @@ class GPTQ(Method):
     def regressed_share(self) -> float:
         """How much of the target is the regressed one."""
         return {"plain": 0.0, "mixed": 0.5 if self.mix is None else self.mix, "regressed": 1.0}[self.target]
+
+    def quantize_bytes(self, rows: int, columns: int) -> int:
+        """Memory at the peak, beside the weight [rows, columns] float32 and the statistics."""
+        square, entries = columns * columns, rows * columns
+        # The Hessian in rounding order, the same reversed, its factor.
+        factorizing = 2 * matrix_bytes.DOUBLE * square + matrix_bytes.cholesky(columns)
+        # Hessian and root in float64, and one of them in float32. The columns, and with the codes either aims and errors
+        # (feedback) or new codes and errors (descent).
+        metric = (2 * matrix_bytes.DOUBLE + matrix_bytes.SINGLE) * square
+        return max(factorizing, metric + 4 * matrix_bytes.SINGLE * entries)
 
 
 Quantizer = Annotated[RTN | GPTQ, Field(discriminator="kind")]
