@@ -54,7 +54,7 @@ def release(device: torch.device) -> None:
 
 
 def trim() -> None:
-    """Gives memory that the allocator keeps for later back to the system, where the C library can (glibc). It keeps tensors of up
-    to 32 MiB, for each thread by itself, so that otherwise every phase of a task would pay for those before it."""
+    """Gives memory that the allocator keeps for later back to the system, where the C library can (glibc). It keeps tensors of
+    up to 32 MiB, for each thread by itself, so that otherwise every phase of a task would pay for those before it."""
     if sys.platform == "linux" and hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)

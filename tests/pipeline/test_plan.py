@@ -64,7 +64,7 @@ def test_arithmetic_is_two_operations_a_weight_a_token_and_the_gram_matrices(
     assert block.forward_flops == 2 * 384 * sum(map(prod, LINEARS.values()))
     # One symmetric matrix per distinct input: q/k/v, o, gate/up (width 64) and down (width 96).
     assert block.statistics_flops == 384 * (3 * 64**2 + 96**2)
-    assert block.statistics_bytes == (3 * 64**2 + 96**2) * 12
+    assert block.statistics_bytes == (3 * 64**2 + 96**2) * 8
 
 
 def test_experts_see_their_share_of_the_tokens(tmp_path: Path) -> None:

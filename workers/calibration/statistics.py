@@ -205,7 +205,7 @@ def _lower(x: Tensor) -> Tensor:
 
 
 def _whole(lower: Tensor) -> Tensor:
-    """The symmetric matrix of this lower triangle, strip by strip: a second copy would be what a block takes most memory for."""
+    """The symmetric matrix of this lower triangle, strip by strip, without a second copy."""
     whole = lower.tril()
     for start in range(0, len(whole), TRIANGLE_BLOCK):
         stop = min(start + TRIANGLE_BLOCK, len(whole))
