@@ -103,13 +103,16 @@ def plan(
     if as_json:
         _print_json(made.model_dump(mode="json"))
         return
+    peak = f"{bytes_text(made.peak_bytes_per_worker)} ({made.largest})"
+    if job.spec.resources.gpus_per_worker:
+        peak = f"{peak} on its GPU, {bytes_text(made.host_bytes_per_worker)} on the host"
     _print_rows(
         f"plan of {made.name}",
         [
             ("model", f"{made.model_type}, {made.parameters:,} parameters, {bytes_text(made.source_bytes)}"),
             ("quantized", f"{made.quantized:,} weights in {len(made.blocks)} blocks"),
             ("calibration", f"{made.tokens:,} tokens"),
-            ("peak per worker", bytes_text(made.peak_bytes_per_worker)),
+            ("peak per worker", peak),
             ("arithmetic", f"{made.flops / 1e12:.3g} TFLOP"),
             (
                 "storage",

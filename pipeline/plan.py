@@ -12,9 +12,11 @@ from math import prod
 from counterweight.pipeline.devices import memory_of
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
+from counterweight.pipeline.pool import threads_per_worker
 from counterweight.pipeline.residual_tuner import afford
 from counterweight.workers.config import Config
 from counterweight.workers.errors import ManifestError
+from counterweight.workers.footprint import Group, Load, footprint, products_of
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.recipe import ModuleRecipe, Recipe
@@ -36,6 +38,11 @@ class BlockPlan(Config):
     activation_bytes: int
     solve_bytes: int
     peak_bytes: int
+    """Where the arithmetic is done: on the host, or on the device with GPUs."""
+    peak_phase: str
+    """When: load, prepare, forward, tune, solve, propagate or write."""
+    host_bytes: int
+    """On the host of a GPU, beside its process; 0 without GPUs."""
     calibrated_bytes: int
     """What calibration leaves in memory: weights, as they were read and as they run, and the sums of the statistics."""
     forward_flops: int
@@ -57,6 +64,11 @@ class Plan(Config):
     tokens: int
     blocks: tuple[BlockPlan, ...]
     peak_bytes_per_worker: int
+    """Where the arithmetic is done: on the host, its process included, or on a GPU."""
+    host_bytes_per_worker: int
+    """On the host, the process included."""
+    largest: str
+    """What takes most: block and phase."""
     storage_read_bytes: int
     storage_written_bytes: int
     flops: int
@@ -97,7 +109,10 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     validation = 0 if job.spec.validation is None else 2
     written = _artifact_bytes(source, blocks) + boundary * (len(blocks) + 1)
     held = _held_bytes(job, blocks)
-    peak = max(block.peak_bytes for block in blocks) + held
+    largest = max(blocks, key=lambda block: block.peak_bytes)
+    on_gpu = job.spec.resources.gpus_per_worker > 0
+    peak = largest.peak_bytes + held + (0 if on_gpu else PROCESS_BYTES)
+    host = PROCESS_BYTES + max(block.host_bytes for block in blocks) if on_gpu else peak
     return Plan(
         name=job.metadata.name,
         model=source.uri,
@@ -107,7 +122,9 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         source_bytes=total,
         tokens=tokens,
         blocks=blocks,
-        peak_bytes_per_worker=PROCESS_BYTES + peak,
+        peak_bytes_per_worker=peak,
+        host_bytes_per_worker=host,
+        largest=f"block {largest.index}, {largest.peak_phase}",
         storage_read_bytes=total * (2 + validation) + boundary * len(blocks),
         storage_written_bytes=written,
         flops=sum(block.forward_flops + block.statistics_flops for block in blocks),
@@ -133,47 +150,70 @@ def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPl
     recipe = block_recipe(source, index, job.spec.recipe)
     linears = {name: _matrix(shapes[f"{name}.weight"]) for group in groups for name in group}
     _check_recipe(source, index, recipe, linears, calibration.propagate)
-    itemsize = ITEMSIZE[calibration.compute_dtype]
-    names = source.block_tensors(index)
-    entries = [source.checkpoint.entry(name) for name in names]
-    loaded = sum(
-        prod(entry.shape) * entry.dtype.itemsize for entry in entries
-    )  # block-scaled weights take more than stored
-    parameters = sum(prod(shape) for shape in shapes.values())
-    widths = [linears[group[0]][1] for group in groups if any(name in recipe for name in group)]
-    quantized_inputs = any(part.activations is not None for part in recipe.values())
-    paired = calibration.propagate == "compressed" and any(part.regresses for part in recipe.values())
-    streams = 1 + quantized_inputs + paired
-    products = streams * (streams + 1) // 2
-    # The running sum and one shard's product per thread, for each distinct input and each pair of its streams.
-    statistics = sum(width * width * (8 + 4) * products for width in widths)
-    shard = shard_sequences(calibration.sequence_length) * calibration.sequence_length
-    intermediate = max((rows for rows, _ in linears.values()), default=0)
-    activations = shard * itemsize * (layout.hidden_size * 6 + intermediate * 3)
-    largest = max(widths, default=0)
-    # float64 Hessian, its factor and its inverse, and float32 copies of the widest layer.
-    solve = largest * largest * 8 * 3 + max((rows * columns for rows, columns in linears.values()), default=0) * 16
-    tokens = calibration.sequences * calibration.sequence_length
     active = {name: layout.family.active_share(source.checkpoint.config, layout.experts, name) for name in linears}
+    together = [
+        Group(
+            linears={name: linears[name] for name in group},
+            recipe={name: recipe[name] for name in group if name in recipe},
+            share=active[group[0]],
+        )
+        for group in groups
+    ]
+    load = _load(job, source, index, together)
+    found = footprint(load)
+    names = source.block_tensors(index)
+    parameters = sum(prod(shape) for shape in shapes.values())
+    tokens = calibration.sequences * calibration.sequence_length
     return BlockPlan(
         index=index,
         parameters=parameters,
-        source_bytes=sum(entry.length for entry in entries),
+        source_bytes=sum(_bytes(source, name) for name in names),
         linears={_stored(source, index, name): shape for name, shape in linears.items()},
         recipe=recipe,
-        statistics_bytes=statistics,
-        activation_bytes=activations,
-        solve_bytes=solve,
-        peak_bytes=loaded + parameters * itemsize + statistics + max(activations, solve),
-        calibrated_bytes=loaded + parameters * itemsize + statistics * 8 // (8 + 4),
+        statistics_bytes=found.statistics,
+        activation_bytes=found.activations,
+        solve_bytes=found.solve,
+        peak_bytes=found.peak,
+        peak_phase=found.largest,
+        host_bytes=found.host,
+        calibrated_bytes=found.weights + found.statistics,
         forward_flops=int(2 * tokens * sum(prod(shape) * active[name] for name, shape in linears.items())),
         statistics_flops=int(
-            sum(
-                tokens * active[group[0]] * linears[group[0]][1] ** 2 * products
-                for group in groups
-                if any(name in recipe for name in group)
-            )
+            sum(tokens * group.share * group.width**2 * products_of(load, group) for group in load.groups)
         ),
+    )
+
+
+def _load(job: CompressionJob, source: ModelSource, index: int, groups: Sequence[Group]) -> Load:
+    """What a block's task works on, as `footprint` wants it."""
+    calibration, resources, layout = job.spec.calibration, job.spec.resources, source.layout
+    itemsize = ITEMSIZE[calibration.compute_dtype]
+    together = min(calibration.sequences, shard_sequences(calibration.sequence_length))
+    shard = together * calibration.sequence_length
+    scores = 0
+    if layout.family.eager_attention:
+        # Scores before and behind their mask, and as probabilities in float32.
+        heads = int(source.checkpoint.config["num_attention_heads"])
+        scores = shard * calibration.sequence_length * heads * (2 * itemsize + 4)
+    compressed = calibration.propagate == "compressed"
+    regresses = any(part.regresses for group in groups for part in group.recipe.values())
+    threads = threads_per_worker(
+        resources.cpus_per_worker, resources.workers, available=sorted(os.sched_getaffinity(0))
+    )
+    return Load(
+        groups=groups,
+        source_bytes=sum(_decoded_bytes(source, name) for name in source.block_tensors(index)),
+        parameters=sum(prod(shape) for shape in layout.block_parameters(index).values()),
+        compute=itemsize,
+        hidden=layout.hidden_size,
+        shard=shard,
+        shards=-(-calibration.sequences // together),
+        attention_bytes=scores,
+        paired=compressed and regresses,
+        compressed=compressed,
+        rotation=job.spec.recipe.rotation,
+        threads=1 if resources.gpus_per_worker else threads,
+        gpu=resources.gpus_per_worker > 0,
     )
 
 
@@ -288,3 +328,9 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _bytes(source: ModelSource, name: str) -> int:
     return source.checkpoint.entry(name).length
+
+
+def _decoded_bytes(source: ModelSource, name: str) -> int:
+    """Of a tensor in memory; a block-scaled weight takes more than stored."""
+    entry = source.checkpoint.entry(name)
+    return prod(entry.shape) * entry.dtype.itemsize

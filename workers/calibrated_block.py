@@ -13,7 +13,7 @@ from counterweight.workers.clock import Clock
 from counterweight.workers.context import DTYPES, TaskContext, put_hidden
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
 from counterweight.workers.loaded_block import LoadedBlock, load_block, smoothed
-from counterweight.workers.memory import release
+from counterweight.workers.memory import release, trim
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import SharedInputGroup
 from counterweight.workers.prepare import prepare
@@ -70,7 +70,6 @@ def calibrated(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> C
     clock = Clock(context.device)
     dtype = DTYPES[spec.setting.compute_dtype]
     loaded = load_block(context, spec.setting, spec.index, spec.tensors, dtype)
-    block = loaded.block
     clock.lap("load")
     keep_outputs = spec.propagate == "original" or bool(spec.original_inputs)
 
@@ -80,15 +79,17 @@ def calibrated(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> C
     inputs, originals = streams(context, spec, workspace)
     builder = context.source(spec.setting)[1]
     family = family_of(builder.config.model_type)
-    chosen = prepare(block, spec.recipe, loaded.parameters, family, loaded.online, inputs[0])
+    chosen = prepare(loaded.block, spec.recipe, loaded.parameters, family, loaded.online, inputs[0])
     if chosen.scales:
         # What the original block makes is shared between recipes, so it comes from the block as it was.
-        _, outputs = calibrate(block, originals or inputs, emit, {}, context.pool) if keep_outputs else ({}, [])
+        shards = (originals or inputs) if keep_outputs else []
+        _, outputs = calibrate(loaded.block, shards, emit, {}, context.pool)
         loaded = smoothed(context, builder, spec.index, loaded, chosen.scales, dtype)
         statistics, _ = calibrate(loaded.block, inputs, lambda _: None, chosen.gatherings, context.pool, originals)
     else:
-        statistics, outputs = calibrate(block, inputs, emit, chosen.gatherings, context.pool, originals)
+        statistics, outputs = calibrate(loaded.block, inputs, emit, chosen.gatherings, context.pool, originals)
     clock.lap("forward")
+    trim()
     return CalibratedBlock(
         key=key,
         loaded=loaded,

@@ -12,7 +12,7 @@ from counterweight.workers.clock import Clock
 from counterweight.workers.context import DTYPES, TaskContext, put_hidden
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
 from counterweight.workers.loaded_block import smoothed
-from counterweight.workers.memory import release
+from counterweight.workers.memory import release, trim
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.families import family_of
 from counterweight.workers.shard import write_block
@@ -40,6 +40,7 @@ def compressed(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> B
     )
     linears = {name: replace(linear, transform=held.loaded.online.get(name)) for name, linear in linears.items()}
     clock.lap("solve")
+    trim()
     outputs = propagated(context, spec, held.loaded.block, linears, workspace)
     clock.lap("forward")
     _, builder = context.source(spec.setting)

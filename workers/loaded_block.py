@@ -33,9 +33,9 @@ class LoadedBlock:
 
     @property
     def bytes(self) -> int:
-        """Memory of its weights, as they were read and as they run."""
-        running = self.block.layer.parameters()
-        return sum(tensor.nbytes for tensor in self.parameters.values()) + sum(tensor.nbytes for tensor in running)
+        """Memory of its weights, as they were read and as they run; once, where that is the same."""
+        tensors = [*self.parameters.values(), *self.block.layer.parameters()]
+        return sum({(tensor.device, tensor.data_ptr()): tensor.nbytes for tensor in tensors}.values())
 
 
 def load_block(

@@ -161,7 +161,11 @@ class Accumulator:
             )
         for name, product in shard.products.items():
             if name in self._products:
-                self._products[name] += product
+                # Strip by strip: torch would make a float64 copy of the whole product first.
+                for total, part in zip(
+                    self._products[name].split(TRIANGLE_BLOCK), product.split(TRIANGLE_BLOCK), strict=True
+                ):
+                    total += part
             else:
                 self._products[name] = product.double()
         if shard.absolute is not None:
@@ -201,4 +205,10 @@ def _lower(x: Tensor) -> Tensor:
 
 
 def _whole(lower: Tensor) -> Tensor:
-    return lower.tril() + lower.tril(-1).T
+    """The symmetric matrix of this lower triangle, strip by strip, without a second copy."""
+    whole = lower.tril()
+    for start in range(0, len(whole), TRIANGLE_BLOCK):
+        stop = min(start + TRIANGLE_BLOCK, len(whole))
+        whole[start:stop, stop:] = whole[stop:, start:stop].T
+        whole[start:stop, start:stop] += whole[start:stop, start:stop].tril(-1).T
+    return whole

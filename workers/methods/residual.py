@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.config import Config, Method
 
 if TYPE_CHECKING:
@@ -62,6 +63,12 @@ class Residual(Method):
         """How many channels of a layer of `columns` input channels are corrected; at least 1. ValueError while they are a
         budget."""
         return max(1, self.per_chunk * columns // _CHUNK)
+
+    def store_bytes(self, rows: int, columns: int) -> int:
+        """Memory of making a store at its peak, beside what quantization left [rows, columns] float32: codes in float32, then
+        in int8 and packed; and the mean Gram matrix where its diagonal chooses the channels."""
+        gram = 2 * matrix_bytes.SINGLE * columns * columns if self.selection == "static" else 0
+        return max(gram, (matrix_bytes.SINGLE + 1) * rows * columns)
 
     @property
     def per_chunk(self) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.config import Method
 
 if TYPE_CHECKING:
@@ -75,3 +76,10 @@ class Tuning(Method):
         from counterweight.workers.tuning.lsi import tune
 
         return tune(block, inputs, targets, formats, self)
+
+    def train_bytes(self, rows: int, columns: int) -> int:
+        """Memory of training a linear [rows, columns] at its peak: its singular vectors, and what a step keeps for gradients
+        of rounding (the weight, over its scale, rounded, whether it was clipped, in float32 each)."""
+        smaller = min(rows, columns)
+        vectors = smaller * (rows + columns) if self.increments else 0
+        return matrix_bytes.SINGLE * (vectors + 5 * rows * columns)

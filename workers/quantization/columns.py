@@ -46,9 +46,14 @@ class Columns:
             lows, highs = (low - zeros).unbind(0), (high - zeros).unbind(0)
             self._bounds = [(lows[group], highs[group]) for group in groups]
 
+    def rounded(self, metric: Metric, refinement: int, block_size: int) -> Tensor:
+        """Codes by error feedback, then by `refinement` passes of coordinate descent. The metric is used up: its matrices are
+        divided in place."""
+        return self.descend(metric, self.feed_back(metric, block_size), refinement, block_size)
+
     def feed_back(self, metric: Metric, block_size: int) -> Tensor:
         """Rounds each column to the value nearest to w_j + sum_{i<j} e_i U_ij / U_jj, e = w - q, in order."""
-        feed = (metric.root / metric.root.diagonal()).float()
+        feed = metric.root.div_(metric.root.diagonal().clone()).float()
         aim, codes, error = self._target.clone(), torch.empty_like(self._target), torch.empty_like(self._target)
         targets, aims, rounded, errors, feeds = (m.unbind(0) for m in (self._target, aim, codes, error, feed))
         for start, stop in self._blocks(block_size):
@@ -62,7 +67,7 @@ class Columns:
 
     def descend(self, metric: Metric, codes: Tensor, passes: int, block_size: int) -> Tensor:
         """Cyclic coordinate descent: each column in turn to its best codes given all the others; stops at a fixed point."""
-        pull = (metric.hessian / metric.hessian.diagonal()).float()
+        pull = metric.hessian.div_(metric.hessian.diagonal().clone()).float()
         error = torch.empty_like(codes)
         for target, code, step, left in zip(self._target, codes, self._steps, error, strict=True):
             torch.addcmul(target, code, step, value=-1, out=left)

@@ -43,7 +43,7 @@ def gptq(
     """
     matrix = checked_matrix("weight", weight)
     hessian = checked_statistics(statistics, matrix.shape[1]).mean_gram()
-    power = hessian.diagonal()
+    power = hessian.diagonal().clone()
     order = power.argsort(descending=True, stable=True)
     if not options.act_order:
         order = order.sort().values
@@ -55,33 +55,33 @@ def gptq(
     if dead:
         cause = f"{dead} of {len(power)} columns: no input but zero was seen: rounded to nearest"
         fallbacks.append(Fallback(step="gptq.dead_columns", cause=cause))
-    metric = _factorize(options.damping, hessian, order, fallbacks)
+    hessian = hessian[order]
+    hessian = hessian[:, order]
+    metric = _factorize(options.damping, hessian, fallbacks)
     if metric is None:
         return _round(options, matrix, format, scale_dtype, *fallbacks)
     importance = torch.empty_like(power).index_copy_(0, order, metric.root.diagonal().square()).float()
     grid = options.scale.fit(matrix, format, scale_dtype, importance)
     columns = Columns(matrix, grid, order)
-    codes = columns.feed_back(metric, options.block_size)
-    codes = columns.descend(metric, codes, options.refinement, options.block_size)
+    codes = columns.rounded(metric, options.refinement, options.block_size)
     return QuantizationResult(weight=grid.with_codes(columns.restore(codes)), fallbacks=tuple(fallbacks))
 
 
-def _factorize(damping_asked: float, hessian: Tensor, order: Tensor, fallbacks: list[Fallback]) -> Metric | None:
-    """The damped metric in rounding order, or None when no damping makes it positive definite in float64."""
-    permuted = hessian[order][:, order]
-    power = permuted.diagonal()
+def _factorize(damping_asked: float, hessian: Tensor, fallbacks: list[Fallback]) -> Metric | None:
+    """The metric of a `hessian` in rounding order, which is damped in place; None when no damping makes it positive definite in
+    float64."""
+    power = hessian.diagonal().clone()
     typical = power[power > 0].median()
     for attempt in range(_DAMPING_ATTEMPTS):
         damping = damping_asked * _DAMPING_STEP**attempt
-        damped = permuted.clone()
-        damped.diagonal().add_(typical * damping)
+        hessian.diagonal().copy_(power + typical * damping)
         # Reversed order turns the lower factor that LAPACK computes into the upper one.
-        root, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        root, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not int(failed):
             if attempt:
                 cause = f"no Cholesky factor at {damping_asked:g}: raised to {damping:g}"
                 fallbacks.append(Fallback(step="gptq.damping", cause=cause))
-            return Metric(hessian=damped, root=root.flip(0, 1))
+            return Metric(hessian=hessian, root=root.flip(0, 1))
     cause = f"no Cholesky factor up to a damping of {damping:g}: rounded to nearest"
     fallbacks.append(Fallback(step="gptq.cholesky", cause=cause))
     return None

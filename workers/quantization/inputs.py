@@ -8,12 +8,17 @@ from torch import Tensor
 from counterweight.workers.calibration.statistics import InputStatistics
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite, without a copy of the tensor; an empty tensor's are not."""
+    return not tensor.numel() or all(bool(torch.isfinite(bound)) for bound in tensor.aminmax())
+
+
 def checked_matrix(name: str, matrix: Tensor) -> Tensor:
     """`matrix` in float32; ValueError with its name unless it is finite, [out, in], with at least one row and column."""
     if matrix.ndim != 2 or matrix.numel() == 0 or not matrix.is_floating_point():
         kind = str(matrix.dtype).removeprefix("torch.")
         raise ValueError(f"{name}: {kind} {list(matrix.shape)}: expected a floating-point matrix [out, in]")
-    if not bool(torch.isfinite(matrix).all()):
+    if not all_finite(matrix):
         raise ValueError(f"{name}: holds NaN or infinity: expected finite values")
     return matrix.float()
 
@@ -24,6 +29,6 @@ def checked_statistics(statistics: InputStatistics | None, columns: int) -> Inpu
         raise ValueError("statistics: none: expected those of the layer's input")
     if statistics.width != columns:
         raise ValueError(f"statistics: width {statistics.width}: expected {columns}, the weight's input columns")
-    if not bool(torch.isfinite(statistics.gram).all()):
+    if not all_finite(statistics.gram):
         raise ValueError("statistics: the Gram matrix holds NaN or infinity: expected finite values")
     return statistics

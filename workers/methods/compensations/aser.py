@@ -64,3 +64,6 @@ class ASER(Branch):
     def fit(self, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype) -> CompensationResult:
         plain = SVD(rank=self.rank, damping=self.damping, factor_bits=self.factor_bits)
         return plain.fit(residual, statistics, dtype=dtype)
+
+    def fit_bytes(self, rows: int, columns: int, tokens: float) -> int:
+        return SVD(rank=self.rank, damping=self.damping).fit_bytes(rows, columns, tokens)

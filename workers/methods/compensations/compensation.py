@@ -105,3 +105,18 @@ class Compensation(Method):
     ) -> LRCResult:
         """Codes and branch of `weight` [out, in] float32 where they are `joint`; TypeError elsewhere."""
         raise TypeError(f"{type(self).__name__}: expected a compensation that is joint")
+
+    def foresee_bytes(self, columns: int) -> int:
+        """Memory of `foresee` at its peak, beside the statistics that it is given; a quarter of it stays."""
+        del columns
+        return 0
+
+    def fit_bytes(self, rows: int, columns: int, tokens: float) -> int:
+        """Memory of `fit` at its peak, beside the residual [rows, columns] float32. tokens: that calibration has seen."""
+        del rows, columns, tokens
+        return 0
+
+    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int) -> int:
+        """Memory of `solve` at its peak, beside a weight [rows, columns] float32, where codes and branch are `joint`."""
+        del weights, rows, columns
+        return 0

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.methods.compensations.branch import Branch
 
 if TYPE_CHECKING:
@@ -60,3 +61,19 @@ class LRC(Branch):
         from counterweight.workers.compensation.lrc import lrc
 
         return lrc(self, weights, weight, statistics, scale_dtype=scale_dtype, factor_dtype=factor_dtype)
+
+    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int) -> int:
+        square, entries = matrix_bytes.DOUBLE * columns * columns, matrix_bytes.DOUBLE * rows * columns
+        vectors = matrix_bytes.spectrum(rows, columns)
+        # Of the input, what its quantization loses: the prediction, the rest, and the same made symmetric.
+        initial = max(matrix_bytes.right_divide(columns, columns), 4 * square)
+        # The weight in float64, behind a root of the metric.
+        directions = square + entries + vectors
+        # The target, in float64 and in float32.
+        held = entries + matrix_bytes.SINGLE * rows * columns
+        quantizing = held + max(weights.target_bytes(rows, columns), weights.quantize_bytes(rows, columns))
+        # Codes and branch read back and turned round, and the trace of their product with the statistics.
+        judging = held + 5 * entries
+        # What the codes leave: the products, their regression, its root.
+        refitting = held + 2 * entries + max(matrix_bytes.right_divide(rows, columns), directions)
+        return entries + max(initial, directions, quantizing, judging, refitting)

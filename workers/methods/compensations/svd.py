@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.methods.compensations.branch import Branch
 
 if TYPE_CHECKING:
@@ -57,3 +58,19 @@ class SVD(Branch):
     @property
     def needs_magnitudes(self) -> bool:
         return self.whitening == "magnitude"
+
+    def foresee_bytes(self, columns: int) -> int:
+        # The vectors, the product of the leading ones and what it leaves of the Gram matrix.
+        return 4 * matrix_bytes.DOUBLE * columns * columns if self.anticipates else 0
+
+    def fit_bytes(self, rows: int, columns: int, tokens: float) -> int:
+        square, entries = matrix_bytes.DOUBLE * columns * columns, matrix_bytes.DOUBLE * rows * columns
+        vectors = matrix_bytes.spectrum(rows, columns)
+        # In float64: the residual; behind the metric; its spectrum, or what the branch leaves of it.
+        fitting = 2 * entries + max(vectors, 2 * entries + matrix_bytes.DOUBLE * min(rows, columns) ** 2)
+        if self.whitening == "none":
+            return max(entries + vectors, 4 * entries)
+        if self.whitening != "full":
+            return max(entries + square, fitting)
+        # The mean Gram matrix, the same damped, its root.
+        return max(entries + 2 * square + matrix_bytes.root(columns, tokens), square + fitting)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers.quantizer import Quantizer
 from counterweight.workers.methods.scales import AnyScaleSearch, MeanSquare
@@ -80,3 +81,13 @@ class GPTQ(Quantizer):
         from counterweight.workers.quantization.gptq import gptq
 
         return gptq(self, weight, statistics, format, scale_dtype)
+
+    def quantize_bytes(self, rows: int, columns: int) -> int:
+        """Memory at the peak, beside the weight [rows, columns] float32 and the statistics."""
+        square, entries = columns * columns, rows * columns
+        # The Hessian in rounding order, the same reversed, its factor.
+        factorizing = 2 * matrix_bytes.DOUBLE * square + matrix_bytes.cholesky(columns)
+        # Hessian and root in float64, and one of them in float32. The columns, and with the codes either aims and errors
+        # (feedback) or new codes and errors (descent).
+        metric = (2 * matrix_bytes.DOUBLE + matrix_bytes.SINGLE) * square
+        return max(factorizing, metric + 4 * matrix_bytes.SINGLE * entries)

@@ -46,3 +46,7 @@ class Quantizer(Method):
         scale_dtype: torch.dtype,
     ) -> QuantizationResult:
         """Codes of `weight` [out, in] float32 on a grid of `format`. statistics: of what they will be multiplied by."""
+
+    @abstractmethod
+    def quantize_bytes(self, rows: int, columns: int) -> int:
+        """Memory of `quantize` at its peak, beside the weight [rows, columns] float32 and the statistics."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers.quantizer import Quantizer
 from counterweight.workers.methods.scales import AbsoluteMaximum, AnyScaleSearch
@@ -43,3 +44,8 @@ class RTN(Quantizer):
         from counterweight.workers.quantization.rtn import rtn
 
         return rtn(self, weight, statistics, format, scale_dtype)
+
+    def quantize_bytes(self, rows: int, columns: int) -> int:
+        """Memory at the peak, beside the weight [rows, columns] float32."""
+        gram = matrix_bytes.DOUBLE * columns * columns if self.scale.looks_at_importance else 0
+        return gram + (matrix_bytes.SINGLE + 1) * rows * columns  # codes in float32, then in int8

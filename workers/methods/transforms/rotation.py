@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.methods.transforms.transform import Transform
 
 if TYPE_CHECKING:
@@ -88,3 +89,8 @@ class Rotation(Transform):
             return dict(tensors), {name: (name,) for name in tensors}
         (hidden,) = {tensor.shape[-1] for tensor in tensors.values()}
         return rotated_outside(tensors, residual_hadamard(hidden, self))
+
+    def rotate_bytes(self, rows: int, columns: int) -> int:
+        """Memory of rotating a weight [rows, columns] at its peak: in float64, behind a norm's weight, and two steps of a fast
+        transform."""
+        return 4 * matrix_bytes.DOUBLE * rows * columns

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.methods.transforms.transform import Transform
 
 if TYPE_CHECKING:
@@ -48,3 +49,10 @@ class Smoothing(Transform):
         from counterweight.workers.transforms.smoothing import migration_scales
 
         return migration_scales(self, weights, rows, nearest, activations, transform)
+
+    def search_bytes(self, rows: int, columns: int) -> int:
+        """Memory of choosing the scales of an input at its peak: its linears, [rows, columns] together, stacked in float32;
+        each candidate scaled, rounded and read back."""
+        if self.strength != "search":
+            return 2 * matrix_bytes.SINGLE * rows * columns
+        return (2 * matrix_bytes.SINGLE + 1 + matrix_bytes.DECODE) * rows * columns

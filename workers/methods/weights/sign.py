@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.config import Method
 from counterweight.workers.methods.weights.stored import StoredWeights
 
@@ -79,6 +80,11 @@ class SignWeights(StoredWeights, Method):
                 cause = "no calibration token arrived: input channels count alike"
                 fallbacks = (Fallback(step="sign.weighted", cause=cause),)
         return QuantizationResult(weight=nearest_signs(matrix, importance, scale_dtype), fallbacks=fallbacks)
+
+    def quantize_bytes(self, rows: int, columns: int) -> int:
+        # The mean Gram matrix whose diagonal is looked at; magnitudes in float64, before and behind their weights.
+        gram = matrix_bytes.DOUBLE * columns * columns if self.weighted else 0
+        return gram + 2 * matrix_bytes.DOUBLE * rows * columns
 
     def nearest(self, weight: Tensor) -> Tensor:
         import torch

@@ -64,6 +64,16 @@ class StoredWeights(Config):
     ) -> QuantizationResult:
         """`target` [out, in] float32 as it is stored. statistics: of what the codes will be multiplied by."""
 
+    def target_bytes(self, rows: int, columns: int) -> int:
+        """Memory of `target` at its peak, beside its arguments; what stays is [rows, columns] float32. Nothing, where the
+        target is the weight."""
+        del rows, columns
+        return 0
+
+    @abstractmethod
+    def quantize_bytes(self, rows: int, columns: int) -> int:
+        """Memory of `quantize` at its peak for a target [rows, columns], beside its arguments."""
+
     @abstractmethod
     def nearest(self, weight: Tensor) -> Tensor:
         """`weight` [out, in] float32 stored in the quickest way and read back: what a search over transforms compares."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers import GPTQ, AnyQuantizer
 from counterweight.workers.methods.weights.stored import StoredWeights
@@ -66,3 +67,13 @@ class Weights(WeightFormat, StoredWeights):
         from counterweight.workers.quantization.grid import nearest
 
         return nearest(weight, self.grid())
+
+    def target_bytes(self, rows: int, columns: int) -> int:
+        if self.regresses is None:
+            return 0
+        entries = matrix_bytes.DOUBLE * rows * columns
+        # The products; the regression beside them; what is left of the weight, scaled twice, and the sum.
+        return entries + max(matrix_bytes.right_divide(rows, columns), 4 * entries)
+
+    def quantize_bytes(self, rows: int, columns: int) -> int:
+        return self.quantizer.quantize_bytes(rows, columns)

@@ -1,0 +1,50 @@
+"""Memory of the operations that solvers are made of, in bytes: torch's and LAPACK's own copies and workspaces.
+
+Torch-free, so that a plan can ask. What goes in is counted by whoever holds it; what comes out is counted here.
+"""
+
+from __future__ import annotations
+
+SINGLE, DOUBLE = 4, 8
+"""Of an element in float32 and in float64."""
+
+DECODE = 3 * SINGLE
+"""Of a weight while a stored one is read back: codes, scales and products in float32. One of the three stays."""
+
+
+def cholesky(size: int) -> int:
+    """`torch.linalg.cholesky_ex` of [size, size] float64: the factor."""
+    return DOUBLE * size * size
+
+
+def eigh(size: int) -> int:
+    """`torch.linalg.eigh` of [size, size] float64: the vectors, and LAPACK's workspace for divide and conquer."""
+    return 3 * DOUBLE * size * size
+
+
+def root(size: int, tokens: float) -> int:
+    """A root of the Gram matrix of `tokens` rows: of fewer rows than columns Cholesky finds none, whose attempt is still there
+    when the eigenvectors are found."""
+    factor = cholesky(size)
+    return factor if tokens >= size else DOUBLE * size * size + eigh(size)
+
+
+def right_divide(rows: int, size: int) -> int:
+    """[rows, size] times the inverse of a damped [size, size] matrix, float64: the damped copy, its factor, a copy
+    of the right side and the solution."""
+    return DOUBLE * size * size + cholesky(size) + 2 * DOUBLE * rows * size
+
+
+def spectrum(rows: int, columns: int) -> int:
+    """Singular values and left vectors of [rows, columns] float64 by way of the smaller Gram matrix, that matrix included."""
+    smaller = min(rows, columns)
+    found = DOUBLE * smaller * smaller + eigh(smaller)
+    if rows <= columns:
+        return found
+    # The product with the right vectors, its orthonormal columns and their triangle.
+    return max(found, 3 * DOUBLE * columns * columns + 2 * DOUBLE * rows * columns)
+
+
+def trace(rows: int, columns: int) -> int:
+    """tr(A G B^T) of float32 matrices [rows, columns] and a float64 G: G in float32 and the product; the sum in float64."""
+    return max(SINGLE * columns * columns + SINGLE * rows * columns, (SINGLE + DOUBLE) * rows * columns)
