@@ -104,6 +104,12 @@ def test_speed(place: Path) -> None:
     assert len(NUMBER.findall(printed)) == 3
 
 
+@pytest.mark.end_to_end
+def test_pairs(place: Path) -> None:
+    sizes = ("--before", ROOT, "--manifest", place / "job" / "job.yaml", "--repeats", 1)
+    assert "Median of the pairs' ratios" in ran("pairs", *sizes)
+
+
 def test_gpu_kernels() -> None:
     printed = ran("gpu_kernels", "--smoke")
     assert len([line for line in printed.splitlines() if NUMBER.search(line)]) > 5
