@@ -25,7 +25,9 @@ from common import ROOT, machine, record, table, versions
 PR_SET_CHILD_SUBREAPER = 36
 """Of Linux's prctl(2): orphans of our children become ours, so that their CPU time is counted when they end."""
 
-COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); from counterweight.pipeline.cli import main; sys.exit(main())"
+COMMAND = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from counterweight.pipeline.cli import main; sys.exit(main())"
+)
 
 
 def run(checkout: Path, manifest: Path, overrides: list[str]) -> tuple[float, float]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.formats import ActivationFormat, LowRank
-from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.weights import StoredWeight
 
 
@@ -35,11 +34,6 @@ def fake_quantize_activations(x: Tensor, format: ActivationFormat, dtype: torch.
     grouped = x if format.group_size is None else x.unflatten(-1, (-1, format.group_size))
     codes, scale = quantize_activations(grouped, format.bits, clip=format.clip)
     return (codes.to(dtype) * scale.to(dtype)).reshape(x.shape)
-
-
-def lower_gram(x: Tensor, scale: float = 1.0, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    """scale * sum over tokens of x x^T for x [tokens, in]: [in, in] of `dtype`, zero above the diagonal."""
-    return (x.to(dtype).T @ x.to(dtype) * scale).tril()
 
 
 def linear(
@@ -84,21 +78,3 @@ def experts(
         low_rank = None if low_ranks is None else low_ranks[expert]
         y[chosen] = linear(inputs[chosen], weight, low_rank=low_rank, dtype=dtype)
     return y if gates is None else y * gates.unsqueeze(2).to(dtype)
-
-
-def layer_input(
-    x: Tensor,
-    *,
-    norm: tuple[Tensor, float] | None = None,
-    smooth: Tensor | None = None,
-    hadamard: Hadamard | None = None,
-) -> Tensor:
-    """What a layer quantizes and projects, [..., in] in x's dtype: x after an RMSNorm with its weight [in] and epsilon, as
-    transformers computes it, times smooth [in], transformed."""
-    if norm is not None:
-        weight, epsilon = norm
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        x = weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
-    if smooth is not None:
-        x = x * smooth
-    return x if hadamard is None else hadamard.apply(x)

@@ -2,8 +2,7 @@
 
 A token's step needs its largest magnitude, and that its norm, so a program first sweeps whole tokens, twice at most, and then
 writes its share of columns; what it rereads is in its cache. Programs that share tokens repeat the sweeps: cheaper than
-to wait for each other. Meaning: `kernels.reference.layer_input` and
-`quantize_activations`.
+to wait for each other. Quantization is `kernels.reference.quantize_activations`, to the bit.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"

@@ -20,7 +20,7 @@ BLOCKS_FLOAT32 = {"TOKENS": 32, "TILE": 64, "num_warps": 8, "num_stages": 2}
 
 
 def add_gram_(gram: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
-    """gram += `reference.lower_gram(x, scale)`, the lower triangle alone: what is above is left as it is. Returns gram.
+    """gram += scale * sum over tokens of x x^T, the lower triangle alone: what is above is left as it is. Returns gram.
 
     gram: [in, in] float32, contiguous. x: [tokens, in] float16, bfloat16 or float32, rows contiguous. Products and sums are
     float32, in the order of the tokens: the same bits each time. For many tokens, sum the results of shards in float64.

@@ -33,11 +33,10 @@ from counterweight.workers.quantization.target import damped, right_divide
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LRCResult:
-    """Codes and branch, the relative objective after each step (Init excluded), and departures from the recipe."""
+    """Codes and branch, and departures from the recipe."""
 
     weight: StoredWeight
     low_rank: LowRank
-    objectives: tuple[float, ...]
     fallbacks: tuple[Fallback, ...]
 
 
@@ -56,19 +55,15 @@ def lrc(
     checked_statistics(statistics, matrix.shape[1])
     metric = InputStatistics(gram=statistics.product("yy"), tokens=statistics.tokens)
     branch = initial_branch(matrix, statistics, options.rank, options.damping, factor_dtype)
-    unit = energy(matrix, statistics) or 1.0  # without any, errors are zero too
-    objectives: list[float] = []
     fallbacks: tuple[Fallback, ...] = ()
     for _ in range(options.iterations):
         target = weights.target(matrix, statistics, branch.product(torch.float64))
         solved = weights.quantize(target.float(), metric, scale_dtype=scale_dtype)
         codes = solved.weight.dequantize().double()
-        objectives.append(squared_error(matrix, codes, branch, statistics) / unit)
         branch = updated_branch(options, matrix, codes, statistics, branch.rank, factor_dtype)
-        objectives.append(squared_error(matrix, codes, branch, statistics) / unit)
         fallbacks = solved.fallbacks
     branch = stored(branch, options.factor_bits)
-    return LRCResult(weight=solved.weight, low_rank=branch, objectives=tuple(objectives), fallbacks=fallbacks)
+    return LRCResult(weight=solved.weight, low_rank=branch, fallbacks=fallbacks)
 
 
 def initial_branch(

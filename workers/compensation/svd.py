@@ -61,21 +61,12 @@ def svd(
         cause = "the residual is zero on every input that was seen: no branch"
         return CompensationResult(
             low_rank=None,
-            captured=1.0,
-            singular_values=energy.new_zeros(0),
             fallbacks=(*fallbacks, Fallback(step="svd.residual", cause=cause)),
         )
     values, vectors = spectrum(whitened)
     directions = vectors[:, : options.rank.resolve(rows, columns, values)]
     low_rank = stored(factors(directions, residual, dtype), options.factor_bits)
-    up, down = low_rank.factors(torch.float64)
-    left = whitened - up @ times(down, root)
-    return CompensationResult(
-        low_rank=low_rank,
-        captured=1 - float(left.square().sum() / energy),
-        singular_values=values,
-        fallbacks=fallbacks,
-    )
+    return CompensationResult(low_rank=low_rank, fallbacks=fallbacks)
 
 
 def _root(options: SVD, columns: int, statistics: InputStatistics | None) -> tuple[Tensor | None, tuple[Fallback, ...]]:

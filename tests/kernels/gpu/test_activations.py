@@ -13,8 +13,9 @@ from counterweight.kernels.gpu.activations import prepare, unsupported
 from counterweight.kernels.gpu.integer_gemm import IntegerWeight, prepare_integer
 from counterweight.kernels.gpu.layout import PackedWeight, PreparedInput, prepare_weight
 from counterweight.kernels.hadamard import Hadamard
-from counterweight.kernels.reference import layer_input, quantize_activations
+from counterweight.kernels.reference import quantize_activations
 from counterweight.kernels.weights.uniform import UniformWeight
+from tests.kernels.gpu.expected import layer_input
 from tests.kernels.gpu.guarded import bands_are_intact, guarded
 from tests.kernels.gpu.poisoned import poisoned
 

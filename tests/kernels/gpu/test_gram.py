@@ -8,8 +8,8 @@ from torch import Tensor
 
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.gpu.gram import add_gram_
-from counterweight.kernels.reference import lower_gram
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
+from tests.kernels.gpu.expected import lower_gram
 from tests.kernels.gpu.guarded import bands_are_intact, guarded
 
 

@@ -147,10 +147,19 @@ def test_init_is_the_best_branch_beside_any_dense_matrix(problem: Problem) -> No
 
 @pytest.mark.parametrize("iterations", [1, 4])
 def test_the_objective_never_rises_at_update_lr(problem: Problem, iterations: int) -> None:
-    objectives = problem.solve(iterations=iterations, damping=1e-6).objectives
-    assert len(objectives) == 2 * iterations
-    for before, after in zip(objectives[::2], objectives[1::2], strict=True):
-        assert after <= before * (1 + 1e-6)
+    options, weights = LRC(rank=RANK, damping=1e-6), Weights(bits=3)
+    weight, statistics = problem.weight.double(), problem.statistics
+    metric = InputStatistics(gram=statistics.product("yy"), tokens=TOKENS)
+    branch = initial_branch(weight, statistics, RANK, options.damping, torch.float32)
+    for _ in range(iterations):
+        target = weights.target(weight, statistics, branch.product(torch.float64)).float()
+        codes = weights.quantize(target, metric, scale_dtype=torch.float32).weight.dequantize()
+        before = problem.loss(codes, dense(branch))
+        branch = updated_branch(options, weight, codes.double(), statistics, branch.rank, torch.float32)
+        assert problem.loss(codes, dense(branch)) <= before * (1 + 1e-6)
+    solved = problem.solve(iterations=iterations, damping=1e-6)
+    assert torch.equal(solved.weight.dequantize(), codes)
+    assert torch.equal(solved.low_rank.product(), branch.product())
 
 
 def test_the_objective_never_rises_at_update_quant_solved_exactly(problem: Problem) -> None:

@@ -85,8 +85,8 @@ class Compensation(Method):
         """The branch for `residual` [out, in] = W - Q, with factors stored in `dtype`."""
         from counterweight.workers.compensation.result import CompensationResult
 
-        del statistics, dtype
-        return CompensationResult(low_rank=None, captured=0.0, singular_values=residual.new_zeros(0).double())
+        del residual, statistics, dtype
+        return CompensationResult(low_rank=None)
 
     def gain_problem(self, weight: Tensor, statistics: InputStatistics) -> tuple[Tensor, Tensor] | None:
         """A matrix [out, in] and a root [in, in] of a metric, float64, whose product's squared singular values say what each
