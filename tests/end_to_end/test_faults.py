@@ -300,9 +300,9 @@ def long_expected(long_manifest: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def commits(output: Path) -> dict[str, tuple[int, bytes]]:
-    """Committed records: name -> time and bytes."""
+    """Committed records: name -> inode and bytes. Who uses a record touches it; who writes it again makes another file."""
     found = (output / "_work" / "commits").rglob("*.json")
-    return {path.relative_to(output).as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+    return {path.relative_to(output).as_posix(): (path.stat().st_ino, path.read_bytes()) for path in found}
 
 
 @pytest.fixture
