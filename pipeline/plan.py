@@ -192,9 +192,9 @@ def _load(job: CompressionJob, source: ModelSource, index: int, groups: Sequence
     shard = together * calibration.sequence_length
     scores = 0
     if layout.family.eager_attention:
-        # Scores before and behind their mask, and as probabilities in float32.
+        # Scores, and the probabilities that are made of them in float32.
         heads = int(source.checkpoint.config["num_attention_heads"])
-        scores = shard * calibration.sequence_length * heads * (2 * itemsize + 4)
+        scores = shard * calibration.sequence_length * heads * (itemsize + 4)
     compressed = calibration.propagate == "compressed"
     regresses = any(part.regresses for group in groups for part in group.recipe.values())
     threads = threads_per_worker(

@@ -1,17 +1,21 @@
 """Peak memory of one block's task, measured in a process of its own, beside what `plan` says of it.
 
-    python -m tests.pipeline.peak '{"recipe": {...}, ...}'
+    python -m tests.pipeline.peak [NAME ...]
 
-prints {"measured": bytes, "planned": bytes} as JSON. The process first does the same with a tiny block, so that what a
-library allocates at first use is not counted.
+prints both for the cases of `peak_cases`. The process first does the same with a tiny block, so that what a library allocates
+at first use is not counted; and it returns freed memory from 1 MiB at once, as glibc does by itself from 32 MiB, so that small
+models can stand for large ones.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +40,6 @@ TINY = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 1
 class Measured:
     """A job of one block. config: of the model, beside `BASE` of `tests.models`. dtype: of the source."""
 
-    name: str
     recipe: Mapping[str, Any]
     case: str = "llama"
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -133,8 +136,17 @@ def resident_bytes() -> int:
     return pages * 4096
 
 
-def measure(measured: Measured, root: Path) -> dict[str, Any]:
-    """Growth of the process while it does the task, and the plan's figure for it, in bytes."""
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """Bytes by which a process grows, measured and planned; and the phase in which the plan says so."""
+
+    measured: int
+    planned: int
+    phase: str
+
+
+def measure(measured: Measured, root: Path) -> Peak:
+    """Growth of this process while it does the task, and the plan's figure for it."""
     real = prepared(measured, root / "real")
     worker = Worker("cpu", measured.threads)
     worker.run(prepared(measured.tiny(), root / "tiny").task)
@@ -142,13 +154,50 @@ def measure(measured: Measured, root: Path) -> dict[str, Any]:
     before = resident_bytes()
     record = worker.run(real.task)
     worker.close()
-    return {
-        "name": measured.name,
-        "measured": record.timing.host_peak_bytes - before,
-        "planned": real.plan.peak_bytes,
-    }
+    grown = record.timing.host_peak_bytes - before
+    return Peak(measured=grown, planned=real.plan.peak_bytes, phase=real.plan.peak_phase)
+
+
+def _child(measured: Measured, answers: multiprocessing.SimpleQueue[Peak]) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        answers.put(measure(measured, Path(scratch)))
+
+
+def measured_apart(cases: Sequence[Measured]) -> Iterator[Peak]:
+    """`measure` of each, in a process of its own. They are forks of one that has imported everything, computed nothing, and has
+    the allocator's settings from its beginning."""
+    settings = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.pipeline.peak", json.dumps([asdict(case) for case in cases])]
+    with subprocess.Popen(command, env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            yield Peak(**json.loads(line))
+    if running.returncode:
+        raise subprocess.CalledProcessError(running.returncode, command)
+
+
+def main(arguments: list[str]) -> None:
+    """Measures the jobs that are given as JSON; or cases, all or those named."""
+    if arguments and arguments[0].startswith("["):
+        fork = multiprocessing.get_context("fork")
+        for case in json.loads(arguments[0]):
+            answers = fork.SimpleQueue()
+            child = fork.Process(target=_child, args=(Measured(**case), answers))
+            child.start()
+            child.join()
+            if child.exitcode:
+                raise SystemExit(f"{case}: exit status {child.exitcode}")
+            print(json.dumps(asdict(answers.get())), flush=True)
+        return
+    from tests.pipeline.peak_cases import CASES
+
+    print(f"{'case':30} {'phase':10} {'measured':>9} {'planned':>9}  MiB")
+    names = arguments or list(CASES)
+    for name, found in zip(names, measured_apart([CASES[name][0] for name in names]), strict=True):
+        off = found.planned / found.measured - 1
+        sizes = f"{found.measured >> 20:9} {found.planned >> 20:9}"
+        print(f"{name:30} {found.phase:10} {sizes} {off:+.1%}", flush=True)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(measure(Measured(**json.loads(sys.argv[1])), Path(scratch))))
+    main(sys.argv[1:])

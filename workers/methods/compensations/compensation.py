@@ -116,7 +116,7 @@ class Compensation(Method):
         del rows, columns, tokens
         return 0
 
-    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int) -> int:
+    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int, tokens: float) -> int:
         """Memory of `solve` at its peak, beside a weight [rows, columns] float32, where codes and branch are `joint`."""
-        del weights, rows, columns
+        del weights, rows, columns, tokens
         return 0

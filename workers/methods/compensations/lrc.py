@@ -62,11 +62,12 @@ class LRC(Branch):
 
         return lrc(self, weights, weight, statistics, scale_dtype=scale_dtype, factor_dtype=factor_dtype)
 
-    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int) -> int:
+    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int, tokens: float) -> int:
         square, entries = matrix_bytes.DOUBLE * columns * columns, matrix_bytes.DOUBLE * rows * columns
         vectors = matrix_bytes.spectrum(rows, columns)
-        # Of the input, what its quantization loses: the prediction, the rest, and the same made symmetric.
-        initial = max(matrix_bytes.right_divide(columns, columns), 4 * square)
+        # Of the input, what its quantization loses: the prediction, the rest, and the same made symmetric; and its root.
+        rest = max(matrix_bytes.right_divide(columns, columns), 4 * square)
+        initial = max(rest, square + matrix_bytes.root(columns, tokens))
         # The weight in float64, behind a root of the metric.
         directions = square + entries + vectors
         # The target, in float64 and in float32.

@@ -36,6 +36,10 @@ class Rank(Config):
         del rows, columns
         return None
 
+    def at_most(self, rows: int, columns: int) -> int:
+        """The largest rank that a weight [rows, columns] can come by, before anything is known of its singular values."""
+        return min(rows, columns)
+
 
 class FractionRank(Rank):
     """A share of the largest rank that the layer can have."""
@@ -43,10 +47,13 @@ class FractionRank(Rank):
     fraction: Annotated[float, Field(strict=True, gt=0, le=1)]
     """Share of min(out, in), rounded to the nearest rank, at least 1."""
 
+    def at_most(self, rows: int, columns: int) -> int:
+        return max(1, round(self.fraction * min(rows, columns)))
+
     def resolve(self, rows: int, columns: int, singular_values: Tensor) -> int:
         """The rank for a weight [rows, columns]."""
         del singular_values
-        return max(1, round(self.fraction * min(rows, columns)))
+        return self.at_most(rows, columns)
 
 
 class CountRank(Rank):
@@ -54,6 +61,10 @@ class CountRank(Rank):
 
     count: Annotated[int, Field(strict=True, ge=1)]
     """The rank; more than min(out, in) of a layer is an error."""
+
+    def at_most(self, rows: int, columns: int) -> int:
+        del rows, columns
+        return self.count
 
     def problem(self, rows: int, columns: int) -> str | None:
         """Why a weight [rows, columns] is too small for the rank, or None when it is not."""

@@ -53,6 +53,7 @@ class Smoothing(Transform):
     def search_bytes(self, rows: int, columns: int) -> int:
         """Memory of choosing the scales of an input at its peak: its linears, [rows, columns] together, stacked in float32;
         each candidate scaled, rounded and read back."""
-        if self.strength != "search":
-            return 2 * matrix_bytes.SINGLE * rows * columns
-        return (2 * matrix_bytes.SINGLE + 1 + matrix_bytes.DECODE) * rows * columns
+        found = 2 * matrix_bytes.SINGLE  # the stack, and its magnitudes or a candidate
+        if self.strength == "search":
+            found += 1 + matrix_bytes.DECODE
+        return found * rows * columns

@@ -1,0 +1,94 @@
+"""Jobs of one block whose memory is compared with the plan's: name -> the job, and the phase with its peak."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tests.pipeline.peak import Measured
+
+Case = tuple[Measured, str]
+
+GPTQ: Mapping[str, Any] = {"weights": {"bits": 4, "group_size": 128}}
+RTN: Mapping[str, Any] = {"weights": {"bits": 4, "group_size": 128, "quantizer": {"kind": "rtn"}}}
+WEIGHTED: Mapping[str, Any] = {"weights": {**RTN["weights"], "quantizer": {"kind": "rtn", "scale": {"kind": "mse"}}}}
+REGRESSED: Mapping[str, Any] = {"weights": {**GPTQ["weights"], "quantizer": {"kind": "gptq", "target": "regressed"}}}
+
+
+def dense(hidden: int, intermediate: int, **more: Any) -> dict[str, Any]:
+    """A llama's config."""
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4}
+    return {"hidden_size": hidden, "intermediate_size": intermediate, **heads, **more}
+
+
+def few(recipe: Mapping[str, Any], hidden: int, intermediate: int, **more: Any) -> Measured:
+    """On few tokens, so that weights and statistics are what counts."""
+    return Measured(recipe=recipe, config=dense(hidden, intermediate), **{"sequences": 2, "length": 128, **more})
+
+
+def many(recipe: Mapping[str, Any], hidden: int, intermediate: int, **more: Any) -> Measured:
+    """On full shards, so that activations are what counts."""
+    return Measured(recipe=recipe, config=dense(hidden, intermediate), **{"sequences": 16, "length": 512, **more})
+
+
+def svd(whitening: str, **more: Any) -> dict[str, Any]:
+    return {**RTN, "compensation": {"kind": "svd", "whitening": whitening, "rank": {"fraction": 0.1}}, **more}
+
+
+def lrc(fraction: float, iterations: int) -> dict[str, Any]:
+    options = {"kind": "lrc", "rank": {"fraction": fraction}, "iterations": iterations}
+    return {**GPTQ, "activations": {"bits": 4}, "compensation": options}
+
+
+CASES: Mapping[str, Case] = {
+    "sums": (few(RTN, 256, 4096), "forward"),
+    "activations": (many(RTN, 256, 2048), "forward"),
+    "long sequences": (many(RTN, 512, 1024, sequences=2, length=8192), "forward"),
+    "activations, two threads": (many(RTN, 256, 2048, threads=2, sequences=64), "forward"),
+    "activations, quantized": (many({**RTN, "activations": {"bits": 8}}, 256, 2048, sequences=32), "forward"),
+    "activations, bfloat16": (many(RTN, 256, 3072, compute="bfloat16"), "forward"),
+    "thresholds": (many({**RTN, "residual": {}}, 256, 1024), "forward"),
+    "attention": (
+        Measured(case="gemma2", recipe=RTN, config=dense(256, 512, head_dim=16), sequences=2, length=1024),
+        "forward",
+    ),
+    "experts": (
+        Measured(
+            case="mixtral",
+            recipe=RTN,
+            config={**dense(512, 1024), "num_local_experts": 16, "num_experts_per_tok": 2},
+            length=256,
+        ),
+        "forward",
+    ),
+    "GPTQ": (few(GPTQ, 256, 4096), "solve"),
+    "GPTQ, rows": (few(GPTQ, 1024, 2048), "solve"),
+    "sign": (few({"weights": {"format": "sign"}}, 768, 3072), "solve"),
+    "RTN, weighted": (few(WEIGHTED, 1024, 4096, dtype="float32"), "solve"),
+    "SVD, few tokens": (few(svd("full"), 512, 1536), "solve"),
+    "LRC": (few(lrc(0.1, 1), 512, 1536), "solve"),
+    "residual store": (few({**RTN, "residual": {"selection": "static"}}, 1024, 4096), "solve"),
+    "regressed": (few(REGRESSED, 512, 2048, propagate="compressed"), "solve"),
+    "rotation": (
+        few(
+            {
+                **RTN,
+                "transforms": [{"kind": "rotation"}],
+                "keep": ["lm_head", "*.q_proj", "*.v_proj", "*.o_proj", "*.mlp.*"],
+            },
+            2048,
+            2048,
+        ),
+        "load",
+    ),
+    "smoothing": (
+        few(
+            {**RTN, "transforms": [{"kind": "smoothing"}], "keep": ["lm_head", "*.self_attn.*", "*.down_proj"]},
+            1536,
+            3072,
+        ),
+        "prepare",
+    ),
+    "tuning": (few({**RTN, "tuning": {"kind": "lsi", "epochs": 1}}, 1024, 2048), "tune"),
+    "propagation": (many(RTN, 512, 2048, propagate="compressed"), "propagate"),
+}

@@ -1,0 +1,33 @@
+"""What `plan` says of a block's memory is what its task takes, within `TOLERANCE`, whatever takes most of it.
+
+Each case is large enough that what libraries and allocators keep for themselves does not matter, and has another step at its
+peak: whoever takes that step's term out of the plan sees the case fail. `python -m tests.pipeline.peak` prints the numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.pipeline.peak import measured_apart
+from tests.pipeline.peak_cases import CASES
+
+TOLERANCE = 0.15
+BY_CHANCE = 0.35
+"""Likewise with several threads, whose peaks may or may not meet: the plan says what it takes when they do."""
+LEAST = 150 << 20
+"""Bytes of growth from which it is worth to compare."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+@pytest.mark.parametrize("solving", [False, True])
+def test_a_blocks_peak_is_what_is_planned(solving: bool) -> None:
+    names = [name for name, (_, phase) in CASES.items() if (phase == "solve") == solving]
+    wrong = {}
+    for name, found in zip(names, measured_apart([CASES[name][0] for name in names]), strict=True):
+        over = BY_CHANCE if CASES[name][0].threads > 1 else TOLERANCE
+        near = 1 - TOLERANCE < found.planned / found.measured < 1 + over
+        if not near or found.measured < LEAST or found.phase != CASES[name][1]:
+            wrong[name] = found
+    assert not wrong

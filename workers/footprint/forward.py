@@ -1,0 +1,67 @@
+"""Memory of a block that runs: shards in flight, what is gathered of them, and training."""
+
+from __future__ import annotations
+
+from math import prod
+
+from counterweight.workers.footprint.load import Group, Load, products_of
+from counterweight.workers.matrix_bytes import DECODE, DOUBLE, SINGLE
+
+
+def activations(load: Load) -> int:
+    """Of the shards in flight: each thread's, with the products that it has, and those of one that is being summed."""
+    products = sum(SINGLE * group.width**2 * products_of(load, group) for group in load.groups)
+    threads = min(load.threads, load.shards)
+    waiting = products if load.shards > threads > 1 else 0
+    return threads * running(load, stored=False) + waiting
+
+
+def running(load: Load, *, stored: bool) -> int:
+    """One shard in the block at the peak, with the products of the inputs that it has come by; or stored: where nothing is
+    gathered, and every linear is read back before it is multiplied."""
+    token = load.compute * load.hidden
+    # What entered, the residual stream, and what the norm made of it.
+    stream = 3 * token + (token if load.paired else 0)
+    peaks = [load.attention_bytes]
+    products = 0
+    for group in load.groups:
+        before = products
+        products += 0 if stored else SINGLE * group.width**2 * products_of(load, group)
+        tokens = load.shard * group.share
+        rows = [rows for rows, _ in group.linears.values()]
+        if group is load.groups[0]:
+            # Queries, keys and values; while they get their positions, three more of the widest.
+            inside = load.compute * (sum(rows) + 3 * max(rows))
+        else:
+            # Of a gated pair: one behind its activation, the other, and their product.
+            inside = load.compute * (sum(rows) + (max(rows) if len(rows) > 1 else 0))
+        read = max((prod(shape) for shape in group.linears.values()), default=0) * DECODE if stored else 0
+        peaks.append(round(tokens * inside) + products + read)
+        if group.recipe and not stored:
+            looking, multiplying = _gathered(load, group)
+            peaks.append(round(tokens * group.width * looking) + before)
+            peaks.append(round(tokens * group.width * multiplying) + products)
+    meant = load.compute * load.shard * sum(group.width for group in load.groups if group.recipe) if load.paired else 0
+    return load.shard * stream + max(peaks) + meant
+
+
+def _gathered(load: Load, group: Group) -> tuple[int, int]:
+    """Bytes of an element of an input while its moments are taken: before their products, when it is quantized, with what it
+    is rounded from; and while products are taken of it, of what it was quantized to and of float32 copies of both."""
+    part = next(iter(group.recipe.values()))
+    copy = 0 if load.compute == SINGLE else SINGLE
+    quantized = part.activations is not None
+    looking = load.compute * (3 if quantized else 1)
+    multiplying = (load.compute + copy) * (1 + quantized) + (copy if load.paired and group.share == 1 else 0)
+    if part.residual is not None:
+        multiplying += 2 * SINGLE + DOUBLE  # magnitudes, and sorted with their places
+    return looking, multiplying
+
+
+def tuning(load: Load) -> int:
+    """Training of codes: hidden states before and behind the block, of every sequence, and what one linear after the other
+    needs."""
+    options = next(part.tuning for group in load.groups for part in group.recipe.values() if part.tuning is not None)
+    hidden = 2 * load.compute * load.hidden * load.shard * load.shards
+    linears = [group.linears[name] for group in load.groups for name in group.recipe]
+    return hidden + sum(options.train_bytes(rows, columns) for rows, columns in linears)

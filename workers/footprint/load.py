@@ -1,0 +1,85 @@
+"""What a block's task works on, and what follows from that for all of its phases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from counterweight.workers.matrix_bytes import DOUBLE
+from counterweight.workers.methods.transforms import Rotation
+from counterweight.workers.recipe import ModuleRecipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Linears that read one input. linears: name -> [out, in]. recipe: name -> what applies, for those that are not kept.
+    share: of the tokens, which reach it."""
+
+    linears: Mapping[str, tuple[int, int]]
+    recipe: Mapping[str, ModuleRecipe]
+    share: float
+
+    @property
+    def width(self) -> int:
+        return next(iter(self.linears.values()))[1]
+
+    @property
+    def outputs(self) -> int:
+        return sum(rows for rows, _ in self.linears.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a task works on, and where.
+
+    groups: in the order in which they run, the attention's first. source_bytes: the block's tensors as stored. parameters: of
+    the block. compute: bytes of an activation. shard, shards: tokens of a shard, and how many there are. hidden: width of the
+    stream.
+    attention_bytes: of the scores of a shard, where attention keeps them. paired: whether blocks see the compressed ones'
+    outputs and the solve looks at the original's; compressed: whether they see them. threads: that share shards and solves.
+    gpu: whether the arithmetic is done on one.
+    """
+
+    groups: Sequence[Group]
+    source_bytes: int
+    parameters: int
+    compute: int
+    hidden: int
+    shard: int
+    shards: int
+    attention_bytes: int
+    paired: bool
+    compressed: bool
+    rotation: Rotation | None
+    threads: int
+    gpu: bool
+
+
+def scales(part: ModuleRecipe) -> bool:
+    """Whether a norm or linear before takes scales in, after which the block is another one."""
+    learned = part.tuning is not None and part.tuning.transforms
+    return part.smoothing is not None or learned or part.compensation.needs_rows
+
+
+def streams(load: Load, group: Group) -> int:
+    """How many descriptions of a group's input are looked at: as it is, quantized, as the original model has it."""
+    part = next(iter(group.recipe.values()))
+    return 1 + (part.activations is not None) + (load.paired and group.share == 1)
+
+
+def products_of(load: Load, group: Group) -> int:
+    """How many products of a group's streams are summed."""
+    if not group.recipe:
+        return 0
+    count = streams(load, group)
+    return count * (count + 1) // 2
+
+
+def sums(load: Load, group: Group) -> int:
+    """Bytes of a group's statistics."""
+    return DOUBLE * group.width**2 * products_of(load, group)
+
+
+def packed(group: Group) -> int:
+    """Bytes of a group's weights as they are written."""
+    return sum(part.weights.stored_bits(*group.linears[name]) // 8 for name, part in group.recipe.items())

@@ -1,0 +1,57 @@
+"""Memory of a block's weights: as they are read, rotated, scaled, and as they run."""
+
+from __future__ import annotations
+
+from math import prod
+
+from counterweight.workers.footprint.load import Load, scales
+from counterweight.workers.matrix_bytes import SINGLE
+
+
+def unscaled(load: Load) -> int:
+    """The block's parameters as they are read, in the recipe's coordinates: rotated ones are float32."""
+    return load.source_bytes if load.rotation is None else SINGLE * load.parameters
+
+
+def scaled(load: Load) -> int:
+    """The same as they are solved: those whose inputs were scaled are float32."""
+    scaled = any(scales(part) for group in load.groups for part in group.recipe.values())
+    return SINGLE * load.parameters if scaled else unscaled(load)
+
+
+def with_running(load: Load, read: int) -> int:
+    """Parameters and what runs of them. On a CPU that is one tensor where the dtype is the same. On a GPU what was read lies on
+    the host, but `compress` puts the linears that it solves beside those that run."""
+    running = load.compute * load.parameters
+    return read if read == running and not load.gpu else read + running
+
+
+def reading(load: Load) -> int:
+    """What is read, and rotated, at the peak; on the host."""
+    if load.rotation is None:
+        return load.source_bytes
+    widest = max((shape for group in load.groups for shape in group.linears.values()), key=prod, default=(0, 0))
+    return load.source_bytes + unscaled(load) + load.rotation.rotate_bytes(*widest)
+
+
+def loading(load: Load) -> int:
+    """Reading the block and filling the one that runs, where the arithmetic is done."""
+    if load.gpu:
+        return load.compute * load.parameters
+    return max(reading(load), with_running(load, unscaled(load)))
+
+
+def preparing(load: Load) -> int:
+    """Choices from the first shard's rows, before there are statistics; then the block that is scaled, beside what it was."""
+    before = with_running(load, unscaled(load))
+    curious = [group for group in load.groups if any(scales(part) for part in group.recipe.values())]
+    if not curious:
+        return before
+    rows = sum(SINGLE * min(2048, load.shard) * group.width for group in curious)
+    peaks = []
+    for group in curious:
+        part = next(iter(group.recipe.values()))
+        copies = 0 if unscaled(load) == SINGLE * load.parameters else SINGLE * group.outputs * group.width
+        searching = 0 if part.smoothing is None else part.smoothing.search_bytes(group.outputs, group.width)
+        peaks.append(copies + searching)
+    return before + max(rows + max(peaks), SINGLE * load.parameters)
