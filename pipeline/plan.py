@@ -208,6 +208,7 @@ def _load(job: CompressionJob, source: ModelSource, index: int, groups: Sequence
         hidden=layout.hidden_size,
         shard=shard,
         shards=-(-calibration.sequences // together),
+        length=calibration.sequence_length,
         attention_bytes=scores,
         paired=compressed and regresses,
         compressed=compressed,

@@ -15,6 +15,10 @@ WEIGHTED: Mapping[str, Any] = {"weights": {**RTN["weights"], "quantizer": {"kind
 REGRESSED: Mapping[str, Any] = {"weights": {**GPTQ["weights"], "quantizer": {"kind": "gptq", "target": "regressed"}}}
 
 
+ALL_BUT_UP = ["lm_head", "*.self_attn.*", "*.down_proj"]
+"""Kept, so that there are few sums of statistics."""
+
+
 def dense(hidden: int, intermediate: int, **more: Any) -> dict[str, Any]:
     """A llama's config."""
     heads = {"num_attention_heads": 16, "num_key_value_heads": 4}
@@ -44,7 +48,7 @@ CASES: Mapping[str, Case] = {
     "sums": (few(RTN, 256, 4096), "forward"),
     "activations": (many(RTN, 256, 2048), "forward"),
     "long sequences": (many(RTN, 512, 1024, sequences=2, length=8192), "forward"),
-    "activations, two threads": (many(RTN, 256, 2048, threads=2, sequences=64), "forward"),
+    "activations, two threads": (many(RTN, 256, 2048, threads=2, sequences=48), "forward"),
     "activations, quantized": (many({**RTN, "activations": {"bits": 8}}, 256, 2048, sequences=32), "forward"),
     "activations, bfloat16": (many(RTN, 256, 3072, compute="bfloat16"), "forward"),
     "thresholds": (many({**RTN, "residual": {}}, 256, 1024), "forward"),
@@ -56,7 +60,7 @@ CASES: Mapping[str, Case] = {
         Measured(
             case="mixtral",
             recipe=RTN,
-            config={**dense(512, 1024), "num_local_experts": 16, "num_experts_per_tok": 2},
+            config={**dense(256, 1024), "num_local_experts": 16, "num_experts_per_tok": 2},
             length=256,
         ),
         "forward",
@@ -68,7 +72,7 @@ CASES: Mapping[str, Case] = {
     "SVD, few tokens": (few(svd("full"), 512, 1536), "solve"),
     "LRC": (few(lrc(0.1, 1), 512, 1536), "solve"),
     "residual store": (few({**RTN, "residual": {"selection": "static"}}, 1024, 4096), "solve"),
-    "regressed": (few(REGRESSED, 512, 2048, propagate="compressed"), "solve"),
+    "regressed": (few({**REGRESSED, "keep": ALL_BUT_UP}, 768, 3072, propagate="compressed"), "solve"),
     "rotation": (
         few(
             {
@@ -83,11 +87,15 @@ CASES: Mapping[str, Case] = {
     ),
     "smoothing": (
         few(
-            {**RTN, "transforms": [{"kind": "smoothing"}], "keep": ["lm_head", "*.self_attn.*", "*.down_proj"]},
+            {**RTN, "transforms": [{"kind": "smoothing"}], "keep": ALL_BUT_UP},
             1536,
             3072,
         ),
         "prepare",
+    ),
+    "tuning, activations": (
+        many({**RTN, "tuning": {"kind": "lsi", "epochs": 1, "transforms": True, "batch": 8}}, 256, 1024),
+        "tune",
     ),
     "tuning": (few({**RTN, "tuning": {"kind": "lsi", "epochs": 1}}, 1024, 2048), "tune"),
     "propagation": (many(RTN, 512, 2048, propagate="compressed"), "propagate"),

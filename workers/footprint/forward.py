@@ -59,9 +59,12 @@ def _gathered(load: Load, group: Group) -> tuple[int, int]:
 
 
 def tuning(load: Load) -> int:
-    """Training of codes: hidden states before and behind the block, of every sequence, and what one linear after the other
-    needs."""
+    """Training of codes: hidden states before and behind the block, of every sequence; what a step keeps of its tokens for
+    gradients (the stream and its norms; inputs and outputs of linears, half of which are kept twice, behind positions and
+    activation); and what linears need."""
     options = next(part.tuning for group in load.groups for part in group.recipe.values() if part.tuning is not None)
     hidden = 2 * load.compute * load.hidden * load.shard * load.shards
+    kept = 10 * load.hidden + sum(group.share * (group.width + 1.5 * group.outputs) for group in load.groups)
+    step = round(options.batch * load.length * load.compute * kept)
     linears = [group.linears[name] for group in load.groups for name in group.recipe]
-    return hidden + sum(options.train_bytes(rows, columns) for rows, columns in linears)
+    return hidden + step + sum(options.train_bytes(rows, columns) for rows, columns in linears)

@@ -33,11 +33,10 @@ class Load:
     """What a task works on, and where.
 
     groups: in the order in which they run, the attention's first. source_bytes: the block's tensors as stored. parameters: of
-    the block. compute: bytes of an activation. shard, shards: tokens of a shard, and how many there are. hidden: width of the
-    stream.
-    attention_bytes: of the scores of a shard, where attention keeps them. paired: whether blocks see the compressed ones'
-    outputs and the solve looks at the original's; compressed: whether they see them. threads: that share shards and solves.
-    gpu: whether the arithmetic is done on one.
+    the block. compute: bytes of an activation. shard, shards: tokens of a shard, and how many there are; length: of a
+    sequence. hidden: width of the stream. attention_bytes: of the scores of a shard, where attention keeps them. paired:
+    whether blocks see the compressed ones' outputs and the solve looks at the original's; compressed: whether they see them.
+    threads: that share shards and solves. gpu: whether the arithmetic is done on one.
     """
 
     groups: Sequence[Group]
@@ -47,6 +46,7 @@ class Load:
     hidden: int
     shard: int
     shards: int
+    length: int
     attention_bytes: int
     paired: bool
     compressed: bool

@@ -79,7 +79,8 @@ class Tuning(Method):
 
     def train_bytes(self, rows: int, columns: int) -> int:
         """Memory of training a linear [rows, columns] at its peak: its singular vectors, and what a step keeps for gradients
-        of rounding (the weight, over its scale, rounded, whether it was clipped, in float32 each)."""
+        of rounding (the weight, over its scale, rounded, whether it was clipped, in float32 each; with transforms before and
+        behind them)."""
         smaller = min(rows, columns)
         vectors = smaller * (rows + columns) if self.increments else 0
-        return matrix_bytes.SINGLE * (vectors + 5 * rows * columns)
+        return matrix_bytes.SINGLE * (vectors + (7 if self.transforms else 5) * rows * columns)

@@ -72,9 +72,9 @@ class LRC(Branch):
         directions = square + entries + vectors
         # The target, in float64 and in float32.
         held = entries + matrix_bytes.SINGLE * rows * columns
-        quantizing = held + max(weights.target_bytes(rows, columns), weights.quantize_bytes(rows, columns))
-        # Codes and branch read back and turned round, and the trace of their product with the statistics.
-        judging = held + 5 * entries
+        # The codes before, in a further iteration.
+        again = entries if self.iterations > 1 else 0
+        quantizing = held + again + max(weights.target_bytes(rows, columns), weights.quantize_bytes(rows, columns))
         # What the codes leave: the products, their regression, its root.
-        refitting = held + 2 * entries + max(matrix_bytes.right_divide(rows, columns), directions)
-        return entries + max(initial, directions, quantizing, judging, refitting)
+        refitting = held + again + 2 * entries + max(matrix_bytes.right_divide(rows, columns), directions)
+        return entries + max(initial, directions, quantizing, refitting)
