@@ -3,7 +3,7 @@
     python benchmarks/pairs.py --before ../before --manifest manifests/demo.yaml --record
 
 `--before` is a checkout of the other revision that has the package's folder; both run with this environment's libraries. CPU
-seconds are of every process that the command started, Ray's daemons among them.
+seconds are of the command and of Ray's daemons, but not of its workers, whom their parent does not wait for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from common import ROOT, machine, record, table, versions
 
 PR_SET_CHILD_SUBREAPER = 36
-"""Of Linux's prctl(2): orphans of our children become ours, so that their CPU time is counted when they end."""
+"""Of Linux's prctl(2): orphans of our children become ours, so that none is left when the next run begins."""
 
 COMMAND = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); from counterweight.pipeline.cli import main; sys.exit(main())"
