@@ -13,13 +13,12 @@ from counterweight.pipeline.devices import memory_of
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.pool import threads_per_worker
-from counterweight.pipeline.residual_tuner import afford
+from counterweight.pipeline.resolve import block_recipe, check_block, check_recipe, linears_of, stored_name
 from counterweight.workers.config import Config
-from counterweight.workers.errors import ManifestError
 from counterweight.workers.footprint import Group, Load, footprint, products_of
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
-from counterweight.workers.recipe import ModuleRecipe, Recipe
+from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.tasks.setting import ITEMSIZE, shard_sequences
 
 PROCESS_BYTES = 600 << 20
@@ -78,29 +77,11 @@ class Plan(Config):
     problems: tuple[str, ...]
 
 
-def block_recipe(source: ModelSource, index: int, recipe: Recipe) -> dict[str, ModuleRecipe]:
-    """Linear (name in the block) -> what applies to it; kept linears are absent.
-
-    Patterns of the recipe are matched against the name as the artifact stores it. Latency budgets are resolved here, budgets
-    of bits by `allocation`, which has to look at the weights.
-    """
-    layout = source.layout
-    result: dict[str, ModuleRecipe] = {}
-    for group in layout.block_linears(index):
-        for name in group:
-            part = recipe.for_module(_stored(source, index, name))
-            if part is not None:
-                result[name] = part
-    shapes = layout.block_parameters(index)
-    return afford(result, {name: _matrix(shapes[f"{name}.weight"]) for name in result})
-
-
 def make_plan(job: CompressionJob, source: ModelSource, device: str | None = None) -> Plan:
     """The plan of a job. device: a name of `devices.MEMORY`, RequestError for another. ManifestError for what the recipe asks
     and the model cannot give (a rank above a layer's size, a group size that does not divide a width, an override that matches
     nothing)."""
-    _check_overrides(job.spec.recipe, source)
-    _check_rotation(job.spec.recipe, source)
+    check_recipe(job.spec.recipe, source)
     blocks = tuple(_block_plan(job, source, index) for index in range(source.layout.blocks))
     calibration = job.spec.calibration
     tokens = calibration.sequences * calibration.sequence_length
@@ -148,8 +129,8 @@ def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPl
     shapes = layout.block_parameters(index)
     groups = layout.block_linears(index)
     recipe = block_recipe(source, index, job.spec.recipe)
-    linears = {name: _matrix(shapes[f"{name}.weight"]) for group in groups for name in group}
-    _check_recipe(source, index, recipe, linears, calibration.propagate)
+    linears = linears_of(source, index)
+    check_block(source, index, recipe, calibration.propagate)
     active = {name: layout.family.active_share(source.checkpoint.config, layout.experts, name) for name in linears}
     together = [
         Group(
@@ -168,7 +149,7 @@ def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPl
         index=index,
         parameters=parameters,
         source_bytes=sum(_bytes(source, name) for name in names),
-        linears={_stored(source, index, name): shape for name, shape in linears.items()},
+        linears={stored_name(source, index, name): shape for name, shape in linears.items()},
         recipe=recipe,
         statistics_bytes=found.statistics,
         activation_bytes=found.activations,
@@ -218,67 +199,6 @@ def _load(job: CompressionJob, source: ModelSource, index: int, groups: Sequence
     )
 
 
-def _check_recipe(
-    source: ModelSource,
-    index: int,
-    recipe: Mapping[str, ModuleRecipe],
-    linears: Mapping[str, tuple[int, int]],
-    propagate: str,
-) -> None:
-    problems: list[str] = []
-    for name, part in recipe.items():
-        rows, columns = linears[name]
-        where = _stored(source, index, name)
-        if (problem := part.weights.problem(rows, columns)) is not None:
-            problems.append(f"spec.recipe.weights.{problem} of {where}")
-        tiles = None if part.activations is None else part.activations.group_size
-        if tiles is not None and columns % tiles:
-            problems.append(
-                f"spec.recipe.activations.group_size: {tiles}: expected a divisor of {columns}, the input of {where}"
-            )
-        idle = part.activations is None and propagate == "original"
-        if part.weights.regresses is not None and idle:
-            problems.append(
-                f"spec.recipe.weights.{part.weights.regresses}: expected plain, which is the same here: without quantized "
-                "activations and with calibration.propagate original, codes see the original's input"
-            )
-        problem = part.compensation.problem(rows, columns)
-        if problem is not None:
-            problems.append(f"spec.recipe.compensation: {where} [{rows}, {columns}]: {problem}")
-    if problems:
-        raise ManifestError("\n".join(problems[:20]))
-
-
-def _check_rotation(recipe: Recipe, source: ModelSource) -> None:
-    if recipe.rotation is None:
-        return
-    layout = source.layout
-    problem = recipe.rotation.problem(layout.family, layout.model_type)
-    if problem is not None:
-        raise ManifestError(f"spec.recipe.transforms: {problem}")
-
-
-def _check_overrides(recipe: Recipe, source: ModelSource) -> None:
-    """A pattern that matches no module would do nothing: an error, not a log line."""
-    from fnmatch import fnmatchcase
-
-    names = {
-        _stored(source, index, name)
-        for index in range(source.layout.blocks)
-        for group in source.layout.block_linears(index)
-        for name in group
-    } | {"lm_head"}
-    patterns = [(f"spec.recipe.overrides.{i}.match", item.match) for i, item in enumerate(recipe.overrides)]
-    patterns += [(f"spec.recipe.keep.{i}", pattern) for i, pattern in enumerate(recipe.keep)]
-    idle = [
-        f"{field}: {pattern!r}: matches no linear layer of the model, expected a glob such as '*.mlp.down_proj'"
-        for field, pattern in patterns
-        if not any(fnmatchcase(name, pattern) for name in names)
-    ]
-    if idle:
-        raise ManifestError("\n".join(idle))
-
-
 def _misfits(job: CompressionJob, blocks: Sequence[BlockPlan], held: int, device: str | None) -> list[str]:
     """What does not fit this machine, for workers without GPUs, or the device that is named. held: see `_held_bytes`."""
     largest = max(blocks, key=lambda block: block.peak_bytes)
@@ -315,16 +235,7 @@ def _artifact_bytes(source: ModelSource, blocks: tuple[BlockPlan, ...]) -> int:
 
 
 def _full(source: ModelSource, block: BlockPlan, name: str) -> str:
-    return _stored(source, block.index, name)
-
-
-def _stored(source: ModelSource, index: int, name: str) -> str:
-    return source.layout.module_name(index, name)
-
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    rows, columns = shape
-    return (rows, columns)
+    return stored_name(source, block.index, name)
 
 
 def _bytes(source: ModelSource, name: str) -> int:

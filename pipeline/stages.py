@@ -17,7 +17,8 @@ from counterweight.pipeline.events import BlockDone, EventLog, FellBack, Planned
 from counterweight.pipeline.graph import Node
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
-from counterweight.pipeline.plan import block_recipe, make_plan
+from counterweight.pipeline.plan import make_plan
+from counterweight.pipeline.resolve import block_recipe
 from counterweight.pipeline.validate import Windows, validate
 from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM

@@ -8,11 +8,10 @@ and whoever finds one there takes it over, so two writers of one artifact never 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from counterweight.pipeline.artifact.document import CONFIG, INDEX, FileEntry
+from counterweight.pipeline.artifact.document import CONFIG, INDEX, FileEntry, json_bytes
 from counterweight.pipeline.artifact.reader import Artifact
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.manifest import CompressionJob
@@ -94,7 +93,7 @@ class Assembler:
         if (field := self._source.layout.family.prediction_layers) is not None:
             source[field] = 0  # their tensors are left out
         config = artifact_config(source, ledger.formats, linears, self._source.layout.family)
-        self._write(CONFIG, _json(config))
+        self._write(CONFIG, json_bytes(config))
         for name in self._source.checkpoint.copyable_files():
             self._write(name, self._source.store.read(name))
         return dict(self._files)
@@ -121,14 +120,16 @@ class Assembler:
             self._copy(record.checkpoint, path)
             weight_map |= dict.fromkeys(record.tensors, path)
             total += record.checkpoint.size
-        self._write(INDEX, _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}))
+        self._write(
+            INDEX, json_bytes({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        )
 
     def _adapter(self, ledger: Ledger) -> None:
         parts = [(r.adapter, tuple(r.factors)) for r in self._parts.blocks if r.adapter is not None]
         if parts:
             self._join("adapter", parts, ADAPTER)
             family = self._source.layout.family
-            self._write(ADAPTER_CONFIG, _json(adapter_config(ledger.formats, self._artifact.name, family)))
+            self._write(ADAPTER_CONFIG, json_bytes(adapter_config(ledger.formats, self._artifact.name, family)))
 
     def _residual(self) -> None:
         parts = [(r.residual, tuple(r.residuals)) for r in self._parts.blocks if r.residual is not None]
@@ -179,7 +180,3 @@ class Assembler:
 def job_recipe(job: CompressionJob) -> dict[str, object]:
     """The whole recipe, defaults written out, with how it was calibrated."""
     return job.spec.model_dump(mode="json", include={"recipe", "calibration"})
-
-
-def _json(value: Mapping[str, object]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Literal
 
@@ -49,3 +50,8 @@ class ArtifactDocument(Config):
     bits_per_weight: BitsPerWeight
     software: Mapping[str, str]
     files: Mapping[str, FileEntry]
+
+
+def json_bytes(value: Mapping[str, object]) -> bytes:
+    """A file of JSON, as an artifact has it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -15,6 +15,7 @@ from counterweight.pipeline.artifact.document import (
     ArtifactDocument,
     FileEntry,
     LedgerSummary,
+    json_bytes,
 )
 from counterweight.pipeline.artifact.reader import Artifact, Published
 from counterweight.pipeline.artifact.report import Report
@@ -71,7 +72,7 @@ def repair_pointer(artifact: Artifact, document: ArtifactDocument) -> None:
 
 def _point(artifact: Artifact, document: ArtifactDocument) -> None:
     pointer = {"id": artifact.id, "uri": artifact.uri, "created": document.created}
-    artifact.store.write(f"{artifact.name}/{LATEST}", _json(pointer))
+    artifact.store.write(f"{artifact.name}/{LATEST}", json_bytes(pointer))
 
 
 def software() -> dict[str, str]:
@@ -92,7 +93,3 @@ def _create_or_adopt(artifact: Artifact, path: str, data: bytes) -> bytes:
 def _summary(ledger: Ledger) -> LedgerSummary:
     fates = [entry.fate for entry in ledger.entries]
     return LedgerSummary(quantized=fates.count("quantized"), kept=fates.count("kept"), dropped=fates.count("dropped"))
-
-
-def _json(value: Mapping[str, object]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -24,7 +24,8 @@ import torch
 
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import open_model
-from counterweight.pipeline.plan import BlockPlan, block_recipe, make_plan
+from counterweight.pipeline.plan import BlockPlan, make_plan
+from counterweight.pipeline.resolve import block_recipe
 from counterweight.workers.memory import release
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.compress import Compress

@@ -9,7 +9,8 @@ import torch
 
 from counterweight.pipeline import devices, plan
 from counterweight.pipeline.model_source import ModelSource, open_model
-from counterweight.pipeline.plan import PROCESS_BYTES, block_recipe, make_plan
+from counterweight.pipeline.plan import PROCESS_BYTES, make_plan
+from counterweight.pipeline.resolve import block_recipe
 from counterweight.workers.calibrated_block import calibrated
 from counterweight.workers.checkpoint.header import LENGTH_BYTES
 from counterweight.workers.errors import ManifestError, RequestError

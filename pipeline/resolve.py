@@ -1,0 +1,100 @@
+"""What a manifest's recipe means for the linears of a model, and what of it the model cannot give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from counterweight.pipeline.model_source import ModelSource
+from counterweight.pipeline.residual_tuner import afford
+from counterweight.workers.errors import ManifestError
+from counterweight.workers.recipe import ModuleRecipe, Recipe
+
+
+def block_recipe(source: ModelSource, index: int, recipe: Recipe) -> dict[str, ModuleRecipe]:
+    """Linear (name in the block) -> what applies to it; kept linears are absent.
+
+    Patterns of the recipe are matched against the name as the artifact stores it. Latency budgets are resolved here, budgets
+    of bits by `allocation`, which has to look at the weights.
+    """
+    linears = linears_of(source, index)
+    asked = {name: recipe.for_module(stored_name(source, index, name)) for name in linears}
+    result = {name: part for name, part in asked.items() if part is not None}
+    return afford(result, {name: linears[name] for name in result})
+
+
+def linears_of(source: ModelSource, index: int) -> dict[str, tuple[int, int]]:
+    """Linear of a block (name in the block) -> its weight's [out, in]."""
+    shapes = source.layout.block_parameters(index)
+    return {name: _matrix(shapes[f"{name}.weight"]) for group in source.layout.block_linears(index) for name in group}
+
+
+def stored_name(source: ModelSource, index: int, name: str) -> str:
+    """Full name of a block's linear, as the artifact stores it."""
+    return source.layout.module_name(index, name)
+
+
+def check_recipe(recipe: Recipe, source: ModelSource) -> None:
+    """ManifestError for patterns that match no linear, and for a rotation that the family cannot take."""
+    _check_overrides(recipe, source)
+    _check_rotation(recipe, source)
+
+
+def check_block(source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe], propagate: str) -> None:
+    """ManifestError, listing them, for what the recipe asks of a block's linears and their shapes cannot give."""
+    problems: list[str] = []
+    linears = linears_of(source, index)
+    for name, part in recipe.items():
+        rows, columns = linears[name]
+        where = stored_name(source, index, name)
+        if (problem := part.weights.problem(rows, columns)) is not None:
+            problems.append(f"spec.recipe.weights.{problem} of {where}")
+        tiles = None if part.activations is None else part.activations.group_size
+        if tiles is not None and columns % tiles:
+            problems.append(
+                f"spec.recipe.activations.group_size: {tiles}: expected a divisor of {columns}, the input of {where}"
+            )
+        idle = part.activations is None and propagate == "original"
+        if part.weights.regresses is not None and idle:
+            problems.append(
+                f"spec.recipe.weights.{part.weights.regresses}: expected plain, which is the same here: without quantized "
+                "activations and with calibration.propagate original, codes see the original's input"
+            )
+        problem = part.compensation.problem(rows, columns)
+        if problem is not None:
+            problems.append(f"spec.recipe.compensation: {where} [{rows}, {columns}]: {problem}")
+    if problems:
+        raise ManifestError("\n".join(problems[:20]))
+
+
+def _check_rotation(recipe: Recipe, source: ModelSource) -> None:
+    if recipe.rotation is None:
+        return
+    layout = source.layout
+    problem = recipe.rotation.problem(layout.family, layout.model_type)
+    if problem is not None:
+        raise ManifestError(f"spec.recipe.transforms: {problem}")
+
+
+def _check_overrides(recipe: Recipe, source: ModelSource) -> None:
+    """A pattern that matches no module would do nothing: an error, not a log line."""
+    names = {
+        stored_name(source, index, name)
+        for index in range(source.layout.blocks)
+        for group in source.layout.block_linears(index)
+        for name in group
+    } | {"lm_head"}
+    patterns = [(f"spec.recipe.overrides.{i}.match", item.match) for i, item in enumerate(recipe.overrides)]
+    patterns += [(f"spec.recipe.keep.{i}", pattern) for i, pattern in enumerate(recipe.keep)]
+    idle = [
+        f"{field}: {pattern!r}: matches no linear layer of the model, expected a glob such as '*.mlp.down_proj'"
+        for field, pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    if idle:
+        raise ManifestError("\n".join(idle))
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    rows, columns = shape
+    return (rows, columns)
