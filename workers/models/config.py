@@ -89,9 +89,9 @@ def _check_attention(config: PreTrainedConfig) -> None:
         raise CheckpointError(
             "config.json: sliding_window: null: expected an integer, for its layers of sliding_attention"
         )
-    if getattr(config, "head_dim", None) == 1:
+    if (size := getattr(config, "head_dim", None) or 0) % 2:
         raise CheckpointError(
-            "config.json: head_dim: 1: expected an even number, which a rotary embedding turns in pairs"
+            f"config.json: head_dim: {size}: expected an even number, which a rotary embedding turns in pairs"
         )
 
 

@@ -250,6 +250,7 @@ HOSTILE: list[dict[str, Any]] = [
     {"layer_types": [["full_attention"], 3]},
     {"sliding_window": None, "layer_types": ["sliding_attention", "full_attention"]},
     {"head_dim": 1},
+    {"head_dim": 3},
     {"attn_implementation": "flash_attention_17"},
     {"architectures": 5},
     {"id2label": 5},
