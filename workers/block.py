@@ -30,8 +30,8 @@ from counterweight.workers.hooks import input_hooks
 from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup, is_expert
 from counterweight.workers.parallel import PARALLEL_WIDTH, OrderedPool
 from counterweight.workers.quantization.inputs import all_finite
-from counterweight.workers.recipe import ModuleRecipe
-from counterweight.workers.solve import LayerState, shares_a_solve, solve
+from counterweight.workers.recipe import ModuleRecipe, solved_together
+from counterweight.workers.solve import LayerState, solve
 from counterweight.workers.tasks.records import FallbackReport, ModuleReport
 
 if TYPE_CHECKING:
@@ -212,20 +212,14 @@ def _solves(
 ) -> Iterator[_Job]:
     """Linears that share an input and a recipe share a solve when they can."""
     for group in statistics:
-        waiting = [name for name in group if name in recipes]
-        while waiting:
-            first, *others = waiting
-            recipe, rows = recipes[first], weights[first].shape[0]
-            stackable = [name for name in others if shares_a_solve(recipe) or weights[name].shape[0] == rows]
-            alike = [name for name in stackable if recipes[name] == recipe and recipe.weights.rows_are_independent]
-            together = [first, *alike]
-            waiting = [name for name in others if name not in together]
+        own = {name: recipes[name] for name in group if name in recipes}
+        for names in solved_together(own, {name: weights[name].shape[0] for name in own}):
             yield _Job(
                 group=group,
-                names=tuple(together),
-                recipe=recipe,
-                scale_dtype=scale_dtypes[together[0]],
-                factor_dtype=factor_dtypes[together[0]],
+                names=names,
+                recipe=recipes[names[0]],
+                scale_dtype=scale_dtypes[names[0]],
+                factor_dtype=factor_dtypes[names[0]],
             )
 
 

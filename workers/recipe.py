@@ -7,6 +7,7 @@ block's override does).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated
 
@@ -58,6 +59,12 @@ class ModuleRecipe(Config):
         """The budget that the rank of the branch is drawn from; None when it has a rank of its own or there is no branch."""
         rank = self.compensation.branch_rank
         return None if rank is None else rank.budget
+
+    def stacks(self, other: ModuleRecipe, *, same_size: bool) -> bool:
+        """Whether linears with this and the `other` recipe that share an input are solved as one matrix. Those of different
+        size are not where a branch enters the solve, because its rank depends on the number of rows."""
+        by_size = self.compensation.anticipates or self.compensation.joint
+        return self == other and self.weights.rows_are_independent and (same_size or not by_size)
 
     def gathers(self) -> dict[str, object]:
         """What calibration looks at: linears whose recipes differ in nothing else can be solved from the same statistics."""
@@ -143,3 +150,14 @@ class Recipe(Config):
             smoothing=self.smoothing,
             tuning=self.tuning,
         )
+
+
+def solved_together(recipes: Mapping[str, ModuleRecipe], rows: Mapping[str, int]) -> Iterator[tuple[str, ...]]:
+    """Linears that share an input, by the solves that they take part in, in order. rows: linear -> its outputs."""
+    waiting = list(recipes)
+    while waiting:
+        first, *others = waiting
+        recipe = recipes[first]
+        alike = [n for n in others if recipe.stacks(recipes[n], same_size=rows[n] == rows[first])]
+        waiting = [name for name in others if name not in alike]
+        yield (first, *alike)

@@ -64,12 +64,6 @@ class LayerState:
         return plain, plain if self.branch is None else relative(self.branch)
 
 
-def shares_a_solve(recipe: ModuleRecipe) -> bool:
-    """Whether linears of different size that share an input may be solved as one matrix: not where a branch enters the solve,
-    because its rank depends on the number of rows."""
-    return not recipe.compensation.anticipates and not recipe.compensation.joint
-
-
 def solve(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[LayerState]:
     """`layers`, which read one input and share `recipe` and dtypes, with codes (unless they have them), branch and store.
 

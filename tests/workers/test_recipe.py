@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from counterweight.workers.methods.compensations import SVD, NoCompensation
+from counterweight.workers.methods.compensations import LRC, SVD, AnyCompensation, NoCompensation
+from counterweight.workers.methods.compensations.rank import CountRank
 from counterweight.workers.methods.quantizers import GPTQ, RTN
-from counterweight.workers.recipe import ModuleRecipe, Recipe
+from counterweight.workers.methods.weights import SignWeights, Weights
+from counterweight.workers.recipe import ModuleRecipe, Recipe, solved_together
 
 DOWN = "model.layers.0.mlp.down_proj"
 QUERY = "model.layers.11.self_attn.q_proj"
@@ -122,3 +124,29 @@ def test_a_recipe_is_frozen() -> None:
 def test_a_module_recipe_survives_json() -> None:
     part = resolved(recipe(compensation={"kind": "svd"}, activations={"bits": 8}), DOWN)
     assert ModuleRecipe.model_validate_json(part.model_dump_json()) == part
+
+
+@pytest.mark.parametrize(
+    ("compensation", "together"),
+    [
+        (NoCompensation(), [("q", "k", "v")]),
+        (SVD(rank=CountRank(count=2), anticipation=0.5), [("q",), ("k", "v")]),
+        (LRC(rank=CountRank(count=2)), [("q",), ("k", "v")]),
+    ],
+)
+def test_linears_of_one_recipe_are_solved_together_unless_a_rank_depends_on_their_size(
+    compensation: AnyCompensation, together: list[tuple[str, ...]]
+) -> None:
+    recipe = ModuleRecipe(weights=Weights(), activations=None, compensation=compensation)
+    rows = {"q": 64, "k": 32, "v": 32}
+    assert list(solved_together(dict.fromkeys(rows, recipe), rows)) == together
+
+
+def test_linears_of_other_recipes_or_dependent_rows_are_solved_apart() -> None:
+    four, two = (
+        ModuleRecipe(weights=Weights(bits=bits), activations=None, compensation=NoCompensation()) for bits in (4, 2)
+    )
+    sign = ModuleRecipe(weights=SignWeights(format="sign"), activations=None, compensation=NoCompensation())
+    alike = dict.fromkeys("qkv", 32)
+    assert list(solved_together({"q": four, "k": two, "v": four}, alike)) == [("q", "v"), ("k",)]
+    assert list(solved_together(dict.fromkeys("qkv", sign), alike)) == [("q",), ("k",), ("v",)]

@@ -10,7 +10,7 @@ from counterweight.workers.footprint.load import Group, Load, streams
 from counterweight.workers.footprint.weights import scaled
 from counterweight.workers.matrix_bytes import DECODE, SINGLE
 from counterweight.workers.parallel import PARALLEL_WIDTH
-from counterweight.workers.recipe import ModuleRecipe
+from counterweight.workers.recipe import ModuleRecipe, solved_together
 
 
 def solving(load: Load) -> tuple[int, int]:
@@ -25,16 +25,10 @@ def solving(load: Load) -> tuple[int, int]:
 
 
 def _jobs(load: Load, group: Group) -> list[tuple[int, int]]:
-    """Solves of a group's linears: the peak of each, and what it leaves. Linears with one recipe are stacked."""
-    waiting = dict(group.recipe)
+    """Solves of a group's linears: the peak of each, and what it leaves."""
     found: list[tuple[int, int]] = []
-    while waiting:
-        first = next(iter(waiting))
-        part = waiting[first]
-        alone = not part.weights.rows_are_independent
-        together = [first] if alone else [name for name, other in waiting.items() if other == part]
-        for name in together:
-            del waiting[name]
+    for together in solved_together(group.recipe, {name: rows for name, (rows, _) in group.linears.items()}):
+        part = group.recipe[together[0]]
         shapes = [group.linears[name] for name in together]
         tokens = load.shard * load.shards * group.share
         left = sum(_left(part, rows, columns, load.source_bytes / load.parameters) for rows, columns in shapes)
