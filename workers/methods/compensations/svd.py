@@ -66,10 +66,10 @@ class SVD(Branch):
     def fit_bytes(self, rows: int, columns: int, tokens: float) -> int:
         square, entries = matrix_bytes.DOUBLE * columns * columns, matrix_bytes.DOUBLE * rows * columns
         vectors = matrix_bytes.spectrum(rows, columns)
-        # In float64: the residual; behind the metric; its spectrum, or what the branch leaves of it.
-        fitting = 2 * entries + max(vectors, 2 * entries + matrix_bytes.DOUBLE * min(rows, columns) ** 2)
+        # In float64: the residual; behind the metric; its energy, and then its spectrum.
+        fitting = 2 * entries + max(vectors, entries)
         if self.whitening == "none":
-            return max(entries + vectors, 4 * entries)
+            return entries + max(vectors, entries)
         if self.whitening != "full":
             return max(entries + square, fitting)
         # The mean Gram matrix, the same damped, its root.
