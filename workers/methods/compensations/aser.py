@@ -28,6 +28,7 @@ class ASER(Branch):
     """
 
     VERSION: ClassVar[int] = 1
+    needs_rows: ClassVar[bool] = True
 
     kind: Literal["aser"] = "aser"
     rank: AnyRank = Field(default_factory=lambda: CountRank(count=64))
@@ -45,10 +46,6 @@ class ASER(Branch):
     """Share of the mean of E[x^2] that is added to each channel's."""
 
     @property
-    def needs_rows(self) -> bool:
-        return True
-
-    @property
     def of_finished_codes(self) -> bool:
         return self.outliers == 0
 
@@ -62,8 +59,11 @@ class ASER(Branch):
         return TakenOut(channels=channels, scales=scales)
 
     def fit(self, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype) -> CompensationResult:
-        plain = SVD(rank=self.rank, damping=self.damping, factor_bits=self.factor_bits)
-        return plain.fit(residual, statistics, dtype=dtype)
+        return self._reconstruction.fit(residual, statistics, dtype=dtype)
 
     def fit_bytes(self, rows: int, columns: int, tokens: float) -> int:
-        return SVD(rank=self.rank, damping=self.damping).fit_bytes(rows, columns, tokens)
+        return self._reconstruction.fit_bytes(rows, columns, tokens)
+
+    @property
+    def _reconstruction(self) -> SVD:
+        return SVD(rank=self.rank, damping=self.damping, factor_bits=self.factor_bits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Method
 from counterweight.workers.methods.compensations.rank import Rank
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 class Compensation(Method):
     """What every compensation answers; here, for one that does nothing."""
 
+    joint: ClassVar[bool] = False
+    """Whether codes and branch are fitted to each other: see `solve`."""
+    needs_rows: ClassVar[bool] = False
+    """Whether it looks at rows of the input before statistics are gathered: see `take_out`."""
+
     def problem(self, rows: int, columns: int) -> str | None:
         """Why a layer [rows, columns] cannot have it, or None when it can."""
         del rows, columns
@@ -35,16 +40,6 @@ class Compensation(Method):
     @property
     def needs_magnitudes(self) -> bool:
         """Whether sum |x| must be gathered."""
-        return False
-
-    @property
-    def needs_rows(self) -> bool:
-        """Whether it looks at rows of the input before statistics are gathered: see `take_out`."""
-        return False
-
-    @property
-    def joint(self) -> bool:
-        """Whether codes and branch are fitted to each other: see `solve`."""
         return False
 
     @property

@@ -26,6 +26,7 @@ class LRC(Branch):
     """
 
     VERSION: ClassVar[int] = 1
+    joint: ClassVar[bool] = True
 
     kind: Literal["lrc"] = "lrc"
     iterations: Annotated[int, Field(strict=True, ge=1, le=20)] = 1
@@ -35,10 +36,6 @@ class LRC(Branch):
     refit: Literal["joint", "weight"] = "joint"
     """What the branch is fitted to once there are codes. joint: the whole output error, that of the quantized input included
     (Update-LR). weight: the error of the weight alone, as whitened SVD; it cannot shrink the output."""
-
-    @property
-    def joint(self) -> bool:
-        return True
 
     @property
     def of_finished_codes(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 class Rank(Config):
     """What every way to ask for a rank answers."""
 
-    @property
-    def known_ahead(self) -> bool:
-        """Whether the shape of a layer decides it, before anything of the layer is known."""
-        return True
+    known_ahead: ClassVar[bool] = True
+    """Whether the shape of a layer decides it, before anything of the layer is known."""
 
     @property
     def budget(self) -> float | None:
@@ -83,12 +81,10 @@ class CountRank(Rank):
 class EnergyRank(Rank):
     """As many directions as it takes to hold a share of the (whitened) residual: each layer gets what it needs."""
 
+    known_ahead: ClassVar[bool] = False
+
     energy: Annotated[float, Field(strict=True, gt=0, le=1)]
     """Share of the sum of the singular values, as in ASER (Zhao et al. 2024); not of their squares."""
-
-    @property
-    def known_ahead(self) -> bool:
-        return False
 
     def resolve(self, rows: int, columns: int, singular_values: Tensor) -> int:
         """The smallest r with sum_{i<=r} s_i >= energy * sum_i s_i; `singular_values` [min(rows, columns)] descend."""
@@ -100,12 +96,10 @@ class EnergyRank(Rank):
 class BudgetRank(Rank):
     """Ranks that share one budget over the whole model: each direction goes where it takes most error off for its bits."""
 
+    known_ahead: ClassVar[bool] = False
+
     budget_bits: Annotated[float, Field(strict=True, gt=0, le=16)]
     """Bits per weight that the branches of all such layers may take together."""
-
-    @property
-    def known_ahead(self) -> bool:
-        return False
 
     @property
     def budget(self) -> float:

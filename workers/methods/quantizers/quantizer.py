@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Method
 from counterweight.workers.methods.grid import WeightFormat
@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 class Quantizer(Method):
     """Chooses codes; by itself it aims at the weight."""
 
-    kind: str
+    rounds_to_nearest: ClassVar[bool] = False
+    """Whether each code is the nearest to its weight, so that gradients can be passed through the rounding."""
 
-    @property
-    def rounds_to_nearest(self) -> bool:
-        """Whether each code is the nearest to its weight, so that gradients can be passed through the rounding."""
-        return False
+    kind: str
 
     @property
     def regresses(self) -> str | None:

@@ -23,14 +23,11 @@ class RTN(Quantizer):
     """Round to nearest. Needs no calibration unless its scale search is weighted."""
 
     VERSION: ClassVar[int] = 1
+    rounds_to_nearest: ClassVar[bool] = True
 
     kind: Literal["rtn"] = "rtn"
     scale: AnyScaleSearch = Field(default_factory=AbsoluteMaximum)
     """How scales are chosen."""
-
-    @property
-    def rounds_to_nearest(self) -> bool:
-        return True
 
     def quantize(
         self,
