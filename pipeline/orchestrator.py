@@ -7,10 +7,12 @@ the driver can be killed anywhere and started again, and finds its way by the sa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
 
 from counterweight.pipeline.artifact import Artifact, Published
-from counterweight.pipeline.artifact.assemble import Assembler, Parts, job_recipe
-from counterweight.pipeline.artifact.publish import now, publish, repair_pointer, software
+from counterweight.pipeline.artifact.assemble import Assembler, Parts
+from counterweight.pipeline.artifact.publish import publish, repair_pointer
 from counterweight.pipeline.artifact.report import (
     ModelReport,
     Report,
@@ -48,6 +50,8 @@ from counterweight.workers.keys import digest, versions
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.setting import Device, Setting
 from counterweight.workers.workspace import WORK, Workspace
+
+SOFTWARE = ("counterweight", "torch", "transformers", "ray", "safetensors", "pydantic")
 
 
 class Orchestrator:
@@ -130,7 +134,7 @@ class Orchestrator:
             "job": canonical(self._job).decode(),
             "setting": self._setting.determines(),
             "versions": versions(self._job.spec.recipe),
-            "software": software(),
+            "software": _software(),
             "tensors": dict(digests),
             "calibration": tokens.calibration.digest,
             "validation": None if validation is None else validation.digest,
@@ -154,14 +158,14 @@ class Orchestrator:
         return Report(
             name=artifact.name,
             id=artifact.id,
-            created=now(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
             model=ModelReport(
                 uri=spec.model.uri,
                 model_type=str(self._source.checkpoint.config["model_type"]),
                 parameters=parameters,
                 digest=digest(dict(digests)),
             ),
-            recipe=job_recipe(self._job),
+            recipe=spec.model_dump(mode="json", include={"recipe", "calibration"}),
             calibration=_tokens_report(spec.calibration.source, tokens.calibration),
             validation=validation,
             baseline=baseline,
@@ -171,7 +175,7 @@ class Orchestrator:
             modules=tuple(module for record in parts.blocks for module in record.modules),
             tasks=tuple(tasks),
             stages={"tokens": tokens.seconds, **self._watch.seconds},
-            software=software(),
+            software=_software(),
         )
 
     def _gate(self, artifact: Artifact, report: Report) -> None:
@@ -204,3 +208,8 @@ def _tokens_report(source: CalibrationSource, tokens: TokenSet) -> TokensReport:
         sequence_length=tokens.length,
         digest=tokens.digest,
     )
+
+
+def _software() -> dict[str, str]:
+    """Versions of what made the artifact."""
+    return {name: metadata.version(name) for name in SOFTWARE}

@@ -99,7 +99,9 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         model=source.uri,
         model_type=str(source.checkpoint.config["model_type"]),
         parameters=source.parameters,
-        quantized=sum(prod(block.linears[_full(source, block, n)]) for block in blocks for n in block.recipe),
+        quantized=sum(
+            prod(block.linears[stored_name(source, block.index, n)]) for block in blocks for n in block.recipe
+        ),
         source_bytes=total,
         tokens=tokens,
         blocks=blocks,
@@ -227,15 +229,11 @@ def _artifact_bytes(source: ModelSource, blocks: tuple[BlockPlan, ...]) -> int:
     for block in blocks:
         quantized = 0
         for name, part in block.recipe.items():
-            rows, columns = block.linears[_full(source, block, name)]
+            rows, columns = block.linears[stored_name(source, block.index, name)]
             quantized += rows * columns
             total += part.weights.stored_bits(rows, columns) // 8
         total += (block.parameters - quantized) * 2
     return total
-
-
-def _full(source: ModelSource, block: BlockPlan, name: str) -> str:
-    return stored_name(source, block.index, name)
 
 
 def _bytes(source: ModelSource, name: str) -> int:

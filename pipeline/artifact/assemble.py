@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from counterweight.pipeline.artifact.document import CONFIG, INDEX, FileEntry, json_bytes
 from counterweight.pipeline.artifact.reader import Artifact
 from counterweight.pipeline.dispatch import Dispatcher
-from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.workers.errors import IntegrityError
 from counterweight.workers.formats import ModuleFormat
@@ -175,8 +174,3 @@ class Assembler:
     def _write(self, path: str, data: bytes) -> None:
         self._artifact.store.write(self._artifact.key(path), data)
         self._files[path] = FileEntry(size=len(data), sha256=sha256_hex(data))
-
-
-def job_recipe(job: CompressionJob) -> dict[str, object]:
-    """The whole recipe, defaults written out, with how it was calibrated."""
-    return job.spec.model_dump(mode="json", include={"recipe", "calibration"})

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib import metadata
 
 from counterweight.pipeline.artifact.document import (
     DOCUMENT,
@@ -23,8 +21,6 @@ from counterweight.pipeline.artifact.report_html import render
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
 from counterweight.workers.ledger import Ledger
 from counterweight.workers.storage import sha256_hex
-
-SOFTWARE = ("counterweight", "torch", "transformers", "ray", "safetensors", "pydantic")
 
 
 def publish(artifact: Artifact, report: Report, files: Mapping[str, FileEntry], ledger: Ledger) -> Published:
@@ -73,16 +69,6 @@ def repair_pointer(artifact: Artifact, document: ArtifactDocument) -> None:
 def _point(artifact: Artifact, document: ArtifactDocument) -> None:
     pointer = {"id": artifact.id, "uri": artifact.uri, "created": document.created}
     artifact.store.write(f"{artifact.name}/{LATEST}", json_bytes(pointer))
-
-
-def software() -> dict[str, str]:
-    """Versions of what made the artifact."""
-    return {name: metadata.version(name) for name in SOFTWARE}
-
-
-def now() -> str:
-    """The time, for people."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _create_or_adopt(artifact: Artifact, path: str, data: bytes) -> bytes:
