@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	@$(BIN)/counterweight run manifests/demo.yaml
 
 test: $(INSTALLED)
-	@echo "the whole suite: about 10 minutes on 2 cores that do nothing else" >&2
+	@echo "the whole suite: about 13 minutes on 2 cores" >&2
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
 # The tests that compare numbers, under the arithmetic of other processors and with other numbers of threads.
