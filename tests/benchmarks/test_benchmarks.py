@@ -78,8 +78,9 @@ def test_generation(place: Path) -> None:
 
 @pytest.mark.end_to_end
 def test_quality(place: Path) -> None:
-    (row,) = rows(ran("quality", place / "job" / "job.yaml"))
-    assert row.startswith("| `job.yaml` |")
+    sizes = [
+        f"spec.calibration.sequences=8 spec.calibration.sequence_length=16 spec.validation.windows=4 spec.validation.sequence_length=16"
+    ]
 
 
 @pytest.mark.end_to_end
