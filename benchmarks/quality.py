@@ -184,8 +184,7 @@ class Bench:
         document = published.document
         assert document.baseline is not None
         assert document.compensated is not None
-        assert job.spec.validation is not None
-        other = self.on_second(published, job.spec.validation.sequence_length) if second else (None, None)
+        other = self.on_second(published, job.spec.calibration.sequence_length) if second else (None, None)
         bits = document.bits_per_weight
         return Figures(
             original=document.baseline.perplexity,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -76,11 +77,44 @@ def test_generation(place: Path) -> None:
     assert len(rows(printed)) == 3
 
 
+SMALL = (
+    "spec.calibration.sequences=8",
+    "spec.calibration.sequence_length=32",
+    "spec.validation.windows=4",
+    "spec.validation.sequence_length=32",
+    "spec.validation.gates={}",
+)
+
+
 @pytest.mark.end_to_end
 def test_quality(place: Path) -> None:
-    sizes = [
-        f"spec.calibration.sequences=8 spec.calibration.sequence_length=16 spec.validation.windows=4 spec.validation.sequence_length=16"
-    ]
+    smaller = [argument for override in SMALL for argument in ("--set", override)]
+    printed = ran("quality", "demo:W4 g128, GPTQ", "--output", place / "out", *smaller)
+    (row,) = rows(printed)
+    assert row.startswith("| W4 g128, GPTQ |")
+
+
+def test_the_tables_of_the_readme_are_the_newest_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    quality = importlib.import_module("quality")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- quality ([\w-]+) -->", readme)) == set(quality.newest().tables)
+    assert quality.into_readme(readme, quality.described(), quality.newest()) == readme
+
+
+def test_another_figure_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    quality = importlib.import_module("quality")
+    name, cells = next(iter(quality.newest().tables.items()))
+    row, models = next(iter(cells.items()))
+    model, cell = next(iter(models.items()))
+    place = quality.Place(name, row, model)
+    assert quality.differences(place, cell, cell) == []
+    for figure in ("perplexity", "bits"):
+        changed = [one.model_copy(update={figure: getattr(one, figure) * 1.0025}) for one in cell.figures]
+        (line,) = quality.differences(place, cell.model_copy(update={"figures": tuple(changed)}), cell)
+        assert f"{figure} " in line
+    assert "nothing was recorded" in quality.differences(place, cell, None)[0]
 
 
 @pytest.mark.end_to_end
@@ -93,7 +127,7 @@ def test_recipes(place: Path) -> None:
     folders = ("--models", place / "models", "--data", place / "data", "--output", place / "recipes")
     sizes = ("--sequences", 8, "--windows", 4, "--length", 16, "--seeds", 1)
     (row,) = rows(ran("recipes", "w4a4-llama", *folders, *sizes, "--only", "LRC, rank 10 %"))
-    assert row.startswith("| LRC, rank 10 % |")
+    assert row.startswith("| W4 g128, GPTQ |")
 
 
 @pytest.mark.end_to_end
