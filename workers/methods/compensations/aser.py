@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from counterweight.workers.matrix_flops import Work
 from counterweight.workers.methods.compensations.branch import Branch
 from counterweight.workers.methods.compensations.rank import AnyRank, CountRank
 from counterweight.workers.methods.compensations.svd import SVD
@@ -49,6 +50,10 @@ class ASER(Branch):
     def of_finished_codes(self) -> bool:
         return self.outliers == 0
 
+    @property
+    def scales_inputs(self) -> bool:
+        return self.outliers > 0 and self.smoothing
+
     def take_out(self, weights: Sequence[Tensor], magnitude: Tensor) -> TakenOut | None:
         from counterweight.workers.compensation.aser import TakenOut, outlier_channels, outlier_scales
 
@@ -63,6 +68,9 @@ class ASER(Branch):
 
     def fit_bytes(self, rows: int, columns: int, tokens: float) -> int:
         return self._reconstruction.fit_bytes(rows, columns, tokens)
+
+    def fit_flops(self, rows: int, columns: int, tokens: float) -> Work:
+        return self._reconstruction.fit_flops(rows, columns, tokens)
 
     @property
     def _reconstruction(self) -> SVD:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from counterweight.workers import matrix_bytes
+from counterweight.workers import matrix_bytes, matrix_flops
+from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, product, product64, right_divide
 from counterweight.workers.methods.compensations.branch import Branch
 
 if TYPE_CHECKING:
@@ -75,3 +76,25 @@ class LRC(Branch):
         # What the codes leave: the products, their regression, its root.
         refitting = held + again + 2 * entries + max(matrix_bytes.right_divide(rows, columns), directions)
         return entries + max(initial, directions, quantizing, refitting)
+
+    def gain_flops(self, rows: int, columns: int, tokens: float, *, original: bool) -> Work:
+        # What a damped y predicts of x, for the metric; with another original input also what it predicts of that.
+        remainder = right_divide(columns, columns) + product64(columns, columns, columns) + elementwise(2 * columns**2)
+        metric = remainder + matrix_flops.root(columns, definite=tokens >= columns) + elementwise(2 * columns**2)
+        if not original:
+            return metric
+        return metric + remainder + product64(rows, columns, columns) + right_divide(rows, columns)
+
+    def solve_flops(self, weights: StoredWeights, rows: int, columns: int, tokens: float, *, original: bool) -> Work:
+        entries, rank = rows * columns, self.rank.at_most(rows, columns)
+        # A matrix behind a root of its metric, its leading directions, and its projection on them.
+        whitened = product64(rows, columns, columns)
+        branch = whitened + matrix_flops.spectrum(rows, columns) + product64(rank, rows, columns)
+        codes = weights.target_flops(rows, columns, branch=True) + weights.quantize_flops(rows, columns)
+        # What the codes leave of the weight: its products with the input, and their regression.
+        left = whitened * 2 + right_divide(rows, columns) + elementwise(entries) if self.refit == "joint" else NOTHING
+        refit = left + matrix_flops.root(columns, definite=True) + branch + elementwise(2 * entries)
+        # The check of the Gram matrix and the one of the weight, which its target has too.
+        checks = elementwise(columns**2 + entries)
+        initial = checks + self.gain_flops(rows, columns, tokens, original=original) + branch
+        return initial + (product(rows, rank, columns) + codes + refit) * self.iterations
