@@ -122,8 +122,8 @@ def trace(rows: int, columns: int) -> Work:
 
 def hadamard(elements: float, size: int) -> Work:
     """A fast Hadamard transform of order `size` on `elements` numbers, in float32: a small product for each of its factors,
-    signs and scale."""
-    return Work(products32=2 * elements * sum(factor_sizes(largest_order(size))), elementwise=2 * elements)
+    and the scale."""
+    return Work(products32=2 * elements * sum(factor_sizes(largest_order(size))), elementwise=elements)
 
 
 def hadamard64(elements: float, size: int) -> Work:

@@ -17,6 +17,8 @@ def solving(load: Load) -> Work:
 
 def _group(load: Load, group: Group) -> Work:
     work = NOTHING
+    if not group.recipe:
+        return work
     tokens, count = load.tokens * group.share, streams(load, group)
     original = load.paired and group.share == 1
     for together in solved_together(group.recipe, {name: rows for name, (rows, _) in group.linears.items()}):

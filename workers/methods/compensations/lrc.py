@@ -79,7 +79,7 @@ class LRC(Branch):
 
     def gain_flops(self, rows: int, columns: int, tokens: float, *, original: bool) -> Work:
         # What a damped y predicts of x, for the metric; with another original input also what it predicts of that.
-        remainder = right_divide(columns, columns) + product64(columns, columns, columns) + elementwise(2 * columns**2)
+        remainder = right_divide(columns, columns) + product64(columns, columns, columns) + elementwise(columns**2)
         metric = remainder + matrix_flops.root(columns, definite=tokens >= columns) + elementwise(2 * columns**2)
         if not original:
             return metric

@@ -100,13 +100,14 @@ class Rotation(Transform):
         """Arithmetic of rotating the weight [rows, columns] of `module`, in float64. heads: attention's, of queries; head:
         width of one."""
         entries = rows * columns
+        signs = elementwise(entries) if self.random else NOTHING
         found = NOTHING
         if self.residual and family.norm_before(module) in family.reads:
-            found += hadamard64(entries, columns) + elementwise(entries)
+            found += hadamard64(entries, columns) + signs + elementwise(entries)  # behind the norm's weight
         if self.residual and family.writes_residual(module):
-            found += hadamard64(entries, rows)
+            found += hadamard64(entries, rows) + signs
         if self.heads and module in (family.output, family.value):
-            found += hadamard64(entries, head)
+            found += hadamard64(entries, head) + signs
         online = self.online_size(family, module, columns, heads)
         return found if online is None else found + hadamard64(entries, online)
 

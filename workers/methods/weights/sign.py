@@ -92,17 +92,23 @@ class SignWeights(StoredWeights, Method):
         return gram + 2 * matrix_bytes.DOUBLE * rows * columns
 
     def quantize_flops(self, rows: int, columns: int) -> Work:
+        # The check and the mean of the Gram matrix; the weight's own check.
         gram = elementwise(2 * columns**2) if self.weighted else NOTHING
-        return gram + self.nearest_flops(rows * columns)
+        return gram + _signs_flops(rows * columns) + elementwise(rows * columns)
 
     def nearest_flops(self, entries: int) -> Work:
-        # Two products with a vector a step, one in the last; magnitudes, weighted and summed, signs, and their values.
-        return product64(entries, 1, 1) * (2 * TYPICAL_STEPS - 1) + elementwise(6 * entries)
+        return _signs_flops(entries) + elementwise(2 * entries)  # read back
 
     def nearest(self, weight: Tensor) -> Tensor:
         import torch
 
         return nearest_signs(weight, None, torch.float32).dequantize()
+
+
+def _signs_flops(entries: int) -> Work:
+    """Arithmetic of `nearest_signs`: two products with a vector a step, one in the last; magnitudes, weighted and summed, and
+    signs."""
+    return product64(entries, 1, 1) * (2 * TYPICAL_STEPS - 1) + elementwise(4 * entries)
 
 
 def nearest_signs(weight: Tensor, importance: Tensor | None, scale_dtype: torch.dtype) -> SignWeight:
