@@ -56,9 +56,19 @@ class BlockPlan(Config):
     """Of codes, branches, stores and errors; and of the gains that a budget is shared out by."""
 
     @property
+    def phases(self) -> Mapping[str, int]:
+        """Phase -> its floating-point operations."""
+        return {
+            "prepare": self.prepare_flops,
+            "forward": self.forward_flops,
+            "statistics": self.statistics_flops,
+            "tune": self.tune_flops,
+            "solve": self.solve_flops,
+        }
+
+    @property
     def flops(self) -> int:
-        parts = (self.prepare_flops, self.forward_flops, self.statistics_flops, self.tune_flops, self.solve_flops)
-        return sum(parts)
+        return sum(self.phases.values())
 
 
 class Plan(Config):
@@ -84,7 +94,7 @@ class Plan(Config):
     storage_read_bytes: int
     storage_written_bytes: int
     flops: int
-    """Floating-point operations of all blocks' tasks."""
+    """Floating-point operations of all blocks' tasks; embedding and validation are left out."""
     header_bytes_read: int
     device: str | None
     """The GPU that it was asked about; null: none."""
