@@ -76,6 +76,11 @@ CASES: Mapping[str, Measured] = {
     ),
     "residual store": dense({**RTN, "residual": {}}),
     "propagation": dense({**RTN, "compensation": {"kind": "svd"}}, propagate="compressed"),
+    "propagation, much of it through branches": dense(
+        {**RTN, "compensation": {"kind": "svd", "whitening": "none", "rank": {"fraction": 1.0}}},
+        sequences=32,
+        propagate="compressed",
+    ),
     "propagation beside the original": dense(REGRESSED, propagate="compressed"),
     "LRC": dense(LRC),
     "LRC, rotated, propagated": dense({**LRC, "transforms": [{"kind": "rotation"}]}, propagate="compressed"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers import matrix_flops
@@ -78,3 +81,18 @@ def test_constants_of_factorizations_are_the_textbooks() -> None:
     assert matrix_flops.eigh(30).factorizations == 9 * 27000
     assert matrix_flops.qr(30, 30).factorizations == pytest.approx(8 / 3 * 27000)
     assert matrix_flops.svd(50, 30).factorizations == 6 * 50 * 900 + 20 * 27000
+
+
+def test_the_counter_agrees_with_torchs_own_on_products() -> None:
+    def products() -> Tensor:
+        x = draw(2, 4, 32, 16, dtype=torch.float32)
+        mixed = functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return (
+            torch.addmm(draw(8, 8), draw(8, 30), draw(30, 8)).sum() + (mixed.flatten(2) @ draw(512, 64).float()).sum()
+        )
+
+    # Which does not know attention's fused kernel on a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as torchs:
+        products()
+    work = counted(products)
+    assert work.products32 + work.products64 == torchs.get_total_flops()

@@ -102,8 +102,9 @@ class Tuning(Method):
         backward = -(-(sequences - held) // self.batch)
         forward = (self.epochs + 1) * (backward + -(-held // self.batch)) + 1
         entries, smaller = rows * columns, min(rows, columns)
-        # The range, codes and their values; about as much again for their gradients.
-        steps = elementwise(8 * entries * (forward + self.epochs * backward))
+        # The range, codes and their values; and their gradients, down to the clipping or to every entry.
+        down = 19 if self.increments or self.transforms else 11
+        steps = elementwise(entries * (6 * forward + down * self.epochs * backward))
         if not self.increments:
             return steps
         weight = product(rows, smaller, columns)
