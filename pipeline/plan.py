@@ -185,7 +185,7 @@ def _groups(source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe])
     linears, shapes = linears_of(source, index), layout.block_parameters(index)
     for group in layout.block_linears(index):
         parts = {name: recipe[name] for name in group if name in recipe}
-        asked = any(part.smoothing is not None or part.compensation.scales_inputs for part in parts.values())
+        asked = bool(parts) and all(part.scales_input for part in parts.values())
         yield Group(
             linears={name: linears[name] for name in group},
             recipe=parts,

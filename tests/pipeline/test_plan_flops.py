@@ -25,6 +25,9 @@ GPTQ: Mapping[str, Any] = {"weights": GRID}
 RTN: Mapping[str, Any] = {"weights": {**GRID, "quantizer": {"kind": "rtn"}}}
 REGRESSED: Mapping[str, Any] = {"weights": {**GRID, "quantizer": {"kind": "gptq", "target": "regressed"}}}
 LRC: Mapping[str, Any] = {**GPTQ, "activations": {"bits": 4}, "compensation": {"kind": "lrc"}}
+FINER_LRC: Mapping[str, Any] = {**LRC, "activations": {"bits": 8}}
+"""Plain codes are tried beside the joint ones."""
+PLAIN_SVD: Mapping[str, Any] = {**RTN, "compensation": {"kind": "svd"}}
 ASER: Mapping[str, Any] = {
     **RTN,
     "activations": {"bits": 8},
@@ -75,7 +78,7 @@ CASES: Mapping[str, Measured] = {
         case="gemma2", recipe=GPTQ, config=sizes(128, 256, head_dim=32), sequences=4, length=128
     ),
     "residual store": dense({**RTN, "residual": {}}),
-    "propagation": dense({**RTN, "compensation": {"kind": "svd"}}, propagate="compressed"),
+    "propagation": dense(PLAIN_SVD, propagate="compressed"),
     "propagation, much of it through branches": dense(
         {**RTN, "compensation": {"kind": "svd", "whitening": "none", "rank": {"fraction": 1.0}}},
         sequences=32,
@@ -83,7 +86,7 @@ CASES: Mapping[str, Measured] = {
     ),
     "propagation beside the original": dense(REGRESSED, propagate="compressed"),
     "LRC": dense(LRC),
-    "LRC, rotated, propagated": dense({**LRC, "transforms": [{"kind": "rotation"}]}, propagate="compressed"),
+    "LRC, rotated, propagated": dense({**FINER_LRC, "transforms": [{"kind": "rotation"}]}, propagate="compressed"),
     "rotation across heads": dense({**RTN, "transforms": [{"kind": "rotation", "online_output": True}]}),
     "ASER": dense(ASER),
     "ASER, propagated": dense(ASER, propagate="compressed"),
@@ -106,10 +109,16 @@ def test_a_blocks_task_computes_what_is_planned(name: str, tmp_path: Path) -> No
     assert found.plan.flops == pytest.approx(executed.total, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("propagate", ["original", "compressed"])
-@pytest.mark.parametrize("recipe", [LRC, ASER, {**RTN, "compensation": {"kind": "svd"}}])
+@pytest.mark.parametrize(
+    ("propagate", "recipe"),
+    [
+        ("original", LRC),
+        ("compressed", FINER_LRC),
+        *((propagate, recipe) for propagate in ("original", "compressed") for recipe in (ASER, PLAIN_SVD)),
+    ],
+)
 def test_a_budget_costs_gains_and_where_it_must_a_further_calibration(
-    recipe: Mapping[str, Any], propagate: str, tmp_path: Path
+    propagate: str, recipe: Mapping[str, Any], tmp_path: Path
 ) -> None:
     sharing = {**recipe, "compensation": {**recipe["compensation"], "rank": {"budget_bits": 1.0}}}
     alike = sizes(128, 384) | {"num_key_value_heads": 4}  # so that all linears have the same largest rank

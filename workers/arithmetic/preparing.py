@@ -23,7 +23,8 @@ def scaled(load: Load) -> bool:
     for group in load.groups:
         if group.scaled:
             part = next(iter(group.recipe.values()))
-            if part.smoothing is not None or (part.compensation.scales_inputs and _online(load, group) is None):
+            # Behind a transform ASER finds no outliers to scale.
+            if part.smoothing is not None or _online(load, group) is None:
                 return True
     return False
 
@@ -71,11 +72,11 @@ def _choosing(load: Load, group: Group) -> Work:
 
 
 def _looks(group: Group) -> bool:
-    part = next(iter(group.recipe.values()), None)
-    if part is None:
-        return False
-    searches = part.activations is not None and part.activations.clip == "search"
-    return searches or part.smoothing is not None or part.compensation.needs_rows
+    for part in group.recipe.values():
+        searches = part.activations is not None and part.activations.clip == "search"
+        if searches or part.smoothing is not None or part.compensation.needs_rows:
+            return True
+    return False
 
 
 def _online(load: Load, group: Group) -> int | None:

@@ -43,7 +43,9 @@ def solve(
         work += part.compensation.foresee_flops(shapes[0][0], columns)
     for rows, _ in shapes:
         if part.compensation.joint:
-            work += part.compensation.solve_flops(part.weights, rows, columns, tokens, original=original)
+            work += part.compensation.solve_flops(
+                part.weights, rows, columns, tokens, original=original, activations=part.activations
+            )
         else:
             work += _left(rows, columns) + part.compensation.fit_flops(rows, columns, tokens)
         work += _judging(part, rows, columns, streams)

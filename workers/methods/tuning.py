@@ -25,10 +25,10 @@ class Tuning(Method):
 
     Rounding is to nearest; what is learned is where to round from (LSI, Gao et al. 2024) and onto which grid (LWC and LET
     of OmniQuant, Shao et al. 2023). Some sequences are held out, and the epoch that serves them best is the one kept, the
-    untrained one included: tuning is never worse on them than rounding to nearest.
+    untrained one (rounding to nearest) included: tuning is never worse on them than that.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     kind: Literal["lsi"] = "lsi"
     increments: bool = True
@@ -92,19 +92,21 @@ class Tuning(Method):
 
     def passes(self, sequences: int) -> tuple[int, int]:
         """How many sequences run through the block forward, and backward, when patience does not end training before: all of
-        them before the first epoch and in each, backward without those held out."""
-        return (self.epochs + 1) * sequences, self.epochs * (sequences - self.held(sequences))
+        them before the first epoch and in each, with clipping those held out once more; backward without those held out."""
+        held = self.held(sequences)
+        return (self.epochs + 1) * sequences + held * self.clipping, self.epochs * (sequences - held)
 
     def train_flops(self, rows: int, columns: int, sequences: int) -> Work:
         """Arithmetic of training a linear [rows, columns] beside the passes through the block, likewise: its singular vectors,
         and for every step the weight that follows from the increments and the gradient of these."""
         held = self.held(sequences)
         backward = -(-(sequences - held) // self.batch)
-        forward = (self.epochs + 1) * (backward + -(-held // self.batch)) + 1
+        judging = -(-held // self.batch)
+        forward = (self.epochs + 1) * (backward + judging) + judging * self.clipping + 1
         entries, smaller = rows * columns, min(rows, columns)
         # The range, codes and their values; and their gradients, down to the clipping or to every entry.
-        down = 19 if self.increments or self.transforms else 11
-        steps = elementwise(entries * (6 * forward + down * self.epochs * backward))
+        down = 20 if self.increments or self.transforms else 12
+        steps = elementwise(entries * (7 * forward + down * self.epochs * backward))
         if not self.increments:
             return steps
         weight = product(rows, smaller, columns)

@@ -9,6 +9,7 @@ from pydantic import Field
 from counterweight.workers import matrix_bytes, matrix_flops
 from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, product, product64, right_divide
 from counterweight.workers.methods.compensations.branch import Branch
+from counterweight.workers.methods.compensations.svd import SVD
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from counterweight.workers.calibration.statistics import InputStatistics
     from counterweight.workers.compensation.lrc import LRCResult
+    from counterweight.workers.methods.activations import Activations
     from counterweight.workers.methods.weights.stored import StoredWeights
 
 
@@ -23,17 +25,20 @@ class LRC(Branch):
     """Low-rank correction on the unquantized input, fitted jointly with the codes (Scetbon & Hensman 2024).
 
     The branch first takes the directions of the weight that see most of what quantizing the input loses; the codes follow
-    (`weights.quantizer.target` says what they aim at), and the branch is fitted again to what they leave.
+    (`weights.quantizer.target` says what they aim at), and the branch is fitted again to what they leave. Where quantizing the
+    input loses little, codes that know of no branch and a whitened SVD of their error are kept instead, if their error on the
+    calibration tokens is smaller.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     joint: ClassVar[bool] = True
 
     kind: Literal["lrc"] = "lrc"
     iterations: Annotated[int, Field(strict=True, ge=1, le=20)] = 1
     """How often codes and branch are fitted to each other."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Share of the mean of E[x^2] (E[y^2] of the quantized input) that is added to each channel's."""
+    """Share of the mean of E[x^2] (E[y^2] of the quantized input) that is added to each channel's where one stream is regressed
+    on another."""
     refit: Literal["joint", "weight"] = "joint"
     """What the branch is fitted to once there are codes. joint: the whole output error, that of the quantized input included
     (Update-LR). weight: the error of the weight alone, as whitened SVD; it cannot shrink the output."""
@@ -75,7 +80,15 @@ class LRC(Branch):
         quantizing = held + again + max(weights.target_bytes(rows, columns), weights.quantize_bytes(rows, columns))
         # What the codes leave: the products, their regression, its root.
         refitting = held + again + 2 * entries + max(matrix_bytes.right_divide(rows, columns), directions)
-        return entries + max(initial, directions, quantizing, refitting)
+        # Whether plain codes can win: what quantizing the input loses, behind the weight and what the start leaves of it.
+        deciding = 2 * entries + max(2 * square + entries, 2 * square)
+        # Plain codes and their branch, beside the joint ones; then both branches' products and errors.
+        plain = entries + max(
+            matrix_bytes.SINGLE * rows * columns + weights.quantize_bytes(rows, columns),
+            matrix_bytes.SINGLE * rows * columns + self._behind.fit_bytes(rows, columns, tokens),
+        )
+        comparing = 5 * entries
+        return entries + max(initial, directions, quantizing, refitting, deciding, plain, comparing)
 
     def gain_flops(self, rows: int, columns: int, tokens: float, *, original: bool) -> Work:
         # What a damped y predicts of x, for the metric; with another original input also what it predicts of that.
@@ -85,16 +98,42 @@ class LRC(Branch):
             return metric
         return metric + remainder + product64(rows, columns, columns) + right_divide(rows, columns)
 
-    def solve_flops(self, weights: StoredWeights, rows: int, columns: int, tokens: float, *, original: bool) -> Work:
-        entries, rank = rows * columns, self.rank.at_most(rows, columns)
+    def solve_flops(
+        self,
+        weights: StoredWeights,
+        rows: int,
+        columns: int,
+        tokens: float,
+        *,
+        original: bool,
+        activations: Activations | None,
+    ) -> Work:
+        entries, square, rank = rows * columns, columns**2, self.rank.at_most(rows, columns)
         # A matrix behind a root of its metric, its leading directions, and its projection on them.
         whitened = product64(rows, columns, columns)
         branch = whitened + matrix_flops.spectrum(rows, columns) + product64(rank, rows, columns)
+        # Beside the branch, which is multiplied out for the target and for what rounding leaves.
         codes = weights.target_flops(rows, columns, branch=True) + weights.quantize_flops(rows, columns)
-        # What the codes leave of the weight: its products with the input, and their regression.
-        left = whitened * 2 + right_divide(rows, columns) + elementwise(entries) if self.refit == "joint" else NOTHING
-        refit = left + matrix_flops.root(columns, definite=True) + branch + elementwise(2 * entries)
+        codes += product(rows, rank, columns) * 2 + elementwise(4 * entries)
+        # What the codes leave: its products with what the input is not, and their regression.
+        moved = whitened * 2 + right_divide(rows, columns) + elementwise(2 * (square + entries))
+        refit = (moved if self.refit == "joint" else NOTHING) + matrix_flops.root(columns, definite=True) + branch
         # The check of the Gram matrix and the one of the weight, which its target has too.
-        checks = elementwise(columns**2 + entries)
+        checks = elementwise(square + entries)
         initial = checks + self.gain_flops(rows, columns, tokens, original=original) + branch
-        return initial + (product(rows, rank, columns) + codes + refit) * self.iterations
+        # What the start takes off, behind the weight and what it leaves of it; and the Gram matrix of what rounding leaves.
+        deciding = product(rows, rank, columns) + whitened * 3 + product64(rows, columns, rows)
+        found = initial + (codes + refit) * self.iterations + deciding + elementwise(3 * square + 5 * entries)
+        if activations is not None and activations.bits <= weights.code_bits:
+            # Where the input has no more bits than the codes the start is taken to win: in W4 A4 of the reference model it does
+            # for 42 linears of 42, in W4 A6 for 3, in W4 A8 for none.
+            return found
+        plain = weights.target_flops(rows, columns) + weights.quantize_flops(rows, columns) + elementwise(2 * entries)
+        # Every product of two terms of both errors; one, where there is one stream.
+        terms = 1 if activations is None and not original else 9
+        errors = (whitened + elementwise(2 * entries)) * terms + product(rows, rank, columns) + elementwise(2 * entries)
+        return found + plain + self._behind.fit_flops(rows, columns, tokens) + errors * 2
+
+    @property
+    def _behind(self) -> SVD:
+        return SVD(rank=self.rank)
