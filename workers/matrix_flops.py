@@ -80,7 +80,7 @@ def solve(size: float, right_sides: float) -> Work:
 
 def eigh(size: float) -> Work:
     """Eigenvalues and vectors of a symmetric [size, size]: nominally 9 n^3, the symmetric QR algorithm's (Golub & Van Loan,
-    section 8.3.5). LAPACK's divide and conquer takes between 4 n^3 and that."""
+    section 8.3.5). LAPACK's divide and conquer takes from about 4 n^3 to that."""
     return Work(factorizations=9 * size**3)
 
 
