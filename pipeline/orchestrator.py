@@ -69,6 +69,7 @@ class Orchestrator:
         self._job, self._source, self._tokens, self._log = job, source, tokens, log
         self._store = open_store(job.spec.output.uri)
         self._workspace = Workspace(self._store)
+        self._threads = pool.threads
         self._dispatcher = Dispatcher(pool, RetryPolicy(), log.emit, Graph(self._workspace))
         self._watch = Stopwatch(log)
         self._setting = Setting(
@@ -106,9 +107,10 @@ class Orchestrator:
             dispatcher=self._dispatcher,
             log=self._log,
             digests=digests,
+            threads=self._threads,
         )
         self._watch.stage("blocks")
-        model = add_model(job, add_embedding(job, tokens.calibration))
+        model = add_model(job, add_embedding(job, tokens.calibration), tokens.calibration)
         outside = add_outside(job)
         compress_blocks(job, model)
         self._watch.stage("assemble")
