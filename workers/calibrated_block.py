@@ -82,18 +82,16 @@ def calibrated(
         release(context.device)
         start, begun = 0, _begun(context, spec, workspace, clock)
     inputs, originals = (each[start:] for each in streams(context, spec, workspace))
-    keep_outputs = spec.propagate == "original" or bool(spec.original_inputs)
 
     def emit(output: Tensor) -> Blob | None:
-        return put_hidden(workspace, output) if keep_outputs else None
+        return put_hidden(workspace, output) if _makes_outputs(spec) else None
 
     block, nothing = begun.loaded.block, RunningStatistics(begun.loaded.block, {})
     if begun.original is None:
         outputs = run_shards(block, inputs, emit, begun.sums, context.pool, originals)
     else:
         # What the original block makes is shared between recipes, so it comes from the block as it was.
-        shards = (originals or inputs) if keep_outputs else []
-        outputs = run_shards(begun.original, shards, emit, nothing, context.pool)
+        outputs = run_shards(begun.original, originals or inputs, emit, nothing, context.pool)
         begun.original = begun.original if more else None
         run_shards(block, inputs, lambda _: None, begun.sums, context.pool, originals)
     clock.lap("forward")
@@ -105,6 +103,11 @@ def calibrated(
         _ = begun.statistics
     begun.timing = clock.timing()
     return begun
+
+
+def _makes_outputs(spec: BlockSpec) -> bool:
+    """Whether somebody waits for what the original block makes."""
+    return spec.propagate == "original" or bool(spec.original_inputs)
 
 
 def _begun(context: TaskContext, spec: BlockSpec, workspace: Workspace, clock: Clock) -> CalibratedBlock:
@@ -119,7 +122,7 @@ def _begun(context: TaskContext, spec: BlockSpec, workspace: Workspace, clock: C
     chosen = prepare(loaded.block, spec.recipe, loaded.parameters, family, loaded.online, first)
     original = None
     if chosen.scales:
-        original = loaded.block
+        original = loaded.block if _makes_outputs(spec) else None
         loaded = smoothed(context, builder, spec.index, loaded, chosen.scales, dtype)
     return CalibratedBlock(
         key="",

@@ -50,7 +50,7 @@ class ScriptedPool:
     """Each task takes the next item of its kind's script; without one it gives back its value."""
 
     def __init__(self, size: int, script: dict[str, Sequence[Any]] | None = None) -> None:
-        self.size = size
+        self.size, self.threads = size, 1
         self.calls: list[tuple[int, str]] = []
         self.restarts: list[int] = []
         self.order: Callable[[list[Outcome]], list[Outcome]] = lambda outcomes: outcomes[:1]
