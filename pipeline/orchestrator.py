@@ -183,10 +183,10 @@ class Orchestrator:
     def _gate(self, artifact: Artifact, report: Report) -> None:
         """Lets a good model pass; of one that fails nothing stays but its report, outside the artifact."""
         validation = self._job.spec.validation
-        if validation is None or report.baseline is None or report.compensated is None:
+        if validation is None:
             return
         try:
-            check_gates(validation.gates, report.baseline, report.compensated)
+            check_gates(validation, report.qualities)
         except GateError as error:
             place = f"{WORK}/failed/{artifact.name}-{artifact.id}"
             self._store.write(f"{place}/report.json", report.model_dump_json(indent=1).encode())
