@@ -134,7 +134,7 @@ def compress(
     *,
     scale_dtypes: Mapping[str, torch.dtype],
     factor_dtypes: Mapping[str, torch.dtype],
-    outliers: Mapping[SharedInputGroup, Tensor] | None = None,
+    outliers: Mapping[str, Tensor] | None = None,
     codes: Mapping[str, StoredWeight] | None = None,
     pool: OrderedPool,
 ) -> tuple[dict[str, CompressedLinear], list[ModuleReport]]:
@@ -229,7 +229,7 @@ def _solves(
 def _solve(
     weights: Mapping[str, Tensor],
     gathered: Mapping[SharedInputGroup, InputStatistics],
-    outliers: Mapping[SharedInputGroup, Tensor],
+    outliers: Mapping[str, Tensor],
     codes: Mapping[str, StoredWeight],
     job: _Job,
 ) -> list[tuple[str, CompressedLinear, ModuleReport]]:
@@ -241,7 +241,7 @@ def _solve(
             statistics=statistics,
             scale_dtype=job.scale_dtype,
             factor_dtype=job.factor_dtype,
-            outliers=outliers.get(job.group),
+            outliers=outliers.get(name),
             codes=codes.get(name),
         )
         for name in job.names

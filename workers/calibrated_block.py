@@ -25,12 +25,12 @@ from counterweight.workers.workspace import Blob, Workspace
 
 @dataclass(frozen=True, slots=True)
 class CalibratedBlock:
-    """What calibration found, kept for solving. key: `BlockSpec.statistics_key`. outliers: channels of the input that ASER
-    takes out of the codes. outputs: hidden states behind the original block, none where nobody needs them."""
+    """What calibration found, kept for solving. key: `BlockSpec.statistics_key`. outliers: linear -> channels of its
+    input that ASER takes out of the codes. outputs: hidden states behind the original block, none where nobody needs them."""
 
     key: str
     loaded: LoadedBlock
-    outliers: Mapping[SharedInputGroup, Tensor]
+    outliers: Mapping[str, Tensor]
     statistics: dict[SharedInputGroup, InputStatistics]
     outputs: tuple[Blob, ...]
     timing: Timing
@@ -114,7 +114,7 @@ def branch_gains(context: TaskContext, spec: BlockSpec, held: CalibratedBlock) -
                 statistics=statistics,
                 scale_dtype=scale_dtype(name, dtype),
                 factor_dtype=dtype,
-                outliers=held.outliers.get(group),
+                outliers=held.outliers.get(name),
             )
             (own,) = gains(part, [layer])
             found[name] = tuple(own.tolist())

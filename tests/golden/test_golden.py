@@ -117,7 +117,7 @@ def test_tolerances_hold_under_other_arithmetic() -> None:
         ("svd-budget", "compensation.rank.budget_bits", 2.1),
         ("svd-anticipated", "compensation.anticipation", 0.55),
         ("lrc-joint", "compensation.damping", 0.05),
-        ("lrc-joint", "compensation.refit", "weight"),
+        ("lrc-joint", "compensation.damping", 0.3),
         ("aser", "compensation.reference", "median"),
         ("aser", "compensation.choose", "activations"),
         ("aser-unsmoothed", "compensation.damping", 0.0),

@@ -10,11 +10,15 @@ input here, y = Q(x) what the codes see, and E[. .] over the calibration tokens,
    of W E[x' x'^T]^(1/2): what quantizing the input lost.
 2. Update-Quant: codes for the target of `StoredWeights.target`, in the metric E[y y^T].
 3. Update-LR: the reduced-rank regression of W t - Q y on x.
+
+The alternation ends in a local minimum, and Init-LRC spends all ranks on what quantizing the input loses. Where that is less
+than what rounding the weight loses (inputs of 8 bits or more), the branch may serve better behind codes that know nothing of
+it. So the whitened SVD of plain codes' error is solved too unless it cannot win, and the smaller objective is kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,11 +27,11 @@ from counterweight.kernels.formats import LowRank
 from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.compensation.regression import factors, root_of, spectrum, stored
-from counterweight.workers.methods.compensations import LRC
-from counterweight.workers.methods.compensations.rank import Rank
+from counterweight.workers.methods.compensations import LRC, SVD
+from counterweight.workers.methods.compensations.rank import CountRank, Rank
 from counterweight.workers.methods.weights.stored import StoredWeights
 from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
-from counterweight.workers.quantization.result import Fallback
+from counterweight.workers.quantization.result import Fallback, QuantizationResult
 from counterweight.workers.quantization.target import damped, right_divide
 
 
@@ -54,16 +58,52 @@ def lrc(
     matrix = checked_matrix("weight", weight).double()
     checked_statistics(statistics, matrix.shape[1])
     metric = InputStatistics(gram=statistics.product("yy"), tokens=statistics.tokens)
-    branch = initial_branch(matrix, statistics, options.rank, options.damping, factor_dtype)
-    fallbacks: tuple[Fallback, ...] = ()
+    start = branch = initial_branch(matrix, statistics, options.rank, options.damping, factor_dtype)
     for _ in range(options.iterations):
         target = weights.target(matrix, statistics, branch.product(torch.float64))
         solved = weights.quantize(target.float(), metric, scale_dtype=scale_dtype)
         codes = solved.weight.dequantize().double()
+        rounding = matrix - branch.product(torch.float64) - codes
         branch = updated_branch(options, matrix, codes, statistics, branch.rank, factor_dtype)
-        fallbacks = solved.fallbacks
-    branch = stored(branch, options.factor_bits)
-    return LRCResult(weight=solved.weight, low_rank=branch, fallbacks=fallbacks)
+    found = LRCResult(weight=solved.weight, low_rank=branch, fallbacks=solved.fallbacks)
+    if statistics.tokens and not start_wins(matrix, rounding, start, statistics):
+        plain = weights.quantize(weights.target(matrix, statistics).float(), metric, scale_dtype=scale_dtype)
+        found = _better(matrix, statistics, found, _behind(plain, matrix, statistics, branch))
+    return replace(found, low_rank=stored(found.low_rank, options.factor_bits))
+
+
+def start_wins(weight: Tensor, rounding: Tensor, start: LowRank, statistics: InputStatistics) -> bool:
+    """Whether Init-LRC's branch takes more off what quantizing the input loses, E||W (x - y)||^2, than a branch of its rank
+    can take off what rounding leaves, `rounding` [out, in]. Of the latter's squared singular values s in the metric E[y y^T],
+    the r largest add up to at most sum s and, by Cauchy-Schwarz, to sqrt(r sum s^2)."""
+    crossed = statistics.product("xy")
+    lost = statistics.gram - crossed - crossed.T + statistics.product("yy")
+    rest = weight - start.product(torch.float64)
+    gain: float = _trace(weight, lost, weight) - _trace(rest, lost, rest)
+    squares = rounding @ statistics.product("yy") @ rounding.T
+    most: float = min(float(squares.trace()), start.rank**0.5 * float(squares.norm()))
+    return gain >= most
+
+
+def _behind(plain: QuantizationResult, weight: Tensor, statistics: InputStatistics, like: LowRank) -> LRCResult | None:
+    """Codes that know of no branch, with the whitened SVD of their error in a branch of the rank and dtype of another; None
+    where they leave nothing."""
+    residual = (weight - plain.weight.dequantize()).float()
+    fitted = SVD(rank=CountRank(count=like.rank)).fit(residual, statistics, dtype=like.up.dtype)
+    if fitted.low_rank is None:
+        return None
+    return LRCResult(weight=plain.weight, low_rank=fitted.low_rank, fallbacks=plain.fallbacks)
+
+
+def _better(weight: Tensor, statistics: InputStatistics, first: LRCResult, second: LRCResult | None) -> LRCResult:
+    """The one with the smaller objective."""
+    if second is None:
+        return first
+
+    def objective(found: LRCResult) -> float:
+        return squared_error(weight, found.weight.dequantize().double(), found.low_rank, statistics)
+
+    return second if objective(second) < objective(first) else first
 
 
 def initial_branch(
@@ -100,12 +140,15 @@ def remainder(statistics: InputStatistics, streams: str, damping: float) -> Tens
 def updated_branch(
     options: LRC, weight: Tensor, codes: Tensor, statistics: InputStatistics, rank: int, dtype: torch.dtype
 ) -> LowRank:
-    """Update-LR: the branch of `rank` for what `codes` [out, in] leave of `weight` [out, in], both float64."""
-    matrix = weight - codes
+    """Update-LR: the branch of `rank` for what `codes` [out, in] leave of `weight` [out, in], both float64.
+
+    What regression adds to W - Q is damped, not W itself: on inputs that lose nothing this is whitened SVD, and in directions
+    that calibration did not see, codes and branch together stay at the weight.
+    """
+    matrix, gram = weight - codes, statistics.gram
     if options.refit == "joint" and statistics.tokens:
-        products = weight @ statistics.product("tx") - codes @ statistics.product("yx")
-        matrix = right_divide(products, statistics.gram, options.damping)
-    gram = statistics.gram
+        moved = weight @ (statistics.product("tx") - gram) - codes @ (statistics.product("yx") - gram)
+        matrix = matrix + right_divide(moved, gram, options.damping)
     root = root_of(damped(gram, options.damping)) if statistics.tokens else torch.eye(len(gram)).to(gram)
     _, vectors = spectrum(matrix @ root)
     return factors(vectors[:, :rank], matrix, dtype)

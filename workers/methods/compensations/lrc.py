@@ -8,6 +8,7 @@ from pydantic import Field
 
 from counterweight.workers import matrix_bytes
 from counterweight.workers.methods.compensations.branch import Branch
+from counterweight.workers.methods.compensations.svd import SVD
 
 if TYPE_CHECKING:
     import torch
@@ -22,17 +23,20 @@ class LRC(Branch):
     """Low-rank correction on the unquantized input, fitted jointly with the codes (Scetbon & Hensman 2024).
 
     The branch first takes the directions of the weight that see most of what quantizing the input loses; the codes follow
-    (`weights.quantizer.target` says what they aim at), and the branch is fitted again to what they leave.
+    (`weights.quantizer.target` says what they aim at), and the branch is fitted again to what they leave. Where quantizing the
+    input loses little, codes that know of no branch and a whitened SVD of their error are kept instead, if their error on the
+    calibration tokens is smaller.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     joint: ClassVar[bool] = True
 
     kind: Literal["lrc"] = "lrc"
     iterations: Annotated[int, Field(strict=True, ge=1, le=20)] = 1
     """How often codes and branch are fitted to each other."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Share of the mean of E[x^2] (E[y^2] of the quantized input) that is added to each channel's."""
+    """Share of the mean of E[x^2] (E[y^2] of the quantized input) that is added to each channel's where one stream is regressed
+    on another."""
     refit: Literal["joint", "weight"] = "joint"
     """What the branch is fitted to once there are codes. joint: the whole output error, that of the quantized input included
     (Update-LR). weight: the error of the weight alone, as whitened SVD; it cannot shrink the output."""
@@ -74,4 +78,16 @@ class LRC(Branch):
         quantizing = held + again + max(weights.target_bytes(rows, columns), weights.quantize_bytes(rows, columns))
         # What the codes leave: the products, their regression, its root.
         refitting = held + again + 2 * entries + max(matrix_bytes.right_divide(rows, columns), directions)
-        return entries + max(initial, directions, quantizing, refitting)
+        # Whether plain codes can win: what quantizing the input loses, behind the weight and what the start leaves of it.
+        deciding = 2 * entries + max(2 * square + entries, 2 * square)
+        # Plain codes and their branch, beside the joint ones; then both branches' products and errors.
+        plain = entries + max(
+            matrix_bytes.SINGLE * rows * columns + weights.quantize_bytes(rows, columns),
+            matrix_bytes.SINGLE * rows * columns + self._behind.fit_bytes(rows, columns, tokens),
+        )
+        comparing = 5 * entries
+        return entries + max(initial, directions, quantizing, refitting, deciding, plain, comparing)
+
+    @property
+    def _behind(self) -> SVD:
+        return SVD(rank=self.rank)

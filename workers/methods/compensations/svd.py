@@ -50,9 +50,17 @@ class SVD(Branch):
 
         return deflated(self, statistics, rows)
 
-    def fit(self, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype) -> CompensationResult:
+    def fit(
+        self,
+        residual: Tensor,
+        statistics: InputStatistics | None,
+        *,
+        taken: Tensor | None = None,
+        dtype: torch.dtype,
+    ) -> CompensationResult:
         from counterweight.workers.compensation.svd import svd
 
+        del taken
         return svd(self, residual, statistics, dtype)
 
     @property
