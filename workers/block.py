@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.backend import Kernels, experts_on_kernels, on_kernels
+from counterweight.kernels.decoding import tell_length
 from counterweight.kernels.formats import ActivationFormat, LowRank
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.linear import CompensatedLinear
@@ -128,6 +129,8 @@ def install(
                 layers = {name: layer for name, layer in layers.items() if not name.startswith(f"{place}.")}
     for name, layer in layers.items():
         block.replace(name, on_kernels(layer, kernels, arena))
+    if decode_only and any(layer.residual is not None for layer in layers.values()):
+        tell_length(block.layer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +199,7 @@ def _solve(
             code_bits=part.code_bits,
             scale_bits=part.scale_bits,
             factor_bits=0 if branch is None else branch.bits,
-            residual_bits=0 if residual is None else residual.store.bits_stored,
+            residual_bits=0 if residual is None else residual.bits_stored,
             error_quantized=error_quantized,
             error_compensated=error_compensated,
             fallbacks=tuple(FallbackReport(step=item.step, cause=item.cause) for item in layer.fallbacks),
