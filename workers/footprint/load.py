@@ -39,8 +39,8 @@ class Load:
     source_bytes: the block's tensors as stored. parameters: of the block. compute: bytes of an activation. shard, shards:
     tokens of a shard, and how many there are; length: of a sequence; sequences: all of them. hidden: width of the stream.
     attention_bytes: of the scores of a shard, where attention keeps them. paired: whether blocks see the compressed ones'
-    outputs and the solve looks at the original's; compressed: whether they see them. threads: that share shards and solves.
-    gpu: whether the arithmetic is done on one.
+    outputs and the solve looks at the original's; compressed: whether they see them. stretched: whether shards come a few at a
+    time. threads: that share shards and solves. gpu: whether the arithmetic is done on one.
     """
 
     family: ModelFamily
@@ -58,6 +58,7 @@ class Load:
     paired: bool
     compressed: bool
     rotation: Rotation | None
+    stretched: bool
     threads: int
     gpu: bool
 
