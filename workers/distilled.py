@@ -73,7 +73,8 @@ def read_student(context: TaskContext, task: Distill, workspace: Workspace) -> S
         read = partial(_chosen, tensors)
         block, found = read_block(builder, stored.index, stored.formats, read, context.device, torch.float32)
         own, own_norms = make_trainable(block, found, torch.float32)
-        linears |= {builder.layout.module_name(stored.index, name): linear for name, linear in own.items()}
+        for name, linear in own.items():
+            linears[builder.layout.disk_name(stored.index, f"{name}.weight").removesuffix(".weight")] = linear
         for name, norm in own_norms.items():
             full = builder.layout.disk_name(stored.index, name)
             norms[full], dtypes[full] = norm, tensors[full].dtype

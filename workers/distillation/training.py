@@ -39,8 +39,8 @@ class Text:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Student:
     """A compressed model in training. embed: ids [batch, length] -> hidden states [batch, length, hidden]. head: its own;
-    original: the one of the original model, for the targets. linears, norms: by full name, in a fixed order. norm_dtypes: in
-    which norms are stored."""
+    original: the one of the original model, for the targets. linears, norms: by full name as stored, in a fixed order.
+    norm_dtypes: in which norms are stored."""
 
     embed: Callable[[Tensor], Tensor]
     blocks: Sequence[Forward]

@@ -27,6 +27,11 @@ class StoredBlock(Config):
     """None where no linear of the block has a branch."""
     formats: Mapping[str, ModuleFormat]
 
+    def determines(self) -> list[object]:
+        """Its part of a key."""
+        blobs = [blob.sha256 for blob in (self.checkpoint, self.adapter) if blob is not None]
+        return [blobs, {name: form.model_dump(mode="json") for name, form in self.formats.items()}]
+
 
 class TrainedBlock(Config):
     """A compressed block after training, as `BlockRecord` has it."""
@@ -100,10 +105,7 @@ class Distill(Config, DurableTask[DistillRecord]):
                 versions(self.options),
                 dict(self.tensors),
                 [blob.sha256 for blob in self.outside],
-                [
-                    [blob.sha256 for blob in (block.checkpoint, block.adapter) if blob is not None]
-                    for block in self.blocks
-                ],
+                [block.determines() for block in self.blocks],
                 self.tokens.sha256,
                 [blob.sha256 for blob in self.targets],
                 self.trained,
