@@ -1,6 +1,6 @@
 """Every quality table of the README, from manifests: perplexity of reloaded artifacts on two texts, bits all in.
 
-    python benchmarks/quality.py [TABLE[:ROW] ...] [--record] [--readme] [--check]
+    python benchmarks/quality.py [TABLE[:ROW[:MODEL]] ...] [--record] [--readme] [--check]
 
 `quality.yaml` says what the rows are: a manifest, what `--set` changes in it, the models and the seeds. Each job runs to its
 end on one embedded Ray, or is found finished. The first text is the manifest's own, the second 64 windows of the standard
@@ -138,12 +138,18 @@ def newest() -> Recorded:
 
 
 def chosen(tables: Mapping[str, Table], asked: Sequence[str]) -> Iterator[Place]:
-    """The cells of the tables, or of the rows `TABLE:ROW`, that were asked for; of all without any."""
+    """The cells of the tables, or of `TABLE:ROW` or `TABLE:ROW:MODEL`, that were asked for; of all without any."""
     for name in asked or tables:
-        table, _, row = name.partition(":")
-        if table not in tables or (row and row not in tables[table].rows):
-            raise SystemExit(f"{name}: expected TABLE or TABLE:ROW of quality.yaml: {', '.join(tables)}")
-        for model in tables[table].models:
+        table, row, only = (*name.split(":"), "", "")[:3]
+        if (
+            table not in tables
+            or (row and row not in tables[table].rows)
+            or (only and only not in tables[table].models)
+        ):
+            raise SystemExit(
+                f"{name}: expected TABLE, TABLE:ROW or TABLE:ROW:MODEL of quality.yaml: {', '.join(tables)}"
+            )
+        for model in [only] if only else tables[table].models:
             for each in [row] if row else tables[table].rows:
                 yield Place(table, each, model)
 
@@ -300,7 +306,7 @@ def documentation(place: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="TABLE[:ROW]")
+    parser.add_argument("rows", nargs="*", metavar="TABLE[:ROW[:MODEL]]")
     parser.add_argument("--models", type=Path, default=ROOT.parent / "shared" / "models")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "quality")
     parser.add_argument("--workers", type=int, default=1)
