@@ -87,6 +87,21 @@ DEEPSEEK = {
 }
 """Every head has 12 rows of keys and 16 of values; experts are chosen in two of four groups of two."""
 
+GLM = {
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "head_dim": 16,
+    "num_nextn_predict_layers": 1,
+}
+"""Half of the channels of a head have a rotary embedding: `partial_rotary_factor` is 0.5 by default."""
+
+SPARSE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
 CASES: Mapping[str, Case] = {
     "llama": Case("llama"),
     "llama-rope": Case("llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -121,6 +136,12 @@ CASES: Mapping[str, Case] = {
     "deepseek_v3-full-queries": Case(
         "deepseek_v3", {**DEEPSEEK, "q_lora_rank": None, "first_k_dense_replace": 0, "rope_parameters": YARN_MLA_ROPE}
     ),
+    # V2 scores a group by its best expert, and its router has no bias.
+    "deepseek_v2": Case("deepseek_v2", {**DEEPSEEK, "topk_method": "group_limited_greedy", "num_hidden_layers": 2}),
+    "glm4_moe": Case("glm4_moe", {**GLM, "use_qk_norm": True}),
+    "minimax_m2": Case("minimax_m2", {**SPARSE, "head_dim": 16, "rotary_dim": 8}),
+    "olmoe": Case("olmoe", SPARSE),
+    "qwen2_moe": Case("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 64, "mlp_only_layers": [1]}),
     "qwen3_moe": Case("qwen3_moe", {**MOE, "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
 }
 

@@ -93,7 +93,19 @@ class BlockBuilder:
         self.experts: int = 0
         if self.family.experts is not None:
             self.experts = int(getattr(self.config, self.family.experts.count_key))
-        self._causal(_with_layers(self.config, []))  # what cannot be built is refused now, not by a worker
+        shell = self._causal(_with_layers(self.config, []))  # what cannot be built is refused now, not by a worker
+        self._check_rotary(shell.model.rotary_emb)
+
+    def _check_rotary(self, rotary: nn.Module) -> None:
+        """UnsupportedModelError for a rotary embedding that attention cannot apply to its heads."""
+        width: int = getattr(self.config, "head_dim", None) or self.hidden_size // self.config.num_attention_heads
+        for name, frequencies in rotary.named_buffers():
+            turned = 2 * len(frequencies)
+            if turned > width or (turned < width and not self.family.partial_rotary):
+                raise UnsupportedModelError(
+                    f"config.json: rope_parameters: {name} turns {turned} of the {width} channels of a head: "
+                    f"expected {'at most ' if self.family.partial_rotary else ''}{width} for {self.config.model_type}"
+                )
 
     # -- names and shapes ---------------------------------------------------------------------------------------
 

@@ -62,6 +62,9 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     # Again, as transformers understood it: a field may have another name, and defaults.
     _check_fit(family, _sizes(family, lambda field: getattr(parsed, field, None)))
     _check_attention(parsed)
+    for field, served in family.only.items():
+        if (value := getattr(parsed, field, None)) not in served:
+            raise CheckpointError(f"config.json: {field}: {value!r}: expected {' or '.join(map(repr, served))}")
     parsed.return_dict = True
     return parsed
 

@@ -50,6 +50,9 @@ ATTENTION: tuple[SharedInputGroup, ...] = (
 GATED_MLP: tuple[SharedInputGroup, ...] = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 SPARSE_READERS: Globs = ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 SPARSE_DOWN: Globs = ("mlp.experts.*.down_proj",)
+EXPERTS_APART: Mapping[str, str] = {
+    name: name for name in (f"mlp.experts.{EXPERT}.{projection}" for projection in PROJECTIONS)
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +61,8 @@ class ExpertLayout:
 
     module: the experts module inside a block (transformers fuses all experts into two 3-D parameters there).
     count_key: the config field that holds the number of experts.
-    on_disk: expert linear -> its name in a checkpoint that keeps experts apart; both relative to the block.
+    on_disk: expert linear -> its name in a checkpoint that keeps experts apart; both relative to the block. Most families
+    have one name for both.
     fused_on_disk: (gate_up, down) names of the 3-D tensors of a checkpoint that keeps them fused, laid out as in transformers'
     module: [experts, out, in], or [experts, in, out] where transposed. The outputs of gate_up are all of gate_proj, then all of
     up_proj; where interleaved, they alternate (gate_proj 0::2, up_proj 1::2).
@@ -71,10 +75,10 @@ class ExpertLayout:
     labels: last part of an on-disk name -> what the report calls it, where the name says nothing to a reader.
     """
 
-    module: str
     count_key: str
-    on_disk: Mapping[str, str]
-    fused_on_disk: tuple[str, str]
+    module: str = "mlp.experts"
+    on_disk: Mapping[str, str] = field(default_factory=lambda: EXPERTS_APART)
+    fused_on_disk: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     active_key: str = "num_experts_per_tok"
     routers: tuple[str, ...] = ("re:.*[.]gate$",)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -106,6 +110,8 @@ class ModelFamily:
 
     What its config.json may say beside what every model's says:
     sizes: fields that hold a size, from 1 to `config.MAX_WIDTH`. size_problem: what they must have to do with each other.
+    only: field -> the values that are served, of those that transformers knows. partial_rotary: attention can turn the first
+    channels of a head only (`partial_rotary_factor`); elsewhere a rotary embedding has to have the width of a head.
     prediction_layers: field that holds how many layers for multi-token prediction a checkpoint has behind its blocks, which
     transformers does not run and artifacts leave out.
 
@@ -130,6 +136,8 @@ class ModelFamily:
     eager_attention: bool = False
     sizes: tuple[str, ...] = ()
     size_problem: SizeProblem = no_size_problem
+    only: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    partial_rotary: bool = False
     prediction_layers: str | None = None
     latents: Mapping[str, Globs] = field(default_factory=dict)
     value: str = "self_attn.v_proj"

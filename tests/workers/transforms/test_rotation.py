@@ -151,7 +151,7 @@ def test_a_residual_stream_behind_norms_is_refused(case: str, tmp_path: Path) ->
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        UnsupportedModelError, match="'gpt2': expected one of deepseek_v3, gemma2, gemma3_text, gpt_oss"
+        UnsupportedModelError, match="'gpt2': expected one of deepseek_v2, deepseek_v3, gemma2, gemma3_text"
     ):
         rotate_block("gpt2", {}, ALL, heads=1, key_value_heads=1)
 
