@@ -21,6 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 VOCABULARY = 128
 
+OFFSET_NORMS = ("gemma", "qwen3_next", "qwen3_5")
+"""Families whose norms scale by 1 + weight."""
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -100,6 +103,17 @@ GLM = {
 }
 """Half of the channels of a head have a rotary embedding: `partial_rotary_factor` is 0.5 by default."""
 
+DELTA_NET = {
+    "shared_expert_intermediate_size": 64,
+    "full_attention_interval": 2,
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+
 SPARSE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 CASES: Mapping[str, Case] = {
@@ -142,6 +156,9 @@ CASES: Mapping[str, Case] = {
     "minimax_m2": Case("minimax_m2", {**SPARSE, "head_dim": 16, "rotary_dim": 8}),
     "olmoe": Case("olmoe", SPARSE),
     "qwen2_moe": Case("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 64, "mlp_only_layers": [1]}),
+    # A block of Gated DeltaNet, then one of attention.
+    "qwen3_next": Case("qwen3_next", {**MOE, **DELTA_NET}),
+    "qwen3_5_moe_text": Case("qwen3_5_moe_text", {**MOE, **DELTA_NET, "rope_parameters": MROPE}),
     "qwen3_moe": Case("qwen3_moe", {**MOE, "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
 }
 
@@ -153,9 +170,9 @@ def build(case: str | Case, *, seed: int = 0, **changes: Any) -> PreTrainedModel
     attention = {"attn_implementation": "eager"} if chosen.family in ("gemma2", "gpt_oss") else {}
     model = AutoModelForCausalLM.from_config(config, **attention).float().eval()
     generator = torch.Generator().manual_seed(seed)
-    centre = 0.0 if chosen.family.startswith("gemma") else 1.0  # Gemma's norms scale by 1 + weight
+    centre = 0.0 if chosen.family.startswith(OFFSET_NORMS) else 1.0
     for name, parameter in model.named_parameters():
-        mean = centre if "norm" in name else 0.0
+        mean = 0.0 if "norm" not in name else 1.0 if "linear_attn" in name else centre
         values = torch.randn(parameter.shape, generator=generator) * 0.2 + mean
         parameter.data.copy_(values)
     for name, buffer in model.named_buffers():

@@ -22,9 +22,6 @@ MAX_EXPERTS = 1024
 MAX_WIDTH = 1 << 20
 """Bound on every other size in a config: a hostile file must not make us build (even on the meta device) without limit."""
 
-ATTENTION_KINDS = ("full_attention", "sliding_attention")
-"""What `layer_types` may say of a block of the families that are known."""
-
 SIZE_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -61,7 +58,7 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
         raise CheckpointError(f"config.json: transformers refuses it: {error}") from error
     # Again, as transformers understood it: a field may have another name, and defaults.
     _check_fit(family, _sizes(family, lambda field: getattr(parsed, field, None)))
-    _check_attention(parsed)
+    _check_attention(family, parsed)
     for field, served in family.only.items():
         if (value := getattr(parsed, field, None)) not in served:
             raise CheckpointError(f"config.json: {field}: {value!r}: expected {' or '.join(map(repr, served))}")
@@ -82,11 +79,11 @@ def _sizes(family: ModelFamily, said: Callable[[str], object]) -> dict[str, int]
     return sizes
 
 
-def _check_attention(config: PreTrainedConfig) -> None:
+def _check_attention(family: ModelFamily, config: PreTrainedConfig) -> None:
     """What transformers accepts in a config and then fails on when a block runs."""
     kinds = getattr(config, "layer_types", None) or []
-    if unknown := [kind for kind in kinds if kind not in ATTENTION_KINDS]:
-        expected = " or ".join(ATTENTION_KINDS)
+    if unknown := [kind for kind in kinds if kind not in family.layer_types]:
+        expected = " or ".join(family.layer_types)
         raise CheckpointError(f"config.json: layer_types: {unknown[0]!r}: expected {expected}")
     if "sliding_attention" in kinds and getattr(config, "sliding_window", None) is None:
         raise CheckpointError(

@@ -112,19 +112,21 @@ class ModelFamily:
     sizes: fields that hold a size, from 1 to `config.MAX_WIDTH`. size_problem: what they must have to do with each other.
     only: field -> the values that are served, of those that transformers knows. partial_rotary: attention can turn the first
     channels of a head only (`partial_rotary_factor`); elsewhere a rotary embedding has to have the width of a head.
+    layer_types: what that field may say of a block.
     prediction_layers: field that holds how many layers for multi-token prediction a checkpoint has behind its blocks, which
-    transformers does not run and artifacts leave out.
+    transformers does not run and artifacts leave out. prediction_prefix: of such layers' tensors, where they lie elsewhere.
 
     How the linears of a block are connected:
     reads: norm of the residual stream -> the linears (and router) that read its output, which nothing else does.
     latents: likewise, for norms of something else: of what a linear inside the block has written.
     value: some of its output rows are the attention's values, head by head; values: which; queries and keys are the others.
     output: reads the values that attention has mixed, head by head, and writes the residual stream.
+    writes: linears that write the residual stream beside these and take in no scales: of blocks without attention.
     down: read the elementwise product inside an MLP, and write the residual stream. up: last part of the name of the linear
     whose last rows are a factor of that product; None where the product is not linear in any of its factors.
     labels: prefix of a linear's name in a block -> what the report puts before its last part (for experts, see there).
-    obstacle: why the residual stream cannot be rotated, None where it can. norm_offset: what a norm adds to its weight before
-    it multiplies.
+    obstacle: why the residual stream cannot be rotated, None where it can. value_obstacle: likewise of values.
+    norm_offset: what a norm adds to its weight before it multiplies.
     """
 
     model_types: tuple[str, ...]
@@ -138,14 +140,18 @@ class ModelFamily:
     size_problem: SizeProblem = no_size_problem
     only: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     partial_rotary: bool = False
+    layer_types: tuple[str, ...] = ("full_attention", "sliding_attention")
     prediction_layers: str | None = None
+    prediction_prefix: str | None = None
     latents: Mapping[str, Globs] = field(default_factory=dict)
     value: str = "self_attn.v_proj"
     values: Values = "all"
     output: str = "self_attn.o_proj"
+    writes: Globs = ()
     up: str | None = "up_proj"
     labels: Mapping[str, str] = field(default_factory=dict)
     obstacle: str | None = None
+    value_obstacle: str | None = None
     norm_offset: float = 0.0
 
     @property
@@ -170,7 +176,7 @@ class ModelFamily:
 
     def writes_residual(self, module: str) -> bool:
         """Whether the output of `module` is added to the residual stream."""
-        return module == self.output or self.is_down(module)
+        return module == self.output or self.is_down(module) or _matches(module, self.writes)
 
     def active_share(self, config: Mapping[str, Any], experts: int, module: str) -> float:
         """Share of the tokens that reach the linear `module` in a model with this config.json and so many experts in a block:

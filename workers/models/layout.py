@@ -87,7 +87,10 @@ class ModelLayout:
         return self.kinds[self.kind_of[index]].linears
 
     def predicts_further(self, name: str) -> bool:
-        """Whether a tensor belongs to one of `prediction_layers`, which lie where further blocks would."""
+        """Whether a tensor belongs to a layer for multi-token prediction: under a prefix, or where further blocks would lie."""
+        prefix = self.family.prediction_prefix
+        if prefix is not None and name.startswith(prefix):
+            return True
         found = _BLOCK.match(name)
         return found is not None and self.blocks <= int(found[1]) < self.blocks + self.prediction_layers
 

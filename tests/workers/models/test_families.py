@@ -45,7 +45,7 @@ def test_every_linear_is_connected(name: str) -> None:
         written = {module for module in weights if family.writes_residual(module)}
         assert normed | written == weights
         assert not normed & written
-        assert family.value in normed
+        assert (family.value in normed) == (family.output in weights)
         downs = {module for module in weights if family.is_down(module)}
         assert downs
         if family.up is not None:
@@ -55,9 +55,10 @@ def test_every_linear_is_connected(name: str) -> None:
 @pytest.mark.parametrize("name", families())
 def test_every_family_passes_from_plan_to_report(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = write_job(tmp_path, case=name, layers=2)
-    residual = "true" if family_of(name).obstacle is None else "false"
+    residual, heads = family_of(name).obstacle is None, family_of(name).value_obstacle is None
+    rotation = f"{{kind: rotation, residual: {residual}, heads: {heads}}}".lower()
     changes = [
-        f"spec.recipe.transforms=[{{kind: rotation, residual: {residual}}}, {{kind: smoothing, strength: 0.5}}]",
+        f"spec.recipe.transforms=[{rotation}, {{kind: smoothing, strength: 0.5}}]",
         "spec.recipe.activations={bits: 4}",
         "spec.recipe.compensation={kind: lrc, rank: {count: 4}}",
     ]
