@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from counterweight.workers.models.families import family_of
+
 VOCABULARY = 128
 
 OFFSET_NORMS = ("gemma", "qwen3_next", "qwen3_5")
@@ -70,6 +72,7 @@ BASE: Mapping[str, Any] = {
 }
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+SHARED = {**MOE, "shared_expert_intermediate_size": 64}
 
 DEEPSEEK = {
     "num_hidden_layers": 3,
@@ -104,7 +107,7 @@ GLM = {
 """Half of the channels of a head have a rotary embedding: `partial_rotary_factor` is 0.5 by default."""
 
 DELTA_NET = {
-    "shared_expert_intermediate_size": 64,
+    "head_dim": 16,
     "full_attention_interval": 2,
     "linear_conv_kernel_dim": 3,
     "linear_key_head_dim": 8,
@@ -153,12 +156,27 @@ CASES: Mapping[str, Case] = {
     # V2 scores a group by its best expert, and its router has no bias.
     "deepseek_v2": Case("deepseek_v2", {**DEEPSEEK, "topk_method": "group_limited_greedy", "num_hidden_layers": 2}),
     "glm4_moe": Case("glm4_moe", {**GLM, "use_qk_norm": True}),
+    "kimi_k2": Case("kimi_k2", {**DEEPSEEK, "num_hidden_layers": 2, "n_group": 1, "topk_group": 1}),
+    # A dense block of attention in chunks, then a sparse one without rotary embedding, where queries grow every four tokens.
+    "llama4_text": Case(
+        "llama4_text",
+        {
+            **SPARSE,
+            "head_dim": 16,
+            "intermediate_size_mlp": 128,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": 8,
+            "floor_scale": 4,
+        },
+    ),
     "minimax_m2": Case("minimax_m2", {**SPARSE, "head_dim": 16, "rotary_dim": 8}),
     "olmoe": Case("olmoe", SPARSE),
-    "qwen2_moe": Case("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 64, "mlp_only_layers": [1]}),
+    "qwen2_moe": Case("qwen2_moe", {**SHARED, "mlp_only_layers": [1]}),
     # A block of Gated DeltaNet, then one of attention.
-    "qwen3_next": Case("qwen3_next", {**MOE, **DELTA_NET}),
-    "qwen3_5_moe_text": Case("qwen3_5_moe_text", {**MOE, **DELTA_NET, "rope_parameters": MROPE}),
+    "qwen3_next": Case("qwen3_next", {**SHARED, **DELTA_NET}),
+    "qwen3_5_text": Case("qwen3_5_text", {**DELTA_NET, "rope_parameters": MROPE}),
+    "qwen3_5_moe_text": Case("qwen3_5_moe_text", {**SHARED, **DELTA_NET, "rope_parameters": MROPE}),
     "qwen3_moe": Case("qwen3_moe", {**MOE, "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
 }
 
@@ -166,7 +184,7 @@ CASES: Mapping[str, Case] = {
 def build(case: str | Case, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """The model in float32. Norms and biases are random too: a model whose norms are ones hides a lost norm."""
     chosen = CASES[case] if isinstance(case, str) else case
-    config = CONFIG_MAPPING[chosen.family](**{**BASE, **chosen.config, **changes})
+    config = CONFIG_MAPPING[family_of(chosen.family).known_as or chosen.family](**{**BASE, **chosen.config, **changes})
     attention = {"attn_implementation": "eager"} if chosen.family in ("gemma2", "gpt_oss") else {}
     model = AutoModelForCausalLM.from_config(config, **attention).float().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -267,6 +285,9 @@ def checkpoint(
     """Builds and saves; returns the model in float32, with the values that the checkpoint holds."""
     model = build(case, **changes)
     save(model, directory, dtype)
+    family = CASES[case].family if isinstance(case, str) else case.family
+    if family_of(family).known_as is not None:
+        (directory / "config.json").write_text(json.dumps({**read_config(directory), "model_type": family}))
     return model
 
 

@@ -22,7 +22,7 @@ from tests.models import CASES, DEEPSEEK, MOE, Case, build, checkpoint, read_con
 WIDE = {"hidden_size": 128, "intermediate_size": 256}  # widths that groups of 128 tile
 RTN = {"quantizer": {"kind": "rtn"}}
 W4 = {"bits": 4, "group_size": 32, **RTN}
-SPARSE = ("deepseek_v2", "glm4_moe", "minimax_m2", "olmoe", "qwen2_moe", "qwen3_next", "qwen3_5_moe_text")
+SPARSE = ("deepseek_v2", "glm4_moe", "kimi_k2", "minimax_m2", "olmoe", "qwen2_moe", "qwen3_next", "qwen3_5_moe_text")
 """Families of experts that need no more than to be tried."""
 
 MODELS: Mapping[str, Case] = {

@@ -50,10 +50,12 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     CheckpointError for sizes out of bounds, for what transformers refuses, and for what it builds but cannot run.
     """
     family = family_of(config.get("model_type"))
+    model_type = family.known_as or str(config["model_type"])
     _sizes(family, config.get)
     try:
         # A deep copy: transformers writes defaults into nested dictionaries such as `rope_parameters`.
-        parsed: PreTrainedConfig = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+        fields = {**copy.deepcopy(dict(config)), "model_type": model_type}
+        parsed: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(fields)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json: transformers refuses it: {error}") from error
     # Again, as transformers understood it: a field may have another name, and defaults.

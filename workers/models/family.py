@@ -72,6 +72,7 @@ class ExpertLayout:
     undecoded: end of a tensor's name -> the encoding that published checkpoints of this family have and nobody here decodes.
     active_key: the config field that holds how many experts a token sees.
     routers: names of routers, which stay as they are, in compressed-tensors' words.
+    scaled_inputs: the router scales what an expert is given rather than what it gives.
     labels: last part of an on-disk name -> what the report calls it, where the name says nothing to a reader.
     """
 
@@ -82,6 +83,7 @@ class ExpertLayout:
     active_key: str = "num_experts_per_tok"
     routers: tuple[str, ...] = ("re:.*[.]gate$",)
     labels: Mapping[str, str] = field(default_factory=dict)
+    scaled_inputs: bool = False
     transposed: bool = False
     interleaved: bool = False
     fused_biases_on_disk: tuple[str, str] | None = None
@@ -103,10 +105,10 @@ class ExpertLayout:
 class ModelFamily:
     """One model family.
 
-    model_types: of config.json. groups: quantizable linears of a dense block, grouped by shared input; a name may be absent in
-    some blocks. renames: module-name prefix -> on-disk prefix, relative to the block, for names that differ. experts: layout of
-    the sparse MLP, None for a dense family. eager_attention: the family's attention has a term (logit soft-capping, sinks) that
-    the fused kernels leave out.
+    model_types: of config.json. known_as: the one that transformers has for them, where it has none of these. groups:
+    quantizable linears of a dense block, grouped by shared input; a name may be absent in some blocks. renames: module-name
+    prefix -> on-disk prefix, relative to the block, for names that differ. experts: layout of the sparse MLP, None for a dense
+    family. eager_attention: the family's attention has a term (logit soft-capping, sinks) that the fused kernels leave out.
 
     What its config.json may say beside what every model's says:
     sizes: fields that hold a size, from 1 to `config.MAX_WIDTH`. size_problem: what they must have to do with each other.
@@ -133,6 +135,7 @@ class ModelFamily:
     groups: tuple[SharedInputGroup, ...]
     reads: Mapping[str, Globs]
     down: Globs
+    known_as: str | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
     experts: ExpertLayout | None = None
     eager_attention: bool = False

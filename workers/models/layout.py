@@ -57,9 +57,10 @@ class BlockLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLayout:
-    """A whole model. vocabulary: rows of the embedding. tied: whether the head is the embedding. experts: of a sparse block, 0
-    without any. kinds: the different blocks; kind_of: block -> its place among them. prediction_layers: how many
-    layers for multi-token prediction a checkpoint has behind the blocks, which are no part of the model."""
+    """A whole model. model_type: as transformers has it. vocabulary: rows of the embedding. tied: whether the head is the
+    embedding. experts: of a sparse block, 0 without any. kinds: the different blocks; kind_of: block -> its place among them.
+    prediction_layers: how many layers for multi-token prediction a checkpoint has behind the blocks, which are no part of the
+    model."""
 
     model_type: str
     hidden_size: int

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from counterweight import load_model
 from counterweight.pipeline.cli import main
+from counterweight.pipeline.model_source import open_model
 from counterweight.workers.errors import CheckpointError, UnsupportedModelError
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.models.families import families, family_of
-from tests.inprocess import local
-from tests.models import BASE, CASES, YARN_ROPE, read_config
+from tests.inprocess import local, run_job
+from tests.models import BASE, CASES, YARN_ROPE, checkpoint, read_config, read_tensors
 from tests.pipeline.tiny import job_of, run_local, write_job
 
 
@@ -80,6 +82,22 @@ def perplexity(model: PreTrainedModel, text: Path, *, length: int = 32) -> float
     return float(cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp())
 
 
+def test_layers_for_multi_token_prediction_under_a_prefix_are_left_out(tmp_path: Path) -> None:
+    checkpoint("qwen3_next", tmp_path)
+    extra = {"mtp.fc.weight": torch.zeros(64, 128), "mtp.layers.0.mlp.gate.weight": torch.zeros(4, 64)}
+    save_file({**read_tensors(tmp_path), **extra}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert open_model(tmp_path.as_uri()).dropped == dict.fromkeys(
+        extra, "of a layer for multi-token prediction, which is not run"
+    )
+
+
+def test_a_model_that_transformers_knows_by_another_name_has_that_name_in_its_artifact(tmp_path: Path) -> None:
+    checkpoint("kimi_k2", tmp_path / "model", torch.bfloat16, num_hidden_layers=1)
+    recipe = {"weights": {"bits": 4, "quantizer": {"kind": "rtn"}}, "compensation": {"kind": "none"}}
+    assert read_config(tmp_path / "model")["model_type"] == "kimi_k2"
+    assert read_config(local(run_job(tmp_path / "model", tmp_path / "job", recipe)))["model_type"] == "deepseek_v3"
+
+
 PARTIAL = {"rope_parameters": {**YARN_ROPE, "partial_rotary_factor": 0.5}}
 
 
@@ -100,6 +118,9 @@ def test_a_rotary_embedding_of_half_a_head_is_refused_by_the_plan_where_attentio
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv: 8.0: expected None"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method: 'noaux_tc': expected 'greedy' or 'group_limited"),
         ("deepseek_v2", {"n_group": None}, "n_group: None: expected an integer"),
+        ("llama4_text", {"attention_chunk_size": None}, "attention_chunk_size: None: expected an integer"),
+        ("llama", {"layer_types": ["linear_attention"] * 2}, "'linear_attention': expected full_attention or sliding"),
+        ("qwen3_next", {"linear_num_key_heads": 3}, "linear_num_key_heads: 3: expected a divisor of linear_num_value"),
         ("glm4_moe", {"n_group": 4}, "n_group: 4: expected a divisor of n_routed_experts, 4, that leaves 2 or more"),
         ("glm4_moe", {"partial_rotary_factor": 2.0}, "turns 32 of the 16 channels of a head: expected at most 16"),
     ],

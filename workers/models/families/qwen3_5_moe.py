@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from counterweight.workers.models.families import qwen2_moe
+from counterweight.workers.models.families.qwen3_5 import DELTA_NET_INPUTS
 from counterweight.workers.models.families.qwen3_next import with_delta_net
 
-FAMILY = with_delta_net(
-    qwen2_moe.FAMILY,
-    ("qwen3_5_moe_text",),
-    ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_b", "linear_attn.in_proj_a"),
-)
+FAMILY = with_delta_net(qwen2_moe.FAMILY, ("qwen3_5_moe_text",), DELTA_NET_INPUTS)
