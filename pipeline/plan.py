@@ -6,7 +6,7 @@ Sizes are estimates with the same shape as the truth: every term is named, and t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
 from counterweight.pipeline.devices import memory_of
@@ -14,8 +14,9 @@ from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.pool import threads_per_worker
 from counterweight.pipeline.resolve import block_recipe, check_block, check_recipe, linears_of, stored_name
+from counterweight.workers.arithmetic import arithmetic
 from counterweight.workers.config import Config
-from counterweight.workers.footprint import Group, Load, footprint, products_of
+from counterweight.workers.footprint import Group, Load, footprint
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.recipe import ModuleRecipe
@@ -44,8 +45,30 @@ class BlockPlan(Config):
     """On the host of a GPU, beside its process; 0 without GPUs."""
     calibrated_bytes: int
     """What calibration leaves in memory: weights, as they were read and as they run, and the sums of the statistics."""
+    prepare_flops: int
+    """Of rotated weights, and of choices from the first shard."""
     forward_flops: int
+    """Of all passes through the block but those of training."""
     statistics_flops: int
+    tune_flops: int
+    """Of training, 0 without it."""
+    solve_flops: int
+    """Of codes, branches, stores and errors; and of the gains that a budget is shared out by."""
+
+    @property
+    def phases(self) -> Mapping[str, int]:
+        """Phase -> its floating-point operations."""
+        return {
+            "prepare": self.prepare_flops,
+            "forward": self.forward_flops,
+            "statistics": self.statistics_flops,
+            "tune": self.tune_flops,
+            "solve": self.solve_flops,
+        }
+
+    @property
+    def flops(self) -> int:
+        return sum(self.phases.values())
 
 
 class Plan(Config):
@@ -71,6 +94,7 @@ class Plan(Config):
     storage_read_bytes: int
     storage_written_bytes: int
     flops: int
+    """Floating-point operations of all blocks' tasks; embedding and validation are left out."""
     header_bytes_read: int
     device: str | None
     """The GPU that it was asked about; null: none."""
@@ -82,7 +106,7 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     and the model cannot give (a rank above a layer's size, a group size that does not divide a width, an override that matches
     nothing)."""
     check_recipe(job.spec.recipe, source)
-    blocks = tuple(_block_plan(job, source, index) for index in range(source.layout.blocks))
+    blocks = tuple(_block_plans(job, source))
     calibration = job.spec.calibration
     tokens = calibration.sequences * calibration.sequence_length
     boundary = tokens * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
@@ -110,7 +134,7 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         largest=f"block {largest.index}, {largest.peak_phase}",
         storage_read_bytes=total * (2 + validation) + boundary * len(blocks),
         storage_written_bytes=written,
-        flops=sum(block.forward_flops + block.statistics_flops for block in blocks),
+        flops=sum(block.flops for block in blocks),
         header_bytes_read=source.checkpoint.bytes_read,
         device=device,
         problems=tuple(_misfits(job, blocks, held, device)),
@@ -125,50 +149,53 @@ def _held_bytes(job: CompressionJob, blocks: Sequence[BlockPlan]) -> int:
     return min(HOLD_BYTES, sum(block.calibrated_bytes for block in sharing))
 
 
-def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPlan:
-    calibration = job.spec.calibration
-    layout = source.layout
-    shapes = layout.block_parameters(index)
-    groups = layout.block_linears(index)
-    recipe = block_recipe(source, index, job.spec.recipe)
-    linears = linears_of(source, index)
-    check_block(source, index, recipe, calibration.propagate)
-    active = {name: layout.family.active_share(source.checkpoint.config, layout.experts, name) for name in linears}
-    together = [
-        Group(
-            linears={name: linears[name] for name in group},
-            recipe={name: recipe[name] for name in group if name in recipe},
-            share=active[group[0]],
+def _block_plans(job: CompressionJob, source: ModelSource) -> Iterator[BlockPlan]:
+    """Of all blocks; of neighbours that are alike, the costs are worked out once."""
+    before: Load | None = None
+    for index in range(source.layout.blocks):
+        recipe = block_recipe(source, index, job.spec.recipe)
+        check_block(source, index, recipe, job.spec.calibration.propagate)
+        load = _load(job, source, index, recipe)
+        if load != before:
+            before, found, computed = load, footprint(load), arithmetic(load)
+        yield BlockPlan(
+            index=index,
+            parameters=load.parameters,
+            source_bytes=sum(_bytes(source, name) for name in source.block_tensors(index)),
+            linears={stored_name(source, index, name): shape for name, shape in linears_of(source, index).items()},
+            recipe=recipe,
+            statistics_bytes=found.statistics,
+            activation_bytes=found.activations,
+            solve_bytes=found.solve,
+            peak_bytes=found.peak,
+            peak_phase=found.largest,
+            host_bytes=found.host,
+            calibrated_bytes=found.weights + found.statistics,
+            prepare_flops=computed.prepare.total,
+            forward_flops=computed.forward.total,
+            statistics_flops=computed.statistics.total,
+            tune_flops=computed.tune.total,
+            solve_flops=computed.solve.total,
         )
-        for group in groups
-    ]
-    load = _load(job, source, index, together)
-    found = footprint(load)
-    names = source.block_tensors(index)
-    parameters = sum(prod(shape) for shape in shapes.values())
-    tokens = calibration.sequences * calibration.sequence_length
-    return BlockPlan(
-        index=index,
-        parameters=parameters,
-        source_bytes=sum(_bytes(source, name) for name in names),
-        linears={stored_name(source, index, name): shape for name, shape in linears.items()},
-        recipe=recipe,
-        statistics_bytes=found.statistics,
-        activation_bytes=found.activations,
-        solve_bytes=found.solve,
-        peak_bytes=found.peak,
-        peak_phase=found.largest,
-        host_bytes=found.host,
-        calibrated_bytes=found.weights + found.statistics,
-        forward_flops=int(2 * tokens * sum(prod(shape) * active[name] for name, shape in linears.items())),
-        statistics_flops=int(
-            sum(tokens * group.share * group.width**2 * products_of(load, group) for group in load.groups)
-        ),
-    )
 
 
-def _load(job: CompressionJob, source: ModelSource, index: int, groups: Sequence[Group]) -> Load:
-    """What a block's task works on, as `footprint` wants it."""
+def _groups(source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe]) -> Iterator[Group]:
+    """A block's linears by what they read, with the `recipe` of those that are not kept."""
+    layout, config = source.layout, source.checkpoint.config
+    linears, shapes = linears_of(source, index), layout.block_parameters(index)
+    for group in layout.block_linears(index):
+        parts = {name: recipe[name] for name in group if name in recipe}
+        asked = bool(parts) and all(part.scales_input for part in parts.values())
+        yield Group(
+            linears={name: linears[name] for name in group},
+            recipe=parts,
+            share=layout.family.active_share(config, layout.experts, group[0]),
+            scaled=asked and layout.family.producer_rows(group, shapes, _heads(source)) is not None,
+        )
+
+
+def _load(job: CompressionJob, source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe]) -> Load:
+    """What a block's task works on, as `footprint` and `arithmetic` want it."""
     calibration, resources, layout = job.spec.calibration, job.spec.resources, source.layout
     itemsize = ITEMSIZE[calibration.compute_dtype]
     together = min(calibration.sequences, shard_sequences(calibration.sequence_length))
@@ -176,15 +203,16 @@ def _load(job: CompressionJob, source: ModelSource, index: int, groups: Sequence
     scores = 0
     if layout.family.eager_attention:
         # Scores, and the probabilities that are made of them in float32.
-        heads = int(source.checkpoint.config["num_attention_heads"])
-        scores = shard * calibration.sequence_length * heads * (itemsize + 4)
+        scores = shard * calibration.sequence_length * _heads(source) * (itemsize + 4)
     compressed = calibration.propagate == "compressed"
-    regresses = any(part.regresses for group in groups for part in group.recipe.values())
+    regresses = any(part.regresses for part in recipe.values())
     threads = threads_per_worker(
         resources.cpus_per_worker, resources.workers, available=sorted(os.sched_getaffinity(0))
     )
     return Load(
-        groups=groups,
+        family=layout.family,
+        heads=_heads(source),
+        groups=tuple(_groups(source, index, recipe)),
         source_bytes=sum(_decoded_bytes(source, name) for name in source.block_tensors(index)),
         parameters=sum(prod(shape) for shape in layout.block_parameters(index).values()),
         compute=itemsize,
@@ -192,13 +220,20 @@ def _load(job: CompressionJob, source: ModelSource, index: int, groups: Sequence
         shard=shard,
         shards=-(-calibration.sequences // together),
         length=calibration.sequence_length,
+        sequences=calibration.sequences,
         attention_bytes=scores,
         paired=compressed and regresses,
         compressed=compressed,
         rotation=job.spec.recipe.rotation,
+        stretched=resources.workers > 1,
         threads=1 if resources.gpus_per_worker else threads,
         gpu=resources.gpus_per_worker > 0,
     )
+
+
+def _heads(source: ModelSource) -> int:
+    """Of the attention's queries."""
+    return int(source.checkpoint.config["num_attention_heads"])
 
 
 def _misfits(job: CompressionJob, blocks: Sequence[BlockPlan], held: int, device: str | None) -> list[str]:
