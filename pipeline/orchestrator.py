@@ -19,7 +19,7 @@ from counterweight.pipeline.artifact.report import (
     Report,
     TaskReport,
     bits_per_weight,
-    qualities,
+    quality,
     tokens_report,
 )
 from counterweight.pipeline.artifact.report_html import render
@@ -49,6 +49,7 @@ from counterweight.pipeline.validate import Windows, check_gates
 from counterweight.workers.errors import GateError
 from counterweight.workers.keys import digest, versions
 from counterweight.workers.storage import open_store
+from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED
 from counterweight.workers.tasks.setting import Device, Setting
 from counterweight.workers.workspace import WORK, Workspace
 
@@ -70,6 +71,7 @@ class Orchestrator:
         self._job, self._source, self._tokens, self._log = job, source, tokens, log
         self._store = open_store(job.spec.output.uri)
         self._workspace = Workspace(self._store)
+        self._threads = pool.threads
         self._dispatcher = Dispatcher(pool, RetryPolicy(), log.emit, Graph(self._workspace))
         self._watch = Stopwatch(log)
         self._setting = Setting(
@@ -107,9 +109,10 @@ class Orchestrator:
             dispatcher=self._dispatcher,
             log=self._log,
             digests=digests,
+            threads=self._threads,
         )
         self._watch.stage("blocks")
-        model = add_model(job, add_embedding(job, tokens.calibration))
+        model = add_model(job, add_embedding(job, tokens.calibration), tokens.calibration)
         outside = add_outside(job)
         training = add_distillation(job, model, outside, tokens)
         compress_blocks(job, model)
@@ -161,7 +164,7 @@ class Orchestrator:
     ) -> Report:
         spec, tokens = self._job.spec, self._tokens
         parameters = self._source.parameters
-        baseline, quantized, compensated = (None, None, None) if windows is None else qualities(windows)
+        found = {variant: quality(measured) for variant, measured in (windows or {}).items()}
         validation = None
         if spec.validation is not None and tokens.validation is not None:
             validation = tokens_report(spec.validation.text, tokens.validation)
@@ -179,9 +182,10 @@ class Orchestrator:
             calibration=tokens_report(spec.calibration.source, tokens.calibration),
             validation=validation,
             distillation=distillation,
-            baseline=baseline,
-            quantized=quantized,
-            compensated=compensated,
+            baseline=found.get(BASELINE),
+            quantized=found.get(QUANTIZED),
+            compensated=found.get(COMPENSATED),
+            compensated_prefill=found.get(PREFILL),
             bits_per_weight=bits_per_weight(parts.blocks, parts.kept_bits, parameters),
             modules=tuple(module for record in parts.blocks for module in record.modules),
             tasks=tuple(tasks),
@@ -192,10 +196,10 @@ class Orchestrator:
     def _gate(self, artifact: Artifact, report: Report) -> None:
         """Lets a good model pass; of one that fails nothing stays but its report, outside the artifact."""
         validation = self._job.spec.validation
-        if validation is None or report.baseline is None or report.compensated is None:
+        if validation is None:
             return
         try:
-            check_gates(validation.gates, report.baseline, report.compensated)
+            check_gates(validation, report.qualities)
         except GateError as error:
             place = f"{WORK}/failed/{artifact.name}-{artifact.id}"
             self._store.write(f"{place}/report.json", report.model_dump_json(indent=1).encode())
