@@ -55,7 +55,8 @@ def trials(rank: float, valid: str, prose: str, windows: int, held_out: int) -> 
     ]
 
     def trained(texts: list[dict[str, Any]], **training: Any) -> dict[str, Any]:
-        return w4a4(lrc(rank), distillation={"texts": texts, "held_out": kept_back, "training": training})
+        recipe: dict[str, Any] = w4a4(lrc(rank))
+        return {**recipe, "distillation": {"texts": texts, "held_out": kept_back, "training": training}}
 
     return {
         "QuaRot + GPTQ": w4a4(),

@@ -1,9 +1,9 @@
-"""What a block's task will work on, from headers and the manifest alone, as `footprint` wants it."""
+"""What a block's task will work on, from headers and the manifest alone, as `footprint` and `arithmetic` want it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from math import prod
 
 from counterweight.pipeline.manifest import CompressionJob
@@ -15,21 +15,8 @@ from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.tasks.setting import ITEMSIZE, shard_sequences
 
 
-def groups_of(source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe]) -> list[Group]:
-    """A block's linears by their input, with what applies to each."""
-    layout, linears = source.layout, linears_of(source, index)
-    return [
-        Group(
-            linears={name: linears[name] for name in group},
-            recipe={name: recipe[name] for name in group if name in recipe},
-            share=layout.family.active_share(source.checkpoint.config, layout.experts, group[0]),
-        )
-        for group in layout.block_linears(index)
-    ]
-
-
-def load_of(job: CompressionJob, source: ModelSource, index: int, groups: Sequence[Group]) -> Load:
-    """What a block's task works on, as `footprint` wants it."""
+def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe]) -> Load:
+    """What a block's task works on, as `footprint` and `arithmetic` want it."""
     calibration, resources, layout = job.spec.calibration, job.spec.resources, source.layout
     itemsize = ITEMSIZE[calibration.compute_dtype]
     together = min(calibration.sequences, shard_sequences(calibration.sequence_length))
@@ -37,15 +24,16 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, groups: Sequen
     scores = 0
     if layout.family.eager_attention:
         # Scores, and the probabilities that are made of them in float32.
-        heads = int(source.checkpoint.config["num_attention_heads"])
-        scores = shard * calibration.sequence_length * heads * (itemsize + 4)
+        scores = shard * calibration.sequence_length * _heads(source) * (itemsize + 4)
     compressed = calibration.propagate == "compressed"
-    regresses = any(part.regresses for group in groups for part in group.recipe.values())
+    regresses = any(part.regresses for part in recipe.values())
     threads = threads_per_worker(
         resources.cpus_per_worker, resources.workers, available=sorted(os.sched_getaffinity(0))
     )
     return Load(
-        groups=groups,
+        family=layout.family,
+        heads=_heads(source),
+        groups=tuple(_groups(source, index, recipe)),
         source_bytes=sum(_decoded_bytes(source, name) for name in source.block_tensors(index)),
         parameters=sum(prod(shape) for shape in layout.block_parameters(index).values()),
         compute=itemsize,
@@ -53,6 +41,7 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, groups: Sequen
         shard=shard,
         shards=-(-calibration.sequences // together),
         length=calibration.sequence_length,
+        sequences=calibration.sequences,
         attention_bytes=scores,
         paired=compressed and regresses,
         compressed=compressed,
@@ -61,6 +50,26 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, groups: Sequen
         threads=1 if resources.gpus_per_worker else threads,
         gpu=resources.gpus_per_worker > 0,
     )
+
+
+def _groups(source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe]) -> Iterator[Group]:
+    """A block's linears by what they read, with the `recipe` of those that are not kept."""
+    layout, config = source.layout, source.checkpoint.config
+    linears, shapes = linears_of(source, index), layout.block_parameters(index)
+    for group in layout.block_linears(index):
+        parts = {name: recipe[name] for name in group if name in recipe}
+        asked = bool(parts) and all(part.scales_input for part in parts.values())
+        yield Group(
+            linears={name: linears[name] for name in group},
+            recipe=parts,
+            share=layout.family.active_share(config, layout.experts, group[0]),
+            scaled=asked and layout.family.producer_rows(group, shapes, _heads(source)) is not None,
+        )
+
+
+def _heads(source: ModelSource) -> int:
+    """Of the attention's queries."""
+    return int(source.checkpoint.config["num_attention_heads"])
 
 
 def _decoded_bytes(source: ModelSource, name: str) -> int:

@@ -6,16 +6,17 @@ Sizes are estimates with the same shape as the truth: every term is named, and t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
 from counterweight.pipeline.devices import memory_of
-from counterweight.pipeline.loads import groups_of, load_of
+from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.resolve import block_recipe, check_block, check_recipe, linears_of, stored_name
+from counterweight.workers.arithmetic import arithmetic
 from counterweight.workers.config import Config
-from counterweight.workers.footprint import footprint, products_of
+from counterweight.workers.footprint import Load, footprint
 from counterweight.workers.footprint.distillation import Texts, trained_parameters, training_bytes, training_flops
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
@@ -45,8 +46,30 @@ class BlockPlan(Config):
     """On the host of a GPU, beside its process; 0 without GPUs."""
     calibrated_bytes: int
     """What calibration leaves in memory: weights, as they were read and as they run, and the sums of the statistics."""
+    prepare_flops: int
+    """Of rotated weights, and of choices from the first shard."""
     forward_flops: int
+    """Of all passes through the block but those of training."""
     statistics_flops: int
+    tune_flops: int
+    """Of training, 0 without it."""
+    solve_flops: int
+    """Of codes, branches, stores and errors; and of the gains that a budget is shared out by."""
+
+    @property
+    def phases(self) -> Mapping[str, int]:
+        """Phase -> its floating-point operations."""
+        return {
+            "prepare": self.prepare_flops,
+            "forward": self.forward_flops,
+            "statistics": self.statistics_flops,
+            "tune": self.tune_flops,
+            "solve": self.solve_flops,
+        }
+
+    @property
+    def flops(self) -> int:
+        return sum(self.phases.values())
 
 
 class DistillationPlan(Config):
@@ -81,8 +104,9 @@ class Plan(Config):
     storage_read_bytes: int
     storage_written_bytes: int
     flops: int
+    """Floating-point operations of all blocks' tasks and of the distillation; embedding and validation are left out."""
     distillation: DistillationPlan | None = None
-    """Of training the compressed model as a whole; its arithmetic is part of `flops`."""
+    """Of training the compressed model as a whole."""
     header_bytes_read: int
     device: str | None
     """The GPU that it was asked about; null: none."""
@@ -94,7 +118,7 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     and the model cannot give (a rank above a layer's size, a group size that does not divide a width, an override that matches
     nothing)."""
     check_recipe(job.spec.recipe, source)
-    blocks = tuple(_block_plan(job, source, index) for index in range(source.layout.blocks))
+    blocks = tuple(_block_plans(job, source))
     calibration = job.spec.calibration
     tokens = calibration.sequences * calibration.sequence_length
     boundary = tokens * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
@@ -126,8 +150,7 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         largest=where,
         storage_read_bytes=total * (2 + validation) + boundary * len(blocks),
         storage_written_bytes=written,
-        flops=sum(block.forward_flops + block.statistics_flops for block in blocks)
-        + (0 if training is None else training.flops),
+        flops=sum(block.flops for block in blocks) + (0 if training is None else training.flops),
         distillation=training,
         header_bytes_read=source.checkpoint.bytes_read,
         device=device,
@@ -152,10 +175,10 @@ def _distillation_plan(job: CompressionJob, source: ModelSource) -> Distillation
         held_out=sum(share.sequences for share in stage.held_out),
         length=job.spec.calibration.sequence_length,
     )
-    loads = []
-    for index in range(source.layout.blocks):
-        groups = groups_of(source, index, block_recipe(source, index, job.spec.recipe))
-        loads.append(load_of(job, source, index, groups))
+    loads = [
+        load_of(job, source, index, block_recipe(source, index, job.spec.recipe))
+        for index in range(source.layout.blocks)
+    ]
     return DistillationPlan(
         parameters=sum(trained_parameters(load, stage.training) for load in loads),
         peak_bytes=training_bytes(loads, stage.training, texts, source.layout.vocabulary),
@@ -163,37 +186,34 @@ def _distillation_plan(job: CompressionJob, source: ModelSource) -> Distillation
     )
 
 
-def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPlan:
-    calibration = job.spec.calibration
-    layout = source.layout
-    shapes = layout.block_parameters(index)
-    recipe = block_recipe(source, index, job.spec.recipe)
-    linears = linears_of(source, index)
-    check_block(source, index, recipe, calibration.propagate)
-    active = {name: layout.family.active_share(source.checkpoint.config, layout.experts, name) for name in linears}
-    load = load_of(job, source, index, groups_of(source, index, recipe))
-    found = footprint(load)
-    names = source.block_tensors(index)
-    parameters = sum(prod(shape) for shape in shapes.values())
-    tokens = calibration.sequences * calibration.sequence_length
-    return BlockPlan(
-        index=index,
-        parameters=parameters,
-        source_bytes=sum(_bytes(source, name) for name in names),
-        linears={stored_name(source, index, name): shape for name, shape in linears.items()},
-        recipe=recipe,
-        statistics_bytes=found.statistics,
-        activation_bytes=found.activations,
-        solve_bytes=found.solve,
-        peak_bytes=found.peak,
-        peak_phase=found.largest,
-        host_bytes=found.host,
-        calibrated_bytes=found.weights + found.statistics,
-        forward_flops=int(2 * tokens * sum(prod(shape) * active[name] for name, shape in linears.items())),
-        statistics_flops=int(
-            sum(tokens * group.share * group.width**2 * products_of(load, group) for group in load.groups)
-        ),
-    )
+def _block_plans(job: CompressionJob, source: ModelSource) -> Iterator[BlockPlan]:
+    """Of all blocks; of neighbours that are alike, the costs are worked out once."""
+    before: Load | None = None
+    for index in range(source.layout.blocks):
+        recipe = block_recipe(source, index, job.spec.recipe)
+        check_block(source, index, recipe, job.spec.calibration.propagate)
+        load = load_of(job, source, index, recipe)
+        if load != before:
+            before, found, computed = load, footprint(load), arithmetic(load)
+        yield BlockPlan(
+            index=index,
+            parameters=load.parameters,
+            source_bytes=sum(_bytes(source, name) for name in source.block_tensors(index)),
+            linears={stored_name(source, index, name): shape for name, shape in linears_of(source, index).items()},
+            recipe=recipe,
+            statistics_bytes=found.statistics,
+            activation_bytes=found.activations,
+            solve_bytes=found.solve,
+            peak_bytes=found.peak,
+            peak_phase=found.largest,
+            host_bytes=found.host,
+            calibrated_bytes=found.weights + found.statistics,
+            prepare_flops=computed.prepare.total,
+            forward_flops=computed.forward.total,
+            statistics_flops=computed.statistics.total,
+            tune_flops=computed.tune.total,
+            solve_flops=computed.solve.total,
+        )
 
 
 def _misfits(job: CompressionJob, need: int, where: str, device: str | None) -> list[str]:
