@@ -120,13 +120,12 @@ class CompressedModel:
     def _linear(self, module: str, form: ModuleFormat, device: torch.device) -> CompressedLinear:
         names = weight_names(module, form)
         tensors = self._checkpoint.read_many(names, sha256={name: self._digest(name) for name in names})
+        weight = read_weight(tensors, module, form)
         branch = None
         if form.rank and self._adapter is not None:
             factors = factor_names(module, form.factor_bits)
-            branch = read_branch(
-                self._adapter.read_many(factors, sha256={name: self._digest(name) for name in factors}), module, form
-            )
-        weight = read_weight(tensors, module, form)
+            found = self._adapter.read_many(factors, sha256={name: self._digest(name) for name in factors})
+            branch = read_branch(found, module, form, weight.shape)
         residual = None
         if form.residual is not None and self._residual is not None:
             parts = residual_names(module, form)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from counterweight.workers import matrix_bytes
 from counterweight.workers.methods.compensations.branch import Branch
@@ -28,7 +28,7 @@ class LRC(Branch):
     calibration tokens is smaller.
     """
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     joint: ClassVar[bool] = True
 
     kind: Literal["lrc"] = "lrc"
@@ -37,9 +37,23 @@ class LRC(Branch):
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Share of the mean of E[x^2] (E[y^2] of the quantized input) that is added to each channel's where one stream is regressed
     on another."""
-    refit: Literal["joint", "weight"] = "joint"
+    refit: Literal["joint", "weight", "none"] = "joint"
     """What the branch is fitted to once there are codes. joint: the whole output error, that of the quantized input included
-    (Update-LR). weight: the error of the weight alone, as whitened SVD; it cannot shrink the output."""
+    (Update-LR). weight: the error of the weight alone, as whitened SVD; it cannot shrink the output. none: it stays as it
+    started, in the factors that are stored, and the codes, fitted last, make up for their rounding: for `factor_bits: 4`."""
+
+    @model_validator(mode="after")
+    def _refits_between_iterations(self) -> LRC:
+        if self.refit == "none" and self.iterations > 1:
+            raise ValueError(
+                f"iterations: {self.iterations}: expected 1 with refit: none, where nothing changes after that"
+            )
+        return self
+
+    @property
+    def refits(self) -> bool:
+        """Whether the branch is fitted again to what the codes leave."""
+        return self.refit != "none"
 
     @property
     def of_finished_codes(self) -> bool:
@@ -90,4 +104,4 @@ class LRC(Branch):
 
     @property
     def _behind(self) -> SVD:
-        return SVD(rank=self.rank)
+        return SVD(rank=self.rank, factor_bits=self.factor_bits)
