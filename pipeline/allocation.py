@@ -28,7 +28,7 @@ class Candidate:
     @property
     def cost(self) -> int:
         """Bits of one more rank; integer factors have two steps of 32 bits."""
-        steps = 64 if self.factor_bits == 8 else 0
+        steps = 64 if self.factor_bits <= 8 else 0
         return (self.rows + self.columns) * self.factor_bits + steps
 
 

@@ -146,6 +146,14 @@ RECIPES: Mapping[str, Golden] = {
         },
         sways=("codes", "scales"),
     ),
+    "lrc-int4": Golden(
+        recipe={
+            "weights": _weights(),
+            "activations": A4,
+            "compensation": {"kind": "lrc", "rank": {"count": 4}, "factor_bits": 4, "refit": "none"},
+        },
+        sways=("codes", "scales", "branches", "errors"),
+    ),
     "aser": Golden(
         recipe={
             "weights": _weights(**RTN),

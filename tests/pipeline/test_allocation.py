@@ -51,29 +51,36 @@ def test_gains_count_per_bit() -> None:
 
 def test_integer_factors_buy_more() -> None:
     gains = [1.0 / (rank + 1) for rank in range(8)]
-    ranks = [allocate({(0, "a"): candidate(gains, 64, 64, factor_bits=bits)}, 2.0)[0, "a"] for bits in (16, 8)]
-    assert ranks == [4, 7]  # 2048 and 1088 bits a rank, of 8192
+    ranks = [allocate({(0, "a"): candidate(gains, 64, 64, factor_bits=bits)}, 2.0)[0, "a"] for bits in (16, 8, 4)]
+    assert ranks == [4, 7, 8]  # 2048, 1088 and 576 bits a rank, of 8192
 
 
 def test_directions_that_win_nothing_are_not_bought() -> None:
     assert allocate({(0, "a"): candidate([1.0, 0.0, 0.0])}, 16.0) == {(0, "a"): 1}
 
 
-@pytest.mark.parametrize("kind", ["svd", "lrc", "aser"])
-def test_a_job_spends_its_budget_and_no_more(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "bits", "budget"), [("svd", 8, 4.0), ("lrc", 8, 4.0), ("lrc", 4, 2.5), ("aser", 8, 4.0)]
+)
+def test_a_job_spends_its_budget_and_no_more(kind: str, bits: int, budget: float, tmp_path: Path) -> None:
     checkpoint("llama", tmp_path / "model", num_hidden_layers=2)
     recipe = {
         "weights": {"bits": 3, "group_size": None, "quantizer": {"kind": "gptq"}},
         "activations": {"bits": 4},
-        "compensation": {"kind": kind, "rank": {"budget_bits": 4.0}, "factor_bits": 8},
+        "compensation": {
+            "kind": kind,
+            "rank": {"budget_bits": budget},
+            "factor_bits": bits,
+            **({"refit": "none"} if bits == 4 else {}),
+        },
     }
     published = run_job(tmp_path / "model", tmp_path, recipe, validation={})
     store, _ = open_artifact(published.uri)
     report = Report.model_validate_json(store.read("report/report.json"))
-    bits = report.bits_per_weight.factors
-    largest = max((module.rows + module.columns) * 8 + 64 for module in report.modules)
+    spent = report.bits_per_weight.factors
+    largest = max((module.rows + module.columns) * bits + 64 for module in report.modules)
     weights = sum(module.rows * module.columns for module in report.modules)
-    assert 4.0 - 2 * largest / weights < bits <= 4.0
+    assert budget - 2 * largest / weights < spent <= budget
     assert len({module.rank for module in report.modules}) > 1
 
 
