@@ -15,6 +15,7 @@ import typer
 from counterweight.pipeline.units import bytes_text
 
 if TYPE_CHECKING:
+    from counterweight.pipeline.artifact import ArtifactDocument
     from counterweight.pipeline.artifact.report import Quality
 
 app = typer.Typer(
@@ -200,6 +201,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Validate an artifact again: perplexity, KL and agreement, against the model it was made from."""
+    from counterweight.pipeline.artifact.report import labelled
     from counterweight.pipeline.evaluate import evaluate_artifact
 
     found = evaluate_artifact(
@@ -215,7 +217,7 @@ def evaluate(
         return
     _print_rows(
         f"{artifact}",
-        [(name, "   ".join(_measured(quality))) for name, quality in found.items()],
+        [(label, "   ".join(_measured(quality))) for label, quality in labelled(found).items()],
     )
 
 
@@ -282,20 +284,14 @@ def _measured(quality: Quality) -> list[str]:
     return [f"{metric.short} {value:{metric.digits}}" for metric, value in found if value is not None]
 
 
-def _summary(document: Any, uri: str) -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for name in ("baseline", "quantized", "compensated"):
-        quality = getattr(document, name)
-        if quality is not None:
-            label = "original" if name == "baseline" else name
-            rows.append((label, "   ".join(_measured(quality)[:2])))
+def _summary(document: ArtifactDocument, uri: str) -> list[tuple[str, str]]:
+    from counterweight.pipeline.artifact.report import labelled
+
+    found = labelled(document.qualities)
+    rows = [(label, "   ".join(_measured(quality)[:2])) for label, quality in found.items()]
     bits = document.bits_per_weight
-    rows.append(
-        (
-            "bits per weight",
-            f"{bits.total:.3f} all in ({bits.weights:.3f} codes, {bits.scales:.3f} scales, {bits.factors:.3f} factors)",
-        )
-    )
+    parts = ", ".join(f"{value:.3f} {name}" for name, value in bits.parts.items())
+    rows.append(("bits per weight", f"{bits.total:.3f} all in ({parts})"))
     rows.append(("report", f"{uri}/report/report.html"))
     return rows
 

@@ -19,7 +19,7 @@ from counterweight.pipeline.artifact.report import (
     TaskReport,
     TokensReport,
     bits_per_weight,
-    qualities,
+    quality,
 )
 from counterweight.pipeline.artifact.report_html import render
 from counterweight.pipeline.blocks import Blocks
@@ -48,6 +48,7 @@ from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.errors import GateError
 from counterweight.workers.keys import digest, versions
 from counterweight.workers.storage import open_store
+from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED
 from counterweight.workers.tasks.setting import Device, Setting
 from counterweight.workers.workspace import WORK, Workspace
 
@@ -69,6 +70,7 @@ class Orchestrator:
         self._job, self._source, self._tokens, self._log = job, source, tokens, log
         self._store = open_store(job.spec.output.uri)
         self._workspace = Workspace(self._store)
+        self._threads = pool.threads
         self._dispatcher = Dispatcher(pool, RetryPolicy(), log.emit, Graph(self._workspace))
         self._watch = Stopwatch(log)
         self._setting = Setting(
@@ -106,9 +108,10 @@ class Orchestrator:
             dispatcher=self._dispatcher,
             log=self._log,
             digests=digests,
+            threads=self._threads,
         )
         self._watch.stage("blocks")
-        model = add_model(job, add_embedding(job, tokens.calibration))
+        model = add_model(job, add_embedding(job, tokens.calibration), tokens.calibration)
         outside = add_outside(job)
         compress_blocks(job, model)
         self._watch.stage("assemble")
@@ -151,7 +154,7 @@ class Orchestrator:
     ) -> Report:
         spec, tokens = self._job.spec, self._tokens
         parameters = self._source.parameters
-        baseline, quantized, compensated = (None, None, None) if windows is None else qualities(windows)
+        found = {variant: quality(measured) for variant, measured in (windows or {}).items()}
         validation = None
         if spec.validation is not None and tokens.validation is not None:
             validation = _tokens_report(spec.validation.text, tokens.validation)
@@ -168,9 +171,10 @@ class Orchestrator:
             recipe=spec.model_dump(mode="json", include={"recipe", "calibration"}),
             calibration=_tokens_report(spec.calibration.source, tokens.calibration),
             validation=validation,
-            baseline=baseline,
-            quantized=quantized,
-            compensated=compensated,
+            baseline=found.get(BASELINE),
+            quantized=found.get(QUANTIZED),
+            compensated=found.get(COMPENSATED),
+            compensated_prefill=found.get(PREFILL),
             bits_per_weight=bits_per_weight(parts.blocks, parts.kept_bits, parameters),
             modules=tuple(module for record in parts.blocks for module in record.modules),
             tasks=tuple(tasks),
@@ -181,10 +185,10 @@ class Orchestrator:
     def _gate(self, artifact: Artifact, report: Report) -> None:
         """Lets a good model pass; of one that fails nothing stays but its report, outside the artifact."""
         validation = self._job.spec.validation
-        if validation is None or report.baseline is None or report.compensated is None:
+        if validation is None:
             return
         try:
-            check_gates(validation.gates, report.baseline, report.compensated)
+            check_gates(validation, report.qualities)
         except GateError as error:
             place = f"{WORK}/failed/{artifact.name}-{artifact.id}"
             self._store.write(f"{place}/report.json", report.model_dump_json(indent=1).encode())

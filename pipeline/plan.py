@@ -196,6 +196,7 @@ def _load(job: CompressionJob, source: ModelSource, index: int, groups: Sequence
         paired=compressed and regresses,
         compressed=compressed,
         rotation=job.spec.recipe.rotation,
+        stretched=resources.workers > 1,
         threads=1 if resources.gpus_per_worker else threads,
         gpu=resources.gpus_per_worker > 0,
     )

@@ -29,7 +29,7 @@ class InProcessPool:
     """
 
     def __init__(self, workers: int = 1, threads: int = 1, hold_bytes: int = HOLD_BYTES) -> None:
-        self.size = workers
+        self.size, self.threads = workers, threads
         self.calls: list[tuple[int, str]] = []
         self._workers = [Worker("cpu", threads, hold_bytes) for _ in range(workers)]
         self._finished: list[Outcome] = []

@@ -6,7 +6,7 @@ and not its moments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.calibration.clipping import activation_format, best_clip
 from counterweight.workers.calibration.statistics import Gathering
+from counterweight.workers.compensation.aser import TakenOut
 from counterweight.workers.hooks import input_hooks
 from counterweight.workers.methods.activations import Activations
 from counterweight.workers.models.block_builder import Block
@@ -29,11 +30,11 @@ ROWS = 2048
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preparation:
     """gatherings: what to gather of each group's input. scales: by what its input is to be divided before that, [in].
-    outliers: channels that ASER takes out."""
+    outliers: linear -> channels of its input that ASER takes out of its codes."""
 
     gatherings: Mapping[SharedInputGroup, Gathering]
     scales: Mapping[SharedInputGroup, Tensor] = field(default_factory=dict)
-    outliers: Mapping[SharedInputGroup, Tensor] = field(default_factory=dict)
+    outliers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def prepare(
@@ -44,22 +45,24 @@ def prepare(
     online: Mapping[str, Hadamard],
     load: Callable[[], Tensor],
 ) -> Preparation:
-    """Choices for every group of linears that share an input; a group takes the options of its first member that has a recipe.
+    """Choices for every group of linears that share an input. A group takes the options of its first member that has a recipe,
+    but for the channels that ASER takes out: a linear's branch gives back its own.
 
     parameters: the block's, names relative to it. online: linears whose input is transformed at inference. load: the first
     shard of the block's input, read only where a choice needs it.
     """
     groups = {
-        group: next(recipes[name] for name in group if name in recipes)
+        group: {name: recipes[name] for name in group if name in recipes}
         for group in block.groups
         if any(name in recipes for name in group)
     }
-    curious = [group for group, recipe in groups.items() if _needs_rows(recipe)]
+    curious = [group for group, own in groups.items() if any(_needs_rows(recipe) for recipe in own.values())]
     rows = _captured(block, curious, load) if curious else {}
     scales: dict[SharedInputGroup, Tensor] = {}
-    outliers: dict[SharedInputGroup, Tensor] = {}
+    outliers: dict[str, Tensor] = {}
     gatherings: dict[SharedInputGroup, Gathering] = {}
-    for group, recipe in groups.items():
+    for group, own in groups.items():
+        recipe = next(iter(own.values()))
         seen = rows.get(group)
         foldable = producer_rows(family, group, parameters, block.heads) is not None
         transform = online.get(group[0])
@@ -72,17 +75,32 @@ def prepare(
             scale = scales[group].float()
             seen = after(before(seen, transform) / scale, transform)
             weights = [scaled(weight, scale, transform) for weight in weights]
-        taken = None
-        if seen is not None and recipe.compensation.needs_rows:
-            taken = recipe.compensation.take_out(weights, seen.abs().double().mean(0))
-        if seen is not None and taken is not None:
-            outliers[group] = taken.channels
+        if seen is not None:
+            magnitude = seen.abs().double().mean(0)
+            taken = {
+                name: part.compensation.take_out(weights, magnitude, len(parameters[f"{name}.weight"]))
+                for name, part in own.items()
+            }
+            outliers |= {name: found.channels for name, found in taken.items() if found is not None}
+            found = _scales(taken.values())
             # Behind a transform there are no outlier channels left to scale.
-            if taken.scales is not None and foldable and transform is None:
-                scales[group] = scales.get(group, torch.ones_like(taken.scales)) * taken.scales
-                seen = seen / taken.scales.float()
-        gatherings[group] = _gathering([recipes[name] for name in group if name in recipes], recipe.activations, seen)
+            if found is not None and foldable and transform is None:
+                scales[group] = scales.get(group, torch.ones_like(found)) * found
+                seen = seen / found.float()
+        gatherings[group] = _gathering(list(own.values()), recipe.activations, seen)
     return Preparation(gatherings=gatherings, scales=scales, outliers=outliers)
+
+
+def _scales(taken: Iterable[TakenOut | None]) -> Tensor | None:
+    """By what the input of linears is divided, [in] float64, given what each takes out of its codes. Scaling makes columns
+    larger, which hurts codes that hold them: only channels that all of the linears take out are scaled."""
+    scales: Tensor | None = None
+    for one in taken:
+        if one is None or one.scales is None:
+            return None
+        own = torch.zeros_like(one.scales, dtype=torch.bool).index_fill(0, one.channels, value=True)
+        scales = one.scales if scales is None else torch.where(own, scales, 1.0)
+    return scales
 
 
 def _gathering(recipes: list[ModuleRecipe], activations: Activations | None, rows: Tensor | None) -> Gathering:

@@ -107,25 +107,29 @@ def _quantized(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[Layer
     stacked = torch.cat([layer.weight for layer in layers])
     # Codes pay for what they do to their own input, which is the quantized one.
     metric = InputStatistics(gram=first.statistics.product("yy"), tokens=first.statistics.tokens)
-    target = recipe.weights.target(stacked, first.statistics)
-    if first.outliers is not None:
-        target = without_channels(target, first.outliers)
+    sizes = [layer.weight.shape[0] for layer in layers]
+    targets = recipe.weights.target(stacked, first.statistics).split(sizes)
+    target = torch.cat([_without_outliers(layer, own) for layer, own in zip(layers, targets, strict=True)])
     foreseen = recipe.compensation.foresee(metric, first.weight.shape[0])
     found = recipe.weights.quantize(target, foreseen, scale_dtype=first.scale_dtype)
-    ends = list(accumulate(layer.weight.shape[0] for layer in layers))
+    ends = list(accumulate(sizes))
     return [
         replace(
             layer,
-            codes=found.weight.rows(slice(end - layer.weight.shape[0], end)),
+            codes=found.weight.rows(slice(end - size, end)),
             fallbacks=(*layer.fallbacks, *found.fallbacks),
         )
-        for layer, end in zip(layers, ends, strict=True)
+        for layer, size, end in zip(layers, sizes, ends, strict=True)
     ]
+
+
+def _without_outliers(layer: LayerState, target: Tensor) -> Tensor:
+    return target if layer.outliers is None else without_channels(target, layer.outliers)
 
 
 def _compensated(recipe: ModuleRecipe, layer: LayerState) -> LayerState:
     """With a branch for what the codes left."""
-    fitted = recipe.compensation.fit(layer.left(), layer.statistics, dtype=layer.factor_dtype)
+    fitted = recipe.compensation.fit(layer.left(), layer.statistics, taken=layer.outliers, dtype=layer.factor_dtype)
     return replace(layer, branch=fitted.low_rank, fallbacks=(*layer.fallbacks, *fitted.fallbacks))
 
 

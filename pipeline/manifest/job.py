@@ -120,7 +120,11 @@ class Validation(Section):
     windows: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Number of windows, from the start of the text; null: all."""
     gates: Gates = Field(default_factory=Gates)
-    """Bounds for publication."""
+    """Bounds for publication, on the compressed model while decoding: residual stores correct every token."""
+    prefill_gates: Gates | None = None
+    """Likewise in prefill: residual stores leave a text that is given whole alone; without them both are one model. null: no
+    bounds.
+    """
 
 
 class Resources(Section):
@@ -199,5 +203,7 @@ def canonical(job: CompressionJob) -> bytes:
     )
     if spec["validation"] is not None:
         spec["validation"]["sequence_length"] = job.spec.validation_sequence_length
+        if spec["validation"]["prefill_gates"] is None:
+            del spec["validation"]["prefill_gates"]  # younger than artifacts whose ids were made without it
     content = {"apiVersion": job.apiVersion, **spec}
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

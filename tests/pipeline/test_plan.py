@@ -9,7 +9,7 @@ import torch
 
 from counterweight.pipeline import devices, plan
 from counterweight.pipeline.model_source import ModelSource, open_model
-from counterweight.pipeline.plan import PROCESS_BYTES, make_plan
+from counterweight.pipeline.plan import PROCESS_BYTES, BlockPlan, make_plan
 from counterweight.pipeline.resolve import block_recipe
 from counterweight.workers.calibrated_block import calibrated
 from counterweight.workers.checkpoint.header import LENGTH_BYTES
@@ -102,6 +102,21 @@ def test_longer_sequences_and_more_workers_need_more_memory(manifest: Path, sour
     # GPUs have memory of their own, which headers do not tell.
     gpus = job_of(manifest, "spec.resources={workers: 5000, gpus_per_worker: 1}")
     assert make_plan(gpus, source).problems == ()
+
+
+def test_a_scaled_block_lies_beside_what_it_was_while_shards_stream(manifest: Path, source: ModelSource) -> None:
+    """With several workers shards come a few at a time, and each needs the original block's output."""
+
+    def forward(workers: int, *overrides: str) -> BlockPlan:
+        resources = (f"spec.resources.workers={workers}", "spec.resources.cpus_per_worker=1")
+        job = job_of(manifest, "spec.calibration.sequence_length=4096", *resources, *overrides)
+        return make_plan(job, source).blocks[0]
+
+    smoothing = "spec.recipe.transforms=[{kind: smoothing}]"
+    assert forward(2).peak_bytes == forward(1).peak_bytes
+    one, two = forward(1, smoothing), forward(2, smoothing)
+    assert one.peak_phase == two.peak_phase == "forward"
+    assert two.peak_bytes - one.peak_bytes == 4 * one.parameters
 
 
 def test_what_does_not_fit_a_gpu_is_told_with_its_block(

@@ -36,7 +36,8 @@ class Load:
     the block. compute: bytes of an activation. shard, shards: tokens of a shard, and how many there are; length: of a
     sequence. hidden: width of the stream. attention_bytes: of the scores of a shard, where attention keeps them. paired:
     whether blocks see the compressed ones' outputs and the solve looks at the original's; compressed: whether they see them.
-    threads: that share shards and solves. gpu: whether the arithmetic is done on one.
+    stretched: whether shards come a few at a time. threads: that share shards and solves. gpu: whether the arithmetic is done
+    on one.
     """
 
     groups: Sequence[Group]
@@ -51,6 +52,7 @@ class Load:
     paired: bool
     compressed: bool
     rotation: Rotation | None
+    stretched: bool
     threads: int
     gpu: bool
 

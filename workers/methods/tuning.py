@@ -24,10 +24,10 @@ class Tuning(Method):
 
     Rounding is to nearest; what is learned is where to round from (LSI, Gao et al. 2024) and onto which grid (LWC and LET
     of OmniQuant, Shao et al. 2023). Some sequences are held out, and the epoch that serves them best is the one kept, the
-    untrained one included: tuning is never worse on them than rounding to nearest.
+    untrained one (rounding to nearest) included: tuning is never worse on them than that.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     kind: Literal["lsi"] = "lsi"
     increments: bool = True

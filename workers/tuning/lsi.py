@@ -50,8 +50,9 @@ class TuningResult:
 
     weights: linear -> its codes and grid. norms: parameter of the block -> its new value, for the norms that took up a
     transform, in the scales' dtype. train, held_out: mean squared error of the block's output, per epoch from 0, the
-    untrained one; that of training is the mean over the epoch's steps. epoch: the one that was kept. stopped: whether
-    patience ended before the epochs did.
+    untrained one (held out: the better of rounding on the whole range and on the one where clipping starts); that of
+    training is the mean over the epoch's steps. epoch: the one that was kept. stopped: whether patience ended before the
+    epochs did.
     """
 
     weights: Mapping[str, UniformWeight]
@@ -83,8 +84,8 @@ def tune(
     learner = _Learner(block, formats, options)
     train, held_out = _split(_paired(inputs, targets), options)
     initial = learner.error(train)
-    train_errors, held_out_errors = [initial], [learner.error(held_out)]
-    best, best_epoch = learner.values(), 0
+    best, untrained = learner.untrained(held_out)
+    train_errors, held_out_errors, best_epoch = [initial], [untrained], 0
     shuffle = random.Random(options.seed)
     optimizer = torch.optim.Adam(learner.rates())
     # Down to nothing: at a constant rate codes keep flipping, and at 3 bits LSI with LWC came out worse than LWC alone.
@@ -201,6 +202,22 @@ class _Learner:
         """Sets every parameter to a value that `values` gave."""
         for parameter, value in zip(self._parameters(), values, strict=True):
             parameter.data.copy_(value)
+
+    def untrained(self, pairs: Sequence[Pair]) -> tuple[list[Tensor], float]:
+        """Values that round to nearest, and their error: where training starts, or on the whole range if that is better.
+        Clipping starts a little inside of it, which costs more than it wins at 8 bits."""
+        start = self.values()
+        found = (start, self.error(pairs))
+        if self._options.clipping:
+            clipping = {linear.clipping for linear in self.linears.values()}
+            whole = [
+                torch.full_like(value, torch.inf) if parameter in clipping else value
+                for parameter, value in zip(self._parameters(), start, strict=True)
+            ]
+            self.restore(whole)
+            found = min(found, (whole, self.error(pairs)), key=lambda one: one[1])
+            self.restore(start)
+        return found
 
     @torch.no_grad()
     def error(self, pairs: Sequence[Pair]) -> float:

@@ -13,7 +13,7 @@ from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.compensation.aser import outlier_channels, outlier_scales, without_channels
 from counterweight.workers.methods.compensations import ASER
-from counterweight.workers.methods.compensations.rank import CountRank
+from counterweight.workers.methods.compensations.rank import BudgetRank, CountRank, EnergyRank, FractionRank
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.transforms import Rotation, Smoothing
 from counterweight.workers.methods.weights import Weights
@@ -181,14 +181,21 @@ def test_outliers_are_those_of_large_activations_or_products() -> None:
     magnitude[3], weight[:, 3] = 8.0, 0.1  # large activations, small weights
     magnitude[9], weight[:, 9] = 2.0, 2.0
     options = {"rank": CountRank(count=4), "outliers": 1}
-    assert outlier_channels([weight], magnitude, ASER(**options)).tolist() == [3]  # type: ignore[arg-type]
-    assert outlier_channels([weight], magnitude, ASER(**options, choose="product")).tolist() == [9]  # type: ignore[arg-type]
+    assert outlier_channels([weight], magnitude, 4, ASER(**options)).tolist() == [3]  # type: ignore[arg-type]
+    assert outlier_channels([weight], magnitude, 4, ASER(**options, choose="product")).tolist() == [9]  # type: ignore[arg-type]
 
 
 def test_outliers_leave_half_of_the_rank_to_the_error() -> None:
     magnitude, weight = torch.arange(40, dtype=torch.float64), torch.ones(30, 40)
-    assert len(outlier_channels([weight], magnitude, ASER(rank=CountRank(count=10), outliers=32))) == 5
-    assert len(outlier_channels([weight], magnitude, ASER(rank=CountRank(count=30), outliers=7))) == 7
+    for rows, options, expected in (
+        (30, ASER(rank=CountRank(count=10)), 5),
+        (30, ASER(rank=CountRank(count=30), outliers=7), 7),
+        (30, ASER(rank=CountRank(count=1)), 0),
+        (10, ASER(rank=FractionRank(fraction=0.4)), 2),
+        (10, ASER(rank=EnergyRank(energy=0.1)), 5),
+        (30, ASER(rank=BudgetRank(budget_bits=1.0)), 15),
+    ):
+        assert len(outlier_channels([weight], magnitude, rows, options)) == expected
 
 
 def test_outlier_channels_come_down_to_the_reference() -> None:

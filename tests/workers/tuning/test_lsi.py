@@ -133,6 +133,23 @@ def test_an_absurd_learning_rate_leaves_what_was_before(rate: float, learned: st
         assert torch.equal(weight.scale, expected.scale)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_nothing_is_lost_against_rounding_to_nearest(bits: int, symmetric: bool) -> None:
+    """Clipping starts at .982 of the range, which at 8 bits has half again the error of the whole range. Training that leads
+    nowhere shows what is kept then."""
+    block, format = block_of(), WeightFormat(bits=bits, symmetric=symmetric)
+    result = tuned(block, formats_of(block, format), increments=False, lr_clipping=1e30)
+    whole = tuned(block, formats_of(block, format), clipping=False, lr_increments=1e30)
+    assert whole.epoch == 0
+    assert result.held_out[0] <= whole.held_out[0]
+    if bits == 8:
+        assert result.epoch == 0
+        for name, weight in result.weights.items():
+            assert torch.equal(weight.codes, whole.weights[name].codes)
+            assert torch.equal(weight.scale, whole.weights[name].scale)
+
+
 @pytest.mark.parametrize(
     ("case", "format", "activations", "dtype"),
     [
@@ -153,7 +170,7 @@ def test_what_is_served_has_the_error_that_was_measured(
     """Codes, scales and norms as stored give the held-out error of the epoch that was kept."""
     block = block_of(case, dtype)
     formats = formats_of(block, format, activations=activations)
-    inputs = [shard.to(dtype) for shard in shards(2, sequences=1)]
+    inputs = [shard.to(dtype) for shard in shards(12, sequences=1)]
     targets = [block.run(shard) for shard in inputs]
     options = Tuning(transforms=True, block=8, epochs=3, lr_clipping=0.3)
     result = tune(block, inputs, targets, formats, options)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from counterweight.workers import matrix_bytes
 from counterweight.workers.methods.compensations.branch import Branch
 from counterweight.workers.methods.compensations.rank import AnyRank, CountRank
 from counterweight.workers.methods.compensations.svd import SVD
@@ -27,12 +28,13 @@ class ASER(Branch):
     before can do it, their columns of the weight go to the branch whole, and codes are made of the rest.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     needs_rows: ClassVar[bool] = True
 
     kind: Literal["aser"] = "aser"
     rank: AnyRank = Field(default_factory=lambda: CountRank(count=64))
-    """Rank of the branch; the columns that were taken out need up to `outliers` of it."""
+    """Rank of the branch; the columns that were taken out need up to `outliers` of it. By energy, it is the rank for what
+    rounding left, and theirs comes on top."""
     outliers: Annotated[int, Field(strict=True, ge=0, le=1024)] = 32
     """How many input channels are taken out, at most half of the rank and of all; 0: error reconstruction alone."""
     choose: Literal["activations", "product"] = "activations"
@@ -49,21 +51,28 @@ class ASER(Branch):
     def of_finished_codes(self) -> bool:
         return self.outliers == 0
 
-    def take_out(self, weights: Sequence[Tensor], magnitude: Tensor) -> TakenOut | None:
+    def take_out(self, weights: Sequence[Tensor], magnitude: Tensor, rows: int) -> TakenOut | None:
         from counterweight.workers.compensation.aser import TakenOut, outlier_channels, outlier_scales
 
         if not self.outliers:
             return None
-        channels = outlier_channels(weights, magnitude, self)
+        channels = outlier_channels(weights, magnitude, rows, self)
         scales = outlier_scales(magnitude, channels, self) if self.smoothing else None
         return TakenOut(channels=channels, scales=scales)
 
-    def fit(self, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype) -> CompensationResult:
-        return self._reconstruction.fit(residual, statistics, dtype=dtype)
+    def fit(
+        self,
+        residual: Tensor,
+        statistics: InputStatistics | None,
+        *,
+        taken: Tensor | None = None,
+        dtype: torch.dtype,
+    ) -> CompensationResult:
+        from counterweight.workers.compensation.aser import reconstruction
+
+        return reconstruction(self, residual, statistics, taken, dtype)
 
     def fit_bytes(self, rows: int, columns: int, tokens: float) -> int:
-        return self._reconstruction.fit_bytes(rows, columns, tokens)
-
-    @property
-    def _reconstruction(self) -> SVD:
-        return SVD(rank=self.rank, damping=self.damping, factor_bits=self.factor_bits)
+        # Where the spectrum decides the rank, what rounding left is a residual of its own.
+        rounding = 0 if self.rank.known_ahead else matrix_bytes.SINGLE * rows * columns
+        return rounding + SVD(rank=self.rank).fit_bytes(rows, columns, tokens)

@@ -66,9 +66,10 @@ class Compensation(Method):
         del count
         return self
 
-    def take_out(self, weights: Sequence[Tensor], magnitude: Tensor) -> TakenOut | None:
-        """Channels of the input to take out of the codes. weights: [out, in] that read it; magnitude: E|x| [in] float64."""
-        del weights, magnitude
+    def take_out(self, weights: Sequence[Tensor], magnitude: Tensor, rows: int) -> TakenOut | None:
+        """Channels of the input to take out of the codes of a linear with `rows` outputs, which `fit` gives back. weights:
+        all [out, in] that read the input; magnitude: E|x| [in] float64."""
+        del weights, magnitude, rows
         return None
 
     def foresee(self, statistics: InputStatistics, rows: int) -> InputStatistics:
@@ -76,11 +77,19 @@ class Compensation(Method):
         del rows
         return statistics
 
-    def fit(self, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype) -> CompensationResult:
-        """The branch for `residual` [out, in] = W - Q, with factors stored in `dtype`."""
+    def fit(
+        self,
+        residual: Tensor,
+        statistics: InputStatistics | None,
+        *,
+        taken: Tensor | None = None,
+        dtype: torch.dtype,
+    ) -> CompensationResult:
+        """The branch for `residual` [out, in] = W - Q, with factors stored in `dtype`. taken: channels of the input that
+        `take_out` left out of the codes, so that their columns of the residual are whole."""
         from counterweight.workers.compensation.result import CompensationResult
 
-        del residual, statistics, dtype
+        del residual, statistics, taken, dtype
         return CompensationResult(low_rank=None)
 
     def gain_problem(self, weight: Tensor, statistics: InputStatistics) -> tuple[Tensor, Tensor] | None:

@@ -28,12 +28,18 @@ class SVD(Branch):
     its E[x^2] (QERA-approx); full, the layer's output error on the calibration tokens (QERA-exact, EoRA)."""
     damping: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the mean of E[x^2] that is added to each channel's: how much to trust directions that calibration saw
-    little of."""
+    little of. Needs diagonal or full whitening."""
 
     anticipation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How far the quantizer leaves to the branch what the branch can do. 0: it minimizes its own error. 1: errors along
     the strongest directions of the input, as many as the branch has ranks, cost it nothing. Needs full whitening and a
     rank that is known in advance. The higher, the smaller the error with the branch and the larger without it."""
+
+    @model_validator(mode="after")
+    def _damps_what_there_is(self) -> SVD:
+        if self.damping and self.whitening not in ("diagonal", "full"):
+            raise ValueError(f"damping: {self.damping:g}: expected 0 unless whitening is diagonal or full")
+        return self
 
     @model_validator(mode="after")
     def _anticipates_what_it_does(self) -> SVD:
@@ -50,9 +56,17 @@ class SVD(Branch):
 
         return deflated(self, statistics, rows)
 
-    def fit(self, residual: Tensor, statistics: InputStatistics | None, *, dtype: torch.dtype) -> CompensationResult:
+    def fit(
+        self,
+        residual: Tensor,
+        statistics: InputStatistics | None,
+        *,
+        taken: Tensor | None = None,
+        dtype: torch.dtype,
+    ) -> CompensationResult:
         from counterweight.workers.compensation.svd import svd
 
+        del taken
         return svd(self, residual, statistics, dtype)
 
     @property
