@@ -88,10 +88,12 @@ SMOOTHED = {
 }
 
 INT4 = {"factor_bits": 4, "refit": "none"}
-FOUR_BIT_FACTORS = {
-    "LRC, int4, rank 39 %": w4a4(lrc(0.39, **INT4), transforms=SMOOTHING_TOO),
-    "LRC, int4, rank 70 %": w4a4(lrc(0.7, **INT4), transforms=SMOOTHING_TOO),
-}
+
+
+def int4(rank: float) -> Any:
+    """LRC with factors of 4 bits, whose rounding the codes make up for."""
+    return w4a4(lrc(rank, **INT4), transforms=SMOOTHING_TOO)
+
 
 GPTQ4 = {"bits": 4, "quantizer": {"kind": "gptq"}}
 SMALL_ASER = aser(rank={"count": 29}, outliers=14, factor_bits=8)
@@ -129,7 +131,8 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     **{
-        f"w4a4-int4-{name}": (model, FOUR_BIT_FACTORS)
+        f"w4a4-int4-{size}{name}": (model, {f"LRC, int4, rank {100 * rank:.0f} %": int4(rank)})
+        for size, rank in (("", 0.39), ("large-", 0.7))
         for name, model in {"llama": "llama", "outliers": "llama-outliers", "mixtral": "mixtral"}.items()
     },
     "w4a4-int4-beyond": (
@@ -138,7 +141,7 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
             "LRC, int8, rank 20 %": w4a4(lrc(0.2, factor_bits=8), transforms=SMOOTHING_TOO),
             "LRC, int8, ranks shared out": SMOOTHED["LRC, int8, ranks shared out"],
             "LRC, int8, rank 59 %": w4a4(lrc(0.59, factor_bits=8), transforms=SMOOTHING_TOO),
-            **FOUR_BIT_FACTORS,
+            "LRC, int4, rank 39 %": int4(0.39),
             "LRC, int4, rank 39 %, rounded last": w4a4(lrc(0.39, factor_bits=4), transforms=SMOOTHING_TOO),
             "LRC, int4, ranks shared out": w4a4(
                 lrc(0.39, **INT4) | {"rank": {"budget_bits": 2.37}}, transforms=SMOOTHING_TOO
