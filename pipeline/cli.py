@@ -105,6 +105,8 @@ def plan(
         _print_json(made.model_dump(mode="json"))
         return
     peak = f"{bytes_text(made.peak_bytes_per_worker)} ({made.largest})"
+    sums = {name: sum(block.phases[name] for block in made.blocks) for name in made.blocks[0].phases}
+    phases = ", ".join(f"{name} {count / made.flops:.0%}" for name, count in sums.items() if count)
     if job.spec.resources.gpus_per_worker:
         peak = f"{peak} on its GPU, {bytes_text(made.host_bytes_per_worker)} on the host"
     _print_rows(
@@ -114,7 +116,7 @@ def plan(
             ("quantized", f"{made.quantized:,} weights in {len(made.blocks)} blocks"),
             ("calibration", f"{made.tokens:,} tokens"),
             ("peak per worker", peak),
-            ("arithmetic", f"{made.flops / 1e12:.3g} TFLOP"),
+            ("arithmetic", f"{made.flops / 1e12:.3g} TFLOP ({phases})"),
             (
                 "storage",
                 f"{bytes_text(made.storage_read_bytes)} read, {bytes_text(made.storage_written_bytes)} written",

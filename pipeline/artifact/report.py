@@ -7,6 +7,7 @@ codes, scales with zero points, low-rank factors, residual store, over the weigh
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import ConfigDict, Field
 
@@ -15,6 +16,10 @@ from counterweight.workers.metrics import METRICS, Metric
 from counterweight.workers.tasks.block import BlockRecord
 from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED, VARIANTS, WindowMetrics
 from counterweight.workers.tasks.records import ModuleReport, Timing
+
+if TYPE_CHECKING:
+    from counterweight.workers.calibration.source import CalibrationSource
+    from counterweight.workers.calibration.tokens import TokenSet
 
 
 class Quality(Config):
@@ -95,6 +100,18 @@ class TokensReport(Config):
     digest: str
 
 
+class DistillationReport(Config):
+    """The training of the model. kept: the epoch that is published, 0: the model from before it. divergences: for each
+    epoch from 0, KL(original || compressed) of each held-out text in nats a token. losses: of the training texts, from epoch
+    1."""
+
+    trained: tuple[TokensReport, ...]
+    held_out: tuple[TokensReport, ...]
+    kept: int
+    divergences: tuple[tuple[float, ...], ...]
+    losses: tuple[float, ...]
+
+
 class Report(Judged):
     """The whole report. baseline, quantized and compensated are None when the job has no validation; without branches and
     residual stores compensated equals quantized, because it is the same model.
@@ -113,6 +130,8 @@ class Report(Judged):
     recipe: Mapping[str, object]
     calibration: TokensReport
     validation: TokensReport | None
+    distillation: DistillationReport | None = None
+    """What training won; modules' errors are those from before it."""
     baseline: Quality | None
     quantized: Quality | None
     compensated: Quality | None
@@ -123,6 +142,16 @@ class Report(Judged):
     stages: Mapping[str, float]
     """Stage of the job -> seconds of wall time."""
     software: Mapping[str, str]
+
+
+def tokens_report(source: CalibrationSource, tokens: TokenSet) -> TokensReport:
+    """A token set and where it came from."""
+    return TokensReport(
+        source=source.model_dump(mode="json"),
+        sequences=tokens.sequences,
+        sequence_length=tokens.length,
+        digest=tokens.digest,
+    )
 
 
 def quality(windows: Sequence[WindowMetrics]) -> Quality:

@@ -403,6 +403,7 @@ def test_facts_for_people(command: Command, published: tuple[Path, str], tmp_pat
     assert plan.code == 0
     assert "quantized        61,440 weights in 2 blocks" in plan.out
     assert "does not fit     nothing" in plan.out
+    assert re.search(r"arithmetic +\S+ TFLOP \(forward \d+%, statistics \d+%, solve \d+%\)", plan.out)
     assert command("verify", uri).out.startswith("tiny is whole\n")
     pulled = command("pull", uri, tmp_path / "pulled")
     assert pulled.out.splitlines()[-1] == str(tmp_path / "pulled")

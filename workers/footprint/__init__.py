@@ -16,7 +16,7 @@ from counterweight.workers.footprint.solving import solving
 from counterweight.workers.footprint.weights import loading, original, preparing, reading, scaled, with_running
 from counterweight.workers.matrix_bytes import DOUBLE, SINGLE
 
-__all__ = ["Footprint", "Group", "Load", "footprint", "products_of"]
+__all__ = ["Footprint", "Group", "Load", "footprint"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

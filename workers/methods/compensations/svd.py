@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from counterweight.workers import matrix_bytes
+from counterweight.workers import matrix_bytes, matrix_flops
+from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, product64
 from counterweight.workers.methods.compensations.branch import Branch
 
 if TYPE_CHECKING:
@@ -88,3 +89,22 @@ class SVD(Branch):
             return max(entries + square, fitting)
         # The mean Gram matrix, the same damped, its root.
         return max(entries + 2 * square + matrix_bytes.root(columns, tokens), square + fitting)
+
+    def foresee_flops(self, rows: int, columns: int) -> Work:
+        if not self.anticipates:
+            return NOTHING
+        rank = self.rank.at_most(rows, columns)
+        return matrix_flops.eigh(columns) + product64(columns, rank, columns) + elementwise(2 * columns**2)
+
+    def fit_flops(self, rows: int, columns: int, tokens: float) -> Work:
+        entries, rank = rows * columns, self.rank.at_most(rows, columns)
+        # The check of the residual and its energy; the projection on the leading directions.
+        fitting = matrix_flops.spectrum(rows, columns) + product64(rank, rows, columns) + elementwise(3 * entries)
+        if self.whitening == "none":
+            return fitting
+        # The check and the mean of the Gram matrix.
+        metric = elementwise(2 * columns**2)
+        if self.whitening != "full":
+            return fitting + metric + elementwise(entries)
+        root = matrix_flops.root(columns, definite=self.damping > 0 or tokens >= columns)
+        return fitting + metric + root + product64(rows, columns, columns)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from counterweight.workers import matrix_bytes
+from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, hadamard, hadamard64
 from counterweight.workers.methods.transforms.transform import Transform
 
 if TYPE_CHECKING:
@@ -62,10 +63,13 @@ class Rotation(Transform):
 
     def problem(self, family: ModelFamily, model_type: str) -> str | None:
         """Why a model of this family cannot be rotated like this; None where it can."""
-        if not self.residual or family.obstacle is None:
-            return None
-        stream = f"whose residual stream cannot be rotated: {family.obstacle}"
-        return f"rotation.residual: true: expected false for {model_type}, {stream}"
+        if self.residual and family.obstacle is not None:
+            stream = f"whose residual stream cannot be rotated: {family.obstacle}"
+            return f"rotation.residual: true: expected false for {model_type}, {stream}"
+        if self.heads and family.value_obstacle is not None:
+            values = f"whose values cannot be rotated: {family.value_obstacle}"
+            return f"rotation.heads: true: expected false for {model_type}, {values}"
+        return None
 
     def block(
         self, model_type: str, parameters: Mapping[str, Tensor], heads: int, key_value_heads: int
@@ -81,16 +85,44 @@ class Rotation(Transform):
 
         return rotate_embedding(weight, residual_hadamard(weight.shape[1], self)) if self.residual else weight
 
-    def outside(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    def outside(
+        self, tensors: Mapping[str, Tensor], norm_offset: float
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
         """What lies outside the blocks, in its dtypes, and source -> what it is stored as: `rotated_outside`."""
         from counterweight.workers.transforms.rotation import residual_hadamard, rotated_outside
 
         if not self.residual:
             return dict(tensors), {name: (name,) for name in tensors}
         (hidden,) = {tensor.shape[-1] for tensor in tensors.values()}
-        return rotated_outside(tensors, residual_hadamard(hidden, self))
+        return rotated_outside(tensors, residual_hadamard(hidden, self), norm_offset=norm_offset)
 
     def rotate_bytes(self, rows: int, columns: int) -> int:
         """Memory of rotating a weight [rows, columns] at its peak: in float64, behind a norm's weight, and two steps of a fast
         transform."""
         return 4 * matrix_bytes.DOUBLE * rows * columns
+
+    def rotate_flops(self, family: ModelFamily, module: str, rows: int, columns: int, heads: int, head: int) -> Work:
+        """Arithmetic of rotating the weight [rows, columns] of `module`, in float64. heads: attention's, of queries; head:
+        width of one."""
+        entries = rows * columns
+        signs = elementwise(entries) if self.random else NOTHING
+        found = NOTHING
+        if self.residual and family.norm_before(module) in family.reads:
+            found += hadamard64(entries, columns) + signs + elementwise(entries)  # behind the norm's weight
+        if self.residual and family.writes_residual(module):
+            found += hadamard64(entries, rows) + signs
+        if self.heads and module in (family.output, family.value):
+            found += hadamard64(entries, head) + signs
+        online = self.online_size(family, module, columns, heads)
+        return found if online is None else found + hadamard64(entries, online)
+
+    def online_flops(self, family: ModelFamily, module: str, elements: float, columns: int, heads: int) -> Work:
+        """Arithmetic of transforming so many `elements` of the input [..., columns] of `module` at inference."""
+        online = self.online_size(family, module, columns, heads)
+        return NOTHING if online is None else hadamard(elements, online)
+
+    def online_size(self, family: ModelFamily, module: str, columns: int, heads: int) -> int | None:
+        """Order of the transform of the input [..., columns] of `module` at inference; None without one."""
+        if module == family.output:
+            return heads if self.online_output else None
+        return columns if self.online_down and family.is_down(module) else None
