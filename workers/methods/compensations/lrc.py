@@ -131,8 +131,9 @@ class LRC(Branch):
         codes += product(rows, rank, columns) * 2 + elementwise(4 * entries)
         # What the codes leave: its products with what the input is not, and their regression.
         moved = whitened * 2 + right_divide(rows, columns) + elementwise(2 * (square + entries))
-        again = (moved if self.refit == "joint" else NOTHING) + matrix_flops.root(columns, definite=True) + branch
-        refit = again if self.refits else NOTHING
+        refit = NOTHING
+        if self.refits:
+            refit = (moved if self.refit == "joint" else NOTHING) + matrix_flops.root(columns, definite=True) + branch
         # The check of the Gram matrix and the one of the weight, which its target has too.
         checks = elementwise(square + entries)
         initial = checks + self.gain_flops(rows, columns, tokens, original=original) + branch
