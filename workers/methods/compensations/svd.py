@@ -28,7 +28,7 @@ class SVD(Branch):
     its E[x^2] (QERA-approx); full, the layer's output error on the calibration tokens (QERA-exact, EoRA)."""
     damping: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the mean of E[x^2] that is added to each channel's: how much to trust directions that calibration saw
-    little of."""
+    little of. For diagonal and full whitening."""
 
     anticipation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How far the quantizer leaves to the branch what the branch can do. 0: it minimizes its own error. 1: errors along
@@ -41,9 +41,19 @@ class SVD(Branch):
             raise ValueError("anticipation: expected 0 unless whitening is full and rank is a fraction or a count")
         return self
 
+    @model_validator(mode="after")
+    def _damps_a_metric_of_squares(self) -> SVD:
+        if self.damping and self.whitening in ("none", "magnitude"):
+            raise ValueError(f"damping: {self.damping:g}: expected 0 with whitening {self.whitening}, which has no E[x^2]")
+        return self
+
     @property
     def anticipates(self) -> bool:
         return self.anticipation > 0
+
+    @property
+    def of_finished_codes(self) -> bool:
+        return not self.anticipates
 
     def foresee(self, statistics: InputStatistics, rows: int) -> InputStatistics:
         from counterweight.workers.compensation.svd import deflated

@@ -52,6 +52,10 @@ class GPTQ(Quantizer):
         return self
 
     @property
+    def looks_at_input(self) -> bool:
+        return True
+
+    @property
     def regressed_share(self) -> float:
         """How much of the target is the regressed one."""
         return {"plain": 0.0, "mixed": 0.5 if self.mix is None else self.mix, "regressed": 1.0}[self.target]

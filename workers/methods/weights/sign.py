@@ -61,6 +61,10 @@ class SignWeights(StoredWeights, Method):
     def label(self) -> str:
         return self.format
 
+    @property
+    def looks_at_input(self) -> bool:
+        return self.weighted
+
     def quantize(
         self, target: Tensor, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
     ) -> QuantizationResult:
