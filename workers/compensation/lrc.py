@@ -13,7 +13,7 @@ input here, y = Q(x) what the codes see, and E[. .] over the calibration tokens,
 
 The alternation ends in a local minimum, and Init-LRC spends all ranks on what quantizing the input loses. Where that is less
 than what rounding the weight loses (inputs of 8 bits or more), the branch may serve better behind codes that know nothing of
-it. So the whitened SVD of plain codes' error is solved too unless it cannot win, and the smaller objective is kept.
+it. So the whitened SVD of plain codes' error is solved too unless `start_wins`, and the smaller objective is kept.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class ScaleSearch(Method):
 
 
 class AbsoluteMaximum(ScaleSearch):
-    """The smallest scale that moves no value by more than half a step: the whole range of the group is covered."""
+    """The scale that covers the whole range of the group: no value moves by more than half a step."""
 
     VERSION: ClassVar[int] = 1
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
 
 from counterweight.workers.methods.compensations import SVD
-from counterweight.workers.methods.compensations.rank import EnergyRank
+from counterweight.workers.methods.compensations.rank import CountRank, EnergyRank
 from counterweight.workers.methods.grid import WeightFormat
-from counterweight.workers.methods.quantizers import RTN
+from counterweight.workers.methods.quantizers import GPTQ, RTN
 from tests.workers.kinds import KINDS, Layer
 
 WHITENINGS = ("none", "magnitude", "diagonal", "full")
@@ -59,3 +61,21 @@ def test_a_rank_by_energy_is_that_of_the_spectrum(kind: str) -> None:
         rank = SVD(rank=EnergyRank(energy=energy)).fit(residual, layer.statistics, dtype=torch.float32).rank
         assert share[rank - 1] >= energy - 1e-5
         assert rank == 1 or share[rank - 2] < energy + 1e-5
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_anticipation_wins_with_the_branch_and_loses_without_it(kind: str, bits: Literal[3, 4]) -> None:
+    layer = Layer(kind, bits=None, tokens=2048)
+    errors = []
+    for share in (0.0, 1.0):
+        options = SVD(rank=CountRank(count=10), anticipation=share)
+        metric = options.foresee(layer.statistics, 96)
+        codes = GPTQ().quantize(layer.weight, metric, WeightFormat(bits=bits), scale_dtype=torch.float32).weight
+        branch = options.fit(layer.weight - codes.dequantize(), layer.statistics, dtype=torch.float32).low_rank
+        assert branch is not None
+        values = codes.dequantize()
+        errors.append((layer.error(layer.seen, values, branch.product()), layer.error(layer.seen, values)))
+    (with_plain, without_plain), (with_foreseen, without_foreseen) = errors
+    assert with_foreseen < 0.95 * with_plain
+    assert without_foreseen > 3 * without_plain

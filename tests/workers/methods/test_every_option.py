@@ -154,7 +154,12 @@ REFUSED: list[tuple[Job, str, Any, str]] = [
         "anticipation: expected 0 with sign, which does not look at the input",
     ),
     (ASER, "compensation", {"kind": "aser", "outliers": 0, "choose": "product"}, "choose: product: expected"),
-    (ASER, "compensation", {"kind": "aser", "smoothing": False, "reference": "minimum"}, "reference: minimum: expected"),
+    (
+        ASER,
+        "compensation",
+        {"kind": "aser", "smoothing": False, "reference": "minimum"},
+        "reference: minimum: expected",
+    ),
     (ASER, "compensation", {"kind": "aser", "outliers": 0, "reference": "minimum"}, "reference: minimum: expected"),
     (GPTQ, QUANTIZER + "mix", 0.3, "mix: expected only with target: mixed"),
     (RTN, "transforms", [{"kind": "rotation", "random": False, "seed": 3}], "seed: 3: expected 0 unless random"),

@@ -39,7 +39,7 @@ class LRC(Branch):
     on another."""
     refit: Literal["joint", "weight"] = "joint"
     """What the branch is fitted to once there are codes. joint: the whole output error, that of the quantized input included
-    (Update-LR). weight: the error of the weight alone, as whitened SVD; it cannot shrink the output."""
+    (Update-LR). weight: the error of the weight alone, as whitened SVD, which regresses on nothing."""
 
     @property
     def of_finished_codes(self) -> bool:
