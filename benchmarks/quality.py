@@ -4,7 +4,8 @@
 
 Without arguments: every `manifests/reference-*.yaml` and the demo. Each job runs to its end (or is found finished); the
 figures are those that its validation measured on the assembled artifact, read back from storage: the original, the
-quantized model without its low-rank branches, and the compensated one. Bits per weight are all in.
+quantized model without compensation, and the compensated one; with a residual store decoding, and in prefill. Bits per weight
+are all in.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ def row(name: str, document: dict[str, Any]) -> list[str]:
     gap = quantized["perplexity"] - baseline["perplexity"]
     closed = (quantized["perplexity"] - compensated["perplexity"]) / gap if gap > 0 else 0.0
     bits = document["bits_per_weight"]
-    branch = bits["factors"] > 0
+    compensates, prefill = bits["factors"] + bits["residual"] > 0, document["compensated_prefill"]
     return [
         f"`{name}`",
         f"{baseline['perplexity']:.2f}",
         f"{quantized['perplexity']:.2f}",
-        f"{compensated['perplexity']:.2f}" if branch else "",
-        f"{closed:.0%}" if branch else "",
+        f"{compensated['perplexity']:.2f}" if compensates else "",
+        "" if prefill is None else f"{prefill['perplexity']:.2f}",
+        f"{closed:.0%}" if compensates else "",
         f"{compensated['kl']:.4f}",
         f"{bits['total']:.2f}",
     ]
@@ -60,7 +62,7 @@ def main() -> None:
     for manifest in manifests:
         rows.append(row(manifest.name, run(manifest, arguments.set)))
         print(*rows[-1], flush=True)
-    header = ["manifest", "original", "quantized", "compensated", "gap closed", "KL", "bits per weight"]
+    header = ["manifest", "original", "quantized", "compensated", "in prefill", "gap closed", "KL", "bits per weight"]
     body = table(header, rows)
     print(body)
     if arguments.record:

@@ -172,12 +172,12 @@ class Size:
 
 
 def run(pool: RayPool, recipe: dict[str, Any], model: Path, data: Path, output: Path, size: Size) -> Published:
-    """One job to its end."""
+    """One job to its end. recipe: the manifest's, and beside it `propagate` of the calibration and a `distillation`."""
     from counterweight.pipeline.events import EventLog
     from counterweight.pipeline.opening import open_job
     from counterweight.pipeline.orchestrator import Orchestrator
 
-    own = {key: value for key, value in recipe.items() if key != "propagate"}
+    own = {key: value for key, value in recipe.items() if key not in ("propagate", "distillation")}
     calibration = {
         "source": {"uri": (data / "wikitext2" / "wiki.valid.txt").as_uri()},
         "sequences": size.sequences,
@@ -195,6 +195,7 @@ def run(pool: RayPool, recipe: dict[str, Any], model: Path, data: Path, output: 
             "model": {"uri": model.as_uri()},
             "calibration": calibration,
             "recipe": own,
+            **({"distillation": recipe["distillation"]} if "distillation" in recipe else {}),
             "validation": validation,
             "output": {"uri": output.as_uri()},
         },

@@ -1,7 +1,7 @@
 """Counterweight: compensated compression of large language models.
 
 The storeys `pipeline`, `workers` and `kernels` are folders of the repository, linked here so that one import package holds
-them all. In Python, a job is run by `counterweight.pipeline.run.run_job`; an artifact is loaded by `load_model`.
+them all. In Python, a job is run by `counterweight.pipeline.run.run_job`; an artifact is loaded by `counterweight.load_model`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
+    from counterweight.pipeline.artifact.load import load_model
 
 __all__ = ["load_model"]
 
 
-def load_model(
-    uri: str, *, device: str = "cpu", dtype: torch.dtype | None = None, compensated: bool = True
-) -> PreTrainedModel:
-    """A published artifact as a transformers model, ready for `generate`; see `counterweight.pipeline.artifact.load`."""
-    # torch and transformers are imported when needed
-    from counterweight.pipeline.artifact.load import load_model as load
+def __getattr__(name: str) -> object:
+    # torch and transformers are imported when `load_model` is asked for: the command's help need not wait for them
+    if name == "load_model":
+        from counterweight.pipeline.artifact.load import load_model
 
-    return load(uri, device=device, dtype=dtype, compensated=compensated)
+        return load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

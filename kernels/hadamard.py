@@ -23,10 +23,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-LARGEST_CORE = 1024
-"""A core is multiplied as a dense matrix, so its order is what an element costs; wider ones are left to blocks."""
-
-_RADIX = 5  # Sylvester's 2**p is applied as factors of at most 2**5: fewer passes than p butterflies
+from counterweight.kernels.hadamard_orders import factor_sizes, largest_order, paley_field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +52,7 @@ class Hadamard:
     @property
     def order(self) -> int:
         """Order of the Hadamard matrices on the diagonal of H: `size` where one of that order is known."""
-        return _order(self.size)
+        return largest_order(self.size)
 
     @property
     def signs(self) -> Tensor | None:
@@ -96,7 +93,7 @@ def hadamard_matrix(n: int) -> Tensor:
     """
     if n < 1:
         raise ValueError(f"n: {n}: expected at least 1")
-    order = _order(n)
+    order = largest_order(n)
     block = torch.ones(1, 1, dtype=torch.float64)
     for factor in _factors(order, block.dtype, block.device):
         block = torch.kron(block, factor)
@@ -104,39 +101,16 @@ def hadamard_matrix(n: int) -> Tensor:
 
 
 @cache
-def _order(n: int) -> int:
-    """The largest divisor of n that is the order of a matrix that can be constructed."""
-    return next(n // blocks for blocks in range(1, n + 1) if n % blocks == 0 and _core(n // blocks))
-
-
-@cache
-def _core(order: int) -> int | None:
-    """The smallest Paley order (or 1) that is `order` up to a power of two; None when there is none."""
-    odd = order // (order & -order)
-    if odd == 1:
-        return 1
-    candidates = itertools.takewhile(
-        lambda core: core <= min(order, LARGEST_CORE), (odd << p for p in itertools.count(2))
-    )
-    return next((core for core in candidates if _field(core)), None)
-
-
-@cache
 def _factors(order: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """Matrices of +-1 whose Kronecker product is the Hadamard matrix of `order`, made once."""
-    core = _core(order) or 1
-    doublings = (order // core).bit_length() - 1
-    parts = math.ceil(doublings / _RADIX)
-    factors = [_sylvester(doublings // parts + (part < doublings % parts)) for part in range(parts)]
-    if field := _field(core):
-        factors.insert(0, _paley(*field))
+    factors = [_paley(*field) if (field := paley_field(size)) else _sylvester(size) for size in factor_sizes(order)]
     return tuple(factor.to(device, dtype) for factor in factors)
 
 
-def _sylvester(power: int) -> Tensor:
-    """Sylvester's matrix [2**power, 2**power] int8."""
+def _sylvester(order: int) -> Tensor:
+    """Sylvester's matrix [order, order] int8, of a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.int8)
-    for _ in range(power):
+    while len(matrix) < order:
         matrix = torch.kron(matrix, torch.tensor([[1, 1], [1, -1]], dtype=torch.int8))
     return matrix
 
@@ -187,20 +161,3 @@ def _powers_of_x(reduction: tuple[int, ...], p: int) -> Iterator[tuple[int, ...]
         power = tuple((low + top * coefficient) % p for low, coefficient in zip(shifted, reduction, strict=True))
         if power == one:
             return
-
-
-def _field(order: int) -> tuple[int, int] | None:
-    """(p, k) of the field with q = p**k elements that gives a Paley matrix of `order`, None when no field does."""
-    if order % 4:
-        return None
-    half = order // 2 - 1
-    return _prime_power(order - 1) or (_prime_power(half) if half % 4 == 1 else None)
-
-
-def _prime_power(q: int) -> tuple[int, int] | None:
-    """(p, k) with q = p**k, p prime, for an odd q; None when there is none."""
-    if q < 3:
-        return None
-    p = next((divisor for divisor in range(3, math.isqrt(q) + 1, 2) if q % divisor == 0), q)
-    k = round(math.log(q, p))
-    return (p, k) if p**k == q else None

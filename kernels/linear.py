@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from counterweight.kernels.decoding import is_decoding
 from counterweight.kernels.formats import ActivationFormat, LowRank
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.reference import fake_quantize_activations
@@ -17,8 +18,7 @@ class CompensatedLinear(nn.Module):
     """y = Q(x) W^T + (x D^T) U^T + b, with W from its stored form, Q the activation quantizer (identity when weight-only)
     and U D the low-rank branch, which always sees the unquantized x. With a `transform`, x is the transformed input
     everywhere. A `residual` adds what its store holds for the channels of x that matter most: to every token, or with
-    `decode_only` to those that come one at a time, as they do while a text is generated. Takes the place of a
-    `torch.nn.Linear`.
+    `decode_only` to those that come one at a time (`kernels.decoding`). Takes the place of a `torch.nn.Linear`.
 
     x: [..., in] of any float dtype; y: [..., out] of the same dtype. The weight's tensors are buffers under their own names.
     """
@@ -83,7 +83,7 @@ class CompensatedLinear(nn.Module):
         if branch is not None:
             up, down = branch.factors(x.dtype)
             y = y + functional.linear(functional.linear(x, down), up)
-        if self.residual is not None and (not self.decode_only or x.shape[-2] == 1):
+        if self.residual is not None and (not self.decode_only or is_decoding(x)):
             y = y + self.residual.apply(x).to(x.dtype)
         return y
 

@@ -107,6 +107,12 @@ class Correction:
         """How many channels of a token are corrected."""
         return channels_of(self.channels_per_chunk, self.store.in_features)
 
+    @property
+    def bits_stored(self) -> int:
+        """Storage of the store, and of the importance that a static selection goes by."""
+        static = self.importance if self.selection == "static" else None
+        return self.store.bits_stored + (0 if static is None else 8 * static.nbytes)
+
     def select(self, x: Tensor) -> Tensor:
         """The channels of each token of x [..., in] that are corrected: bool, [..., in], or [in] when static."""
         if self.selection == "chunked":

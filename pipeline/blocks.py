@@ -4,9 +4,15 @@
     propagate: compressed   embed ──> compress 0  ──> compress 1  ──> ...
     a budget of bits        calibrate k ──> gains k, all gains ──> the shares ──> every compress
 
-Calibrating one block after another is the only sequence in `original`; blocks are compressed beside it. With a budget a block
-is calibrated once where its statistics fit in memory until the budget is shared out (`HOLD_BYTES`), otherwise twice. In
-`compressed` gains are measured on the original's activations, so statistics are gathered twice.
+In `original` shards of tokens stream through the blocks: a block is calibrated in stretches of shards, one task each, on the
+worker that has the sums of those before; a stretch enters as soon as it left the block before. So as many blocks are calibrated
+at a time as there are workers, and each is compressed where its statistics are when the last stretch has passed.
+
+    block 0   s0 s1 s2 s3 compress          block 2   ...
+    block 1      s0 s1 s2 s3 compress
+
+With a budget a block is calibrated once where its statistics fit in memory until the budget is shared out (`HOLD_BYTES`),
+otherwise twice. In `compressed` gains are measured on the original's activations, so statistics are gathered twice.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import takewhile
 from typing import Literal, Protocol
 
 from counterweight.pipeline.graph import Graph, Node
@@ -54,7 +61,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A model's blocks in the graph. compress: one node a block. calibrate: likewise, where blocks are calibrated apart."""
+    """A model's blocks in the graph. compress: one node a block. calibrate: of all blocks, where they are calibrated apart."""
 
     compress: tuple[Node[BlockRecord], ...]
     calibrate: tuple[Node[HiddenRecord], ...]
@@ -85,23 +92,28 @@ def add_blocks(
     propagate: Literal["original", "compressed"],
     paired: bool = False,
     budget: Budget | None = None,
+    stretches: Sequence[range],
 ) -> Blocks:
     """Nodes for all blocks behind the embedding. paired: with `compressed`, whether what enters a block in the original model
-    goes beside what enters the compressed one."""
+    goes beside what enters the compressed one. stretches: of the shards, in order, in which blocks are calibrated."""
     count = len(recipes)
-    ends = [embedded]
-    """What enters each block in the original model."""
+    ends: list[Sequence[Node[HiddenRecord]]] = [[embedded]]
+    """What makes the shards that enter each block in the original model: one node for all, or one for each stretch."""
     gains: dict[int, Node[GainsRecord]] = {}
     compresses: list[Node[BlockRecord]] = []
 
-    def calibrated_spec(index: int) -> BlockSpec:
-        return spec_of(index, recipes[index], ends[index].value.outputs, (), "original")
+    def entering(index: int) -> tuple[Blob, ...]:
+        """The shards that enter a block in the original model, from the first as far as they are known."""
+        known = takewhile(lambda node: node.done, ends[index])
+        return tuple(blob for node in known for blob in node.value.outputs)
 
-    def calibrate(index: int) -> Calibrate:
-        return Calibrate(block=calibrated_spec(index))
+    def calibrate(index: int, stretch: range) -> Calibrate:
+        spec = spec_of(index, recipes[index], entering(index), (), "original")
+        return Calibrate(block=spec, shards=stretches[-1].stop, start=stretch.start, stop=stretch.stop)
 
     def measure(index: int) -> Gains:
-        return Gains(block=calibrated_spec(index), keep=propagate == "original")
+        spec = spec_of(index, recipes[index], entering(index), (), "original")
+        return Gains(block=spec, keep=propagate == "original")
 
     @cache
     def shared() -> Sequence[BlockRecipe]:
@@ -109,7 +121,7 @@ def add_blocks(
 
     def compress(index: int) -> Compress:
         if propagate == "original" or index == 0:
-            inputs = ends[index].value.outputs
+            inputs = entering(index)
             originals = inputs if paired else ()
         else:
             before = compresses[index - 1].value
@@ -119,17 +131,28 @@ def add_blocks(
     if propagate == "original" or budget is not None:
         for index in range(count):
             size = 0 if budget is None else budget.bytes[index]
-            reads = (ends[index],)
-            node = graph.add(partial(calibrate, index), reads=reads, wanted=False, bytes=size)
+            before = ends[index] if len(ends[index]) > 1 else [ends[index][0]] * len(stretches)
+            own: list[Node[HiddenRecord]] = []
+            for place, stretch in enumerate(stretches):
+                own.append(
+                    graph.add(
+                        partial(calibrate, index, stretch),
+                        reads=before[place : place + 1],
+                        uses=own[-1] if own else None,
+                        rereads=before[:place],
+                        wanted=False,
+                        bytes=size,
+                    )
+                )
             if budget is not None and index in budget.blocks:
-                gains[index] = graph.add(partial(measure, index), reads=reads, uses=node)
-            ends.append(node)
+                gains[index] = graph.add(partial(measure, index), uses=own[-1], rereads=ends[index])
+            ends.append(own)
     after = tuple(gains.values())
     for index in range(count):
         make = partial(compress, index)
         if propagate == "original":
-            added = graph.add(make, reads=(ends[index],), after=after, uses=ends[index + 1])
+            added = graph.add(make, after=after, uses=ends[index + 1][-1], rereads=ends[index])
         else:
             added = graph.add(make, reads=(compresses[-1] if compresses else embedded,), after=after)
         compresses.append(added)
-    return Blocks(tuple(compresses), tuple(ends[1:]))
+    return Blocks(tuple(compresses), tuple(node for own in ends[1:] for node in own))

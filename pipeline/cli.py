@@ -15,6 +15,7 @@ import typer
 from counterweight.pipeline.units import bytes_text
 
 if TYPE_CHECKING:
+    from counterweight.pipeline.artifact import ArtifactDocument
     from counterweight.pipeline.artifact.report import Quality
 
 app = typer.Typer(
@@ -104,6 +105,8 @@ def plan(
         _print_json(made.model_dump(mode="json"))
         return
     peak = f"{bytes_text(made.peak_bytes_per_worker)} ({made.largest})"
+    sums = {name: sum(block.phases[name] for block in made.blocks) for name in made.blocks[0].phases}
+    phases = ", ".join(f"{name} {count / made.flops:.0%}" for name, count in sums.items() if count)
     if job.spec.resources.gpus_per_worker:
         peak = f"{peak} on its GPU, {bytes_text(made.host_bytes_per_worker)} on the host"
     _print_rows(
@@ -113,7 +116,7 @@ def plan(
             ("quantized", f"{made.quantized:,} weights in {len(made.blocks)} blocks"),
             ("calibration", f"{made.tokens:,} tokens"),
             ("peak per worker", peak),
-            ("arithmetic", f"{made.flops / 1e12:.3g} TFLOP"),
+            ("arithmetic", f"{made.flops / 1e12:.3g} TFLOP ({phases})"),
             (
                 "storage",
                 f"{bytes_text(made.storage_read_bytes)} read, {bytes_text(made.storage_written_bytes)} written",
@@ -200,6 +203,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Validate an artifact again: perplexity, KL and agreement, against the model it was made from."""
+    from counterweight.pipeline.artifact.report import labelled
     from counterweight.pipeline.evaluate import evaluate_artifact
 
     found = evaluate_artifact(
@@ -215,7 +219,7 @@ def evaluate(
         return
     _print_rows(
         f"{artifact}",
-        [(name, "   ".join(_measured(quality))) for name, quality in found.items()],
+        [(label, "   ".join(_measured(quality))) for label, quality in labelled(found).items()],
     )
 
 
@@ -282,20 +286,14 @@ def _measured(quality: Quality) -> list[str]:
     return [f"{metric.short} {value:{metric.digits}}" for metric, value in found if value is not None]
 
 
-def _summary(document: Any, uri: str) -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for name in ("baseline", "quantized", "compensated"):
-        quality = getattr(document, name)
-        if quality is not None:
-            label = "original" if name == "baseline" else name
-            rows.append((label, "   ".join(_measured(quality)[:2])))
+def _summary(document: ArtifactDocument, uri: str) -> list[tuple[str, str]]:
+    from counterweight.pipeline.artifact.report import labelled
+
+    found = labelled(document.qualities)
+    rows = [(label, "   ".join(_measured(quality)[:2])) for label, quality in found.items()]
     bits = document.bits_per_weight
-    rows.append(
-        (
-            "bits per weight",
-            f"{bits.total:.3f} all in ({bits.weights:.3f} codes, {bits.scales:.3f} scales, {bits.factors:.3f} factors)",
-        )
-    )
+    parts = ", ".join(f"{value:.3f} {name}" for name, value in bits.parts.items())
+    rows.append(("bits per weight", f"{bits.total:.3f} all in ({parts})"))
     rows.append(("report", f"{uri}/report/report.html"))
     return rows
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from counterweight.pipeline.artifact import REPORT, file_entry, open_artifact
-from counterweight.pipeline.artifact.report import Quality, Report, qualities
+from counterweight.pipeline.artifact.report import Quality, Report, quality
 from counterweight.pipeline.model_source import open_model
 from counterweight.workers.calibration.source import TextSource, TokenSource
 from counterweight.workers.calibration.tokens import token_set
@@ -34,7 +34,7 @@ def evaluate_artifact(
     sequence_length: int | None = None,
     device: str = "cpu",
 ) -> dict[str, Quality]:
-    """Baseline, quantized and compensated quality.
+    """Variant -> quality, as in a report: baseline, quantized, compensated, and with residual stores compensated_prefill.
 
     What is not given is taken from the artifact's own report. RequestError when the report has no text to repeat, or
     when the model at hand is not the one that the artifact was made from.
@@ -79,8 +79,7 @@ def evaluate_artifact(
             stop=tokens.sequences,
         )
         record = worker.run(task)
-    baseline, quantized, compensated = qualities(record.windows)
-    return {"baseline": baseline, "quantized": quantized, "compensated": compensated}
+    return {variant: quality(found) for variant, found in record.windows.items()}
 
 
 def _report(text: bytes, uri: str) -> Report:

@@ -27,21 +27,25 @@ R = TypeVar("R")
 class Node(Generic[R_co]):
     """A task and where it stands. What is above the line is given, what is below is the graph's to change.
 
-    make: the task, called when all of `reads` and `after` have values. reads: nodes whose hidden states enter it. after: nodes
-    whose values it is made from. uses: the node whose statistics it works on, in the memory of that node's worker. wanted:
-    whether it is run for its own sake, and not only for those that depend on it. bytes: what it leaves in its worker's memory
-    until those that use it are done.
+    make: the task, called when all of `reads`, `rereads` and `after` have values. reads: nodes whose hidden states enter it.
+    after: nodes whose values it is made from. uses: the node whose statistics it works on, in the memory of that node's
+    worker. rereads: nodes whose hidden states enter it too where no worker holds these statistics. wanted: whether it is run
+    for its own sake, and not only for those that depend on it. bytes: what it leaves in its worker's memory until those that
+    use it are done.
     """
 
     make: Callable[[], Task[R_co]]
     reads: Sequence[Node[object]] = ()
     after: Sequence[Node[object]] = ()
     uses: Node[object] | None = None
+    rereads: Sequence[Node[object]] = ()
     wanted: bool = True
     bytes: int = 0
     # -----
     place: int
     """Position in the graph: those that it depends on come before it."""
+    stream: int
+    """Place of the first of the nodes that hand statistics on to each other up to this one: one of them runs at a time."""
     task: Task[R_co] | None = None
     found: R_co | None = None
     """Its value, once it has one."""
@@ -53,9 +57,12 @@ class Node(Generic[R_co]):
     ran: bool = False
     """Whether it was run by this job."""
     running: bool = False
+    waits: int = 0
+    """How many of the nodes that the task is made from have no value yet."""
     holder: int | None = None
     """The worker that holds its statistics."""
     readers: list[Node[object]] = field(default_factory=list)
+    rereaders: list[Node[object]] = field(default_factory=list)
     followers: list[Node[object]] = field(default_factory=list)
     users: list[Node[object]] = field(default_factory=list)
 
@@ -69,7 +76,7 @@ class Node(Generic[R_co]):
     @property
     def known(self) -> bool:
         """Whether everything that the task is made from has a value."""
-        return all(node.done for node in (*self.reads, *self.after))
+        return self.waits == 0
 
     @property
     def hidden_states(self) -> tuple[Blob, ...]:
@@ -80,6 +87,11 @@ class Node(Generic[R_co]):
     def in_memory(self) -> bool:
         """Whether a worker holds what it works on, so that nothing has to be read."""
         return self.uses is not None and self.uses.holder is not None
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether its worker holds statistics that a further node is to add to."""
+        return self.holder is not None and any(user.users and not user.done for user in self.users)
 
     def made(self) -> Task[R_co]:
         """The task; call when `known`."""
@@ -102,6 +114,8 @@ class Graph:
         self._workspace = workspace
         self._placement = placement or Placement()
         self._hold_bytes = hold_bytes
+        self._needed: set[int] | None = None
+        """See `needed`; None when it has to be worked out again."""
 
     def add(
         self,
@@ -110,18 +124,33 @@ class Graph:
         reads: Sequence[Node[object]] = (),
         after: Sequence[Node[object]] = (),
         uses: Node[object] | None = None,
+        rereads: Sequence[Node[object]] = (),
         wanted: bool = True,
         bytes: int = 0,
     ) -> Node[R]:
         """A further node, behind those that it depends on; see `Node`."""
-        node = Node(make=make, reads=reads, after=after, uses=uses, wanted=wanted, bytes=bytes, place=len(self.nodes))
+        node = Node(
+            make=make,
+            reads=reads,
+            after=after,
+            uses=uses,
+            rereads=rereads,
+            wanted=wanted,
+            bytes=bytes,
+            place=len(self.nodes),
+            stream=len(self.nodes) if uses is None else uses.stream,
+        )
         self.nodes.append(node)
+        self._needed = None
         for other in reads:
             other.readers.append(node)
+        for other in rereads:
+            other.rereaders.append(node)
         for other in after:
             other.followers.append(node)
         if uses is not None:
             uses.users.append(node)
+        node.waits = sum(not other.done for other in (*reads, *rereads, *after))
         return node
 
     def open(self) -> None:
@@ -133,17 +162,18 @@ class Graph:
                 continue
             found = node.made().lookup(self._workspace)
             if found is not None:
-                node.found, node.done, node.reused = found, True, True
-                node.present = self._there(node)
+                self._finish(node, found)
+                node.reused, node.present = True, self._there(node)
 
     def assign(self, worker: int) -> Node[object] | None:
         """The next node for an idle worker, now counted as running; None when there is none for it."""
-        needed = self._needed()
+        needed = self.needed()
+        streams = {node.stream for node in self.nodes if node.running}
         held: dict[int, int] = {}
         orphans: list[int] = []
         starts: list[int] = []
         for node in self.nodes:
-            if node.running or node.place not in needed or not self._ready(node, needed):
+            if node.stream in streams or node.place not in needed or not self._ready(node, needed):
                 continue
             if node.uses is None:
                 starts.append(node.place)
@@ -151,6 +181,8 @@ class Graph:
                 orphans.append(node.place)
             else:
                 held[node.place] = node.uses.holder
+        if self._busy(worker):
+            starts = []
         chosen = self._placement.choose(worker, held, orphans, starts)
         if chosen is None:
             return None
@@ -161,7 +193,8 @@ class Graph:
     def settle(self, node: Node[R], worker: int, value: R) -> None:
         """A node's task came back with its value."""
         node.running = False
-        node.found, node.done, node.ran, node.present = value, True, True, True
+        self._finish(node, value)
+        node.ran, node.present = True, True
         if node.uses is not None:
             self._hold(node.uses, worker)
         self._hold(node, worker)
@@ -170,18 +203,36 @@ class Graph:
         """A node's task came back without a value and is to be done again. What it worked on is in no memory any more, and
         what it reads may be gone from the store."""
         node.running = False
+        self._needed = None
         if node.uses is not None:
             node.uses.holder = None
         self._look_again(node)
 
     def lost(self, worker: int) -> None:
         """A worker's process died: what it held in memory is gone, what was committed is not."""
+        self._needed = None
         for node in self.nodes:
             if node.holder == worker:
                 node.holder = None
 
-    def _needed(self) -> set[int]:
+    def _finish(self, node: Node[R], value: R) -> None:
+        self._needed = None
+        if not node.done:
+            for other in (*node.readers, *node.rereaders, *node.followers):
+                other.waits -= 1
+        node.found, node.done = value, True
+
+    def _busy(self, worker: int) -> bool:
+        """Whether a worker that nothing is given to is waiting for more of what it works on. When nothing runs anywhere, there
+        is nothing to wait for."""
+        return any(node.running for node in self.nodes) and any(
+            node.holder == worker and node.unfinished for node in self.nodes
+        )
+
+    def needed(self) -> set[int]:
         """Places of the nodes that have to run: from the last back, because none depends on a later one."""
+        if self._needed is not None:
+            return self._needed
         needed: set[int] = set()
         for node in reversed(self.nodes):
             if (
@@ -189,23 +240,23 @@ class Graph:
                 or (not node.done and any(other.place in needed for other in node.followers))
                 or (not node.ran and any(other.place in needed for other in node.users))
                 or (not node.present and any(other.place in needed for other in node.readers))
+                or (not node.present and any(o.place in needed and not o.in_memory for o in node.rereaders))
             ):
                 needed.add(node.place)
+        self._needed = needed
         return needed
 
     def _ready(self, node: Node[object], needed: set[int]) -> bool:
         """Whether a needed node can start. Statistics that a node waits for are used where they are held; where their holder
         died the node calibrates for itself, unless the calibration has to run again anyhow."""
-        if not node.known or any(user.running for user in node.users):
+        if not node.known:
             return False
         if node.uses is not None:
-            if node.uses.running:
-                return False
             if node.in_memory:
-                return True
+                return all(other.present for other in node.reads)
             if node.uses.place in needed:
                 return False
-        return all(other.present for other in node.reads)
+        return all(other.present for other in (*node.reads, *node.rereads))
 
     def _hold(self, node: Node[object], worker: int) -> None:
         """Statistics are with a worker as long as a user is not done; the oldest of its others go when they are too many, as
@@ -217,6 +268,10 @@ class Graph:
             return
         others = [other for other in self.nodes if other.holder == worker and other is not node]
         node.holder = worker
+        for other in others:
+            if not other.bytes:
+                other.holder = None  # a worker drops what it is not told to keep when it begins another block
+        others = [other for other in others if other.bytes]
         total = sum(other.bytes for other in others)
         for other in others:
             if total <= self._hold_bytes:
@@ -226,7 +281,7 @@ class Graph:
 
     def _look_again(self, node: Node[object]) -> None:
         """After a failure: which of the hidden states behind it are still there, back to the first that are."""
-        for other in node.reads:
+        for other in (*node.reads, *node.rereads):
             if other.done and other.present:
                 other.present = self._there(other)
             if not other.present:

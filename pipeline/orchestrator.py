@@ -14,20 +14,23 @@ from counterweight.pipeline.artifact import Artifact, Published
 from counterweight.pipeline.artifact.assemble import Assembler, Parts
 from counterweight.pipeline.artifact.publish import publish, repair_pointer
 from counterweight.pipeline.artifact.report import (
+    DistillationReport,
     ModelReport,
     Report,
     TaskReport,
-    TokensReport,
     bits_per_weight,
-    qualities,
+    quality,
+    tokens_report,
 )
 from counterweight.pipeline.artifact.report_html import render
 from counterweight.pipeline.blocks import Blocks
 from counterweight.pipeline.dispatch import Dispatcher
+from counterweight.pipeline.distillation import add_distillation, distill
 from counterweight.pipeline.events import ArtifactPublished, EventLog, JobAdmitted
 from counterweight.pipeline.graph import Graph
 from counterweight.pipeline.inventory import inventory
 from counterweight.pipeline.manifest import CompressionJob, canonical
+from counterweight.pipeline.manifest.job import JobSpec
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
@@ -43,11 +46,10 @@ from counterweight.pipeline.stages import (
 )
 from counterweight.pipeline.tokens import Tokens
 from counterweight.pipeline.validate import Windows, check_gates
-from counterweight.workers.calibration.source import CalibrationSource
-from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.errors import GateError
 from counterweight.workers.keys import digest, versions
 from counterweight.workers.storage import open_store
+from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED
 from counterweight.workers.tasks.setting import Device, Setting
 from counterweight.workers.workspace import WORK, Workspace
 
@@ -69,6 +71,7 @@ class Orchestrator:
         self._job, self._source, self._tokens, self._log = job, source, tokens, log
         self._store = open_store(job.spec.output.uri)
         self._workspace = Workspace(self._store)
+        self._threads = pool.threads
         self._dispatcher = Dispatcher(pool, RetryPolicy(), log.emit, Graph(self._workspace))
         self._watch = Stopwatch(log)
         self._setting = Setting(
@@ -106,13 +109,19 @@ class Orchestrator:
             dispatcher=self._dispatcher,
             log=self._log,
             digests=digests,
+            threads=self._threads,
         )
         self._watch.stage("blocks")
-        model = add_model(job, add_embedding(job, tokens.calibration))
+        model = add_model(job, add_embedding(job, tokens.calibration), tokens.calibration)
         outside = add_outside(job)
+        training = add_distillation(job, model, outside, tokens)
         compress_blocks(job, model)
-        self._watch.stage("assemble")
         parts = gather_parts(job, model, outside)
+        trained = None
+        if training is not None:
+            self._watch.stage("distill")
+            parts, trained = distill(job, training, parts)
+        self._watch.stage("assemble")
         files = Assembler(artifact, self._source, self._workspace, self._dispatcher, parts).assemble()
         windows: Windows | None = None
         validations: list[TaskReport] = []
@@ -120,25 +129,28 @@ class Orchestrator:
             self._watch.stage("validate")
             windows, validations = measure(job, artifact, files, tokens.validation)
         self._watch.stage("publish")
-        report = self._report(artifact, parts, digests, windows, [*_task_reports(model), *validations])
+        report = self._report(artifact, parts, digests, windows, [*_task_reports(model), *validations], trained)
         self._gate(artifact, report)
         published = publish(artifact, report, files, parts.ledger)
-        for blob in dict.fromkeys(model.discardable):
+        leftovers = [] if training is None else training.discardable
+        for blob in dict.fromkeys([*model.discardable, *leftovers]):
             self._workspace.discard(blob)
         return published
 
     def _identity(self, digests: Mapping[str, str], tokens: Tokens) -> str:
         """The artifact's id: of everything that determines its bytes and its figures."""
         validation = tokens.validation
-        everything = {
+        everything: dict[str, object] = {
             "job": canonical(self._job).decode(),
             "setting": self._setting.determines(),
-            "versions": versions(self._job.spec.recipe),
+            "versions": versions((self._job.spec.recipe, self._job.spec.distillation)),
             "software": _software(),
             "tensors": dict(digests),
             "calibration": tokens.calibration.digest,
             "validation": None if validation is None else validation.digest,
         }
+        if self._job.spec.distillation is not None:
+            everything["distillation"] = [text.digest for text in (*tokens.trained, *tokens.held_out)]
         return digest(everything)[:16]
 
     def _report(
@@ -148,13 +160,14 @@ class Orchestrator:
         digests: Mapping[str, str],
         windows: Windows | None,
         tasks: list[TaskReport],
+        distillation: DistillationReport | None,
     ) -> Report:
         spec, tokens = self._job.spec, self._tokens
         parameters = self._source.parameters
-        baseline, quantized, compensated = (None, None, None) if windows is None else qualities(windows)
+        found = {variant: quality(measured) for variant, measured in (windows or {}).items()}
         validation = None
         if spec.validation is not None and tokens.validation is not None:
-            validation = _tokens_report(spec.validation.text, tokens.validation)
+            validation = tokens_report(spec.validation.text, tokens.validation)
         return Report(
             name=artifact.name,
             id=artifact.id,
@@ -165,12 +178,14 @@ class Orchestrator:
                 parameters=parameters,
                 digest=digest(dict(digests)),
             ),
-            recipe=spec.model_dump(mode="json", include={"recipe", "calibration"}),
-            calibration=_tokens_report(spec.calibration.source, tokens.calibration),
+            recipe=_recipe(spec),
+            calibration=tokens_report(spec.calibration.source, tokens.calibration),
             validation=validation,
-            baseline=baseline,
-            quantized=quantized,
-            compensated=compensated,
+            distillation=distillation,
+            baseline=found.get(BASELINE),
+            quantized=found.get(QUANTIZED),
+            compensated=found.get(COMPENSATED),
+            compensated_prefill=found.get(PREFILL),
             bits_per_weight=bits_per_weight(parts.blocks, parts.kept_bits, parameters),
             modules=tuple(module for record in parts.blocks for module in record.modules),
             tasks=tuple(tasks),
@@ -181,10 +196,10 @@ class Orchestrator:
     def _gate(self, artifact: Artifact, report: Report) -> None:
         """Lets a good model pass; of one that fails nothing stays but its report, outside the artifact."""
         validation = self._job.spec.validation
-        if validation is None or report.baseline is None or report.compensated is None:
+        if validation is None:
             return
         try:
-            check_gates(validation.gates, report.baseline, report.compensated)
+            check_gates(validation, report.qualities)
         except GateError as error:
             place = f"{WORK}/failed/{artifact.name}-{artifact.id}"
             self._store.write(f"{place}/report.json", report.model_dump_json(indent=1).encode())
@@ -194,20 +209,17 @@ class Orchestrator:
             raise GateError(f"{error}\nnothing was published; the report: {self._store.uri_of(place)}") from error
 
 
+def _recipe(spec: JobSpec) -> dict[str, object]:
+    """What was asked, for the report; the distillation only where there is one."""
+    asked = {"recipe", "calibration"} | (set() if spec.distillation is None else {"distillation"})
+    return spec.model_dump(mode="json", include=asked)
+
+
 def _task_reports(model: Blocks) -> list[TaskReport]:
     return [
         TaskReport(name=f"block {node.value.index}", reused=node.reused, timing=node.value.timing)
         for node in model.compress
     ]
-
-
-def _tokens_report(source: CalibrationSource, tokens: TokenSet) -> TokensReport:
-    return TokensReport(
-        source=source.model_dump(mode="json"),
-        sequences=tokens.sequences,
-        sequence_length=tokens.length,
-        digest=tokens.digest,
-    )
 
 
 def _software() -> dict[str, str]:

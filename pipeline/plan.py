@@ -6,20 +6,22 @@ Sizes are estimates with the same shape as the truth: every term is named, and t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
 from counterweight.pipeline.devices import memory_of
+from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
-from counterweight.pipeline.pool import threads_per_worker
 from counterweight.pipeline.resolve import block_recipe, check_block, check_recipe, linears_of, stored_name
+from counterweight.workers.arithmetic import arithmetic
 from counterweight.workers.config import Config
-from counterweight.workers.footprint import Group, Load, footprint, products_of
+from counterweight.workers.footprint import Load, footprint
+from counterweight.workers.footprint.distillation import Texts, trained_parameters, training_bytes, training_flops
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.recipe import ModuleRecipe
-from counterweight.workers.tasks.setting import ITEMSIZE, shard_sequences
+from counterweight.workers.tasks.setting import ITEMSIZE
 
 PROCESS_BYTES = 600 << 20
 """A worker process with torch, transformers and Ray imported, before its first task (measured: 480-560 MiB)."""
@@ -44,8 +46,39 @@ class BlockPlan(Config):
     """On the host of a GPU, beside its process; 0 without GPUs."""
     calibrated_bytes: int
     """What calibration leaves in memory: weights, as they were read and as they run, and the sums of the statistics."""
+    prepare_flops: int
+    """Of rotated weights, and of choices from the first shard."""
     forward_flops: int
+    """Of all passes through the block but those of training."""
     statistics_flops: int
+    tune_flops: int
+    """Of training, 0 without it."""
+    solve_flops: int
+    """Of codes, branches, stores and errors; and of the gains that a budget is shared out by."""
+
+    @property
+    def phases(self) -> Mapping[str, int]:
+        """Phase -> its floating-point operations."""
+        return {
+            "prepare": self.prepare_flops,
+            "forward": self.forward_flops,
+            "statistics": self.statistics_flops,
+            "tune": self.tune_flops,
+            "solve": self.solve_flops,
+        }
+
+    @property
+    def flops(self) -> int:
+        return sum(self.phases.values())
+
+
+class DistillationPlan(Config):
+    """The training of the compressed model, which one worker does. parameters: that are trained. peak_bytes: where the
+    arithmetic is done. flops: when every epoch is run."""
+
+    parameters: int
+    peak_bytes: int
+    flops: int
 
 
 class Plan(Config):
@@ -67,10 +100,13 @@ class Plan(Config):
     host_bytes_per_worker: int
     """On the host, the process included."""
     largest: str
-    """What takes most: block and phase."""
+    """What takes most: block and phase, or the distillation."""
     storage_read_bytes: int
     storage_written_bytes: int
     flops: int
+    """Floating-point operations of all blocks' tasks and of the distillation; embedding and validation are left out."""
+    distillation: DistillationPlan | None = None
+    """Of training the compressed model as a whole."""
     header_bytes_read: int
     device: str | None
     """The GPU that it was asked about; null: none."""
@@ -82,7 +118,7 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     and the model cannot give (a rank above a layer's size, a group size that does not divide a width, an override that matches
     nothing)."""
     check_recipe(job.spec.recipe, source)
-    blocks = tuple(_block_plan(job, source, index) for index in range(source.layout.blocks))
+    blocks = tuple(_block_plans(job, source))
     calibration = job.spec.calibration
     tokens = calibration.sequences * calibration.sequence_length
     boundary = tokens * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
@@ -92,7 +128,11 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     held = _held_bytes(job, blocks)
     largest = max(blocks, key=lambda block: block.peak_bytes)
     on_gpu = job.spec.resources.gpus_per_worker > 0
-    peak = largest.peak_bytes + held + (0 if on_gpu else PROCESS_BYTES)
+    most, where = largest.peak_bytes + held, f"block {largest.index}, {largest.peak_phase}"
+    training = _distillation_plan(job, source)
+    if training is not None and training.peak_bytes > most:
+        most, where = training.peak_bytes, "distillation"
+    peak = most + (0 if on_gpu else PROCESS_BYTES)
     host = PROCESS_BYTES + max(block.host_bytes for block in blocks) if on_gpu else peak
     return Plan(
         name=job.metadata.name,
@@ -107,13 +147,14 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         blocks=blocks,
         peak_bytes_per_worker=peak,
         host_bytes_per_worker=host,
-        largest=f"block {largest.index}, {largest.peak_phase}",
+        largest=where,
         storage_read_bytes=total * (2 + validation) + boundary * len(blocks),
         storage_written_bytes=written,
-        flops=sum(block.forward_flops + block.statistics_flops for block in blocks),
+        flops=sum(block.flops for block in blocks) + (0 if training is None else training.flops),
+        distillation=training,
         header_bytes_read=source.checkpoint.bytes_read,
         device=device,
-        problems=tuple(_misfits(job, blocks, held, device)),
+        problems=tuple(_misfits(job, most, where, device)),
     )
 
 
@@ -125,93 +166,66 @@ def _held_bytes(job: CompressionJob, blocks: Sequence[BlockPlan]) -> int:
     return min(HOLD_BYTES, sum(block.calibrated_bytes for block in sharing))
 
 
-def _block_plan(job: CompressionJob, source: ModelSource, index: int) -> BlockPlan:
-    calibration = job.spec.calibration
-    layout = source.layout
-    shapes = layout.block_parameters(index)
-    groups = layout.block_linears(index)
-    recipe = block_recipe(source, index, job.spec.recipe)
-    linears = linears_of(source, index)
-    check_block(source, index, recipe, calibration.propagate)
-    active = {name: layout.family.active_share(source.checkpoint.config, layout.experts, name) for name in linears}
-    together = [
-        Group(
-            linears={name: linears[name] for name in group},
-            recipe={name: recipe[name] for name in group if name in recipe},
-            share=active[group[0]],
-        )
-        for group in groups
+def _distillation_plan(job: CompressionJob, source: ModelSource) -> DistillationPlan | None:
+    stage = job.spec.distillation
+    if stage is None:
+        return None
+    texts = Texts(
+        trained=sum(share.sequences for share in stage.texts),
+        held_out=sum(share.sequences for share in stage.held_out),
+        length=job.spec.calibration.sequence_length,
+    )
+    loads = [
+        load_of(job, source, index, block_recipe(source, index, job.spec.recipe))
+        for index in range(source.layout.blocks)
     ]
-    load = _load(job, source, index, together)
-    found = footprint(load)
-    names = source.block_tensors(index)
-    parameters = sum(prod(shape) for shape in shapes.values())
-    tokens = calibration.sequences * calibration.sequence_length
-    return BlockPlan(
-        index=index,
-        parameters=parameters,
-        source_bytes=sum(_bytes(source, name) for name in names),
-        linears={stored_name(source, index, name): shape for name, shape in linears.items()},
-        recipe=recipe,
-        statistics_bytes=found.statistics,
-        activation_bytes=found.activations,
-        solve_bytes=found.solve,
-        peak_bytes=found.peak,
-        peak_phase=found.largest,
-        host_bytes=found.host,
-        calibrated_bytes=found.weights + found.statistics,
-        forward_flops=int(2 * tokens * sum(prod(shape) * active[name] for name, shape in linears.items())),
-        statistics_flops=int(
-            sum(tokens * group.share * group.width**2 * products_of(load, group) for group in load.groups)
-        ),
+    return DistillationPlan(
+        parameters=sum(trained_parameters(load, stage.training) for load in loads),
+        peak_bytes=training_bytes(loads, stage.training, texts, source.layout.vocabulary),
+        flops=training_flops(loads, stage.training, texts, source.layout.vocabulary),
     )
 
 
-def _load(job: CompressionJob, source: ModelSource, index: int, groups: Sequence[Group]) -> Load:
-    """What a block's task works on, as `footprint` wants it."""
-    calibration, resources, layout = job.spec.calibration, job.spec.resources, source.layout
-    itemsize = ITEMSIZE[calibration.compute_dtype]
-    together = min(calibration.sequences, shard_sequences(calibration.sequence_length))
-    shard = together * calibration.sequence_length
-    scores = 0
-    if layout.family.eager_attention:
-        # Scores, and the probabilities that are made of them in float32.
-        heads = int(source.checkpoint.config["num_attention_heads"])
-        scores = shard * calibration.sequence_length * heads * (itemsize + 4)
-    compressed = calibration.propagate == "compressed"
-    regresses = any(part.regresses for group in groups for part in group.recipe.values())
-    threads = threads_per_worker(
-        resources.cpus_per_worker, resources.workers, available=sorted(os.sched_getaffinity(0))
-    )
-    return Load(
-        groups=groups,
-        source_bytes=sum(_decoded_bytes(source, name) for name in source.block_tensors(index)),
-        parameters=sum(prod(shape) for shape in layout.block_parameters(index).values()),
-        compute=itemsize,
-        hidden=layout.hidden_size,
-        shard=shard,
-        shards=-(-calibration.sequences // together),
-        length=calibration.sequence_length,
-        attention_bytes=scores,
-        paired=compressed and regresses,
-        compressed=compressed,
-        rotation=job.spec.recipe.rotation,
-        threads=1 if resources.gpus_per_worker else threads,
-        gpu=resources.gpus_per_worker > 0,
-    )
+def _block_plans(job: CompressionJob, source: ModelSource) -> Iterator[BlockPlan]:
+    """Of all blocks; of neighbours that are alike, the costs are worked out once."""
+    before: Load | None = None
+    for index in range(source.layout.blocks):
+        recipe = block_recipe(source, index, job.spec.recipe)
+        check_block(source, index, recipe, job.spec.calibration.propagate)
+        load = load_of(job, source, index, recipe)
+        if load != before:
+            before, found, computed = load, footprint(load), arithmetic(load)
+        yield BlockPlan(
+            index=index,
+            parameters=load.parameters,
+            source_bytes=sum(_bytes(source, name) for name in source.block_tensors(index)),
+            linears={stored_name(source, index, name): shape for name, shape in linears_of(source, index).items()},
+            recipe=recipe,
+            statistics_bytes=found.statistics,
+            activation_bytes=found.activations,
+            solve_bytes=found.solve,
+            peak_bytes=found.peak,
+            peak_phase=found.largest,
+            host_bytes=found.host,
+            calibrated_bytes=found.weights + found.statistics,
+            prepare_flops=computed.prepare.total,
+            forward_flops=computed.forward.total,
+            statistics_flops=computed.statistics.total,
+            tune_flops=computed.tune.total,
+            solve_flops=computed.solve.total,
+        )
 
 
-def _misfits(job: CompressionJob, blocks: Sequence[BlockPlan], held: int, device: str | None) -> list[str]:
-    """What does not fit this machine, for workers without GPUs, or the device that is named. held: see `_held_bytes`."""
-    largest = max(blocks, key=lambda block: block.peak_bytes)
+def _misfits(job: CompressionJob, need: int, where: str, device: str | None) -> list[str]:
+    """What does not fit this machine, for workers without GPUs, or the device that is named. need: bytes of a worker at the
+    peak, where: when that is."""
     resources = job.spec.resources
     if device is not None:
         available = int(memory_of(device) * min(1.0, resources.gpus_per_worker or 1.0))
-        need = largest.peak_bytes + held
-        what = f"block {largest.index} needs {_gib(need)} of a GPU: a worker has {_gib(available)} of {device}"
+        what = f"{where.partition(',')[0]} needs {_gib(need)} of a GPU: a worker has {_gib(available)} of {device}"
     elif resources.gpus_per_worker == 0:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        each = PROCESS_BYTES + largest.peak_bytes + held
+        each = PROCESS_BYTES + need
         need = each * resources.workers
         what = f"{resources.workers} workers of {_gib(each)} need {_gib(need)}: this machine has {_gib(available)}"
     else:
@@ -238,9 +252,3 @@ def _artifact_bytes(source: ModelSource, blocks: tuple[BlockPlan, ...]) -> int:
 
 def _bytes(source: ModelSource, name: str) -> int:
     return source.checkpoint.entry(name).length
-
-
-def _decoded_bytes(source: ModelSource, name: str) -> int:
-    """Of a tensor in memory; a block-scaled weight takes more than stored."""
-    entry = source.checkpoint.entry(name)
-    return prod(entry.shape) * entry.dtype.itemsize

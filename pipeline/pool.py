@@ -50,6 +50,8 @@ class WorkerPool(Protocol):
     """What the orchestrator needs of a pool."""
 
     size: int
+    threads: int
+    """Of each worker, that share the shards of a task."""
 
     def submit(self, worker: int, task: Task[object]) -> int:
         """Starts a task on a worker; returns a ticket."""
@@ -89,7 +91,7 @@ class RayPool:
             num_cpus=size.cpus, num_gpus=size.gpus, max_restarts=0, max_task_retries=0
         )
         self._arguments = (size.device, size.cpus)
-        self.size = size.workers
+        self.size, self.threads = size.workers, 1 if size.gpus else size.cpus
         self._actors = [self._class.remote(*self._arguments) for _ in range(size.workers)]
         self._pending: dict[object, tuple[int, int]] = {}
         self._tickets = 0

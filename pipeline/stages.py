@@ -26,7 +26,7 @@ from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.embed import Embed
 from counterweight.workers.tasks.pass_through import PassThrough, PassThroughRecord
 from counterweight.workers.tasks.records import HiddenRecord, LedgerEntry
-from counterweight.workers.tasks.setting import Setting
+from counterweight.workers.tasks.setting import Setting, shard_sequences
 from counterweight.workers.workspace import Blob, Workspace
 
 
@@ -60,6 +60,8 @@ class Job:
     dispatcher: Dispatcher
     log: EventLog
     digests: Mapping[str, str]
+    threads: int
+    """Of a worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +83,8 @@ def add_embedding(job: Job, calibration: TokenSet) -> Node[HiddenRecord]:
     return job.dispatcher.graph.add(lambda: task)
 
 
-def add_model(job: Job, embedded: Node[HiddenRecord]) -> Blocks:
-    """The nodes of all blocks, compressed as the recipe says."""
+def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet) -> Blocks:
+    """The nodes of all blocks, compressed as the recipe says. embedded: of the calibration tokens."""
     spec, source = job.job.spec, job.source
     recipes: list[BlockRecipe] = [block_recipe(source, index, spec.recipe) for index in range(source.layout.blocks)]
     propagate = spec.calibration.propagate
@@ -114,8 +116,24 @@ def add_model(job: Job, embedded: Node[HiddenRecord]) -> Blocks:
         )
     paired = propagate == "compressed" and any(part.regresses for recipe in recipes for part in recipe.values())
     return add_blocks(
-        job.dispatcher.graph, embedded, recipes, spec_of, propagate=propagate, paired=paired, budget=budget
+        job.dispatcher.graph,
+        embedded,
+        recipes,
+        spec_of,
+        propagate=propagate,
+        paired=paired,
+        budget=budget,
+        stretches=_stretches(job, calibration),
     )
+
+
+def _stretches(job: Job, calibration: TokenSet) -> list[range]:
+    """The shards of the calibration tokens, in stretches in which blocks are calibrated: all at once by a single worker;
+    otherwise as many as a worker has threads, so that none of them waits for long."""
+    shards = -(-calibration.sequences // shard_sequences(calibration.length))
+    if job.dispatcher.workers == 1:
+        return [range(shards)]
+    return [range(shards)[start : start + job.threads] for start in range(0, shards, job.threads)]
 
 
 def add_outside(job: Job) -> Outside:

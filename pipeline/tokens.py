@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.manifest.job import TextShare
 from counterweight.workers.calibration.source import ModelSamples
 from counterweight.workers.calibration.tokens import TokenSet, token_set
+from counterweight.workers.errors import RequestError
 
-CALIBRATION, VALIDATION = "spec.calibration.source", "spec.validation.text"
+CALIBRATION, VALIDATION, DISTILLATION = "spec.calibration.source", "spec.validation.text", "spec.distillation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """The token sets of a job. validation: None when it asks for none. seconds: what reading both took."""
+    """The token sets of a job. validation: None when it asks for none. trained, held_out: texts of a distillation, none without
+    it. seconds: what reading all took."""
 
     calibration: TokenSet
     validation: TokenSet | None
+    trained: tuple[TokenSet, ...] = ()
+    held_out: tuple[TokenSet, ...] = ()
     seconds: float
 
     def within(self, vocabulary: int) -> Tokens:
@@ -25,6 +31,10 @@ class Tokens:
         self.calibration.within(vocabulary, CALIBRATION)
         if self.validation is not None:
             self.validation.within(vocabulary, VALIDATION)
+        for index, text in enumerate(self.trained):
+            text.within(vocabulary, f"{DISTILLATION}.texts.{index}")
+        for index, text in enumerate(self.held_out):
+            text.within(vocabulary, f"{DISTILLATION}.held_out.{index}")
         return self
 
 
@@ -61,4 +71,48 @@ def read_tokens(job: CompressionJob, tokenizer: bytes | None, sampled: TokenSet 
             seed=0,
             field=VALIDATION,
         )
-    return Tokens(calibration=first, validation=second, seconds=time.perf_counter() - started)
+    trained, held_out = _distillation(job, tokenizer)
+    return Tokens(
+        calibration=first,
+        validation=second,
+        trained=trained,
+        held_out=held_out,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _distillation(job: CompressionJob, tokenizer: bytes | None) -> tuple[tuple[TokenSet, ...], tuple[TokenSet, ...]]:
+    """Texts that are trained on, and those that are held out; RequestError where a window is in both."""
+    stage, length = job.spec.distillation, job.spec.calibration.sequence_length
+    if stage is None:
+        return (), ()
+
+    def read(shares: Sequence[TextShare], name: str) -> tuple[TokenSet, ...]:
+        return tuple(
+            _share(share, tokenizer, length, f"{DISTILLATION}.{name}.{index}.source")
+            for index, share in enumerate(shares)
+        )
+
+    trained, held_out = read(stage.texts, "texts"), read(stage.held_out, "held_out")
+    seen = {tuple(window) for text in trained for window in text.ids.tolist()}
+    for index, text in enumerate(held_out):
+        shared = sum(tuple(window) in seen for window in text.ids.tolist())
+        if shared:
+            raise RequestError(
+                f"{DISTILLATION}.held_out.{index}: {shared} of {text.sequences} windows are trained on: expected none, "
+                "as another text or `skip` gives"
+            )
+    return trained, held_out
+
+
+def _share(share: TextShare, tokenizer: bytes | None, length: int, field: str) -> TokenSet:
+    found = token_set(
+        share.source,
+        tokenizer,
+        length=length,
+        sequences=share.skip + share.sequences,
+        sampling="consecutive",
+        seed=0,
+        field=field,
+    )
+    return TokenSet(found.ids[share.skip :].contiguous())

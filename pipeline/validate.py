@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from counterweight.pipeline.artifact import Artifact, FileEntry
 from counterweight.pipeline.artifact.report import Quality, TaskReport
 from counterweight.pipeline.dispatch import Dispatcher
-from counterweight.pipeline.manifest import Gates
+from counterweight.pipeline.manifest import Gates, Validation
 from counterweight.workers.errors import GateError
 from counterweight.workers.ledger import LEDGER
 from counterweight.workers.metrics import METRICS, Metric
-from counterweight.workers.tasks.evaluate import Evaluate, WindowMetrics
+from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, Evaluate, WindowMetrics
 from counterweight.workers.tasks.setting import Setting, shard_sequences
 from counterweight.workers.workspace import Blob
 
@@ -62,15 +62,24 @@ def validate(
     return merged, reports
 
 
-def check_gates(gates: Gates, baseline: Quality, compensated: Quality) -> None:
-    """GateError naming every gate that the model as it is served does not pass."""
-    failures = [problem for metric in METRICS if (problem := _failure(metric, gates, baseline, compensated))]
+def check_gates(validation: Validation, found: Mapping[str, Quality]) -> None:
+    """GateError naming every gate that the compressed model does not pass; found: variant -> its quality."""
+    baseline, decoding = found[BASELINE], found[COMPENSATED]
+    sets = [("gates", validation.gates, decoding)]
+    if validation.prefill_gates is not None:
+        sets.append(("prefill_gates", validation.prefill_gates, found.get(PREFILL, decoding)))
+    failures = [
+        f"spec.validation.{field}.{metric.gate}: {problem}"
+        for field, gates, compensated in sets
+        for metric in METRICS
+        if (problem := _failure(metric, gates, baseline, compensated))
+    ]
     if failures:
         raise GateError("\n".join(failures))
 
 
 def _failure(metric: Metric, gates: Gates, baseline: Quality, compensated: Quality) -> str | None:
-    """What a metric's gate has against the model, None when there is no bound or it is kept."""
+    """What a metric's gate has against a model, None when there is no bound or it is kept."""
     bound: float | None = getattr(gates, metric.gate)
     found, original = compensated.of(metric), baseline.of(metric)
     if bound is None or found is None or original is None:
@@ -83,4 +92,4 @@ def _failure(metric: Metric, gates: Gates, baseline: Quality, compensated: Quali
     # Written so that what is no number passes nothing.
     kept = found >= bound if metric.higher_is_better else found <= bound
     limit = "least" if metric.higher_is_better else "most"
-    return None if kept else f"spec.validation.gates.{metric.gate}: {measured}: expected at {limit} {bound:g}"
+    return None if kept else f"{measured}: expected at {limit} {bound:g}"

@@ -29,7 +29,7 @@ class InProcessPool:
     """
 
     def __init__(self, workers: int = 1, threads: int = 1, hold_bytes: int = HOLD_BYTES) -> None:
-        self.size = workers
+        self.size, self.threads = workers, threads
         self.calls: list[tuple[int, str]] = []
         self._workers = [Worker("cpu", threads, hold_bytes) for _ in range(workers)]
         self._finished: list[Outcome] = []
@@ -81,6 +81,7 @@ def run_job(
     *,
     calibration: Mapping[str, Any] | None = None,
     validation: Mapping[str, Any] | None = None,
+    distillation: Mapping[str, Any] | None = None,
     workers: int = 1,
     threads: int = 1,
     hold_bytes: int = HOLD_BYTES,
@@ -88,7 +89,8 @@ def run_job(
 ) -> Published:
     """Compresses the checkpoint in `model`, made by `tests.models`; artifacts go below `output`.
 
-    calibration, validation: what is not the default of these tests; no validation: published unjudged.
+    calibration, validation: what is not the default of these tests; no validation: published unjudged. distillation: as the
+    manifest has it.
     """
     output.mkdir(parents=True, exist_ok=True)
     text = write_text(output / "text.txt", 20_000).as_uri()
@@ -100,6 +102,8 @@ def run_job(
     }
     if validation is not None:
         spec["validation"] = {"text": {"uri": text}, "windows": 8, **validation}
+    if distillation is not None:
+        spec["distillation"] = distillation
     document = {"apiVersion": "counterweight/v1", "kind": "CompressionJob", "metadata": {"name": "tiny"}, "spec": spec}
     job = parse_manifest(json.dumps(document), name="tiny.json", base=output.as_uri()).job
     pool = InProcessPool(workers, threads, hold_bytes)

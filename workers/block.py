@@ -1,6 +1,6 @@
 """The heart of a block task, without files: gather statistics, quantize, compensate, measure.
 
-1. `calibrate` runs the block over its input shards and gathers each distinct input's moments on the way.
+1. `workers.shards` runs the block over its input shards and gathers each distinct input's moments on the way.
 2. `compress` solves every linear: codes on a grid (linears with one input and one recipe in one solve, because they share a
    Hessian), then the low-rank branch on what the codes left, then the error that remains.
 3. `install` puts the result into the block, so that it can be run as it will be served.
@@ -8,9 +8,8 @@
 
 from __future__ import annotations
 
-import queue
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -19,17 +18,15 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.backend import Kernels, experts_on_kernels, on_kernels
+from counterweight.kernels.decoding import tell_length
 from counterweight.kernels.formats import ActivationFormat, LowRank
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
-from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
-from counterweight.workers.errors import RequestError
-from counterweight.workers.hooks import input_hooks
-from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup, is_expert
+from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup
 from counterweight.workers.parallel import PARALLEL_WIDTH, OrderedPool
-from counterweight.workers.quantization.inputs import all_finite
 from counterweight.workers.recipe import ModuleRecipe, solved_together
 from counterweight.workers.solve import LayerState, solve
 from counterweight.workers.tasks.records import FallbackReport, ModuleReport
@@ -64,66 +61,6 @@ class CompressedLinear:
             transform=self.transform,
             residual=None if self.residual is None else self.residual.to(device),
         )
-
-
-def calibrate(
-    block: Block,
-    inputs: Sequence[Callable[[], Tensor]],
-    emit: Callable[[Tensor], Output],
-    gatherings: Mapping[SharedInputGroup, Gathering],
-    pool: OrderedPool,
-    originals: Sequence[Callable[[], Tensor]] = (),
-) -> tuple[dict[SharedInputGroup, InputStatistics], list[Output]]:
-    """Runs the block over its inputs and gathers the moments of what enters each group of `gatherings`.
-
-    inputs: one callable per shard that loads its hidden states [sequences, length, hidden]; the shards' number and order
-    are part of the result. originals: likewise, what enters the block in the original model; empty when that is the same.
-    emit: what to do with a shard's output (write it, drop it), that of the originals if there are any. At most
-    `pool.threads` + 1 shards are in memory. A non-finite activation is a RequestError that names the group.
-    """
-    replicas: queue.SimpleQueue[Block] = queue.SimpleQueue()
-    for _ in range(pool.threads):
-        replicas.put(block.replica())
-
-    # A router may send other tokens to an expert than in the original model, so that rows have no partners.
-    partnered = [group for group in gatherings if not is_expert(group[0])]
-
-    def run(
-        loads: tuple[Callable[[], Tensor], Callable[[], Tensor] | None],
-    ) -> tuple[dict[SharedInputGroup, ShardMoments], Output]:
-        load, load_original = loads
-        replica = replicas.get()
-        meant: dict[SharedInputGroup, Tensor] = {}
-        moments: dict[SharedInputGroup, ShardMoments] = {}
-
-        def take(group: SharedInputGroup, rows: Tensor) -> None:
-            moments[group] = ShardMoments.of(rows, gatherings[group], meant.get(group))
-
-        try:
-            if load_original is not None:
-                with input_hooks(replica, partnered, meant.__setitem__):
-                    output = replica.run(load_original())
-            with input_hooks(replica, gatherings, take):
-                seen = replica.run(load())
-            return moments, emit(seen if load_original is None else output)
-        finally:
-            replicas.put(replica)
-
-    nothing: list[Callable[[], Tensor] | None] = [None] * len(inputs)
-    shards = zip(inputs, originals or nothing, strict=True)
-    accumulators = {group: _accumulator(block, group, gathering) for group, gathering in gatherings.items()}
-    outputs: list[Output] = []
-    for moments, output in pool.map(run, shards):
-        while moments:  # nothing of a shard stays while the next one runs
-            group, shard = moments.popitem()
-            accumulators[group].add(shard)
-            del shard
-        outputs.append(output)
-    statistics = {group: accumulators.pop(group).result() for group in gatherings}
-    for group, found in statistics.items():
-        if not all_finite(found.gram):
-            raise RequestError(f"the input of {group[0]} is not finite on the calibration tokens")
-    return statistics, outputs
 
 
 def compress(
@@ -192,6 +129,8 @@ def install(
                 layers = {name: layer for name, layer in layers.items() if not name.startswith(f"{place}.")}
     for name, layer in layers.items():
         block.replace(name, on_kernels(layer, kernels, arena))
+    if decode_only and any(layer.residual is not None for layer in layers.values()):
+        tell_length(block.layer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,7 +199,7 @@ def _solve(
             code_bits=part.code_bits,
             scale_bits=part.scale_bits,
             factor_bits=0 if branch is None else branch.bits,
-            residual_bits=0 if residual is None else residual.store.bits_stored,
+            residual_bits=0 if residual is None else residual.bits_stored,
             error_quantized=error_quantized,
             error_compensated=error_compensated,
             fallbacks=tuple(FallbackReport(step=item.step, cause=item.cause) for item in layer.fallbacks),
@@ -273,8 +212,3 @@ def _solve(
 def tensor_bits(tensor: Tensor) -> int:
     """Storage of a tensor, in bits."""
     return tensor.numel() * tensor.element_size() * 8
-
-
-def _accumulator(block: Block, group: SharedInputGroup, gathering: Gathering) -> Accumulator:
-    weight = block.linear(group[0]).weight
-    return Accumulator(weight.shape[1], weight.device, gathering)

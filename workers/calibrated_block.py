@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from counterweight.workers.block import calibrate
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.clock import Clock
 from counterweight.workers.context import DTYPES, TaskContext, put_hidden
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
 from counterweight.workers.loaded_block import LoadedBlock, load_block, smoothed
 from counterweight.workers.memory import release, trim
+from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import SharedInputGroup
 from counterweight.workers.prepare import prepare
+from counterweight.workers.shards import Load, RunningStatistics, run_shards
 from counterweight.workers.solve import LayerState, gains
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.records import Timing
 from counterweight.workers.workspace import Blob, Workspace
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CalibratedBlock:
-    """What calibration found, kept for solving. key: `BlockSpec.statistics_key`. outliers: linear -> channels of its
-    input that ASER takes out of the codes. outputs: hidden states behind the original block, none where nobody needs them."""
+    """A block with the sums over the shards that it has run over so far, held for the shards behind or for solving.
+
+    key: `BlockSpec.statistics_key` of these shards. original: the block as it was, which makes the outputs; None where that is
+    `loaded`, or where no outputs are to be made any more. outliers: linear -> channels of its input that ASER takes out of its
+    codes. outputs: hidden states behind the original block, none where nobody needs them.
+    """
 
     key: str
     loaded: LoadedBlock
+    original: Block | None
+    sums: RunningStatistics
     outliers: Mapping[str, Tensor]
-    statistics: dict[SharedInputGroup, InputStatistics]
     outputs: tuple[Blob, ...]
     timing: Timing
+    _statistics: dict[SharedInputGroup, InputStatistics] | None = None
+
+    @property
+    def statistics(self) -> dict[SharedInputGroup, InputStatistics]:
+        """Of all shards, from the first time that it is asked for. RequestError for activations that are not finite."""
+        if self._statistics is None:
+            self._statistics = self.sums.result()
+        return self._statistics
 
     @property
     def bytes(self) -> int:
         """Memory that it takes, on host and device together."""
-        return self.loaded.bytes + sum(found.bytes for found in self.statistics.values())
-
-
-Load = Callable[[], Tensor]
-"""Reads one shard of hidden states."""
+        found = self._statistics or {}
+        return self.loaded.bytes + self.sums.bytes + sum(statistics.bytes for statistics in found.values())
 
 
 def streams(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> tuple[list[Load], list[Load]]:
@@ -54,48 +65,72 @@ def streams(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> tupl
     return [loader(blob) for blob in spec.inputs], [loader(blob) for blob in spec.original_inputs]
 
 
-def calibrated(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> CalibratedBlock:
-    """The block's calibration: what is in memory, which is held no longer, or made now.
+def calibrated(
+    context: TaskContext, spec: BlockSpec, workspace: Workspace, *, start: int = 0, more: bool = False
+) -> CalibratedBlock:
+    """The block with the statistics of all of `spec.inputs`: what is in memory, which is held no longer, or made now.
 
-    1. Read the block and verify every byte. 2. Decide from the first shard what needs rows of inputs and not moments: scales,
-    outliers, clips. 3. Run the original block, store its outputs, gather the statistics; of the scaled block where there are
-    scales.
+    start: shards before this one have been run over; where what they left is in memory, only the others are. more: whether
+    further shards will follow, so that the block must go on making outputs.
     """
-    key = spec.statistics_key()
-    held = context.held.take(key)
-    if held is not None:
+    if (held := context.held.take(spec.statistics_key())) is not None:
         return held
-    context.held.make_room()
-    release(context.device)
-    clock = Clock(context.device)
+    begun = context.held.take(spec.before(start).statistics_key()) if start else None
+    clock = Clock(context.device, None if begun is None else begun.timing)
+    if begun is None:
+        context.held.make_room()
+        release(context.device)
+        start, begun = 0, _begun(context, spec, workspace, clock)
+    inputs, originals = (each[start:] for each in streams(context, spec, workspace))
+
+    def emit(output: Tensor) -> Blob | None:
+        return put_hidden(workspace, output) if _makes_outputs(spec) else None
+
+    block, nothing = begun.loaded.block, RunningStatistics(begun.loaded.block, {})
+    if begun.original is None:
+        outputs = run_shards(block, inputs, emit, begun.sums, context.pool, originals)
+    else:
+        # What the original block makes is shared between recipes, so it comes from the block as it was.
+        outputs = run_shards(begun.original, originals or inputs, emit, nothing, context.pool)
+        begun.original = begun.original if more else None
+        run_shards(block, inputs, lambda _: None, begun.sums, context.pool, originals)
+    clock.lap("forward")
+    trim()
+    begun.key = spec.statistics_key()
+    begun.outputs = (*begun.outputs, *(blob for blob in outputs if blob is not None))
+    if not more:
+        # Now, so that the sums are not in memory twice when solving begins.
+        _ = begun.statistics
+    begun.timing = clock.timing()
+    return begun
+
+
+def _makes_outputs(spec: BlockSpec) -> bool:
+    """Whether somebody waits for what the original block makes."""
+    return spec.propagate == "original" or bool(spec.original_inputs)
+
+
+def _begun(context: TaskContext, spec: BlockSpec, workspace: Workspace, clock: Clock) -> CalibratedBlock:
+    """The block before its first shard. 1. Read it and verify every byte. 2. Decide from the first shard what needs rows of
+    inputs and not moments: scales, outliers, clips."""
     dtype = DTYPES[spec.setting.compute_dtype]
     loaded = load_block(context, spec.setting, spec.index, spec.tensors, dtype)
     clock.lap("load")
-    keep_outputs = spec.propagate == "original" or bool(spec.original_inputs)
-
-    def emit(output: Tensor) -> Blob | None:
-        return put_hidden(workspace, output) if keep_outputs else None
-
-    inputs, originals = streams(context, spec, workspace)
     builder = context.source(spec.setting)[1]
     family = family_of(builder.config.model_type)
-    chosen = prepare(loaded.block, spec.recipe, loaded.parameters, family, loaded.online, inputs[0])
+    first = streams(context, spec, workspace)[0][0]
+    chosen = prepare(loaded.block, spec.recipe, loaded.parameters, family, loaded.online, first)
+    original = None
     if chosen.scales:
-        # What the original block makes is shared between recipes, so it comes from the block as it was.
-        shards = (originals or inputs) if keep_outputs else []
-        _, outputs = calibrate(loaded.block, shards, emit, {}, context.pool)
+        original = loaded.block if _makes_outputs(spec) else None
         loaded = smoothed(context, builder, spec.index, loaded, chosen.scales, dtype)
-        statistics, _ = calibrate(loaded.block, inputs, lambda _: None, chosen.gatherings, context.pool, originals)
-    else:
-        statistics, outputs = calibrate(loaded.block, inputs, emit, chosen.gatherings, context.pool, originals)
-    clock.lap("forward")
-    trim()
     return CalibratedBlock(
-        key=key,
+        key="",
         loaded=loaded,
-        statistics=statistics,
+        original=original,
+        sums=RunningStatistics(loaded.block, chosen.gatherings),
         outliers=chosen.outliers,
-        outputs=tuple(blob for blob in outputs if blob is not None),
+        outputs=(),
         timing=clock.timing(),
     )
 

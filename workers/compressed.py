@@ -11,6 +11,8 @@ Files below an artifact's root that this module knows:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -41,7 +43,9 @@ class CompressedModel:
     ) -> None:
         self.builder = BlockBuilder(source_config(checkpoint.config))
         self.ledger = ledger
-        self._checkpoint, self._adapter, self._residual = checkpoint, adapter, residual
+        self._checkpoint, self._residual = checkpoint, residual
+        parts = [part for part in (adapter, residual) if part is not None]
+        self._file_of = {name: part for part in parts for name in part.names}
         forms = ledger.formats
         factors = {
             name for module, form in forms.items() if form.rank for name in factor_names(module, form.factor_bits)
@@ -79,21 +83,7 @@ class CompressedModel:
 
         Linears that are quantized hold no weight until `install` puts their compressed selves in place.
         """
-        builder = self.builder
-        linears: dict[str, CompressedLinear] = {}
-        parameters: dict[str, Tensor] = {}
-        for parameter, shape in builder.layout.block_parameters(index).items():
-            stored = builder.layout.disk_name(index, parameter)
-            module = stored.removesuffix(".weight")
-            form = self.ledger.formats.get(module)
-            if form is not None and parameter.endswith(".weight"):
-                linear = self._linear(module, form, device)
-                _expect_shape(module, linear.weight.shape, shape)
-                linears[parameter.removesuffix(".weight")] = linear
-            else:
-                parameters[parameter] = self._read(stored)
-                _expect_shape(stored, tuple(parameters[parameter].shape), shape)
-        return builder.block(index, parameters, device, dtype, absent=linears), linears
+        return read_block(self.builder, index, self.ledger.formats, self._read_many, device, dtype)
 
     @property
     def residual_sizes(self) -> list[int]:
@@ -117,29 +107,57 @@ class CompressedModel:
             raise CheckpointError(f"{LEDGER}: no digest of tensor {name}")
         return self.ledger.tensors[name]
 
-    def _linear(self, module: str, form: ModuleFormat, device: torch.device) -> CompressedLinear:
-        names = weight_names(module, form)
-        tensors = self._checkpoint.read_many(names, sha256={name: self._digest(name) for name in names})
-        branch = None
-        if form.rank and self._adapter is not None:
-            factors = factor_names(module, form.factor_bits)
-            branch = read_branch(
-                self._adapter.read_many(factors, sha256={name: self._digest(name) for name in factors}), module, form
-            )
-        weight = read_weight(tensors, module, form)
-        residual = None
-        if form.residual is not None and self._residual is not None:
-            parts = residual_names(module, form)
-            found = self._residual.read_many(parts, sha256={name: self._digest(name) for name in parts})
-            residual = read_residual(found, module, form, weight.shape)
-        linear = CompressedLinear(
-            weight=weight,
-            low_rank=branch,
-            activations=form.activations,
-            transform=form.hadamard,
-            residual=residual,
-        )
-        return linear.to(device)
+    def _read_many(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors of one of the files, verified."""
+        part = self._file_of.get(names[0], self._checkpoint)
+        return part.read_many(names, sha256={name: self._digest(name) for name in names})
+
+
+def read_block(
+    builder: BlockBuilder,
+    index: int,
+    formats: Mapping[str, ModuleFormat],
+    read: Callable[[Sequence[str]], Mapping[str, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Block, dict[str, CompressedLinear]]:
+    """A compressed block, see `CompressedModel.block`. formats: full module name, as stored -> format. read: stored tensors by
+    name, at each call of one of checkpoint, adapter and residual store. CheckpointError when shapes are not the model's."""
+    linears: dict[str, CompressedLinear] = {}
+    parameters: dict[str, Tensor] = {}
+    for parameter, shape in builder.layout.block_parameters(index).items():
+        stored = builder.layout.disk_name(index, parameter)
+        module = stored.removesuffix(".weight")
+        form = formats.get(module)
+        if form is not None and parameter.endswith(".weight"):
+            linear = _linear(module, form, read, device)
+            _expect_shape(module, linear.weight.shape, shape)
+            linears[parameter.removesuffix(".weight")] = linear
+        else:
+            parameters[parameter] = read([stored])[stored]
+            _expect_shape(stored, tuple(parameters[parameter].shape), shape)
+    return builder.block(index, parameters, device, dtype, absent=linears), linears
+
+
+def _linear(
+    module: str,
+    form: ModuleFormat,
+    read: Callable[[Sequence[str]], Mapping[str, Tensor]],
+    device: torch.device,
+) -> CompressedLinear:
+    weight = read_weight(read(weight_names(module, form)), module, form)
+    branch = read_branch(read(factor_names(module, form.factor_bits)), module, form) if form.rank else None
+    residual = None
+    if form.residual is not None:
+        residual = read_residual(read(residual_names(module, form)), module, form, weight.shape)
+    linear = CompressedLinear(
+        weight=weight,
+        low_rank=branch,
+        activations=form.activations,
+        transform=form.hadamard,
+        residual=residual,
+    )
+    return linear.to(device)
 
 
 def _expect_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from counterweight.kernels.weights import StoredWeight
-from counterweight.workers.block import CompressedLinear, calibrate, compress, install
+from counterweight.workers.block import CompressedLinear, compress, install
 from counterweight.workers.calibrated_block import CalibratedBlock, calibrated, streams
 from counterweight.workers.clock import Clock
 from counterweight.workers.context import DTYPES, TaskContext, put_hidden
@@ -16,6 +16,7 @@ from counterweight.workers.memory import release, trim
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.families import family_of
 from counterweight.workers.shard import write_block
+from counterweight.workers.shards import RunningStatistics, run_shards
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tuning.lsi import LinearFormat, learned_scales
 from counterweight.workers.workspace import Blob, Workspace
@@ -85,8 +86,9 @@ def tuned(
     scales = learned_scales(family_of(builder.config.model_type), loaded.block.groups, loaded.parameters, found.norms)
     loaded = smoothed(context, builder, spec.index, loaded, scales, DTYPES[spec.setting.compute_dtype])
     gatherings = {group: statistics.gathering for group, statistics in held.statistics.items()}
-    statistics, _ = calibrate(loaded.block, inputs, lambda _: None, gatherings, context.pool, originals)
-    return replace(held, loaded=loaded, statistics=statistics), dict(found.weights)
+    sums = RunningStatistics(loaded.block, gatherings)
+    run_shards(loaded.block, inputs, lambda _: None, sums, context.pool, originals)
+    return replace(held, loaded=loaded, sums=sums, _statistics=None), dict(found.weights)
 
 
 def propagated(

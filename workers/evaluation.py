@@ -1,8 +1,9 @@
 """Validation of an artifact on a range of windows, block by block.
 
-The original, the quantized model (without its low-rank branches) and the compensated one advance together, one block of
-each in memory at a time, on the same tokens, in float32. What is claimed without compensation is measured without it. A
-window's numbers depend on its batch alone, so whole batches can be spread over workers and put together in order.
+The original, the quantized model (without branches and residual stores) and the compensated one (decoding, and in prefill)
+advance together, one block of each in memory at a time, on the same tokens, in float32. What is claimed without compensation
+is measured without it. A window's numbers depend on its batch alone, so whole batches can be spread over workers and put
+together in order.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from counterweight.workers.compressed import CompressedModel
 from counterweight.workers.metrics import METRICS, Comparison
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.parallel import OrderedPool
-from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, QUANTIZED, WindowMetrics
+from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED, WindowMetrics
 
 Blocks = Callable[[int], Mapping[str, Block]]
 """Index -> the block under each variant."""
@@ -36,21 +37,23 @@ def advance(
     return current
 
 
-def variants_of(model: CompressedModel) -> tuple[str, ...]:
-    """The variants that differ: an artifact without compensation is not measured twice."""
-    compensated = any(form.rank or form.residual is not None for form in model.ledger.formats.values())
-    return (BASELINE, QUANTIZED, COMPENSATED) if compensated else (BASELINE, QUANTIZED)
+def variants_of(model: CompressedModel) -> dict[str, str]:
+    """Variant -> the variant that is measured for it, because both are one model: itself, or the quantized model."""
+    forms = model.ledger.formats.values()
+    branches, stores = any(form.rank for form in forms), any(form.residual is not None for form in forms)
+    found = {BASELINE: BASELINE, QUANTIZED: QUANTIZED, COMPENSATED: COMPENSATED if branches or stores else QUANTIZED}
+    return found | {PREFILL: PREFILL if branches else QUANTIZED} if stores else found
 
 
 def compressed_blocks(
     model: CompressedModel, index: int, variants: Iterable[str], device: torch.device
 ) -> dict[str, Block]:
-    """Block `index` of an artifact, without and with its branches."""
+    """Block `index` of an artifact, as each variant runs it."""
     block, linears = model.block(index, device, torch.float32)
     blocks: dict[str, Block] = {}
     for variant in variants:
         blocks[variant] = block.replica()
-        install(blocks[variant], linears, compensated=variant == COMPENSATED)
+        install(blocks[variant], linears, compensated=variant != QUANTIZED, decode_only=variant == PREFILL)
     return blocks
 
 

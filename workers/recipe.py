@@ -55,6 +55,11 @@ class ModuleRecipe(Config):
         return self.weights.regresses is not None or self.compensation.joint or self.tuning is not None
 
     @property
+    def scales_input(self) -> bool:
+        """Whether it asks for the layer's input to be scaled where something before can take the scales in."""
+        return self.smoothing is not None or self.compensation.scales_inputs
+
+    @property
     def budget_bits(self) -> float | None:
         """The budget that the rank of the branch is drawn from; None when it has a rank of its own or there is no branch."""
         rank = self.compensation.branch_rank

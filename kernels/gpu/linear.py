@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from counterweight.kernels.decoding import is_decoding
 from counterweight.kernels.formats import LowRank
 from counterweight.kernels.gpu import activations, integer_gemm, layout
 from counterweight.kernels.gpu.error_compensation import MOST_PER_CHUNK, add_rows_, select_channels
@@ -64,7 +65,7 @@ class KernelLinear(nn.Module):
         rows = x.reshape(-1, self.in_features).contiguous()
         if self.transform is not None:
             rows = transform(rows, self.transform)
-        corrected = self.residual is not None and (not self.decode_only or x.shape[-2] == 1)
+        corrected = self.residual is not None and (not self.decode_only or is_decoding(x))
         y = self._product(rows, torch.float32 if corrected else x.dtype)
         if corrected and self.residual is not None:
             y = add_rows_(y, rows, self.residual.store, self._channels(rows, self.residual)).to(x.dtype)

@@ -6,7 +6,7 @@ OneBit (Xu et al. 2024, "OneBit: Towards Extremely Low-bit Large Language Models
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -82,6 +82,9 @@ class SignWeight(StoredWeight):
             row_scale=self.row_scale[rows].clone(),
             column_scale=self.column_scale.clone(),
         )
+
+    def with_gains(self, gains: Tensor) -> Self:
+        return replace(self, row_scale=(self.row_scale.float() * gains.float()).to(self.row_scale.dtype))
 
     def tensors(self) -> dict[str, Tensor]:
         shape = torch.tensor(self.shape, dtype=torch.int64)

@@ -73,6 +73,10 @@ class StoredWeight(ABC):
         """The weight of these output channels alone, in memory of its own."""
 
     @abstractmethod
+    def with_gains(self, gains: Tensor) -> Self:
+        """The same codes with each output channel's scales multiplied by its gain [out], rounded to the scales' dtype."""
+
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint holds, under their names after the module's and a dot."""
 

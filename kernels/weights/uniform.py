@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Self
 
@@ -79,6 +79,9 @@ class UniformWeight(StoredWeight):
 
     def rows(self, rows: slice) -> Self:
         return self.with_parts({name: tensor[rows].clone() for name, tensor in self.parts.items()})
+
+    def with_gains(self, gains: Tensor) -> Self:
+        return replace(self, scale=(self.scale.float() * gains.float().unsqueeze(1)).to(self.scale.dtype))
 
     def tensors(self) -> dict[str, Tensor]:
         """weight_packed int32 [out, words]; weight_scale [out, groups] in its own dtype; weight_shape int64 [2];

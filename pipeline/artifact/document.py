@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from counterweight.pipeline.artifact.report import BitsPerWeight, ModelReport, Quality
+from counterweight.pipeline.artifact.report import BitsPerWeight, Judged, ModelReport, Quality
 from counterweight.workers.config import Config
 
 CONFIG = "config.json"
@@ -34,8 +34,8 @@ class LedgerSummary(Config):
     dropped: int
 
 
-class ArtifactDocument(Config):
-    """artifact.json."""
+class ArtifactDocument(Judged):
+    """artifact.json. Qualities are the report's, see `Report`."""
 
     schema_version: Literal[1] = 1
     name: str = Field(pattern=r"^[a-z0-9-]{1,63}$")
@@ -47,6 +47,7 @@ class ArtifactDocument(Config):
     baseline: Quality | None
     quantized: Quality | None
     compensated: Quality | None
+    compensated_prefill: Quality | None = None
     bits_per_weight: BitsPerWeight
     software: Mapping[str, str]
     files: Mapping[str, FileEntry]

@@ -1,10 +1,10 @@
-"""An artifact as a transformers model whose quantized layers are our own."""
+"""An artifact as a transformers model whose quantized layers are our own: `counterweight.load_model`."""
 
 from __future__ import annotations
 
 import json
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 GENERATION_CONFIG = "generation_config.json"
 
+Corrected = Literal["decode", "all"]
+"""Which tokens residual stores correct: those that come one at a time, or all."""
+
 
 def load_model(
     uri: str,
@@ -26,17 +29,30 @@ def load_model(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     compensated: bool = True,
-    residual: Literal["decode", "all"] = "decode",
+    residual: Corrected = "decode",
     kernels: Kernels = "auto",
 ) -> PreTrainedModel:
-    """The artifact at `uri` (its root, or the root of its name for the latest), every byte verified.
+    """The artifact at `uri` (its root, or the root of its name for the latest), every byte verified, ready for `generate`.
 
-    dtype: of activations and kept weights; None for the embedding's. compensated: with the low-rank branches and residual
-    stores. residual: which tokens the stores correct, those that come one at a time or all. kernels: `triton`, `torch`, or
-    `auto` for Triton on a GPU and torch elsewhere; on a GPU residual rows stay in host memory, from where Triton's kernels read
-    them. One block's dense weights are in memory at a time; quantized layers stay quantized. RequestError when there is no
-    artifact, CheckpointError when it is not what its ledger says, ValueError when `triton` cannot run it here.
+    uri: `file:` or `s3:`. device: `cpu` or `cuda`. dtype: of activations and kept weights; None for the embedding's.
+    compensated: with the low-rank branches and residual stores.
+
+    residual: what residual stores (QDEC) do for a text of several tokens that is given at once. `decode`: nothing, as DecDEC
+    serves a prompt; they correct tokens that come one at a time, as `generate` makes them. A whole text then scores as the
+    report's `compensated_prefill`. `all`: they correct every token, so that a whole text scores as if its tokens had come one
+    at a time: the report's `compensated`. Without stores both are one.
+
+    kernels: what layers run on. `torch`: plain torch, anywhere. `triton`: Triton kernels on a GPU, or under
+    TRITON_INTERPRET=1. `auto`: Triton on a GPU for every layer that it has kernels for, torch otherwise. On a GPU residual rows
+    stay in host memory, from where Triton's kernels read them.
+
+    One block's dense weights are in memory at a time; quantized layers stay quantized. RequestError when there is no
+    artifact, CheckpointError when it is not what its ledger says, ValueError for an unknown `residual` or `kernels` and when
+    `triton` cannot run a layer here.
     """
+    for name, value, known in (("residual", residual, get_args(Corrected)), ("kernels", kernels, get_args(Kernels))):
+        if value not in known:
+            raise ValueError(f"{name}: {value!r}: expected {', '.join(known[:-1])} or {known[-1]}")
     store, document = open_artifact(uri)
     model = CompressedModel.open(store)
     place = torch.device(device)

@@ -7,14 +7,19 @@ codes, scales with zero points, low-rank factors, residual store, over the weigh
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import ConfigDict, Field
 
 from counterweight.workers.config import Config
 from counterweight.workers.metrics import METRICS, Metric
 from counterweight.workers.tasks.block import BlockRecord
-from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, QUANTIZED, WindowMetrics
+from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED, VARIANTS, WindowMetrics
 from counterweight.workers.tasks.records import ModuleReport, Timing
+
+if TYPE_CHECKING:
+    from counterweight.workers.calibration.source import CalibrationSource
+    from counterweight.workers.calibration.tokens import TokenSet
 
 
 class Quality(Config):
@@ -34,6 +39,24 @@ class Quality(Config):
         return value
 
 
+class Judged(Config):
+    """A document with a quality for each variant of the model (`workers.tasks.evaluate.VARIANTS`) that was measured."""
+
+    @property
+    def qualities(self) -> dict[str, Quality]:
+        """Variant -> its quality; empty without validation."""
+        found: dict[str, Quality | None] = {variant: getattr(self, variant) for variant in VARIANTS}
+        return {variant: quality for variant, quality in found.items() if quality is not None}
+
+
+def labelled(found: Mapping[str, Quality]) -> dict[str, Quality]:
+    """What people call each variant -> its quality, in order."""
+    labels = {BASELINE: "original", QUANTIZED: "quantized", COMPENSATED: "compensated"}
+    if PREFILL in found:
+        labels |= {COMPENSATED: "compensated, decoding", PREFILL: "compensated, prefill"}
+    return {label: found[variant] for variant, label in labels.items() if variant in found}
+
+
 class BitsPerWeight(Config):
     """Storage per quantized weight, in bits. model: everything the artifact stores over all of the model's weights."""
 
@@ -43,6 +66,12 @@ class BitsPerWeight(Config):
     residual: float
     total: float
     model: float
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What `total` is the sum of, by what people call it; parts that cost nothing are left out."""
+        parts = {"codes": self.weights, "scales": self.scales, "factors": self.factors, "residual store": self.residual}
+        return {name: bits for name, bits in parts.items() if bits > 0}
 
 
 class TaskReport(Config):
@@ -71,9 +100,27 @@ class TokensReport(Config):
     digest: str
 
 
-class Report(Config):
-    """The whole report. baseline, quantized and compensated are None when the job has no validation; without low-rank
-    branches compensated equals quantized, because it is the same model."""
+class DistillationReport(Config):
+    """The training of the model. kept: the epoch that is published, 0: the model from before it. divergences: for each
+    epoch from 0, KL(original || compressed) of each held-out text in nats a token. losses: of the training texts, from epoch
+    1."""
+
+    trained: tuple[TokensReport, ...]
+    held_out: tuple[TokensReport, ...]
+    kept: int
+    divergences: tuple[tuple[float, ...], ...]
+    losses: tuple[float, ...]
+
+
+class Report(Judged):
+    """The whole report. baseline, quantized and compensated are None when the job has no validation; without branches and
+    residual stores compensated equals quantized, because it is the same model.
+
+    With residual stores, compensated is decoding: the stores correct every token, as when tokens come one at a time, and gates
+    look at it; `load_model(..., residual="all")` gives a whole text that score. compensated_prefill is what stores leave of it
+    on a text that is given whole, as `load_model` scores it by default. A text that is generated after a prompt lies between:
+    its prompt is prefill. None without residual stores, and in reports that are older than the field.
+    """
 
     schema_version: int = 1
     name: str
@@ -83,9 +130,12 @@ class Report(Config):
     recipe: Mapping[str, object]
     calibration: TokensReport
     validation: TokensReport | None
+    distillation: DistillationReport | None = None
+    """What training won; modules' errors are those from before it."""
     baseline: Quality | None
     quantized: Quality | None
     compensated: Quality | None
+    compensated_prefill: Quality | None = None
     bits_per_weight: BitsPerWeight
     modules: tuple[ModuleReport, ...]
     tasks: tuple[TaskReport, ...]
@@ -94,17 +144,20 @@ class Report(Config):
     software: Mapping[str, str]
 
 
+def tokens_report(source: CalibrationSource, tokens: TokenSet) -> TokensReport:
+    """A token set and where it came from."""
+    return TokensReport(
+        source=source.model_dump(mode="json"),
+        sequences=tokens.sequences,
+        sequence_length=tokens.length,
+        digest=tokens.digest,
+    )
+
+
 def quality(windows: Sequence[WindowMetrics]) -> Quality:
     """Every metric over windows, in the order given."""
     summary = {metric.name: metric.over_windows([window[metric.name] for window in windows]) for metric in METRICS}
     return Quality.model_validate(summary)
-
-
-def qualities(windows: Mapping[str, Sequence[WindowMetrics]]) -> tuple[Quality, Quality, Quality]:
-    """Baseline, quantized, compensated; without a compensated variant the quantized model is what is served."""
-    quantized = quality(windows[QUANTIZED])
-    compensated = quality(windows[COMPENSATED]) if COMPENSATED in windows else quantized
-    return quality(windows[BASELINE]), quantized, compensated
 
 
 def bits_per_weight(records: Iterable[BlockRecord], kept_bits: int, parameters: int) -> BitsPerWeight:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, create_model, field_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from counterweight.workers.calibration.source import CalibrationSource, TokenSource
 from counterweight.workers.config import Config
+from counterweight.workers.methods.distillation import Distillation
 from counterweight.workers.metrics import METRICS
 from counterweight.workers.recipe import Recipe
 
@@ -120,7 +129,35 @@ class Validation(Section):
     windows: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Number of windows, from the start of the text; null: all."""
     gates: Gates = Field(default_factory=Gates)
-    """Bounds for publication."""
+    """Bounds for publication, on the compressed model while decoding: residual stores correct every token."""
+    prefill_gates: Gates | None = None
+    """Likewise in prefill: residual stores leave a text that is given whole alone; without them both are one model. null: no
+    bounds.
+    """
+
+
+class TextShare(Section):
+    """Windows of a text."""
+
+    source: Tokens
+    """Where they come from; without a `kind`, a text."""
+    sequences: Annotated[int, Field(ge=1, le=1_000_000)]
+    """How many of them, each as long as the calibration's."""
+    skip: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Windows that are left out first, from the start of the text."""
+
+
+class DistillationStage(Section):
+    """Training of the compressed model as a whole, when all its blocks are solved."""
+
+    texts: Annotated[tuple[TextShare, ...], Field(min_length=1, max_length=16)]
+    """What is trained on: texts of several kinds, or the model learns the ways of one."""
+    held_out: Annotated[tuple[TextShare, ...], Field(min_length=1, max_length=16)]
+    """What decides whether training has won: on none of these texts may the model become worse. One of them should be of a kind
+    that is not trained on.
+    """
+    training: Distillation = Field(default_factory=Distillation)
+    """How it is trained."""
 
 
 class Resources(Section):
@@ -157,12 +194,22 @@ class JobSpec(Section):
     """What statistics are gathered on."""
     recipe: Recipe
     """What is done to the weights."""
+    distillation: DistillationStage | None = None
+    """Training of the model behind the closed forms; null: it stays as its blocks were solved."""
     validation: Validation | None = None
     """How the result is judged; null: it is published unjudged."""
     resources: Resources = Field(default_factory=Resources)
     """What the job may use."""
     output: Output
     """Where the artifact goes."""
+
+    @model_validator(mode="after")
+    def _distils_what_it_can(self) -> JobSpec:
+        if self.distillation is not None and self.recipe.residual is not None:
+            raise ValueError(
+                "distillation: expected recipe.residual null: its store holds what the untrained model leaves"
+            )
+        return self
 
     @property
     def validation_sequence_length(self) -> int | None:
@@ -197,7 +244,12 @@ def canonical(job: CompressionJob) -> bytes:
         include={"calibration": True, "recipe": True, "validation": True},
         exclude={"calibration": {"source"}, "validation": {"text"}},
     )
+    if (stage := job.spec.distillation) is not None:
+        # Only where it is asked for: jobs without it keep the identity that they had before there was any.
+        spec["distillation"] = {"training": stage.training.model_dump(mode="json"), "held_out": len(stage.held_out)}
     if spec["validation"] is not None:
         spec["validation"]["sequence_length"] = job.spec.validation_sequence_length
+        if spec["validation"]["prefill_gates"] is None:
+            del spec["validation"]["prefill_gates"]  # younger than artifacts whose ids were made without it
     content = {"apiVersion": job.apiVersion, **spec}
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -10,12 +10,12 @@ from __future__ import annotations
 import os.path
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from urllib.parse import unquote
 
 from counterweight.pipeline.manifest.explain import Complaint
-from counterweight.pipeline.manifest.job import MAX_URI, CompressionJob
+from counterweight.pipeline.manifest.job import MAX_URI, CompressionJob, TextShare
 from counterweight.pipeline.manifest.problems import Path, show
 from counterweight.workers.calibration.source import (
     CalibrationSource,
@@ -88,11 +88,20 @@ def resolve_uris(job: CompressionJob, base: str | None) -> tuple[CompressionJob,
     if validation is not None:
         text = resolver.tokens(validation.text, ("spec", "validation", "text"))
         validation = validation.model_copy(update={"text": text})
+    distillation = spec.distillation
+    if distillation is not None:
+        distillation = distillation.model_copy(
+            update={
+                "texts": resolver.shares(distillation.texts, ("spec", "distillation", "texts")),
+                "held_out": resolver.shares(distillation.held_out, ("spec", "distillation", "held_out")),
+            }
+        )
     output = resolver.apply(resolve_uri, spec.output.uri, ("spec", "output", "uri"))
     resolved = spec.model_copy(
         update={
             "model": spec.model.model_copy(update={"uri": model}),
             "calibration": calibration.model_copy(update={"source": source}),
+            "distillation": distillation,
             "validation": validation,
             "output": spec.output.model_copy(update={"uri": output}),
         }
@@ -123,6 +132,12 @@ class _Resolver:
             local = self.apply(resolve_dataset_path, source.path, (*path, "path"))
             return source.model_copy(update={"path": local})
         return source.model_copy(update={"uri": self.apply(resolve_uri, source.uri, (*path, "uri"))})
+
+    def shares(self, shares: Sequence[TextShare], path: Path) -> tuple[TextShare, ...]:
+        return tuple(
+            share.model_copy(update={"source": self.tokens(share.source, (*path, index, "source"))})
+            for index, share in enumerate(shares)
+        )
 
 
 def _join(path: str, base: str | None) -> str:

@@ -96,6 +96,15 @@ def test_recipes(place: Path) -> None:
 
 
 @pytest.mark.end_to_end
+def test_distillation(place: Path) -> None:
+    folders = ("--models", place / "models", "--data", place / "data", "--output", place / "recipes")
+    sizes = ("--sequences", 8, "--windows", 4, "--length", 16, "--trained", 8, "--held-out", 2)
+    (row,) = rows(ran("distillation", "llama", *folders, *sizes, "--only", "LRC, all trained"))
+    assert row.startswith("| LRC, all trained |")
+    assert " to " in row
+
+
+@pytest.mark.end_to_end
 def test_speed(place: Path) -> None:
     """Our side; the peer wants an environment of several gigabytes."""
     text = place / "data" / "wikitext2" / "wiki.valid.txt"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.residual import (
+    Correction,
     ResidualStore,
     bucket_floors,
     compensate,
@@ -90,7 +91,12 @@ def test_a_store_means_codes_times_scale(bits: int) -> None:
 
 
 def test_bits_stored_counts_codes_scales_and_thresholds() -> None:
-    assert random_store(rows=16, columns=40).bits_stored == 16 * 40 * 4 + 16 * 32 + 40 * 32
+    store = random_store(rows=16, columns=40)
+    assert store.bits_stored == 16 * 40 * 4 + 16 * 32 + 40 * 32
+    importance = torch.ones(40)
+    dynamic = Correction(store=store, channels_per_chunk=100)
+    static = Correction(store=store, channels_per_chunk=100, selection="static", importance=importance)
+    assert (dynamic.bits_stored, static.bits_stored) == (store.bits_stored, store.bits_stored + 40 * 32)
 
 
 def test_a_store_moves_as_a_whole() -> None:

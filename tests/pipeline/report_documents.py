@@ -26,6 +26,7 @@ VOID = {"meta", "link"}
 BASELINE = Quality(perplexity=12.310234567, kl=0.0, top1_agreement=1.0)
 QUANTIZED = Quality(perplexity=14.801234567, kl=0.18123456, top1_agreement=0.78125)
 COMPENSATED = Quality(perplexity=13.271234567, kl=0.07123456, top1_agreement=0.8623)
+PREFILL = Quality(perplexity=14.302234567, kl=0.12123456, top1_agreement=0.8123)
 BITS = BitsPerWeight(weights=3.0, scales=0.125, factors=0.25, residual=0.0625, total=3.4375, model=5.912345)
 
 
@@ -38,6 +39,7 @@ def module(
     columns: int = 128,
     rank: int = 16,
     fallbacks: Sequence[FallbackReport] = (),
+    residual_bits: int = 0,
 ) -> ModuleReport:
     """A linear of 64 rows."""
     return ModuleReport(
@@ -51,6 +53,7 @@ def module(
         code_bits=64 * columns * 3,
         scale_bits=64 * 16,
         factor_bits=(64 + columns) * rank * 16,
+        residual_bits=residual_bits,
         error_quantized=before,
         error_compensated=after,
         fallbacks=tuple(fallbacks),
@@ -92,8 +95,9 @@ def report(
     *,
     validated: bool = True,
     compensated: Quality = COMPENSATED,
+    prefill: Quality | None = None,
 ) -> Report:
-    """A report of a job that was validated, of two dense blocks unless said otherwise."""
+    """A report of a job that was validated, of two dense blocks unless said otherwise. prefill: with residual stores."""
     if tasks is None:
         tasks = [task(f"block {i}", load=0.1, forward=0.4, solve=1.0, write=0.1) for i in range(2)]
     return Report(
@@ -120,6 +124,7 @@ def report(
         baseline=BASELINE if validated else None,
         quantized=QUANTIZED if validated else None,
         compensated=compensated if validated else None,
+        compensated_prefill=prefill if validated else None,
         bits_per_weight=BITS,
         modules=tuple(dense(2) if modules is None else modules),
         tasks=tuple(tasks),

@@ -14,7 +14,7 @@ from counterweight.pipeline.allocation import Candidate, allocate
 from counterweight.pipeline.artifact import open_artifact
 from counterweight.pipeline.artifact.report import Report
 from counterweight.workers import calibrated_block
-from counterweight.workers.block import calibrate
+from counterweight.workers.shards import run_shards
 from tests.inprocess import run_job
 from tests.models import checkpoint
 
@@ -115,8 +115,8 @@ def passes_of(
 ) -> tuple[int, bytes]:
     """How often a job ran a block for its statistics; and the bytes of its first shard of blocks."""
     passes: list[int] = []
-    counted = lambda *arguments: passes.append(1) or calibrate(*arguments)  # noqa: E731
-    monkeypatch.setattr(calibrated_block, "calibrate", counted)
+    counted = lambda *arguments: passes.append(1) or run_shards(*arguments)  # noqa: E731
+    monkeypatch.setattr(calibrated_block, "run_shards", counted)
     published = run_job(model, output, recipe, **options)
     store, _ = open_artifact(published.uri)
     return len(passes), store.read("model-00002-of-00006.safetensors")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -402,13 +403,30 @@ def test_facts_for_people(command: Command, published: tuple[Path, str], tmp_pat
     assert plan.code == 0
     assert "quantized        61,440 weights in 2 blocks" in plan.out
     assert "does not fit     nothing" in plan.out
+    assert re.search(r"arithmetic +\S+ TFLOP \(forward \d+%, statistics \d+%, solve \d+%\)", plan.out)
     assert command("verify", uri).out.startswith("tiny is whole\n")
     pulled = command("pull", uri, tmp_path / "pulled")
     assert pulled.out.splitlines()[-1] == str(tmp_path / "pulled")
     assert "model.safetensors.index.json" in pulled.err
     assert files_of(tmp_path / "pulled") == files_of(local_path(uri))
     evaluated = command("eval", uri, "--windows", 2)
-    assert [line.split()[0] for line in evaluated.out.splitlines()[1:]] == ["baseline", "quantized", "compensated"]
+    assert [line.split()[0] for line in evaluated.out.splitlines()[1:]] == ["original", "quantized", "compensated"]
+
+
+def test_with_a_residual_store_both_figures_and_all_bits_are_told(command: Command, job: Path) -> None:
+    recipe = "spec.recipe={weights: {bits: 3}, residual: {channels_per_chunk: 100}}"
+    ran = command("run", job, "--set", recipe)
+    told = dict(re.split("  +", line, maxsplit=1) for line in ran.err.splitlines() if "  " in line)
+    document = verify(ran.out.strip())
+    assert document.compensated is not None
+    assert document.compensated_prefill is not None
+    assert told["compensated, decoding"].startswith(f"perplexity {document.compensated.perplexity:.4f}")
+    assert told["compensated, prefill"].startswith(f"perplexity {document.compensated_prefill.perplexity:.4f}")
+    total, *parts = [float(number) for number in re.findall(r"[0-9]+\.[0-9]+", told["bits per weight"])]
+    assert sum(parts) == pytest.approx(total, abs=0.0005 * len(parts))
+    assert f"{document.bits_per_weight.residual:.3f} residual store" in told["bits per weight"]
+    evaluated = command("eval", ran.out.strip(), "--windows", 2)
+    assert "compensated, prefill" in evaluated.out
 
 
 def test_an_artifact_may_be_named_by_a_path(

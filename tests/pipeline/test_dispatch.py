@@ -50,7 +50,7 @@ class ScriptedPool:
     """Each task takes the next item of its kind's script; without one it gives back its value."""
 
     def __init__(self, size: int, script: dict[str, Sequence[Any]] | None = None) -> None:
-        self.size = size
+        self.size, self.threads = size, 1
         self.calls: list[tuple[int, str]] = []
         self.restarts: list[int] = []
         self.order: Callable[[list[Outcome]], list[Outcome]] = lambda outcomes: outcomes[:1]
@@ -213,10 +213,9 @@ def test_a_node_waits_for_those_that_it_is_made_from() -> None:
 
 
 def test_whoever_waits_for_what_cannot_start_is_told() -> None:
-    """And does not wait for ever: a node that depends on itself can never run."""
+    """And does not wait for ever: a node behind one that is in no graph that runs."""
     graph = Graph()
-    node = graph.add(lambda: Numbered(0))
-    node.after = (node,)
+    node = graph.add(lambda: Numbered(0), after=(Graph().add(lambda: Numbered(1)),))
     with pytest.raises(WorkerError, match=r"^node 0: nothing runs and nothing that it waits for can start$"):
         Dispatcher(ScriptedPool(1), RetryPolicy(), lambda _: None, graph).run([node])
 
@@ -234,7 +233,7 @@ def test_what_a_dead_worker_held_is_not_waited_for_there() -> None:
     """Two nodes use what worker 1 holds. It dies in the first: the second is then no more its own than the first is."""
     graph = Graph()
     graph.add(lambda: Numbered(0))
-    held = [graph.add(lambda number=number: Numbered(number)) for number in (1, 2)]
+    held = [graph.add(lambda number=number: Numbered(number), bytes=1) for number in (1, 2)]
     gate = graph.add(lambda: Numbered(3), after=held)
     users = [
         graph.add(lambda number=number: Numbered(number), after=(gate,), uses=one)

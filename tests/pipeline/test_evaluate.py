@@ -26,13 +26,18 @@ def uri(manifest: Path) -> str:
 
 def test_the_reports_figures_come_out_again_to_the_last_bit(uri: str, tmp_path: Path) -> None:
     document = pull(uri, tmp_path / "pulled")
-    reported = {
-        "baseline": document.baseline,
-        "quantized": document.quantized,
-        "compensated": document.compensated,
-    }
-    assert evaluate_artifact(uri) == reported
-    assert evaluate_artifact((tmp_path / "pulled").as_uri()) == reported
+    assert evaluate_artifact(uri) == document.qualities
+    assert evaluate_artifact((tmp_path / "pulled").as_uri()) == document.qualities
+    assert set(document.qualities) == {"baseline", "quantized", "compensated"}
+
+
+def test_with_a_residual_store_the_model_in_prefill_is_a_figure_of_its_own(manifest: Path, tmp_path: Path) -> None:
+    store = ["spec.recipe.weights.bits=3", "spec.recipe.residual={channels_per_chunk: 100}"]
+    published = run_local(job_of(manifest, f"spec.output.uri={tmp_path}", *store))
+    found = evaluate_artifact(published.uri)
+    assert found == published.document.qualities
+    assert list(found) == ["baseline", "quantized", "compensated", "compensated_prefill"]
+    assert len({quality.perplexity for quality in found.values()}) == 4
 
 
 def test_another_model_is_refused(uri: str, manifest: Path, tmp_path: Path) -> None:

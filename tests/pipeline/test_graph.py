@@ -31,7 +31,7 @@ def blob(*content: object) -> Blob:
     return Blob(sha256=hashlib.sha256(repr(content).encode()).hexdigest(), size=1)
 
 
-FIRST = (blob("embedding", 0), blob("embedding", 1))
+FIRST = tuple(blob("embedding", shard) for shard in range(3))
 EMBED = Embed(setting=SETTING, tokens=blob("tokens"), tensor=("embedding", "0" * 64))
 
 
@@ -64,7 +64,10 @@ BlockTask = Calibrate | Gains | Compress
 
 
 class Cluster:
-    """Simulated workers on one graph; each holds the statistics of the last block that it calibrated, with a budget of all."""
+    """Simulated workers on one graph; each holds the statistics of the last block that it calibrated, with a budget of all.
+
+    stretch: shards that a block is calibrated on at a time. holds: worker -> block -> shards that its sums are over.
+    """
 
     def __init__(
         self,
@@ -75,6 +78,7 @@ class Cluster:
         propagate: Propagate = "original",
         budget: bool = False,
         hold: int = 100,
+        stretch: int = len(FIRST),
     ):
         self.workspace, self.propagate, self.count, self.hold = workspace, propagate, count, hold
         self.shared = 0
@@ -82,14 +86,21 @@ class Cluster:
         embedded: Node[HiddenRecord] = self.graph.add(lambda: EMBED)
         shares = Budget(blocks=frozenset(range(count)), share=self._share, bytes=[1] * count)
         self.blocks: Blocks = add_blocks(
-            self.graph, embedded, [{}] * count, self.spec_of, propagate=propagate, budget=shares if budget else None
+            self.graph,
+            embedded,
+            [{}] * count,
+            self.spec_of,
+            propagate=propagate,
+            budget=shares if budget else None,
+            stretches=[range(len(FIRST))[start : start + stretch] for start in range(0, len(FIRST), stretch)],
         )
         self.graph.open()
         self.running: dict[int, Node[object]] = {}
         self.workers = range(workers)
-        self.holds: dict[int, list[int]] = {worker: [] for worker in self.workers}
+        self.holds: dict[int, dict[int, int]] = {worker: {} for worker in self.workers}
         self.started: list[tuple[str, int, int]] = []
         self.recalculated: list[int] = []
+        self.faulty = False
 
     @property
     def done(self) -> bool:
@@ -133,6 +144,7 @@ class Cluster:
                 index = task.block.index
                 others = [other.made().block_index for other in self.running.values()]
                 assert index not in others, "a block on two workers"
+                self._assert_one_block_at_a_time(worker, task)
                 self.started.append((task.kind, index, worker))
             self.running[worker] = node
 
@@ -140,7 +152,7 @@ class Cluster:
         """A worker's task ends: with its record, with its death, or with an error that may mend."""
         node = self.running.pop(worker)
         if dies:
-            self.holds[worker] = []
+            self.holds[worker] = {}
             self.graph.lost(worker)
             self.graph.failed(node)
         elif fails or not self._readable(worker, node):
@@ -162,28 +174,36 @@ class Cluster:
             assert self.running, "nothing runs, nothing can start, and blocks are missing"
             self.finish(min(self.running))
             steps += 1
-            assert steps <= 6 * self.count + 1, "no progress"
+            assert steps <= 8 * self.count + 1, "no progress"
+
+    def _assert_one_block_at_a_time(self, worker: int, task: BlockTask) -> None:
+        """A worker that waits for shards of a block begins no other, unless nothing runs that could bring them."""
+        waiting = [index for index, shards in self.holds[worker].items() if shards < len(FIRST)]
+        if isinstance(task, Calibrate) and not task.start and self.running and not self.faulty:
+            assert not waiting or waiting == [task.block.index], "a second block is begun"
 
     def _forget(self, worker: int, index: int) -> None:
-        self.holds[worker] = [held for held in self.holds[worker] if held != index]
+        self.holds[worker].pop(index, None)
 
     def _readable(self, worker: int, node: Node[object]) -> bool:
         """A task whose statistics are not in memory reads the block's inputs."""
         if isinstance(node.made(), Embed):
             return True
         task = block_task(node)
-        in_memory = not isinstance(task, Calibrate) and task.block.propagate == "original"
-        held = in_memory and task.block.index in self.holds[worker]
-        return held or all(self.workspace.has(each) for each in task.block.inputs)
+        shards = self.holds[worker].get(task.block.index) if task.block.propagate == "original" else None
+        start, stop = (task.start, task.stop) if isinstance(task, Calibrate) else [len(task.block.inputs)] * 2
+        again = shards is None or shards != start or (isinstance(task, Calibrate) and not start)
+        return all(self.workspace.has(each) for each in task.block.inputs[0 if again else start : stop])
 
     def _calibrated(self, worker: int, task: BlockTask) -> None:
         """The statistics are in memory from now on, those of others as far as there is room."""
         index = task.block.index
-        if index not in self.holds[worker]:
-            kept = self.holds[worker][-self.hold :] if self.hold else []
-            self.holds[worker] = [*kept, index]
-            if not isinstance(task, Calibrate):
-                self.recalculated.append(index)
+        start, end = (task.start, task.stop) if isinstance(task, Calibrate) else [len(task.block.inputs)] * 2
+        held = self.holds[worker].pop(index, 0)
+        if held != start:
+            self.recalculated.append(index)
+        kept = list(self.holds[worker].items())[-self.hold :] if self.hold else []
+        self.holds[worker] = {**dict(kept), index: end}
 
     def _work(self, worker: int, node: Node[object]) -> HiddenRecord | BlockRecord | GainsRecord:
         if isinstance(node.made(), Embed):
@@ -196,10 +216,12 @@ class Cluster:
             self._calibrated(worker, task)
         if isinstance(task, Calibrate):
             assert spec.propagate == "original", "with compressed propagation there is only the whole task"
-            self.workspace.put(*outputs)
-            return self.workspace.commit(
-                CALIBRATE, spec.calibrate_key(), HiddenRecord(outputs=outputs, timing=Timing())
-            )
+            own = outputs[task.start : task.stop]
+            self.workspace.put(*own)
+            if task.stop == task.shards:
+                record = HiddenRecord(outputs=outputs, timing=Timing())
+                self.workspace.commit(CALIBRATE, spec.calibrate_key(), record)
+            return HiddenRecord(outputs=own, timing=Timing())
         if isinstance(task, Gains):
             if not task.keep:
                 self._forget(worker, spec.index)
@@ -288,6 +310,56 @@ def test_second_halves_run_beside_the_chain() -> None:
     cluster.assign()
     assert sorted(block_task(node).block.index for node in cluster.running.values()) == [0, 1, 2, 3, 4]
     assert {type(node.made()) for node in cluster.running.values()} == {Compress}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_shards_stream_through_the_blocks(workers: int) -> None:
+    """No stretch is calibrated twice, and all of a block's where its statistics are."""
+    cluster = Cluster(MemoryWorkspace(), count=5, workers=workers, stretch=1)
+    cluster.run()
+    assert sorted(cluster.halves("forward")) == sorted([0, 1, 2, 3, 4] * len(FIRST))
+    assert cluster.recalculated == []
+    for index in range(5):
+        assert len({worker for _, block, worker in cluster.started if block == index}) == 1
+
+
+def test_a_block_begins_when_the_first_shard_has_left_the_one_before() -> None:
+    cluster = Cluster(MemoryWorkspace(), count=3, workers=3, stretch=1)
+    cluster.assign()
+    cluster.finish(0)
+    cluster.assign()
+    assert cluster.started == [("forward", 0, 0), ("forward", 0, 0), ("forward", 1, 1)]
+    cluster.finish(1)  # block 1 waits for the second shard; worker 2 goes on with the first
+    cluster.assign()
+    assert cluster.started[3:] == [("forward", 2, 2)]
+    cluster.finish(0)
+    cluster.assign()
+    assert cluster.started[4:] == [("forward", 0, 0), ("forward", 1, 1)]
+
+
+def test_a_worker_that_dies_amid_a_block_is_followed_by_one_that_runs_its_shards_again() -> None:
+    cluster = Cluster(MemoryWorkspace(), count=3, workers=2, stretch=1)
+    for worker in (0, 0, 1):
+        cluster.assign()
+        cluster.finish(worker)
+    cluster.assign()
+    cluster.finish(0, dies=True)  # in the last shard of block 0
+    cluster.run()
+    assert cluster.recalculated == [0]
+    assert sorted(cluster.halves("block")) == [0, 1, 2]
+
+
+def test_a_job_that_was_killed_amid_its_blocks_goes_on_with_the_shards_that_are_missing() -> None:
+    first = Cluster(MemoryWorkspace(), count=3, workers=3, stretch=1)
+    for worker in (0, 0, 1):
+        first.assign()
+        first.finish(worker)
+    again = Cluster(first.workspace, count=3, workers=3, stretch=1)
+    again.run()
+    assert again.recalculated == []
+    whole = Cluster(first.workspace, count=3, workers=1)
+    whole.run()
+    assert whole.started == []
 
 
 def test_a_dead_holders_block_goes_to_another_worker_and_the_chain_goes_on() -> None:
@@ -489,7 +561,7 @@ def test_a_budget_with_compressed_propagation_measures_the_original_blocks_first
     cluster = Cluster(MemoryWorkspace(), count=3, workers=1, propagate="compressed", budget=True)
     cluster.run()
     assert [kind for kind, _, _ in cluster.started] == ["forward", "gains"] * 3 + ["block"] * 3
-    assert cluster.holds == {0: []}
+    assert cluster.holds == {0: {}}
     assert {each.sha256 for each in cluster.blocks.discardable} == cluster.workspace.blobs - {
         *(each.sha256 for each in FIRST),
         *(blob("checkpoint", index).sha256 for index in range(3)),
@@ -512,7 +584,7 @@ def test_what_nobody_reads_is_not_made_again() -> None:
     (last,) = Cluster(workspace, count=3, workers=1).blocks.calibrate[2:]
     task = last.made()
     assert isinstance(task, Calibrate)
-    del workspace.records[CALIBRATE, task.key()]
+    del workspace.records[CALIBRATE, task.block.calibrate_key()]
     cluster = Cluster(workspace, count=3, workers=1)
     assert not cluster.blocks.calibrate[2].done
     assert cluster.graph.assign(0) is None
@@ -524,7 +596,7 @@ def test_what_a_dead_worker_held_anybody_can_compress() -> None:
         cluster.assign()
         if not cluster.halves("block"):
             cluster.finish(next(iter(cluster.running)))  # whoever has worked longest
-    held = {worker: list(blocks) for worker, blocks in cluster.holds.items()}
+    held = {worker: sorted(blocks) for worker, blocks in cluster.holds.items()}
     assert all(len(blocks) == 2 for blocks in held.values())
     cluster.finish(0, dies=True)
     cluster.finish(1)
@@ -610,9 +682,13 @@ def test_whatever_happens_in_whatever_order_the_chain_ends(data: st.DataObject) 
     hidden += FIRST if data.draw(st.booleans()) else ()
     for each in data.draw(st.sets(st.sampled_from(hidden))):
         workspace.discard(each)
-    cluster = Cluster(workspace, count=count, workers=workers, propagate=propagate, budget=budget, hold=hold)
+    stretch = data.draw(st.integers(1, len(FIRST)))
+    cluster = Cluster(
+        workspace, count=count, workers=workers, propagate=propagate, budget=budget, hold=hold, stretch=stretch
+    )
+    cluster.faulty = True
     faults = data.draw(st.integers(0, 6))
-    for _ in range(40 * (count + 1)):
+    for _ in range(60 * (count + 1)):
         if cluster.done:
             break
         cluster.assign()

@@ -175,6 +175,7 @@ class TestCanonical:
             "spec.validation.windows=5",
             "spec.validation.sequence_length=33",
             "spec.validation.gates.kl=0.6",
+            "spec.validation.prefill_gates={}",
         ],
     )
     def test_what_determines_the_result(self, override: str) -> None:
@@ -208,4 +209,5 @@ class TestCanonical:
     def test_it_is_sorted_json_without_spaces(self) -> None:
         content = json.loads(canonical(job(FULL)))
         assert list(content) == ["apiVersion", "calibration", "recipe", "validation"]
+        assert "prefill_gates" not in content["validation"], "ids that were made before it stay"
         assert canonical(job(FULL)) == json.dumps(content, sort_keys=True, separators=(",", ":")).encode()

@@ -9,7 +9,7 @@ import torch
 
 from counterweight.pipeline import devices, plan
 from counterweight.pipeline.model_source import ModelSource, open_model
-from counterweight.pipeline.plan import PROCESS_BYTES, make_plan
+from counterweight.pipeline.plan import PROCESS_BYTES, BlockPlan, make_plan
 from counterweight.pipeline.resolve import block_recipe
 from counterweight.workers.calibrated_block import calibrated
 from counterweight.workers.checkpoint.header import LENGTH_BYTES
@@ -58,14 +58,18 @@ def test_the_plan_counts_what_is_there(manifest: Path, source: ModelSource) -> N
     assert plan.problems == ()
 
 
-def test_arithmetic_is_two_operations_a_weight_a_token_and_the_gram_matrices(
-    manifest: Path, source: ModelSource
-) -> None:
-    block = make_plan(job_of(manifest), source).blocks[0]
-    assert block.forward_flops == 2 * 384 * sum(map(prod, LINEARS.values()))
-    # One symmetric matrix per distinct input: q/k/v, o, gate/up (width 64) and down (width 96).
-    assert block.statistics_flops == 384 * (3 * 64**2 + 96**2)
+def test_a_pass_is_two_operations_a_weight_a_token_and_the_gram_matrices(manifest: Path, source: ModelSource) -> None:
+    plan = make_plan(job_of(manifest), source)
+    block = plan.blocks[0]
+    # 12 sequences of 32 tokens; scores of heads that are 64 wide together, and the values that they mix.
+    assert block.forward_flops == 2 * 384 * sum(map(prod, LINEARS.values())) + 4 * 384 * 32 * 64
+    # One matrix per distinct input: q/k/v, o, gate/up (width 64) and down (width 96), each within one strip of its triangle.
+    assert block.statistics_flops == 2 * 384 * (3 * 64**2 + 96**2)
     assert block.statistics_bytes == (3 * 64**2 + 96**2) * 8
+    assert block.solve_flops > 0
+    assert block.prepare_flops == block.tune_flops == 0
+    assert block.flops == sum(block.phases.values()) == block.forward_flops + block.statistics_flops + block.solve_flops
+    assert plan.flops == sum(each.flops for each in plan.blocks)
 
 
 def test_experts_see_their_share_of_the_tokens(tmp_path: Path) -> None:
@@ -73,7 +77,7 @@ def test_experts_see_their_share_of_the_tokens(tmp_path: Path) -> None:
     block = make_plan(job_of(manifest), open_model((tmp_path / "model").as_uri())).blocks[0]
     attention = 64 * 64 * 2 + 32 * 64 * 2
     one_expert = 3 * 64 * 96
-    assert block.forward_flops == 2 * 384 * (attention + 4 * one_expert * 2 // 4)
+    assert block.forward_flops == 2 * 384 * (attention + 4 * one_expert * 2 // 4) + 4 * 384 * 32 * 64
 
 
 def test_what_is_kept_is_not_in_a_blocks_recipe(manifest: Path, source: ModelSource) -> None:
@@ -102,6 +106,21 @@ def test_longer_sequences_and_more_workers_need_more_memory(manifest: Path, sour
     # GPUs have memory of their own, which headers do not tell.
     gpus = job_of(manifest, "spec.resources={workers: 5000, gpus_per_worker: 1}")
     assert make_plan(gpus, source).problems == ()
+
+
+def test_a_scaled_block_lies_beside_what_it_was_while_shards_stream(manifest: Path, source: ModelSource) -> None:
+    """With several workers shards come a few at a time, and each needs the original block's output."""
+
+    def forward(workers: int, *overrides: str) -> BlockPlan:
+        resources = (f"spec.resources.workers={workers}", "spec.resources.cpus_per_worker=1")
+        job = job_of(manifest, "spec.calibration.sequence_length=4096", *resources, *overrides)
+        return make_plan(job, source).blocks[0]
+
+    smoothing = "spec.recipe.transforms=[{kind: smoothing}]"
+    assert forward(2).peak_bytes == forward(1).peak_bytes
+    one, two = forward(1, smoothing), forward(2, smoothing)
+    assert one.peak_phase == two.peak_phase == "forward"
+    assert two.peak_bytes - one.peak_bytes == 4 * one.parameters
 
 
 def test_what_does_not_fit_a_gpu_is_told_with_its_block(

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from math import exp, log
+from math import exp
 from pathlib import Path
 from statistics import geometric_mean, mean
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.pipeline.artifact.report import Report, qualities, quality
+from counterweight.pipeline.artifact import ArtifactDocument
+from counterweight.pipeline.artifact.report import Report, labelled, quality
 from tests.models import read_tensors
 from tests.pipeline.tiny import job_of, local_path, run_local, write_job
 
@@ -27,12 +28,21 @@ def test_perplexity_is_the_geometric_mean_of_the_windows() -> None:
     assert found.top1_agreement == pytest.approx(mean(w["top1_agreement"] for w in WINDOWS))
 
 
-def test_without_branches_the_compensated_model_is_the_quantized_one() -> None:
-    baseline, quantized, compensated = qualities({"baseline": WINDOWS[:1], "quantized": WINDOWS[1:]})
-    assert compensated == quantized
-    assert log(baseline.perplexity) == pytest.approx(1.0)
-    three = qualities({"baseline": WINDOWS[:1], "quantized": WINDOWS[1:2], "compensated": WINDOWS[2:]})
-    assert [log(each.perplexity) for each in three] == pytest.approx([1.0, 2.5, 0.125])
+def test_what_compensation_is_called_says_which_figure_it_is() -> None:
+    found = {name: quality(WINDOWS) for name in ("baseline", "quantized", "compensated")}
+    assert list(labelled(found)) == ["original", "quantized", "compensated"]
+    with_store = {"compensated_prefill": quality(WINDOWS[:1]), **found}
+    assert list(labelled(with_store)) == ["original", "quantized", "compensated, decoding", "compensated, prefill"]
+    assert labelled(with_store)["compensated, prefill"] == with_store["compensated_prefill"]
+
+
+def test_documents_without_the_field_for_prefill_still_read(manifest: Path, tmp_path: Path) -> None:
+    """As earlier revisions wrote them."""
+    root = local_path(run_local(job_of(manifest, f"spec.output.uri={tmp_path}")).uri)
+    for path, kind in (("artifact.json", ArtifactDocument), ("report/report.json", Report)):
+        document = json.loads((root / path).read_text())
+        assert document.pop("compensated_prefill") is None
+        assert "compensated_prefill" not in kind.model_validate(document).qualities
 
 
 def bits(tensor: Tensor) -> int:
@@ -91,6 +101,7 @@ def test_the_report_has_what_the_contract_names(manifest: Path, tmp_path: Path) 
     root = local_path(published.uri)
     report = Report.model_validate_json((root / "report" / "report.json").read_bytes())
     plain = json.loads((root / "report" / "report.json").read_text())
+    assert plain["compensated_prefill"] is None
     for variant in ("baseline", "quantized", "compensated"):
         assert set(plain[variant]) == {"perplexity", "kl", "kl_p99", "top1_agreement"}
     assert [module.name for module in report.modules] == [

@@ -14,6 +14,7 @@ from counterweight.pipeline.artifact.report import Report
 from tests.pipeline.report_documents import (
     BASELINE,
     BITS,
+    PREFILL,
     QUANTIZED,
     Node,
     dense,
@@ -96,6 +97,30 @@ class TestResult:
         section = page(report(dense(2, rank=0), compensated=QUANTIZED)).section("Result")
         assert section.rows()[0] == ["perplexity", "12.3102", "14.8012"]
         assert "the quantized model is what is served" in section.text
+
+    def test_with_residual_stores_decoding_and_prefill_are_told_apart(self) -> None:
+        root = page(report(prefill=PREFILL))
+        section = root.section("Result")
+        assert [head.text for head in section.all("th")][1:5] == [
+            *("original", "quantized", "compensated, decoding", "compensated, prefill")
+        ]
+        assert section.rows()[0] == ["perplexity", "12.3102", "14.8012", "13.2712", "14.3022"]
+        assert len(section.all("circle", "point")) == 4
+        assert "closed 61.4 % of the perplexity gap" in section.text
+        assert "In prefill: 20.0 %." in section.text
+        assert "residual stores correct every token" in section.text
+        assert "perplexity, decoding" in root.all("header")[0].text
+        for word in ("decoding", "refill"):
+            assert word not in page(report()).section("Result").text
+
+    def test_a_store_without_branches_is_compensation_that_no_error_shows(self) -> None:
+        modules = [module(f"model.layers.0.{name}", 0.02, 0.02, rank=0, residual_bits=64 * 128 * 4) for name in "ab"]
+        root = page(report(modules, prefill=QUANTIZED))
+        assert root.section("Result").rows()[0] == ["perplexity", "12.3102", "14.8012", "13.2712", "14.8012"]
+        assert "In prefill: 0.0 %." in root.section("Result").text
+        errors = root.section("Error per module")
+        assert "What residual stores correct while decoding is not taken off." in errors.text
+        assert not errors.all("circle", "after")
 
     def test_perplexities_are_drawn_to_scale(self) -> None:
         made = report()

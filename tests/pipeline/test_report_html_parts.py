@@ -17,6 +17,7 @@ from counterweight.workers.methods.activations import Activations
 from counterweight.workers.methods.compensations import SVD
 from counterweight.workers.methods.compensations.rank import CountRank, EnergyRank, FractionRank
 from counterweight.workers.methods.quantizers import RTN
+from counterweight.workers.methods.residual import Residual
 from counterweight.workers.methods.weights import Weights
 from counterweight.workers.recipe import Override, Recipe
 from tests.pipeline.report_documents import mixtral, module, read
@@ -150,6 +151,14 @@ class TestTexts:
             (
                 Recipe(weights=Weights(), compensation=SVD(whitening="full", rank=EnergyRank(energy=0.5))),
                 "W4 per channel, GPTQ + low rank by energy 0.5 (svd, full whitening)",
+            ),
+            (
+                Recipe(weights=Weights(bits=3, quantizer=RTN()), residual=Residual()),
+                "W3 per channel, RTN + residual store of 4 bits",
+            ),
+            (
+                Recipe(weights=Weights(), compensation=SVD(rank=CountRank(count=4)), residual=Residual()),
+                "W4 per channel, GPTQ + low rank 4 (svd, full whitening) + residual store of 4 bits",
             ),
         ],
     )

@@ -95,16 +95,16 @@ class LocalPool:
     """Workers in threads of this process, with the faults that a test asks for."""
 
     def __init__(self, size: int = 1, *, fault: Fault = lambda *_: None, threads: int = 1) -> None:
-        self.size = size
+        self.size, self.threads = size, threads
         self.calls: list[tuple[int, Task[Any]]] = []
         self.restarts: list[int] = []
-        self._fault, self._threads = fault, threads
+        self._fault = fault
         self._slots = [self._fresh() for _ in range(size)]
         self._pending: dict[Future[Any], tuple[int, int]] = {}
         self._tickets = 0
 
     def _fresh(self) -> _Slot:
-        return _Slot(Worker("cpu", self._threads), ThreadPoolExecutor(1))
+        return _Slot(Worker("cpu", self.threads), ThreadPoolExecutor(1))
 
     def devices(self) -> list[str]:
         return [slot.worker.ready() for slot in self._slots]

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from counterweight.kernels.linear import CompensatedLinear
-from counterweight.workers.block import CompressedLinear, calibrate, compress, install
+from counterweight.workers.block import CompressedLinear, compress, install
 from counterweight.workers.calibration.statistics import Gathering, InputStatistics
 from counterweight.workers.errors import RequestError
 from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.family import SharedInputGroup
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.recipe import ModuleRecipe
+from counterweight.workers.shards import RunningStatistics, run_shards
 from counterweight.workers.tasks.records import ModuleReport
 from tests.models import CASES, build
 
@@ -48,7 +49,9 @@ def calibrated(
 ) -> tuple[dict[SharedInputGroup, InputStatistics], list[Tensor]]:
     pool = OrderedPool(threads)
     try:
-        return calibrate(block, loaders(hidden), lambda output: output, dict.fromkeys(block.groups, Gathering()), pool)
+        sums = RunningStatistics(block, dict.fromkeys(block.groups, Gathering()))
+        outputs = run_shards(block, loaders(hidden), lambda output: output, sums, pool)
+        return sums.result(), outputs
     finally:
         pool.close()
 
@@ -130,10 +133,9 @@ def test_outputs_are_those_of_the_block_in_order() -> None:
 def test_only_the_groups_that_are_asked_for_are_gathered() -> None:
     block = block_of("llama")
     asked = block.groups[1:2]
-    statistics, _ = calibrate(
-        block, loaders(shards(1)), lambda output: None, dict.fromkeys(asked, Gathering()), OrderedPool(1)
-    )
-    assert tuple(statistics) == asked
+    sums = RunningStatistics(block, dict.fromkeys(asked, Gathering()))
+    run_shards(block, loaders(shards(1)), lambda output: None, sums, OrderedPool(1))
+    assert tuple(sums.result()) == asked
 
 
 def starved() -> Block:

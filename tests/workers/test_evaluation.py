@@ -24,6 +24,7 @@ from counterweight.workers.storage import sha256_hex
 from counterweight.workers.tasks.evaluate import (
     BASELINE,
     COMPENSATED,
+    PREFILL,
     QUANTIZED,
     Evaluate,
     EvaluateRecord,
@@ -39,6 +40,7 @@ RTN = {"bits": 3, "group_size": 32, "quantizer": {"kind": "rtn"}}
 RECIPES: dict[str, dict[str, Any]] = {
     "compensated": {"weights": RTN, "compensation": {"kind": "svd", "rank": {"count": 8}}},
     "plain": {"weights": RTN},
+    "store": {"weights": RTN, "residual": {"channels_per_chunk": 100}},
 }
 WINDOWS, LENGTH = 7, 24
 
@@ -190,9 +192,15 @@ def test_threads_change_no_bit(made: Made, worker: Worker, tmp_path: Path) -> No
     assert worker.run(evaluate_spec(made, tmp_path / "two", ids)).windows == alone.windows
 
 
-def test_without_branches_there_is_no_compensated_variant(made: Made, worker: Worker, tmp_path: Path) -> None:
-    record = worker.run(evaluate_spec(made, tmp_path, token_ids(2, LENGTH), artifact="plain"))
-    assert set(record.windows) == {BASELINE, QUANTIZED}
+def test_what_is_one_model_is_measured_once(made: Made, worker: Worker, tmp_path: Path) -> None:
+    """Without compensation, the compensated model; with a residual store and no branch, the model in prefill."""
+    plain = worker.run(evaluate_spec(made, tmp_path, token_ids(2, LENGTH), artifact="plain")).windows
+    assert set(plain) == {BASELINE, QUANTIZED, COMPENSATED}
+    assert plain[COMPENSATED] == plain[QUANTIZED]
+    store = worker.run(evaluate_spec(made, tmp_path, token_ids(2, LENGTH), artifact="store")).windows
+    assert set(store) == {BASELINE, QUANTIZED, COMPENSATED, PREFILL}
+    assert store[PREFILL] == store[QUANTIZED]
+    assert store[COMPENSATED] != store[QUANTIZED]
 
 
 def test_a_finished_evaluation_is_looked_up(made: Made, worker: Worker, tmp_path: Path) -> None:

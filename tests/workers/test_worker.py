@@ -67,6 +67,12 @@ def embedded(worker: Worker, site: Site, *, sequences: int = 2, length: int = 16
     return worker.run(site.embed(token_ids(sequences, length))).outputs
 
 
+def calibration(spec: BlockSpec, start: int = 0, stop: int | None = None) -> Calibrate:
+    """Of all shards, or of a stretch of them."""
+    shards = len(spec.inputs)
+    return Calibrate(block=spec, shards=shards, start=start, stop=shards if stop is None else stop)
+
+
 def content(record: BlockRecord) -> dict[str, Any]:
     """Everything in a record that is not a time or a peak of memory."""
     dumped = record.model_dump(exclude={"timing": True, "modules": {"__all__": {"seconds"}}})
@@ -134,7 +140,7 @@ def test_threads_change_no_bit(case: str, propagate: Any, tmp_path: Path, make: 
 def test_two_halves_on_one_worker_are_the_whole_on_another(site: Site, make: MakeWorker, tmp_path: Path) -> None:
     worker = make()
     spec = site.block(0, embedded(worker, site))
-    worker.run(Calibrate(block=spec))
+    worker.run(calibration(spec))
     halves = worker.run(Compress(block=spec))
     elsewhere = Site(source=site.source, work=tmp_path / "elsewhere")
     fresh = make()
@@ -145,11 +151,56 @@ def test_two_halves_on_one_worker_are_the_whole_on_another(site: Site, make: Mak
     assert site.workspace.get_bytes(halves.adapter) == elsewhere.workspace.get_bytes(halves.adapter)
 
 
+STRETCHES = {
+    "gptq": GPTQ,
+    "smoothed": {**GPTQ, "transforms": [{"kind": "smoothing"}], "activations": {"bits": 8}},
+    "aser": {
+        **GPTQ,
+        "activations": {"bits": 8, "clip": "search"},
+        "compensation": {"kind": "aser", "rank": {"count": 8}},
+    },
+}
+
+
+@pytest.mark.parametrize("recipe", STRETCHES)
+@pytest.mark.parametrize("lost", [False, True], ids=["held", "lost"])
+def test_stretches_of_shards_are_the_whole(
+    recipe: str, lost: bool, site: Site, make: MakeWorker, tmp_path: Path
+) -> None:
+    """One worker that calibrates shard by shard, or three that take over from each other with nothing in memory."""
+    worker = make()
+    spec = site.block(0, embedded(worker, site, sequences=3 * SHARD + 2, length=LENGTH), STRETCHES[recipe])
+    tasks = [calibration(spec, 0, 1), calibration(spec, 1, 3), calibration(spec, 3, 4)]
+    workers = [make() for _ in tasks] if lost else [worker] * len(tasks)
+    parts = [own.run(task) for own, task in zip(workers, tasks, strict=True)]
+    assert [len(part.outputs) for part in parts] == [1, 2, 1]
+    streamed = workers[-1].run(Compress(block=spec))
+    elsewhere = Site(source=site.source, work=tmp_path / "elsewhere")
+    fresh = make()
+    other = elsewhere.block(0, embedded(fresh, elsewhere, sequences=3 * SHARD + 2, length=LENGTH), STRETCHES[recipe])
+    whole = fresh.run(calibration(other))
+    assert whole.outputs == tuple(blob for part in parts for blob in part.outputs)
+    assert content(streamed) == content(fresh.run(Compress(block=other)))
+    found = [task.lookup(site.workspace) for task in tasks]
+    assert [None if one is None else one.outputs for one in found] == [part.outputs for part in parts]
+
+
+def test_a_block_that_is_calibrated_in_part_has_no_record(site: Site, make: MakeWorker) -> None:
+    worker = make()
+    spec = site.block(0, embedded(worker, site, sequences=SHARD + 2, length=LENGTH))
+    worker.run(calibration(spec, 0, 1))
+    assert calibration(spec).lookup(site.workspace) is None
+    shards = Calibrate(block=spec.before(1), shards=2, stop=1)
+    worker.run(calibration(spec, 1, 2))
+    assert calibration(spec).lookup(site.workspace) is not None
+    assert shards.lookup(site.workspace) is None, "its key is not known before all inputs are"
+
+
 def test_forward_passes_on_what_the_original_block_makes(site: Site, make: MakeWorker) -> None:
     worker = make()
     inputs = embedded(worker, site)
     spec = site.block(0, inputs)
-    outputs = worker.run(Calibrate(block=spec)).outputs
+    outputs = worker.run(calibration(spec)).outputs
     block = load_block(worker.context, site.setting, 0, spec.tensors, torch.float32).block
     for before, after in zip(inputs, outputs, strict=True):
         hidden = site.workspace.get_tensors(before)["hidden"]
@@ -212,7 +263,7 @@ def test_held_statistics_serve_only_the_task_they_were_gathered_for(site: Site, 
     inputs = embedded(worker, site)
     some = site.block(0, inputs, {**RECIPE, "keep": ["lm_head", "*.down_proj"]})
     assert len(some.recipe) == 6
-    worker.run(Calibrate(block=some))
+    worker.run(calibration(some))
     record = worker.run(Compress(block=site.block(0, inputs)))
     assert len(record.formats) == 7
 
@@ -235,7 +286,7 @@ def test_compressed_propagation_differs_from_block_one_on(site: Site, make: Make
     assert first_original.tensors == first_compressed.tensors
     assert first_original.factors == first_compressed.factors
     assert first_original.outputs == ()
-    passed_on = worker.run(Calibrate(block=specs[0])).outputs
+    passed_on = worker.run(calibration(specs[0])).outputs
     second_original = worker.run(Compress(block=site.block(1, passed_on, GPTQ)))
     second_compressed = worker.run(Compress(block=site.block(1, first_compressed.outputs, GPTQ, "compressed")))
     assert second_original.tensors.keys() == second_compressed.tensors.keys()
@@ -449,4 +500,4 @@ def test_a_block_that_feeds_on_compressed_ones_has_no_first_half(site: Site, mak
     worker = make()
     spec = site.block(0, embedded(worker, site), GPTQ, propagate="compressed")
     with pytest.raises(ValueError, match="block 0: propagate compressed: expected original"):
-        worker.run(Calibrate(block=spec))
+        worker.run(calibration(spec))

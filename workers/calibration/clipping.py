@@ -7,10 +7,7 @@ from torch import Tensor
 
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.reference import fake_quantize_activations
-from counterweight.workers.methods.activations import Activations
-
-CANDIDATES = tuple(1 - step / 20 for step in range(11))
-"""1, 0.95, .. 0.5."""
+from counterweight.workers.methods.activations import CLIPS, Activations
 
 
 def activation_format(asked: Activations, clip: float = 1.0) -> ActivationFormat:
@@ -28,4 +25,4 @@ def best_clip(rows: Tensor, asked: Activations) -> float:
         found = fake_quantize_activations(exact, activation_format(asked, clip))
         return float((found - exact).square().sum(dtype=torch.float64))
 
-    return min(CANDIDATES, key=error)
+    return min(CLIPS, key=error)

@@ -153,6 +153,12 @@ class Accumulator:
         self._thresholds = Thresholds(width, device) if gathering.thresholds else None
         self._tokens = 0
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the sums."""
+        found = (*self._products.values(), self._absolute)
+        return sum(tensor.nbytes for tensor in found if tensor is not None)
+
     def add(self, shard: ShardMoments) -> None:
         """Adds one shard; ValueError when its width is another."""
         if shard.products["xx"].shape != self._products["xx"].shape:

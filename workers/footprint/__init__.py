@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from counterweight.workers.footprint.forward import activations, running, tuning
 from counterweight.workers.footprint.load import Group, Load, packed, products_of, sums
 from counterweight.workers.footprint.solving import solving
-from counterweight.workers.footprint.weights import loading, preparing, reading, scaled, with_running
+from counterweight.workers.footprint.weights import loading, original, preparing, reading, scaled, with_running
 from counterweight.workers.matrix_bytes import DOUBLE, SINGLE
 
-__all__ = ["Footprint", "Group", "Load", "footprint", "products_of"]
+__all__ = ["Footprint", "Group", "Load", "footprint"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +54,18 @@ def footprint(load: Load) -> Footprint:
     first = sum(DOUBLE * group.width**2 for group in load.groups if group.recipe)
     whole = max((DOUBLE * group.width**2 for group in load.groups if group.recipe), default=0)
     shards = activations(load)
+    kept = original(load)
     peak, solved = solving(load)
     phases = {
         "load": loading(load),
         "prepare": preparing(load),
         # Before the first products there are only the sums of xx; at last each sum is made symmetric.
         "forward": weights
-        + max(shards + (statistics if load.shards > 1 else first), statistics + max(products, whole)),
+        + max(
+            kept + load.threads * running(load, stored=False),
+            (kept if load.stretched else 0) + shards + (statistics if load.shards > 1 else first),
+            statistics + max(products, whole),
+        ),
         "solve": weights + statistics + peak,
         "write": weights + statistics + solved + sum(packed(group) for group in load.groups),
     }

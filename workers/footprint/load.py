@@ -7,17 +7,20 @@ from dataclasses import dataclass
 
 from counterweight.workers.matrix_bytes import DOUBLE
 from counterweight.workers.methods.transforms import Rotation
+from counterweight.workers.models.family import ModelFamily
 from counterweight.workers.recipe import ModuleRecipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """Linears that read one input. linears: name -> [out, in]. recipe: name -> what applies, for those that are not kept.
-    share: of the tokens, which reach it."""
+    share: of the tokens, which reach it. scaled: whether the recipe asks for scales of the input and something before it can
+    take them in."""
 
     linears: Mapping[str, tuple[int, int]]
     recipe: Mapping[str, ModuleRecipe]
     share: float
+    scaled: bool
 
     @property
     def width(self) -> int:
@@ -32,13 +35,16 @@ class Group:
 class Load:
     """What a task works on, and where.
 
-    groups: in the order in which they run, the attention's first. source_bytes: the block's tensors as stored. parameters: of
-    the block. compute: bytes of an activation. shard, shards: tokens of a shard, and how many there are; length: of a
-    sequence. hidden: width of the stream. attention_bytes: of the scores of a shard, where attention keeps them. paired:
-    whether blocks see the compressed ones' outputs and the solve looks at the original's; compressed: whether they see them.
-    threads: that share shards and solves. gpu: whether the arithmetic is done on one.
+    family: of the model; heads: its attention's, of queries. groups: in the order in which they run, the attention's first.
+    source_bytes: the block's tensors as stored. parameters: of the block. compute: bytes of an activation. shard, shards:
+    tokens of a shard, and how many there are; length: of a sequence; sequences: all of them. hidden: width of the stream.
+    attention_bytes: of the scores of a shard, where attention keeps them. paired: whether blocks see the compressed ones'
+    outputs and the solve looks at the original's; compressed: whether they see them. stretched: whether shards come a few at a
+    time. threads: that share shards and solves. gpu: whether the arithmetic is done on one.
     """
 
+    family: ModelFamily
+    heads: int
     groups: Sequence[Group]
     source_bytes: int
     parameters: int
@@ -47,12 +53,18 @@ class Load:
     shard: int
     shards: int
     length: int
+    sequences: int
     attention_bytes: int
     paired: bool
     compressed: bool
     rotation: Rotation | None
+    stretched: bool
     threads: int
     gpu: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
 
 
 def scales(part: ModuleRecipe) -> bool:

@@ -26,6 +26,13 @@ def with_running(load: Load, read: int) -> int:
     return read if read == running and not load.gpu else read + running
 
 
+def original(load: Load) -> int:
+    """What runs of the block as it was, which makes the outputs where another one is solved."""
+    changed = any(scales(part) for group in load.groups for part in group.recipe.values())
+    made = not load.compressed or load.paired
+    return load.compute * load.parameters if changed and made else 0
+
+
 def reading(load: Load) -> int:
     """What is read, and rotated, at the peak; on the host."""
     if load.rotation is None:

@@ -7,6 +7,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from counterweight.workers.config import Method
+from counterweight.workers.matrix_flops import NOTHING, Work, elementwise
+
+CLIPS = tuple(1 - step / 20 for step in range(11))
+"""Shares that a search tries: 1, 0.95, .. 0.5."""
 
 
 class Activations(Method):
@@ -21,3 +25,13 @@ class Activations(Method):
     1, 0.95, .. 0.5 with the smallest squared error on up to 2,048 tokens of the first shard. Stock loaders know only 1."""
     group_size: Annotated[int, Field(strict=True, gt=0, multiple_of=32)] | None = None
     """Channels of a token that share a scale, a multiple of 32; null: one scale per token. Stock loaders know only null."""
+
+    def quantize_flops(self, entries: float) -> Work:
+        """Arithmetic of quantizing so many activations, and of multiplying them out again."""
+        return elementwise(6 * entries)
+
+    def clip_flops(self, entries: float) -> Work:
+        """Arithmetic of choosing the clip of an input of which so many activations are looked at."""
+        if self.clip != "search":
+            return NOTHING
+        return (self.quantize_flops(entries) + elementwise(3 * entries)) * len(CLIPS)

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from counterweight.workers import matrix_bytes
 from counterweight.workers.config import Config, Method
+from counterweight.workers.matrix_flops import Work, elementwise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +70,12 @@ class Residual(Method):
         in int8 and packed; and the mean Gram matrix where its diagonal chooses the channels."""
         gram = 2 * matrix_bytes.SINGLE * columns * columns if self.selection == "static" else 0
         return max(gram, (matrix_bytes.SINGLE + 1) * rows * columns)
+
+    def store_flops(self, rows: int, columns: int) -> Work:
+        """Arithmetic of making a store: each candidate is divided by, rounded, clamped, multiplied out, subtracted, squared and
+        summed."""
+        gram = columns**2 if self.selection == "static" else 0
+        return elementwise(gram + (6 + 7 * self.candidates) * rows * columns)
 
     @property
     def per_chunk(self) -> int:

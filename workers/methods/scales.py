@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from counterweight.workers.config import Method
+from counterweight.workers.matrix_flops import Work, elementwise
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
     from counterweight.workers.methods.grid import WeightFormat
     from counterweight.workers.quantization.grid import Grid
+
+
+STRIDE = 4
+"""Every fourth candidate is tried first, then the three on either side of the best. On the reference model this costs 0.1%
+of the output error against trying all of them, for 16 trials instead of 40 (20 candidates, both signs)."""
 
 
 class ScaleSearch(Method):
@@ -35,6 +41,10 @@ class ScaleSearch(Method):
         weight and for a scale that does not fit its dtype.
         """
 
+    @abstractmethod
+    def fit_flops(self, entries: int, *, symmetric: bool) -> Work:
+        """Arithmetic of `fit` for a weight of so many entries; what is done once a group is left out."""
+
 
 class AbsoluteMaximum(ScaleSearch):
     """The scale that covers the whole range of the group: no value moves by more than half a step."""
@@ -54,6 +64,10 @@ class AbsoluteMaximum(ScaleSearch):
 
         del importance
         return covering_grid(weight, format, scale_dtype)
+
+    def fit_flops(self, entries: int, *, symmetric: bool) -> Work:
+        del symmetric
+        return elementwise(entries)
 
 
 class MeanSquare(ScaleSearch):
@@ -89,6 +103,13 @@ class MeanSquare(ScaleSearch):
         from counterweight.workers.quantization.grid import searched_grid
 
         return searched_grid(self, weight, format, scale_dtype, importance)
+
+    def fit_flops(self, entries: int, *, symmetric: bool) -> Work:
+        # The first pass for each sign, then the neighbours of the best.
+        coarse = len(range(0, self.candidates, STRIDE)) * (2 if self.signed and symmetric else 1)
+        # Divided, rounded, clamped, subtracted, raised to the norm, weighted, summed.
+        each = 6 + (self.norm != 2) + self.weighted
+        return elementwise(entries * (1 + each * (coarse + 2 * (STRIDE - 1))))
 
 
 AnyScaleSearch = Annotated[AbsoluteMaximum | MeanSquare, Field(discriminator="kind")]

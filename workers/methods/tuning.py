@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from counterweight.workers import matrix_bytes
 from counterweight.workers.config import Method
+from counterweight.workers.matrix_flops import Work, elementwise, product, svd
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,3 +85,31 @@ class Tuning(Method):
         smaller = min(rows, columns)
         vectors = smaller * (rows + columns) if self.increments else 0
         return matrix_bytes.SINGLE * (vectors + (7 if self.transforms else 5) * rows * columns)
+
+    def held(self, sequences: int) -> int:
+        """How many of the calibration sequences are held out; at least one, not all."""
+        return min(max(1, round(self.held_out * sequences)), sequences - 1)
+
+    def passes(self, sequences: int) -> tuple[int, int]:
+        """How many sequences run through the block forward, and backward, when patience does not end training before: all of
+        them before the first epoch and in each, with clipping those held out once more; backward without those held out."""
+        held = self.held(sequences)
+        return (self.epochs + 1) * sequences + held * self.clipping, self.epochs * (sequences - held)
+
+    def train_flops(self, rows: int, columns: int, sequences: int) -> Work:
+        """Arithmetic of training a linear [rows, columns] beside the passes through the block, likewise: its singular vectors,
+        and for every step the weight that follows from the increments and the gradient of these."""
+        held = self.held(sequences)
+        backward = -(-(sequences - held) // self.batch)
+        judging = -(-held // self.batch)
+        forward = (self.epochs + 1) * (backward + judging) + judging * self.clipping + 1
+        entries, smaller = rows * columns, min(rows, columns)
+        # The range, codes and their values; and their gradients, down to the clipping or to every entry.
+        down = 20 if self.increments or self.transforms else 12
+        steps = elementwise(entries * (7 * forward + down * self.epochs * backward))
+        if not self.increments:
+            return steps
+        weight = product(rows, smaller, columns)
+        if side := min(self.block, smaller):
+            weight += product(rows, side, side) + product(rows, side, columns)
+        return svd(rows, columns) + steps + weight * (forward + self.epochs * backward)

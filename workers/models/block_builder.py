@@ -191,14 +191,14 @@ class BlockBuilder:
         return Block(self._around(layer, index, device), self.layout.block_linears(index))
 
     def head(self, parameters: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """hidden states [batch, length, hidden] -> logits [batch, length, vocabulary], in `dtype`.
+        """hidden states [batch, length, hidden] -> logits [batch, length, vocabulary], in `dtype`; gradients are of the former.
 
         parameters: `model.norm.weight`, and `lm_head.weight` (of a tied model: the embedding).
         """
         model = self._causal(_with_layers(self.config, []))
         _fill_head(model, parameters, device, dtype)
         model.model.rotary_emb = _rotary(model.model, self.config, device)
-        return _Head(model).eval()
+        return _Head(model).eval().requires_grad_(False)
 
     def causal_shell(
         self, embedding: Tensor, head: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
@@ -292,7 +292,6 @@ class _Head(nn.Module):
         super().__init__()
         self.model = model
 
-    @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
         return logits

@@ -156,6 +156,31 @@ class ModelFamily:
         each, own = rows // heads, width // heads
         return [row for head in range(1, heads + 1) for row in range(head * each - own, head * each)]
 
+    def producer_rows(
+        self, group: SharedInputGroup, shapes: Mapping[str, tuple[int, ...]], heads: int
+    ) -> tuple[str, slice | list[int]] | None:
+        """The parameter, and which of its elements or rows, that can take the scales of a group's input in; None when there is
+        none. shapes: of the block's parameters. heads: attention's, of queries."""
+        norm = self.norm_before(group[0])
+        if norm is not None:
+            modules = (name.removesuffix(".weight") for name in shapes if name.endswith(".weight"))
+            shared = any(module not in group and self.norm_before(module) == norm for module in modules)
+            return None if shared else (f"{norm}.weight", slice(None))
+        width = shapes[f"{group[0]}.weight"][1]
+        if self.is_down(group[0]):
+            if self.up is None:
+                return None
+            parent = group[0].rpartition(".")[0]
+            name = f"{parent}.{self.up}.weight"
+            return name, slice(shapes[name][0] - width, None)
+        if group[0] == self.output:
+            name = f"{self.value}.weight"
+            rows = shapes[name][0]
+            # Grouped queries read the same values: one row of values would need several scales.
+            alike = {"all": rows == width, "last": rows == 3 * width, "last of each head": rows % heads == 0}
+            return (name, self.value_rows(rows, heads, width)) if alike[self.values] else None
+        return None
+
     def is_down(self, module: str) -> bool:
         """Whether `module` is the second linear of an MLP."""
         return _matches(module, self.down)

@@ -25,6 +25,11 @@ def outside(
     return {LM_HEAD: tensors[EMBEDDING], **tensors} if builder.tied else tensors
 
 
+def head_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Final norm and lm_head among source tensors; of a tied model the embedding is the lm_head."""
+    return {NORM: tensors[NORM], LM_HEAD: tensors[LM_HEAD] if LM_HEAD in tensors else tensors[EMBEDDING]}
+
+
 def whole(checkpoint: Checkpoint, builder: BlockBuilder, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The causal model with all its blocks in memory, read one after the other."""
     ends = outside(checkpoint, builder)

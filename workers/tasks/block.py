@@ -34,6 +34,10 @@ class BlockSpec(Config):
     """Linear (name relative to the block) -> what applies to it; linears that are kept are absent."""
     propagate: Literal["original", "compressed"]
 
+    def before(self, shard: int) -> BlockSpec:
+        """The same on the shards before this one alone."""
+        return self.model_copy(update={"inputs": self.inputs[:shard], "original_inputs": self.original_inputs[:shard]})
+
     def calibrate_key(self) -> str:
         """Key of the block's *original* output: no recipe enters, so jobs that differ in recipe share it."""
         return digest(

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from counterweight.workers.context import TaskContext
     from counterweight.workers.models.block_builder import Block, BlockBuilder
 
-BASELINE, QUANTIZED, COMPENSATED = "baseline", "quantized", "compensated"
-"""The models that validation compares: the original, its codes alone, and with what compensates them."""
+BASELINE, QUANTIZED, COMPENSATED, PREFILL = "baseline", "quantized", "compensated", "compensated_prefill"
+VARIANTS = (BASELINE, QUANTIZED, COMPENSATED, PREFILL)
+"""The models that validation compares: the original; its codes alone; with branches and residual stores, which correct every
+token, as when tokens come one at a time (decoding); with branches alone, as stores leave a text that is given whole
+(prefill). An artifact without residual stores has no `compensated_prefill`: it is `compensated`."""
 
 
 WindowMetrics = Mapping[str, float]
@@ -29,15 +32,15 @@ WindowMetrics = Mapping[str, float]
 
 
 class EvaluateRecord(Record):
-    """Variant -> metrics of the windows, in order. Without any low-rank branch there is no `compensated`."""
+    """Variant -> metrics of the windows, in order."""
 
     windows: Mapping[str, tuple[WindowMetrics, ...]]
     timing: Timing
 
 
 class Evaluate(Config, DurableTask[EvaluateRecord]):
-    """Metrics of windows [start, stop) of a token set, under an artifact with and without its branches and under the model that
-    it was made from."""
+    """Metrics of windows [start, stop) of a token set, under every variant of an artifact and under the model that it was made
+    from."""
 
     kind: ClassVar[str] = "evaluate"
     record: ClassVar[type[EvaluateRecord]] = EvaluateRecord
@@ -59,6 +62,7 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
             [
                 self.kind,
                 [metric.name for metric in METRICS],
+                VARIANTS,
                 shared,
                 dict(self.tensors),
                 self.ledger,
@@ -90,6 +94,7 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
         checkpoint, builder = context.source(self.setting)
         model = CompressedModel.open(open_store(self.artifact), ledger_sha256=self.ledger)
         variants = variants_of(model)
+        measured = list(dict.fromkeys(variants.values()))
         ids = workspace.get_tensors(self.tokens)["input_ids"][self.start : self.stop].long().to(context.device)
         batches = ids.split(shard_sequences(ids.shape[1]))
         original = outside(checkpoint, builder, self.tensors)
@@ -102,11 +107,11 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
 
         # The compressed model may live in other coordinates than the original, its variants share theirs.
         of_compressed = ends(model.builder, model.embedding(), model.head())
-        of_variant = dict.fromkeys(variants, of_compressed) | {BASELINE: ends(builder, original[EMBEDDING], original)}
+        of_variant = dict.fromkeys(measured, of_compressed) | {BASELINE: ends(builder, original[EMBEDDING], original)}
 
         def blocks(index: int) -> dict[str, Block]:
             release(context.device)
-            found = compressed_blocks(model, index, variants[1:], context.device)
+            found = compressed_blocks(model, index, measured[1:], context.device)
             names = {part.source for part in builder.layout.sources(index, self.tensors).values()}
             digests = {name: self.tensors[name] for name in names}
             return {BASELINE: load_block(context, plain, index, digests, torch.float32).block, **found}
@@ -116,7 +121,7 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
         windows = measure(hidden, batches, {variant: head for variant, (_, head) in of_variant.items()}, context.pool)
         clock.lap("forward")
         record = EvaluateRecord(
-            windows={variant: tuple(found) for variant, found in windows.items()}, timing=clock.timing()
+            windows={variant: tuple(windows[same]) for variant, same in variants.items()}, timing=clock.timing()
         )
         release(context.device)
         return record

@@ -14,12 +14,10 @@ from torch import Tensor
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.reference import fake_quantize_activations
-from counterweight.workers.methods.transforms import Smoothing
+from counterweight.workers.methods.transforms.smoothing import STRENGTHS, Smoothing
 from counterweight.workers.models.family import ModelFamily, SharedInputGroup
 
 NOTHING: Mapping[str, Hadamard] = {}
-
-STRENGTHS = tuple(step / 20 for step in range(21))
 
 
 def producer_rows(
@@ -27,28 +25,7 @@ def producer_rows(
 ) -> tuple[str, slice | list[int]] | None:
     """The parameter, and which of its elements or rows, that can take the scales of a group's input in; None when there is
     none. heads: attention's, of queries."""
-    norm = family.norm_before(group[0])
-    if norm is not None:
-        readers = {
-            name.removesuffix(".weight")
-            for name in parameters
-            if name.endswith(".weight") and family.norm_before(name.removesuffix(".weight")) == norm
-        }
-        return (f"{norm}.weight", slice(None)) if readers == set(group) else None
-    width = parameters[f"{group[0]}.weight"].shape[1]
-    if family.is_down(group[0]):
-        if family.up is None:
-            return None
-        parent = group[0].rpartition(".")[0]
-        name = f"{parent}.{family.up}.weight"
-        return name, slice(len(parameters[name]) - width, None)
-    if group[0] == family.output:
-        name = f"{family.value}.weight"
-        rows = len(parameters[name])
-        # Grouped queries read the same values: one row of values would need several scales.
-        alike = {"all": rows == width, "last": rows == 3 * width, "last of each head": rows % heads == 0}
-        return (name, family.value_rows(rows, heads, width)) if alike[family.values] else None
-    return None
+    return family.producer_rows(group, {name: tuple(value.shape) for name, value in parameters.items()}, heads)
 
 
 def fold(

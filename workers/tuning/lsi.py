@@ -150,7 +150,7 @@ def _split(pairs: list[Pair], options: Tuning) -> tuple[list[Pair], list[Pair]]:
     if len(pairs) < 2:
         raise ValueError(f"inputs: {len(pairs)} sequences: expected at least 2, one to train on and one to hold out")
     order = random.Random(options.seed).sample(range(len(pairs)), len(pairs))
-    count = min(max(1, round(options.held_out * len(pairs))), len(pairs) - 1)
+    count = options.held(len(pairs))
     return [pairs[index] for index in sorted(order[count:])], [pairs[index] for index in sorted(order[:count])]
 
 

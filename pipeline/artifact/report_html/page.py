@@ -73,9 +73,10 @@ def _tiles(report: Report) -> list[Markup]:
     if baseline is None or compensated is None:
         tiles.append(_tile("perplexity", NONE, "not validated: nothing was measured on text"))
     else:
-        tiles.append(_tile("perplexity", f"{compensated.perplexity:.3f}", _against(compensated, baseline)))
+        label = "perplexity" if report.compensated_prefill is None else "perplexity, decoding"
+        tiles.append(_tile(label, f"{compensated.perplexity:.3f}", _against(compensated, baseline)))
         tiles.append(_tile("KL divergence", f"{compensated.kl:.3g}", "nats per token, from the original"))
-    closed = quality.gap_closed(report)
+    closed = quality.gap_closed(report, compensated)
     if closed is not None:
         tiles.append(_tile("gap closed", percent(closed), "of the perplexity that quantization cost"))
     bits = report.bits_per_weight
@@ -84,7 +85,7 @@ def _tiles(report: Report) -> list[Markup]:
     after = middle([m.error_compensated for m in report.modules if m.error_compensated is not None])
     if len(tiles) < 4 and before is not None and after is not None:
         note = "median relative output error"
-        if quality.has_compensation(report):
+        if quality.has_branches(report):
             note += f", {before:.2e} without compensation"
         tiles.append(_tile("output error", f"{after:.2e}", note))
     return tiles
@@ -179,7 +180,7 @@ def _module_table(modules: tuple[ModuleReport, ...]) -> Markup:
             NONE if m.group_size is None else str(m.group_size),
             str(m.rank),
             str(m.tokens),
-            f"{(m.code_bits + m.scale_bits + m.factor_bits) / max(m.rows * m.columns, 1):.4f}",
+            f"{(m.code_bits + m.scale_bits + m.factor_bits + m.residual_bits) / max(m.rows * m.columns, 1):.4f}",
             _error(m.error_quantized),
             _error(m.error_compensated),
             f"{m.seconds:.2f}",

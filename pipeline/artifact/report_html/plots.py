@@ -27,7 +27,8 @@ from counterweight.pipeline.artifact.report_html.svg import (
 def perplexity_plot(points: Sequence[tuple[str, str, float]]) -> Markup:
     """One row per model: label, class of its mark, perplexity; a dashed line goes down from the first."""
     width, row = 480.0, 30.0
-    area = Area(118, 8, width - 60, 8 + row * len(points))
+    longest = max(len(label) for label, _, _ in points)
+    area = Area(max(118, 7 * longest + 12), 8, width - 60, 8 + row * len(points))
     values = [value for _, _, value in points]
     low, high = min(values), max(values)
     margin = (high - low) * 0.08 or abs(high) * 0.05 or 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from counterweight.pipeline.artifact.report import Quality, Report
+from counterweight.pipeline.artifact.report import Quality, Report, labelled
 from counterweight.pipeline.artifact.report_html.markup import Markup, tag
 from counterweight.pipeline.artifact.report_html.modules import Panel, middle, panels
 from counterweight.pipeline.artifact.report_html.plots import ErrorPlots, perplexity_plot
@@ -13,31 +13,47 @@ from counterweight.workers.metrics import METRICS, Metric
 ERROR = "‖(W − W′)X‖² / ‖WX‖² over the calibration tokens"
 
 
-def has_compensation(report: Report) -> bool:
-    """Whether any module has a low-rank branch."""
+MARKS = ("original", "before", "after", "prefill")
+"""Class of each variant's mark, in the order of `labelled`."""
+
+
+def has_branches(report: Report) -> bool:
+    """Whether any module has a low-rank branch, which errors per module know of."""
     return any(module.rank > 0 for module in report.modules)
 
 
-def gap_closed(report: Report) -> float | None:
-    """Share of the perplexity that quantization cost and compensation won back; None without validation, compensation
-    or cost. Negative when compensation made it worse."""
-    if report.baseline is None or report.quantized is None or report.compensated is None:
+def has_stores(report: Report) -> bool:
+    """Whether any module has a residual store, which errors per module do not know of."""
+    return any(module.residual_bits > 0 for module in report.modules)
+
+
+def has_compensation(report: Report) -> bool:
+    """Whether any module has a low-rank branch or a residual store."""
+    return has_branches(report) or has_stores(report)
+
+
+def gap_closed(report: Report, compensated: Quality | None) -> float | None:
+    """Share of the perplexity that quantization cost and the `compensated` model of the report won back; None without
+    validation, compensation or cost. Negative when compensation made it worse."""
+    if report.baseline is None or report.quantized is None or compensated is None:
         return None
     gap = report.quantized.perplexity - report.baseline.perplexity
     if gap <= 0 or not has_compensation(report):
         return None
-    return (report.quantized.perplexity - report.compensated.perplexity) / gap
+    return (report.quantized.perplexity - compensated.perplexity) / gap
 
 
 def result_section(report: Report) -> Markup:
-    """The original, the quantized and the compensated model on the validation text."""
-    baseline, quantized, compensated = report.baseline, report.quantized, report.compensated
-    if baseline is None or quantized is None or compensated is None:
+    """The original, the quantized and the compensated model (with residual stores: decoding, and in prefill) on the validation
+    text."""
+    baseline = report.baseline
+    if baseline is None:
         text = "This job had no validation: nothing was measured on text. All that is known are the errors per module."
         return section("Result", tag("p", text, class_="warning"))
-    columns = [("original", "original", baseline), ("quantized", "before", quantized)]
-    if has_compensation(report):
-        columns.append(("compensated", "after", compensated))
+    shown = labelled(report.qualities)
+    columns = [(label, class_, quality) for (label, quality), class_ in zip(shown.items(), MARKS, strict=False)]
+    if not has_compensation(report):
+        columns = columns[:2]
     rows: list[tuple[str, ...]] = []
     for metric in METRICS:
         values = [quality.of(metric) for _, _, quality in columns]
@@ -78,15 +94,21 @@ def _share(value: float) -> Markup:
 
 def _verdict(report: Report) -> str:
     if not has_compensation(report):
-        return "No module has a low-rank branch: the quantized model is what is served."
-    closed = gap_closed(report)
+        return "No module has a low-rank branch or a residual store: the quantized model is what is served."
+    closed = gap_closed(report, report.compensated)
     if closed is None:
         return "Quantization alone did not raise the perplexity, so there was no gap for compensation to close."
+    in_prefill = gap_closed(report, report.compensated_prefill)
+    prefill = "" if in_prefill is None else f" In prefill: {percent(in_prefill)}."
     if closed < 0:
         return (
             f"Compensation made it worse: it widened the perplexity gap that quantization left by {percent(-closed)}."
+            f"{prefill}"
         )
-    return f"Compensation closed {percent(closed)} of the perplexity gap between the quantized and the original model."
+    return (
+        f"Compensation closed {percent(closed)} of the perplexity gap between the quantized and the original model."
+        f"{prefill}"
+    )
 
 
 def _measured(report: Report) -> str:
@@ -95,9 +117,15 @@ def _measured(report: Report) -> str:
         windows = (
             f"{count(report.validation.sequences, 'window')} of {count(report.validation.sequence_length, 'token')}"
         )
-    return (
-        f"Measured side by side on {windows}, in float32. The quantized column was measured without low-rank branches, "
+    text = (
+        f"Measured side by side on {windows}, in float32. The quantized column was measured without compensation, "
         "not estimated. KL and agreement compare next-token distributions with the original's."
+    )
+    if report.compensated_prefill is None:
+        return text
+    return (
+        f"{text} Decoding: residual stores correct every token, as when tokens come one at a time; gates look at it. "
+        "Prefill: a text that is given whole, which residual stores leave alone."
     )
 
 
@@ -112,7 +140,7 @@ def error_section(report: Report) -> Markup:
         return section(
             title, tag("p", "No error was measured: no calibration token reached any module.", class_="warning")
         )
-    compensated = has_compensation(report)
+    compensated = has_branches(report)
     notes = [f"Relative output error {ERROR}; lower is better. All plots share one logarithmic axis."]
     if any(panel.several for panel in found):
         notes.append(
@@ -121,6 +149,8 @@ def error_section(report: Report) -> Markup:
         )
     if unmeasured:
         notes.append(f"{count(unmeasured, 'module has', 'modules have')} no error, because no token reached them.")
+    if has_stores(report):
+        notes.append("What residual stores correct while decoding is not taken off.")
     if any(value <= 0 for panel in found for value in (*panel.before, *panel.after)):
         notes.append("Errors of exactly zero stand at the lower edge.")
     return section(

@@ -94,6 +94,7 @@ svg .upright { writing-mode: vertical-rl; text-anchor: middle; }
 .reference { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; }
 .stem { stroke: var(--soft); stroke-width: 1; opacity: 0.4; }
 .original { --colour: var(--soft); } .before { --colour: var(--vermilion); } .after { --colour: var(--blue); }
+.prefill { --colour: var(--purple); }
 .load { --colour: var(--sky); }
 .forward { --colour: var(--blue); }
 .solve { --colour: var(--orange); }

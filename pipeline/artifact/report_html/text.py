@@ -48,7 +48,7 @@ def recipe_line(document: Mapping[str, object]) -> str:
     activations = _mapping(recipe.get("activations"))
     if isinstance(weights.get("format"), str):
         inputs = f"A{activations.get('bits', '?')}, " if activations else ""
-        return f"{inputs}weights stored as {weights['format']}" + _compensation(_mapping(recipe.get("compensation")))
+        return f"{inputs}weights stored as {weights['format']}" + _compensation(recipe)
     bits = f"W{weights.get('bits', '?')}" + (f"A{activations.get('bits', '?')}" if activations else "")
     group = weights.get("group_size")
     parts = [f"{bits} per channel" if group is None else f"{bits} in groups of {group}"]
@@ -57,22 +57,24 @@ def recipe_line(document: Mapping[str, object]) -> str:
     kind = _mapping(weights.get("quantizer")).get("kind")
     if kind is not None:
         parts.append(str(kind).upper())
-    line = ", ".join(parts) + _compensation(_mapping(recipe.get("compensation")))
+    line = ", ".join(parts) + _compensation(recipe)
     overrides = recipe.get("overrides")
     if isinstance(overrides, list | tuple) and overrides:
         line += f"; {count(len(overrides), 'override')}"
     return line
 
 
-def _compensation(compensation: Mapping[str, object]) -> str:
+def _compensation(recipe: Mapping[str, object]) -> str:
+    compensation, residual = _mapping(recipe.get("compensation")), _mapping(recipe.get("residual"))
+    store = f" + residual store of {residual.get('bits', '?')} bits" if residual else ""
     kind = compensation.get("kind", "none")
     if kind == "none":
-        return ", no compensation"
+        return store or ", no compensation"
     traits = [str(kind)]
     whitening = compensation.get("whitening")
     if whitening is not None:
         traits.append("no whitening" if whitening == "none" else f"{whitening} whitening")
-    return f" + low rank{_rank(compensation.get('rank'))} ({', '.join(traits)})"
+    return f" + low rank{_rank(compensation.get('rank'))} ({', '.join(traits)}){store}"
 
 
 def _rank(rank: object) -> str:

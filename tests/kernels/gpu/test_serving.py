@@ -15,7 +15,7 @@ from counterweight.kernels.gpu.mixture import KernelExperts
 for needed in ("pydantic", "boto3", "ray", "datasets", "transformers"):
     pytest.importorskip(needed)
 
-from counterweight.pipeline.artifact.load import load_model  # noqa: E402
+from counterweight import load_model  # noqa: E402
 from tests.pipeline.tiny import job_of, run_local, write_job  # noqa: E402
 
 RECIPES: dict[str, tuple[str, Any, list[str]]] = {

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.reference import fake_quantize_activations
-from counterweight.workers.calibration.clipping import CANDIDATES, activation_format, best_clip
+from counterweight.workers.calibration.clipping import activation_format, best_clip
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from counterweight.workers.calibration.thresholds import Thresholds
-from counterweight.workers.methods.activations import Activations
+from counterweight.workers.methods.activations import CLIPS, Activations
 
 
 def rows(seed: int = 0) -> Tensor:
@@ -26,7 +26,7 @@ def error(x: Tensor, asked: Activations, clip: float) -> float:
 def test_no_other_candidate_has_a_smaller_error(group_size: int | None) -> None:
     asked = Activations(bits=4, clip="search", group_size=group_size)
     found = best_clip(rows(), asked)
-    assert all(error(rows(), asked, found) <= error(rows(), asked, clip) for clip in CANDIDATES)
+    assert all(error(rows(), asked, found) <= error(rows(), asked, clip) for clip in CLIPS)
 
 
 def test_fewer_bits_give_up_more_of_the_range() -> None:

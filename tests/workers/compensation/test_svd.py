@@ -305,6 +305,8 @@ def test_anticipation_pays_with_the_branch_and_costs_without_it() -> None:
         {"kind": "pca"},
         {"kind": "svd", "whitening": "half"},
         {"kind": "svd", "damping": -0.1},
+        {"kind": "svd", "damping": 0.1, "whitening": "none"},
+        {"kind": "svd", "damping": 0.1, "whitening": "magnitude"},
         {"kind": "svd", "anticipation": 1.5},
         {"kind": "svd", "anticipation": 0.5, "whitening": "none"},
         {"kind": "svd", "anticipation": 0.5, "rank": {"energy": 0.5}},

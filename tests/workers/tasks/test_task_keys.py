@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 
+from counterweight.workers.formats import ModuleFormat
+from counterweight.workers.methods.distillation import Distillation
+from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.recipe import ModuleRecipe, Recipe
 from counterweight.workers.tasks import setting
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.compress import Compress
+from counterweight.workers.tasks.distill import Distill, StoredBlock
 from counterweight.workers.tasks.embed import Embed
 from counterweight.workers.tasks.gains import Gains
+from counterweight.workers.tasks.original import Original
 from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.workspace import Blob
 
@@ -112,5 +117,49 @@ def test_other_inputs_are_other_statistics() -> None:
     keys = {
         found.statistics_key()
         for found in (spec(), spec(inputs=BLOBS[:1]), spec(propagate="compressed"), spec(tensors={"a": "1" * 64}))
+    }
+    assert len(keys) == 4
+
+
+FORMAT = ModuleFormat(bits=4, group_size=None, symmetric=True, activation_bits=4, rank=2)
+BLOCK = StoredBlock(index=0, checkpoint=BLOBS[0], adapter=BLOBS[1], formats={LINEAR: FORMAT})
+DISTILL = Distill(
+    setting=SETTING,
+    options=Distillation(),
+    tensors={"a": "0" * 64},
+    outside=BLOBS,
+    blocks=(BLOCK,),
+    tokens=BLOBS[0],
+    targets=BLOBS,
+    trained=4,
+    held_out=(2, 1),
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"options": Distillation(seed=1)},
+        {"tensors": {"a": "1" * 64}},
+        {"outside": BLOBS[::-1]},
+        {"blocks": (BLOCK.model_copy(update={"adapter": BLOBS[0]}),)},
+        {"blocks": (BLOCK.model_copy(update={"formats": {LINEAR: FORMAT.model_copy(update={"activation_bits": 8})}}),)},
+        {"tokens": BLOBS[1]},
+        {"targets": BLOBS[:1]},
+        {"trained": 5},
+        {"held_out": (3,)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_everything_that_decides_a_training_enters_its_key(change: dict[str, Any]) -> None:
+    assert DISTILL.model_copy(update=change).key() != DISTILL.key()
+
+
+def test_what_the_original_makes_does_not_depend_on_the_recipes_coordinates() -> None:
+    original = Original(setting=SETTING, tensors={"a": "0" * 64}, tokens=BLOBS[0], start=0, stop=4)
+    rotated = SETTING.model_copy(update={"rotation": Rotation(), "compute_dtype": "bfloat16"})
+    assert original.model_copy(update={"setting": rotated}).key() == original.key()
+    keys = {
+        original.model_copy(update=change).key() for change in ({}, {"start": 1}, {"stop": 3}, {"tokens": BLOBS[1]})
     }
     assert len(keys) == 4

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from counterweight.workers import matrix_bytes
+from counterweight.workers.matrix_flops import Work
 from counterweight.workers.methods.compensations.branch import Branch
 from counterweight.workers.methods.compensations.rank import AnyRank, CountRank
 from counterweight.workers.methods.compensations.svd import SVD
@@ -59,6 +60,10 @@ class ASER(Branch):
     def of_finished_codes(self) -> bool:
         return self.outliers == 0
 
+    @property
+    def scales_inputs(self) -> bool:
+        return self.outliers > 0 and self.smoothing
+
     def take_out(self, weights: Sequence[Tensor], magnitude: Tensor, rows: int) -> TakenOut | None:
         from counterweight.workers.compensation.aser import TakenOut, outlier_channels, outlier_scales
 
@@ -84,3 +89,9 @@ class ASER(Branch):
         # Where the spectrum decides the rank, what rounding left is a residual of its own.
         rounding = 0 if self.rank.known_ahead else matrix_bytes.SINGLE * rows * columns
         return rounding + SVD(rank=self.rank).fit_bytes(rows, columns, tokens)
+
+    def fit_flops(self, rows: int, columns: int, tokens: float) -> Work:
+        once = SVD(rank=self.rank, damping=self.damping).fit_flops(rows, columns, tokens)
+        # Where the spectrum decides the rank, also of what rounding left; a budget has been shared out by then.
+        known = self.rank.known_ahead or self.rank.budget is not None
+        return once if known or not self.outliers else once * 2

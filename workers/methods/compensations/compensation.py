@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Method
+from counterweight.workers.matrix_flops import NOTHING, Work
 from counterweight.workers.methods.compensations.rank import Rank
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from counterweight.workers.compensation.aser import TakenOut
     from counterweight.workers.compensation.lrc import LRCResult
     from counterweight.workers.compensation.result import CompensationResult
+    from counterweight.workers.methods.activations import Activations
     from counterweight.workers.methods.weights.stored import StoredWeights
 
 
@@ -46,6 +48,11 @@ class Compensation(Method):
     def of_finished_codes(self) -> bool:
         """Whether it can follow codes that something else has chosen."""
         return True
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether what it takes out comes with scales of the input."""
+        return False
 
     @property
     def branch_rank(self) -> Rank | None:
@@ -124,3 +131,33 @@ class Compensation(Method):
         """Memory of `solve` at its peak, beside a weight [rows, columns] float32, where codes and branch are `joint`."""
         del weights, rows, columns, tokens
         return 0
+
+    def foresee_flops(self, rows: int, columns: int) -> Work:
+        """Arithmetic of `foresee`."""
+        del rows, columns
+        return NOTHING
+
+    def fit_flops(self, rows: int, columns: int, tokens: float) -> Work:
+        """Arithmetic of `fit` for a residual [rows, columns]. tokens: that calibration has seen."""
+        del rows, columns, tokens
+        return NOTHING
+
+    def gain_flops(self, rows: int, columns: int, tokens: float, *, original: bool) -> Work | None:
+        """Arithmetic of `gain_problem`; None where codes are needed for it. original: as for `solve_flops`."""
+        del rows, columns, tokens, original
+        return None
+
+    def solve_flops(
+        self,
+        weights: StoredWeights,
+        rows: int,
+        columns: int,
+        tokens: float,
+        *,
+        original: bool,
+        activations: Activations | None,
+    ) -> Work:
+        """Arithmetic of `solve` for a weight [rows, columns]. original: whether the input in the original model is another;
+        activations: how the input is quantized."""
+        del weights, rows, columns, tokens, original, activations
+        return NOTHING

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from counterweight.workers import matrix_bytes
+from counterweight.workers import matrix_bytes, matrix_flops
+from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, product, product64, right_divide
 from counterweight.workers.methods.compensations.branch import Branch
 from counterweight.workers.methods.compensations.svd import SVD
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from counterweight.workers.calibration.statistics import InputStatistics
     from counterweight.workers.compensation.lrc import LRCResult
+    from counterweight.workers.methods.activations import Activations
     from counterweight.workers.methods.weights.stored import StoredWeights
 
 
@@ -87,6 +89,50 @@ class LRC(Branch):
         )
         comparing = 5 * entries
         return entries + max(initial, directions, quantizing, refitting, deciding, plain, comparing)
+
+    def gain_flops(self, rows: int, columns: int, tokens: float, *, original: bool) -> Work:
+        # What a damped y predicts of x, for the metric; with another original input also what it predicts of that.
+        remainder = right_divide(columns, columns) + product64(columns, columns, columns) + elementwise(columns**2)
+        metric = remainder + matrix_flops.root(columns, definite=tokens >= columns) + elementwise(2 * columns**2)
+        if not original:
+            return metric
+        return metric + remainder + product64(rows, columns, columns) + right_divide(rows, columns)
+
+    def solve_flops(
+        self,
+        weights: StoredWeights,
+        rows: int,
+        columns: int,
+        tokens: float,
+        *,
+        original: bool,
+        activations: Activations | None,
+    ) -> Work:
+        entries, square, rank = rows * columns, columns**2, self.rank.at_most(rows, columns)
+        # A matrix behind a root of its metric, its leading directions, and its projection on them.
+        whitened = product64(rows, columns, columns)
+        branch = whitened + matrix_flops.spectrum(rows, columns) + product64(rank, rows, columns)
+        # Beside the branch, which is multiplied out for the target and for what rounding leaves.
+        codes = weights.target_flops(rows, columns, branch=True) + weights.quantize_flops(rows, columns)
+        codes += product(rows, rank, columns) * 2 + elementwise(4 * entries)
+        # What the codes leave: its products with what the input is not, and their regression.
+        moved = whitened * 2 + right_divide(rows, columns) + elementwise(2 * (square + entries))
+        refit = (moved if self.refit == "joint" else NOTHING) + matrix_flops.root(columns, definite=True) + branch
+        # The check of the Gram matrix and the one of the weight, which its target has too.
+        checks = elementwise(square + entries)
+        initial = checks + self.gain_flops(rows, columns, tokens, original=original) + branch
+        # What the start takes off, behind the weight and what it leaves of it; and the Gram matrix of what rounding leaves.
+        deciding = product(rows, rank, columns) + whitened * 3 + product64(rows, columns, rows)
+        found = initial + (codes + refit) * self.iterations + deciding + elementwise(3 * square + 5 * entries)
+        if activations is not None and activations.bits <= weights.code_bits:
+            # Where the input has no more bits than the codes the start is taken to win: in W4 A4 of the reference model it does
+            # for 42 linears of 42, in W4 A6 for 3, in W4 A8 for none.
+            return found
+        plain = weights.target_flops(rows, columns) + weights.quantize_flops(rows, columns) + elementwise(2 * entries)
+        # Every product of two terms of both errors; one, where there is one stream.
+        terms = 1 if activations is None and not original else 9
+        errors = (whitened + elementwise(2 * entries)) * terms + product(rows, rank, columns) + elementwise(2 * entries)
+        return found + plain + self._behind.fit_flops(rows, columns, tokens) + errors * 2
 
     @property
     def _behind(self) -> SVD:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from counterweight.workers import matrix_bytes
+from counterweight.workers import matrix_bytes, matrix_flops
+from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, product64
 from counterweight.workers.methods.compensations.branch import Branch
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class SVD(Branch):
     its E[x^2] (QERA-approx); full, the layer's output error on the calibration tokens (QERA-exact, EoRA)."""
     damping: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the mean of E[x^2] that is added to each channel's: how much to trust directions that calibration saw
-    little of. For diagonal and full whitening."""
+    little of. Needs diagonal or full whitening."""
 
     anticipation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How far the quantizer leaves to the branch what the branch can do. 0: it minimizes its own error. 1: errors along
@@ -37,17 +38,15 @@ class SVD(Branch):
     times larger without it; up to a half little is won."""
 
     @model_validator(mode="after")
-    def _anticipates_what_it_does(self) -> SVD:
-        if self.anticipation and (self.whitening != "full" or not self.rank.known_ahead):
-            raise ValueError("anticipation: expected 0 unless whitening is full and rank is a fraction or a count")
+    def _damps_what_there_is(self) -> SVD:
+        if self.damping and self.whitening not in ("diagonal", "full"):
+            raise ValueError(f"damping: {self.damping:g}: expected 0 unless whitening is diagonal or full")
         return self
 
     @model_validator(mode="after")
-    def _damps_a_metric_of_squares(self) -> SVD:
-        if self.damping and self.whitening in ("none", "magnitude"):
-            raise ValueError(
-                f"damping: {self.damping:g}: expected 0 with whitening {self.whitening}, which has no E[x^2]"
-            )
+    def _anticipates_what_it_does(self) -> SVD:
+        if self.anticipation and (self.whitening != "full" or not self.rank.known_ahead):
+            raise ValueError("anticipation: expected 0 unless whitening is full and rank is a fraction or a count")
         return self
 
     @property
@@ -95,3 +94,22 @@ class SVD(Branch):
             return max(entries + square, fitting)
         # The mean Gram matrix, the same damped, its root.
         return max(entries + 2 * square + matrix_bytes.root(columns, tokens), square + fitting)
+
+    def foresee_flops(self, rows: int, columns: int) -> Work:
+        if not self.anticipates:
+            return NOTHING
+        rank = self.rank.at_most(rows, columns)
+        return matrix_flops.eigh(columns) + product64(columns, rank, columns) + elementwise(2 * columns**2)
+
+    def fit_flops(self, rows: int, columns: int, tokens: float) -> Work:
+        entries, rank = rows * columns, self.rank.at_most(rows, columns)
+        # The check of the residual and its energy; the projection on the leading directions.
+        fitting = matrix_flops.spectrum(rows, columns) + product64(rank, rows, columns) + elementwise(3 * entries)
+        if self.whitening == "none":
+            return fitting
+        # The check and the mean of the Gram matrix.
+        metric = elementwise(2 * columns**2)
+        if self.whitening != "full":
+            return fitting + metric + elementwise(entries)
+        root = matrix_flops.root(columns, definite=self.damping > 0 or tokens >= columns)
+        return fitting + metric + root + product64(rows, columns, columns)

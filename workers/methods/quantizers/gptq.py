@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from counterweight.workers import matrix_bytes
+from counterweight.workers.matrix_flops import Work, cholesky, elementwise, product
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers.quantizer import Quantizer
 from counterweight.workers.methods.scales import AnyScaleSearch, MeanSquare
@@ -96,3 +97,16 @@ class GPTQ(Quantizer):
         # (feedback) or new codes and errors (descent).
         metric = (2 * matrix_bytes.DOUBLE + matrix_bytes.SINGLE) * square
         return max(factorizing, metric + 4 * matrix_bytes.SINGLE * entries)
+
+    def quantize_flops(self, rows: int, columns: int, *, symmetric: bool) -> Work:
+        """Every pass that is asked for; descent ends before at a fixed point."""
+        square, entries = columns**2, rows * columns
+        # The check and the mean of the Gram matrix; root and Hessian divided by their diagonals.
+        metric = cholesky(columns) + elementwise(4 * square)
+        scales = self.scale.fit_flops(entries, symmetric=symmetric)
+        # Each column takes the errors of those before it: half of a product. Divided, rounded, clamped, and what is left.
+        feedback = product(rows, columns, columns) * 0.5 + elementwise(5 * entries)
+        # Slopes: a whole product, and within a block what its columns have changed for each other.
+        slopes = product(rows, columns, columns) + product(rows, columns, min(self.block_size, columns)) * 0.5
+        descent = slopes + elementwise(8 * entries)
+        return metric + scales + feedback + elementwise(3 * entries) + descent * self.refinement

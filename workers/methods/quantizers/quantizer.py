@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Method
+from counterweight.workers.matrix_flops import Work
 from counterweight.workers.methods.grid import WeightFormat
 
 if TYPE_CHECKING:
@@ -58,3 +59,7 @@ class Quantizer(Method):
     @abstractmethod
     def quantize_bytes(self, rows: int, columns: int) -> int:
         """Memory of `quantize` at its peak, beside the weight [rows, columns] float32 and the statistics."""
+
+    @abstractmethod
+    def quantize_flops(self, rows: int, columns: int, *, symmetric: bool) -> Work:
+        """Arithmetic of `quantize` for a weight [rows, columns] on a grid that is symmetric or not."""

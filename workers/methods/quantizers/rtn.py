@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from counterweight.workers import matrix_bytes
+from counterweight.workers.matrix_flops import NOTHING, Work, elementwise
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers.quantizer import Quantizer
 from counterweight.workers.methods.scales import AbsoluteMaximum, AnyScaleSearch
@@ -55,3 +56,8 @@ class RTN(Quantizer):
         """Memory at the peak, beside the weight [rows, columns] float32."""
         gram = matrix_bytes.DOUBLE * columns * columns if self.scale.looks_at_importance else 0
         return gram + (matrix_bytes.SINGLE + 1) * rows * columns  # codes in float32, then in int8
+
+    def quantize_flops(self, rows: int, columns: int, *, symmetric: bool) -> Work:
+        # The check and the mean of the Gram matrix; the weight's own check, and its codes.
+        gram = elementwise(2 * columns**2) if self.scale.looks_at_importance else NOTHING
+        return gram + self.scale.fit_flops(rows * columns, symmetric=symmetric) + elementwise(5 * rows * columns)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from counterweight.workers import matrix_bytes
+from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, hadamard, hadamard64
 from counterweight.workers.methods.transforms.transform import Transform
 
 if TYPE_CHECKING:
@@ -100,3 +101,29 @@ class Rotation(Transform):
         """Memory of rotating a weight [rows, columns] at its peak: in float64, behind a norm's weight, and two steps of a fast
         transform."""
         return 4 * matrix_bytes.DOUBLE * rows * columns
+
+    def rotate_flops(self, family: ModelFamily, module: str, rows: int, columns: int, heads: int, head: int) -> Work:
+        """Arithmetic of rotating the weight [rows, columns] of `module`, in float64. heads: attention's, of queries; head:
+        width of one."""
+        entries = rows * columns
+        signs = elementwise(entries) if self.random else NOTHING
+        found = NOTHING
+        if self.residual and family.norm_before(module) in family.reads:
+            found += hadamard64(entries, columns) + signs + elementwise(entries)  # behind the norm's weight
+        if self.residual and family.writes_residual(module):
+            found += hadamard64(entries, rows) + signs
+        if self.heads and module in (family.output, family.value):
+            found += hadamard64(entries, head) + signs
+        online = self.online_size(family, module, columns, heads)
+        return found if online is None else found + hadamard64(entries, online)
+
+    def online_flops(self, family: ModelFamily, module: str, elements: float, columns: int, heads: int) -> Work:
+        """Arithmetic of transforming so many `elements` of the input [..., columns] of `module` at inference."""
+        online = self.online_size(family, module, columns, heads)
+        return NOTHING if online is None else hadamard(elements, online)
+
+    def online_size(self, family: ModelFamily, module: str, columns: int, heads: int) -> int | None:
+        """Order of the transform of the input [..., columns] of `module` at inference; None without one."""
+        if module == family.output:
+            return heads if self.online_output else None
+        return columns if self.online_down and family.is_down(module) else None

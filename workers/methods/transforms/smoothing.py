@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from counterweight.workers import matrix_bytes
+from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, hadamard, hadamard64, product
 from counterweight.workers.methods.transforms.transform import Transform
 
 if TYPE_CHECKING:
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
     from counterweight.kernels.formats import ActivationFormat
     from counterweight.kernels.hadamard import Hadamard
+
+
+STRENGTHS = tuple(step / 20 for step in range(21))
+"""Strengths that a search tries."""
 
 
 class Smoothing(Transform):
@@ -57,3 +62,27 @@ class Smoothing(Transform):
         if self.strength == "search":
             found += 1 + matrix_bytes.DECODE
         return found * rows * columns
+
+    def search_flops(self, rows: int, columns: int, tokens: float, tried: Work, online: int | None) -> Work:
+        """Arithmetic of choosing the scales of an input of which so many tokens are looked at, for its linears, [rows, columns]
+        together. tried: of rounding them and that input once. online: order of the transform of the input, None without one."""
+        entries, seen = rows * columns, tokens * columns
+        # Both as they were before the transform, and their mean magnitudes.
+        found = _undo(rows, columns, online) + _undo(tokens, columns, online) + elementwise(2 * (entries + seen))
+        if self.strength != "search":
+            return found
+        # Scaled on both sides, multiplied, and the squared difference from the exact output summed.
+        one = product(tokens, columns, rows) + elementwise(entries + seen + 3 * tokens * rows)
+        if online is not None:
+            one += hadamard(entries + seen, online)
+        return found + product(tokens, columns, rows) + (one + tried) * len(STRENGTHS)
+
+    def scale_flops(self, rows: float, columns: int, online: int | None) -> Work:
+        """Arithmetic of scaling the columns of [rows, columns], likewise."""
+        scaled = _undo(rows, columns, online) + elementwise(rows * columns)
+        return scaled if online is None else scaled + hadamard(rows * columns, online)
+
+
+def _undo(rows: float, columns: int, online: int | None) -> Work:
+    """What a transform did to [rows, columns], undone by a dense product: its matrix is made each time, in float64."""
+    return NOTHING if online is None else hadamard64(columns**2, online) + product(rows, columns, columns)

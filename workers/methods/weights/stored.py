@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
+from counterweight.workers.matrix_flops import Work, elementwise
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +84,18 @@ class StoredWeights(Config):
     @abstractmethod
     def quantize_bytes(self, rows: int, columns: int) -> int:
         """Memory of `quantize` at its peak for a target [rows, columns], beside its arguments."""
+
+    def target_flops(self, rows: int, columns: int, *, branch: bool = False) -> Work:
+        """Arithmetic of `target`; branch: whether there is one."""
+        return elementwise(rows * columns * branch)
+
+    @abstractmethod
+    def quantize_flops(self, rows: int, columns: int) -> Work:
+        """Arithmetic of `quantize` for a target [rows, columns]."""
+
+    @abstractmethod
+    def nearest_flops(self, entries: int) -> Work:
+        """Arithmetic of `nearest` for a weight of so many entries."""
 
     @abstractmethod
     def nearest(self, weight: Tensor) -> Tensor:

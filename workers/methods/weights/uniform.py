@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from counterweight.workers import matrix_bytes
+from counterweight.workers.matrix_flops import Work, elementwise, product64, right_divide
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers import GPTQ, AnyQuantizer
 from counterweight.workers.methods.weights.stored import StoredWeights
@@ -85,3 +86,18 @@ class Weights(WeightFormat, StoredWeights):
 
     def quantize_bytes(self, rows: int, columns: int) -> int:
         return self.quantizer.quantize_bytes(rows, columns)
+
+    def target_flops(self, rows: int, columns: int, *, branch: bool = False) -> Work:
+        entries = rows * columns
+        if self.regresses is None:
+            return super().target_flops(rows, columns, branch=branch)
+        # What the weight makes of the input that was meant, less what the branch makes of the real one; both shares, and a sum.
+        products = product64(rows, columns, columns) * (1 + branch) + elementwise(2 * entries * branch)
+        return products + right_divide(rows, columns) + elementwise(3 * entries)
+
+    def quantize_flops(self, rows: int, columns: int) -> Work:
+        return self.quantizer.quantize_flops(rows, columns, symmetric=self.symmetric)
+
+    def nearest_flops(self, entries: int) -> Work:
+        # The range, codes, and their values.
+        return elementwise((6 if self.symmetric else 7) * entries)

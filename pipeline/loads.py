@@ -1,0 +1,78 @@
+"""What a block's task will work on, from headers and the manifest alone, as `footprint` and `arithmetic` want it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from math import prod
+
+from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.model_source import ModelSource
+from counterweight.pipeline.pool import threads_per_worker
+from counterweight.pipeline.resolve import linears_of
+from counterweight.workers.footprint import Group, Load
+from counterweight.workers.recipe import ModuleRecipe
+from counterweight.workers.tasks.setting import ITEMSIZE, shard_sequences
+
+
+def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe]) -> Load:
+    """What a block's task works on, as `footprint` and `arithmetic` want it."""
+    calibration, resources, layout = job.spec.calibration, job.spec.resources, source.layout
+    itemsize = ITEMSIZE[calibration.compute_dtype]
+    together = min(calibration.sequences, shard_sequences(calibration.sequence_length))
+    shard = together * calibration.sequence_length
+    scores = 0
+    if layout.family.eager_attention:
+        # Scores, and the probabilities that are made of them in float32.
+        scores = shard * calibration.sequence_length * _heads(source) * (itemsize + 4)
+    compressed = calibration.propagate == "compressed"
+    regresses = any(part.regresses for part in recipe.values())
+    threads = threads_per_worker(
+        resources.cpus_per_worker, resources.workers, available=sorted(os.sched_getaffinity(0))
+    )
+    return Load(
+        family=layout.family,
+        heads=_heads(source),
+        groups=tuple(_groups(source, index, recipe)),
+        source_bytes=sum(_decoded_bytes(source, name) for name in source.block_tensors(index)),
+        parameters=sum(prod(shape) for shape in layout.block_parameters(index).values()),
+        compute=itemsize,
+        hidden=layout.hidden_size,
+        shard=shard,
+        shards=-(-calibration.sequences // together),
+        length=calibration.sequence_length,
+        sequences=calibration.sequences,
+        attention_bytes=scores,
+        paired=compressed and regresses,
+        compressed=compressed,
+        rotation=job.spec.recipe.rotation,
+        stretched=resources.workers > 1,
+        threads=1 if resources.gpus_per_worker else threads,
+        gpu=resources.gpus_per_worker > 0,
+    )
+
+
+def _groups(source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe]) -> Iterator[Group]:
+    """A block's linears by what they read, with the `recipe` of those that are not kept."""
+    layout, config = source.layout, source.checkpoint.config
+    linears, shapes = linears_of(source, index), layout.block_parameters(index)
+    for group in layout.block_linears(index):
+        parts = {name: recipe[name] for name in group if name in recipe}
+        asked = bool(parts) and all(part.scales_input for part in parts.values())
+        yield Group(
+            linears={name: linears[name] for name in group},
+            recipe=parts,
+            share=layout.family.active_share(config, layout.experts, group[0]),
+            scaled=asked and layout.family.producer_rows(group, shapes, _heads(source)) is not None,
+        )
+
+
+def _heads(source: ModelSource) -> int:
+    """Of the attention's queries."""
+    return int(source.checkpoint.config["num_attention_heads"])
+
+
+def _decoded_bytes(source: ModelSource, name: str) -> int:
+    """Of a tensor in memory; a block-scaled weight takes more than stored."""
+    entry = source.checkpoint.entry(name)
+    return prod(entry.shape) * entry.dtype.itemsize

@@ -1,0 +1,73 @@
+"""Tiny compressed models in training, and texts with what the original makes of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from counterweight.kernels.formats import ActivationFormat, LowRank
+from counterweight.workers.block import CompressedLinear
+from counterweight.workers.compensation.regression import stored
+from counterweight.workers.distillation.trainable import TrainableLinear, make_trainable
+from counterweight.workers.distillation.training import Student, Text
+from counterweight.workers.methods.grid import WeightFormat
+from counterweight.workers.models.block_builder import Block, BlockBuilder
+from counterweight.workers.models.layout import EMBEDDING
+from counterweight.workers.models.source import head_of
+from counterweight.workers.tuning.fake_quant import fake_quantize
+from tests.models import CASES, build, token_ids
+
+CPU = torch.device("cpu")
+RANK = 4
+
+
+def compressed(weight: Tensor, *, bits: int = 3, factor_bits: int | None = None) -> CompressedLinear:
+    """A linear's weight [out, in] rounded to nearest, its input in 6 bits, and half of the plain SVD of what rounding left: a
+    branch that training can make better."""
+    codes = fake_quantize(weight.float(), WeightFormat(bits=bits), torch.float32).stored()
+    left, values, right = torch.linalg.svd(weight.float() - codes.dequantize())
+    branch = LowRank(up=left[:, :RANK] * values[:RANK] / 2, down=right[:RANK])
+    return CompressedLinear(weight=codes, low_rank=stored(branch, factor_bits), activations=ActivationFormat(bits=6))
+
+
+class Tiny:
+    """A model, its compressed blocks in training, and its original blocks."""
+
+    def __init__(self, case: str = "llama", dtype: torch.dtype = torch.float32, *, bits: int = 3) -> None:
+        model = build(case)
+        builder = BlockBuilder({**model.config.to_dict(), "model_type": CASES[case].family})
+        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        self.originals: list[Block] = []
+        self.blocks: list[Block] = []
+        linears: dict[str, TrainableLinear] = {}
+        norms: dict[str, nn.Parameter] = {}
+        for index in range(builder.blocks):
+            slices = builder.layout.sources(index, tensors)
+            parameters = {name: part.of(tensors[part.source]) for name, part in slices.items()}
+            self.originals.append(builder.block(index, parameters, CPU, dtype))
+            block = builder.block(index, parameters, CPU, dtype)
+            names = [name for group in block.groups for name in group]
+            own = {name: compressed(parameters[f"{name}.weight"], bits=bits) for name in names}
+            trainable, own_norms = make_trainable(block, own, dtype)
+            linears |= {f"{index}.{name}": linear for name, linear in trainable.items()}
+            norms |= {f"{index}.{name}": norm for name, norm in own_norms.items()}
+            self.blocks.append(block)
+        head = builder.head(head_of(tensors), CPU, dtype)
+        self.student = Student(
+            embed=builder.embedding(tensors[EMBEDDING], CPU, dtype).requires_grad_(False),
+            blocks=[block.forward for block in self.blocks],
+            head=head,
+            original=head,
+            linears=linears,
+            norms=norms,
+            norm_dtypes=dict.fromkeys(norms, torch.bfloat16),
+        )
+
+    def text(self, sequences: int = 6, length: int = 12, seed: int = 0) -> Text:
+        """Random tokens."""
+        ids = token_ids(sequences, length, seed=seed)
+        with torch.no_grad():
+            hidden = self.student.embed(ids)
+            for block in self.originals:
+                hidden = block.run(hidden)
+        return Text(ids=ids, targets=hidden)

@@ -1,0 +1,106 @@
+"""Arithmetic of a block that runs: how often, on what, and what is gathered of it; and training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from counterweight.workers.arithmetic.preparing import curious, online_flops, scaled
+from counterweight.workers.footprint.load import Group, Load, streams
+from counterweight.workers.matrix_flops import NOTHING, Work, gram, product
+from counterweight.workers.methods.tuning import Tuning
+
+STRIP = 128  # TRIANGLE_BLOCK of calibration/statistics.py, which imports torch
+
+
+def forward(load: Load) -> Work:
+    """All passes through the block but those of training."""
+    once = run(load, load.tokens)
+    work = NOTHING
+    for calibration in calibrations(load):
+        work += once * passes(calibration)
+        if curious(calibration):
+            work += run(load, min(load.shard, load.tokens))
+    if (options := tunes(load)) is not None:
+        work += once * (1 + (1 + load.paired) * options.transforms)
+    if load.compressed:
+        work += once + sum((_branches(load, group) for group in load.groups), NOTHING)
+    return work
+
+
+def statistics(load: Load) -> Work:
+    """Products of the inputs, once for each time that they are gathered."""
+    options = tunes(load)
+    again = 0 if options is None else options.transforms
+    work = sum((_moments(load, group) for group in load.groups), NOTHING) * again
+    for calibration in calibrations(load):
+        work += sum((_moments(calibration, group) for group in load.groups), NOTHING)
+    return work
+
+
+def tuning(load: Load) -> Work:
+    """Training of codes: the passes, twice as much backward as forward, and what each linear needs."""
+    if (options := tunes(load)) is None:
+        return NOTHING
+    ahead, back = options.passes(load.sequences)
+    work = run(load, load.length) * (ahead + 2 * back)
+    for group in load.groups:
+        for name in group.recipe:
+            work += options.train_flops(*group.linears[name], load.sequences)
+    return work
+
+
+def calibrations(load: Load) -> Iterator[Load]:
+    """The block as it is calibrated: for solving; and before that on the original's inputs, where a budget is shared out by
+    statistics that differ from those that it is solved with."""
+    parts = [part for group in load.groups for part in group.recipe.values()]
+    sharing = any(part.budget_bits is not None for part in parts)
+    if sharing and (load.compressed or any(part.compensation.needs_rows for part in parts)):
+        yield replace(load, compressed=False, paired=False)
+    yield load
+
+
+def passes(load: Load) -> int:
+    """How often one calibration runs the block over all tokens: on its inputs; on the original's; and before inputs are scaled,
+    for the outputs that other recipes share."""
+    kept = not load.compressed or load.paired
+    return 1 + load.paired + (kept and scaled(load))
+
+
+def tunes(load: Load) -> Tuning | None:
+    """How codes are trained; None where they are not."""
+    return next((part.tuning for group in load.groups for part in group.recipe.values() if part.tuning), None)
+
+
+def run(load: Load, tokens: float) -> Work:
+    """One pass of so many tokens: linears, with the transforms of their inputs, and attention, whose queries are taken to be as
+    wide as its values; its masked half is counted, because kernels differ in whether they skip it."""
+    work = NOTHING
+    for group in load.groups:
+        for name, (rows, columns) in group.linears.items():
+            seen = tokens * group.share
+            work += product(seen, columns, rows) + online_flops(load, name, seen, columns)
+            if name == load.family.output:
+                work += product(tokens, load.length, columns) * 2
+    return work
+
+
+def _branches(load: Load, group: Group) -> Work:
+    """One pass through the low-rank branches of a group."""
+    work = NOTHING
+    for name, part in group.recipe.items():
+        rank, (rows, columns) = part.compensation.branch_rank, group.linears[name]
+        if rank is not None:
+            work += product(load.tokens * group.share, rank.at_most(rows, columns), rows + columns)
+    return work
+
+
+def _moments(load: Load, group: Group) -> Work:
+    """Products of a group's streams: a triangle of each with itself, a square of each two."""
+    if not group.recipe:
+        return NOTHING
+    count, tokens = streams(load, group), load.tokens * group.share
+    pairs = count * (count - 1) // 2
+    part = next(iter(group.recipe.values()))
+    quantized = NOTHING if part.activations is None else part.activations.quantize_flops(tokens * group.width)
+    return gram(tokens, group.width, STRIP) * count + product(group.width, tokens, group.width) * pairs + quantized

@@ -1,0 +1,1 @@
+"""Branches of a whole model, trained together on the original's predictions."""

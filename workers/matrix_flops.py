@@ -1,0 +1,132 @@
+"""Floating-point operations of the steps that solvers are made of, by kind: machines do each kind at a rate of its own.
+
+Torch-free, so that a plan can ask. Counts are the textbooks': a multiplication and an addition are two operations, and terms of
+lower order are left out. Those of Cholesky, QR and triangular solves are what LAPACK does (Blackford & Dongarra, LAPACK Working
+Note 41, 1999, appendix C; Golub & Van Loan, "Matrix Computations", 4th ed., sections 4.2 and 5.2). Those of eigen- and singular
+value decompositions are nominal: both iterate, and divide and conquer skips what deflates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from counterweight.kernels.hadamard_orders import factor_sizes, largest_order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Operations. products32, products64: of matrix products in float32 (or in fewer bits) and in float64. factorizations: with
+    the triangular solves behind them, mostly in float64. elementwise: on each entry of a matrix, sums over entries included."""
+
+    products32: float = 0
+    products64: float = 0
+    factorizations: float = 0
+    elementwise: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            products32=self.products32 + other.products32,
+            products64=self.products64 + other.products64,
+            factorizations=self.factorizations + other.factorizations,
+            elementwise=self.elementwise + other.elementwise,
+        )
+
+    def __mul__(self, times: float) -> Work:
+        return Work(
+            products32=self.products32 * times,
+            products64=self.products64 * times,
+            factorizations=self.factorizations * times,
+            elementwise=self.elementwise * times,
+        )
+
+    @property
+    def total(self) -> int:
+        return round(self.products32 + self.products64 + self.factorizations + self.elementwise)
+
+
+NOTHING = Work()
+
+
+def elementwise(operations: float) -> Work:
+    """So many operations on entries."""
+    return Work(elementwise=operations)
+
+
+def product(rows: float, inner: float, columns: float) -> Work:
+    """[rows, inner] times [inner, columns] in float32."""
+    return Work(products32=2 * rows * inner * columns)
+
+
+def product64(rows: float, inner: float, columns: float) -> Work:
+    """[rows, inner] times [inner, columns] in float64."""
+    return Work(products64=2 * rows * inner * columns)
+
+
+def gram(tokens: float, width: int, strip: int) -> Work:
+    """The lower triangle of x^T x for x [tokens, width] float32, by strips of `strip` columns: the last entries of a strip lie
+    beyond the diagonal."""
+    return Work(products32=tokens * width * (width + min(strip, width)))
+
+
+def cholesky(size: float) -> Work:
+    """The factor of [size, size]."""
+    return Work(factorizations=size**3 / 3)
+
+
+def solve(size: float, right_sides: float) -> Work:
+    """The two triangular solves behind Cholesky's factor, [size, size]."""
+    return Work(factorizations=2 * size**2 * right_sides)
+
+
+def eigh(size: float) -> Work:
+    """Eigenvalues and vectors of a symmetric [size, size]: nominally 9 n^3, the symmetric QR algorithm's (Golub & Van Loan,
+    section 8.3.5). LAPACK's divide and conquer takes from about 4 n^3 to that."""
+    return Work(factorizations=9 * size**3)
+
+
+def qr(rows: float, columns: float) -> Work:
+    """Orthonormal columns Q [rows, columns] and their triangle, rows >= columns: Householder's, and Q written out."""
+    return Work(factorizations=4 * rows * columns**2 - 4 / 3 * columns**3)
+
+
+def svd(rows: float, columns: float) -> Work:
+    """The thin singular value decomposition of [rows, columns], vectors on both sides: nominally 6 m n^2 + 20 n^3 with m >= n
+    (R-SVD, Golub & Van Loan, section 8.6.3)."""
+    larger, smaller = max(rows, columns), min(rows, columns)
+    return Work(factorizations=6 * larger * smaller**2 + 20 * smaller**3)
+
+
+def root(size: int, *, definite: bool) -> Work:
+    """A root of a Gram matrix [size, size]: Cholesky's factor; where it is not positive definite, the eigenvectors too. An
+    attempt that fails stops on its way and is counted whole."""
+    return cholesky(size) if definite else cholesky(size) + eigh(size) + elementwise(size**2)
+
+
+def right_divide(rows: float, size: float) -> Work:
+    """[rows, size] times the inverse of a damped [size, size] matrix, float64."""
+    return cholesky(size) + solve(size, rows)
+
+
+def spectrum(rows: int, columns: int) -> Work:
+    """Singular values and left vectors of [rows, columns] float64 by way of the smaller Gram matrix, that matrix included."""
+    smaller = min(rows, columns)
+    found = product64(smaller, max(rows, columns), smaller) + eigh(smaller)
+    # The product with the right vectors, and its orthonormal columns.
+    return found if rows <= columns else found + product64(rows, columns, columns) + qr(rows, columns)
+
+
+def trace(rows: int, columns: int) -> Work:
+    """tr(A G B^T) of float32 matrices [rows, columns] and a Gram matrix G."""
+    return product(rows, columns, columns) + elementwise(2 * rows * columns)
+
+
+def hadamard(elements: float, size: int) -> Work:
+    """A fast Hadamard transform of order `size` on `elements` numbers, in float32: a small product for each of its factors,
+    and the scale."""
+    return Work(products32=2 * elements * sum(factor_sizes(largest_order(size))), elementwise=elements)
+
+
+def hadamard64(elements: float, size: int) -> Work:
+    """The same in float64."""
+    single = hadamard(elements, size)
+    return Work(products64=single.products32, elementwise=single.elementwise)

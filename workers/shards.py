@@ -1,0 +1,107 @@
+"""A block over the shards of its inputs: its outputs, and the moments of what enters each of its linears."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import Tensor
+
+from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
+from counterweight.workers.errors import RequestError
+from counterweight.workers.hooks import input_hooks
+from counterweight.workers.models.family import SharedInputGroup, is_expert
+from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.quantization.inputs import all_finite
+
+if TYPE_CHECKING:
+    from counterweight.workers.models.block_builder import (
+        Block,  # transformers, which who only reads reports does not need
+    )
+
+Output = TypeVar("Output")
+
+Load = Callable[[], Tensor]
+"""Reads one shard of hidden states [sequences, length, hidden]."""
+
+
+class RunningStatistics:
+    """The moments of what entered each group of a block's linears so far: sums over shards, added in the shards' order."""
+
+    def __init__(self, block: Block, gatherings: Mapping[SharedInputGroup, Gathering]) -> None:
+        self.gatherings = gatherings
+        self._sums = {group: _accumulator(block, group, gathering) for group, gathering in gatherings.items()}
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the sums."""
+        return sum(accumulator.bytes for accumulator in self._sums.values())
+
+    def add(self, moments: dict[SharedInputGroup, ShardMoments]) -> None:
+        """Adds a shard's and takes them out of `moments`, so that nothing of a shard stays while the next one runs."""
+        while moments:
+            group, shard = moments.popitem()
+            self._sums[group].add(shard)
+            del shard
+
+    def result(self) -> dict[SharedInputGroup, InputStatistics]:
+        """The statistics; nothing can be added after. A non-finite activation is a RequestError that names the group."""
+        statistics = {group: self._sums.pop(group).result() for group in self.gatherings}
+        for group, found in statistics.items():
+            if not all_finite(found.gram):
+                raise RequestError(f"the input of {group[0]} is not finite on the calibration tokens")
+        return statistics
+
+
+def run_shards(
+    block: Block,
+    inputs: Sequence[Load],
+    emit: Callable[[Tensor], Output],
+    sums: RunningStatistics,
+    pool: OrderedPool,
+    originals: Sequence[Load] = (),
+) -> list[Output]:
+    """Runs the block over shards of its inputs and adds their moments to `sums`; what `emit` makes of each output.
+
+    inputs: one callable per shard; the shards' number and order are part of the result. originals: likewise, what enters the
+    block in the original model; empty when that is the same. emit: what to do with a shard's output (write it, drop it), that
+    of the originals if there are any. At most `pool.threads` + 1 shards are in memory.
+    """
+    replicas: queue.SimpleQueue[Block] = queue.SimpleQueue()
+    for _ in range(pool.threads):
+        replicas.put(block.replica())
+
+    # A router may send other tokens to an expert than in the original model, so that rows have no partners.
+    partnered = [group for group in sums.gatherings if not is_expert(group[0])]
+
+    def run(loads: tuple[Load, Load | None]) -> tuple[dict[SharedInputGroup, ShardMoments], Output]:
+        load, load_original = loads
+        replica = replicas.get()
+        meant: dict[SharedInputGroup, Tensor] = {}
+        moments: dict[SharedInputGroup, ShardMoments] = {}
+
+        def take(group: SharedInputGroup, rows: Tensor) -> None:
+            moments[group] = ShardMoments.of(rows, sums.gatherings[group], meant.get(group))
+
+        try:
+            if load_original is not None:
+                with input_hooks(replica, partnered, meant.__setitem__):
+                    output = replica.run(load_original())
+            with input_hooks(replica, sums.gatherings, take):
+                seen = replica.run(load())
+            return moments, emit(seen if load_original is None else output)
+        finally:
+            replicas.put(replica)
+
+    nothing: list[Load | None] = [None] * len(inputs)
+    outputs: list[Output] = []
+    for moments, output in pool.map(run, zip(inputs, originals or nothing, strict=True)):
+        sums.add(moments)
+        outputs.append(output)
+    return outputs
+
+
+def _accumulator(block: Block, group: SharedInputGroup, gathering: Gathering) -> Accumulator:
+    weight = block.linear(group[0]).weight
+    return Accumulator(weight.shape[1], weight.device, gathering)
