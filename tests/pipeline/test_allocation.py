@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,28 @@ def test_is_the_best_use_of_a_budget_among_all() -> None:
             if sum(split) == directions
         )
         assert won == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_layers_of_other_sizes_win_all_but_less_than_one_direction(seed: int) -> None:
+    """Against every choice of ranks that the budget allows."""
+    draw = random.Random(seed)
+    layers = {
+        (0, name): candidate(sorted((draw.random() for _ in range(4)), reverse=True), 8, draw.choice([4, 8, 24, 64]))
+        for name in "abcd"
+    }
+    weights = sum(layer.rows * layer.columns for layer in layers.values())
+    for bits in (1.0, 3.0, 6.0):
+        ranks = allocate(layers, bits)
+        assert sum(layers[layer].cost * rank for layer, rank in ranks.items()) <= bits * weights
+        best = max(
+            sum(sum(layer.gains[:rank]) for layer, rank in zip(layers.values(), split, strict=True))
+            for split in itertools.product(range(5), repeat=4)
+            if sum(layer.cost * rank for layer, rank in zip(layers.values(), split, strict=True)) <= bits * weights
+        )
+        won = sum(sum(layers[layer].gains[:rank]) for layer, rank in ranks.items())
+        left = [layer.gains[ranks[key]] for key, layer in layers.items() if ranks[key] < 4]
+        assert won == pytest.approx(best) if not left else won > best - max(left)
 
 
 def test_gains_count_per_bit() -> None:

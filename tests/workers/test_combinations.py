@@ -65,6 +65,8 @@ REASONS = (
     "expected weights.quantizer.kind rtn",  # tuning
     "expected a compensation of finished codes",  # tuning
     "expected plain",  # a target that would be the weight itself
+    "training starts on the whole range",  # tuning with a search for scales
+    "which does not look at the input",  # anticipation
 )
 
 

@@ -16,7 +16,7 @@ codes are fitted to W less the rounded branch, so that they make up for the roun
 
 The alternation ends in a local minimum, and Init-LRC spends all ranks on what quantizing the input loses. Where that is less
 than what rounding the weight loses (inputs of 8 bits or more), the branch may serve better behind codes that know nothing of
-it. So the whitened SVD of plain codes' error is solved too unless it cannot win, and the smaller objective is kept.
+it. So the whitened SVD of plain codes' error is solved too unless `start_wins`, and the smaller objective is kept.
 """
 
 from __future__ import annotations

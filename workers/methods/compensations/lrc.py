@@ -41,7 +41,7 @@ class LRC(Branch):
     on another."""
     refit: Literal["joint", "weight", "none"] = "joint"
     """What the branch is fitted to once there are codes. joint: the whole output error, that of the quantized input included
-    (Update-LR). weight: the error of the weight alone, as whitened SVD; it cannot shrink the output. none: it stays as it
+    (Update-LR). weight: the error of the weight alone, as whitened SVD, which regresses on nothing. none: it stays as it
     started, in the factors that are stored, and the codes, fitted last, make up for their rounding: for `factor_bits: 4`."""
 
     @model_validator(mode="after")

@@ -47,6 +47,12 @@ class Rotation(Transform):
             raise ValueError("a rotation must set residual, heads, online_down or online_output, or it does nothing")
         return self
 
+    @model_validator(mode="after")
+    def _seeds_signs(self) -> Rotation:
+        if self.seed and not (self.random and (self.residual or self.heads)):
+            raise ValueError(f"seed: {self.seed}: expected 0 unless random, and residual or heads: there are no signs")
+        return self
+
     @property
     def sign_seed(self) -> int | None:
         """Seed of the signs of folded rotations, None where they have none."""
