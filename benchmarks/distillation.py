@@ -44,14 +44,20 @@ def docstrings(output: Path) -> str:
     return place.as_uri()
 
 
-def trials(rank: float, valid: str, prose: str, windows: int, held_out: int) -> dict[str, dict[str, Any]]:
-    """Row of the table -> what `recipes.run` takes. windows: that are trained on; held_out: of each held-out text."""
+def trials(
+    rank: float, valid: str, prose: str, windows: int, held_out: int, other: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Row of the table -> what `recipes.run` takes. windows: that are trained on; held_out: of each held-out text. other: URI
+    of a text that is not trained on; None for source code of the standard library."""
     half = windows // 2
     wikitext = {"source": {"uri": valid}}
     mixed = [{**wikitext, "sequences": half}, {"source": {"uri": prose}, "sequences": half}]
     kept_back = [
         {**wikitext, "sequences": held_out, "skip": windows},
-        {"source": {"kind": "standard_library", "part": "evaluation"}, "sequences": held_out},
+        {
+            "source": {"kind": "standard_library", "part": "evaluation"} if other is None else {"uri": other},
+            "sequences": held_out,
+        },
     ]
 
     def trained(texts: list[dict[str, Any]], **training: Any) -> dict[str, Any]:
@@ -91,6 +97,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--trained", type=int, default=1024, help="windows that are trained on")
     parser.add_argument("--held-out", type=int, default=16, help="windows of each held-out text")
+    parser.add_argument("--prose", type=Path, help="text in the place of the docstrings")
+    parser.add_argument("--other", type=Path, help="held-out text in the place of the source code")
     parser.add_argument("--only", nargs="+", default=[], help="rows to run, by name")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
@@ -101,7 +109,9 @@ def main() -> None:
     models, data, output = (path.resolve() for path in (arguments.models, arguments.data, arguments.output))
     second = documentation(output)
     valid = (data / "wikitext2" / "wiki.valid.txt").as_uri()
-    chosen = trials(arguments.rank, valid, docstrings(output), arguments.trained, arguments.held_out)
+    prose = docstrings(output) if arguments.prose is None else arguments.prose.resolve().as_uri()
+    other = None if arguments.other is None else arguments.other.resolve().as_uri()
+    chosen = trials(arguments.rank, valid, prose, arguments.trained, arguments.held_out, other)
     header = [
         "recipe",
         "perplexity",

@@ -87,6 +87,18 @@ SMOOTHED = {
     "LRC, int8, ranks shared out": w4a4(BUDGETED, transforms=SMOOTHING_TOO),
 }
 
+INT4 = {"factor_bits": 4, "refit": "none"}
+
+
+def int4(rank: float) -> Any:
+    """LRC with factors of 4 bits, whose rounding the codes make up for."""
+    return w4a4(lrc(rank, **INT4), transforms=SMOOTHING_TOO)
+
+
+GPTQ4 = {"bits": 4, "quantizer": {"kind": "gptq"}}
+SMALL_ASER = aser(rank={"count": 29}, outliers=14, factor_bits=8)
+SMOOTHED_W4A8: dict[str, Any] = {"weights": GPTQ4, "transforms": [{"kind": "smoothing"}]}
+
 TABLES: dict[str, tuple[str, dict[str, Any]]] = {
     "w4a4-llama": ("llama", ORDERING),
     "w4a4-outliers": ("llama-outliers", ORDERING),
@@ -116,6 +128,45 @@ TABLES: dict[str, tuple[str, dict[str, Any]]] = {
             "ASER without smoothing": w4a8(aser(smoothing=False)),
             "ASER, outliers by product": w4a8(aser(choose="product")),
             "SmoothQuant": w4a8(transforms=[{"kind": "smoothing"}]),
+        },
+    ),
+    **{
+        f"w4a4-int4-{size}{name}": (model, {f"LRC, int4, rank {100 * rank:.0f} %": int4(rank)})
+        for size, rank in (("", 0.39), ("large-", 0.7))
+        for name, model in {"llama": "llama", "outliers": "llama-outliers", "mixtral": "mixtral"}.items()
+    },
+    "w4a4-int4-beyond": (
+        "llama",
+        {
+            "LRC, int8, rank 20 %": w4a4(lrc(0.2, factor_bits=8), transforms=SMOOTHING_TOO),
+            "LRC, int8, ranks shared out": SMOOTHED["LRC, int8, ranks shared out"],
+            "LRC, int8, rank 59 %": w4a4(lrc(0.59, factor_bits=8), transforms=SMOOTHING_TOO),
+            "LRC, int4, rank 39 %": int4(0.39),
+            "LRC, int4, rank 39 %, rounded last": w4a4(lrc(0.39, factor_bits=4), transforms=SMOOTHING_TOO),
+            "LRC, int4, ranks shared out": w4a4(
+                lrc(0.39, **INT4) | {"rank": {"budget_bits": 2.37}}, transforms=SMOOTHING_TOO
+            ),
+            "LRC, int4, rank 39 %, mixed target": w4a4(
+                lrc(0.39, **INT4), {"kind": "gptq", "target": "mixed", "mix": 0.25}, transforms=SMOOTHING_TOO
+            ),
+            "LRC, int4, rank 39 %, clip searched": w4a4(
+                lrc(0.39, **INT4), transforms=SMOOTHING_TOO, activations={"bits": 4, "clip": "search"}
+            ),
+            "LRC, int4, rank 39 %, not smoothed": w4a4(lrc(0.39, **INT4)),
+            "SVD, int8, rank 20 %, anticipation 0.9": w4a4(
+                svd(0.2, factor_bits=8, anticipation=0.9), transforms=SMOOTHING_TOO
+            ),
+        },
+    ),
+    "w4a8-outliers-small": (
+        "llama-outliers",
+        {
+            "RTN": w4a8(),
+            "ASER, int8, rank 29": w4a8(SMALL_ASER),
+            "ASER, int8, rank 29, GPTQ": w4a8(SMALL_ASER, weights=GPTQ4),
+            "SmoothQuant + GPTQ": w4a8(**SMOOTHED_W4A8),
+            "+ LRC, int8, rank 29": w4a8(lrc(0.1, factor_bits=8) | {"rank": {"count": 29}}, **SMOOTHED_W4A8),
+            "+ LRC, int4, rank 56": w4a8(lrc(0.1, **INT4) | {"rank": {"count": 56}}, **SMOOTHED_W4A8),
         },
     ),
     "qdec": (

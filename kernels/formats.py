@@ -7,9 +7,12 @@ These are values, not modules: plain frozen dataclasses of tensors that every st
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from counterweight.kernels.weights.packing import packed_width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,13 +30,15 @@ class LowRank:
     """A low-rank branch y += up @ (down @ x), applied to the layer's unquantized input.
 
     up: [out, rank], down: [rank, in], both in the dtype that the checkpoint stores; or int8 codes, with up_scale and
-    down_scale, [rank] float32 each: one step per direction. Rank 0 is not represented: use None.
+    down_scale, [rank] float32 each: one step per direction. code_bits: what a code takes in a checkpoint, where those of 4
+    bits are packed; here each has a byte. Rank 0 is not represented: use None.
     """
 
     up: Tensor
     down: Tensor
     up_scale: Tensor | None = None
     down_scale: Tensor | None = None
+    code_bits: Literal[4, 8] = 8
 
     @property
     def rank(self) -> int:
@@ -41,9 +46,12 @@ class LowRank:
 
     @property
     def bits(self) -> int:
-        """Storage, in bits."""
-        tensors = (self.up, self.down, self.up_scale, self.down_scale)
-        return sum(8 * tensor.nbytes for tensor in tensors if tensor is not None)
+        """Storage in a checkpoint, in bits."""
+        steps = sum(8 * step.nbytes for step in (self.up_scale, self.down_scale) if step is not None)
+        if steps == 0 or self.code_bits == 8:
+            return 8 * (self.up.nbytes + self.down.nbytes) + steps
+        words = packed_width(self.up.shape[0], self.code_bits) + packed_width(self.down.shape[1], self.code_bits)
+        return 32 * self.rank * words + steps
 
     def to(self, device: torch.device) -> LowRank:
         """The same branch on another device."""
@@ -52,6 +60,7 @@ class LowRank:
             down=self.down.to(device),
             up_scale=None if self.up_scale is None else self.up_scale.to(device),
             down_scale=None if self.down_scale is None else self.down_scale.to(device),
+            code_bits=self.code_bits,
         )
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

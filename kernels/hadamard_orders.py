@@ -10,9 +10,9 @@ import math
 from functools import cache
 
 LARGEST_CORE = 1024
-"""A core is multiplied as a dense matrix, so its order is what an element costs; beyond this, blocks are cheaper."""
+"""A core is multiplied as a dense matrix, so its order is what an element costs; wider ones are left to blocks."""
 
-_RADIX = 5  # Sylvester's 2**p is applied as factors of at most 2**5: five times as fast as p butterflies, on a CPU
+_RADIX = 5  # Sylvester's 2**p is applied as factors of at most 2**5: fewer passes than p butterflies
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -49,6 +51,7 @@ class CompensatedLinear(nn.Module):
             raise ValueError(f"weight: {weight.kind}: parts {sorted(taken)}: expected other names than the branch's")
         for name, part in weight.parts.items():
             self.register_buffer(name, part)
+        self._code_bits: Literal[4, 8] = 8 if low_rank is None else low_rank.code_bits
         self.register_buffer("up", None if low_rank is None else low_rank.up)
         self.register_buffer("down", None if low_rank is None else low_rank.down)
         self.register_buffer("up_scale", None if low_rank is None else low_rank.up_scale)
@@ -71,7 +74,13 @@ class CompensatedLinear(nn.Module):
         """The low-rank branch, as a value."""
         if self.up is None or self.down is None:
             return None
-        return LowRank(up=self.up, down=self.down, up_scale=self.up_scale, down_scale=self.down_scale)
+        return LowRank(
+            up=self.up,
+            down=self.down,
+            up_scale=self.up_scale,
+            down_scale=self.down_scale,
+            code_bits=self._code_bits,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.transform is not None:

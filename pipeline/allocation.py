@@ -1,8 +1,8 @@
 """One budget of bits for the branches of a whole model, shared out by what each direction would win.
 
 A layer's squared singular values say what each further rank takes off its relative error; a rank of a layer [out, in] costs
-(out + in) factors. Gains fall within a layer, so taking directions in the order of gain per bit until the budget is spent is
-the best use of it (but for the last few bits).
+(out + in) factors. Gains fall within a layer, so taking directions in the order of gain per bit until the budget is spent wins
+as much as any choice could, but for less than the gain of one direction: the first that no longer fits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Candidate:
     @property
     def cost(self) -> int:
         """Bits of one more rank; integer factors have two steps of 32 bits."""
-        steps = 64 if self.factor_bits == 8 else 0
+        steps = 64 if self.factor_bits <= 8 else 0
         return (self.rows + self.columns) * self.factor_bits + steps
 
 

@@ -116,7 +116,8 @@ def modelled(shape: Shape, bits: float, device: Bandwidths) -> Profile:
 
 
 def tune(profiles: Mapping[str, Profile], budget: float) -> ResidualPlan:
-    """The most channels that keep the sum of all layers' times within (1 + budget) of its value without residuals.
+    """Channels that keep the sum of all layers' times within (1 + budget) of its value without residuals, by the paper's two
+    phases; no layer that has any could take one more.
 
     profiles: the linear layers that one token passes, or those of one block when all are alike. budget: 0.025 allows
     2.5 %. Layers that are dropped because not even one channel fits stay without a residual. ValueError for no layer,

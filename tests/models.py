@@ -19,7 +19,12 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from counterweight.workers.models.families import family_of
+
 VOCABULARY = 128
+
+OFFSET_NORMS = ("gemma", "qwen3_next", "qwen3_5")
+"""Families whose norms scale by 1 + weight."""
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -67,6 +72,7 @@ BASE: Mapping[str, Any] = {
 }
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+SHARED = {**MOE, "shared_expert_intermediate_size": 64}
 
 DEEPSEEK = {
     "num_hidden_layers": 3,
@@ -86,6 +92,32 @@ DEEPSEEK = {
     "num_nextn_predict_layers": 1,
 }
 """Every head has 12 rows of keys and 16 of values; experts are chosen in two of four groups of two."""
+
+GLM = {
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "head_dim": 16,
+    "num_nextn_predict_layers": 1,
+}
+"""Half of the channels of a head have a rotary embedding: `partial_rotary_factor` is 0.5 by default."""
+
+DELTA_NET = {
+    "head_dim": 16,
+    "full_attention_interval": 2,
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+
+SPARSE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 CASES: Mapping[str, Case] = {
     "llama": Case("llama"),
@@ -121,6 +153,30 @@ CASES: Mapping[str, Case] = {
     "deepseek_v3-full-queries": Case(
         "deepseek_v3", {**DEEPSEEK, "q_lora_rank": None, "first_k_dense_replace": 0, "rope_parameters": YARN_MLA_ROPE}
     ),
+    # V2 scores a group by its best expert, and its router has no bias.
+    "deepseek_v2": Case("deepseek_v2", {**DEEPSEEK, "topk_method": "group_limited_greedy", "num_hidden_layers": 2}),
+    "glm4_moe": Case("glm4_moe", {**GLM, "use_qk_norm": True}),
+    "kimi_k2": Case("kimi_k2", {**DEEPSEEK, "num_hidden_layers": 2, "n_group": 1, "topk_group": 1}),
+    # A dense block of attention in chunks, then a sparse one without rotary embedding, where queries grow every four tokens.
+    "llama4_text": Case(
+        "llama4_text",
+        {
+            **SPARSE,
+            "head_dim": 16,
+            "intermediate_size_mlp": 128,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": 8,
+            "floor_scale": 4,
+        },
+    ),
+    "minimax_m2": Case("minimax_m2", {**SPARSE, "head_dim": 16, "rotary_dim": 8}),
+    "olmoe": Case("olmoe", SPARSE),
+    "qwen2_moe": Case("qwen2_moe", {**SHARED, "mlp_only_layers": [1]}),
+    # A block of Gated DeltaNet, then one of attention.
+    "qwen3_next": Case("qwen3_next", {**SHARED, **DELTA_NET}),
+    "qwen3_5_text": Case("qwen3_5_text", {**DELTA_NET, "rope_parameters": MROPE}),
+    "qwen3_5_moe_text": Case("qwen3_5_moe_text", {**SHARED, **DELTA_NET, "rope_parameters": MROPE}),
     "qwen3_moe": Case("qwen3_moe", {**MOE, "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
 }
 
@@ -128,13 +184,13 @@ CASES: Mapping[str, Case] = {
 def build(case: str | Case, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """The model in float32. Norms and biases are random too: a model whose norms are ones hides a lost norm."""
     chosen = CASES[case] if isinstance(case, str) else case
-    config = CONFIG_MAPPING[chosen.family](**{**BASE, **chosen.config, **changes})
+    config = CONFIG_MAPPING[family_of(chosen.family).known_as or chosen.family](**{**BASE, **chosen.config, **changes})
     attention = {"attn_implementation": "eager"} if chosen.family in ("gemma2", "gpt_oss") else {}
     model = AutoModelForCausalLM.from_config(config, **attention).float().eval()
     generator = torch.Generator().manual_seed(seed)
-    centre = 0.0 if chosen.family.startswith("gemma") else 1.0  # Gemma's norms scale by 1 + weight
+    centre = 0.0 if chosen.family.startswith(OFFSET_NORMS) else 1.0
     for name, parameter in model.named_parameters():
-        mean = centre if "norm" in name else 0.0
+        mean = 0.0 if "norm" not in name else 1.0 if "linear_attn" in name else centre
         values = torch.randn(parameter.shape, generator=generator) * 0.2 + mean
         parameter.data.copy_(values)
     for name, buffer in model.named_buffers():
@@ -229,6 +285,9 @@ def checkpoint(
     """Builds and saves; returns the model in float32, with the values that the checkpoint holds."""
     model = build(case, **changes)
     save(model, directory, dtype)
+    family = CASES[case].family if isinstance(case, str) else case.family
+    if family_of(family).known_as is not None:
+        (directory / "config.json").write_text(json.dumps({**read_config(directory), "model_type": family}))
     return model
 
 

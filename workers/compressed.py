@@ -146,7 +146,9 @@ def _linear(
     device: torch.device,
 ) -> CompressedLinear:
     weight = read_weight(read(weight_names(module, form)), module, form)
-    branch = read_branch(read(factor_names(module, form.factor_bits)), module, form) if form.rank else None
+    branch = None
+    if form.rank:
+        branch = read_branch(read(factor_names(module, form.factor_bits)), module, form, weight.shape)
     residual = None
     if form.residual is not None:
         residual = read_residual(read(residual_names(module, form)), module, form, weight.shape)

@@ -40,7 +40,7 @@ class ModuleFormat(Config):
     activation_clip: float = 1.0
     activation_group_size: int | None = None
     rank: int
-    factor_bits: Literal[8] | None = None
+    factor_bits: Literal[4, 8] | None = None
     online: OnlineTransform | None = None
     residual: ResidualFormat | None = None
 

@@ -24,7 +24,7 @@ from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.transforms.smoothing import after, before, producer_rows, scaled
 
 ROWS = 2048
-"""Tokens that choices are made on; 512 of them where every candidate is tried in a product with the weight."""
+"""Tokens that choices are made on; fewer than 1,024 of them where every candidate is tried in a product with the weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,14 +108,28 @@ class Recipe(Config):
     def _tunes_codes_of_its_own(self) -> Recipe:
         if self.tuning is None:
             return self
-        recipes = [(self.weights, self.compensation)]
-        recipes += [(item.weights or self.weights, item.compensation or self.compensation) for item in self.overrides]
-        for weights, compensation in recipes:
+        for weights, compensation in self._pairs():
             if weights.trained_grid is None:
                 raise ValueError(f"tuning: expected weights.quantizer.kind rtn, not {weights.label}: training rounds")
+            if (unused := weights.unused_in_training) is not None:
+                raise ValueError(f"tuning: weights.{unused}: training starts on the whole range")
             if not compensation.of_finished_codes:
                 raise ValueError(f"tuning: expected a compensation of finished codes, not {compensation.kind}")
         return self
+
+    @model_validator(mode="after")
+    def _anticipates_what_codes_look_at(self) -> Recipe:
+        for weights, compensation in self._pairs():
+            if compensation.anticipates and not weights.looks_at_input:
+                raise ValueError(
+                    f"compensation.anticipation: expected 0 with {weights.label}, which does not look at the input"
+                )
+        return self
+
+    def _pairs(self) -> list[tuple[AnyWeights, AnyCompensation]]:
+        """Weights and compensations that meet: the recipe's, and with each override those that then hold."""
+        own = (self.weights, self.compensation)
+        return [own, *((item.weights or own[0], item.compensation or own[1]) for item in self.overrides)]
 
     @property
     def smoothing(self) -> Smoothing | None:

@@ -90,7 +90,7 @@ def _format(linear: CompressedLinear) -> ModuleFormat:
             "activation_clip": 1.0 if activations is None else activations.clip,
             "activation_group_size": None if activations is None else activations.group_size,
             "rank": 0 if branch is None else branch.rank,
-            "factor_bits": None if branch is None or branch.up_scale is None else 8,
+            "factor_bits": None if branch is None or branch.up_scale is None else branch.code_bits,
             "residual": None if linear.residual is None else _residual_format(linear.residual),
             "online": None if linear.transform is None else asdict(linear.transform),
         }

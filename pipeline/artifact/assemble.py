@@ -86,12 +86,13 @@ class Assembler:
         self._residual()
         self._check_bytes()
         linears = self._linears()
-        source = dict(self._source.checkpoint.config)
+        layout = self._source.layout
+        source = {**self._source.checkpoint.config, "model_type": layout.model_type}  # the name that stock loaders know
         if LM_HEAD in ledger.tensors:
             source["tie_word_embeddings"] = False  # a rotated model's lm_head is not its embedding
-        if (field := self._source.layout.family.prediction_layers) is not None:
+        if (field := layout.family.prediction_layers) is not None:
             source[field] = 0  # their tensors are left out
-        config = artifact_config(source, ledger.formats, linears, self._source.layout.family)
+        config = artifact_config(source, ledger.formats, linears, layout.family)
         self._write(CONFIG, json_bytes(config))
         for name in self._source.checkpoint.copyable_files():
             self._write(name, self._source.store.read(name))

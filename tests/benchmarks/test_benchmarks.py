@@ -134,7 +134,14 @@ def test_recipes(place: Path) -> None:
 def test_distillation(place: Path) -> None:
     folders = ("--models", place / "models", "--data", place / "data", "--output", place / "recipes")
     sizes = ("--sequences", 8, "--windows", 4, "--length", 16, "--trained", 8, "--held-out", 2)
-    (row,) = rows(ran("distillation", "llama", *folders, *sizes, "--only", "LRC, all trained"))
+    # Of real text the tiny model's tokenizer knows no word.
+    texts = (
+        "--prose",
+        write_text(place / "prose.txt", 500, seed=2),
+        "--other",
+        write_text(place / "o.txt", 500, seed=3),
+    )
+    (row,) = rows(ran("distillation", "llama", *folders, *sizes, *texts, "--only", "LRC, all trained"))
     assert row.startswith("| LRC, all trained |")
     assert " to " in row
 

@@ -65,7 +65,18 @@ def make(golden: Golden, sources: Sources, output: Path) -> Made:
         "propagate": golden.propagate,
         "compute_dtype": golden.compute_dtype,
     }
-    published = run_job(sources.model(golden.model), output, golden.recipe, calibration=calibration)
+    distillation = None
+    if golden.training is not None:
+        trained = golden.sequences * 7 // 8
+        rest = {"sequences": golden.sequences - trained, "skip": trained}
+        distillation = {
+            "texts": [{"source": calibration["source"], "sequences": trained}],
+            "held_out": [{"source": calibration["source"], **rest}],
+            "training": dict(golden.training),
+        }
+    published = run_job(
+        sources.model(golden.model), output, golden.recipe, calibration=calibration, distillation=distillation
+    )
     model = CompressedModel.open(open_store(published.uri))
     blocks = [model.block(index, torch.device("cpu"), torch.float32)[1] for index in range(model.builder.blocks)]
     modules = json.loads((local(published) / "report" / "report.json").read_text())["modules"]

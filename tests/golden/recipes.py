@@ -11,19 +11,22 @@ from typing import Any
 
 from counterweight.workers import keys
 from counterweight.workers.keys import digest, versions
+from counterweight.workers.methods.distillation import Distillation
 from counterweight.workers.recipe import Recipe
 from tests.golden.sources import DIGESTS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Golden:
-    """A job. recipe: as in a manifest. model: of `sources.MODELS`. sequences: of calibration, 256 to a shard.
+    """A job. recipe: as in a manifest. training: of a distillation, on seven of eight sequences, for which the others are held
+    out; None for none. model: of `sources.MODELS`. sequences: of calibration, 256 to a shard.
 
     sways: kinds of values (see `made.Made`) in which a last bit that differs can grow: it lets an activation round the other
     way, which moves every statistic behind it, and training, compressed blocks before and branches hand that on.
     """
 
     recipe: Mapping[str, Any]
+    training: Mapping[str, Any] | None = None
     model: str = "dense"
     propagate: str = "original"
     compute_dtype: str = "float32"
@@ -34,12 +37,14 @@ class Golden:
     def asked(self) -> str:
         """Digest of the job: what was recorded for another one is no answer."""
         sources = [DIGESTS[self.model], DIGESTS["tokens"]]
-        return digest([self.recipe, self.propagate, self.compute_dtype, self.sequences, sources])[:16]
+        asked = [self.recipe, self.propagate, self.compute_dtype, self.sequences, sources]
+        return digest(asked if self.training is None else [*asked, self.training])[:16]
 
     @property
     def versions(self) -> dict[str, int]:
         """One of these must be raised when the bits change."""
-        return {"NUMERICS": keys.NUMERICS, **versions(Recipe.model_validate(self.recipe))}
+        trained = None if self.training is None else Distillation.model_validate(self.training)
+        return {"NUMERICS": keys.NUMERICS, **versions((Recipe.model_validate(self.recipe), trained))}
 
 
 def _weights(bits: int = 4, group_size: int | None = 32, symmetric: bool = True, **quantizer: Any) -> dict[str, Any]:
@@ -141,6 +146,14 @@ RECIPES: Mapping[str, Golden] = {
         },
         sways=("codes", "scales"),
     ),
+    "lrc-int4": Golden(
+        recipe={
+            "weights": _weights(),
+            "activations": A4,
+            "compensation": {"kind": "lrc", "rank": {"count": 4}, "factor_bits": 4, "refit": "none"},
+        },
+        sways=("codes", "scales", "branches", "errors"),
+    ),
     "aser": Golden(
         recipe={
             "weights": _weights(**RTN),
@@ -181,6 +194,11 @@ RECIPES: Mapping[str, Golden] = {
         sways=("branches",),
     ),
     # Tuning.
+    "distillation": Golden(
+        recipe={"weights": _weights(3, None, **RTN), "activations": A8, "compensation": SVD4},
+        training={"epochs": 1},
+        sways=("scales", "branches", "kept"),
+    ),
     "tuning": Golden(recipe={"weights": _weights(3, **RTN), "tuning": {"epochs": 2, "batch": 4}}, sways=("errors",)),
     "tuning-transforms": Golden(
         recipe={

@@ -18,6 +18,7 @@ from counterweight.kernels.residual import (
     select_exact,
     select_static,
 )
+from tests.workers.kinds import KINDS
 
 
 def generator(seed: int) -> torch.Generator:
@@ -284,3 +285,32 @@ def test_one_token_alone_is_corrected_as_among_others() -> None:
         alone = compensate(x[token : token + 1], store, selected[token : token + 1])
         torch.testing.assert_close(alone, together[token : token + 1])
     assert not compensate(x[:1], store, torch.zeros(40, dtype=torch.bool)).any()
+
+
+def ranked(token: list[float], channels: range, k: int) -> set[int]:
+    """The k largest magnitudes among some channels, of equals the lowest, by sorting."""
+    return set(sorted(channels, key=lambda channel: (-abs(token[channel]), channel))[:k])
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["all different", "ties"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_choice_is_that_of_sorting_on_every_kind_of_input(kind: str, ties: bool) -> None:
+    """One whole chunk and the rest of another; where there are ties, magnitudes are few."""
+    source, width, k_chunk = generator(6), 1124, 60
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source)
+
+    x = KINDS[kind](draw(40, width), draw)
+    if ties:
+        x = (2 * x).round() / 2
+    thresholds, importance = thresholds_of(x[4:]), x[4:].square().mean(0)
+    chunked, bucketed = select_chunked(x[:4], k_chunk), select_bucketed(x[:4], k_chunk, thresholds)
+    exact, static = select_exact(x[:4], 65), select_static(importance, 65)
+    chosen = [set(one.nonzero().flatten().tolist()) for one in (*chunked, *bucketed, *exact, static)]
+    tokens = x[:4].tolist()
+    expected = [ranked(token, range(1024), 60) | ranked(token, range(1024, width), 5) for token in tokens]
+    expected += [chosen_by_hand(token, k_chunk, thresholds.tolist()) for token in tokens]
+    expected += [ranked(token, range(width), 65) for token in tokens]
+    expected += [ranked(importance.tolist(), range(width), 65)]
+    assert chosen == expected

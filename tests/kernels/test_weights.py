@@ -64,6 +64,17 @@ def test_what_is_stored_is_read_back(weight: StoredWeight) -> None:
     assert equal(read, weight)
 
 
+def test_gains_multiply_what_each_output_channel_reads_back(weight: StoredWeight) -> None:
+    gains = 1 + random(OUT, seed=3) / 8
+    found = weight.with_gains(gains)
+    # Scales are rounded to their own dtype, float16.
+    torch.testing.assert_close(found.dequantize(), weight.dequantize() * gains.unsqueeze(1), rtol=2e-3, atol=2e-3)
+    assert not torch.equal(found.dequantize(), weight.dequantize())
+    assert found.form == weight.form
+    assert {name: part.dtype for name, part in found.parts.items()} == {n: p.dtype for n, p in weight.parts.items()}
+    assert equal(weight.with_gains(torch.ones(OUT)), weight)
+
+
 def test_bits_are_those_of_the_stored_tensors(weight: StoredWeight) -> None:
     stored = {name: 8 * tensor.nbytes for name, tensor in weight.tensors().items() if name != "weight_shape"}
     # A word is not cut where codes end.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,28 @@ def test_is_the_best_use_of_a_budget_among_all() -> None:
         assert won == pytest.approx(best)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_layers_of_other_sizes_win_all_but_less_than_one_direction(seed: int) -> None:
+    """Against every choice of ranks that the budget allows."""
+    draw = random.Random(seed)
+    layers = {
+        (0, name): candidate(sorted((draw.random() for _ in range(4)), reverse=True), 8, draw.choice([4, 8, 24, 64]))
+        for name in "abcd"
+    }
+    weights = sum(layer.rows * layer.columns for layer in layers.values())
+    for bits in (1.0, 3.0, 6.0):
+        ranks = allocate(layers, bits)
+        assert sum(layers[layer].cost * rank for layer, rank in ranks.items()) <= bits * weights
+        best = max(
+            sum(sum(layer.gains[:rank]) for layer, rank in zip(layers.values(), split, strict=True))
+            for split in itertools.product(range(5), repeat=4)
+            if sum(layer.cost * rank for layer, rank in zip(layers.values(), split, strict=True)) <= bits * weights
+        )
+        won = sum(sum(layers[layer].gains[:rank]) for layer, rank in ranks.items())
+        left = [layer.gains[ranks[key]] for key, layer in layers.items() if ranks[key] < 4]
+        assert won == pytest.approx(best) if not left else won > best - max(left)
+
+
 def test_gains_count_per_bit() -> None:
     layers = {(0, "wide"): candidate([4.0], columns=800), (0, "small"): candidate([1.0])}
     total = 8 * 800 + 64
@@ -51,29 +74,36 @@ def test_gains_count_per_bit() -> None:
 
 def test_integer_factors_buy_more() -> None:
     gains = [1.0 / (rank + 1) for rank in range(8)]
-    ranks = [allocate({(0, "a"): candidate(gains, 64, 64, factor_bits=bits)}, 2.0)[0, "a"] for bits in (16, 8)]
-    assert ranks == [4, 7]  # 2048 and 1088 bits a rank, of 8192
+    ranks = [allocate({(0, "a"): candidate(gains, 64, 64, factor_bits=bits)}, 2.0)[0, "a"] for bits in (16, 8, 4)]
+    assert ranks == [4, 7, 8]  # 2048, 1088 and 576 bits a rank, of 8192
 
 
 def test_directions_that_win_nothing_are_not_bought() -> None:
     assert allocate({(0, "a"): candidate([1.0, 0.0, 0.0])}, 16.0) == {(0, "a"): 1}
 
 
-@pytest.mark.parametrize("kind", ["svd", "lrc", "aser"])
-def test_a_job_spends_its_budget_and_no_more(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "bits", "budget"), [("svd", 8, 4.0), ("lrc", 8, 4.0), ("lrc", 4, 2.5), ("aser", 8, 4.0)]
+)
+def test_a_job_spends_its_budget_and_no_more(kind: str, bits: int, budget: float, tmp_path: Path) -> None:
     checkpoint("llama", tmp_path / "model", num_hidden_layers=2)
     recipe = {
         "weights": {"bits": 3, "group_size": None, "quantizer": {"kind": "gptq"}},
         "activations": {"bits": 4},
-        "compensation": {"kind": kind, "rank": {"budget_bits": 4.0}, "factor_bits": 8},
+        "compensation": {
+            "kind": kind,
+            "rank": {"budget_bits": budget},
+            "factor_bits": bits,
+            **({"refit": "none"} if bits == 4 else {}),
+        },
     }
     published = run_job(tmp_path / "model", tmp_path, recipe, validation={})
     store, _ = open_artifact(published.uri)
     report = Report.model_validate_json(store.read("report/report.json"))
-    bits = report.bits_per_weight.factors
-    largest = max((module.rows + module.columns) * 8 + 64 for module in report.modules)
+    spent = report.bits_per_weight.factors
+    largest = max((module.rows + module.columns) * bits + 64 for module in report.modules)
     weights = sum(module.rows * module.columns for module in report.modules)
-    assert 4.0 - 2 * largest / weights < bits <= 4.0
+    assert budget - 2 * largest / weights < spent <= budget
     assert len({module.rank for module in report.modules}) > 1
 
 

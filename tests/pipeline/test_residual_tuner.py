@@ -76,6 +76,13 @@ def test_modelled_times_are_bytes_over_bandwidth() -> None:
     assert profile.compensated[1, 20] == pytest.approx(40 * 4096 / 2 / 1e10)
 
 
+def test_modelled_times_know_no_multiprocessors() -> None:
+    plans = [
+        tune(profiles(4, Bandwidths(dram=1000, pcie=32, multiprocessors=count)), 0.05) for count in (1, 8, 128, 10_000)
+    ]
+    assert all(k_chunks(plan.choices) == k_chunks(plans[0].choices) for plan in plans)
+
+
 @pytest.mark.parametrize(
     ("name", "ratio"),
     [

@@ -17,12 +17,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Compre
 
 from counterweight import load_model
 from tests.inprocess import local, run_job
-from tests.models import DEEPSEEK, MOE, Case, build, checkpoint, read_config, read_tensors, save_fused, token_ids
+from tests.models import CASES, DEEPSEEK, MOE, Case, build, checkpoint, read_config, read_tensors, save_fused, token_ids
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}  # widths that groups of 128 tile
 RTN = {"quantizer": {"kind": "rtn"}}
 W4 = {"bits": 4, "group_size": 32, **RTN}
+SPARSE = ("deepseek_v2", "glm4_moe", "kimi_k2", "minimax_m2", "olmoe", "qwen2_moe", "qwen3_next", "qwen3_5_moe_text")
+"""Families of experts that need no more than to be tried."""
+
 MODELS: Mapping[str, Case] = {
+    **{name: CASES[name] for name in SPARSE},
     "llama": Case("llama", {**WIDE, "num_hidden_layers": 2}),
     "llama-12": Case("llama", {"num_hidden_layers": 12, "hidden_size": 32, "intermediate_size": 32}),
     "llama-biased": Case("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -46,6 +50,7 @@ class Recipe:
 
 A8 = {"activations": {"bits": 8}}
 REPRESENTED: Mapping[str, Recipe] = {
+    **{name: Recipe(name) for name in SPARSE},
     "llama w4 g32": Recipe("llama"),
     "llama w4 g64": Recipe("llama", {"bits": 4, "group_size": 64, **RTN}),
     "llama w4 g128": Recipe("llama", {"bits": 4, "group_size": 128, **RTN}),

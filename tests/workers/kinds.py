@@ -96,7 +96,7 @@ class Layer:
         inputs = KINDS[kind](draw(2 * tokens, width), draw)
         self.seen, self.unseen = inputs[:tokens], inputs[tokens:]
         self.activations = None if bits is None else ActivationFormat(bits=bits)
-        gathering = Gathering(activations=self.activations)
+        gathering = Gathering(activations=self.activations, absolute=True, thresholds=True)
         accumulator = Accumulator(width, gathering=gathering)
         accumulator.add(ShardMoments.of(self.seen, gathering))
         self.statistics: InputStatistics = accumulator.result()

@@ -52,6 +52,7 @@ CHOICES: dict[str, list[Any]] = {
         {"kind": "aser", "rank": {"fraction": 0.2}, "outliers": 0},
         {"kind": "lrc", "rank": {"budget_bits": 3.0}},
         {"kind": "lrc", "rank": {"count": 4}, "factor_bits": 8},
+        {"kind": "lrc", "rank": {"count": 6}, "factor_bits": 4, "refit": "none"},
         {"kind": "lrc", "rank": {"count": 4}, "iterations": 2, "refit": "weight"},
     ],
     "tuning": [None, None, None, {"epochs": 1}, {"epochs": 1, "transforms": True, "block": 4}],
@@ -64,6 +65,8 @@ REASONS = (
     "expected weights.quantizer.kind rtn",  # tuning
     "expected a compensation of finished codes",  # tuning
     "expected plain",  # a target that would be the weight itself
+    "training starts on the whole range",  # tuning with a search for scales
+    "which does not look at the input",  # anticipation
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -73,11 +73,11 @@ def test_a_branch_comes_back_under_the_names_of_peft() -> None:
     stored = factor_tensors(DENSE, BRANCH)
     assert list(stored) == [f"base_model.model.{DENSE}.lora_A.weight", f"base_model.model.{DENSE}.lora_B.weight"]
     assert tuple(stored) == factor_names(DENSE, None)
-    found = read_branch(stored, DENSE, form(rank=2))
+    found = read_branch(stored, DENSE, form(rank=2), (6, 64))
     assert found is not None
     assert torch.equal(found.up, BRANCH.up)
     assert torch.equal(found.down, BRANCH.down)
-    assert read_branch({}, DENSE, form()) is None
+    assert read_branch({}, DENSE, form(), (6, 64)) is None
 
 
 @pytest.mark.parametrize(
@@ -87,28 +87,38 @@ def test_a_branch_comes_back_under_the_names_of_peft() -> None:
 def test_a_branch_of_another_rank_is_refused(down: torch.Tensor, up: torch.Tensor) -> None:
     stored = dict(zip(factor_names(DENSE, None), (down, up), strict=True))
     with pytest.raises(CheckpointError, match=f"{DENSE}: .*expected rank 2"):
-        read_branch(stored, DENSE, form(rank=2))
+        read_branch(stored, DENSE, form(rank=2), (6, 64))
 
 
-def test_integer_factors_are_read_as_written_and_not_by_peft() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integer_factors_are_read_as_written_and_not_by_peft(bits: Literal[4, 8]) -> None:
     coded = LowRank(
         up=torch.full((6, 2), 3, dtype=torch.int8),
         down=torch.full((2, 64), -5, dtype=torch.int8),
         up_scale=torch.tensor([0.5, 0.25]),
         down_scale=torch.tensor([2.0, 1.0]),
+        code_bits=bits,
     )
     tensors = factor_tensors(DENSE, coded)
-    assert tuple(tensors) == factor_names(DENSE, 8)
-    found = read_branch(tensors, DENSE, form(rank=2, factor_bits=8))
+    assert tuple(tensors) == factor_names(DENSE, bits)
+    assert sum(8 * tensor.nbytes for tensor in tensors.values()) == coded.bits
+    found = read_branch(tensors, DENSE, form(rank=2, factor_bits=bits), (6, 64))
     assert found is not None
     assert torch.equal(found.product(), coded.product())
     assert found.product()[0, 0] == 3 * 0.5 * -5 * 2.0 + 3 * 0.25 * -5 * 1.0
-    assert (
-        adapter_config({DENSE: form(rank=2, factor_bits=8)}, "x", families()["llama"])["peft_type"] == "COUNTERWEIGHT"
-    )
-    wrong = {**tensors, factor_names(DENSE, 8)[2]: torch.ones(3)}
+    assert found.bits == coded.bits
+    formats = {DENSE: form(rank=2, factor_bits=bits)}
+    assert adapter_config(formats, "x", families()["llama"])["peft_type"] == "COUNTERWEIGHT"
+    wrong = {**tensors, factor_names(DENSE, bits)[2]: torch.ones(3)}
     with pytest.raises(CheckpointError, match="int8 codes and 2 steps"):
-        read_branch(wrong, DENSE, form(rank=2, factor_bits=8))
+        read_branch(wrong, DENSE, formats[DENSE], (6, 64))
+
+
+def test_packed_factors_of_another_size_are_refused() -> None:
+    ones, steps = torch.ones(2, 64, dtype=torch.int8), torch.ones(2)
+    coded = LowRank(up=ones.T.contiguous(), down=ones, up_scale=steps, down_scale=steps, code_bits=4)
+    with pytest.raises(CheckpointError, match=f"{DENSE}: packed factors: .*72 codes fill 9"):
+        read_branch(factor_tensors(DENSE, coded), DENSE, form(rank=2, factor_bits=4), (64, 72))
 
 
 def test_online_transforms_are_said_in_the_words_of_compressed_tensors() -> None:

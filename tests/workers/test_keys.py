@@ -66,7 +66,7 @@ class TestVersions:
         recipe = Recipe.model_validate(
             {
                 "transforms": [ROTATION, {"kind": "smoothing"}],
-                "weights": {"quantizer": {**RTN, "scale": {"kind": "mse"}}},
+                "weights": {"quantizer": RTN},
                 "activations": {"bits": 8},
                 "compensation": {"kind": "svd"},
                 "tuning": {},
@@ -74,7 +74,7 @@ class TestVersions:
                 "overrides": [{"match": "*", "compensation": {"kind": "none"}}],
             }
         )
-        methods = "Activations MeanSquare NoCompensation RTN Residual Rotation SVD Smoothing Tuning"
+        methods = "AbsoluteMaximum Activations NoCompensation RTN Residual Rotation SVD Smoothing Tuning"
         assert set(versions(recipe)) == set(methods.split())
 
     def test_of_mappings_and_of_nothing(self) -> None:

@@ -92,9 +92,10 @@ def run_compensated(site: Site, record: BlockRecord, hidden: Tensor, index: int)
         if module in record.formats and parameter.endswith(".weight"):
             form = record.formats[module]
             packed = {key: tensor for key, tensor in stored.items() if key.startswith(f"{module}.weight_")}
+            weight = read_weight(packed, module, form)
             linears[parameter.removesuffix(".weight")] = CompressedLinear(
-                weight=read_weight(packed, module, form),
-                low_rank=read_branch(factors, module, form),
+                weight=weight,
+                low_rank=read_branch(factors, module, form, weight.shape),
                 activations=form.activations,
             )
         else:
@@ -396,7 +397,7 @@ def test_module_errors_are_those_of_the_stored_bytes(site: Site, make: MakeWorke
         x, weight = torch.cat(seen[local]), parameters[f"{local}.weight"].double()
         packed = {name: tensor for name, tensor in stored.items() if name.startswith(f"{module.name}.weight_")}
         quantized = read_weight(packed, module.name, form).dequantize(torch.float64)
-        branch = read_branch(factors, module.name, form)
+        branch = read_branch(factors, module.name, form, (weight.shape[0], weight.shape[1]))
         assert branch is not None
         energy = (x @ weight.T).square().sum()
         left = weight - quantized

@@ -74,7 +74,8 @@ def tunes(load: Load) -> Tuning | None:
 
 def run(load: Load, tokens: float) -> Work:
     """One pass of so many tokens: linears, with the transforms of their inputs, and attention, whose queries are taken to be as
-    wide as its values; its masked half is counted, because kernels differ in whether they skip it."""
+    wide as its values; its masked half is counted, because kernels differ in whether they skip it. Not counted: a recurrence in
+    attention's place (Gated DeltaNet)."""
     work = NOTHING
     for group in load.groups:
         for name, (rows, columns) in group.linears.items():

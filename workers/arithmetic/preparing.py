@@ -39,9 +39,9 @@ def online_flops(load: Load, name: str, tokens: float, columns: int) -> Work:
 def _rotating(load: Load, group: Group) -> Work:
     if load.rotation is None:
         return NOTHING
-    mixed = next(
-        columns for each in load.groups for name, (_, columns) in each.linears.items() if name == load.family.output
-    )
+    linears = (linear for each in load.groups for linear in each.linears.items())
+    # A block without attention has no heads, and no linear that would be rotated head by head.
+    mixed = next((columns for name, (_, columns) in linears if name == load.family.output), 0)
     work = NOTHING
     for name, (rows, columns) in group.linears.items():
         work += load.rotation.rotate_flops(load.family, name, rows, columns, load.heads, mixed // load.heads)

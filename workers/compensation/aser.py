@@ -1,12 +1,12 @@
 """ASER's error reconstruction: outlier columns out of the codes, everything that is left out into one whitened SVD.
 
-Zhao et al., "ASER: Activation Smoothing and Error Reconstruction" (AAAI 2025). The input channels that are largest in
-activations and weights cause orders of magnitude more error than the others. Their columns W_o are not quantized:
+Zhao et al., "ASER: Activation Smoothing and Error Reconstruction" (AAAI 2025). A few input channels, the
+largest in activations and weights, cause most of the error, the paper finds. Their columns W_o are not quantized:
 
     W = W_s + W_o,    Q = quantize(W_s),    L = the reduced-rank regression of W_o + (W_s - Q) on the layer's input.
 
 Before that, the input of those channels is divided by `outlier_scales` and their columns multiplied (activation smoothing),
-where `workers.transforms.smoothing` can; the quantized activations of all channels get finer steps.
+where `workers.transforms.smoothing` can: quantized activations get finer steps in every token that such a channel ruled.
 """
 
 from __future__ import annotations

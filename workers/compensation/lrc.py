@@ -11,14 +11,17 @@ input here, y = Q(x) what the codes see, and E[. .] over the calibration tokens,
 2. Update-Quant: codes for the target of `StoredWeights.target`, in the metric E[y y^T].
 3. Update-LR: the reduced-rank regression of W t - Q y on x.
 
+Factors of 4 bits lose more by rounding than Update-LR wins. With `refit: none` Init-LRC's factors are rounded first, and the
+codes are fitted to W less the rounded branch, so that they make up for the rounding.
+
 The alternation ends in a local minimum, and Init-LRC spends all ranks on what quantizing the input loses. Where that is less
 than what rounding the weight loses (inputs of 8 bits or more), the branch may serve better behind codes that know nothing of
-it. So the whitened SVD of plain codes' error is solved too unless it cannot win, and the smaller objective is kept.
+it. So the whitened SVD of plain codes' error is solved too unless `start_wins`, and the smaller objective is kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,18 +61,23 @@ def lrc(
     matrix = checked_matrix("weight", weight).double()
     checked_statistics(statistics, matrix.shape[1])
     metric = InputStatistics(gram=statistics.product("yy"), tokens=statistics.tokens)
-    start = branch = initial_branch(matrix, statistics, options.rank, options.damping, factor_dtype)
+    start = initial_branch(matrix, statistics, options.rank, options.damping, factor_dtype)
+    branch = start if options.refits else stored(start, options.factor_bits)
     for _ in range(options.iterations):
         target = weights.target(matrix, statistics, branch.product(torch.float64))
         solved = weights.quantize(target.float(), metric, scale_dtype=scale_dtype)
         codes = solved.weight.dequantize().double()
         rounding = matrix - branch.product(torch.float64) - codes
-        branch = updated_branch(options, matrix, codes, statistics, branch.rank, factor_dtype)
+        if options.refits:
+            branch = updated_branch(options, matrix, codes, statistics, branch.rank, factor_dtype)
+    if options.refits:
+        branch = stored(branch, options.factor_bits)
     found = LRCResult(weight=solved.weight, low_rank=branch, fallbacks=solved.fallbacks)
     if statistics.tokens and not start_wins(matrix, rounding, start, statistics):
         plain = weights.quantize(weights.target(matrix, statistics).float(), metric, scale_dtype=scale_dtype)
-        found = _better(matrix, statistics, found, _behind(plain, matrix, statistics, branch))
-    return replace(found, low_rank=stored(found.low_rank, options.factor_bits))
+        whitened = SVD(rank=CountRank(count=branch.rank), factor_bits=options.factor_bits)
+        found = _better(matrix, statistics, found, _behind(plain, matrix, statistics, whitened, factor_dtype))
+    return found
 
 
 def start_wins(weight: Tensor, rounding: Tensor, start: LowRank, statistics: InputStatistics) -> bool:
@@ -85,11 +93,13 @@ def start_wins(weight: Tensor, rounding: Tensor, start: LowRank, statistics: Inp
     return gain >= most
 
 
-def _behind(plain: QuantizationResult, weight: Tensor, statistics: InputStatistics, like: LowRank) -> LRCResult | None:
-    """Codes that know of no branch, with the whitened SVD of their error in a branch of the rank and dtype of another; None
-    where they leave nothing."""
+def _behind(
+    plain: QuantizationResult, weight: Tensor, statistics: InputStatistics, whitened: SVD, dtype: torch.dtype
+) -> LRCResult | None:
+    """Codes that know of no branch, with the whitened SVD of their error, its factors in `dtype`; None where they leave
+    nothing."""
     residual = (weight - plain.weight.dequantize()).float()
-    fitted = SVD(rank=CountRank(count=like.rank)).fit(residual, statistics, dtype=like.up.dtype)
+    fitted = whitened.fit(residual, statistics, dtype=dtype)
     if fitted.low_rank is None:
         return None
     return LRCResult(weight=plain.weight, low_rank=fitted.low_rank, fallbacks=plain.fallbacks)

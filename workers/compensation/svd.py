@@ -28,10 +28,10 @@ def deflated(options: SVD, statistics: InputStatistics, rows: int) -> InputStati
     """The statistics with which to quantize a layer of `rows` outputs that this branch will follow.
 
     A branch that reads the r leading eigenvectors of G removes any error along them, so only the rest of G is left to
-    the quantizer: G - anticipation * V_r diag(l_r) V_r^T. The leading ones, because what GPTQ pays is the sum of the
-    squared pivots of G's Cholesky factor, whose product is the determinant: no other r directions lower it as much.
-    (H-SVDQuant, 2026, deflates by the branch's own directions instead.) Layers may share a solve only if they have the
-    same rank. Raises ValueError for statistics that are not finite and for a rank that the layer is too small for.
+    the quantizer: G - anticipation * V_r diag(l_r) V_r^T. The leading ones, because no other r directions hold more of
+    tr G = E||x||^2. (H-SVDQuant, 2026, deflates by the branch's own directions instead.) Layers may share a solve only if
+    they have the same rank. Raises ValueError for statistics that are not finite and for a rank that the layer is too small
+    for.
     """
     if not options.anticipates:
         return statistics

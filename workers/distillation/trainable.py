@@ -79,7 +79,7 @@ class TrainableLinear(nn.Module):
             return None
         up, down = self.up.detach(), self.down.detach()
         if first.up_scale is not None:
-            return stored(LowRank(up=up, down=down), 8)
+            return stored(LowRank(up=up, down=down), first.code_bits)
         return LowRank(up=up.to(first.up.dtype).contiguous(), down=down.to(first.down.dtype).contiguous())
 
 

@@ -67,10 +67,10 @@ def _judging(part: ModuleRecipe, rows: int, columns: int, streams: int) -> int:
 
 def _left(part: ModuleRecipe, rows: int, columns: int, itemsize: float) -> int:
     """What is kept of a solved linear until it is written: codes of a byte, or of the bits that a byte holds, and scales; its
-    residual store; and the branch's factors, in the source's dtype of `itemsize` bytes."""
+    residual store; and the branch's factors, in the source's dtype of `itemsize` bytes or codes of a byte."""
     stored = part.weights.stored_bits(rows, columns) // 8
     codes = max(stored, rows * columns) if part.weights.code_bits > 1 else stored
     residual = 0 if part.residual is None else rows * columns // 2
     rank, bits = part.compensation.branch_rank, part.compensation.branch_bits
     branch = 0 if rank is None else rank.at_most(rows, columns) * (rows + columns)
-    return codes + residual + round(branch * (itemsize if bits is None else bits / 8))
+    return codes + residual + round(branch * (itemsize if bits is None else 1))

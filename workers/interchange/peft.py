@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from counterweight.kernels.formats import LowRank
+from counterweight.kernels.weights.packing import pack, unpack
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.interchange.compressed_tensors import QUANT_METHOD
@@ -17,31 +19,43 @@ ADAPTER_PREFIX = "base_model.model."
 
 
 def factor_tensors(module: str, branch: LowRank) -> dict[str, Tensor]:
-    """A low-rank branch under PEFT's names: lora_A [rank, in], lora_B [out, rank]; of integer codes their steps too."""
-    tensors = (branch.down, branch.up, branch.down_scale, branch.up_scale)
-    names = factor_names(module, 8 if branch.up_scale is not None else None)
+    """A low-rank branch under PEFT's names: lora_A [rank, in], lora_B [out, rank]; of integer codes their steps too, and codes
+    of 4 bits packed along `in` and `out`."""
+    down, up, bits = branch.down, branch.up, None if branch.up_scale is None else branch.code_bits
+    if bits == 4:
+        down, up = pack(down, bits), pack(up, bits, dim=0)
+    tensors = (down, up, branch.down_scale, branch.up_scale)
+    names = factor_names(module, bits)
     return {name: tensor.contiguous() for name, tensor in zip(names, tensors, strict=False) if tensor is not None}
 
 
-def factor_names(module: str, bits: int | None) -> tuple[str, ...]:
+def factor_names(module: str, bits: Literal[4, 8] | None) -> tuple[str, ...]:
     """Names of a branch's tensors: A (down), B (up), and the steps of both when they are codes of `bits`."""
     names = (f"{ADAPTER_PREFIX}{module}.lora_A", f"{ADAPTER_PREFIX}{module}.lora_B")
-    kinds = ("weight",) if bits is None else ("weight", "scale")
+    kinds = {None: ("weight",), 8: ("weight", "scale"), 4: ("weight_packed", "scale")}[bits]
     return tuple(f"{name}.{kind}" for kind in kinds for name in names)
 
 
-def read_branch(adapter: Mapping[str, Tensor], module: str, form: ModuleFormat) -> LowRank | None:
-    """The low-rank branch of `module`, or None when its format has rank 0; CheckpointError when shapes disagree."""
+def read_branch(
+    adapter: Mapping[str, Tensor], module: str, form: ModuleFormat, shape: tuple[int, int]
+) -> LowRank | None:
+    """The low-rank branch of `module` with a weight of `shape` (out, in), or None when its format has rank 0; CheckpointError
+    when shapes disagree."""
     if form.rank == 0:
         return None
     down, up, *steps = (adapter[name] for name in factor_names(module, form.factor_bits))
+    if form.factor_bits == 4:
+        try:
+            up, down = unpack(up, 4, shape[0], dim=0), unpack(down, 4, shape[1])
+        except ValueError as error:
+            raise CheckpointError(f"adapter: {module}: packed factors: {error}") from error
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != form.rank or up.shape[1] != form.rank:
         raise CheckpointError(f"adapter: {module}: {list(up.shape)} x {list(down.shape)}: expected rank {form.rank}")
     if not steps:
         return LowRank(up=up, down=down)
     if up.dtype != torch.int8 or down.dtype != torch.int8 or any(tuple(step.shape) != (form.rank,) for step in steps):
         raise CheckpointError(f"adapter: {module}: expected int8 codes and {form.rank} steps for each factor")
-    return LowRank(up=up, down=down, up_scale=steps[1], down_scale=steps[0])
+    return LowRank(up=up, down=down, up_scale=steps[1], down_scale=steps[0], code_bits=form.factor_bits or 8)
 
 
 def refusal_of_adapter(formats: Mapping[str, ModuleFormat], family: ModelFamily) -> str | None:

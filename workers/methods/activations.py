@@ -21,8 +21,8 @@ class Activations(Method):
     bits: Literal[4, 6, 8] = 8
     """Bits of an activation code."""
     clip: Annotated[float, Field(strict=True, gt=0, le=1)] | Literal["search"] = 1.0
-    """Share of a token's largest magnitude that the codes reach; `search` finds, for each distinct input, the share with the
-    smallest squared error on the first shard of the calibration tokens. Stock loaders know only 1."""
+    """Share of a token's largest magnitude that the codes reach; `search` finds, for each distinct input, the one among
+    1, 0.95, .. 0.5 with the smallest squared error on up to 2,048 tokens of the first shard. Stock loaders know only 1."""
     group_size: Annotated[int, Field(strict=True, gt=0, multiple_of=32)] | None = None
     """Channels of a token that share a scale, a multiple of 32; null: one scale per token. Stock loaders know only null."""
 

@@ -27,7 +27,7 @@ class Bandwidths(Config):
     pcie: Annotated[float, Field(gt=0, le=1e6)]
     """Of its way to the host's memory, GB/s."""
     multiprocessors: Annotated[int, Field(strict=True, ge=1, le=10_000)]
-    """How many it has."""
+    """How many it has: no layer is worth measuring with more thread blocks. Times that are modelled do not depend on it."""
 
 
 class LatencyBudget(Config):

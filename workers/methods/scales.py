@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 STRIDE = 4
-"""Every fourth candidate is tried first, then the three on either side of the best. On the reference model this costs 0.1%
-of the output error against trying all of them, for 16 trials instead of 40 (20 candidates, both signs)."""
+"""Every fourth candidate is tried first, then the three on either side of the best: 16 trials instead of 40 (20 candidates,
+both signs). The error stays within 2 % of the least of all 40; where few channels carry nearly all importance, within 15 %."""
 
 
 class ScaleSearch(Method):
@@ -47,7 +47,7 @@ class ScaleSearch(Method):
 
 
 class AbsoluteMaximum(ScaleSearch):
-    """The smallest scale that moves no value by more than half a step: the whole range of the group is covered."""
+    """The scale that covers the whole range of the group: no value moves by more than half a step."""
 
     VERSION: ClassVar[int] = 1
 

@@ -40,9 +40,9 @@ class Tuning(Method):
     its columns. Only where a norm feeds nothing but linears that are quantized: not a mixture of experts' MLP."""
     block: Annotated[int, Field(strict=True, ge=0, le=4096)] = 0
     """Side of the square that is learned beside the increments, among the largest singular directions: it may turn them
-    into each other. Meant for groups, whose scales leave less to single directions; 0: none."""
+    into each other. 0: none."""
     epochs: Annotated[int, Field(strict=True, ge=1, le=1000)] = 20
-    """Passes over the calibration sequences at most. Learning rates fall linearly to zero over them."""
+    """Passes over the calibration sequences at most. Learning rates fall linearly over them."""
     batch: Annotated[int, Field(strict=True, ge=1, le=4096)] = 1
     """Sequences per step."""
     lr_increments: Rate = 2e-3

@@ -12,9 +12,8 @@ has its own input statistics, its own grid and its own low-rank branch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -25,55 +24,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.errors import CheckpointError, UnsupportedModelError
 from counterweight.workers.models.config import parse_config
+from counterweight.workers.models.experts import GatedProduct, LinearExperts, SortedExperts
 from counterweight.workers.models.families import family_of
-from counterweight.workers.models.family import PROJECTIONS, ModelFamily, Product, SharedInputGroup
+from counterweight.workers.models.family import ModelFamily, SharedInputGroup
 from counterweight.workers.models.layout import LM_HEAD, NORM, BlockLayout, ModelLayout
-
-
-@dataclass(frozen=True, slots=True)
-class GatedProduct:
-    """activation(gate) * up, the product of most families' experts."""
-
-    activation: Callable[[Tensor], Tensor]
-
-    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.activation(gate) * up
-
-
-class LinearExperts(nn.Module):
-    """A sparse MLP's experts as separate linears, a drop-in for transformers' fused experts module.
-
-    Called as transformers calls its own: hidden [tokens, hidden], top_k_index [tokens, k], top_k_weights [tokens, k].
-    An expert without tokens is not run. product: what an expert computes between its linears.
-    """
-
-    def __init__(self, experts: int, hidden: int, intermediate: int, product: Product, *, bias: bool = False) -> None:
-        super().__init__()
-        self.product = product
-        for expert in range(experts):
-            self.add_module(
-                str(expert),
-                nn.ModuleDict(
-                    {
-                        "gate_proj": nn.Linear(hidden, intermediate, bias=bias),
-                        "up_proj": nn.Linear(hidden, intermediate, bias=bias),
-                        "down_proj": nn.Linear(intermediate, hidden, bias=bias),
-                    }
-                ),
-            )
-        self.experts = experts
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        output = torch.zeros_like(hidden_states)
-        for expert in range(self.experts):
-            token, slot = torch.where(top_k_index == expert)
-            if token.numel() == 0:
-                continue
-            gate, up, down = (self.get_submodule(f"{expert}.{name}") for name in PROJECTIONS)
-            x = hidden_states[token]
-            weighted = down(self.product(gate(x), up(x))) * top_k_weights[token, slot, None]
-            output.index_add_(0, token, weighted.to(output.dtype))
-        return output
 
 
 class BlockBuilder:
@@ -93,7 +47,19 @@ class BlockBuilder:
         self.experts: int = 0
         if self.family.experts is not None:
             self.experts = int(getattr(self.config, self.family.experts.count_key))
-        self._causal(_with_layers(self.config, []))  # what cannot be built is refused now, not by a worker
+        shell = self._causal(_with_layers(self.config, []))  # what cannot be built is refused now, not by a worker
+        self._check_rotary(shell.model.rotary_emb)
+
+    def _check_rotary(self, rotary: nn.Module) -> None:
+        """UnsupportedModelError for a rotary embedding that attention cannot apply to its heads."""
+        width: int = getattr(self.config, "head_dim", None) or self.hidden_size // self.config.num_attention_heads
+        for name, frequencies in rotary.named_buffers():
+            turned = 2 * len(frequencies)
+            if turned > width or (turned < width and not self.family.partial_rotary):
+                raise UnsupportedModelError(
+                    f"config.json: rope_parameters: {name} turns {turned} of the {width} channels of a head: "
+                    f"expected {'at most ' if self.family.partial_rotary else ''}{width} for {self.config.model_type}"
+                )
 
     # -- names and shapes ---------------------------------------------------------------------------------------
 
@@ -153,8 +119,9 @@ class BlockBuilder:
         hidden, double = matrix if layout.transposed else reversed(matrix)
         product = GatedProduct(fused.act_fn) if layout.product is None else layout.product(fused)
         biased = layout.fused_biases_on_disk is not None
+        separate = SortedExperts if layout.scaled_inputs else LinearExperts
         with torch.device("meta"):
-            setattr(parent, leaf, LinearExperts(experts, hidden, double // 2, product, bias=biased))
+            setattr(parent, leaf, separate(experts, hidden, double // 2, product, bias=biased))
         return layer
 
     # -- parts that run -----------------------------------------------------------------------------------------
@@ -250,7 +217,7 @@ class Block:
         return module
 
     def experts(self) -> list[tuple[str, LinearExperts]]:
-        """The modules of separate experts, by name; one in a sparse block, none in a dense one."""
+        """The modules of separate experts that are given the routing, by name; at most one."""
         return [(name, module) for name, module in self.layer.named_modules() if isinstance(module, LinearExperts)]
 
     def transform_input(self, name: str, transform: Hadamard) -> None:

@@ -22,9 +22,6 @@ MAX_EXPERTS = 1024
 MAX_WIDTH = 1 << 20
 """Bound on every other size in a config: a hostile file must not make us build (even on the meta device) without limit."""
 
-ATTENTION_KINDS = ("full_attention", "sliding_attention")
-"""What `layer_types` may say of a block of the families that are known."""
-
 SIZE_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -53,15 +50,20 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
     CheckpointError for sizes out of bounds, for what transformers refuses, and for what it builds but cannot run.
     """
     family = family_of(config.get("model_type"))
+    model_type = family.known_as or str(config["model_type"])
     _sizes(family, config.get)
     try:
         # A deep copy: transformers writes defaults into nested dictionaries such as `rope_parameters`.
-        parsed: PreTrainedConfig = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+        fields = {**copy.deepcopy(dict(config)), "model_type": model_type}
+        parsed: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(fields)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json: transformers refuses it: {error}") from error
     # Again, as transformers understood it: a field may have another name, and defaults.
     _check_fit(family, _sizes(family, lambda field: getattr(parsed, field, None)))
-    _check_attention(parsed)
+    _check_attention(family, parsed)
+    for field, served in family.only.items():
+        if (value := getattr(parsed, field, None)) not in served:
+            raise CheckpointError(f"config.json: {field}: {value!r}: expected {' or '.join(map(repr, served))}")
     parsed.return_dict = True
     return parsed
 
@@ -79,11 +81,11 @@ def _sizes(family: ModelFamily, said: Callable[[str], object]) -> dict[str, int]
     return sizes
 
 
-def _check_attention(config: PreTrainedConfig) -> None:
+def _check_attention(family: ModelFamily, config: PreTrainedConfig) -> None:
     """What transformers accepts in a config and then fails on when a block runs."""
     kinds = getattr(config, "layer_types", None) or []
-    if unknown := [kind for kind in kinds if kind not in ATTENTION_KINDS]:
-        expected = " or ".join(ATTENTION_KINDS)
+    if unknown := [kind for kind in kinds if kind not in family.layer_types]:
+        expected = " or ".join(family.layer_types)
         raise CheckpointError(f"config.json: layer_types: {unknown[0]!r}: expected {expected}")
     if "sliding_attention" in kinds and getattr(config, "sliding_window", None) is None:
         raise CheckpointError(

@@ -50,6 +50,9 @@ ATTENTION: tuple[SharedInputGroup, ...] = (
 GATED_MLP: tuple[SharedInputGroup, ...] = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 SPARSE_READERS: Globs = ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 SPARSE_DOWN: Globs = ("mlp.experts.*.down_proj",)
+EXPERTS_APART: Mapping[str, str] = {
+    name: name for name in (f"mlp.experts.{EXPERT}.{projection}" for projection in PROJECTIONS)
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +61,8 @@ class ExpertLayout:
 
     module: the experts module inside a block (transformers fuses all experts into two 3-D parameters there).
     count_key: the config field that holds the number of experts.
-    on_disk: expert linear -> its name in a checkpoint that keeps experts apart; both relative to the block.
+    on_disk: expert linear -> its name in a checkpoint that keeps experts apart; both relative to the block. Most families
+    have one name for both.
     fused_on_disk: (gate_up, down) names of the 3-D tensors of a checkpoint that keeps them fused, laid out as in transformers'
     module: [experts, out, in], or [experts, in, out] where transposed. The outputs of gate_up are all of gate_proj, then all of
     up_proj; where interleaved, they alternate (gate_proj 0::2, up_proj 1::2).
@@ -68,16 +72,18 @@ class ExpertLayout:
     undecoded: end of a tensor's name -> the encoding that published checkpoints of this family have and nobody here decodes.
     active_key: the config field that holds how many experts a token sees.
     routers: names of routers, which stay as they are, in compressed-tensors' words.
+    scaled_inputs: the router scales what an expert is given rather than what it gives.
     labels: last part of an on-disk name -> what the report calls it, where the name says nothing to a reader.
     """
 
-    module: str
     count_key: str
-    on_disk: Mapping[str, str]
-    fused_on_disk: tuple[str, str]
+    module: str = "mlp.experts"
+    on_disk: Mapping[str, str] = field(default_factory=lambda: EXPERTS_APART)
+    fused_on_disk: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     active_key: str = "num_experts_per_tok"
     routers: tuple[str, ...] = ("re:.*[.]gate$",)
     labels: Mapping[str, str] = field(default_factory=dict)
+    scaled_inputs: bool = False
     transposed: bool = False
     interleaved: bool = False
     fused_biases_on_disk: tuple[str, str] | None = None
@@ -99,45 +105,56 @@ class ExpertLayout:
 class ModelFamily:
     """One model family.
 
-    model_types: of config.json. groups: quantizable linears of a dense block, grouped by shared input; a name may be absent in
-    some blocks. renames: module-name prefix -> on-disk prefix, relative to the block, for names that differ. experts: layout of
-    the sparse MLP, None for a dense family. eager_attention: the family's attention has a term (logit soft-capping, sinks) that
-    the fused kernels leave out.
+    model_types: of config.json. known_as: the one that transformers has for them, where it has none of these. groups:
+    quantizable linears of a dense block, grouped by shared input; a name may be absent in some blocks. renames: module-name
+    prefix -> on-disk prefix, relative to the block, for names that differ. experts: layout of the sparse MLP, None for a dense
+    family. eager_attention: the family's attention has a term (logit soft-capping, sinks) that the fused kernels leave out.
 
     What its config.json may say beside what every model's says:
     sizes: fields that hold a size, from 1 to `config.MAX_WIDTH`. size_problem: what they must have to do with each other.
+    only: field -> the values that are served, of those that transformers knows. partial_rotary: attention can turn the first
+    channels of a head only (`partial_rotary_factor`); elsewhere a rotary embedding has to have the width of a head.
+    layer_types: what that field may say of a block.
     prediction_layers: field that holds how many layers for multi-token prediction a checkpoint has behind its blocks, which
-    transformers does not run and artifacts leave out.
+    transformers does not run and artifacts leave out. prediction_prefix: of such layers' tensors, where they lie elsewhere.
 
     How the linears of a block are connected:
     reads: norm of the residual stream -> the linears (and router) that read its output, which nothing else does.
     latents: likewise, for norms of something else: of what a linear inside the block has written.
     value: some of its output rows are the attention's values, head by head; values: which; queries and keys are the others.
     output: reads the values that attention has mixed, head by head, and writes the residual stream.
+    writes: linears that write the residual stream beside these and take in no scales: of blocks without attention.
     down: read the elementwise product inside an MLP, and write the residual stream. up: last part of the name of the linear
     whose last rows are a factor of that product; None where the product is not linear in any of its factors.
     labels: prefix of a linear's name in a block -> what the report puts before its last part (for experts, see there).
-    obstacle: why the residual stream cannot be rotated, None where it can. norm_offset: what a norm adds to its weight before
-    it multiplies.
+    obstacle: why the residual stream cannot be rotated, None where it can. value_obstacle: likewise of values.
+    norm_offset: what a norm adds to its weight before it multiplies.
     """
 
     model_types: tuple[str, ...]
     groups: tuple[SharedInputGroup, ...]
     reads: Mapping[str, Globs]
     down: Globs
+    known_as: str | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
     experts: ExpertLayout | None = None
     eager_attention: bool = False
     sizes: tuple[str, ...] = ()
     size_problem: SizeProblem = no_size_problem
+    only: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    partial_rotary: bool = False
+    layer_types: tuple[str, ...] = ("full_attention", "sliding_attention")
     prediction_layers: str | None = None
+    prediction_prefix: str | None = None
     latents: Mapping[str, Globs] = field(default_factory=dict)
     value: str = "self_attn.v_proj"
     values: Values = "all"
     output: str = "self_attn.o_proj"
+    writes: Globs = ()
     up: str | None = "up_proj"
     labels: Mapping[str, str] = field(default_factory=dict)
     obstacle: str | None = None
+    value_obstacle: str | None = None
     norm_offset: float = 0.0
 
     @property
@@ -187,7 +204,7 @@ class ModelFamily:
 
     def writes_residual(self, module: str) -> bool:
         """Whether the output of `module` is added to the residual stream."""
-        return module == self.output or self.is_down(module)
+        return module == self.output or self.is_down(module) or _matches(module, self.writes)
 
     def active_share(self, config: Mapping[str, Any], experts: int, module: str) -> float:
         """Share of the tokens that reach the linear `module` in a model with this config.json and so many experts in a block:

@@ -57,9 +57,10 @@ class BlockLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLayout:
-    """A whole model. vocabulary: rows of the embedding. tied: whether the head is the embedding. experts: of a sparse block, 0
-    without any. kinds: the different blocks; kind_of: block -> its place among them. prediction_layers: how many
-    layers for multi-token prediction a checkpoint has behind the blocks, which are no part of the model."""
+    """A whole model. model_type: as transformers has it. vocabulary: rows of the embedding. tied: whether the head is the
+    embedding. experts: of a sparse block, 0 without any. kinds: the different blocks; kind_of: block -> its place among them.
+    prediction_layers: how many layers for multi-token prediction a checkpoint has behind the blocks, which are no part of the
+    model."""
 
     model_type: str
     hidden_size: int
@@ -87,7 +88,10 @@ class ModelLayout:
         return self.kinds[self.kind_of[index]].linears
 
     def predicts_further(self, name: str) -> bool:
-        """Whether a tensor belongs to one of `prediction_layers`, which lie where further blocks would."""
+        """Whether a tensor belongs to a layer for multi-token prediction: under a prefix, or where further blocks would lie."""
+        prefix = self.family.prediction_prefix
+        if prefix is not None and name.startswith(prefix):
+            return True
         found = _BLOCK.match(name)
         return found is not None and self.blocks <= int(found[1]) < self.blocks + self.prediction_layers
 

@@ -6,8 +6,8 @@ input in the original model and a branch L on the unquantized x, the dense matri
     Z = (W E[t y^T] - L E[x y^T]) E[y y^T]^-1.
 
 That is Update-Quant of LRC (Scetbon & Hensman 2024) and, without a branch, the asymmetric calibration of GPTAQ (Li et al.
-2025) and QEP (Arai & Ichikawa 2025). Least squares shrinks what noise blurs (attenuation): each layer's error is the least
-possible, but every layer's output is also a little too small, and that adds up over layers where noise averages out.
+2025) and QEP (Arai & Ichikawa 2025). Least squares shrinks what noise blurs (attenuation): the layer's error is the least
+that a dense matrix can have, but E||Z y||^2 is at most E||W t - L x||^2, layer after layer.
 """
 
 from __future__ import annotations

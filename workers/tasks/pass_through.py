@@ -58,11 +58,11 @@ class PassThrough(Config, DurableTask[PassThroughRecord]):
         from counterweight.workers.clock import Clock
 
         clock = Clock(context.device)
-        checkpoint, _ = context.source(self.setting)
+        checkpoint, builder = context.source(self.setting)
         tensors = checkpoint.read_many(self.tensors, sha256=self.tensors)
         sources: dict[str, tuple[str, ...]] = {name: (name,) for name in tensors}
         if self.setting.rotation is not None:
-            tensors, sources = self.setting.rotation.outside(tensors)
+            tensors, sources = self.setting.rotation.outside(tensors, builder.family.norm_offset)
         clock.lap("load")
         blob = workspace.put_tensors(tensors)
         clock.lap("write")

@@ -12,7 +12,7 @@ coordinates there (weights of readers; transposed weights and biases of writers)
 - heads: values within a head, [head_dim]; written by v, read by o. Attention mixes tokens, not channels;
 - online across heads: o's input, and online, down's input: no linear writes them, so x R is computed at inference.
 
-Products are computed in float64, by fast transforms: 0.1 us per parameter in one thread at hidden size 2048.
+Products are computed in float64, by fast transforms.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def rotate_block(
     """A block's parameters after rotation, in `dtype`, and the linears that need their input transformed at inference.
 
     parameters: names relative to the block -> tensors of any float dtype; weights are [out, in]. The result has the same
-    names and shapes; with `options.residual` the norms before linears become ones and the block maps x Q to y Q.
+    names and shapes; with `options.residual` the norms before linears multiply by one and the block maps x Q to y Q.
     heads, key_value_heads: of the attention, as the config has them. Raises UnsupportedModelError for an unknown
     model_type and for a residual rotation of a family that has none; ValueError when attention is not of that many heads.
     """
@@ -73,18 +73,24 @@ def rotate_embedding(weight: Tensor, rotation: Hadamard | Tensor, *, dtype: torc
 
 
 def rotate_head(
-    norm_weight: Tensor, lm_head_weight: Tensor, rotation: Hadamard | Tensor, *, dtype: torch.dtype = torch.float32
+    norm_weight: Tensor,
+    lm_head_weight: Tensor,
+    rotation: Hadamard | Tensor,
+    *,
+    norm_offset: float = 0.0,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """The final norm [hidden], now ones, and the lm_head [vocabulary, hidden] that reads the rotated stream.
+    """The final norm [hidden], which now multiplies by one, and the lm_head [vocabulary, hidden] that reads the rotated stream.
 
+    norm_offset: what the norm adds to its weight before it multiplies.
     A tied model is tied no longer: the lm_head takes the norm's weight in, and the embedding does not.
     """
-    fused = lm_head_weight.double() * norm_weight.double()
-    return torch.ones_like(norm_weight, dtype=dtype), _times(fused, rotation).to(dtype)
+    fused = lm_head_weight.double() * (norm_weight.double() + norm_offset)
+    return torch.full_like(norm_weight, 1.0 - norm_offset, dtype=dtype), _times(fused, rotation).to(dtype)
 
 
 def rotated_outside(
-    tensors: Mapping[str, Tensor], rotation: Hadamard
+    tensors: Mapping[str, Tensor], rotation: Hadamard, *, norm_offset: float
 ) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
     """What lies outside the blocks, rotated: the embedding alone, or the final norm with the lm_head (of a tied model: with
     the embedding that is its lm_head). The tensors under their names, in their dtypes; and source -> what it is stored as."""
@@ -92,7 +98,8 @@ def rotated_outside(
         rotated = {name: rotate_embedding(weight, rotation, dtype=weight.dtype) for name, weight in tensors.items()}
         return rotated, {name: (name,) for name in tensors}
     (source,) = tensors.keys() - {NORM}
-    norm, head = rotate_head(tensors[NORM], tensors[source], rotation, dtype=tensors[source].dtype)
+    dtype = tensors[source].dtype
+    norm, head = rotate_head(tensors[NORM], tensors[source], rotation, norm_offset=norm_offset, dtype=dtype)
     return {NORM: norm.to(tensors[NORM].dtype), LM_HEAD: head}, {NORM: (NORM, LM_HEAD), source: (LM_HEAD,)}
 
 
@@ -104,7 +111,7 @@ def _times(matrix: Tensor, rotation: Hadamard | Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Block:
-    """One block and its rotations; None for those that were not asked for.
+    """One block and its rotations; None for those that were not asked for, or that a block without attention has no use for.
 
     residual: [hidden]. head: [head_dim], of every head. across: [heads * head_dim], online. down: online, yes or no.
     value_rows: which rows of `family.value` are values, key_value_heads * head_dim of them.
@@ -122,7 +129,21 @@ class _Block:
     def of(
         cls, family: ModelFamily, parameters: Mapping[str, Tensor], options: Rotation, heads: int, key_value_heads: int
     ) -> _Block:
-        hidden, mixed = parameters[f"{family.output}.weight"].shape
+        hidden = next(
+            len(value) for name, value in parameters.items() if family.writes_residual(name.removesuffix(".weight"))
+        )
+        residual = residual_hadamard(hidden, options) if options.residual else None
+        if f"{family.output}.weight" not in parameters:
+            return cls(
+                family=family,
+                parameters=parameters,
+                residual=residual,
+                head=None,
+                across=None,
+                down=options.online_down,
+                value_rows=slice(0),
+            )
+        mixed = parameters[f"{family.output}.weight"].shape[1]
         written = parameters[f"{family.value}.weight"].shape[0]
         if mixed % heads or written < mixed // heads * key_value_heads or written % key_value_heads:
             raise ValueError(
@@ -133,7 +154,7 @@ class _Block:
         return cls(
             family=family,
             parameters=parameters,
-            residual=residual_hadamard(hidden, options) if options.residual else None,
+            residual=residual,
             head=Hadamard(size=head_dim, seed=options.sign_seed) if options.heads else None,
             across=Hadamard(size=heads, inner=head_dim) if options.online_output else None,
             down=options.online_down,
@@ -145,7 +166,7 @@ class _Block:
         value = self.parameters[name].double()
         module, _, kind = name.rpartition(".")
         if module in self.family.reads:
-            return value if self.residual is None else torch.ones_like(value)
+            return value if self.residual is None else torch.full_like(value, 1.0 - self.family.norm_offset)
         if kind == "bias":
             return self._outputs(module, value)
         return self._outputs(module, self._inputs(module, value).T).T if value.ndim == 2 else value
@@ -162,7 +183,8 @@ class _Block:
         """weight [out, in] with its last axis in the coordinates that the input of `module` will have."""
         norm = self.family.norm_before(module)
         if self.residual is not None and norm in self.family.reads:
-            weight = self.residual.apply(weight * self.parameters[f"{norm}.weight"].double())
+            scale = self.parameters[f"{norm}.weight"].double() + self.family.norm_offset
+            weight = self.residual.apply(weight * scale)
         if self.head is not None and module == self.family.output:
             weight = _by_head(weight, self.head)
         transform = self.online(module)

@@ -88,7 +88,7 @@ def tune(
     train_errors, held_out_errors, best_epoch = [initial], [untrained], 0
     shuffle = random.Random(options.seed)
     optimizer = torch.optim.Adam(learner.rates())
-    # Down to nothing: at a constant rate codes keep flipping, and at 3 bits LSI with LWC came out worse than LWC alone.
+    # Down to nothing: at a constant rate codes keep flipping.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / options.epochs)
     epoch = 0
     while epoch < options.epochs and epoch - best_epoch < options.patience:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from counterweight.kernels.reference import quantize_activations
 from counterweight.workers.methods.compensations import ASER, NoCompensation
 from counterweight.workers.methods.compensations.rank import CountRank, EnergyRank, FractionRank, Rank
+from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers import RTN
 from counterweight.workers.methods.weights import Weights
 from counterweight.workers.recipe import ModuleRecipe
@@ -104,3 +106,28 @@ def test_siblings_of_other_ranks_lose_nothing(sibling: str, smoothing: bool, tmp
         errors[name] = {module["name"]: module["error_compensated"] for module in report["modules"]}
     for module, plain in errors["plain"].items():
         assert errors["mixed"][module] <= 1.02 * plain, module
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_column_of_small_weights_errs_as_much_as_one_of_large_ones(kind: str) -> None:
+    """Why outliers are chosen by activations: with one scale per row, a column's share of the error is that of its E[x^2]."""
+    layer = Layer(kind, bits=None, rows=1024, tokens=256)
+    weight = layer.weight * torch.logspace(-1, 0, 96)
+    codes = RTN().quantize(weight, None, WeightFormat(bits=8), scale_dtype=torch.float32).weight.dequantize()
+    power = layer.statistics.mean_gram().diagonal()
+    shares = (weight - codes).double().square().mean(0) * power
+    alive = power > 0
+    relative = (shares / shares.sum())[alive] / (power / power.sum())[alive]
+    assert float(relative.min()) > 0.8
+    assert float(relative.max()) < 1.25
+
+
+def test_scaled_outliers_leave_finer_steps_to_all_other_channels() -> None:
+    layer = Layer("outlier channels", bits=8)
+    magnitude = layer.seen.abs().double().mean(0)
+    taken = ASER(rank=CountRank(count=20), outliers=4).take_out([layer.weight], magnitude, 96)
+    assert taken is not None
+    assert taken.scales is not None
+    before, after = (quantize_activations(x, 8)[1] for x in (layer.seen, layer.seen / taken.scales.float()))
+    assert bool((after <= before).all())
+    assert float((after / before).median()) < 0.2

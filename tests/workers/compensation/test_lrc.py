@@ -6,12 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from counterweight.kernels.formats import ActivationFormat, LowRank
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from counterweight.workers.compensation.lrc import LRCResult, energy, initial_branch, lrc, squared_error, updated_branch
+from counterweight.workers.compensation.regression import stored
 from counterweight.workers.methods.compensations import LRC
 from counterweight.workers.methods.compensations.rank import CountRank, EnergyRank, FractionRank
 from counterweight.workers.methods.grid import WeightFormat
@@ -190,6 +192,25 @@ def test_beats_the_branch_that_is_fitted_to_what_is_left() -> None:
     assert problem.loss(codes, dense(after)) < problem.loss(codes, torch.zeros(ROWS, COLUMNS))
 
 
+def test_codes_make_up_for_what_rounding_the_factors_loses() -> None:
+    """Factors of 4 bits: Init-LRC's, rounded, with codes behind them, lose less than any that are rounded after the codes."""
+    problem = Problem()
+    found = {refit: problem.solve(refit=refit, factor_bits=4) for refit in ("none", "joint", "weight")}
+    kept = found["none"].low_rank
+    start = initial_branch(problem.weight.double(), problem.statistics, RANK, LRC().damping, torch.float32)
+    assert torch.equal(kept.product(), stored(start, 4).product())
+    assert kept.code_bits == 4
+    losses = {refit: problem.loss(one.weight.dequantize(), one.low_rank.product()) for refit, one in found.items()}
+    assert losses["none"] < 0.8 * min(losses["joint"], losses["weight"])
+    rounded_last = problem.loss(problem.solve(refit="none").weight.dequantize(), kept.product())
+    assert losses["none"] < 0.8 * rounded_last
+
+
+def test_a_branch_that_stays_is_not_iterated() -> None:
+    with pytest.raises(ValidationError, match="iterations: 2: expected 1 with refit: none"):
+        LRC(refit="none", iterations=2)
+
+
 def test_every_option_has_a_say() -> None:
     problem = Problem(noise=0.3)
     base = problem.solve()
@@ -199,6 +220,8 @@ def test_every_option_has_a_say() -> None:
         {"refit": "weight"},
         {"rank": {"count": 7}},
         {"factor_bits": 8},
+        {"factor_bits": 4},
+        {"refit": "none"},
     ):
         other = problem.solve(**options)
         assert not torch.equal(other.low_rank.product(), base.low_rank.product()), options

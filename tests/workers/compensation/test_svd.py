@@ -324,6 +324,17 @@ def test_a_manifest_names_a_compensation() -> None:
     assert TypeAdapter(AnyCompensation).validate_python({"kind": "none"}) == NoCompensation()
 
 
+def test_four_bits_of_twice_the_rank_leave_less_than_eight() -> None:
+    residual, statistics = problem(64, 96)
+    found = [
+        compensate(SVD(rank=CountRank(count=rank), factor_bits=bits), residual, statistics, dtype=torch.bfloat16)
+        for rank, bits in ((8, 8), (16, 4))
+    ]
+    eight, four = (captured(result, residual, statistics.mean_gram()) for result in found)
+    assert four > eight + 0.05
+    assert [result.low_rank.bits for result in found if result.low_rank] == [8 * (160 * 8 + 64), 16 * (160 * 4 + 64)]
+
+
 @pytest.mark.parametrize("kind", ["svd", "aser"])
 def test_factors_in_integer_codes_take_half_the_bytes_and_lose_little(kind: str) -> None:
     residual, statistics = problem(64, 96)

@@ -59,6 +59,17 @@ def test_the_error_is_what_eckart_and_young_leave() -> None:
         )
 
 
+@pytest.mark.parametrize("closeness", [1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 0.0])
+def test_of_two_directions_of_nearly_one_strength_either_is_taken(closeness: float) -> None:
+    """Power iteration does not settle on one of them; what it has come to is as good."""
+    weight = torch.block_diag(random(20, 30).abs(), (1 - closeness) * random(20, 30).abs())
+    for counted in (None, random(60, seed=1).square() + 0.1):
+        roots = torch.ones(60) if counted is None else counted.sqrt()
+        stored = nearest_signs(weight, counted, torch.float64).dequantize(torch.float64)
+        energy = error(weight, torch.zeros_like(weight), counted)
+        assert error(weight, stored, counted) - _rank_one_error((weight.abs() * roots).double()) < 1e-3 * energy
+
+
 @pytest.mark.parametrize("make", [torch.zeros, torch.ones, lambda *shape: torch.eye(*shape)[:, : shape[1]]])
 def test_weights_that_are_hardly_any(make: Callable[..., Tensor]) -> None:
     weight = make(12, 9)

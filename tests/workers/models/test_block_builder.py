@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from counterweight.workers.errors import CheckpointError, UnsupportedModelError
-from counterweight.workers.models.block_builder import Block, BlockBuilder, GatedProduct, LinearExperts
+from counterweight.workers.models.block_builder import Block, BlockBuilder
+from counterweight.workers.models.experts import GatedProduct, LinearExperts, SortedExperts
 from counterweight.workers.models.families import families
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from tests.models import (
@@ -111,6 +112,11 @@ def test_every_family_of_the_table_is_among_the_cases() -> None:
         ("gpt_oss", {"sliding_window": 64}),
         ("gpt_oss", {"swiglu_limit": 7.0}),
         ("gpt_oss", {"swiglu_alpha": 1.0}),
+        ("llama4_text", {"attention_chunk_size": 64}),
+        ("llama4_text", {"no_rope_layer_interval": 3}),
+        ("llama4_text", {"attn_temperature_tuning": False}),
+        ("minimax_m2", {"rotary_dim": 16}),
+        ("deepseek_v2", {"topk_method": "greedy"}),
     ],
 )
 def test_the_features_that_are_compared_do_something(case: str, changes: dict[str, Any]) -> None:
@@ -162,6 +168,25 @@ def test_an_expert_without_tokens_is_not_run() -> None:
         output = experts(torch.randn(5, 8), torch.tensor([[0, 2]] * 5), torch.full((5, 2), 0.5))
     assert ran == [0, 2]
     assert output.shape == (5, 8)
+
+
+def test_experts_that_are_given_their_inputs_are_run_on_the_tokens_that_they_see() -> None:
+    experts = SortedExperts(3, 8, 4, GatedProduct(torch.nn.SiLU()))
+    seen: dict[int, Tensor] = {}
+    for index in range(3):
+        linear = experts.get_submodule(f"{index}.up_proj")
+        linear.register_forward_pre_hook(lambda _, given, index=index: seen.update({index: given[0]}))
+    hidden = torch.randn(3, 5, 8)
+    hidden[0, 1:4] = 0
+    hidden[1] = 0
+    with torch.no_grad():
+        output = experts(hidden.flatten(0, 1)).view(3, 5, 8)
+    assert torch.equal(seen[0], hidden[0, [0, 4]])
+    assert torch.equal(seen[2], hidden[2])
+    assert 1 not in seen
+    with torch.no_grad():
+        expected = [experts.run(index, hidden[index]) for index in range(3)]
+    torch.testing.assert_close(output, torch.stack(expected))
 
 
 def test_a_replica_shares_tensors_and_not_modules(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from torch import Tensor
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers import RTN, AnyQuantizer
 from counterweight.workers.methods.scales import AbsoluteMaximum, MeanSquare, ScaleSearch
+from tests.workers.kinds import KINDS, Layer
 from tests.workers.quantization.problems import generator, layer, of
 
 BITS = (2, 3, 4, 8)
@@ -101,6 +104,29 @@ def test_the_search_finds_what_trying_everything_finds() -> None:
     # Coarse to fine may end in the second best of two valleys.
     assert (found <= best * (1 + 1e-5)).float().mean() > 0.9
     assert found.sum() < 1.01 * best.sum()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_coarse_to_fine_stays_near_the_best_of_all_trials(bits: Literal[2, 3, 4, 8], symmetric: bool) -> None:
+    """The search as it is by default, against each of its candidates, on rows of groups of every kind of importance."""
+    format, search = WeightFormat(bits=bits, group_size=32, symmetric=symmetric), MeanSquare()
+    for kind in KINDS:
+        layer = Layer(kind, bits=None, tokens=512)
+        importance = layer.statistics.mean_gram().diagonal().float()
+        grid = AbsoluteMaximum().fit(layer.weight, format, torch.float32, None)
+        groups, counted = layer.weight.unflatten(1, (3, 32)).double(), importance.view(3, 32).double()
+        low, high = groups.amin(2, keepdim=True).clamp_max(0), groups.amax(2, keepdim=True).clamp_min(0)
+        errors = []
+        for factor in (1 - 0.5 * torch.arange(20) / 19).tolist():
+            for sign in (1, -1) if symmetric else (1,):
+                scale = grid.scale.double().unsqueeze(2) * factor * sign
+                zero = 0 if symmetric else (format.lowest - low / ((high - low) / (2**bits - 1))).round()
+                codes = (groups / scale).round().add(zero).clamp(format.lowest, format.highest)
+                errors.append((((codes - zero) * scale - groups).square() * counted).sum(2))
+        found = error(layer.weight, search, format, importance).double().sum()
+        few_count = kind == "outlier channels"
+        assert found <= (1.15 if few_count else 1.02) * torch.stack(errors).amin(0).sum(), kind
 
 
 def test_rounding_of_the_scale_comes_before_the_codes() -> None:

@@ -71,7 +71,8 @@ class Model:
         if options.residual:
             rotation = residual_hadamard(self.builder.hidden_size, options)
             embedding = rotate_embedding(embedding, rotation)
-            head[NORM], head[LM_HEAD] = rotate_head(head[NORM], head[LM_HEAD], rotation)
+            offset = self.builder.family.norm_offset
+            head[NORM], head[LM_HEAD] = rotate_head(head[NORM], head[LM_HEAD], rotation, norm_offset=offset)
         blocks, online = (tuple(part) for part in zip(*results, strict=True))
         return Model(builder=self.builder, blocks=blocks, embedding=embedding, head=head, online=online)
 
@@ -104,11 +105,17 @@ def rotatable(case: str) -> bool:
     return not CASES[case].family.startswith("gemma")
 
 
+def possible(case: str) -> Rotation:
+    """All that can be rotated in a model of this case."""
+    gated = CASES[case].family.startswith(("qwen3_next", "qwen3_5"))
+    return Rotation(residual=rotatable(case), heads=not gated, online_output=True)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_rotated_model_has_the_same_logits(case: str, tmp_path: Path) -> None:
     model = opened(case, tmp_path)
     ids = token_ids(2, 32)
-    rotated = model.rotated(ALL if rotatable(case) else WITHOUT_RESIDUAL)
+    rotated = model.rotated(possible(case))
     assert_same(rotated.logits(ids), model.logits(ids))
     for before, after in zip(model.blocks, rotated.blocks, strict=True):
         assert {name: (tensor.shape, torch.float32) for name, tensor in before.items()} == {
@@ -135,7 +142,7 @@ def test_widths_that_are_no_powers_of_two(change: dict[str, Any], tmp_path: Path
 def test_the_residual_stream_is_rotated(case: str, tmp_path: Path) -> None:
     model = opened(case, tmp_path)
     ids, q = token_ids(1, 16), residual_rotation(64, ALL).float()
-    pairs = list(zip(model.rotated(ALL).hidden(ids), model.hidden(ids), strict=True))
+    pairs = list(zip(model.rotated(possible(case)).hidden(ids), model.hidden(ids), strict=True))
     assert len(pairs) == model.builder.blocks + 1
     for rotated, original in pairs:
         assert_same(rotated @ q.T, original)
@@ -149,9 +156,15 @@ def test_a_residual_stream_behind_norms_is_refused(case: str, tmp_path: Path) ->
         rotate(model.builder, model.blocks[0], ALL)
 
 
+def test_values_behind_a_gate_are_refused(tmp_path: Path) -> None:
+    model = opened("qwen3_next", tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"rotation.heads: true: expected false for qwen3_next.*a gate"):
+        rotate(model.builder, model.blocks[0], ALL)
+
+
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        UnsupportedModelError, match="'gpt2': expected one of deepseek_v3, gemma2, gemma3_text, gpt_oss"
+        UnsupportedModelError, match="'gpt2': expected one of deepseek_v2, deepseek_v3, gemma2, gemma3_text"
     ):
         rotate_block("gpt2", {}, ALL, heads=1, key_value_heads=1)
 

@@ -168,6 +168,17 @@ def test_the_search_sees_quantized_activations() -> None:
     assert not torch.equal(alone, seen)
 
 
+@pytest.mark.parametrize("strength", [0.2, 0.5, 1.0])
+def test_scales_are_those_of_the_formula(strength: float) -> None:
+    """E|x|^a / (mean |w|)^(1 - a), of a geometric mean of one."""
+    rows, weights = outlier_rows(), [torch.randn(8, 64), torch.randn(24, 64)]
+    found = migration_scales(Smoothing(strength=strength), weights, rows, Weights().nearest, None)
+    size = torch.cat(weights).double().abs().mean(0)
+    expected = rows.double().abs().mean(0) ** strength / size ** (1 - strength)
+    assert torch.allclose(found, expected / expected.log().mean().exp(), rtol=1e-5)
+    assert float(found.log().mean()) == pytest.approx(0, abs=1e-9)
+
+
 def test_channels_that_nobody_uses_stay() -> None:
     rows, weight = outlier_rows(), torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
     rows[:, 3], weight[:, 7] = 0, 0

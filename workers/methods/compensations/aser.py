@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from counterweight.workers import matrix_bytes
 from counterweight.workers.matrix_flops import Work
@@ -47,6 +47,14 @@ class ASER(Branch):
     """Whether outlier channels are scaled down; otherwise their columns are taken out as they are."""
     damping: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the mean of E[x^2] that is added to each channel's."""
+
+    @model_validator(mode="after")
+    def _chooses_what_it_takes_out(self) -> ASER:
+        if self.choose != "activations" and not self.outliers:
+            raise ValueError(f"choose: {self.choose}: expected activations with 0 outliers, of which none is chosen")
+        if self.reference != "median" and not (self.outliers and self.smoothing):
+            raise ValueError(f"reference: {self.reference}: expected median unless outliers are scaled down")
+        return self
 
     @property
     def of_finished_codes(self) -> bool:

@@ -16,8 +16,9 @@ class Branch(Compensation):
 
     rank: AnyRank = Field(default_factory=lambda: FractionRank(fraction=0.1))
     """Rank of the branch."""
-    factor_bits: Literal[8] | None = None
-    """Bits of the branch's factors; null: the source's 16 or 32, as PEFT wants them."""
+    factor_bits: Literal[4, 8] | None = None
+    """Bits of the branch's factors; null: the source's 16 or 32, as PEFT wants them. 4 buy twice the rank of 8. LRC's branch
+    carries much of the weight itself, so that 4 bits lose much unless the codes are fitted last: `refit: none`."""
 
     def problem(self, rows: int, columns: int) -> str | None:
         return self.rank.problem(rows, columns)
@@ -27,7 +28,7 @@ class Branch(Compensation):
         return self.rank
 
     @property
-    def branch_bits(self) -> int | None:
+    def branch_bits(self) -> Literal[4, 8] | None:
         return self.factor_bits
 
     def with_rank(self, count: int) -> Compensation:

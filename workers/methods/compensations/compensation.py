@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from counterweight.workers.config import Method
 from counterweight.workers.matrix_flops import NOTHING, Work
@@ -60,7 +60,7 @@ class Compensation(Method):
         return None
 
     @property
-    def branch_bits(self) -> int | None:
+    def branch_bits(self) -> Literal[4, 8] | None:
         """Bits of the branch's factors; None for those of the source's dtype."""
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from counterweight.workers import matrix_bytes, matrix_flops
 from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, product, product64, right_divide
@@ -30,7 +30,7 @@ class LRC(Branch):
     calibration tokens is smaller.
     """
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     joint: ClassVar[bool] = True
 
     kind: Literal["lrc"] = "lrc"
@@ -39,9 +39,23 @@ class LRC(Branch):
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Share of the mean of E[x^2] (E[y^2] of the quantized input) that is added to each channel's where one stream is regressed
     on another."""
-    refit: Literal["joint", "weight"] = "joint"
+    refit: Literal["joint", "weight", "none"] = "joint"
     """What the branch is fitted to once there are codes. joint: the whole output error, that of the quantized input included
-    (Update-LR). weight: the error of the weight alone, as whitened SVD; it cannot shrink the output."""
+    (Update-LR). weight: the error of the weight alone, as whitened SVD, which regresses on nothing. none: it stays as it
+    started, in the factors that are stored, and the codes, fitted last, make up for their rounding: for `factor_bits: 4`."""
+
+    @model_validator(mode="after")
+    def _refits_between_iterations(self) -> LRC:
+        if self.refit == "none" and self.iterations > 1:
+            raise ValueError(
+                f"iterations: {self.iterations}: expected 1 with refit: none, where nothing changes after that"
+            )
+        return self
+
+    @property
+    def refits(self) -> bool:
+        """Whether the branch is fitted again to what the codes leave."""
+        return self.refit != "none"
 
     @property
     def of_finished_codes(self) -> bool:
@@ -117,7 +131,9 @@ class LRC(Branch):
         codes += product(rows, rank, columns) * 2 + elementwise(4 * entries)
         # What the codes leave: its products with what the input is not, and their regression.
         moved = whitened * 2 + right_divide(rows, columns) + elementwise(2 * (square + entries))
-        refit = (moved if self.refit == "joint" else NOTHING) + matrix_flops.root(columns, definite=True) + branch
+        refit = NOTHING
+        if self.refits:
+            refit = (moved if self.refit == "joint" else NOTHING) + matrix_flops.root(columns, definite=True) + branch
         # The check of the Gram matrix and the one of the weight, which its target has too.
         checks = elementwise(square + entries)
         initial = checks + self.gain_flops(rows, columns, tokens, original=original) + branch
@@ -136,4 +152,4 @@ class LRC(Branch):
 
     @property
     def _behind(self) -> SVD:
-        return SVD(rank=self.rank)
+        return SVD(rank=self.rank, factor_bits=self.factor_bits)

@@ -41,8 +41,9 @@ class GPTQ(Quantizer):
     target: Literal["plain", "regressed", "mixed"] = "plain"
     """What the codes are to reproduce. plain: the weight. regressed: the matrix whose product with the layer's real input
     (quantized, or made by compressed blocks) comes nearest to the weight's with the original input: LRC's Update-Quant, and
-    the asymmetric calibration of GPTAQ and QEP. The least error of a layer, but it shrinks what noise blurs, and that adds
-    up over layers. mixed: between them. No difference where both inputs are the same."""
+    the asymmetric calibration of GPTAQ and QEP. Of all dense matrices it has the layer's least error, but what noise
+    blurs it shrinks: its output has at most the mean square of the weight's. mixed: between them. No difference where both
+    inputs are the same."""
     mix: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the regressed target in a mixed one; null: one half."""
 
@@ -51,6 +52,10 @@ class GPTQ(Quantizer):
         if self.mix is not None and self.target != "mixed":
             raise ValueError("mix: expected only with target: mixed")
         return self
+
+    @property
+    def looks_at_input(self) -> bool:
+        return True
 
     @property
     def regressed_share(self) -> float:

@@ -26,6 +26,16 @@ class Quantizer(Method):
     kind: str
 
     @property
+    @abstractmethod
+    def looks_at_input(self) -> bool:
+        """Whether codes and scales depend on what calibration saw of the layer's input."""
+
+    @property
+    def unused_in_training(self) -> str | None:
+        """The option, with its value and what was expected, that has no say where codes are trained; None: there is none."""
+        return None
+
+    @property
     def regresses(self) -> str | None:
         """The option, with its value, that makes codes look at what the layer's input was meant to be; None: none does."""
         return None

@@ -30,6 +30,15 @@ class RTN(Quantizer):
     scale: AnyScaleSearch = Field(default_factory=AbsoluteMaximum)
     """How scales are chosen."""
 
+    @property
+    def looks_at_input(self) -> bool:
+        return self.scale.looks_at_importance
+
+    @property
+    def unused_in_training(self) -> str | None:
+        default = AbsoluteMaximum().kind
+        return None if self.scale.kind == default else f"quantizer.scale.kind: {self.scale.kind}: expected {default}"
+
     def quantize(
         self,
         weight: Tensor,

@@ -47,6 +47,12 @@ class Rotation(Transform):
             raise ValueError("a rotation must set residual, heads, online_down or online_output, or it does nothing")
         return self
 
+    @model_validator(mode="after")
+    def _seeds_signs(self) -> Rotation:
+        if self.seed and not (self.random and (self.residual or self.heads)):
+            raise ValueError(f"seed: {self.seed}: expected 0 unless random, and residual or heads: there are no signs")
+        return self
+
     @property
     def sign_seed(self) -> int | None:
         """Seed of the signs of folded rotations, None where they have none."""
@@ -63,10 +69,13 @@ class Rotation(Transform):
 
     def problem(self, family: ModelFamily, model_type: str) -> str | None:
         """Why a model of this family cannot be rotated like this; None where it can."""
-        if not self.residual or family.obstacle is None:
-            return None
-        stream = f"whose residual stream cannot be rotated: {family.obstacle}"
-        return f"rotation.residual: true: expected false for {model_type}, {stream}"
+        if self.residual and family.obstacle is not None:
+            stream = f"whose residual stream cannot be rotated: {family.obstacle}"
+            return f"rotation.residual: true: expected false for {model_type}, {stream}"
+        if self.heads and family.value_obstacle is not None:
+            values = f"whose values cannot be rotated: {family.value_obstacle}"
+            return f"rotation.heads: true: expected false for {model_type}, {values}"
+        return None
 
     def block(
         self, model_type: str, parameters: Mapping[str, Tensor], heads: int, key_value_heads: int
@@ -82,14 +91,16 @@ class Rotation(Transform):
 
         return rotate_embedding(weight, residual_hadamard(weight.shape[1], self)) if self.residual else weight
 
-    def outside(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    def outside(
+        self, tensors: Mapping[str, Tensor], norm_offset: float
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
         """What lies outside the blocks, in its dtypes, and source -> what it is stored as: `rotated_outside`."""
         from counterweight.workers.transforms.rotation import residual_hadamard, rotated_outside
 
         if not self.residual:
             return dict(tensors), {name: (name,) for name in tensors}
         (hidden,) = {tensor.shape[-1] for tensor in tensors.values()}
-        return rotated_outside(tensors, residual_hadamard(hidden, self))
+        return rotated_outside(tensors, residual_hadamard(hidden, self), norm_offset=norm_offset)
 
     def rotate_bytes(self, rows: int, columns: int) -> int:
         """Memory of rotating a weight [rows, columns] at its peak: in float64, behind a norm's weight, and two steps of a fast

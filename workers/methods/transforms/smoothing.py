@@ -36,7 +36,7 @@ class Smoothing(Transform):
     kind: Literal["smoothing"] = "smoothing"
     strength: Annotated[float, Field(strict=True, gt=0, le=1)] | Literal["search"] = "search"
     """How much moves from activations to weights; `search` finds, for each distinct input, the strength among 0, 0.05, .. 1
-    with the least output error of rounding on 512 calibration tokens."""
+    with the least output error of rounding on tokens of the first shard, evenly spaced, fewer than 1,024."""
 
     @property
     def of_an_input(self) -> Smoothing:

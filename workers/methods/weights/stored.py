@@ -43,6 +43,16 @@ class StoredWeights(Config):
         """What chooses the codes, as a message names it."""
 
     @property
+    @abstractmethod
+    def looks_at_input(self) -> bool:
+        """Whether what is stored depends on what calibration saw of the layer's input."""
+
+    @property
+    def unused_in_training(self) -> str | None:
+        """The option, with its value and what was expected, that has no say where codes are trained; None: there is none."""
+        return None
+
+    @property
     def trained_grid(self) -> WeightFormat | None:
         """The grid on which codes can be trained by gradients through rounding to nearest; None where they cannot."""
         return None

@@ -49,6 +49,14 @@ class Weights(WeightFormat, StoredWeights):
         return self.quantizer.kind
 
     @property
+    def looks_at_input(self) -> bool:
+        return self.quantizer.looks_at_input
+
+    @property
+    def unused_in_training(self) -> str | None:
+        return self.quantizer.unused_in_training
+
+    @property
     def trained_grid(self) -> WeightFormat | None:
         return self.grid() if self.quantizer.rounds_to_nearest else None
 

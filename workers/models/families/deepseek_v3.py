@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from counterweight.workers.models.family import (
-    EXPERT,
     GATED_MLP,
-    PROJECTIONS,
     SPARSE_DOWN,
     SPARSE_READERS,
     ExpertLayout,
@@ -29,17 +27,35 @@ SHARED_EXPERTS: tuple[SharedInputGroup, ...] = (
 
 def size_problem(sizes: Mapping[str, int]) -> str | None:
     """What transformers builds and cannot run: sizes are as attention and the router cut them."""
-    needed = ("qk_rope_head_dim", "v_head_dim", "n_group", "topk_group")  # transformers lets them be null
+    # A group's score is the sum of its two best experts'.
+    return latent_attention_problem(sizes) or routing_problem(sizes, least=2)
+
+
+def latent_attention_problem(sizes: Mapping[str, int]) -> str | None:
+    """What is wrong with the sizes of latent attention, None when nothing is."""
+    needed = ("qk_rope_head_dim", "v_head_dim")  # transformers lets them be null
     if (missing := next((field for field in needed if field not in sizes), None)) is not None:
         return f"{missing}: None: expected an integer"
-    heads, experts, groups = sizes["num_attention_heads"], sizes["n_routed_experts"], sizes["n_group"]
-    rotated, kept, active = sizes["qk_rope_head_dim"], sizes["topk_group"], sizes["num_experts_per_tok"]
+    heads, rotated = sizes["num_attention_heads"], sizes["qk_rope_head_dim"]
     if sizes["num_key_value_heads"] != heads:
         return f"num_key_value_heads: {sizes['num_key_value_heads']}: expected {heads}, as num_attention_heads"
     if rotated % 2 or sizes["head_dim"] != rotated:
         return f"qk_rope_head_dim: {rotated}: expected an even number, and head_dim {sizes['head_dim']} to be the same"
-    if experts % groups or experts // groups < 2:  # a group's score is the sum of its two best experts'
-        return f"n_group: {groups}: expected a divisor of n_routed_experts, {experts}, that leaves 2 or more in a group"
+    return None
+
+
+def routing_problem(sizes: Mapping[str, int], *, least: int) -> str | None:
+    """What is wrong with the sizes of routing in groups of at least `least` experts, None when nothing is."""
+    needed = ("n_group", "topk_group")  # transformers lets them be null
+    if (missing := next((field for field in needed if field not in sizes), None)) is not None:
+        return f"{missing}: None: expected an integer"
+    experts, groups = sizes["n_routed_experts"], sizes["n_group"]
+    kept, active = sizes["topk_group"], sizes["num_experts_per_tok"]
+    if experts % groups or experts // groups < least:
+        return (
+            f"n_group: {groups}: expected a divisor of n_routed_experts, {experts}, "
+            f"that leaves {least} or more in a group"
+        )
     if kept > groups or active > kept * (experts // groups):
         return (
             f"topk_group: {kept}: expected at most n_group, {groups}, "
@@ -83,10 +99,5 @@ FAMILY = ModelFamily(
     values="last of each head",
     down=(*GATED_MLP[1], *SPARSE_DOWN, *SHARED_EXPERTS[1]),
     labels={"mlp.shared_experts.": "shared experts: "},
-    experts=ExpertLayout(
-        module="mlp.experts",
-        count_key="n_routed_experts",
-        on_disk={name: name for name in (f"mlp.experts.{EXPERT}.{projection}" for projection in PROJECTIONS)},
-        fused_on_disk=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-    ),
+    experts=ExpertLayout(count_key="n_routed_experts"),
 )

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from counterweight.workers.models.family import (
     ATTENTION,
-    EXPERT,
-    PROJECTIONS,
     SPARSE_DOWN,
     ExpertLayout,
     ModelFamily,
@@ -51,11 +49,8 @@ FAMILY = ModelFamily(
     up=None,
     eager_attention=True,
     experts=ExpertLayout(
-        module="mlp.experts",
         count_key="num_local_experts",
         routers=("re:.*[.]router$",),
-        on_disk={name: name for name in (f"mlp.experts.{EXPERT}.{projection}" for projection in PROJECTIONS)},
-        fused_on_disk=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
         fused_biases_on_disk=("mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias"),
         transposed=True,
         interleaved=True,

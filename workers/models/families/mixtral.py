@@ -18,14 +18,12 @@ FAMILY = ModelFamily(
     down=SPARSE_DOWN,
     renames={"mlp.": "block_sparse_moe."},
     experts=ExpertLayout(
-        module="mlp.experts",
         count_key="num_local_experts",
         on_disk={
             f"mlp.experts.{EXPERT}.gate_proj": f"block_sparse_moe.experts.{EXPERT}.w1",
             f"mlp.experts.{EXPERT}.up_proj": f"block_sparse_moe.experts.{EXPERT}.w3",
             f"mlp.experts.{EXPERT}.down_proj": f"block_sparse_moe.experts.{EXPERT}.w2",
         },
-        fused_on_disk=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
         labels={"w1": "gate (w1)", "w3": "up (w3)", "w2": "down (w2)"},
     ),
 )

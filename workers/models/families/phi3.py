@@ -17,4 +17,5 @@ FAMILY = ModelFamily(
     value="self_attn.qkv_proj",
     values="last",
     up="gate_up_proj",
+    partial_rotary=True,
 )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from counterweight.workers.models.family import (
     ATTENTION,
-    EXPERT,
     GATED_MLP,
-    PROJECTIONS,
     SPARSE_DOWN,
     SPARSE_READERS,
     ExpertLayout,
@@ -19,10 +17,5 @@ FAMILY = ModelFamily(
     reads={"input_layernorm": ATTENTION[0], "post_attention_layernorm": (*GATED_MLP[0], *SPARSE_READERS)},
     down=(*GATED_MLP[1], *SPARSE_DOWN),
     sizes=("moe_intermediate_size",),
-    experts=ExpertLayout(
-        module="mlp.experts",
-        count_key="num_experts",
-        on_disk={name: name for name in (f"mlp.experts.{EXPERT}.{projection}" for projection in PROJECTIONS)},
-        fused_on_disk=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-    ),
+    experts=ExpertLayout(count_key="num_experts"),
 )
