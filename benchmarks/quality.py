@@ -221,26 +221,28 @@ def command(manifest: Path, overrides: Sequence[str]) -> str:
 
 
 def rendered(name: str, described: Table, recorded: Recorded) -> str:
-    """The table in Markdown; a row without figures is left out."""
+    """The table in Markdown; rows and models without figures are left out."""
+    cells_of = recorded.tables.get(name, {})
+    models = [model for model in described.models if any(model in row for row in cells_of.values())]
     header = ["recipe"]
-    for model in described.models:
+    for model in models:
         header += [f"`{model}`" if model else "perplexity"]
         header += ["gap closed"] if described.against else []
         header += ["second text"] if described.second_text else []
         header += ["KL", "bits"]
     rows = []
     for row in described.rows:
-        cells = [recorded.get(Place(name, row, model)) for model in described.models]
+        cells = [recorded.get(Place(name, row, model)) for model in models]
         if all(cell is None for cell in cells):
             continue
         line = [row]
-        for model, cell in zip(described.models, cells, strict=True):
+        for model, cell in zip(models, cells, strict=True):
             comparable = described.rows[row].manifest is None
             base = recorded.get(Place(name, described.against or "", model)) if comparable else None
             line += _columns(cell, base, described)
         rows.append(line)
     originals = []
-    for model in described.models:
+    for model in models:
         first = next((cell for row in described.rows if (cell := recorded.get(Place(name, row, model)))), None)
         if first is not None:
             second = f", second text {first.told('second_original').partition(' ')[0]}" if described.second_text else ""
