@@ -28,7 +28,7 @@ class Tuning(Method):
     untrained one (rounding to nearest) included: tuning is never worse on them than that.
     """
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     kind: Literal["lsi"] = "lsi"
     increments: bool = True

@@ -197,11 +197,20 @@ class BlockBuilder:
 
 
 class Block:
-    """A filled block: `run` hidden states through it, look up its linears, copy it for another thread."""
+    """A filled block: `run` hidden states through it, look up its linears, copy it for another thread.
 
-    def __init__(self, base: PreTrainedModel, groups: tuple[SharedInputGroup, ...]) -> None:
+    transforms: linear -> what is done to its input.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        groups: tuple[SharedInputGroup, ...],
+        transforms: Mapping[str, Hadamard] | None = None,
+    ) -> None:
         self._base = base
         self.groups = groups
+        self.transforms = dict(transforms or {})
 
     @property
     def layer(self) -> nn.Module:
@@ -222,16 +231,17 @@ class Block:
 
     def transform_input(self, name: str, transform: Hadamard) -> None:
         """Transforms what enters the linear `name`, for everyone who looks at its input later."""
+        self.transforms[name] = transform
         self.linear(name).register_forward_pre_hook(lambda _, arguments: (transform.apply(arguments[0]),))
 
     def replace(self, name: str, module: nn.Module) -> None:
-        """Puts `module` where the linear `name` was."""
+        """Puts `module` where the linear `name` was; it transforms its own input where `transforms` says so."""
         self.layer.set_submodule(name, module)
 
     def replica(self) -> Block:
         """A copy that shares every tensor but has its own modules, so that another thread can hook and run it."""
         shared = [*self._base.parameters(), *self._base.buffers()]
-        return Block(copy.deepcopy(self._base, {id(tensor): tensor for tensor in shared}), self.groups)
+        return Block(copy.deepcopy(self._base, {id(tensor): tensor for tensor in shared}), self.groups, self.transforms)
 
     @property
     def model_type(self) -> str:

@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.kernels.weights.uniform import UniformWeight
 from counterweight.workers.methods.grid import WeightFormat
@@ -164,8 +165,10 @@ class _Learner:
         scales = {name: norm.log_scale for norm in self.norms.values() for name in norm.readers}
         self.linears: dict[str, _TunedLinear] = {}
         for name, format in formats.items():
-            self.linears[name] = _TunedLinear(name, block.linear(name), format, scales.get(name), options)
-            self._block.replace(name, self.linears[name])
+            linear = _TunedLinear(name, block.linear(name), format, scales.get(name), options)
+            linear.transform = self._block.transforms.get(name)
+            self.linears[name] = linear
+            self._block.replace(name, linear)
         for name, norm in self.norms.items():
             self._block.replace(name, norm)
 
@@ -252,7 +255,8 @@ class _Learner:
 
 
 class _TunedLinear(nn.Module):
-    """A linear with a fake-quantized weight; takes the place of the original, [..., in] -> [..., out]."""
+    """A linear with a fake-quantized weight; takes the place of the original, [..., in] -> [..., out]. transform: of its
+    input, before that is quantized."""
 
     weight: Tensor
     left: Tensor
@@ -263,6 +267,7 @@ class _TunedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self._format, self._log_scale = format, log_scale
+        self.transform: Hadamard | None = None
         self._bias = None if linear.bias is None else linear.bias.detach()
         weight = checked_matrix(name, linear.weight.detach())
         self.register_buffer("weight", weight)
@@ -293,6 +298,8 @@ class _TunedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activations = self._format.activations
+        if self.transform is not None:
+            x = self.transform.apply(x)
         inner = x if activations is None else straight_through(x, fake_quantize_activations(x.detach(), activations))
         return functional.linear(inner, self.quantized().weight().to(x.dtype), self._bias)
 

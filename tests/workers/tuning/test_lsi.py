@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.tuning import Tuning
@@ -180,6 +181,22 @@ def test_what_is_served_has_the_error_that_was_measured(
         float((after.run(x).float() - y.float()).square().double().mean()) for x, y in zip(inputs, targets, strict=True)
     ]
     assert min(abs(error / result.held_out[result.epoch] - 1) for error in errors) < 1e-6
+
+
+def test_inputs_that_are_transformed_at_inference_are_transformed_in_training() -> None:
+    """Rotated weights behind an online rotation are the block, without it they are another."""
+    block, inputs = block_of(), shards()
+    targets = [block.run(shard) for shard in inputs]
+    weight = block.linear("mlp.down_proj").weight
+    transform = Hadamard(size=weight.shape[1])
+    with torch.no_grad():
+        weight.copy_(transform.apply(weight))
+    block.transform_input("mlp.down_proj", transform)
+    assert all(torch.allclose(block.run(x), y, atol=1e-4) for x, y in zip(inputs, targets, strict=True))
+    formats = formats_of(block, WeightFormat(bits=8))
+    result = tune(block, inputs, targets, formats, Tuning(epochs=1))
+    scale = sum(float(target.square().mean()) for target in targets) / len(targets)
+    assert result.held_out[0] < 1e-3 * scale
 
 
 @pytest.mark.parametrize(
