@@ -302,7 +302,8 @@ def test_random_signs_come_from_the_seed(option: str, tmp_path: Path) -> None:
     assert torch.equal(weight(seed=1), weight(seed=1))
     assert not torch.equal(weight(seed=1), weight(seed=2))
     assert not torch.equal(weight(random=False), weight())
-    assert torch.equal(weight(random=False, seed=1), weight(random=False, seed=2))
+    with pytest.raises(ValidationError, match="seed: 1: expected 0 unless random"):
+        weight(random=False, seed=1)
 
 
 def test_the_residual_rotation_is_orthogonal_with_signs_before_a_hadamard_matrix() -> None:
