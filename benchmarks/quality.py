@@ -229,7 +229,7 @@ def rendered(name: str, described: Table, recorded: Recorded) -> str:
         header += [f"`{model}`" if model else "perplexity"]
         header += ["gap closed"] if described.against else []
         header += ["second text"] if described.second_text else []
-        header += ["KL", "bits"]
+        header += ["bits"] if len(models) > 1 else ["KL", "bits"]  # the JSON file has the KL of every row
     rows = []
     for row in described.rows:
         cells = [recorded.get(Place(name, row, model)) for model in models]
@@ -239,7 +239,8 @@ def rendered(name: str, described: Table, recorded: Recorded) -> str:
         for model, cell in zip(models, cells, strict=True):
             comparable = described.rows[row].manifest is None
             base = recorded.get(Place(name, described.against or "", model)) if comparable else None
-            line += _columns(cell, base, described)
+            columns = _columns(cell, base, described)
+            line += columns[:-2] + columns[-1:] if len(models) > 1 else columns
         rows.append(line)
     originals = []
     for model in models:
