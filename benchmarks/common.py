@@ -33,6 +33,14 @@ def versions(*names: str) -> str:
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in names)])
 
 
+def revision() -> str:
+    """Of this checkout."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -44,16 +52,13 @@ def record(name: str, title: str, body: str, about: str) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{name}.md"
     command = "python " + " ".join([str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *map(_shown, sys.argv[1:])])
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     lines = [
         f"# {title}",
         "",
         f"Command: `{command}`",
         "",
         about,
-        f"Revision {revision.stdout.strip() or 'unknown'}.",
+        f"Revision {revision()}.",
         "",
         body,
         "",

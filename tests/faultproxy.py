@@ -122,8 +122,7 @@ class FaultProxy:
             if head:
                 method, target, _ = head.split(b"\r\n", 1)[0].decode().split(" ")
                 fault = self._fault(method, target, _fields(head).get(b"range"))
-                with self._held(method, target):
-                    self._answer(client, fault, head, body)
+                self._answer(client, fault, head, body, self._held(method, target))
 
     @contextlib.contextmanager
     def _held(self, method: str, target: str) -> Iterator[None]:
@@ -153,7 +152,14 @@ class FaultProxy:
                     return rule.fault
         return None
 
-    def _answer(self, client: socket.socket, fault: Fault | None, head: bytes, body: bytes) -> None:
+    def _answer(
+        self,
+        client: socket.socket,
+        fault: Fault | None,
+        head: bytes,
+        body: bytes,
+        under_way: contextlib.AbstractContextManager[None],
+    ) -> None:
         if fault in _REFUSALS:
             status, code = _REFUSALS[fault]
             text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{status}.</Message></Error>"
@@ -164,7 +170,9 @@ class FaultProxy:
             return
         if fault is Fault.WHOLE:
             head = b"\r\n".join(line for line in head.split(b"\r\n") if not line.lower().startswith(b"range:"))
-        reply_head, reply_body = self._forward(head, body)
+        # A client that has its answer may send its next request at once: this one is over before that.
+        with under_way:
+            reply_head, reply_body = self._forward(head, body)
         if fault is Fault.LOST_REPLY:
             _reset(client)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -76,10 +77,47 @@ def test_generation(place: Path) -> None:
     assert len(rows(printed)) == 3
 
 
+SMALL = (
+    "spec.calibration.sequences=8",
+    "spec.calibration.sequence_length=32",
+    "spec.validation.windows=4",
+    "spec.validation.sequence_length=32",
+    "spec.validation.gates={}",
+)
+
+
 @pytest.mark.end_to_end
-def test_quality(place: Path) -> None:
-    (row,) = rows(ran("quality", place / "job" / "job.yaml"))
-    assert row.startswith("| `job.yaml` |")
+def test_quality(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    smaller = [argument for override in SMALL for argument in ("--set", override)]
+    printed = ran("quality", "demo:W4 g128, GPTQ", "--output", place / "out", *smaller)
+    recorded = importlib.import_module("quality").newest().tables["demo"]
+    before = recorded["W4 g128, GPTQ"][""].told("perplexity")
+    (row,) = [row for row in rows(printed) if row.startswith("| W4 g128, GPTQ |")]
+    assert f"| {before} |" not in row  # of other calibration and windows
+
+
+def test_the_tables_of_the_readme_are_the_newest_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    quality = importlib.import_module("quality")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- quality ([\w-]+) -->", readme)) == set(quality.newest().tables)
+    assert quality.into_readme(readme, quality.described(), quality.newest()) == readme
+
+
+def test_another_figure_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    quality = importlib.import_module("quality")
+    name, cells = next(iter(quality.newest().tables.items()))
+    row, models = next(iter(cells.items()))
+    model, cell = next(iter(models.items()))
+    place = quality.Place(name, row, model)
+    assert quality.differences(place, cell, cell) == []
+    for figure in ("perplexity", "bits"):
+        changed = [one.model_copy(update={figure: getattr(one, figure) * 1.0025}) for one in cell.figures]
+        (line,) = quality.differences(place, cell.model_copy(update={"figures": tuple(changed)}), cell)
+        assert f"{figure} " in line
+    assert "nothing was recorded" in quality.differences(place, cell, None)[0]
 
 
 @pytest.mark.end_to_end
