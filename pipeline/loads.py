@@ -49,6 +49,7 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mappin
         stretched=resources.workers > 1,
         threads=1 if resources.gpus_per_worker else threads,
         gpu=resources.gpus_per_worker > 0,
+        experts=calibration.experts_among(recipe),
     )
 
 

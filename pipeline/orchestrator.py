@@ -149,6 +149,8 @@ class Orchestrator:
             "calibration": tokens.calibration.digest,
             "validation": None if validation is None else validation.digest,
         }
+        if self._source.layout.experts:
+            everything["experts"] = versions(self._job.spec.calibration.experts)
         if self._job.spec.distillation is not None:
             everything["distillation"] = [text.digest for text in (*tokens.trained, *tokens.held_out)]
         return digest(everything)[:16]

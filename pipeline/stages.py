@@ -104,6 +104,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet) -> 
             original_inputs=original_inputs,
             recipe=recipe,
             propagate=propagate,
+            experts=spec.calibration.experts_among(recipe),
         )
 
     budget = None

@@ -24,6 +24,7 @@ from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
+from counterweight.workers.calibration.shrinkage import Starvation
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup
 from counterweight.workers.parallel import PARALLEL_WIDTH, OrderedPool
@@ -72,12 +73,14 @@ def compress(
     factor_dtypes: Mapping[str, torch.dtype],
     outliers: Mapping[str, Tensor] | None = None,
     codes: Mapping[str, StoredWeight] | None = None,
+    starved: Mapping[SharedInputGroup, Starvation] | None = None,
     pool: OrderedPool,
 ) -> tuple[dict[str, CompressedLinear], list[ModuleReport]]:
     """Every linear that has a recipe, in table order; `statistics` holds an entry for each group among them.
 
     weights: linear -> weight [out, in]. scale_dtypes, factor_dtypes: linear -> dtype in which its scales and the factors
-    of its branch are stored. outliers: see `prepare`. codes: linear -> its codes, when they are chosen already.
+    of its branch are stored. outliers: see `prepare`. codes: linear -> its codes, when they are chosen already. starved: groups
+    whose statistics are not of their own tokens alone.
     """
     jobs = list(_solves(weights, statistics, recipes, scale_dtypes, factor_dtypes))
     if forgotten := recipes.keys() - {name for job in jobs for name in job.names}:
@@ -86,8 +89,11 @@ def compress(
     reports: list[ModuleReport] = []
     one = partial(_solve, weights, statistics, outliers or {}, codes or {})
     side_by_side = any(statistics[job.group].width >= PARALLEL_WIDTH for job in jobs)
-    for solved in pool.map(one, jobs) if side_by_side else map(one, jobs):
-        for name, linear, report in solved:
+    done = pool.map(one, jobs) if side_by_side else map(one, jobs)
+    for job, solved in zip(jobs, done, strict=True):
+        for name, linear, found in solved:
+            lack = (starved or {}).get(job.group)
+            report = found if lack is None else _of_starved(found, lack)
             results[name] = linear
             reports.append(report)
     return results, reports
@@ -207,6 +213,12 @@ def _solve(
         )
         solved.append((name, linear, report))
     return solved
+
+
+def _of_starved(report: ModuleReport, lack: Starvation) -> ModuleReport:
+    """The report of a linear that was solved on more than its own tokens: it names both."""
+    own = FallbackReport(step=lack.fallback.step, cause=lack.fallback.cause)
+    return report.model_copy(update={"tokens": lack.tokens, "fallbacks": (own, *report.fallbacks)})
 
 
 def tensor_bits(tensor: Tensor) -> int:

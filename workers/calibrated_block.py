@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from counterweight.workers.calibration.experts import ExpertCalibration
+from counterweight.workers.calibration.shrinkage import Starvation
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.clock import Clock
 from counterweight.workers.context import DTYPES, TaskContext, put_hidden
+from counterweight.workers.coverage import feed
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
 from counterweight.workers.loaded_block import LoadedBlock, load_block, smoothed
 from counterweight.workers.memory import release, trim
@@ -30,7 +33,8 @@ class CalibratedBlock:
 
     key: `BlockSpec.statistics_key` of these shards. original: the block as it was, which makes the outputs; None where that is
     `loaded`, or where no outputs are to be made any more. outliers: linear -> channels of its input that ASER takes out of its
-    codes. outputs: hidden states behind the original block, none where nobody needs them.
+    codes. outputs: hidden states behind the original block, none where nobody needs them. experts: how a sparse block's are
+    calibrated. starved: groups of experts' linears that saw too little.
     """
 
     key: str
@@ -40,13 +44,19 @@ class CalibratedBlock:
     outliers: Mapping[str, Tensor]
     outputs: tuple[Blob, ...]
     timing: Timing
+    experts: ExpertCalibration | None = None
+    starved: dict[SharedInputGroup, Starvation] = field(default_factory=dict)
     _statistics: dict[SharedInputGroup, InputStatistics] | None = None
 
     @property
     def statistics(self) -> dict[SharedInputGroup, InputStatistics]:
-        """Of all shards, from the first time that it is asked for. RequestError for activations that are not finite."""
+        """Of all shards, from the first time that it is asked for, when `starved` is known too: those of experts that saw too
+        little are shrunk toward the layer's. RequestError for activations that are not finite."""
         if self._statistics is None:
             self._statistics = self.sums.result()
+            rows = self.sums.take_rows()
+            if rows is not None and self.experts is not None:
+                self.starved = feed(self.loaded.block, self._statistics, self.sums.gatherings, rows, self.experts)
         return self._statistics
 
     @property
@@ -128,10 +138,11 @@ def _begun(context: TaskContext, spec: BlockSpec, workspace: Workspace, clock: C
         key="",
         loaded=loaded,
         original=original,
-        sums=RunningStatistics(loaded.block, chosen.gatherings),
+        sums=RunningStatistics(loaded.block, chosen.gatherings, spec.experts),
         outliers=chosen.outliers,
         outputs=(),
         timing=clock.timing(),
+        experts=spec.experts,
     )
 
 

@@ -33,6 +33,7 @@ def compressed(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> B
         {name: weight.to(context.device) for name, weight in weights.items()},
         held.statistics,
         spec.recipe,
+        starved=held.starved,
         scale_dtypes={name: scale_dtype(name, held.loaded.dtypes[f"{name}.weight"]) for name in weights},
         factor_dtypes={name: held.loaded.dtypes[f"{name}.weight"] for name in weights},
         outliers=held.outliers,
@@ -85,10 +86,9 @@ def tuned(
     builder = context.source(spec.setting)[1]
     scales = learned_scales(family_of(builder.config.model_type), loaded.block.groups, loaded.parameters, found.norms)
     loaded = smoothed(context, builder, spec.index, loaded, scales, DTYPES[spec.setting.compute_dtype])
-    gatherings = {group: statistics.gathering for group, statistics in held.statistics.items()}
-    sums = RunningStatistics(loaded.block, gatherings)
+    sums = RunningStatistics(loaded.block, held.sums.gatherings, spec.experts)
     run_shards(loaded.block, inputs, lambda _: None, sums, context.pool, originals)
-    return replace(held, loaded=loaded, sums=sums, _statistics=None), dict(found.weights)
+    return replace(held, loaded=loaded, sums=sums, starved={}, _statistics=None), dict(found.weights)
 
 
 def propagated(

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
+from counterweight.workers.calibration.experts import ExpertCalibration
+from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from counterweight.workers.errors import RequestError
-from counterweight.workers.hooks import input_hooks
-from counterweight.workers.models.family import SharedInputGroup, is_expert
+from counterweight.workers.hooks import expert_hook, input_hooks
+from counterweight.workers.models.family import SharedInputGroup, experts_of, is_expert
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.quantization.inputs import all_finite
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from counterweight.workers.models.block_builder import (
         Block,  # transformers, which who only reads reports does not need
     )
+    from counterweight.workers.models.experts import SeparateExperts
 
 Output = TypeVar("Output")
 
@@ -29,21 +32,43 @@ Load = Callable[[], Tensor]
 class RunningStatistics:
     """The moments of what entered each group of a block's linears so far: sums over shards, added in the shards' order."""
 
-    def __init__(self, block: Block, gatherings: Mapping[SharedInputGroup, Gathering]) -> None:
+    def __init__(
+        self,
+        block: Block,
+        gatherings: Mapping[SharedInputGroup, Gathering],
+        experts: ExpertCalibration | None = None,
+    ) -> None:
+        """experts: how a sparse block's are calibrated; None: on what the router sends them, and no token is kept."""
         self.gatherings = gatherings
+        self.every_token = experts is not None and experts.every_token
+        self.sample: RowSample | None = None
+        sparse = block.separate_experts()
+        if experts is not None and experts.samples and sparse is not None and any(is_expert(g[0]) for g in gatherings):
+            self.sample = RowSample(experts.rows_of(sparse[1].hidden))
         self._sums = {group: _accumulator(block, group, gathering) for group, gathering in gatherings.items()}
 
     @property
     def bytes(self) -> int:
-        """Memory of the sums."""
-        return sum(accumulator.bytes for accumulator in self._sums.values())
+        """Memory of the sums, and of the tokens that are kept."""
+        kept = 0 if self.sample is None else self.sample.bytes
+        return kept + sum(accumulator.bytes for accumulator in self._sums.values())
 
-    def add(self, moments: dict[SharedInputGroup, ShardMoments]) -> None:
-        """Adds a shard's and takes them out of `moments`, so that nothing of a shard stays while the next one runs."""
+    def add(self, moments: dict[SharedInputGroup, ShardMoments], given: list[Tensor]) -> None:
+        """Adds a shard's and takes them out of `moments`, so that nothing of a shard stays while the next one runs. given: the
+        tokens that its experts were given, of which some are kept; taken out likewise."""
+        while given:
+            rows = given.pop()
+            if self.sample is not None:
+                self.sample.add(rows)
         while moments:
             group, shard = moments.popitem()
             self._sums[group].add(shard)
             del shard
+
+    def take_rows(self) -> Tensor | None:
+        """The tokens that are kept, which are kept no longer; None without any."""
+        found, self.sample = self.sample, None
+        return None if found is None else found.rows()
 
     def result(self) -> dict[SharedInputGroup, InputStatistics]:
         """The statistics; nothing can be added after. A non-finite activation is a RequestError that names the group."""
@@ -74,30 +99,40 @@ def run_shards(
 
     # A router may send other tokens to an expert than in the original model, so that rows have no partners.
     partnered = [group for group in sums.gatherings if not is_expert(group[0])]
+    routed = partnered if sums.every_token else list(sums.gatherings)
+    forced = [group for group in sums.gatherings if group not in routed]
 
-    def run(loads: tuple[Load, Load | None]) -> tuple[dict[SharedInputGroup, ShardMoments], Output]:
+    def run(loads: tuple[Load, Load | None]) -> tuple[dict[SharedInputGroup, ShardMoments], list[Tensor], Output]:
         load, load_original = loads
         replica = replicas.get()
         meant: dict[SharedInputGroup, Tensor] = {}
         moments: dict[SharedInputGroup, ShardMoments] = {}
+        given: list[Tensor] = []
 
         def take(group: SharedInputGroup, rows: Tensor) -> None:
             moments[group] = ShardMoments.of(rows, sums.gatherings[group], meant.get(group))
+
+        def look(experts: SeparateExperts, tokens: Tensor) -> None:
+            if sums.sample is not None:
+                given.append(tokens)
+            with input_hooks(replica, forced, take):
+                for expert in experts_of(group[0] for group in forced):
+                    experts.run(expert, tokens)
 
         try:
             if load_original is not None:
                 with input_hooks(replica, partnered, meant.__setitem__):
                     output = replica.run(load_original())
-            with input_hooks(replica, sums.gatherings, take):
+            with input_hooks(replica, routed, take), expert_hook(replica, look):
                 seen = replica.run(load())
-            return moments, emit(seen if load_original is None else output)
+            return moments, given, emit(seen if load_original is None else output)
         finally:
             replicas.put(replica)
 
     nothing: list[Load | None] = [None] * len(inputs)
     outputs: list[Output] = []
-    for moments, output in pool.map(run, zip(inputs, originals or nothing, strict=True)):
-        sums.add(moments)
+    for moments, given, output in pool.map(run, zip(inputs, originals or nothing, strict=True)):
+        sums.add(moments, given)
         outputs.append(output)
     return outputs
 

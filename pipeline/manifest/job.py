@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
@@ -15,10 +16,12 @@ from pydantic import (
     model_validator,
 )
 
+from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.calibration.source import CalibrationSource, TokenSource
 from counterweight.workers.config import Config
 from counterweight.workers.methods.distillation import Distillation
 from counterweight.workers.metrics import METRICS
+from counterweight.workers.models.family import is_expert
 from counterweight.workers.recipe import Recipe
 
 MAX_URI = 2000  # characters
@@ -99,6 +102,12 @@ class Calibration(Section):
     """Type that the blocks compute in while activations are captured; statistics are summed in float32 or
     wider.
     """
+    experts: ExpertCalibration = Field(default_factory=ExpertCalibration)
+    """How experts are calibrated that the router sends few tokens; of dense models nothing."""
+
+    def experts_among(self, linears: Iterable[str]) -> ExpertCalibration | None:
+        """`experts`, where one of a block's linears with these names is an expert's; None in a dense block."""
+        return self.experts if any(map(is_expert, linears)) else None
 
 
 class _Gates(Section):
@@ -247,6 +256,8 @@ def canonical(job: CompressionJob) -> bytes:
     if (stage := job.spec.distillation) is not None:
         # Only where it is asked for: jobs without it keep the identity that they had before there was any.
         spec["distillation"] = {"training": stage.training.model_dump(mode="json"), "held_out": len(stage.held_out)}
+    if job.spec.calibration.experts == ExpertCalibration():
+        del spec["calibration"]["experts"]  # younger than artifacts of dense models, whose ids were made without it
     if spec["validation"] is not None:
         spec["validation"]["sequence_length"] = job.spec.validation_sequence_length
         if spec["validation"]["prefill_gates"] is None:

@@ -168,3 +168,13 @@ def test_gpu_kernels() -> None:
     printed = ran("gpu_kernels", "--smoke")
     assert len([line for line in printed.splitlines() if NUMBER.search(line)]) > 5
     assert printed.endswith("it runs\n")
+
+
+def test_experts(tmp_path: Path) -> None:
+    """On a model that it trains itself, whose experts have more tokens of their own than they may use."""
+    checkpoint("mixtral", tmp_path, torch.bfloat16)  # for its tokenizer
+    texts = [write_text(tmp_path / name, 2000, seed=seed) for seed, name in enumerate(("seen.txt", "test.txt"))]
+    sizes = ("--sequences", 16, "--windows", 16, "--length", 16, "--strengths", 1, "--samples", 2)
+    printed = ran("experts", tmp_path, *texts, *sizes, "--train", 2)
+    assert "step 1: loss" in printed
+    assert len(rows(printed)) == 2 * 3

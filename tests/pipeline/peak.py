@@ -49,6 +49,7 @@ class Measured:
     sequences: int = 4
     length: int = 512
     propagate: str = "original"
+    experts: Mapping[str, Any] = field(default_factory=dict)
     threads: int = 1
 
     def tiny(self) -> Measured:
@@ -71,6 +72,7 @@ class Measured:
                         "sequence_length": self.length,
                         "compute_dtype": self.compute,
                         "propagate": self.propagate,
+                        "experts": dict(self.experts),
                     },
                     "recipe": self.recipe,
                     "resources": {"workers": 1, "cpus_per_worker": self.threads},
@@ -114,6 +116,7 @@ def prepared(measured: Measured, root: Path) -> Prepared:
         original_inputs=_hidden(workspace, measured, source.layout.hidden_size, 1) if paired else (),
         recipe=recipe,
         propagate=job.spec.calibration.propagate,
+        experts=job.spec.calibration.experts_among(recipe),
     )
     return Prepared(task=Compress(block=spec), plan=make_plan(job, source).blocks[0])
 

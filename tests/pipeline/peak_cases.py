@@ -65,6 +65,27 @@ CASES: Mapping[str, Case] = {
         ),
         "forward",
     ),
+    "experts below the floor": (
+        Measured(
+            case="mixtral",
+            recipe=RTN,
+            config={**dense(256, 2560), "num_local_experts": 2, "num_experts_per_tok": 1},
+            sequences=2,
+            length=128,
+        ),
+        "starved",
+    ),
+    "every token through every expert": (
+        Measured(
+            case="mixtral",
+            recipe=RTN,
+            config={**dense(256, 1024), "num_local_experts": 8, "num_experts_per_tok": 1},
+            sequences=32,
+            length=256,
+            experts={"every_token": True},
+        ),
+        "forward",
+    ),
     "GPTQ": (few(GPTQ, 256, 4096), "solve"),
     "GPTQ, rows": (few(GPTQ, 1024, 2048), "solve"),
     "sign": (few({"weights": {"format": "sign"}}, 768, 3072), "solve"),

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from counterweight.workers.arithmetic.preparing import curious, online_flops, scaled
-from counterweight.workers.footprint.load import Group, Load, streams
+from counterweight.workers.footprint.load import Group, Load, gathered, kept_rows, starving, streams
 from counterweight.workers.matrix_flops import NOTHING, Work, gram, product
 from counterweight.workers.methods.tuning import Tuning
+from counterweight.workers.models.family import is_expert
 
 STRIP = 128  # TRIANGLE_BLOCK of calibration/statistics.py, which imports torch
 
@@ -18,7 +19,7 @@ def forward(load: Load) -> Work:
     once = run(load, load.tokens)
     work = NOTHING
     for calibration in calibrations(load):
-        work += once * passes(calibration)
+        work += once * passes(calibration) + _beside(calibration)
         if curious(calibration):
             work += run(load, min(load.shard, load.tokens))
     if (options := tunes(load)) is not None:
@@ -86,6 +87,21 @@ def run(load: Load, tokens: float) -> Work:
     return work
 
 
+def _beside(load: Load) -> Work:
+    """What experts are run on beside what the router sends them, once."""
+    if load.experts is None:
+        return NOTHING
+    tokens: float = load.tokens if load.experts.every_token else 0
+    if any(starving(load, group) for group in load.groups):
+        tokens = kept_rows(load)
+    work = NOTHING
+    for group in load.groups:
+        for name, (rows, columns) in group.linears.items():
+            if is_expert(name):
+                work += product(tokens, columns, rows) + online_flops(load, name, tokens, columns)
+    return work
+
+
 def _branches(load: Load, group: Group) -> Work:
     """One pass through the low-rank branches of a group."""
     work = NOTHING
@@ -100,7 +116,8 @@ def _moments(load: Load, group: Group) -> Work:
     """Products of a group's streams: a triangle of each with itself, a square of each two."""
     if not group.recipe:
         return NOTHING
-    count, tokens = streams(load, group), load.tokens * group.share
+    count, tokens = streams(load, group), load.tokens * gathered(load, group)
+    tokens += kept_rows(load) if starving(load, group) else 0
     pairs = count * (count - 1) // 2
     part = next(iter(group.recipe.values()))
     quantized = NOTHING if part.activations is None else part.activations.quantize_flops(tokens * group.width)

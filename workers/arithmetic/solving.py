@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from counterweight.workers import matrix_flops
-from counterweight.workers.footprint.load import Group, Load, streams
+from counterweight.workers.footprint.load import Group, Load, streams, summed_tokens
 from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, product, product64
 from counterweight.workers.recipe import ModuleRecipe, solved_together
 
@@ -19,7 +19,7 @@ def _group(load: Load, group: Group) -> Work:
     work = NOTHING
     if not group.recipe:
         return work
-    tokens, count = load.tokens * group.share, streams(load, group)
+    tokens, count = summed_tokens(load, group), streams(load, group)
     original = load.paired and group.share == 1
     for together in solved_together(group.recipe, {name: rows for name, (rows, _) in group.linears.items()}):
         part, shapes = group.recipe[together[0]], [group.linears[name] for name in together]

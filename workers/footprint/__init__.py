@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from counterweight.workers.footprint.forward import activations, running, tuning
-from counterweight.workers.footprint.load import Group, Load, packed, products_of, sums
+from counterweight.workers.footprint.forward import activations, feeding, running, tuning
+from counterweight.workers.footprint.load import Group, Load, kept_rows, packed, products_of, sums
 from counterweight.workers.footprint.solving import solving
 from counterweight.workers.footprint.weights import loading, original, preparing, reading, scaled, with_running
 from counterweight.workers.matrix_bytes import DOUBLE, SINGLE
@@ -55,12 +55,14 @@ def footprint(load: Load) -> Footprint:
     whole = max((DOUBLE * group.width**2 for group in load.groups if group.recipe), default=0)
     shards = activations(load)
     kept = original(load)
+    rows = load.compute * kept_rows(load) * load.hidden
     peak, solved = solving(load)
     phases = {
         "load": loading(load),
         "prepare": preparing(load),
         # Before the first products there are only the sums of xx; at last each sum is made symmetric.
         "forward": weights
+        + rows
         + max(
             kept + load.threads * running(load, stored=False),
             (kept if load.stretched else 0) + shards + (statistics if load.shards > 1 else first),
@@ -69,6 +71,8 @@ def footprint(load: Load) -> Footprint:
         "solve": weights + statistics + peak,
         "write": weights + statistics + solved + sum(packed(group) for group in load.groups),
     }
+    if rows:
+        phases["starved"] = weights + statistics + feeding(load)
     if any(part.tuning is not None for part in parts):
         phases["tune"] = weights + statistics + tuning(load)
     if load.compressed:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from math import prod
 
-from counterweight.workers.footprint.load import Group, Load, products_of
+from counterweight.workers.footprint.load import Group, Load, gathered, kept_rows, products_of, sums
 from counterweight.workers.matrix_bytes import DECODE, DOUBLE, SINGLE
+from counterweight.workers.models.family import is_expert
+
+STRETCH = 1024  # `coverage.py` says the same, but imports torch
 
 
 def activations(load: Load) -> int:
@@ -21,20 +24,21 @@ def running(load: Load, *, stored: bool) -> int:
     gathered, and every linear is read back before it is multiplied."""
     token = load.compute * load.hidden
     # What entered, the residual stream, and what the norm made of it.
-    stream = 3 * token + (token if load.paired else 0)
+    stream = 3 * token + (token if load.paired else 0) + (token if kept_rows(load) and not stored else 0)
     peaks = [load.attention_bytes]
     products = 0
     for group in load.groups:
         before = products
         products += 0 if stored else SINGLE * group.width**2 * products_of(load, group)
-        tokens = load.shard * group.share
+        tokens = load.shard * (group.share if stored else gathered(load, group))
         rows = [rows for rows, _ in group.linears.values()]
         if group is load.groups[0]:
             # Queries, keys and values; while they get their positions, three more of the widest.
             inside = load.compute * (sum(rows) + 3 * max(rows))
         else:
-            # Of a gated pair: one behind its activation, the other, and their product.
-            inside = load.compute * (sum(rows) + (max(rows) if len(rows) > 1 else 0))
+            # Of a gated pair: one behind its activation, the other, and their product; of an expert's the first before it too.
+            more = 1 + is_expert(next(iter(group.linears))) if len(rows) > 1 else 0
+            inside = load.compute * (sum(rows) + more * max(rows))
         read = max((prod(shape) for shape in group.linears.values()), default=0) * DECODE if stored else 0
         peaks.append(round(tokens * inside) + products + read)
         if group.recipe and not stored:
@@ -56,6 +60,19 @@ def _gathered(load: Load, group: Group) -> tuple[int, int]:
     if part.residual is not None:
         multiplying += 2 * SINGLE + DOUBLE  # magnitudes, and sorted with their places
     return looking, multiplying
+
+
+def feeding(load: Load) -> int:
+    """Tokens of the layer that are kept, while they are put together and run through one expert of the largest kind: its sums
+    beside those that they are added to, and while they are made symmetric."""
+    if not (rows := kept_rows(load)):
+        return 0
+    experts = [group for group in load.groups if group.recipe and is_expert(next(iter(group.linears)))]
+    ahead = load.compute * min(rows, STRETCH) * max(group.width + 2 * group.outputs for group in experts)
+    largest = max(experts, key=lambda group: group.width)
+    products = SINGLE * largest.width**2 * products_of(load, largest)
+    own = sum(sums(load, group) for group in experts[:2])
+    return 2 * load.compute * rows * load.hidden + own + max(ahead + products, sums(load, largest))
 
 
 def tuning(load: Load) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.matrix_bytes import DOUBLE
 from counterweight.workers.methods.transforms import Rotation
-from counterweight.workers.models.family import ModelFamily
+from counterweight.workers.models.family import ModelFamily, is_expert
 from counterweight.workers.recipe import ModuleRecipe
 
 
@@ -40,7 +41,8 @@ class Load:
     tokens of a shard, and how many there are; length: of a sequence; sequences: all of them. hidden: width of the stream.
     attention_bytes: of the scores of a shard, where attention keeps them. paired: whether blocks see the compressed ones'
     outputs and the solve looks at the original's; compressed: whether they see them. stretched: whether shards come a few at a
-    time. threads: that share shards and solves. gpu: whether the arithmetic is done on one.
+    time. threads: that share shards and solves. gpu: whether the arithmetic is done on one. experts: how a sparse block's are
+    calibrated; None in a dense one.
     """
 
     family: ModelFamily
@@ -61,10 +63,39 @@ class Load:
     stretched: bool
     threads: int
     gpu: bool
+    experts: ExpertCalibration | None = None
 
     @property
     def tokens(self) -> int:
         return self.sequences * self.length
+
+
+def gathered(load: Load, group: Group) -> float:
+    """Share of the tokens that a group's statistics are gathered on: that which reaches it, or all where experts see all."""
+    return 1.0 if _of_expert(group) and load.experts is not None and load.experts.every_token else group.share
+
+
+def starving(load: Load, group: Group) -> bool:
+    """Whether the average expert sees fewer tokens than the floor; that single ones do is not known ahead."""
+    if load.experts is None or not load.experts.samples or not _of_expert(group):
+        return False
+    return load.tokens * group.share < load.experts.floor_of(group.width)
+
+
+def kept_rows(load: Load) -> int:
+    """Tokens of the layer that are kept for experts that may turn out to be starved."""
+    samples = load.experts is not None and load.experts.samples
+    return load.experts.kept_of(load.hidden, load.tokens) if samples and load.experts is not None else 0
+
+
+def summed_tokens(load: Load, group: Group) -> float:
+    """Tokens that a group's statistics count as when it is solved."""
+    own = load.tokens * gathered(load, group)
+    return own + load.experts.weight_of(group.width) if load.experts is not None and starving(load, group) else own
+
+
+def _of_expert(group: Group) -> bool:
+    return is_expert(next(iter(group.linears)))
 
 
 def scales(part: ModuleRecipe) -> bool:

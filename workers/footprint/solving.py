@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from counterweight.workers import matrix_bytes
-from counterweight.workers.footprint.load import Group, Load, streams
+from counterweight.workers.footprint.load import Group, Load, streams, summed_tokens
 from counterweight.workers.footprint.weights import scaled
 from counterweight.workers.matrix_bytes import DECODE, SINGLE
 from counterweight.workers.parallel import PARALLEL_WIDTH
@@ -30,7 +30,7 @@ def _jobs(load: Load, group: Group) -> list[tuple[int, int]]:
     for together in solved_together(group.recipe, {name: rows for name, (rows, _) in group.linears.items()}):
         part = group.recipe[together[0]]
         shapes = [group.linears[name] for name in together]
-        tokens = load.shard * load.shards * group.share
+        tokens = summed_tokens(load, group)
         left = sum(_left(part, rows, columns, load.source_bytes / load.parameters) for rows, columns in shapes)
         copies = 0 if scaled(load) == SINGLE * load.parameters else SINGLE * sum(map(prod, shapes))
         found.append((copies + _solve(part, shapes, tokens, streams(load, group)), left))

@@ -24,7 +24,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.errors import CheckpointError, UnsupportedModelError
 from counterweight.workers.models.config import parse_config
-from counterweight.workers.models.experts import GatedProduct, LinearExperts, SortedExperts
+from counterweight.workers.models.experts import GatedProduct, LinearExperts, SeparateExperts, SortedExperts
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import ModelFamily, SharedInputGroup
 from counterweight.workers.models.layout import LM_HEAD, NORM, BlockLayout, ModelLayout
@@ -228,6 +228,11 @@ class Block:
     def experts(self) -> list[tuple[str, LinearExperts]]:
         """The modules of separate experts that are given the routing, by name; at most one."""
         return [(name, module) for name, module in self.layer.named_modules() if isinstance(module, LinearExperts)]
+
+    def separate_experts(self) -> tuple[str, SeparateExperts] | None:
+        """The module of a sparse MLP's experts with its name, however they are given their tokens; None in a dense block."""
+        named = self.layer.named_modules()
+        return next(((name, module) for name, module in named if isinstance(module, SeparateExperts)), None)
 
     def transform_input(self, name: str, transform: Hadamard) -> None:
         """Transforms what enters the linear `name`, for everyone who looks at its input later."""

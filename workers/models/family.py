@@ -10,7 +10,7 @@ Module names are relative to a block (`self_attn.q_proj`). An expert's index sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
@@ -229,6 +229,11 @@ class ModelFamily:
 def is_expert(module: str) -> bool:
     """Whether a linear, by its name in a block or in full, belongs to an expert: a router decides which tokens it sees."""
     return ".experts." in f".{module}."
+
+
+def experts_of(modules: Iterable[str]) -> list[int]:
+    """The experts, ascending, to which the linears with these names belong; a name that is not an expert's is a ValueError."""
+    return sorted({int(f".{module}".partition(".experts.")[2].partition(".")[0]) for module in modules})
 
 
 def _matches(module: str, globs: Globs) -> bool:

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.config import Config
 from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.keys import digest, versions
@@ -33,6 +34,8 @@ class BlockSpec(Config):
     recipe: Mapping[str, ModuleRecipe]
     """Linear (name relative to the block) -> what applies to it; linears that are kept are absent."""
     propagate: Literal["original", "compressed"]
+    experts: ExpertCalibration | None = None
+    """How a sparse block's are calibrated; null in a dense one, and where they are solved on their own tokens alone."""
 
     def before(self, shard: int) -> BlockSpec:
         """The same on the shards before this one alone."""
@@ -55,13 +58,18 @@ class BlockSpec(Config):
         recipe = {name: part.model_dump(mode="json") for name, part in self.recipe.items()}
         # Records made when both streams were one list are keyed with true.
         streams = "two" if self.original_inputs else False
-        return digest([COMPRESS, self.calibrate_key(), self.propagate, streams, recipe, versions(self.recipe)])
+        whole = [COMPRESS, self.calibrate_key(), self.propagate, streams, recipe, versions(self.recipe)]
+        return digest([*whole, *self._experts_key()])
 
     def statistics_key(self) -> str:
         """Key of what calibration leaves in a worker's memory: of tasks with equal keys one calibration is enough."""
         streams = len(self.original_inputs)
         gathers = {name: part.gathers() for name, part in self.recipe.items()}
-        return digest([self.calibrate_key(), self.propagate, streams, gathers])
+        return digest([self.calibrate_key(), self.propagate, streams, gathers, *self._experts_key()])
+
+    def _experts_key(self) -> list[object]:
+        """What a key of a sparse block has beside that of a dense one."""
+        return [] if self.experts is None else [self.experts.model_dump(mode="json"), versions(self.experts)]
 
 
 class BlockTask(Config):

@@ -46,6 +46,10 @@ class LedgerEntry(Config):
     reason: str = ""
 
 
+STARVED = "experts.starved"
+"""Step of the fall-back of an expert's linear that was solved on tokens of its layer beside its own."""
+
+
 class FallbackReport(Config):
     """A departure from the recipe that was necessary, with its cause; never silent."""
 

@@ -9,7 +9,7 @@ from statistics import mean, median
 
 from counterweight.pipeline.artifact.report_html.text import count
 from counterweight.workers.models.families import families
-from counterweight.workers.tasks.records import ModuleReport
+from counterweight.workers.tasks.records import STARVED, ModuleReport
 
 KINDS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 """The order of a block's linears on the page; kinds that are not listed follow as they come."""
@@ -166,24 +166,27 @@ def expert_tokens(modules: Iterable[ModuleReport]) -> ExpertTokens | None:
 
 @dataclass(frozen=True, slots=True)
 class Starved:
-    """Modules under one parent that saw fewer tokens than they have input columns."""
+    """Modules under one parent that saw too few tokens. fed: they were solved on tokens of their layer beside their own."""
 
     parent: str
     modules: tuple[str, ...]
     tokens: int
     columns: tuple[int, ...]
+    fed: bool
 
 
 def starved(modules: Iterable[ModuleReport]) -> list[Starved]:
-    """Fewest tokens first. Below one token per column the Gram matrix is singular: some directions were never seen."""
-    found: dict[tuple[str, int], list[tuple[str, int]]] = {}
+    """Fewest tokens first: experts below their floor, and whatever saw less than one token per column, so that its Gram matrix
+    is singular and some directions were never seen."""
+    found: dict[tuple[str, int, bool], list[tuple[str, int]]] = {}
     for module in modules:
-        if module.tokens < module.columns:
+        fed = any(fallback.step == STARVED for fallback in module.fallbacks)
+        if fed or module.tokens < module.columns:
             parent, _, part = module.name.rpartition(".")
-            found.setdefault((parent, module.tokens), []).append((part, module.columns))
+            found.setdefault((parent, module.tokens, fed), []).append((part, module.columns))
     groups = [
-        Starved(parent, tuple(part for part, _ in parts), tokens, tuple(sorted({columns for _, columns in parts})))
-        for (parent, tokens), parts in found.items()
+        Starved(parent, tuple(part for part, _ in parts), tokens, tuple(sorted({columns for _, columns in parts})), fed)
+        for (parent, tokens, fed), parts in found.items()
     ]
     return sorted(groups, key=lambda group: group.tokens)
 
