@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
+from statistics import mean
 
 from counterweight.pipeline.artifact import Artifact, Published
 from counterweight.pipeline.artifact.assemble import Assembler, Parts
@@ -166,7 +167,8 @@ class Orchestrator:
     ) -> Report:
         spec, tokens = self._job.spec, self._tokens
         parameters = self._source.parameters
-        found = {variant: quality(measured) for variant, measured in (windows or {}).items()}
+        measured = windows or Windows()
+        found = {variant: quality(each) for variant, each in measured.metrics.items()}
         validation = None
         if spec.validation is not None and tokens.validation is not None:
             validation = tokens_report(spec.validation.text, tokens.validation)
@@ -188,6 +190,10 @@ class Orchestrator:
             quantized=found.get(QUANTIZED),
             compensated=found.get(COMPENSATED),
             compensated_prefill=found.get(PREFILL),
+            routers={
+                variant: {block: mean(shares) for block, shares in blocks.items()}
+                for variant, blocks in measured.routers.items()
+            },
             bits_per_weight=bits_per_weight(parts.blocks, parts.kept_bits, parameters),
             modules=tuple(module for record in parts.blocks for module in record.modules),
             tasks=tuple(tasks),

@@ -13,7 +13,14 @@ from counterweight.pipeline.devices import memory_of
 from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
-from counterweight.pipeline.resolve import block_recipe, check_block, check_recipe, linears_of, stored_name
+from counterweight.pipeline.resolve import (
+    block_recipe,
+    check_block,
+    check_gates_apply,
+    check_recipe,
+    linears_of,
+    stored_name,
+)
 from counterweight.workers.arithmetic import arithmetic
 from counterweight.workers.config import Config
 from counterweight.workers.footprint import Load, footprint
@@ -118,6 +125,7 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     and the model cannot give (a rank above a layer's size, a group size that does not divide a width, an override that matches
     nothing)."""
     check_recipe(job.spec.recipe, source)
+    check_gates_apply(job.spec.validation, source)
     blocks = tuple(_block_plans(job, source))
     calibration = job.spec.calibration
     tokens = calibration.sequences * calibration.sequence_length

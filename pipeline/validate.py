@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from counterweight.pipeline.artifact import Artifact, FileEntry
 from counterweight.pipeline.artifact.report import Quality, TaskReport
@@ -11,11 +12,25 @@ from counterweight.pipeline.manifest import Gates, Validation
 from counterweight.workers.errors import GateError
 from counterweight.workers.ledger import LEDGER
 from counterweight.workers.metrics import METRICS, Metric
-from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, Evaluate, WindowMetrics
+from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, Evaluate, EvaluateRecord, WindowMetrics
 from counterweight.workers.tasks.setting import Setting, shard_sequences
 from counterweight.workers.workspace import Blob
 
-Windows = dict[str, list[WindowMetrics]]
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Of every window, in order. metrics: of each variant. routers: of each variant and sparse block (`EvaluateRecord`)."""
+
+    metrics: dict[str, list[WindowMetrics]] = field(default_factory=dict)
+    routers: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+
+    def add(self, record: EvaluateRecord) -> None:
+        """Takes in further windows."""
+        for variant, found in record.windows.items():
+            self.metrics.setdefault(variant, []).extend(found)
+        for variant, blocks in record.routers.items():
+            for block, shares in blocks.items():
+                self.routers.setdefault(variant, {}).setdefault(block, []).extend(shares)
 
 
 def validate(
@@ -51,10 +66,9 @@ def validate(
         for start in range(0, windows, share)
     ]
     records = dispatcher.run_all(tasks, lambda count: done(count, len(tasks)))
-    merged: Windows = {}
+    merged = Windows()
     for record in records:
-        for variant, found in record.windows.items():
-            merged.setdefault(variant, []).extend(found)
+        merged.add(record)
     reports = [
         TaskReport(name=task.name, reused=False, timing=record.timing)
         for task, record in zip(tasks, records, strict=True)

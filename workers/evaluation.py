@@ -9,6 +9,7 @@ together in order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from counterweight.workers.block import install
 from counterweight.workers.compressed import CompressedModel
 from counterweight.workers.metrics import METRICS, Comparison
 from counterweight.workers.models.block_builder import Block
+from counterweight.workers.models.routing import Agreement, watched
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED, WindowMetrics
 
@@ -26,14 +28,24 @@ Blocks = Callable[[int], Mapping[str, Block]]
 
 
 def advance(
-    hidden: Mapping[str, Sequence[Tensor]], blocks: Blocks, count: int, pool: OrderedPool
+    hidden: Mapping[str, Sequence[Tensor]],
+    blocks: Blocks,
+    count: int,
+    pool: OrderedPool,
+    agreement: Agreement | None = None,
 ) -> dict[str, list[Tensor]]:
-    """Runs each variant's hidden states (a list of batches) through its own blocks."""
+    """Runs each variant's hidden states (a list of batches) through its own blocks. agreement: takes in what routers choose."""
     current = {variant: list(batches) for variant, batches in hidden.items()}
     for index in range(count):
         variants = blocks(index)
+        chosen: dict[str, list[Tensor | None]] = {}
         for variant, batches in current.items():
-            current[variant] = list(pool.map(variants[variant].run, batches))
+            length = batches[0].shape[1]
+            with watched(variants[variant]) as router:
+                done = list(pool.map(router.run, batches))
+            current[variant], chosen[variant] = [output for output, _ in done], [routes for _, routes in done]
+        if agreement is not None:
+            agreement.add(index, BASELINE, chosen, length)
     return current
 
 
@@ -63,8 +75,10 @@ def measure(
     tokens: Sequence[Tensor],
     heads: Mapping[str, nn.Module],
     pool: OrderedPool,
+    agreement: Agreement,
 ) -> dict[str, list[WindowMetrics]]:
-    """Metrics per window from the last hidden states; heads: variant -> its own."""
+    """Metrics per window from the last hidden states; heads: variant -> its own. agreement: of the routers on the way there."""
+    firsts = [0, *accumulate(len(batch) for batch in tokens)]
 
     def one(batch: int) -> dict[str, list[WindowMetrics]]:
         found: dict[str, list[WindowMetrics]] = {variant: [] for variant in hidden}
@@ -76,7 +90,7 @@ def measure(
                     if variant == BASELINE
                     else _log_probabilities(heads[variant], hidden[variant][batch][row])
                 )
-                found[variant].append(_window(reference, own, ids))
+                found[variant].append(_window(reference, own, ids, agreement.of(variant, firsts[batch] + row)))
         return found
 
     merged: dict[str, list[WindowMetrics]] = {variant: [] for variant in hidden}
@@ -90,6 +104,7 @@ def _log_probabilities(head: nn.Module, hidden: Tensor) -> Tensor:
     return functional.log_softmax(head(hidden.unsqueeze(0))[0].float(), dim=-1)  # [length, vocabulary]
 
 
-def _window(reference: Tensor, own: Tensor, ids: Tensor) -> WindowMetrics:
-    window = Comparison(reference, own, ids)
-    return {metric.name: metric.of_window(window) for metric in METRICS}
+def _window(reference: Tensor, own: Tensor, ids: Tensor, routed: Sequence[float]) -> WindowMetrics:
+    window = Comparison(reference, own, ids, routed)
+    found = {metric.name: metric.of_window(window) for metric in METRICS}
+    return {name: value for name, value in found.items() if value is not None}

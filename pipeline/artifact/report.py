@@ -7,7 +7,7 @@ codes, scales with zero points, low-rank factors, residual store, over the weigh
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ConfigDict, Field
 
@@ -20,6 +20,9 @@ from counterweight.workers.tasks.records import ModuleReport, Timing
 if TYPE_CHECKING:
     from counterweight.workers.calibration.source import CalibrationSource
     from counterweight.workers.calibration.tokens import TokenSet
+
+
+T = TypeVar("T")
 
 
 class Quality(Config):
@@ -49,8 +52,8 @@ class Judged(Config):
         return {variant: quality for variant, quality in found.items() if quality is not None}
 
 
-def labelled(found: Mapping[str, Quality]) -> dict[str, Quality]:
-    """What people call each variant -> its quality, in order."""
+def labelled(found: Mapping[str, T]) -> dict[str, T]:
+    """What people call each variant -> what was found of it, in order."""
     labels = {BASELINE: "original", QUANTIZED: "quantized", COMPENSATED: "compensated"}
     if PREFILL in found:
         labels |= {COMPENSATED: "compensated, decoding", PREFILL: "compensated, prefill"}
@@ -136,6 +139,9 @@ class Report(Judged):
     quantized: Quality | None
     compensated: Quality | None
     compensated_prefill: Quality | None = None
+    routers: Mapping[str, Mapping[int, float]] = Field(default_factory=dict)
+    """Variant -> sparse block -> share of the validation's tokens that its router sends to the same experts as the original's;
+    empty for dense models, without validation, and in reports that are older."""
     bits_per_weight: BitsPerWeight
     modules: tuple[ModuleReport, ...]
     tasks: tuple[TaskReport, ...]
@@ -155,8 +161,9 @@ def tokens_report(source: CalibrationSource, tokens: TokenSet) -> TokensReport:
 
 
 def quality(windows: Sequence[WindowMetrics]) -> Quality:
-    """Every metric over windows, in the order given."""
-    summary = {metric.name: metric.over_windows([window[metric.name] for window in windows]) for metric in METRICS}
+    """Every metric that the model has over windows, in the order given."""
+    measured = [metric for metric in METRICS if all(metric.name in window for window in windows)]
+    summary = {metric.name: metric.over_windows([window[metric.name] for window in windows]) for metric in measured}
     return Quality.model_validate(summary)
 
 

@@ -234,6 +234,18 @@ class Block:
         named = self.layer.named_modules()
         return next(((name, module) for name, module in named if isinstance(module, SeparateExperts)), None)
 
+    def routed(self) -> nn.Module | None:
+        """What a router sends its tokens to, experts on kernels too; None in a dense block."""
+        family = family_of(self.model_type)
+        named = dict(self.layer.named_modules())
+        return None if family.experts is None else named.get(family.experts.module)
+
+    @property
+    def experts_in_config(self) -> int:
+        """Experts of a sparse block; 0 in a model without."""
+        family = family_of(self.model_type)
+        return 0 if family.experts is None else int(getattr(self._base.config, family.experts.count_key))
+
     def transform_input(self, name: str, transform: Hadamard) -> None:
         """Transforms what enters the linear `name`, for everyone who looks at its input later."""
         self.transforms[name] = transform

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from pydantic import Field
+
 from counterweight.workers.config import Config
 from counterweight.workers.keys import digest
 from counterweight.workers.metrics import METRICS
@@ -35,6 +37,8 @@ class EvaluateRecord(Record):
     """Variant -> metrics of the windows, in order."""
 
     windows: Mapping[str, tuple[WindowMetrics, ...]]
+    routers: Mapping[str, Mapping[int, tuple[float, ...]]] = Field(default_factory=dict)
+    """Variant -> sparse block -> share of the tokens of each window that go to the same experts as the original's."""
     timing: Timing
 
 
@@ -88,6 +92,7 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
         from counterweight.workers.loaded_block import load_block
         from counterweight.workers.memory import release
         from counterweight.workers.models.layout import EMBEDDING
+        from counterweight.workers.models.routing import Agreement
         from counterweight.workers.models.source import outside
 
         clock = Clock(context.device)
@@ -117,11 +122,18 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
             return {BASELINE: load_block(context, plain, index, digests, torch.float32).block, **found}
 
         first = {variant: hidden for variant, (hidden, _) in of_variant.items()}
-        hidden = advance(first, blocks, builder.blocks, context.pool)
-        windows = measure(hidden, batches, {variant: head for variant, (_, head) in of_variant.items()}, context.pool)
+        agreement = Agreement()
+        hidden = advance(first, blocks, builder.blocks, context.pool, agreement)
+        heads = {variant: head for variant, (_, head) in of_variant.items()}
+        windows = measure(hidden, batches, heads, context.pool, agreement)
         clock.lap("forward")
         record = EvaluateRecord(
-            windows={variant: tuple(windows[same]) for variant, same in variants.items()}, timing=clock.timing()
+            windows={variant: tuple(windows[same]) for variant, same in variants.items()},
+            routers={
+                variant: {block: tuple(found) for block, found in agreement.windows.get(same, {}).items()}
+                for variant, same in variants.items()
+            },
+            timing=clock.timing(),
         )
         release(context.device)
         return record

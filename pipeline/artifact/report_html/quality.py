@@ -73,8 +73,20 @@ def result_section(report: Report) -> Markup:
             ),
             class_="pair",
         ),
+        *_routers(report),
         tag("p", _measured(report), class_="soft"),
     )
+
+
+def _routers(report: Report) -> list[Markup]:
+    """How often routers choose as the original's do, block by block."""
+    shown = list(labelled(report.routers).items())[1:]  # the original agrees with itself
+    shown = shown if has_compensation(report) else shown[:1]
+    if not shown:
+        return []
+    rows = [(f"block {block}", *(_share(found[block]) for _, found in shown)) for block in shown[0][1]]
+    about = "Share of tokens whose router chooses the same experts as the original's, which sees the original's activations."
+    return [tag("h3", "Routers"), tag("p", about), table(["", *(label for label, _ in shown)], rows)]
 
 
 def _shown(metric: Metric, value: float | None) -> str:

@@ -1,0 +1,71 @@
+"""Which experts a sparse block's router sends its tokens to, and how often two models agree on it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from counterweight.workers.models.block_builder import Block
+
+Run = tuple[Tensor, Tensor | None]
+"""A block's output, and the experts that each of its tokens is sent to, [tokens, experts] bool; None in a dense block."""
+
+
+@contextmanager
+def watched(block: Block) -> Iterator[Router]:
+    """The block as a `Router`, while the context is open."""
+    router = Router(block)
+    handle = None if (experts := block.routed()) is None else experts.register_forward_pre_hook(router.look)
+    try:
+        yield router
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+class Router:
+    """A block that tells, beside its output, what its router chose. Threads may share it: a thread's hook is called in it."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+        self._chosen: dict[int, Tensor] = {}
+
+    def look(self, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        """Hook of the experts: called with tokens and the indices of their experts, or with what each expert is given."""
+        experts = self._block.experts_in_config
+        if len(given) == 1:
+            chosen = given[0].unflatten(0, (experts, -1)).any(-1).T
+        else:
+            chosen = torch.zeros(len(given[1]), experts, dtype=torch.bool, device=given[1].device)
+            chosen.scatter_(1, given[1], value=True)
+        self._chosen[threading.get_ident()] = chosen
+
+    def run(self, hidden: Tensor) -> Run:
+        """hidden [batch, length, hidden] -> the block's output, and its tokens' experts."""
+        output = self._block.run(hidden)
+        return output, self._chosen.pop(threading.get_ident(), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Share of a window's tokens that a variant's router sends to the same experts as the original's. windows: variant -> block
+    -> of each window, in order; sparse blocks alone."""
+
+    windows: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+
+    def add(self, block: int, original: str, chosen: Mapping[str, Sequence[Tensor | None]], length: int) -> None:
+        """Takes in a block. chosen: variant, the `original` among them -> of each batch; length: tokens of a window."""
+        for variant, batches in chosen.items():
+            for own, reference in zip(batches, chosen[original], strict=True):
+                if own is not None and reference is not None:
+                    same = (own == reference).all(-1).double().unflatten(0, (-1, length)).mean(-1)
+                    self.windows.setdefault(variant, {}).setdefault(block, []).extend(same.tolist())
+
+    def of(self, variant: str, window: int) -> tuple[float, ...]:
+        """Of each sparse block in one window."""
+        return tuple(found[window] for found in self.windows.get(variant, {}).values())
