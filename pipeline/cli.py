@@ -122,6 +122,7 @@ def plan(
                 f"{bytes_text(made.storage_read_bytes)} read, {bytes_text(made.storage_written_bytes)} written",
             ),
             ("headers read", bytes_text(made.header_bytes_read)),
+            ("divided", "; ".join(made.divided) or "nothing"),
             ("does not fit", "; ".join(made.problems) or fits),
         ],
     )
