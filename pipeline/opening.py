@@ -48,8 +48,8 @@ def open_job(job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool
         if not sampled:
             read.append(read_tokens(job, tokenizer_of(open_store(root))))
 
-    def describe(config: Mapping[str, object]) -> ModelLayout:
-        (layout,) = dispatcher.run_all([Describe(config)], meanwhile=read_texts)
+    def describe(config: Mapping[str, object], stored: frozenset[str]) -> ModelLayout:
+        (layout,) = dispatcher.run_all([Describe(config, stored)], meanwhile=read_texts)
         return layout
 
     source = open_model(root, describe)

@@ -19,7 +19,6 @@ from counterweight.workers.config import Config
 from counterweight.workers.footprint import Load, footprint
 from counterweight.workers.footprint.distillation import Texts, trained_parameters, training_bytes, training_flops
 from counterweight.workers.held_blocks import HOLD_BYTES
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.tasks.setting import ITEMSIZE
 
@@ -238,8 +237,8 @@ def _gib(count: int) -> str:
 
 
 def _artifact_bytes(source: ModelSource, blocks: tuple[BlockPlan, ...]) -> int:
-    outside = [name for name in (EMBEDDING, NORM, LM_HEAD) if name in source.tensors]
-    total = sum(_bytes(source, name) for name in outside)
+    ends = source.layout.family.ends.intersection(source.tensors)
+    total = sum(_bytes(source, name) for name in (*ends, *source.beside))
     for block in blocks:
         quantized = 0
         for name, part in block.recipe.items():

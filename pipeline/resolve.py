@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.residual_tuner import afford
-from counterweight.workers.errors import ManifestError
+from counterweight.workers.errors import CheckpointError, ManifestError
 from counterweight.workers.recipe import ModuleRecipe, Recipe
 
 
@@ -74,6 +74,9 @@ def _check_rotation(recipe: Recipe, source: ModelSource) -> None:
     problem = recipe.rotation.problem(layout.family, layout.model_type)
     if problem is not None:
         raise ManifestError(f"spec.recipe.transforms: {problem}")
+    if recipe.rotation.residual and source.beside and not any(map(layout.writes_beside, source.beside)):
+        writers = ", ".join(layout.family.wrapper.writes) if layout.family.wrapper is not None else ""
+        raise CheckpointError(f"{source.uri}: no weight of {writers}: expected it, to be rotated with the text model")
 
 
 def _check_overrides(recipe: Recipe, source: ModelSource) -> None:

@@ -28,7 +28,6 @@ from counterweight.workers.interchange.peft import factor_names, read_branch
 from counterweight.workers.interchange.residual_store import RESIDUAL, read_residual, residual_names
 from counterweight.workers.ledger import ADAPTER, LEDGER, RESIDUAL_STORE, Ledger
 from counterweight.workers.models.block_builder import Block, BlockBuilder
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.storage import ObjectStore
 
 
@@ -41,7 +40,7 @@ class CompressedModel:
     def __init__(
         self, checkpoint: Checkpoint, adapter: Checkpoint | None, residual: Checkpoint | None, ledger: Ledger
     ) -> None:
-        self.builder = BlockBuilder(source_config(checkpoint.config))
+        self.builder = BlockBuilder(source_config(checkpoint.config), frozenset(checkpoint.names))
         self.ledger = ledger
         self._checkpoint, self._residual = checkpoint, residual
         parts = [part for part in (adapter, residual) if part is not None]
@@ -93,11 +92,13 @@ class CompressedModel:
 
     def embedding(self) -> Tensor:
         """The embedding [vocabulary, hidden]."""
-        return self._read(EMBEDDING)
+        return self._read(self.builder.names.embedding)
 
     def head(self) -> dict[str, Tensor]:
         """Final norm and lm_head (of a tied model: the embedding)."""
-        return {NORM: self._read(NORM), LM_HEAD: self._read(EMBEDDING if self.builder.tied else LM_HEAD)}
+        names = self.builder.names
+        head = names.embedding if self.builder.tied else names.head
+        return {names.norm: self._read(names.norm), names.head: self._read(head)}
 
     def _read(self, name: str) -> Tensor:
         return self._checkpoint.read(name, sha256=self._digest(name))

@@ -19,7 +19,6 @@ from counterweight.workers.interchange.peft import factor_tensors
 from counterweight.workers.keys import digest
 from counterweight.workers.memory import release
 from counterweight.workers.models.block_builder import Block
-from counterweight.workers.models.layout import EMBEDDING
 from counterweight.workers.models.source import head_of
 from counterweight.workers.tasks.distill import Distill, DistillRecord, EpochRecord, StoredBlock, TrainedBlock
 from counterweight.workers.workspace import Blob, Workspace
@@ -81,10 +80,10 @@ def read_student(context: TaskContext, task: Distill, workspace: Workspace) -> S
         blocks.append(block)
     original = checkpoint.read_many(task.tensors, sha256=task.tensors)
     return Student(
-        embed=builder.embedding(first[EMBEDDING], context.device, torch.float32).requires_grad_(False),
+        embed=builder.embedding(first[builder.names.embedding], context.device, torch.float32).requires_grad_(False),
         blocks=[block.forward for block in blocks],
-        head=builder.head(head_of({**first, **last}), context.device, torch.float32),
-        original=builder.head(head_of(original), context.device, torch.float32),
+        head=builder.head(head_of({**first, **last}, builder.names), context.device, torch.float32),
+        original=builder.head(head_of(original, builder.names), context.device, torch.float32),
         linears=linears,
         norms=norms,
         norm_dtypes=dtypes,

@@ -89,7 +89,7 @@ def artifact_config(
 ) -> dict[str, object]:
     """config.json of the artifact: the source's, with the quantization in compressed-tensors' form.
 
-    linears: names of all linears inside the blocks, quantized or kept, as stored.
+    formats: of quantized linears; linears: all of them inside the blocks, quantized or kept; by transformers' names for them.
     """
     config = {**source}
     experts = [name for name in linears if is_expert(name)]
@@ -209,4 +209,5 @@ def _group(scheme: Scheme, targets: Sequence[str]) -> dict[str, object]:
 def _ignored(formats: Mapping[str, ModuleFormat], linears: Sequence[str], family: ModelFamily) -> list[str]:
     kept = [name for name in linears if name not in formats]
     routers = family.experts.routers if family.experts is not None else ()
-    return ["lm_head", *routers, *kept]
+    beside = family.wrapper.ignored if family.wrapper is not None else ()
+    return [family.names[0].head.removesuffix(".weight"), *beside, *routers, *kept]

@@ -18,9 +18,9 @@ from counterweight.pipeline.artifact import Published
 from counterweight.pipeline.model_source import open_model
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.models.block_builder import BlockBuilder
-from counterweight.workers.models.layout import EMBEDDING, Slice
+from counterweight.workers.models.layout import Slice
 from tests.inprocess import local, run_job
-from tests.models import build, checkpoint, read_config, read_tensors, token_ids
+from tests.models import EMBEDDING, build, checkpoint, read_config, read_tensors, token_ids
 
 CPU = torch.device("cpu")
 GPTQ = {"weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "gptq"}}, "compensation": {"kind": "none"}}

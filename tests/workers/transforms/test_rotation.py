@@ -16,7 +16,6 @@ from counterweight.kernels.hadamard import Hadamard, hadamard_matrix
 from counterweight.workers.errors import UnsupportedModelError
 from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.models.block_builder import Block, BlockBuilder
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.transforms import (
     residual_hadamard,
     residual_rotation,
@@ -24,7 +23,7 @@ from counterweight.workers.transforms import (
     rotate_embedding,
     rotate_head,
 )
-from tests.models import CASES, checkpoint, read_config, read_tensors, token_ids
+from tests.models import CASES, EMBEDDING, LM_HEAD, NORM, checkpoint, read_config, read_tensors, token_ids
 
 CPU = torch.device("cpu")
 ALL = Rotation(online_output=True)
