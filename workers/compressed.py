@@ -45,9 +45,12 @@ class CompressedModel:
         self._checkpoint, self._residual = checkpoint, residual
         parts = [part for part in (adapter, residual) if part is not None]
         self._file_of = {name: part for part in parts for name in part.names}
-        forms = ledger.formats
+        forms, layout = ledger.formats, self.builder.layout
         factors = {
-            name for module, form in forms.items() if form.rank for name in factor_names(module, form.factor_bits)
+            name
+            for module, form in forms.items()
+            if form.rank
+            for name in factor_names(layout.stock_name(module), form.factor_bits)
         }
         residuals = {name for module, form in forms.items() for name in residual_names(module, form)}
         stored = set(checkpoint.names)
@@ -131,7 +134,7 @@ def read_block(
         module = stored.removesuffix(".weight")
         form = formats.get(module)
         if form is not None and parameter.endswith(".weight"):
-            linear = _linear(module, form, read, device)
+            linear = _linear(module, form, read, device, branch_of=builder.layout.stock_name(module))
             _expect_shape(module, linear.weight.shape, shape)
             linears[parameter.removesuffix(".weight")] = linear
         else:
@@ -145,11 +148,14 @@ def _linear(
     form: ModuleFormat,
     read: Callable[[Sequence[str]], Mapping[str, Tensor]],
     device: torch.device,
+    *,
+    branch_of: str,
 ) -> CompressedLinear:
+    """branch_of: what the adapter calls the module."""
     weight = read_weight(read(weight_names(module, form)), module, form)
     branch = None
     if form.rank:
-        branch = read_branch(read(factor_names(module, form.factor_bits)), module, form, weight.shape)
+        branch = read_branch(read(factor_names(branch_of, form.factor_bits)), branch_of, form, weight.shape)
     residual = None
     if form.residual is not None:
         residual = read_residual(read(residual_names(module, form)), module, form, weight.shape)

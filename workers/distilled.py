@@ -19,6 +19,7 @@ from counterweight.workers.interchange.peft import factor_tensors
 from counterweight.workers.keys import digest
 from counterweight.workers.memory import release
 from counterweight.workers.models.block_builder import Block
+from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.models.source import head_of
 from counterweight.workers.tasks.distill import Distill, DistillRecord, EpochRecord, StoredBlock, TrainedBlock
 from counterweight.workers.workspace import Blob, Workspace
@@ -45,7 +46,8 @@ def distilled(context: TaskContext, task: Distill, workspace: Workspace) -> Dist
     trained: dict[int, TrainedBlock] = {}
     if state.best:
         training.settle(state)
-        trained = {block.index: _store(block, student, workspace) for block in task.blocks}
+        layout = context.source(task.setting)[1].layout
+        trained = {block.index: _store(block, student, layout, workspace) for block in task.blocks}
     clock.lap("write")
     del student, training
     release(context.device)
@@ -90,14 +92,15 @@ def read_student(context: TaskContext, task: Distill, workspace: Workspace) -> S
     )
 
 
-def _store(block: StoredBlock, student: Student, workspace: Workspace) -> TrainedBlock:
+def _store(block: StoredBlock, student: Student, layout: ModelLayout, workspace: Workspace) -> TrainedBlock:
     """The block's shards with what training made of it in the place of what was there."""
     tensors = workspace.get_tensors(block.checkpoint)
     factors: dict[str, Tensor] = {}
     for module in block.formats:
         linear = student.linears[module].stored()
         tensors |= weight_tensors(module, linear.weight)
-        factors |= {} if linear.low_rank is None else factor_tensors(module, linear.low_rank)
+        if linear.low_rank is not None:
+            factors |= factor_tensors(layout.stock_name(module), linear.low_rank)
     for name in student.norms.keys() & tensors.keys():
         tensors[name] = student.norms[name].detach().to(student.norm_dtypes[name])
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}

@@ -105,11 +105,10 @@ class Assembler:
         self._residual()
         self._check_bytes()
         layout = self._source.layout
-        formats = {layout.stock_name(name): form for name, form in ledger.formats.items()}
         linears = [layout.stock_name(name) for name in self._linears()]
         untied = layout.names.head in ledger.tensors
         source = published_config(self._source.checkpoint.config, layout, untied=untied)
-        self._write(CONFIG, json_bytes(artifact_config(source, formats, linears, layout.family)))
+        self._write(CONFIG, json_bytes(artifact_config(source, self._stock_formats(ledger), linears, layout.family)))
         for name in self._source.checkpoint.copyable_files():
             self._write(name, self._source.store.read(name))
         return dict(self._files)
@@ -145,8 +144,8 @@ class Assembler:
         parts = [(r.adapter, tuple(r.factors)) for r in self._parts.blocks if r.adapter is not None]
         if parts:
             self._join("adapter", parts, ADAPTER)
-            family = self._source.layout.family
-            self._write(ADAPTER_CONFIG, json_bytes(adapter_config(ledger.formats, self._artifact.name, family)))
+            family, formats = self._source.layout.family, self._stock_formats(ledger)
+            self._write(ADAPTER_CONFIG, json_bytes(adapter_config(formats, self._artifact.name, family)))
 
     def _residual(self) -> None:
         parts = [(r.residual, tuple(r.residuals)) for r in self._parts.blocks if r.residual is not None]
@@ -175,6 +174,9 @@ class Assembler:
         raise IntegrityError(
             f"{', '.join(suspects)}: not the bytes that were written (sha256): discarded, to be made anew by the next run"
         )
+
+    def _stock_formats(self, ledger: Ledger) -> dict[str, ModuleFormat]:
+        return {self._source.layout.stock_name(name): form for name, form in ledger.formats.items()}
 
     def _linears(self) -> list[str]:
         layout = self._source.layout

@@ -218,6 +218,14 @@ class ModelFamily:
         """Every name that a tensor outside the blocks may have."""
         return frozenset(name for names in self.names for name in (names.embedding, names.norm, names.head))
 
+    def spellings(self, module: str) -> tuple[str, ...]:
+        """What transformers calls a module of the blocks, or the lm_head: `module` as in `names[0]`, and, of a multimodal model,
+        as in the text model alone, which `AutoModelForCausalLM` makes of some."""
+        own, alone = self.names[0], TextNames()
+        if f"{module}.weight" == own.head:
+            return tuple(dict.fromkeys((module, alone.head.removesuffix(".weight"))))
+        return tuple(dict.fromkeys((module, alone.base + module.removeprefix(own.base))))
+
     def names_among(self, stored: Container[str]) -> TextNames:
         """What a checkpoint with these tensors calls the parts of the model; the first of `names` where it has none of them."""
         return next((names for names in self.names if names.among(stored)), self.names[0])
