@@ -53,6 +53,9 @@ def open_job(job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool
         return layout
 
     source = open_model(root, describe)
+    if source.checkpoint.asks_for_code:
+        model_type = source.layout.model_type
+        log.note(f"config.json: auto_map: code of the repository is never run; transformers' own runs {model_type}")
     plan = make_plan(job, source)
     if plan.problems and here:
         raise RequestError("spec.resources: " + "; ".join(plan.problems))

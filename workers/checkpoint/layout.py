@@ -4,6 +4,10 @@ transformers takes `model.safetensors` when it is there and never looks at an in
 prefers the index would read other weights from the same directory. So the two together are refused, unless
 the index names no other file. An index may name files beside itself and nothing else: transformers follows
 `../`.
+
+A config may ask for code of its repository (`auto_map`), as DeepSeek's, MiniMax's and Kimi's do. No code is ever read,
+copied or run. Where transformers has the family itself, the demand is dropped here, so that nobody behind sees it;
+elsewhere it is refused.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from counterweight.workers.checkpoint.header import MAX_TENSORS
 from counterweight.workers.checkpoint.refusal import refusal, show
 from counterweight.workers.checkpoint.strict_json import parse_object
 from counterweight.workers.errors import CheckpointError, ObjectNotFoundError
+from counterweight.workers.models.families import is_known
 from counterweight.workers.storage import ObjectStore
 
 CONFIG = "config.json"
@@ -37,8 +42,10 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,200}\.safetensors")
 _PICKLES = re.compile(r".*\.(bin|bin\.index\.json|pt|pth|ckpt|pkl)")
 _MAX_LOOKED_AT = 1000  # objects listed to tell a pickle checkpoint from no checkpoint
 
+CODE = "auto_map"
+
 _REFUSED_KEYS: Mapping[str, str] = {
-    "auto_map": "the model needs code from its repository, which is never run",
+    CODE: "the model needs code from its repository, which is never run",
     "transformers_weights": "the config redirects the weights to another file",
     "quantization_config": "the checkpoint is already quantized; expected one in 16 or 32 bit, or in fp8 with scales of blocks",
     "compression_config": "the checkpoint is already quantized; expected one in 16 or 32 bit, or in fp8 with scales of blocks",
@@ -49,9 +56,9 @@ _REFUSED_KEYS: Mapping[str, str] = {
 class Layout:
     """The checkpoint's files.
 
-    config: config.json, parsed; without `quantization_config` where that is `scaling`, the blocks of a block-scaled source.
-    shards: keys of its safetensors files, sorted. weight_map: tensor -> shard as
-    the index has it, or None without an index. bytes_read: what finding out has cost.
+    config: config.json, parsed; without `quantization_config` where that is `scaling`, the blocks of a block-scaled source, and
+    without `auto_map` where that is dropped, which `asks_for_code` says. shards: keys of its safetensors files, sorted.
+    weight_map: tensor -> shard as the index has it, or None without an index. bytes_read: what finding out has cost.
     """
 
     config: Mapping[str, Any]
@@ -59,6 +66,7 @@ class Layout:
     weight_map: Mapping[str, str] | None
     bytes_read: int
     scaling: BlockScaling | None = None
+    asks_for_code: bool = False
 
 
 def read_layout(store: ObjectStore, *, quantized: bool = False) -> Layout:
@@ -68,12 +76,20 @@ def read_layout(store: ObjectStore, *, quantized: bool = False) -> Layout:
     scaling = None if quantized else _scaling(config)
     if scaling is not None:
         del config["quantization_config"]
+    asks_for_code = not quantized and is_known(config.get("model_type")) and _drop_code(config)
     check_config(config, quantized=quantized)
     single = store.exists(SINGLE)
     if not store.exists(INDEX):
         if not single:
             raise _no_weights(store)
-        return Layout(config=config, shards=(SINGLE,), weight_map=None, bytes_read=config_bytes, scaling=scaling)
+        return Layout(
+            config=config,
+            shards=(SINGLE,),
+            weight_map=None,
+            bytes_read=config_bytes,
+            scaling=scaling,
+            asks_for_code=asks_for_code,
+        )
     index, index_bytes = _read_object(store, INDEX, MAX_INDEX_BYTES, _MAX_INDEX_VALUES)
     weight_map = check_index(index)
     shards = tuple(sorted(set(weight_map.values())))
@@ -88,6 +104,7 @@ def read_layout(store: ObjectStore, *, quantized: bool = False) -> Layout:
         weight_map=weight_map,
         bytes_read=config_bytes + index_bytes,
         scaling=scaling,
+        asks_for_code=asks_for_code,
     )
 
 
@@ -140,13 +157,24 @@ def _read_object(store: ObjectStore, key: str, max_bytes: int, max_values: int) 
     return parse_object(store.read_range(key, 0, size), file=key, max_values=max_values), size
 
 
+def _drop_code(config: dict[str, Any]) -> bool:
+    """Takes every `auto_map` out; whether there was one."""
+    found = [one for one in _objects(config) if one.pop(CODE, None) is not None]
+    return bool(found)
+
+
 def _members(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every member of every object inside: composite models nest one config in another."""
+    """Every member of every object inside."""
+    return (member for one in _objects(config) for member in one.items())
+
+
+def _objects(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every object inside: composite models nest one config in another."""
     pending: list[Any] = [config]
     while pending:
         value = pending.pop()
         if isinstance(value, dict):
-            yield from value.items()
+            yield value
             pending.extend(value.values())
         elif isinstance(value, list):
             pending.extend(value)

@@ -50,7 +50,11 @@ COPYABLE_FILES = (
     "merges.txt",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
 """Files beside the weights that an artifact carries over unchanged."""
 
@@ -61,10 +65,11 @@ _Result = TypeVar("_Result")
 class Checkpoint:
     """A transformers checkpoint in safetensors whose headers have been read and agree with each other.
 
-    config: config.json as parsed. names: of the tensors that it holds. A block-scaled weight (`block_scaled`) is one tensor, in
-    bfloat16: reading decodes it, and digests, finiteness and dtype are those of what it decodes to. scales: tensors that hold
-    scales of such a weight -> its name. bytes_read: bytes requested from the store so far. Picklable when the store
-    is; reads run in threads of their own, but one `Checkpoint` is for one caller at a time.
+    config: config.json as parsed. asks_for_code: it named code of its repository, which is left out. names: of the tensors that
+    it holds. A block-scaled weight (`block_scaled`) is one tensor, in bfloat16: reading decodes it, and digests, finiteness and
+    dtype are those of what it decodes to. scales: tensors that hold scales of such a weight -> its name. bytes_read: bytes
+    requested from the store so far. Picklable when the store is; reads run in threads of their own, but one `Checkpoint` is
+    for one caller at a time.
 
     Every method raises `CheckpointError`, naming file and tensor, where the checkpoint is not what it should
     be, and `StorageError` as the store does.
@@ -78,6 +83,7 @@ class Checkpoint:
         entries: Mapping[str, TensorEntry],
         bytes_read: int,
         scaling: BlockScaling | None = None,
+        asks_for_code: bool = False,
     ) -> None:
         self._store = store
         self._scaling = scaling
@@ -85,6 +91,7 @@ class Checkpoint:
         self._stored = {name: entries[name] for name in self._scales}
         self._entries = {name: logical(entry) if name in self._scales else entry for name, entry in entries.items()}
         self.config = config
+        self.asks_for_code = asks_for_code
         self.bytes_read = bytes_read
         self.scales: Mapping[str, str] = {scale.name: name for name, scale in self._scales.items()}
         self.names: tuple[str, ...] = tuple(sorted(entries.keys() - self.scales.keys()))
@@ -113,6 +120,7 @@ class Checkpoint:
                 entries=entries,
                 bytes_read=layout.bytes_read + header_bytes,
                 scaling=layout.scaling,
+                asks_for_code=layout.asks_for_code,
             )
 
     def entry(self, name: str) -> TensorEntry:
@@ -127,8 +135,8 @@ class Checkpoint:
         """Raises `CheckpointError` listing every difference from the tensors that an architecture wants.
 
         expected: name -> shape, of floating-point tensors (F64, F32, F16 or BF16). optional: names that may
-        be absent although expected (a tied head), or present although not (stored rotary frequencies; never
-        read).
+        be absent although expected (a tied head), or present although not (stored rotary frequencies; a
+        vision tower), in any shape and dtype.
         """
         allowed = set(optional)
         problems = [
@@ -200,7 +208,7 @@ class Checkpoint:
         return {entry.name: found[entry.name] for entry in entries}
 
     def copyable_files(self) -> list[str]:
-        """Those of `COPYABLE_FILES` that exist: the tokenizer and the generation settings."""
+        """Those of `COPYABLE_FILES` that exist: tokenizer, processors of images and the generation settings."""
         return [key for key in COPYABLE_FILES if self._store.exists(key)]
 
     def _load(self, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:

@@ -219,8 +219,8 @@ class ModelFamily:
         return frozenset(name for names in self.names for name in (names.embedding, names.norm, names.head))
 
     def spellings(self, module: str) -> tuple[str, ...]:
-        """What transformers calls a module of the blocks, or the lm_head: `module` as in `names[0]`, and, of a multimodal model,
-        as in the text model alone, which `AutoModelForCausalLM` makes of some."""
+        """What transformers calls a module of the blocks, or the lm_head: `module` as in `names[0]`, and, of a multimodal
+        model, as in the text model alone, which `AutoModelForCausalLM` makes of some."""
         own, alone = self.names[0], TextNames()
         if f"{module}.weight" == own.head:
             return tuple(dict.fromkeys((module, alone.head.removesuffix(".weight"))))
