@@ -38,8 +38,8 @@ class ModelSource:
     @cached_property
     def dropped(self) -> Mapping[str, str]:
         """Tensors that the artifact leaves out -> why."""
-        reasons = {name: f"scales of {weight}, decoded with it" for name, weight in self.checkpoint.scales.items()}
-        for name in (*self.checkpoint.names, *self.checkpoint.scales):
+        reasons = dict(self.checkpoint.parts)
+        for name in (*self.checkpoint.names, *self.checkpoint.parts):
             if IGNORED.fullmatch(name):
                 reasons[name] = "follows from the config"
             elif self.layout.predicts_further(name):

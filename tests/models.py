@@ -325,6 +325,25 @@ def save_block_scaled(model: PreTrainedModel, directory: Path, *, block: tuple[i
     return directory
 
 
+def save_mxfp4(model: PreTrainedModel, directory: Path) -> Path:
+    """A bfloat16 checkpoint of gpt-oss with random experts in MXFP4, as it is published. Gives the model's own weights the
+    decoded values, as transformers decodes them, so that it stays the checkpoint's equal."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    save(model, directory, torch.bfloat16)
+    tensors, draw = read_tensors(directory), torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "experts.down_proj"))]:
+        experts, width, out = tensors.pop(name).shape
+        codes = torch.randint(256, (experts, out, width // 32, 16), generator=draw, dtype=torch.uint8)
+        scales = torch.randint(120, 126, (experts, out, width // 32), generator=draw, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": codes, f"{name}_scales": scales}
+        model.get_parameter(name).data.copy_(convert_moe_packed_tensors(codes, scales))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    scheme = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (directory / "config.json").write_text(json.dumps({**read_config(directory), "quantization_config": scheme}))
+    return directory
+
+
 def block_scaled(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Codes F8_E4M3 [out, in] of a weight and their scales, float32, one per block."""
     (rows, columns), (out, width) = block, weight.shape

@@ -116,7 +116,7 @@ class Assembler:
     def _check_account(self, ledger: Ledger) -> None:
         accounted = {entry.source for entry in ledger.entries}
         checkpoint = self._source.checkpoint
-        missing = sorted({*checkpoint.names, *checkpoint.scales} - accounted)
+        missing = sorted({*checkpoint.names, *checkpoint.parts} - accounted)
         if missing:
             raise IntegrityError(f"{len(missing)} source tensors are not accounted for: {', '.join(missing[:5])}")
 

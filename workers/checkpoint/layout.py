@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from counterweight.workers.checkpoint.block_scaled import BlockScaling
+from counterweight.workers.checkpoint.encoding import Encoding
 from counterweight.workers.checkpoint.header import MAX_TENSORS
+from counterweight.workers.checkpoint.mxfp4 import Mxfp4
 from counterweight.workers.checkpoint.refusal import refusal, show
 from counterweight.workers.checkpoint.strict_json import parse_object
 from counterweight.workers.errors import CheckpointError, ObjectNotFoundError
@@ -43,12 +45,15 @@ _PICKLES = re.compile(r".*\.(bin|bin\.index\.json|pt|pth|ckpt|pkl)")
 _MAX_LOOKED_AT = 1000  # objects listed to tell a pickle checkpoint from no checkpoint
 
 CODE = "auto_map"
+QUANTIZED = (
+    "the checkpoint is already quantized; expected one in 16 or 32 bit, in fp8 with scales of blocks, or in MXFP4"
+)
 
 _REFUSED_KEYS: Mapping[str, str] = {
     CODE: "the model needs code from its repository, which is never run",
     "transformers_weights": "the config redirects the weights to another file",
-    "quantization_config": "the checkpoint is already quantized; expected one in 16 or 32 bit, or in fp8 with scales of blocks",
-    "compression_config": "the checkpoint is already quantized; expected one in 16 or 32 bit, or in fp8 with scales of blocks",
+    "quantization_config": QUANTIZED,
+    "compression_config": QUANTIZED,
 }
 
 
@@ -56,7 +61,7 @@ _REFUSED_KEYS: Mapping[str, str] = {
 class Layout:
     """The checkpoint's files.
 
-    config: config.json, parsed; without `quantization_config` where that is `scaling`, the blocks of a block-scaled source, and
+    config: config.json, parsed; without `quantization_config` where that is `encoding`, in which weights are decoded, and
     without `auto_map` where that is dropped, which `asks_for_code` says. shards: keys of its safetensors files, sorted.
     weight_map: tensor -> shard as the index has it, or None without an index. bytes_read: what finding out has cost.
     """
@@ -65,7 +70,7 @@ class Layout:
     shards: tuple[str, ...]
     weight_map: Mapping[str, str] | None
     bytes_read: int
-    scaling: BlockScaling | None = None
+    encoding: Encoding | None = None
     asks_for_code: bool = False
 
 
@@ -73,8 +78,8 @@ def read_layout(store: ObjectStore, *, quantized: bool = False) -> Layout:
     """Reads the config and the index. Raises `CheckpointError` where they break a rule, `StorageError` and
     `RequestError` as the store does."""
     config, config_bytes = _read_object(store, CONFIG, MAX_CONFIG_BYTES, _MAX_CONFIG_VALUES)
-    scaling = None if quantized else _scaling(config)
-    if scaling is not None:
+    encoding = None if quantized else _encoding(config)
+    if encoding is not None:
         del config["quantization_config"]
     asks_for_code = not quantized and is_known(config.get("model_type")) and _drop_code(config)
     check_config(config, quantized=quantized)
@@ -87,7 +92,7 @@ def read_layout(store: ObjectStore, *, quantized: bool = False) -> Layout:
             shards=(SINGLE,),
             weight_map=None,
             bytes_read=config_bytes,
-            scaling=scaling,
+            encoding=encoding,
             asks_for_code=asks_for_code,
         )
     index, index_bytes = _read_object(store, INDEX, MAX_INDEX_BYTES, _MAX_INDEX_VALUES)
@@ -103,14 +108,14 @@ def read_layout(store: ObjectStore, *, quantized: bool = False) -> Layout:
         shards=shards,
         weight_map=weight_map,
         bytes_read=config_bytes + index_bytes,
-        scaling=scaling,
+        encoding=encoding,
         asks_for_code=asks_for_code,
     )
 
 
-def _scaling(config: Mapping[str, Any]) -> BlockScaling | None:
+def _encoding(config: Mapping[str, Any]) -> Encoding | None:
     try:
-        return BlockScaling.of(config)
+        return BlockScaling.of(config) or Mxfp4.of(config)
     except CheckpointError as error:
         raise CheckpointError(f"{CONFIG}: {error}") from error
 
@@ -159,8 +164,10 @@ def _read_object(store: ObjectStore, key: str, max_bytes: int, max_values: int) 
 
 def _drop_code(config: dict[str, Any]) -> bool:
     """Takes every `auto_map` out; whether there was one."""
-    found = [one for one in _objects(config) if one.pop(CODE, None) is not None]
-    return bool(found)
+    asking = [one for one in _objects(config) if one.get(CODE) is not None]
+    for one in asking:
+        del one[CODE]
+    return bool(asking)
 
 
 def _members(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -71,7 +71,6 @@ class ExpertLayout:
     fused_biases_on_disk: likewise of their biases [experts, out]; None for experts without biases.
     product: transformers' fused module -> what its experts compute between their linears; None for act_fn(gate) * up.
     stock_refusal: why stock loaders cannot read a checkpoint that keeps the experts apart; None where they can.
-    undecoded: end of a tensor's name -> the encoding that published checkpoints of this family have and nobody here decodes.
     active_key: the config field that holds how many experts a token sees.
     routers: names of routers, which stay as they are, in compressed-tensors' words.
     scaled_inputs: the router scales what an expert is given rather than what it gives.
@@ -91,7 +90,6 @@ class ExpertLayout:
     fused_biases_on_disk: tuple[str, str] | None = None
     product: Callable[[Any], Product] | None = None
     stock_refusal: str | None = None
-    undecoded: Mapping[str, str] = field(default_factory=dict)
     groups: tuple[SharedInputGroup, ...] = (
         (f"mlp.experts.{EXPERT}.gate_proj", f"mlp.experts.{EXPERT}.up_proj"),
         (f"mlp.experts.{EXPERT}.down_proj",),

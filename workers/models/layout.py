@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from counterweight.workers.checkpoint.refusal import show
-from counterweight.workers.errors import CheckpointError
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import EXPERT, ModelFamily, SharedInputGroup, is_expert
 from counterweight.workers.models.wrapper import TextNames
@@ -121,10 +119,8 @@ class ModelLayout:
         return result
 
     def expected(self, available: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Every tensor that the checkpoint must hold -> its shape. `available` decides between fused and apart; CheckpointError
-        for tensors in an encoding of the family that nobody here decodes."""
+        """Every tensor that the checkpoint must hold -> its shape. `available` decides between fused and apart."""
         names = set(available)
-        self._check_encoding(names)
         hidden, vocabulary = self.hidden_size, self.vocabulary
         shapes: dict[str, tuple[int, ...]] = {self.names.embedding: (vocabulary, hidden), self.names.norm: (hidden,)}
         if not self.tied:
@@ -192,11 +188,3 @@ class ModelLayout:
         is_up, outputs = projection == "up_proj", shape[0]
         rows = (int(is_up), 2 * outputs, 2) if layout.interleaved else (is_up * outputs, (is_up + 1) * outputs, 1)
         return Slice(gate_up, int(expert), rows, transposed)
-
-    def _check_encoding(self, names: set[str]) -> None:
-        encodings = self.family.experts.undecoded if self.family.experts is not None else {}
-        for ending, encoding in encodings.items():
-            if found := sorted(name for name in names if name.endswith(ending)):
-                raise CheckpointError(
-                    f"{len(found)} tensors such as {show(found[0])}: {encoding}: expected a checkpoint in 16 or 32 bits"
-                )
