@@ -74,9 +74,23 @@ def _check_rotation(recipe: Recipe, source: ModelSource) -> None:
     problem = recipe.rotation.problem(layout.family, layout.model_type)
     if problem is not None:
         raise ManifestError(f"spec.recipe.transforms: {problem}")
-    if recipe.rotation.residual and source.beside and not any(map(layout.writes_beside, source.beside)):
-        writers = ", ".join(layout.family.wrapper.writes) if layout.family.wrapper is not None else ""
-        raise CheckpointError(f"{source.uri}: no weight of {writers}: expected it, to be rotated with the text model")
+    if recipe.rotation.residual and layout.family.wrapper is not None:
+        _check_projector(source, layout.family.wrapper.writes)
+
+
+def _check_projector(source: ModelSource, writers: tuple[str, ...]) -> None:
+    """CheckpointError where what writes the stream beside the text model cannot be rotated with it."""
+    entries = [source.checkpoint.entry(name) for name in source.beside if source.layout.writes_beside(name)]
+    if not entries and source.beside:
+        raise CheckpointError(
+            f"{source.uri}: no weight of {', '.join(writers)}: expected it, to be rotated with the text model"
+        )
+    for entry in entries:
+        if not entry.dtype.is_floating_point or entry.shape[:1] != (source.layout.hidden_size,):
+            raise CheckpointError(
+                f"{source.uri}: {entry.file}: tensor {entry.name}: {entry.dtype} of shape {list(entry.shape)}: "
+                f"expected floats with {source.layout.hidden_size} rows, to be rotated with the text model"
+            )
 
 
 def _check_overrides(recipe: Recipe, source: ModelSource) -> None:

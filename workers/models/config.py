@@ -52,7 +52,7 @@ def parse_config(config: Mapping[str, Any], *, headless: bool = True) -> PreTrai
     CheckpointError for sizes out of bounds, for what transformers refuses, and for what it builds but cannot run.
     """
     family = family_of(config.get("model_type"))
-    text = text_part(config)
+    text = _text_part(config)
     model_type = family.known_as or str(text["model_type"])
     _sizes(family, text.get)
     try:
@@ -73,7 +73,7 @@ def parse_config(config: Mapping[str, Any], *, headless: bool = True) -> PreTrai
     return parsed
 
 
-def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config.json that says what the text model is: the whole, or `text_config` of a multimodal model.
     CheckpointError where that is of a model that this family does not wrap."""
     wrapper = family_of(config.get("model_type")).wrapper
