@@ -36,11 +36,13 @@ class Nodes:
         """The node on 127.0.0.<number> with one CPU; number 2 is the head, without any."""
         port = self.head.rpartition(":")[2]
         role = (
-            ["--head", f"--port={port}", "--num-cpus=0"] if number == 2 else [f"--address={self.head}", "--num-cpus=1"]
+            ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
+            if number == 2
+            else [f"--address={self.head}", "--num-cpus=1"]
         )
         command = [
             *(Path(sys.executable).with_name("ray").as_posix(), "start", *role, f"--node-ip-address=127.0.0.{number}"),
-            *("--include-dashboard=false", f"--dashboard-agent-listen-port={free_port()}", "--num-gpus=0"),
+            *(f"--dashboard-agent-listen-port={free_port()}", "--num-gpus=0"),
             *("--object-store-memory=100000000", "--disable-usage-stats", "--block"),
             *([f"--temp-dir={self._folder}"] if number == 2 else []),
         ]
