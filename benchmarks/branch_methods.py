@@ -128,8 +128,9 @@ def corrected(
     last: Literal["branch", "codes"],
     weights: Weights = W4,
 ) -> Replacement:
-    """LRC (`workers/compensation/lrc.py`). last: which of the two is fitted to the other's rounding."""
-    rank = affordable(weight, budget, bits)
+    """LRC (`workers/compensation/lrc.py`). last: which of the two is fitted to the other's rounding. weights: what codes of
+    fewer than 4 bits save is the branch's."""
+    rank = affordable(weight, budget + (4 - weights.bits) * weight.numel(), bits)
     if rank == 0:
         return no_branch(weight, statistics, budget)
     options = LRC(

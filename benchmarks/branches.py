@@ -36,40 +36,22 @@ from branch_methods import (
     whitened,
 )
 from common import ROOT, machine, record, table, versions
+from in_memory import Model, Size, Stage, gathered, opened, replaced
 from recipes import documentation
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat
-from counterweight.kernels.hadamard import Hadamard
-from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.pipeline.allocation import Candidate, allocate
-from counterweight.pipeline.model_source import ModelSource, open_model
-from counterweight.workers.calibration.source import TextSource
-from counterweight.workers.calibration.statistics import Gathering, InputStatistics
-from counterweight.workers.calibration.tokens import token_set
+from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.compensation.lrc import energy
 from counterweight.workers.compensation.regression import spectrum
-from counterweight.workers.evaluation import advance, measure
 from counterweight.workers.methods.activations import Activations
 from counterweight.workers.methods.compensations import LRC
 from counterweight.workers.methods.quantizers import GPTQ
 from counterweight.workers.methods.transforms import Rotation, Smoothing
 from counterweight.workers.methods.weights import Weights
-from counterweight.workers.metrics import kl, perplexity
-from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.family import SharedInputGroup
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
-from counterweight.workers.models.source import outside
-from counterweight.workers.parallel import OrderedPool
-from counterweight.workers.prepare import prepare
 from counterweight.workers.recipe import Recipe
-from counterweight.workers.shards import RunningStatistics, run_shards
-from counterweight.workers.tasks.evaluate import BASELINE
-from counterweight.workers.transforms.smoothing import fold
 
-CPU, POOL, BATCH = torch.device("cpu"), OrderedPool(1), 16
-TRIAL = "trial"
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Ranks at which the measured curve of a layer is solved, as multiples of the rank that it would have by itself."""
 
@@ -92,27 +74,26 @@ ROWS: Mapping[str, Row] = {
     "no branch, codes of 8 bits": Row(method=partial(no_branch, weights=Weights(bits=8))),
     "weights exact, inputs quantized": Row(method=exact),
     "whitened SVD, bf16": Row(method=partial(whitened, bits=16)),
-    "whitened SVD, int8": Row(method=partial(whitened, bits=8)),
     "whitened SVD, int4": Row(method=partial(whitened, bits=4)),
     "whitened SVD, int4, anticipated 0.9": Row(method=partial(whitened, bits=4, anticipation=0.9)),
     "SERQ": Row(method=serq),
     "SERQ, salient channels unquantized": Row(method=unquantized_channels),
     "SRR, bf16": Row(method=partial(preserved, bits=16)),
     "SRR, int4": Row(method=partial(preserved, bits=4)),
-    "SRR, int4, three quarters preserved": Row(method=partial(preserved, bits=4, share=0.75)),
     "SRR, int4, all preserved": Row(method=partial(preserved, bits=4, share=1.0)),
     "H-SVDQuant, bf16, rank 8": Row(method=partial(deflated, bits=16, rank=8)),
     "H-SVDQuant, bf16": Row(method=partial(deflated, bits=16)),
-    "H-SVDQuant, int8": Row(method=partial(deflated, bits=8)),
     "H-SVDQuant, int4": Row(method=partial(deflated, bits=4)),
     "LRC, bf16": Row(method=partial(corrected, bits=16, last="branch")),
     "LRC, int8": Row(method=partial(corrected, bits=8, last="branch")),
     "LRC, int8, codes last": Row(method=partial(corrected, bits=8, last="codes")),
     "LRC, int4": Row(method=partial(corrected, bits=4, last="branch")),
     "LRC, int4, codes last": Row(method=INT4),
+    "LRC, int4, codes last, codes of 3 bits": Row(
+        method=partial(corrected, bits=4, last="codes", weights=Weights(bits=3))
+    ),
     "LRC, int4, a tenth reconstructs": Row(method=partial(preserved, bits=4, share=0.9, of="lost")),
     "LRC, int4, a quarter reconstructs": Row(method=partial(preserved, bits=4, share=0.75, of="lost")),
-    "LRC, int4, half reconstructs": Row(method=partial(preserved, bits=4, share=0.5, of="lost")),
     "LRC, int4, codes last, regressed target": Row(
         method=partial(corrected, bits=4, last="codes", weights=Weights(quantizer=GPTQ(target="regressed")))
     ),
@@ -128,18 +109,6 @@ ROWS: Mapping[str, Row] = {
     "LRC, int4, codes last, ranks measured": Row(method=INT4, ranks="measured"),
     "LRC, int4, codes last, down factor shared": Row(method=INT4, shared=True),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A block in the recipe's coordinates. inputs: batches of calibration [sequences, length, hidden] in the original model;
-    statistics, unseen: of its linears' inputs on calibration and held-out text."""
-
-    block: Block
-    gatherings: Mapping[SharedInputGroup, Gathering]
-    inputs: list[Tensor]
-    statistics: Mapping[SharedInputGroup, InputStatistics]
-    unseen: Mapping[SharedInputGroup, InputStatistics]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,103 +131,6 @@ class Layer:
             )
             start += count
         return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """Batches of tokens [windows, length]; hidden states behind the embedding, and behind the original's last block."""
-
-    tokens: list[Tensor]
-    hidden: list[Tensor]
-    original: list[Tensor]
-
-
-class Simulated(nn.Module):
-    """A linear as its replacement computes it."""
-
-    def __init__(self, replacement: Replacement, activations: ActivationFormat, transform: Hadamard | None) -> None:
-        super().__init__()
-        self._replacement, self._activations, self._transform = replacement, activations, transform
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._transform is not None:
-            x = self._transform.apply(x)
-        y = functional.linear(fake_quantize_activations(x, self._activations), self._replacement.dense)
-        if self._replacement.branch is None:
-            return y
-        up, down = self._replacement.branch.factors(x.dtype)
-        return y + functional.linear(functional.linear(x, down), up)
-
-
-# -- the model --------------------------------------------------------------------------------------------------------
-
-
-def staged(source: ModelSource, recipe: Recipe, seen: list[Tensor], unseen: list[Tensor]) -> list[Stage]:
-    """Every block, rotated and smoothed, with what enters its linears. seen, unseen: hidden states behind the embedding."""
-    builder, rotation = BlockBuilder(source.checkpoint.config), recipe.rotation
-    heads, values = builder.config.num_attention_heads, builder.config.num_key_value_heads
-    stages = []
-    for index in range(builder.blocks):
-        tensors = source.checkpoint.read_many(source.block_tensors(index))
-        slices = source.layout.sources(index, source.checkpoint.names)
-        parameters = {name: part.of(tensors[part.source]) for name, part in slices.items()}
-        online: dict[str, Hadamard] = {}
-        if rotation is not None:
-            parameters, online = rotation.block(builder.config.model_type, parameters, heads, values)
-        block = filled(builder, index, parameters, online)
-        own = {name: recipe.for_module(name) for group in block.groups for name in group}
-        recipes = {name: found for name, found in own.items() if found is not None}
-        chosen = prepare(block, recipes, parameters, builder.family, online, partial(seen.__getitem__, 0))
-        if chosen.scales:
-            parameters = fold(builder.family, chosen.scales, parameters, online, heads=heads)
-            block = filled(builder, index, parameters, online)
-        inputs = seen
-        seen, statistics = gathered(block, chosen.gatherings, seen)
-        unseen, held_out = gathered(block, chosen.gatherings, unseen)
-        stages.append(
-            Stage(block=block, gatherings=chosen.gatherings, inputs=inputs, statistics=statistics, unseen=held_out)
-        )
-    return stages
-
-
-def filled(
-    builder: BlockBuilder, index: int, parameters: Mapping[str, Tensor], online: Mapping[str, Hadamard]
-) -> Block:
-    block = builder.block(index, parameters, CPU, torch.float32)
-    for name, transform in online.items():
-        block.transform_input(name, transform)
-    return block
-
-
-def gathered(
-    block: Block,
-    gatherings: Mapping[SharedInputGroup, Gathering],
-    inputs: Sequence[Tensor],
-    originals: Sequence[Tensor] = (),
-) -> tuple[list[Tensor], dict[SharedInputGroup, InputStatistics]]:
-    """What the block makes of its inputs (of the originals, where there are any), and the statistics."""
-    sums = RunningStatistics(block, gatherings)
-    loads, meant = ([partial(_same, batch) for batch in batches] for batches in (inputs, originals))
-    return run_shards(block, loads, _same, sums, POOL, meant), sums.result()
-
-
-def _same(batch: Tensor) -> Tensor:
-    return batch
-
-
-def replaced(stage: Stage, replacements: Mapping[str, Replacement]) -> Block:
-    """The block with these linears."""
-    block = stage.block.replica()
-    for group in block.groups:
-        activations = stage.statistics[group].activations
-        if activations is None:
-            raise ValueError(f"{group[0]}: its input is not quantized: expected a recipe with activations")
-        for name in group:
-            block.replace(name, Simulated(replacements[name], activations, block.transforms.get(name)))
-    return block
-
-
-# -- a row --------------------------------------------------------------------------------------------------------------
 
 
 def layers_of(stage: Stage, statistics: Mapping[SharedInputGroup, InputStatistics], *, shared: bool) -> list[Layer]:
@@ -339,61 +211,30 @@ def block_of(row: Row, stage: Stage, layers: Sequence[Layer], bits: Sequence[int
     return found
 
 
-def cells(row: Row, stages: Sequence[Stage], budget: float, head: nn.Module, texts: Sequence[Text]) -> list[str]:
+def cells(row: Row, model: Model, budget: float) -> list[str]:
     """Bits per weight; errors of the linears on calibration and held-out text; perplexity and KL of each text; seconds."""
     started = time.perf_counter()
-    found = solved(row, stages, budget)
+    found = solved(row, model.stages, budget)
     seconds = time.perf_counter() - started
-    blocks = [replaced(stage, own) for stage, own in zip(stages, found, strict=True)]
+    blocks = [replaced(stage, own) for stage, own in zip(model.stages, found, strict=True)]
     bits = sum(one.bits for own in found for one in own.values())
     weights = sum(one.dense.numel() for own in found for one in own.values())
-    errors = (
-        ["", ""] if row.propagated else [f"{mean(each):.5f}" for each in zip(*errors_of(stages, found), strict=True)]
-    )
-    return [
-        f"{bits / weights:.2f}",
-        *errors,
-        *(cell for text in texts for cell in quality(text, blocks, head)),
-        f"{seconds:.0f}",
-    ]
+    errors = ["", ""]
+    if not row.propagated:
+        errors = [f"{mean(each):.5f}" for each in zip(*errors_of(model.stages, found), strict=True)]
+    return [f"{bits / weights:.2f}", *errors, *model.quality(blocks), f"{seconds:.0f}"]
 
 
 def errors_of(stages: Sequence[Stage], found: Sequence[Mapping[str, Replacement]]) -> list[tuple[float, float]]:
     """Of each linear, on calibration and held-out text."""
-    return [
-        (
-            own[name].error(stage.block.linear(name).weight, stage.statistics[group]),
-            own[name].error(stage.block.linear(name).weight, stage.unseen[group]),
-        )
-        for stage, own in zip(stages, found, strict=True)
-        for group in stage.block.groups
-        for name in group
-    ]
-
-
-def quality(text: Text, blocks: Sequence[Block], head: nn.Module) -> list[str]:
-    """Perplexity, and KL from the original."""
-    hidden = advance({TRIAL: text.hidden}, lambda index: {TRIAL: blocks[index]}, len(blocks), POOL)
-    both = {BASELINE: text.original, **hidden}
-    windows = measure(both, text.tokens, dict.fromkeys(both, head), POOL)[TRIAL]
-    return [
-        f"{metric.over_windows([window[metric.name] for window in windows]):{digits}}"
-        for metric, digits in ((perplexity.METRIC, ".2f"), (kl.METRIC, ".5f"))
-    ]
-
-
-def batches(source: ModelSource, uri: str, length: int, windows: int) -> list[Tensor]:
-    """The first windows of a text, [windows, length] in all."""
-    found = token_set(
-        TextSource(uri=uri),
-        source.tokenizer(),
-        length=length,
-        sequences=windows,
-        sampling="consecutive",
-        seed=0,
-        field="text",
-    )
-    return list(found.ids.long().split(BATCH))
+    errors = []
+    for stage, own in zip(stages, found, strict=True):
+        for group in stage.block.groups:
+            for name in group:
+                weight = stage.block.linear(name).weight.detach()
+                texts = (stage.statistics[group], stage.unseen[group])
+                errors.append((own[name].error(weight, texts[0]), own[name].error(weight, texts[1])))
+    return errors
 
 
 def parsed() -> argparse.Namespace:
@@ -417,45 +258,32 @@ def main() -> None:
     arguments = parsed()
     about = f"{machine()}. {versions('torch', 'transformers')}."
     torch.set_num_threads(1)
-    source = open_model(arguments.model.resolve().as_uri())
-    builder, rotation = BlockBuilder(source.checkpoint.config), Rotation(seed=arguments.seed)
     recipe = Recipe(
-        transforms=(rotation, Smoothing()), weights=Weights(bits=4), activations=Activations(bits=4, clip=0.9)
+        transforms=(Rotation(seed=arguments.seed), Smoothing()),
+        weights=Weights(bits=4),
+        activations=Activations(bits=4, clip=0.9),
     )
-    tensors = {name: tensor.float() for name, tensor in outside(source.checkpoint, builder).items()}
-    embed = builder.embedding(rotation.embedding(tensors[EMBEDDING]), CPU, torch.float32)
-    ends = rotation.outside({name: tensors[name] for name in (NORM, LM_HEAD)}, builder.family.norm_offset)[0]
-    head = builder.head(ends, CPU, torch.float32)
-    wikitext = arguments.data.resolve() / "wikitext2"
-    second = (
-        documentation(arguments.output.resolve()) if arguments.second is None else arguments.second.resolve().as_uri()
-    )
-    valid = batches(source, (wikitext / "wiki.valid.txt").as_uri(), arguments.length, arguments.sequences)
+    wikitext, second = arguments.data.resolve() / "wikitext2", arguments.second
     tests = [
-        batches(source, uri, arguments.length, arguments.windows)
-        for uri in ((wikitext / "wiki.test.raw").as_uri(), second)
+        (wikitext / "wiki.test.raw").as_uri(),
+        documentation(arguments.output.resolve()) if second is None else second.resolve().as_uri(),
     ]
-    with torch.no_grad():
-        seen, *hidden = ([embed(batch) for batch in text] for text in (valid, *tests))
-    stages = staged(source, recipe, seen, hidden[0])
-    texts = [text_of(tokens, own, stages) for tokens, own in zip(tests, hidden, strict=True)]
+    size = Size(sequences=arguments.sequences, windows=arguments.windows, length=arguments.length)
+    model = opened(arguments.model.resolve().as_uri(), recipe, (wikitext / "wiki.valid.txt").as_uri(), tests, size)
+    first, _, other, _ = model.quality([stage.block for stage in model.stages])
     header = ["row", "bits", "error, calibration", "error, held out"]
     header += ["perplexity", "KL", "second text", "its KL", "seconds"]
-    rows = []
+    rows: list[list[str]] = []
     for name, row in ROWS.items():
-        if not arguments.only or name in arguments.only:
-            rows.append([name, *cells(row, stages, arguments.budget, head, texts)])
-            print(*rows[-1], sep="  ", flush=True)
-    originals = (quality(text, [stage.block for stage in stages], head)[0] for text in texts)
-    body = table(header, rows) + f"\n\nThe original `{arguments.model.name}`: {' and '.join(originals)}."
+        if arguments.only and name not in arguments.only:
+            continue
+        rows.append([name, *cells(row, model, arguments.budget)])
+        print(*rows[-1], sep="  ", flush=True)
+        body = table(header, rows)
+        body += f"\n\nThe original `{arguments.model.name}`: {first}, and {other} on the second text."
+        if arguments.record:  # each time, so that a run that is stopped leaves its rows
+            record("branches", f"Branches at equal bits: {arguments.model.name}", body, about)
     print(body, flush=True)
-    if arguments.record:
-        print(record("branches", f"Branches at equal bits: {arguments.model.name}", body, about))
-
-
-def text_of(tokens: list[Tensor], hidden: list[Tensor], stages: Sequence[Stage]) -> Text:
-    original = advance({BASELINE: hidden}, lambda index: {BASELINE: stages[index].block}, len(stages), POOL)
-    return Text(tokens=tokens, hidden=hidden, original=original[BASELINE])
 
 
 if __name__ == "__main__":
