@@ -69,45 +69,42 @@ class Row:
 
 
 INT4: Method = partial(corrected, bits=4, last="codes")
+MIXED = Weights(quantizer=GPTQ(target="mixed", mix=0.25))
 ROWS: Mapping[str, Row] = {
     "QuaRot + GPTQ, no branch": Row(method=no_branch),
-    "no branch, codes of 8 bits": Row(method=partial(no_branch, weights=Weights(bits=8))),
     "weights exact, inputs quantized": Row(method=exact),
-    "whitened SVD, bf16": Row(method=partial(whitened, bits=16)),
-    "whitened SVD, int4": Row(method=partial(whitened, bits=4)),
-    "whitened SVD, int4, anticipated 0.9": Row(method=partial(whitened, bits=4, anticipation=0.9)),
-    "SERQ": Row(method=serq),
-    "SERQ, salient channels unquantized": Row(method=unquantized_channels),
-    "SRR, bf16": Row(method=partial(preserved, bits=16)),
-    "SRR, int4": Row(method=partial(preserved, bits=4)),
-    "SRR, int4, all preserved": Row(method=partial(preserved, bits=4, share=1.0)),
-    "H-SVDQuant, bf16, rank 8": Row(method=partial(deflated, bits=16, rank=8)),
-    "H-SVDQuant, bf16": Row(method=partial(deflated, bits=16)),
-    "H-SVDQuant, int4": Row(method=partial(deflated, bits=4)),
+    "no branch, codes of 8 bits": Row(method=partial(no_branch, weights=Weights(bits=8))),
+    "LRC, int4, codes last": Row(method=INT4),
     "LRC, bf16": Row(method=partial(corrected, bits=16, last="branch")),
     "LRC, int8": Row(method=partial(corrected, bits=8, last="branch")),
-    "LRC, int8, codes last": Row(method=partial(corrected, bits=8, last="codes")),
-    "LRC, int4": Row(method=partial(corrected, bits=4, last="branch")),
-    "LRC, int4, codes last": Row(method=INT4),
-    "LRC, int4, codes last, codes of 3 bits": Row(
-        method=partial(corrected, bits=4, last="codes", weights=Weights(bits=3))
-    ),
+    "SERQ": Row(method=serq),
+    "SERQ, salient channels unquantized": Row(method=unquantized_channels),
+    "SRR, int4": Row(method=partial(preserved, bits=4)),
+    "SRR, int4, all preserved": Row(method=partial(preserved, bits=4, share=1.0)),
+    "H-SVDQuant, bf16": Row(method=partial(deflated, bits=16)),
+    "H-SVDQuant, bf16, rank 8": Row(method=partial(deflated, bits=16, rank=8)),
+    "whitened SVD, int4": Row(method=partial(whitened, bits=4)),
     "LRC, int4, a tenth reconstructs": Row(method=partial(preserved, bits=4, share=0.9, of="lost")),
-    "LRC, int4, a quarter reconstructs": Row(method=partial(preserved, bits=4, share=0.75, of="lost")),
+    "LRC, int4, codes last, down factor shared": Row(method=INT4, shared=True),
+    "LRC, int4, codes last, mixed target": Row(method=partial(corrected, bits=4, last="codes", weights=MIXED)),
     "LRC, int4, codes last, regressed target": Row(
         method=partial(corrected, bits=4, last="codes", weights=Weights(quantizer=GPTQ(target="regressed")))
     ),
-    "LRC, int4, codes last, mixed target": Row(
-        method=partial(corrected, bits=4, last="codes", weights=Weights(quantizer=GPTQ(target="mixed", mix=0.25)))
-    ),
-    "LRC, int4, codes last, propagated": Row(method=INT4, propagated=True),
-    "LRC, int4, codes last, propagated, mixed target (GPTAQ, QEP)": Row(
-        method=partial(corrected, bits=4, last="codes", weights=Weights(quantizer=GPTQ(target="mixed", mix=0.25))),
-        propagated=True,
-    ),
     "LRC, int4, codes last, ranks predicted": Row(method=INT4, ranks="predicted"),
     "LRC, int4, codes last, ranks measured": Row(method=INT4, ranks="measured"),
-    "LRC, int4, codes last, down factor shared": Row(method=INT4, shared=True),
+    "LRC, int4, codes last, codes of 3 bits": Row(
+        method=partial(corrected, bits=4, last="codes", weights=Weights(bits=3))
+    ),
+    "LRC, int4, codes last, propagated, mixed target (GPTAQ, QEP)": Row(
+        method=partial(corrected, bits=4, last="codes", weights=MIXED), propagated=True
+    ),
+    "LRC, int4, codes last, propagated": Row(method=INT4, propagated=True),
+    "LRC, int4": Row(method=partial(corrected, bits=4, last="branch")),
+    "LRC, int8, codes last": Row(method=partial(corrected, bits=8, last="codes")),
+    "H-SVDQuant, int4": Row(method=partial(deflated, bits=4)),
+    "SRR, bf16": Row(method=partial(preserved, bits=16)),
+    "whitened SVD, int4, anticipated 0.9": Row(method=partial(whitened, bits=4, anticipation=0.9)),
+    "LRC, int4, a quarter reconstructs": Row(method=partial(preserved, bits=4, share=0.75, of="lost")),
 }
 
 
