@@ -62,9 +62,13 @@ def direction_bits(rows: int, columns: int, bits: FactorBits) -> int:
 
 
 def affordable(weight: Tensor, budget: int, bits: FactorBits) -> int:
-    """The rank of a branch that takes at most `budget` bits."""
+    """The rank of a branch that takes at most `budget` bits; ValueError where that is none."""
     rows, columns = weight.shape
-    return min(rows, columns, budget // direction_bits(rows, columns, bits))
+    if (rank := budget // direction_bits(rows, columns, bits)) == 0:
+        raise ValueError(
+            f"budget: {budget} bits: expected {direction_bits(rows, columns, bits)} for one rank of {bits} bits"
+        )
+    return min(rows, columns, rank)
 
 
 def quantized(target: Tensor, metric: Tensor, tokens: int, weights: Weights = W4) -> StoredWeight:
@@ -130,11 +134,11 @@ def corrected(
 ) -> Replacement:
     """LRC (`workers/compensation/lrc.py`). last: which of the two is fitted to the other's rounding. weights: what codes of
     fewer than 4 bits save is the branch's."""
-    rank = affordable(weight, budget + (4 - weights.bits) * weight.numel(), bits)
-    if rank == 0:
-        return no_branch(weight, statistics, budget)
+    budget += (4 - weights.bits) * weight.numel()
+    if budget < direction_bits(len(weight), weight.shape[1], bits):
+        return no_branch(weight, statistics, budget, weights=weights)
     options = LRC(
-        rank=CountRank(count=rank),
+        rank=CountRank(count=affordable(weight, budget, bits)),
         factor_bits=None if bits == 16 else bits,
         refit="joint" if last == "branch" else "none",
     )

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from counterweight.pipeline.allocation import Candidate, allocate
 from counterweight.workers.calibration.statistics import InputStatistics
-from counterweight.workers.compensation.lrc import energy
+from counterweight.workers.compensation.lrc import energy, initial_problem
 from counterweight.workers.compensation.regression import spectrum
 from counterweight.workers.methods.activations import Activations
 from counterweight.workers.methods.compensations import LRC
@@ -160,9 +160,8 @@ def predicted(layer: Layer, bits: int) -> list[float]:
     """What each further rank takes off the relative error, by Init-LRC's singular values."""
     del bits
     weight = layer.weight.double()
-    problem = LRC().gain_problem(weight, layer.statistics)
-    assert problem is not None
-    squares = spectrum(problem[0] @ problem[1])[0].square()[: min(weight.shape)]
+    matrix, root = initial_problem(weight, layer.statistics, LRC().damping)
+    squares = spectrum(matrix @ root)[0].square()[: min(weight.shape)]
     return [float(gain) for gain in squares / energy(weight, layer.statistics)]
 
 
