@@ -37,7 +37,7 @@ from branch_methods import (
 )
 from common import ROOT, machine, record, table, versions
 from in_memory import Model, Size, Stage, gathered, opened, replaced
-from recipes import documentation
+from quality import documentation
 from torch import Tensor
 
 from counterweight.pipeline.allocation import Candidate, allocate

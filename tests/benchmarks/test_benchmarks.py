@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.models import checkpoint
+from counterweight.pipeline.manifest import load_manifest
 from tests.patience import PATIENCE
 from tests.pipeline.tiny import job_of, run_local, write_job, write_text
 
@@ -23,10 +22,9 @@ NUMBER = re.compile(r"\d+\.\d+")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A job's model, texts and manifest; and the reference models' folders, with another tiny model in them."""
+    """A job's model, texts and manifest; and a folder of texts, as the reference models have it beside them."""
     place = tmp_path_factory.mktemp("benchmarks")
     write_job(place / "job", layers=1)
-    checkpoint("llama", place / "models" / "llama", torch.bfloat16, num_hidden_layers=1)
     texts = place / "data" / "wikitext2"
     texts.mkdir(parents=True)
     write_text(texts / "wiki.valid.txt", 1000)
@@ -98,6 +96,17 @@ def test_quality(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"| {before} |" not in row  # of other calibration and windows
 
 
+def test_every_row_is_a_job(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    quality = importlib.import_module("quality")
+    tables = quality.described()
+    places = list(quality.chosen(tables, []))
+    assert len(places) > 50
+    for name, row, model in ((one.table, one.row, one.model) for one in places):
+        manifest = ROOT / "manifests" / (tables[name].rows[row].manifest or tables[name].manifest)
+        load_manifest(str(manifest), tables[name].overrides(row, model, 1, place / "models"))
+
+
 def test_the_tables_of_the_readme_are_the_newest_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     quality = importlib.import_module("quality")
@@ -124,30 +133,6 @@ def test_another_figure_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.end_to_end
 def test_memory() -> None:
     assert "deepest over shallowest" in ran("memory", "--hidden", 512, "--layers", 1)
-
-
-@pytest.mark.end_to_end
-def test_recipes(place: Path) -> None:
-    folders = ("--models", place / "models", "--data", place / "data", "--output", place / "recipes")
-    sizes = ("--sequences", 8, "--windows", 4, "--length", 16, "--seeds", 1)
-    (row,) = rows(ran("recipes", "w4a4-llama", *folders, *sizes, "--only", "LRC, rank 10 %"))
-    assert row.startswith("| LRC, rank 10 % |")
-
-
-@pytest.mark.end_to_end
-def test_distillation(place: Path) -> None:
-    folders = ("--models", place / "models", "--data", place / "data", "--output", place / "recipes")
-    sizes = ("--sequences", 8, "--windows", 4, "--length", 16, "--trained", 8, "--held-out", 2)
-    # Of real text the tiny model's tokenizer knows no word.
-    texts = (
-        "--prose",
-        write_text(place / "prose.txt", 500, seed=2),
-        "--other",
-        write_text(place / "o.txt", 500, seed=3),
-    )
-    (row,) = rows(ran("distillation", "llama", *folders, *sizes, *texts, "--only", "LRC, all trained"))
-    assert row.startswith("| LRC, all trained |")
-    assert " to " in row
 
 
 def test_branches(place: Path) -> None:

@@ -25,6 +25,8 @@ class StandardLibrarySource(Config):
     kind: Literal["standard_library"] = "standard_library"
     part: Literal["train", "calibration", "evaluation"]
     """Disjoint sets of files."""
+    content: Literal["sources", "docstrings"] = "sources"
+    """Whole files, or the longer docstrings in them: prose."""
 
 
 class TokensSource(Config):

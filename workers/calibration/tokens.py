@@ -93,7 +93,7 @@ def token_set(
 
 def _text(source: TextSource | StandardLibrarySource | DatasetSource, field: str) -> str:
     if isinstance(source, StandardLibrarySource):
-        return standard_library_text(source.part)
+        return standard_library_text(source.part, source.content)
     if isinstance(source, TextSource):
         data = _read(source.uri, field)
         try:
