@@ -3,8 +3,9 @@
     python benchmarks/true_shapes.py list
     python benchmarks/true_shapes.py make Mixtral-8x7B --layers 2 --to DIR [--weights] [--narrow 8]
 
-Without `--weights` files are sparse: headers and a hole, which takes kilobytes of disk whatever the model's size; that is enough
-for `counterweight plan`. With `--weights` they hold random numbers in bfloat16. `--narrow` divides every width but a head's.
+Without `--weights` files are sparse: headers and a hole, which takes kilobytes of disk whatever the model's size; that is
+enough for `counterweight plan`. With `--weights` they hold random numbers in bfloat16. `--narrow` divides every width but a
+head's.
 """
 
 from __future__ import annotations
@@ -144,10 +145,8 @@ def _random(tensors: Mapping[str, tuple[int, ...]], seed: int) -> Iterator[Tenso
 
     generator = torch.Generator().manual_seed(seed)
     for name, shape in tensors.items():
-        if name.endswith("norm.weight"):
-            values = torch.ones(shape)
-        else:
-            values = torch.randn(shape, generator=generator) * DEVIATION
+        is_norm = name.endswith("norm.weight")
+        values = torch.ones(shape) if is_norm else torch.randn(shape, generator=generator) * DEVIATION
         yield values.to(torch.bfloat16).view(torch.int16)
 
 

@@ -179,6 +179,9 @@ class Graph:
         starts: list[int] = []
         for place in self._needs.known:
             node = self.nodes[place]
+            before = node.uses
+            if before is not None and before.holder is None and before.place in needed:
+                continue  # most of those that are known wait for the stretch before
             if node.stream in streams or not self._ready(node, needed):
                 continue
             if node.uses is None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class Needs:
     """A node is needed when it has no value, and again when a node that is needed reads hidden states of it that are gone.
 
-    nodes: of the graph, which may still grow; none depends on a later one. Whoever changes a node says so: `settled`, `held` and
-    `let_go` for what happens all the time, `forget` for everything else, after which all nodes are looked at again.
+    nodes: of the graph, which may still grow; none depends on a later one. Whoever changes a node says so: `settled`, `held`
+    and `let_go` for what happens all the time, `forget` for everything else, after which all nodes are looked at again.
     """
 
     def __init__(self, nodes: Sequence[Node[object]]) -> None:

@@ -8,17 +8,17 @@ value decompositions are nominal: both iterate, and divide and conquer skips wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from counterweight.kernels.hadamard_orders import factor_sizes, largest_order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """Operations. products32, products64: of matrix products in float32 (or in fewer bits) and in float64. grams32: of x^T x, half
-    of a product, likewise in float32 or in fewer bits. factorizations: that end after a fixed number of steps (Cholesky, QR), with
-    the triangular solves behind them, mostly in float64. decompositions: that iterate (eigenvalues, singular values).
-    elementwise: on each entry of a matrix, sums over entries included.
+    """Operations. products32, products64: of matrix products in float32 (or in fewer bits) and in float64. grams32: of x^T x,
+    half of a product, likewise. factorizations: that end after a fixed number of steps (Cholesky, QR), with the triangular
+    solves behind them, mostly in float64. decompositions: that iterate (eigenvalues, singular values). elementwise: on each
+    entry of a matrix, sums over entries included.
 
     steps: operations of torch that wait for each other and are started one by one, whatever their size; no part of `total`.
     Counted where they are many: columns of a weight, experts of a block.
@@ -33,17 +33,31 @@ class Work:
     steps: float = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(**{kind: getattr(self, kind) + getattr(other, kind) for kind in KINDS})
+        return Work(
+            products32=self.products32 + other.products32,
+            grams32=self.grams32 + other.grams32,
+            products64=self.products64 + other.products64,
+            factorizations=self.factorizations + other.factorizations,
+            decompositions=self.decompositions + other.decompositions,
+            elementwise=self.elementwise + other.elementwise,
+            steps=self.steps + other.steps,
+        )
 
     def __mul__(self, times: float) -> Work:
-        return Work(**{kind: getattr(self, kind) * times for kind in KINDS})
+        return Work(
+            products32=self.products32 * times,
+            grams32=self.grams32 * times,
+            products64=self.products64 * times,
+            factorizations=self.factorizations * times,
+            decompositions=self.decompositions * times,
+            elementwise=self.elementwise * times,
+            steps=self.steps * times,
+        )
 
     @property
     def total(self) -> int:
-        return round(sum(getattr(self, kind) for kind in KINDS if kind != "steps"))
-
-
-KINDS: tuple[str, ...] = tuple(field.name for field in fields(Work))
+        products = self.products32 + self.grams32 + self.products64
+        return round(products + self.factorizations + self.decompositions + self.elementwise)
 
 
 NOTHING = Work()
