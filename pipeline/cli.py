@@ -86,20 +86,29 @@ def plan(
     manifest: Manifest,
     set_: Overrides = None,
     device: Annotated[
-        str | None, typer.Option(help="The workers' GPU, such as H100-80G: does it fit?", show_default=False)
+        str | None,
+        typer.Option(
+            help="The workers' GPU, such as H100-80G, or a file of measured rates: does it fit, and how long does it take?",
+            show_default=False,
+        ),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Replaces spec.resources.workers.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a job would do and need, from headers alone."""
-    from counterweight.pipeline.manifest import load_manifest
+    from counterweight.workers.process import importing
+
+    with importing():
+        from counterweight.pipeline.manifest import load_manifest
 
     overrides = [*(set_ or []), *([] if workers is None else [f"spec.resources.workers={workers}"])]
     job = load_manifest(manifest, overrides).job
-    from counterweight.pipeline.model_source import open_model
-    from counterweight.pipeline.plan import make_plan
+    with importing():
+        from counterweight.pipeline.model_source import open_model
+        from counterweight.pipeline.plan import make_plan
 
-    made = make_plan(job, open_model(job.spec.model.uri), device)
+        source = open_model(job.spec.model.uri)  # which imports transformers
+    made = make_plan(job, source, device)
     unknown = job.spec.resources.gpus_per_worker > 0 and device is None
     fits = "not known: name the workers' GPU with --device" if unknown else "nothing"
     if as_json:
@@ -122,6 +131,7 @@ def plan(
                 "storage",
                 f"{bytes_text(made.storage_read_bytes)} read, {bytes_text(made.storage_written_bytes)} written",
             ),
+            *([] if made.estimate is None else made.estimate.rows()),
             ("headers read", bytes_text(made.header_bytes_read)),
             ("does not fit", "; ".join(made.problems) or fits),
         ],

@@ -58,8 +58,13 @@ class ModelSource:
 
     def block_tensors(self, index: int) -> tuple[str, ...]:
         """Tensors that block `index` is made from."""
-        parts = self.layout.sources(index, self.checkpoint.names).values()
-        return tuple(dict.fromkeys(part.source for part in parts))
+        return self._tensors_of_blocks[index]
+
+    @cached_property
+    def _tensors_of_blocks(self) -> tuple[tuple[str, ...], ...]:
+        names = frozenset(self.checkpoint.names)
+        blocks = (self.layout.sources(index, names).values() for index in range(self.layout.blocks))
+        return tuple(tuple(dict.fromkeys(part.source for part in parts)) for parts in blocks)
 
     @property
     def parameters(self) -> int:

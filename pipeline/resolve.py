@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.residual_tuner import afford
@@ -19,8 +20,14 @@ def block_recipe(source: ModelSource, index: int, recipe: Recipe) -> dict[str, M
     """
     linears = linears_of(source, index)
     asked = {name: recipe.for_module(stored_name(source, index, name)) for name in linears}
-    result = {name: part for name, part in asked.items() if part is not None}
+    result = {name: _shared(part) for name, part in asked.items() if part is not None}
     return afford(result, {name: linears[name] for name in result})
+
+
+@lru_cache(maxsize=1024)
+def _shared(part: ModuleRecipe) -> ModuleRecipe:
+    """One object for equal recipes: a model has tens of thousands of linears, and a kilobyte for each would be felt."""
+    return part
 
 
 def linears_of(source: ModelSource, index: int) -> dict[str, tuple[int, int]]:

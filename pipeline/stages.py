@@ -11,7 +11,7 @@ from counterweight.pipeline.allocation import budgeted, share_out
 from counterweight.pipeline.artifact import Artifact, FileEntry
 from counterweight.pipeline.artifact.assemble import Parts
 from counterweight.pipeline.artifact.report import TaskReport
-from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks
+from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks, stretches
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.events import BlockDone, EventLog, FellBack, Planned, StageEntered, WindowsDone
 from counterweight.pipeline.graph import Node
@@ -125,17 +125,13 @@ def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet) -> 
         propagate=propagate,
         paired=paired,
         budget=budget,
-        stretches=_stretches(job, calibration),
+        stretches=stretches(
+            -(-calibration.sequences // shard_sequences(calibration.length)),
+            source.layout.blocks,
+            job.dispatcher.workers,
+            job.threads,
+        ),
     )
-
-
-def _stretches(job: Job, calibration: TokenSet) -> list[range]:
-    """The shards of the calibration tokens, in stretches in which blocks are calibrated: all at once by a single worker;
-    otherwise as many as a worker has threads, so that none of them waits for long."""
-    shards = -(-calibration.sequences // shard_sequences(calibration.length))
-    if job.dispatcher.workers == 1:
-        return [range(shards)]
-    return [range(shards)[start : start + job.threads] for start in range(0, shards, job.threads)]
 
 
 def add_outside(job: Job) -> Outside:

@@ -50,7 +50,8 @@ def rows(printed: str) -> Sequence[str]:
 
 
 def test_all_are_here() -> None:
-    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"common"}
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")}
+    scripts = {name for name, text in files.items() if "__main__" in text}
     tried = set(re.findall(r'ran\("(\w+)"', Path(__file__).read_text()))
     assert tried == scripts
 
@@ -132,6 +133,19 @@ def test_another_figure_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.end_to_end
 def test_memory() -> None:
     assert "deepest over shallowest" in ran("memory", "--hidden", 512, "--layers", 1)
+
+
+def test_branches(place: Path) -> None:
+    sizes = ("--sequences", 8, "--windows", 4, "--length", 16, "--second", write_text(place / "b.txt", 500, seed=4))
+    kinds = ("", ", down factor shared", ", ranks predicted", ", ranks measured", ", propagated")
+    chosen = ["SERQ", "SRR, int4", "H-SVDQuant, bf16", *(f"LRC, int4, codes last{kind}" for kind in kinds)]
+    printed = ran("branches", place / "job" / "model", "--data", place / "data", *sizes, "--only", *chosen)
+    found = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in rows(printed)}
+    assert set(found) == set(chosen)
+    bits = [float(cells[0]) for cells in found.values()]
+    assert max(bits) - min(bits) < 0.8  # one rank of the tiny layers takes half a bit
+    errors = {name: cells[1] for name, cells in found.items() if cells[1].strip()}
+    assert len(set(errors.values())) == len(errors) == len(chosen) - 1
 
 
 @pytest.mark.end_to_end

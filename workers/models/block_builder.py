@@ -52,6 +52,7 @@ class BlockBuilder:
         self.tied: bool = bool(self.config.tie_word_embeddings)
         self.experts: int = 0
         self.active_experts: int = 0
+        self._layer_classes: dict[str, type[nn.Module]] = {}
         if self.family.experts is not None:
             self.experts = int(getattr(self.config, self.family.experts.count_key))
             self.active_experts = int(getattr(self.config, self.family.experts.active_key))
@@ -113,9 +114,17 @@ class BlockBuilder:
 
     def _layer(self, index: int) -> nn.Module:
         with _building(f"block {index}"):
-            base = _base_class(self.config)(_with_layers(self.config, [index]))
-            layer: nn.Module = type(base.layers[0])(self.config, index)
+            layer: nn.Module = self._layer_class(index)(self.config, index)
         return layer
+
+    def _layer_class(self, index: int) -> type[nn.Module]:
+        """The class of block `index`, which depends on its type alone."""
+        types = getattr(self.config, "layer_types", None)
+        kind = "" if types is None else str(types[index])
+        if kind not in self._layer_classes:
+            base = _base_class(self.config)(_with_layers(self.config, [index]))
+            self._layer_classes[kind] = type(base.layers[0])
+        return self._layer_classes[kind]
 
     def _unfused(self, layer: nn.Module) -> nn.Module:
         layout = self.family.experts

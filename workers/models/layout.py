@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from counterweight.workers.models.families import family_of
@@ -111,7 +112,7 @@ class ModelLayout:
 
     def sources(self, index: int, available: Iterable[str]) -> dict[str, Slice]:
         """Parameter of block `index` -> where it lies in the checkpoint whose tensor names are `available`."""
-        names = set(available)
+        names = frozenset(available)
         prefix = self._prefix(index)
         result: dict[str, Slice] = {}
         for parameter, shape in self.block_parameters(index).items():
@@ -120,7 +121,7 @@ class ModelLayout:
 
     def expected(self, available: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Every tensor that the checkpoint must hold -> its shape. `available` decides between fused and apart."""
-        names = set(available)
+        names = frozenset(available)
         hidden, vocabulary = self.hidden_size, self.vocabulary
         shapes: dict[str, tuple[int, ...]] = {self.names.embedding: (vocabulary, hidden), self.names.norm: (hidden,)}
         if not self.tied:
@@ -151,23 +152,12 @@ class ModelLayout:
         return f"{self.names.blocks}{index}."
 
     def _apart(self, prefix: str, parameter: str) -> str:
-        layout = self.family.experts
-        if layout is not None and parameter.startswith(f"{layout.module}."):
-            expert = parameter.removeprefix(f"{layout.module}.").split(".", 1)[0]
-            linear, _, kind = parameter.rpartition(".")
-            for module, disk in layout.on_disk.items():
-                if linear == module.replace(EXPERT, expert):
-                    return f"{prefix}{disk.replace(EXPERT, expert)}.{kind}"
-        for module, disk in self.family.renames.items():
-            if parameter.startswith(module) and self._is_sparse(parameter):
-                return prefix + disk + parameter.removeprefix(module)
-        return prefix + parameter
+        return prefix + _stored(self.model_type, parameter)
 
     def _is_sparse(self, parameter: str) -> bool:
-        experts = self.family.experts
-        return experts is not None and parameter.startswith(experts.mlp)
+        return _is_sparse(self.family, parameter)
 
-    def _source(self, prefix: str, parameter: str, shape: tuple[int, ...], names: set[str]) -> Slice:
+    def _source(self, prefix: str, parameter: str, shape: tuple[int, ...], names: frozenset[str]) -> Slice:
         layout = self.family.experts
         apart = self._apart(prefix, parameter)
         if apart in names or layout is None or not self._is_sparse(parameter):
@@ -188,3 +178,24 @@ class ModelLayout:
         is_up, outputs = projection == "up_proj", shape[0]
         rows = (int(is_up), 2 * outputs, 2) if layout.interleaved else (is_up * outputs, (is_up + 1) * outputs, 1)
         return Slice(gate_up, int(expert), rows, transposed)
+
+
+@lru_cache(maxsize=8192)  # the blocks of a model have the same parameters
+def _stored(model_type: str, parameter: str) -> str:
+    """On-disk name of a parameter relative to its block, in a checkpoint that keeps experts apart."""
+    family = family_of(model_type)
+    layout = family.experts
+    if layout is not None and parameter.startswith(f"{layout.module}."):
+        expert = parameter.removeprefix(f"{layout.module}.").split(".", 1)[0]
+        linear, _, kind = parameter.rpartition(".")
+        for module, disk in layout.on_disk.items():
+            if linear == module.replace(EXPERT, expert):
+                return f"{disk.replace(EXPERT, expert)}.{kind}"
+    for module, disk in family.renames.items():
+        if parameter.startswith(module) and _is_sparse(family, parameter):
+            return disk + parameter.removeprefix(module)
+    return parameter
+
+
+def _is_sparse(family: ModelFamily, parameter: str) -> bool:
+    return family.experts is not None and parameter.startswith(family.experts.mlp)
