@@ -54,7 +54,8 @@ def open_job(job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool
 
     source = open_model(root, describe)
     plan = make_plan(job, source)
-    if plan.problems and here:
+    # Of workers elsewhere nothing is known but what the manifest says.
+    if plan.problems and (here or job.spec.resources.memory_per_worker is not None):
         raise RequestError("spec.resources: " + "; ".join(plan.problems))
     if sampled:
         read.append(read_tokens(job, source.tokenizer(), _sampled(job, source, dispatcher)))
