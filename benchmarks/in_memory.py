@@ -180,7 +180,7 @@ def gathered(
     gatherings: Mapping[SharedInputGroup, Gathering],
     inputs: Sequence[Tensor],
     originals: Sequence[Tensor] = (),
-) -> tuple[list[Tensor], dict[SharedInputGroup, InputStatistics]]:
+) -> tuple[list[Tensor], Mapping[SharedInputGroup, InputStatistics]]:
     """What the block makes of its inputs (of the originals, where there are any), and the statistics."""
     sums = RunningStatistics(block, gatherings)
     loads, meant = ([partial(_same, batch) for batch in batches] for batches in (inputs, originals))

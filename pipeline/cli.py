@@ -133,6 +133,7 @@ def plan(
             ),
             *([] if made.estimate is None else made.estimate.rows()),
             ("headers read", bytes_text(made.header_bytes_read)),
+            ("divided", "; ".join(made.divided) or "nothing"),
             ("does not fit", "; ".join(made.problems) or fits),
         ],
     )

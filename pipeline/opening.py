@@ -57,7 +57,8 @@ def open_job(job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool
         model_type = source.layout.model_type
         log.note(f"config.json: auto_map: code of the repository is never run; transformers' own runs {model_type}")
     plan = make_plan(job, source)
-    if plan.problems and here:
+    # Of workers elsewhere nothing is known but what the manifest says.
+    if plan.problems and (here or job.spec.resources.memory_per_worker is not None):
         raise RequestError("spec.resources: " + "; ".join(plan.problems))
     if sampled:
         read.append(read_tokens(job, source.tokenizer(), _sampled(job, source, dispatcher)))

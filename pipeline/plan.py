@@ -5,29 +5,28 @@ Sizes are estimates with the same shape as the truth: every term is named, and t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from math import prod
 
-from counterweight.pipeline.devices import memory_of
 from counterweight.pipeline.estimate import Costs, Estimate, block_seconds, estimate, evaluations
 from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.memory import PROCESS_BYTES, Memory, misfits, worker_memory
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.rates import MEASURED, Rates, rates_of
 from counterweight.pipeline.resolve import block_recipe, check_block, check_recipe, linears_of, stored_name
+from counterweight.pipeline.units import bytes_text
 from counterweight.workers.arithmetic import Arithmetic, arithmetic
 from counterweight.workers.config import Config
 from counterweight.workers.footprint import Load, footprint
 from counterweight.workers.footprint.distillation import Texts, trained_parameters, training_bytes, training_flops
+from counterweight.workers.footprint.division import Passes, divided
 from counterweight.workers.footprint.load import factors, packed
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.tasks.setting import ITEMSIZE
-
-PROCESS_BYTES = 600 << 20
-"""A worker process with torch, transformers and Ray imported, before its first task (measured: 480-560 MiB)."""
 
 
 class BlockPlan(Config):
@@ -49,6 +48,10 @@ class BlockPlan(Config):
     """On the host of a GPU, beside its process; 0 without GPUs."""
     calibrated_bytes: int
     """What calibration leaves in memory: weights, as they were read and as they run, and the sums of the statistics."""
+    passes: tuple[tuple[str, ...], ...]
+    """Linears that are solved after each pass over the calibration tokens; empty: all after one."""
+    undivided_bytes: int
+    """`peak_bytes` if all were solved after one."""
     prepare_flops: int
     """Of rotated weights, and of choices from the first shard."""
     forward_flops: int
@@ -108,6 +111,8 @@ class Plan(Config):
     storage_written_bytes: int
     flops: int
     """Floating-point operations of all blocks' tasks and of the distillation; embedding and validation are left out."""
+    divided: tuple[str, ...]
+    """Blocks that are solved in several passes over the calibration tokens, and why."""
     distillation: DistillationPlan | None = None
     """Of training the compressed model as a whole."""
     header_bytes_read: int
@@ -123,8 +128,13 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     what the recipe asks and the model cannot give (a rank above a layer's size, a group size that does not divide a width, an
     override that matches nothing)."""
     check_recipe(job.spec.recipe, source)
-    costed = tuple(_block_plans(job, source))
+    gpu = None if device is None or device.endswith(MEASURED) else device
+    memory = worker_memory(job, gpu)
+    costed = tuple(_block_plans(job, source, None))
     blocks = tuple(block.plan for block in costed)
+    if memory is not None and max(block.peak_bytes for block in blocks) + _held_bytes(job, blocks) > memory.bytes:
+        costed = tuple(_block_plans(job, source, memory.bytes - _held_bytes(job, blocks)))
+        blocks = tuple(block.plan for block in costed)
     calibration = job.spec.calibration
     tokens = calibration.sequences * calibration.sequence_length
     boundary = tokens * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
@@ -133,14 +143,15 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     held = _held_bytes(job, blocks)
     largest = max(blocks, key=lambda block: block.peak_bytes)
     on_gpu = job.spec.resources.gpus_per_worker > 0
-    most, where = largest.peak_bytes + held, f"block {largest.index}, {largest.peak_phase}"
+    passes = f" in {len(largest.passes)} passes over the tokens" if len(largest.passes) > 1 else ""
+    most, where = largest.peak_bytes + held, f"block {largest.index}{passes}, {largest.peak_phase}"
     training = _distillation_plan(job, source)
     if training is not None and training.peak_bytes > most:
         most, where = training.peak_bytes, "distillation"
     peak = most + (0 if on_gpu else PROCESS_BYTES)
     host = PROCESS_BYTES + max(block.host_bytes for block in blocks) if on_gpu else peak
     rates = None if device is None else rates_of(device)
-    timed = on_gpu == (device is not None and not device.endswith(MEASURED))
+    timed = on_gpu == (gpu is not None)
     return Plan(
         name=job.metadata.name,
         model=source.uri,
@@ -163,7 +174,8 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         header_bytes_read=source.checkpoint.bytes_read,
         device=device,
         estimate=None if rates is None or not timed else _estimate(job, source, costed, training, rates),
-        problems=tuple(_misfits(job, most, where, device)),
+        divided=tuple(_divisions(blocks, memory)),
+        problems=tuple(misfits(job, most, where, gpu, memory)),
     )
 
 
@@ -226,15 +238,22 @@ class _Costed:
     arithmetic: Arithmetic
 
 
-def _block_plans(job: CompressionJob, source: ModelSource) -> Iterator[_Costed]:
-    """Of all blocks; of neighbours that are alike, the costs are worked out once."""
+def _block_plans(job: CompressionJob, source: ModelSource, budget: int | None) -> Iterator[_Costed]:
+    """Of all blocks; of neighbours that are alike, the costs are worked out once. budget: bytes of a worker for a task, into
+    which blocks are divided."""
     before: Load | None = None
+    passes: Passes = ()
     for index in range(source.layout.blocks):
         recipe = block_recipe(source, index, job.spec.recipe)
         check_block(source, index, recipe, job.spec.calibration.propagate)
         load = load_of(job, source, index, recipe)
         if load != before:
-            before, found, computed = load, footprint(load), arithmetic(load)
+            before, passes = load, ()
+            whole = found = footprint(load)
+            if budget is not None:
+                passes, found = divided(load, budget)
+            done = replace(load, passes=passes)
+            computed = arithmetic(done)
         plan = BlockPlan(
             index=index,
             parameters=load.parameters,
@@ -248,34 +267,15 @@ def _block_plans(job: CompressionJob, source: ModelSource) -> Iterator[_Costed]:
             peak_phase=found.largest,
             host_bytes=found.host,
             calibrated_bytes=found.weights + found.statistics,
+            passes=passes,
+            undivided_bytes=whole.peak,
             prepare_flops=computed.prepare.total,
             forward_flops=computed.forward.total,
             statistics_flops=computed.statistics.total,
             tune_flops=computed.tune.total,
             solve_flops=computed.solve.total,
         )
-        yield _Costed(plan, before, computed)
-
-
-def _misfits(job: CompressionJob, need: int, where: str, device: str | None) -> list[str]:
-    """What does not fit this machine, for workers without GPUs, or the device that is named. need: bytes of a worker at the
-    peak, where: when that is."""
-    resources = job.spec.resources
-    if device is not None and not device.endswith(MEASURED):
-        available = int(memory_of(device) * min(1.0, resources.gpus_per_worker or 1.0))
-        what = f"{where.partition(',')[0]} needs {_gib(need)} of a GPU: a worker has {_gib(available)} of {device}"
-    elif resources.gpus_per_worker == 0:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        each = PROCESS_BYTES + need
-        need = each * resources.workers
-        what = f"{resources.workers} workers of {_gib(each)} need {_gib(need)}: this machine has {_gib(available)}"
-    else:
-        return []  # nothing is known of a GPU that nobody names
-    return [what] if need > available else []
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"
+        yield _Costed(plan, done, computed)
 
 
 def _artifact_bytes(source: ModelSource, blocks: Sequence[_Costed]) -> int:
@@ -291,3 +291,12 @@ def _artifact_bytes(source: ModelSource, blocks: Sequence[_Costed]) -> int:
 
 def _bytes(source: ModelSource, name: str) -> int:
     return source.checkpoint.entry(name).length
+
+
+def _divisions(blocks: Sequence[BlockPlan], memory: Memory | None) -> Iterator[str]:
+    """Of blocks that are divided, those that are alike together."""
+    for (passes, whole), alike in groupby(blocks, key=lambda block: (len(block.passes), block.undivided_bytes)):
+        if passes > 1 and memory is not None:
+            indices = [block.index for block in alike]
+            name = f"block {indices[0]}" + (f" to {indices[-1]}" if len(indices) > 1 else "")
+            yield f"{name}: {passes} passes over the tokens, because it needs {bytes_text(whole)} at once: {memory.whose}"

@@ -90,6 +90,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet) -> 
     spec, source = job.job.spec, job.source
     recipes: list[BlockRecipe] = [block_recipe(source, index, spec.recipe) for index in range(source.layout.blocks)]
     propagate = spec.calibration.propagate
+    plan = make_plan(job.job, source)
 
     def spec_of(
         index: int,
@@ -106,11 +107,11 @@ def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet) -> 
             original_inputs=original_inputs,
             recipe=recipe,
             propagate=propagate,
+            passes=plan.blocks[index].passes,
         )
 
     budget = None
     if shares := budgeted(recipes):
-        plan = make_plan(job.job, source)
         budget = Budget(
             blocks=shares,
             share=lambda gains: share_out(source, recipes, gains),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
-from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
+from counterweight.workers.calibration.packed import PackedStatistics
+from counterweight.workers.calibration.statistics import Accumulator, Gathering, ShardMoments
 from counterweight.workers.errors import RequestError
 from counterweight.workers.hooks import input_hooks
 from counterweight.workers.models.family import SharedInputGroup, is_expert
@@ -45,13 +46,13 @@ class RunningStatistics:
             self._sums[group].add(shard)
             del shard
 
-    def result(self) -> dict[SharedInputGroup, InputStatistics]:
+    def result(self) -> PackedStatistics:
         """The statistics; nothing can be added after. A non-finite activation is a RequestError that names the group."""
-        statistics = {group: self._sums.pop(group).result() for group in self.gatherings}
-        for group, found in statistics.items():
-            if not all_finite(found.gram):
+        packed = {group: self._sums.pop(group).packed() for group in self.gatherings}
+        for group, found in packed.items():
+            if not all_finite(found.triangles["xx"].entries):
                 raise RequestError(f"the input of {group[0]} is not finite on the calibration tokens")
-        return statistics
+        return PackedStatistics(packed)
 
 
 def run_shards(
@@ -103,5 +104,4 @@ def run_shards(
 
 
 def _accumulator(block: Block, group: SharedInputGroup, gathering: Gathering) -> Accumulator:
-    weight = block.linear(group[0]).weight
-    return Accumulator(weight.shape[1], weight.device, gathering)
+    return Accumulator(block.linear(group[0]).in_features, block.device, gathering)

@@ -69,10 +69,15 @@ class SimulatedPool:
         self._blocks, self._between, self._bytes = blocks, between, bytes
         self._pending: list[tuple[float, int, int, object]] = []
         self._tickets = 0
+        self._idle = list(range(size))
         self._held: list[dict[int, int]] = [{} for _ in range(size)]
         """Of each worker: block -> shards that its sums are over."""
 
+    def idle(self) -> list[int]:
+        return list(self._idle)
+
     def submit(self, worker: int, task: Task[object]) -> int:
+        self._idle.remove(worker)
         steps, value = self._done(worker, task)
         self.steps.update(steps)
         self._tickets += 1
@@ -84,10 +89,8 @@ class SimulatedPool:
         if not self._pending:
             return []
         self.clock, ticket, worker, value = heapq.heappop(self._pending)
+        self._idle.append(worker)
         return [Outcome(ticket, worker, value=value)]
-
-    def restart(self, worker: int) -> None:
-        raise ValueError(f"worker {worker}: simulated workers do not die")
 
     def close(self) -> None:
         """Nothing runs."""

@@ -167,3 +167,25 @@ def test_gpu_kernels() -> None:
     printed = ran("gpu_kernels", "--smoke")
     assert len([line for line in printed.splitlines() if NUMBER.search(line)]) > 5
     assert printed.endswith("it runs\n")
+
+
+def test_the_time_model_is_held_against_a_block() -> None:
+    """In a small form, where what is not modelled (starting threads, Python) weighs most: the order of magnitude."""
+    found = [line.split("  ") for line in ran("time_model", "tiny").splitlines() if line.startswith("tiny  ")]
+    assert [what for _, what, *_ in found] == ["calibrate", "solve and store"]
+    for _, _, predicted, measured, _ in found:
+        assert 0 < float(predicted) < 3 * float(measured)
+
+
+def test_rates_are_measured_for_a_plan(tmp_path: Path) -> None:
+    from counterweight.pipeline.rates import rates_of
+
+    ran("time_model", "--rates", tmp_path / "rates.json")
+    rates = rates_of(str(tmp_path / "rates.json"))
+    assert rates is not None
+    assert rates.products32 > rates.products64 > rates.elementwise
+
+
+def test_plans_of_published_shapes_are_a_table() -> None:
+    printed = ran("plans", "Llama-3-8B")
+    assert len([row for row in rows(printed) if row.startswith("| Llama-3-8B |")]) == 4

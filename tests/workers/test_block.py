@@ -87,7 +87,7 @@ def compressed(
     weights = {name: block.linear(name).weight.detach() for name in recipes}
     linears, reports = compress(
         weights,
-        statistics,
+        dict(statistics),
         recipes,
         scale_dtypes=dict.fromkeys(recipes, dtype),
         factor_dtypes={name: weight.dtype for name, weight in weights.items()},

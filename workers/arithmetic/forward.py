@@ -7,11 +7,10 @@ from dataclasses import replace
 
 from counterweight.workers.arithmetic.preparing import curious, online_flops, scaled
 from counterweight.workers.footprint.load import Group, Load, streams
+from counterweight.workers.matrix_bytes import TRIANGLE_BLOCK
 from counterweight.workers.matrix_flops import NOTHING, Work, gram, product, steps
 from counterweight.workers.methods.tuning import Tuning
-
-STRIP = 128  # TRIANGLE_BLOCK of calibration/statistics.py, which imports torch
-
+from counterweight.workers.models.family import is_expert
 
 STEPS = 4
 """Operations around a linear of a shard: itself, its share of finding an expert's rows, of the product between linears, and of
@@ -23,7 +22,7 @@ def forward(load: Load) -> Work:
     once = run(load, load.tokens)
     work = NOTHING
     for calibration in calibrations(load):
-        work += once * passes(calibration)
+        work += once * passes(calibration) + again(calibration)
         if curious(calibration):
             work += run(load, min(load.shard, load.tokens))
     if (options := tunes(load)) is not None:
@@ -72,6 +71,16 @@ def passes(load: Load) -> int:
     return 1 + load.paired + (kept and scaled(load))
 
 
+def again(load: Load) -> Work:
+    """The passes behind the first, where linears are solved in several: only the experts run that are solved after them."""
+    work = NOTHING
+    for one in load.by_pass()[1:]:
+        groups = [group for group in one.groups if group.recipe or not is_expert(next(iter(group.linears)))]
+        paired = one.paired and any(group.recipe and group.share == 1 for group in groups)
+        work += run(replace(one, groups=groups), one.tokens) * (1 + paired)
+    return work
+
+
 def tunes(load: Load) -> Tuning | None:
     """How codes are trained; None where they are not."""
     return next((part.tuning for group in load.groups for part in group.recipe.values() if part.tuning), None)
@@ -111,6 +120,6 @@ def _moments(load: Load, group: Group) -> Work:
     part = next(iter(group.recipe.values()))
     quantized = NOTHING if part.activations is None else part.activations.quantize_flops(tokens * group.width)
     # Of each product of a shard: zeros, the product, and its strips added to the sum.
-    launched = steps(load.shards * (count + pairs) * (2 + -(-group.width // STRIP)))
-    triangles = gram(tokens, group.width, STRIP) * count
+    launched = steps(load.shards * (count + pairs) * (2 + -(-group.width // TRIANGLE_BLOCK)))
+    triangles = gram(tokens, group.width, TRIANGLE_BLOCK) * count
     return triangles + product(group.width, tokens, group.width) * pairs + quantized + launched

@@ -12,7 +12,7 @@ has its own input statistics, its own grid and its own low-rank branch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.errors import CheckpointError, UnsupportedModelError
 from counterweight.workers.models.config import parse_config
-from counterweight.workers.models.experts import GatedProduct, LinearExperts, SortedExperts
+from counterweight.workers.models.experts import GatedProduct, LinearExperts, SeparateExperts, SortedExperts
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import ModelFamily, SharedInputGroup
 from counterweight.workers.models.layout import BlockLayout, ModelLayout
@@ -255,6 +255,20 @@ class Block:
         """The modules of separate experts that are given the routing, by name; at most one."""
         return [(name, module) for name, module in self.layer.named_modules() if isinstance(module, LinearExperts)]
 
+    @contextmanager
+    def asking(self, linears: Iterable[str]) -> Iterator[None]:
+        """While it is open, experts with none of these linears are not run: what enters the others stays the same, the block's
+        output does not."""
+        names = [name.rsplit(".", 2)[:2] for name in linears]
+        modules = [(name, one) for name, one in self.layer.named_modules() if isinstance(one, SeparateExperts)]
+        for place, module in modules:
+            module.asked = frozenset(int(expert) for parent, expert in names if parent == place)
+        try:
+            yield
+        finally:
+            for _, module in modules:
+                module.asked = None
+
     def transform_input(self, name: str, transform: Hadamard) -> None:
         """Transforms what enters the linear `name`, for everyone who looks at its input later."""
         self.transforms[name] = transform
@@ -268,6 +282,12 @@ class Block:
         """A copy that shares every tensor but has its own modules, so that another thread can hook and run it."""
         shared = [*self._base.parameters(), *self._base.buffers()]
         return Block(copy.deepcopy(self._base, {id(tensor): tensor for tensor in shared}), self.groups, self.transforms)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        frequencies: Tensor = next(self._base.rotary_emb.buffers())
+        return frequencies.device
 
     @property
     def model_type(self) -> str:
