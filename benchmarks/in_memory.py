@@ -24,8 +24,7 @@ from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.metrics import kl, perplexity
 from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.family import SharedInputGroup
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
-from counterweight.workers.models.source import outside
+from counterweight.workers.models.source import head_of, outside
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.prepare import prepare
 from counterweight.workers.recipe import Recipe
@@ -107,12 +106,12 @@ class Simulated(nn.Module):
 def opened(uri: str, recipe: Recipe, calibration: str, tests: Sequence[str], size: Size) -> Model:
     """A dense model, with what enters its linears on the `calibration` text and on the first of the `tests`, all URIs."""
     source = open_model(uri)
-    builder, rotation = BlockBuilder(source.checkpoint.config), recipe.rotation
+    builder, rotation = BlockBuilder(source.checkpoint.config, frozenset(source.checkpoint.names)), recipe.rotation
     if rotation is None:
         raise ValueError("recipe: no rotation: expected one")
     tensors = {name: tensor.float() for name, tensor in outside(source.checkpoint, builder).items()}
-    embed = builder.embedding(rotation.embedding(tensors[EMBEDDING]), CPU, torch.float32)
-    ends = rotation.outside({name: tensors[name] for name in (NORM, LM_HEAD)}, builder.family.norm_offset)[0]
+    embed = builder.embedding(rotation.embedding(tensors[builder.names.embedding]), CPU, torch.float32)
+    ends = rotation.outside(head_of(tensors, builder.names), builder.layout)[0]
     cuts = [(calibration, size.sequences), *((text, size.windows) for text in tests)]
     seen, *tokens = (batches(source, text, size.length, count) for text, count in cuts)
     with torch.no_grad():
@@ -143,7 +142,7 @@ def staged(
     source: ModelSource, recipe: Recipe, rotation: Rotation, seen: list[Tensor], unseen: list[Tensor]
 ) -> list[Stage]:
     """Every block, rotated and smoothed, with what enters its linears. seen, unseen: hidden states behind the embedding."""
-    builder = BlockBuilder(source.checkpoint.config)
+    builder = BlockBuilder(source.checkpoint.config, frozenset(source.checkpoint.names))
     heads, values = builder.config.num_attention_heads, builder.config.num_key_value_heads
     stages = []
     for index in range(builder.blocks):

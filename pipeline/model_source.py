@@ -12,7 +12,8 @@ from typing import Any
 
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.errors import CheckpointError, RequestError, StorageError
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, ModelLayout
+from counterweight.workers.models.families import family_of
+from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.storage import ObjectStore, open_store
 
 HUB = "hf:"
@@ -37,8 +38,8 @@ class ModelSource:
     @cached_property
     def dropped(self) -> Mapping[str, str]:
         """Tensors that the artifact leaves out -> why."""
-        reasons = {name: f"scales of {weight}, decoded with it" for name, weight in self.checkpoint.scales.items()}
-        for name in (*self.checkpoint.names, *self.checkpoint.scales):
+        reasons = dict(self.checkpoint.parts)
+        for name in (*self.checkpoint.names, *self.checkpoint.parts):
             if IGNORED.fullmatch(name):
                 reasons[name] = "follows from the config"
             elif self.layout.predicts_further(name):
@@ -49,6 +50,11 @@ class ModelSource:
     def tensors(self) -> tuple[str, ...]:
         """Tensors that count."""
         return tuple(name for name in self.checkpoint.names if name not in self.dropped)
+
+    @cached_property
+    def beside(self) -> tuple[str, ...]:
+        """Those of what a multimodal model has beside its text model, in whatever shape and dtype they are."""
+        return tuple(name for name in self.tensors if self.layout.is_beside(name))
 
     def block_tensors(self, index: int) -> tuple[str, ...]:
         """Tensors that block `index` is made from."""
@@ -75,14 +81,17 @@ def tokenizer_of(store: ObjectStore) -> bytes | None:
     return store.read(TOKENIZER) if store.exists(TOKENIZER) else None
 
 
-def describe(config: Mapping[str, Any]) -> ModelLayout:
-    """The layout of the model with this config.json; takes transformers, which is a second to import."""
+def describe(config: Mapping[str, Any], stored: frozenset[str]) -> ModelLayout:
+    """The layout of the model with this config.json; takes transformers, which is a second to import. stored: as for
+    `BlockBuilder`."""
     from counterweight.workers.models.block_builder import BlockBuilder
 
-    return BlockBuilder(config).layout
+    return BlockBuilder(config, stored).layout
 
 
-def open_model(uri: str, describe: Callable[[Mapping[str, Any]], ModelLayout] = describe) -> ModelSource:
+def open_model(
+    uri: str, describe: Callable[[Mapping[str, Any], frozenset[str]], ModelLayout] = describe
+) -> ModelSource:
     """Opens `file:`, `s3:` or `hf:` (a hub repository, downloaded to the local cache first) and checks the checkpoint
     against its architecture.
 
@@ -92,19 +101,21 @@ def open_model(uri: str, describe: Callable[[Mapping[str, Any]], ModelLayout] = 
     root = resolve(uri)
     store = open_store(root)
     checkpoint = Checkpoint.open(store)
-    layout = describe(checkpoint.config)
+    ends = family_of(checkpoint.config.get("model_type")).ends
+    layout = describe(checkpoint.config, ends.intersection(checkpoint.names))
     source = ModelSource(root, store, checkpoint, layout)
     # A tied model's head may be stored or not; when it is, `inventory` compares it with the embedding.
-    optional = [*source.dropped, *([LM_HEAD] if layout.tied else [])]
+    optional = [*source.dropped, *source.beside, *([layout.names.head] if layout.tied else [])]
     checkpoint.expect(layout.expected(checkpoint.names), optional=optional)
     return source
 
 
 def check_stored_head(source: ModelSource, digests: Mapping[str, str]) -> None:
     """A tied model whose stored head is not its embedding is not tied: CheckpointError."""
-    if source.layout.tied and LM_HEAD in digests and digests[LM_HEAD] != digests[EMBEDDING]:
+    head, embedding = source.layout.names.head, source.layout.names.embedding
+    if source.layout.tied and head in digests and digests[head] != digests[embedding]:
         raise CheckpointError(
-            f"{source.uri}: config.json: tie_word_embeddings: true: but {LM_HEAD} differs from {EMBEDDING}"
+            f"{source.uri}: config.json: tie_word_embeddings: true: but {head} differs from {embedding}"
         )
 
 

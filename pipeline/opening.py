@@ -48,11 +48,14 @@ def open_job(job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool
         if not sampled:
             read.append(read_tokens(job, tokenizer_of(open_store(root))))
 
-    def describe(config: Mapping[str, object]) -> ModelLayout:
-        (layout,) = dispatcher.run_all([Describe(config)], meanwhile=read_texts)
+    def describe(config: Mapping[str, object], stored: frozenset[str]) -> ModelLayout:
+        (layout,) = dispatcher.run_all([Describe(config, stored)], meanwhile=read_texts)
         return layout
 
     source = open_model(root, describe)
+    if source.checkpoint.asks_for_code:
+        model_type = source.layout.model_type
+        log.note(f"config.json: auto_map: code of the repository is never run; transformers' own runs {model_type}")
     plan = make_plan(job, source)
     # Of workers elsewhere nothing is known but what the manifest says.
     if plan.problems and (here or job.spec.resources.memory_per_worker is not None):

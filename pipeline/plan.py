@@ -25,7 +25,6 @@ from counterweight.workers.footprint.distillation import Texts, trained_paramete
 from counterweight.workers.footprint.division import Passes, divided
 from counterweight.workers.footprint.load import factors, packed
 from counterweight.workers.held_blocks import HOLD_BYTES
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.tasks.setting import ITEMSIZE
 
@@ -281,7 +280,8 @@ def _block_plans(job: CompressionJob, source: ModelSource, budget: int | None) -
 
 def _artifact_bytes(source: ModelSource, blocks: Sequence[_Costed]) -> int:
     """Of codes, scales, branches and everything that is kept."""
-    total = sum(_bytes(source, name) for name in (EMBEDDING, NORM, LM_HEAD) if name in source.tensors)
+    ends = source.layout.family.ends.intersection(source.tensors)
+    total = sum(_bytes(source, name) for name in (*ends, *source.beside))
     for block in blocks:
         groups = block.load.groups
         quantized = sum(prod(group.linears[name]) for group in groups for name in group.recipe)

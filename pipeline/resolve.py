@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.residual_tuner import afford
-from counterweight.workers.errors import ManifestError
+from counterweight.workers.errors import CheckpointError, ManifestError
 from counterweight.workers.recipe import ModuleRecipe, Recipe
 
 
@@ -81,6 +81,23 @@ def _check_rotation(recipe: Recipe, source: ModelSource) -> None:
     problem = recipe.rotation.problem(layout.family, layout.model_type)
     if problem is not None:
         raise ManifestError(f"spec.recipe.transforms: {problem}")
+    if recipe.rotation.residual and layout.family.wrapper is not None:
+        _check_projector(source, layout.family.wrapper.writes)
+
+
+def _check_projector(source: ModelSource, writers: tuple[str, ...]) -> None:
+    """CheckpointError where what writes the stream beside the text model cannot be rotated with it."""
+    entries = [source.checkpoint.entry(name) for name in source.beside if source.layout.writes_beside(name)]
+    if not entries and source.beside:
+        raise CheckpointError(
+            f"{source.uri}: no weight of {', '.join(writers)}: expected it, to be rotated with the text model"
+        )
+    for entry in entries:
+        if not entry.dtype.is_floating_point or entry.shape[:1] != (source.layout.hidden_size,):
+            raise CheckpointError(
+                f"{source.uri}: {entry.file}: tensor {entry.name}: {entry.dtype} of shape {list(entry.shape)}: "
+                f"expected floats with {source.layout.hidden_size} rows, to be rotated with the text model"
+            )
 
 
 def _check_overrides(recipe: Recipe, source: ModelSource) -> None:

@@ -28,7 +28,6 @@ from counterweight.workers.interchange.peft import factor_names, read_branch
 from counterweight.workers.interchange.residual_store import RESIDUAL, read_residual, residual_names
 from counterweight.workers.ledger import ADAPTER, LEDGER, RESIDUAL_STORE, Ledger
 from counterweight.workers.models.block_builder import Block, BlockBuilder
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.storage import ObjectStore
 
 
@@ -41,14 +40,17 @@ class CompressedModel:
     def __init__(
         self, checkpoint: Checkpoint, adapter: Checkpoint | None, residual: Checkpoint | None, ledger: Ledger
     ) -> None:
-        self.builder = BlockBuilder(source_config(checkpoint.config))
+        self.builder = BlockBuilder(source_config(checkpoint.config), frozenset(checkpoint.names))
         self.ledger = ledger
         self._checkpoint, self._residual = checkpoint, residual
         parts = [part for part in (adapter, residual) if part is not None]
         self._file_of = {name: part for part in parts for name in part.names}
-        forms = ledger.formats
+        forms, layout = ledger.formats, self.builder.layout
         factors = {
-            name for module, form in forms.items() if form.rank for name in factor_names(module, form.factor_bits)
+            name
+            for module, form in forms.items()
+            if form.rank
+            for name in factor_names(layout.stock_name(module), form.factor_bits)
         }
         residuals = {name for module, form in forms.items() for name in residual_names(module, form)}
         stored = set(checkpoint.names)
@@ -93,11 +95,13 @@ class CompressedModel:
 
     def embedding(self) -> Tensor:
         """The embedding [vocabulary, hidden]."""
-        return self._read(EMBEDDING)
+        return self._read(self.builder.names.embedding)
 
     def head(self) -> dict[str, Tensor]:
         """Final norm and lm_head (of a tied model: the embedding)."""
-        return {NORM: self._read(NORM), LM_HEAD: self._read(EMBEDDING if self.builder.tied else LM_HEAD)}
+        names = self.builder.names
+        head = names.embedding if self.builder.tied else names.head
+        return {names.norm: self._read(names.norm), names.head: self._read(head)}
 
     def _read(self, name: str) -> Tensor:
         return self._checkpoint.read(name, sha256=self._digest(name))
@@ -130,7 +134,7 @@ def read_block(
         module = stored.removesuffix(".weight")
         form = formats.get(module)
         if form is not None and parameter.endswith(".weight"):
-            linear = _linear(module, form, read, device)
+            linear = _linear(module, form, read, device, branch_of=builder.layout.stock_name(module))
             _expect_shape(module, linear.weight.shape, shape)
             linears[parameter.removesuffix(".weight")] = linear
         else:
@@ -144,11 +148,14 @@ def _linear(
     form: ModuleFormat,
     read: Callable[[Sequence[str]], Mapping[str, Tensor]],
     device: torch.device,
+    *,
+    branch_of: str,
 ) -> CompressedLinear:
+    """branch_of: what the adapter calls the module."""
     weight = read_weight(read(weight_names(module, form)), module, form)
     branch = None
     if form.rank:
-        branch = read_branch(read(factor_names(module, form.factor_bits)), module, form, weight.shape)
+        branch = read_branch(read(factor_names(branch_of, form.factor_bits)), branch_of, form, weight.shape)
     residual = None
     if form.residual is not None:
         residual = read_residual(read(residual_names(module, form)), module, form, weight.shape)

@@ -19,7 +19,6 @@ from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.rates import Rates
 from counterweight.pipeline.validate import shares
 from counterweight.workers.matrix_flops import Work, elementwise, product
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.setting import ITEMSIZE, shard_sequences
 from counterweight.workers.workspace import Blob
@@ -53,7 +52,8 @@ class Costs:
     @property
     def outside(self) -> tuple[str, ...]:
         """Tensors outside the blocks."""
-        return tuple(name for name in (EMBEDDING, NORM, LM_HEAD) if name in self.source.tensors)
+        ends = self.source.layout.family.ends
+        return tuple(name for name in self.source.tensors if name in ends or self.source.layout.is_beside(name))
 
     def bytes_of(self, name: str) -> int:
         """Of a source tensor."""
@@ -117,7 +117,7 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> None:
         * costs.source.layout.hidden_size
         * ITEMSIZE[calibration.compute_dtype]
     )
-    table = costs.bytes_of(EMBEDDING)
+    table = costs.bytes_of(costs.source.layout.names.embedding)
     embed = Simulated(
         "embedding",
         {"embed": rates.received(table) + rates.moved(table + hidden) + rates.sent(hidden)},

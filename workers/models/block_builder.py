@@ -27,27 +27,35 @@ from counterweight.workers.models.config import parse_config
 from counterweight.workers.models.experts import GatedProduct, LinearExperts, SeparateExperts, SortedExperts
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import ModelFamily, SharedInputGroup
-from counterweight.workers.models.layout import LM_HEAD, NORM, BlockLayout, ModelLayout
+from counterweight.workers.models.layout import BlockLayout, ModelLayout
+from counterweight.workers.models.wrapper import TextNames
 
 
 class BlockBuilder:
-    """Builds the parts of one model from its config.json alone; holds no weights.
+    """Builds the parts of one model from its config.json; holds no weights.
+
+    stored: names of the checkpoint's tensors, of which those outside the blocks count: what its parts are called, and whether
+    there is a head where the config leaves that open. config: of a multimodal model, that of its text model.
 
     Raises UnsupportedModelError for an unknown family or an impossible configuration.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], stored: Container[str] = ()) -> None:
         self.family: ModelFamily = family_of(config.get("model_type"))
-        self.config = parse_config(config)
+        self.names: TextNames = self.family.names_among(stored)
+        self.config = parse_config(config, headless=self.names.head not in stored)
+        self.model_type: str = self.family.known_as or str(config["model_type"])
         self.config._attn_implementation = "eager" if self.family.eager_attention else "sdpa"
         self.blocks: int = self.config.num_hidden_layers
         self.hidden_size: int = self.config.hidden_size
         self.vocabulary: int = self.config.vocab_size
         self.tied: bool = bool(self.config.tie_word_embeddings)
         self.experts: int = 0
+        self.active_experts: int = 0
         self._layer_classes: dict[str, type[nn.Module]] = {}
         if self.family.experts is not None:
             self.experts = int(getattr(self.config, self.family.experts.count_key))
+            self.active_experts = int(getattr(self.config, self.family.experts.active_key))
         shell = self._causal(_with_layers(self.config, []))  # what cannot be built is refused now, not by a worker
         self._check_rotary(shell.model.rotary_emb)
 
@@ -84,11 +92,14 @@ class BlockBuilder:
                 layouts.append(self._layout(self._unfused(layer)))
             kind_of.append(kinds[kind])
         return ModelLayout(
-            model_type=self.config.model_type,
+            model_type=self.model_type,
+            names=self.names,
             hidden_size=self.hidden_size,
+            heads=int(self.config.num_attention_heads),
             vocabulary=self.vocabulary,
             tied=self.tied,
             experts=self.experts,
+            active_experts=self.active_experts,
             kinds=tuple(layouts),
             kind_of=tuple(kind_of),
             prediction_layers=0 if predicting is None else int(getattr(self.config, predicting) or 0),
@@ -169,10 +180,10 @@ class BlockBuilder:
     def head(self, parameters: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:
         """hidden states [batch, length, hidden] -> logits [batch, length, vocabulary], in `dtype`; gradients are of the former.
 
-        parameters: `model.norm.weight`, and `lm_head.weight` (of a tied model: the embedding).
+        parameters: the final norm and the lm_head (of a tied model: the embedding), by their names in `names`.
         """
         model = self._causal(_with_layers(self.config, []))
-        _fill_head(model, parameters, device, dtype)
+        self._fill_head(model, parameters, device, dtype)
         model.model.rotary_emb = _rotary(model.model, self.config, device)
         return _Head(model).eval().requires_grad_(False)
 
@@ -184,11 +195,17 @@ class BlockBuilder:
         model = self._causal(_with_layers(self.config, list(range(self.blocks))))
         model.model.layers = nn.ModuleList()
         _filled_embedding(model.model.embed_tokens, embedding.to(device, dtype))
-        _fill_head(model, head, device, dtype)
+        self._fill_head(model, head, device, dtype)
         if self.tied:
             model.lm_head.weight = model.model.embed_tokens.weight
         model.model.rotary_emb = _rotary(model.model, self.config, device)
         return model
+
+    def _fill_head(
+        self, model: PreTrainedModel, parameters: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        for module, name in ((model.model.norm, self.names.norm), (model.lm_head, self.names.head)):
+            module.load_state_dict({"weight": parameters[name].to(device, dtype)}, assign=True)
 
     def _causal(self, config: PreTrainedConfig) -> PreTrainedModel:
         with _building("the model around the blocks"):
@@ -344,13 +361,6 @@ def _filled_embedding(module: nn.Module, weight: Tensor) -> nn.Module:
     if isinstance(getattr(module, "embed_scale", None), Tensor):
         module.embed_scale = torch.tensor(module.scalar_embed_scale, device=weight.device)
     return module.eval()
-
-
-def _fill_head(
-    model: PreTrainedModel, parameters: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
-) -> None:
-    model.model.norm.load_state_dict({"weight": parameters[NORM].to(device, dtype)}, assign=True)
-    model.lm_head.load_state_dict({"weight": parameters[LM_HEAD].to(device, dtype)}, assign=True)
 
 
 def _rotary(base: Any, config: PreTrainedConfig, device: torch.device) -> nn.Module:
