@@ -41,7 +41,7 @@ def pull(uri: str, destination: Path, done: Callable[[str, int], None] = lambda 
     if local.exists(DOCUMENT) and local.read(DOCUMENT) != text:
         local.delete(DOCUMENT)  # another artifact's: from now on its files are being replaced
     for path, entry in sorted(document.files.items()):
-        fetch(store, path, destination / path, size=entry.size, sha256=entry.sha256)
+        fetch(store, path, destination / path, size=entry.size, sha256=entry.sha256, root=destination)
         done(path, entry.size)
     local.write(DOCUMENT, text)
     return document
