@@ -10,8 +10,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from counterweight.workers.calibration.encoder import MAX_TOKENIZER_BYTES
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.errors import CheckpointError, RequestError, StorageError
+from counterweight.workers.models.config_values import check_layers
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, ModelLayout
 from counterweight.workers.storage import ObjectStore, open_store
 
@@ -67,7 +69,7 @@ class ModelSource:
 
 def tokenizer_of(store: ObjectStore) -> bytes | None:
     """tokenizer.json of the checkpoint in this store, or None."""
-    return store.read(TOKENIZER) if store.exists(TOKENIZER) else None
+    return store.read_bounded(TOKENIZER, MAX_TOKENIZER_BYTES) if store.exists(TOKENIZER) else None
 
 
 def describe(config: Mapping[str, Any]) -> ModelLayout:
@@ -87,6 +89,7 @@ def open_model(uri: str, describe: Callable[[Mapping[str, Any]], ModelLayout] = 
     root = resolve(uri)
     store = open_store(root)
     checkpoint = Checkpoint.open(store)
+    check_layers(checkpoint.config, (*checkpoint.names, *checkpoint.scales))
     layout = describe(checkpoint.config)
     source = ModelSource(root, store, checkpoint, layout)
     # A tied model's head may be stored or not; when it is, `inventory` compares it with the embedding.

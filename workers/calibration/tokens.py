@@ -75,7 +75,9 @@ def token_set(
         ids = _prepared(source, length, sequences, field)
     else:
         with encoder(tokenizer, field) as running:
-            found = windows(source, running, length=length, sequences=sequences, sampling=sampling, seed=seed, field=field)
+            found = windows(
+                source, running, length=length, sequences=sequences, sampling=sampling, seed=seed, field=field
+            )
         ids = as_tensor(found)
     return checked(ids, field)
 

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from counterweight.workers.errors import CheckpointError
+from counterweight.workers.models.config_values import check_values
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import ModelFamily
 
@@ -49,6 +50,7 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
 
     CheckpointError for sizes out of bounds, for what transformers refuses, and for what it builds but cannot run.
     """
+    check_values(config)
     family = family_of(config.get("model_type"))
     model_type = family.known_as or str(config["model_type"])
     _sizes(family, config.get)

@@ -29,7 +29,9 @@ def text(size: int, seed: int = 0) -> str:
     length = 0
     while length < size:
         start = draw.randrange(len(PROSE) - 400)
-        piece = PROSE[start : start + draw.randrange(400)] + draw.choice(["", "\n\n\n", "    ", "é漢😀", "\t \n", "e\u0301"])
+        piece = PROSE[start : start + draw.randrange(400)] + draw.choice(
+            ["", "\n\n\n", "    ", "é漢😀", "\t \n", "e\u0301"]
+        )
         found.append(piece)
         length += len(piece)
     return "".join(found)
@@ -61,7 +63,9 @@ def without_words() -> Tokenizer:
         ],
     }
     tokenizer = Tokenizer.from_str(json.dumps(found))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     return tokenizer
 
 
@@ -110,7 +114,10 @@ def test_pieces_have_the_tokens_of_the_whole(kind: str, seed: int) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(8_000, 30_000), st.lists(st.sampled_from(["\n", " ", "a", "\n\n", "é", "\u0301", "'s", "1"]), max_size=40))
+@given(
+    st.integers(8_000, 30_000),
+    st.lists(st.sampled_from(["\n", " ", "a", "\n\n", "é", "\u0301", "'s", "1"]), max_size=40),
+)
 def test_wherever_the_cut_is_and_whatever_is_there(cut: int, there: list[str]) -> None:
     tokenizer, base = byte_level(), text(40_000)
     whole = base[:cut] + "".join(there) + base[cut:]
@@ -157,7 +164,12 @@ def model(kind: str, **fields: Any) -> dict[str, Any]:
 
 
 EXPANDING = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 200_000}
-BACKTRACKING = {"type": "Split", "pattern": {"Regex": "(([a-z])+.)+[A-Z]([a-z])+$"}, "behavior": "Isolated", "invert": False}
+BACKTRACKING = {
+    "type": "Split",
+    "pattern": {"Regex": "(([a-z])+.)+[A-Z]([a-z])+$"},
+    "behavior": "Isolated",
+    "invert": False,
+}
 GHOST = {
     "type": "TemplateProcessing",
     "single": [{"SpecialToken": {"id": "ghost", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -169,7 +181,9 @@ HOSTILE: dict[str, bytes] = {
     "empty": b"{}",
     "words without unk": tokenizer_json(model=model("WordLevel", vocab={"a": 0}, unk_token="<none>")),
     "pieces without unk": tokenizer_json(
-        model=model("WordPiece", vocab={"a": 0}, unk_token="<none>", continuing_subword_prefix="#", max_input_chars_per_word=9)
+        model=model(
+            "WordPiece", vocab={"a": 0}, unk_token="<none>", continuing_subword_prefix="#", max_input_chars_per_word=9
+        )
     ),
     "unigram without unk": tokenizer_json(model=model("Unigram", vocab=[["a", 0.0]], unk_id=None, byte_fallback=False)),
     "a template's ghost": tokenizer_json(post_processor=GHOST),
@@ -210,5 +224,3 @@ def test_the_process_ends_with_its_owner() -> None:
     running.close()
     with pytest.raises(Exception, match=r"exit code|closed"):
         running.ids(lambda: iter(["abc"]), None, "field")
-
-
