@@ -40,6 +40,9 @@ ArtifactUri = Annotated[
 INTERRUPTED = 130
 """Exit code of a command that a SIGINT ended, as shells have it."""
 
+DEFECT = 70
+"""Exit code for an error that nobody raised on purpose (EX_SOFTWARE of sysexits.h)."""
+
 SHOWN = 20
 """Unknown objects that `prune` names; with --json it names all."""
 
@@ -233,7 +236,8 @@ def schema() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0 done; 2 the request is wrong; 3 a gate failed; 4 the surroundings
-    failed and a retry makes sense; 130 interrupted. Errors are lines on stderr, without a traceback."""
+    failed and a retry makes sense; 70 a defect of ours; 130 interrupted. Errors are lines on stderr, without a traceback: that
+    of a defect is in a file that the line names."""
     from counterweight.workers.errors import CounterweightError
 
     try:
@@ -249,6 +253,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # noqa: BLE001  the last net: a panic of a library in Rust is no Exception
+        from counterweight.pipeline.crash import report_crash
+
+        typer.echo(f"error: {report_crash(error, sys.argv[1:] if arguments is None else arguments)}", err=True)
+        return DEFECT
     if code == INTERRUPTED:  # some versions of typer return it, others raise
         typer.echo("interrupted: finished blocks are kept; run the same command again to resume", err=True)
     return code if isinstance(code, int) else 0
