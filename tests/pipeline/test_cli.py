@@ -258,7 +258,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     ),
     "config with more layers": (
         lambda model: edit_config(model, num_hidden_layers=3),
-        ["'model.layers.2.mlp.up_proj.weight': missing"],
+        ["config.json: num_hidden_layers: 3: the checkpoint has tensors of 2 layers"],
     ),
     "config with fewer layers": (
         lambda model: edit_config(model, num_hidden_layers=1),
