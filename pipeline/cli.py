@@ -100,8 +100,11 @@ def plan(
     job = load_manifest(manifest, overrides).job
     from counterweight.pipeline.model_source import open_model
     from counterweight.pipeline.plan import make_plan
+    from counterweight.pipeline.preflight import check_apart
 
-    made = make_plan(job, open_model(job.spec.model.uri), device)
+    source = open_model(job.spec.model.uri)
+    check_apart(job.spec.output.uri, source.uri)
+    made = make_plan(job, source, device)
     unknown = job.spec.resources.gpus_per_worker > 0 and device is None
     fits = "not known: name the workers' GPU with --device" if unknown else "nothing"
     if as_json:

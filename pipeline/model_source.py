@@ -7,24 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import Any
 
-from counterweight.workers.calibration.encoder import MAX_TOKENIZER_BYTES
+from counterweight.pipeline.model_files import resolve, tokenizer_of
 from counterweight.workers.checkpoint.reader import Checkpoint
-from counterweight.workers.errors import CheckpointError, RequestError, StorageError
+from counterweight.workers.errors import CheckpointError
 from counterweight.workers.models.config_values import check_layers
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, ModelLayout
 from counterweight.workers.storage import ObjectStore, open_store
 
-HUB = "hf:"
-TOKENIZER = "tokenizer.json"
-
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors that old exports hold and no model needs: the frequencies follow from the config."""
-
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
-"""What a snapshot of a hub repository consists of; never pickles, never code."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +60,6 @@ class ModelSource:
         return tokenizer_of(self.store)
 
 
-def tokenizer_of(store: ObjectStore) -> bytes | None:
-    """tokenizer.json of the checkpoint in this store, or None."""
-    return store.read_bounded(TOKENIZER, MAX_TOKENIZER_BYTES) if store.exists(TOKENIZER) else None
-
-
 def describe(config: Mapping[str, Any]) -> ModelLayout:
     """The layout of the model with this config.json; takes transformers, which is a second to import."""
     from counterweight.workers.models.block_builder import BlockBuilder
@@ -104,27 +92,3 @@ def check_stored_head(source: ModelSource, digests: Mapping[str, str]) -> None:
         raise CheckpointError(
             f"{source.uri}: config.json: tie_word_embeddings: true: but {LM_HEAD} differs from {EMBEDDING}"
         )
-
-
-def resolve(uri: str) -> str:
-    """Where the checkpoint lies that `uri` names; a hub repository is downloaded first. RequestError, StorageError."""
-    return _snapshot(uri) if uri.startswith(HUB) else uri
-
-
-def _snapshot(uri: str) -> str:
-    from huggingface_hub import errors, snapshot_download
-
-    name, _, revision = uri.removeprefix(HUB).removeprefix("//").partition("@")
-    try:
-        path = snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES)
-    except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        # A gated repository that we may not read is one that is not found.
-        raise RequestError(_line(uri, error)) from error
-    except OSError as error:  # what the hub answers, a cache without it, a disk that is full
-        raise StorageError(_line(uri, error)) from error
-    return Path(path).resolve().as_uri()
-
-
-def _line(uri: str, error: Exception) -> str:
-    """What the hub's client says, which may be a page, on one line."""
-    return f"spec.model.uri: {uri}: {' '.join(str(error).split())}"

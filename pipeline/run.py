@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from counterweight.pipeline.events import EventLog
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.pool import PoolSize, RayPool, cluster, threads_per_worker
+from counterweight.pipeline.preflight import look
 from counterweight.workers.errors import WorkerError
 from counterweight.workers.process import importing
 
@@ -25,6 +26,7 @@ def run_job(job: CompressionJob, progress: Progress, *, address: str | None = No
     SurroundingsError; nothing is published then.
     """
     size = pool_size(job, address)
+    ready = look(job)  # what is wrong with a model or a text is known before anything is started for it
     with EventLog(progress) as log, cluster(address, size):
         pool = RayPool(size)
         try:
@@ -33,7 +35,7 @@ def run_job(job: CompressionJob, progress: Progress, *, address: str | None = No
             with importing():
                 from counterweight.pipeline.opening import open_job
                 from counterweight.pipeline.orchestrator import Orchestrator
-            source, tokens = open_job(job, pool, log, here=_embedded(address))
+            source, tokens = open_job(job, pool, log, here=_embedded(address), ready=ready)
             device = _device(pool.devices(), size.device, log)
             return Orchestrator(job, source, tokens, pool, device, log).run()
         finally:

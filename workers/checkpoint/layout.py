@@ -12,14 +12,16 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from counterweight.workers.checkpoint.block_scaled import BlockScaling
-from counterweight.workers.checkpoint.header import MAX_TENSORS
+from counterweight.workers.checkpoint.limits import MAX_TENSORS
 from counterweight.workers.checkpoint.refusal import refusal, show
 from counterweight.workers.checkpoint.strict_json import parse_object
 from counterweight.workers.errors import CheckpointError, ObjectNotFoundError
 from counterweight.workers.storage import ObjectStore
+
+if TYPE_CHECKING:
+    from counterweight.workers.checkpoint.block_scaled import BlockScaling
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -92,6 +94,10 @@ def read_layout(store: ObjectStore, *, quantized: bool = False) -> Layout:
 
 
 def _scaling(config: Mapping[str, Any]) -> BlockScaling | None:
+    if "quantization_config" not in config:
+        return None
+    from counterweight.workers.checkpoint.block_scaled import BlockScaling  # torch, which a first look does without
+
     try:
         return BlockScaling.of(config)
     except CheckpointError as error:
