@@ -88,6 +88,9 @@ def _rows(source: DatasetSource, field: str) -> Any:
 
     if Path(source.path).exists() and not (Path(source.path).is_file() or Path(source.path).is_dir()):
         raise RequestError(f"{field}: dataset {source.path!r}: expected a folder or a regular file")
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is ours to say, in one line
+    datasets.disable_progress_bars()
     builder = FILES.get(Path(source.path).suffix) if Path(source.path).is_file() else None
     try:
         if builder is not None:
@@ -97,6 +100,8 @@ def _rows(source: DatasetSource, field: str) -> Any:
     except Exception as error:  # readers of five formats have errors of their own
         said = " ".join(f"{error} {error.__cause__ or ''}".split())[:500]
         raise RequestError(f"{field}: dataset {source.path!r}: {said}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
     if source.column not in rows.column_names:
         columns = ", ".join(rows.column_names)
         raise RequestError(f"{field}.column: {source.column!r}: expected one of {columns}")
