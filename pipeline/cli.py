@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from counterweight.pipeline.signals import terminable
 from counterweight.pipeline.units import bytes_text
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ ArtifactUri = Annotated[
 ]
 
 
-INTERRUPTED = 130
-"""Exit code of a command that a SIGINT ended, as shells have it."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of a command that a SIGINT or SIGTERM ended, as shells have them."""
 
 DEFECT = 70
 """Exit code for an error that nobody raised on purpose (EX_SOFTWARE of sysexits.h)."""
@@ -239,32 +240,34 @@ def schema() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0 done; 2 the request is wrong; 3 a gate failed; 4 the surroundings
-    failed and a retry makes sense; 70 a defect of ours; 130 interrupted. Errors are lines on stderr, without a traceback: that
-    of a defect is in a file that the line names."""
+    failed and a retry makes sense; 70 a defect of ours; 130 interrupted, 143 terminated. Errors are lines on stderr, without a
+    traceback: that of a defect is in a file that the line names."""
     from counterweight.workers.errors import CounterweightError
 
-    try:
-        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
-    except CounterweightError as error:
-        for line in str(error).splitlines():
-            typer.echo(f"error: {line}", err=True)
-        return error.exit_code
-    except USAGE_ERROR as error:
-        # Without any command typer has printed the help by now, and there is nothing left to say.
-        for line in error.format_message().splitlines():
-            typer.echo(f"error: {line}", err=True)
-        return 2
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    except (SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # noqa: BLE001  the last net: a panic of a library in Rust is no Exception
-        from counterweight.pipeline.crash import report_crash
+    with terminable() as received:
+        try:
+            code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        except CounterweightError as error:
+            for line in str(error).splitlines():
+                typer.echo(f"error: {line}", err=True)
+            return error.exit_code
+        except USAGE_ERROR as error:
+            # Without any command typer has printed the help by now, and there is nothing left to say.
+            for line in error.format_message().splitlines():
+                typer.echo(f"error: {line}", err=True)
+            return 2
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except (SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001  the last net: a panic of a library in Rust is no Exception
+            from counterweight.pipeline.crash import report_crash
 
-        typer.echo(f"error: {report_crash(error, sys.argv[1:] if arguments is None else arguments)}", err=True)
-        return DEFECT
+            typer.echo(f"error: {report_crash(error, sys.argv[1:] if arguments is None else arguments)}", err=True)
+            return DEFECT
     if code == INTERRUPTED:  # some versions of typer return it, others raise
-        typer.echo("interrupted: finished blocks are kept; run the same command again to resume", err=True)
+        what, code = ("terminated", TERMINATED) if received.terminated else ("interrupted", INTERRUPTED)
+        typer.echo(f"{what}: finished blocks are kept; run the same command again to resume", err=True)
     return code if isinstance(code, int) else 0
 
 

@@ -102,14 +102,16 @@ class LocalPool:
         self._slots = [self._fresh() for _ in range(size)]
         self._pending: dict[Future[Any], tuple[int, int]] = {}
         self._tickets = 0
+        self._idle = list(range(size))
 
     def _fresh(self) -> _Slot:
         return _Slot(Worker("cpu", self.threads), ThreadPoolExecutor(1))
 
-    def devices(self) -> list[str]:
-        return [slot.worker.ready() for slot in self._slots]
+    def idle(self) -> list[int]:
+        return list(self._idle)
 
     def submit(self, worker: int, task: Task[Any]) -> int:
+        self._idle.remove(worker)
         self.calls.append((worker, task))
         fault = self._fault(worker, task)
         slot = self._slots[worker]
@@ -122,7 +124,7 @@ class LocalPool:
         done, _ = wait(self._pending, timeout=seconds, return_when=FIRST_COMPLETED)
         return [self._outcome(future) for future in sorted(done, key=lambda f: self._pending[f])]
 
-    def restart(self, worker: int) -> None:
+    def _restart(self, worker: int) -> None:
         self.restarts.append(worker)
         self._slots[worker].thread.shutdown()
         self._slots[worker] = self._fresh()
@@ -135,6 +137,9 @@ class LocalPool:
     def _outcome(self, future: Future[Any]) -> Outcome:
         ticket, worker = self._pending.pop(future)
         error = future.exception()
+        if isinstance(error, _Died):
+            self._restart(worker)
+        self._idle.append(worker)
         if error is None:
             return Outcome(ticket, worker, value=future.result())
         return Outcome(ticket, worker, error=error, worker_died=isinstance(error, _Died))

@@ -42,7 +42,8 @@ class DatasetSource(Config):
 
     kind: Literal["dataset"] = "dataset"
     path: Name
-    """Hub name, or a local directory or file (.jsonl, .json, .csv, .parquet, .txt): beginning with `/`, `./`, `../` or `file:`, relative to the manifest."""
+    """Hub name, or a local directory or file (.jsonl, .json, .csv, .parquet, .txt): these begin with `/`, `./`,
+    `../` or `file:`, relative to the manifest."""
     name: Name | None = None
     """Configuration of a data set that has several."""
     split: Name = "train"
