@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from counterweight.workers.errors import CheckpointError
-from counterweight.workers.models.config_values import check_values
+from counterweight.workers.models.config_values import check_values, said
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import ModelFamily
 
@@ -58,8 +58,8 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
         # A deep copy: transformers writes defaults into nested dictionaries such as `rope_parameters`.
         fields = {**copy.deepcopy(dict(config)), "model_type": model_type}
         parsed: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(fields)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json: transformers refuses it: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json: transformers refuses it: {said(error)}") from error
     # Again, as transformers understood it: a field may have another name, and defaults.
     _check_fit(family, _sizes(family, lambda field: getattr(parsed, field, None)))
     _check_attention(family, parsed)

@@ -71,3 +71,8 @@ def check_layers(config: Mapping[str, Any], names: Iterable[str]) -> None:
             raise CheckpointError(
                 f"config.json: num_hidden_layers: {claimed}: the checkpoint has tensors of {len(found)} layers"
             )
+
+
+def said(error: Exception) -> str:
+    """What a library says of a config, on one line and without what a terminal would obey: it repeats the config's own words."""
+    return "".join(character if character.isprintable() else " " for character in str(error))[:1000].strip()
