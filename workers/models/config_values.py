@@ -74,5 +74,5 @@ def check_layers(config: Mapping[str, Any], names: Iterable[str]) -> None:
 
 
 def said(error: Exception) -> str:
-    """What a library says of a config, on one line and without what a terminal would obey: it repeats the config's own words."""
+    """What a library says of a config, on one line, without what a terminal would obey: it repeats the config's own words."""
     return "".join(character if character.isprintable() else " " for character in str(error))[:1000].strip()
