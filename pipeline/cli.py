@@ -41,6 +41,9 @@ ArtifactUri = Annotated[
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of a command that a SIGINT or SIGTERM ended, as shells have them."""
 
+DEFECT = 70
+"""Exit code for an error that nobody raised on purpose (EX_SOFTWARE of sysexits.h)."""
+
 SHOWN = 20
 """Unknown objects that `prune` names; with --json it names all."""
 
@@ -106,8 +109,10 @@ def plan(
     with importing():
         from counterweight.pipeline.model_source import open_model
         from counterweight.pipeline.plan import make_plan
+        from counterweight.pipeline.preflight import check_apart
 
         source = open_model(job.spec.model.uri)  # which imports transformers
+    check_apart(job.spec.output.uri, source.uri)
     made = make_plan(job, source, device)
     unknown = job.spec.resources.gpus_per_worker > 0 and device is None
     fits = "not known: name the workers' GPU with --device" if unknown else "nothing"
@@ -245,7 +250,8 @@ def schema() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0 done; 2 the request is wrong; 3 a gate failed; 4 the surroundings
-    failed and a retry makes sense; 130 interrupted, 143 terminated. Errors are lines on stderr, without a traceback."""
+    failed and a retry makes sense; 70 a defect of ours; 130 interrupted, 143 terminated. Errors are lines on stderr, without a
+    traceback: that of a defect is in a file that the line names."""
     from counterweight.workers.errors import CounterweightError
 
     with terminable() as received:
@@ -262,6 +268,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
+        except (SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001  the last net: a panic of a library in Rust is no Exception
+            from counterweight.pipeline.crash import report_crash
+
+            typer.echo(f"error: {report_crash(error, sys.argv[1:] if arguments is None else arguments)}", err=True)
+            return DEFECT
     if code == INTERRUPTED:  # some versions of typer return it, others raise
         what, code = ("terminated", TERMINATED) if received.terminated else ("interrupted", INTERRUPTED)
         typer.echo(f"{what}: finished blocks are kept; run the same command again to resume", err=True)

@@ -7,23 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import Any
 
+from counterweight.pipeline.model_files import resolve, tokenizer_of
 from counterweight.workers.checkpoint.reader import Checkpoint
-from counterweight.workers.errors import CheckpointError, RequestError, StorageError
+from counterweight.workers.errors import CheckpointError
+from counterweight.workers.models.config_values import check_layers
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.storage import ObjectStore, open_store
 
-HUB = "hf:"
-TOKENIZER = "tokenizer.json"
-
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors that old exports hold and no model needs: the frequencies follow from the config."""
-
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
-"""What a snapshot of a hub repository consists of; never pickles, never code."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +71,6 @@ class ModelSource:
         return tokenizer_of(self.store)
 
 
-def tokenizer_of(store: ObjectStore) -> bytes | None:
-    """tokenizer.json of the checkpoint in this store, or None."""
-    return store.read(TOKENIZER) if store.exists(TOKENIZER) else None
-
-
 def describe(config: Mapping[str, Any], stored: frozenset[str]) -> ModelLayout:
     """The layout of the model with this config.json; takes transformers, which is a second to import. stored: as for
     `BlockBuilder`."""
@@ -101,6 +91,7 @@ def open_model(
     root = resolve(uri)
     store = open_store(root)
     checkpoint = Checkpoint.open(store)
+    check_layers(checkpoint.config, (*checkpoint.names, *checkpoint.parts))
     ends = family_of(checkpoint.config.get("model_type")).ends
     layout = describe(checkpoint.config, ends.intersection(checkpoint.names))
     source = ModelSource(root, store, checkpoint, layout)
@@ -117,27 +108,3 @@ def check_stored_head(source: ModelSource, digests: Mapping[str, str]) -> None:
         raise CheckpointError(
             f"{source.uri}: config.json: tie_word_embeddings: true: but {head} differs from {embedding}"
         )
-
-
-def resolve(uri: str) -> str:
-    """Where the checkpoint lies that `uri` names; a hub repository is downloaded first. RequestError, StorageError."""
-    return _snapshot(uri) if uri.startswith(HUB) else uri
-
-
-def _snapshot(uri: str) -> str:
-    from huggingface_hub import errors, snapshot_download
-
-    name, _, revision = uri.removeprefix(HUB).removeprefix("//").partition("@")
-    try:
-        path = snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES)
-    except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        # A gated repository that we may not read is one that is not found.
-        raise RequestError(_line(uri, error)) from error
-    except OSError as error:  # what the hub answers, a cache without it, a disk that is full
-        raise StorageError(_line(uri, error)) from error
-    return Path(path).resolve().as_uri()
-
-
-def _line(uri: str, error: Exception) -> str:
-    """What the hub's client says, which may be a page, on one line."""
-    return f"spec.model.uri: {uri}: {' '.join(str(error).split())}"

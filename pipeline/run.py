@@ -12,6 +12,7 @@ from counterweight.pipeline.cluster import cluster, embedded
 from counterweight.pipeline.events import EventLog
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.pool import PoolSize, threads_per_worker
+from counterweight.pipeline.preflight import look
 from counterweight.pipeline.ray_pool import RayPool
 from counterweight.workers.errors import CounterweightError, RequestError
 from counterweight.workers.identity import Token, identity
@@ -33,19 +34,21 @@ def run_job(job: CompressionJob, progress: Progress, *, address: str | None = No
     SurroundingsError; nothing is published then.
     """
     size = pool_size(job, address)
-    with EventLog(progress) as log, _told(log), cluster(address, size), _shown(job) as token:
-        pool = RayPool(size, token=token, expected=identity(), note=log.note)
-        try:
-            # Workers load torch and transformers now, and so does this process with torch. Not while Ray starts: an import
-            # holds the interpreter that starts it.
-            with importing():
-                from counterweight.pipeline.opening import open_job
-                from counterweight.pipeline.orchestrator import Orchestrator
-            source, tokens = open_job(job, pool, log, here=embedded(address))
-            device = _device(pool.first().device, size.device, log)
-            return Orchestrator(job, source, tokens, pool, device, log).run()
-        finally:
-            pool.close()
+    with EventLog(progress) as log, _told(log):
+        ready = look(job)  # what is wrong with a model or a text is known before anything is started for it
+        with cluster(address, size), _shown(job) as token:
+            pool = RayPool(size, token=token, expected=identity(), note=log.note)
+            try:
+                # Workers load torch and transformers now, and so does this process with torch. Not while Ray starts: an
+                # import holds the interpreter that starts it.
+                with importing():
+                    from counterweight.pipeline.opening import open_job
+                    from counterweight.pipeline.orchestrator import Orchestrator
+                source, tokens = open_job(job, pool, log, here=embedded(address), ready=ready)
+                device = _device(pool.first().device, size.device, log)
+                return Orchestrator(job, source, tokens, pool, device, log).run()
+            finally:
+                pool.close()
 
 
 @contextmanager

@@ -110,7 +110,7 @@ class Assembler:
         source = published_config(self._source.checkpoint.config, layout, untied=untied)
         self._write(CONFIG, json_bytes(artifact_config(source, self._stock_formats(ledger), linears, layout.family)))
         for name in self._source.checkpoint.copyable_files():
-            self._write(name, self._source.store.read(name))
+            self._carry(name)
         return dict(self._files)
 
     def _check_account(self, ledger: Ledger) -> None:
@@ -194,3 +194,11 @@ class Assembler:
     def _write(self, path: str, data: bytes) -> None:
         self._artifact.store.write(self._artifact.key(path), data)
         self._files[path] = FileEntry(size=len(data), sha256=sha256_hex(data))
+
+    def _carry(self, name: str) -> None:
+        """A file of the source, as it is: it may be as large as its author liked."""
+        with self._artifact.store.open_writer(self._artifact.key(name)) as writer:
+            for piece in self._source.store.stream(name):
+                writer.write(piece)
+            written = writer.commit()
+        self._files[name] = FileEntry(size=written.size, sha256=written.sha256)

@@ -38,6 +38,7 @@ from counterweight.pipeline.pool import Outcome
 from counterweight.pipeline.progress import Progress
 from counterweight.pipeline.tokens import read_tokens
 from counterweight.workers.errors import WorkerError
+from counterweight.workers.identity import Identity, WorkerReport
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.worker import Worker
 from tests.models import Case, checkpoint, write_text
@@ -106,6 +107,12 @@ class LocalPool:
 
     def _fresh(self) -> _Slot:
         return _Slot(Worker("cpu", self.threads), ThreadPoolExecutor(1))
+
+    def first(self) -> WorkerReport:
+        """What `RayPool` says of the first worker that answered."""
+        return WorkerReport(
+            device=self._slots[0].worker.ready(), identity=Identity(code=""), host="here", pid=os.getpid()
+        )
 
     def idle(self) -> list[int]:
         return list(self._idle)

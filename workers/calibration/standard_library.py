@@ -11,12 +11,13 @@ import ast
 import hashlib
 import os
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
 from counterweight.workers.errors import RequestError
 
-__all__ = ["Content", "Part", "standard_library_files", "standard_library_text"]
+__all__ = ["Content", "Part", "standard_library_files", "standard_library_pieces", "standard_library_text"]
 
 Part = Literal["train", "calibration", "evaluation"]
 Content = Literal["sources", "docstrings"]
@@ -88,15 +89,24 @@ def standard_library_text(part: Part, content: Content = "sources", *, library: 
         RequestError: as `standard_library_files`, or a file is unreadable or is not UTF-8; for docstrings also when it is not
             Python, or no file has one.
     """
+    return "".join(standard_library_pieces(part, content, library=library))
+
+
+def standard_library_pieces(part: Part, content: Content = "sources", *, library: Path | None = None) -> Iterator[str]:
+    """The text of `standard_library_text` file by file, each read when it is asked for."""
     files = standard_library_files(part, library=library)
     if content == "sources":
-        return "".join(_read(path) + "\n" for path in files)
-    found = [text for path in files for text in _docstrings(path) if len(text) >= LEAST_PROSE]
-    if not found:
+        yield from (_read(path) + "\n" for path in files)
+        return
+    found = (text for path in files for text in _docstrings(path) if len(text) >= LEAST_PROSE)
+    first = next(found, None)
+    if first is None:
         raise RequestError(
             f"standard library: part {part!r}: no docstring of {LEAST_PROSE} characters: expected one or more"
         )
-    return "\n\n".join(found) + "\n"
+    yield first
+    yield from ("\n\n" + text for text in found)
+    yield "\n"
 
 
 def _source_names(root: Path) -> list[str]:

@@ -24,6 +24,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.errors import CheckpointError, UnsupportedModelError
 from counterweight.workers.models.config import parse_config
+from counterweight.workers.models.config_values import said
 from counterweight.workers.models.experts import GatedProduct, LinearExperts, SeparateExperts, SortedExperts
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import ModelFamily, SharedInputGroup
@@ -335,7 +336,7 @@ def _building(what: str) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
-        raise UnsupportedModelError(f"config.json: transformers cannot build {what}: {error}") from error
+        raise UnsupportedModelError(f"config.json: transformers cannot build {what}: {said(error)}") from error
 
 
 def _base_class(config: PreTrainedConfig) -> Any:

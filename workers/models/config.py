@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from counterweight.workers.checkpoint.refusal import show
 from counterweight.workers.errors import CheckpointError, UnsupportedModelError
+from counterweight.workers.models.config_values import check_values, said
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import ModelFamily
 
@@ -51,6 +52,7 @@ def parse_config(config: Mapping[str, Any], *, headless: bool = True) -> PreTrai
 
     CheckpointError for sizes out of bounds, for what transformers refuses, and for what it builds but cannot run.
     """
+    check_values(config)
     family = family_of(config.get("model_type"))
     text = _text_part(config)
     model_type = family.known_as or str(text["model_type"])
@@ -61,8 +63,8 @@ def parse_config(config: Mapping[str, Any], *, headless: bool = True) -> PreTrai
         if family.wrapper is not None:
             fields["tie_word_embeddings"] = _tied(config, headless)
         parsed: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(fields)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json: transformers refuses it: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json: transformers refuses it: {said(error)}") from error
     # Again, as transformers understood it: a field may have another name, and defaults.
     _check_fit(family, _sizes(family, lambda field: getattr(parsed, field, None)))
     _check_attention(family, parsed)
