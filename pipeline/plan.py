@@ -6,23 +6,25 @@ Sizes are estimates with the same shape as the truth: every term is named, and t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
 
+from counterweight.pipeline.estimate import Costs, Estimate, block_seconds, estimate, evaluations
 from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.memory import PROCESS_BYTES, Memory, misfits, worker_memory
 from counterweight.pipeline.model_source import ModelSource
+from counterweight.pipeline.rates import MEASURED, Rates, rates_of
 from counterweight.pipeline.resolve import block_recipe, check_block, check_recipe, linears_of, stored_name
 from counterweight.pipeline.units import bytes_text
-from counterweight.workers.arithmetic import arithmetic
+from counterweight.workers.arithmetic import Arithmetic, arithmetic
 from counterweight.workers.config import Config
 from counterweight.workers.footprint import Load, footprint
 from counterweight.workers.footprint.distillation import Texts, trained_parameters, training_bytes, training_flops
 from counterweight.workers.footprint.division import Passes, divided
+from counterweight.workers.footprint.load import factors, packed
 from counterweight.workers.held_blocks import HOLD_BYTES
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.tasks.setting import ITEMSIZE
 
@@ -115,25 +117,29 @@ class Plan(Config):
     """Of training the compressed model as a whole."""
     header_bytes_read: int
     device: str | None
-    """The GPU that it was asked about; null: none."""
+    """The GPU that it was asked about, or a file of measured rates; null: none."""
+    estimate: Estimate | None = None
+    """How long it takes; null where nothing is known of the device."""
     problems: tuple[str, ...]
 
 
 def make_plan(job: CompressionJob, source: ModelSource, device: str | None = None) -> Plan:
-    """The plan of a job. device: a name of `devices.MEMORY`, RequestError for another. ManifestError for what the recipe asks
-    and the model cannot give (a rank above a layer's size, a group size that does not divide a width, an override that matches
-    nothing)."""
+    """The plan of a job. device: a name of `devices.MEMORY` or a file of rates, RequestError for another. ManifestError for
+    what the recipe asks and the model cannot give (a rank above a layer's size, a group size that does not divide a width, an
+    override that matches nothing)."""
     check_recipe(job.spec.recipe, source)
-    memory = worker_memory(job, device)
-    blocks = tuple(_block_plans(job, source, None))
+    gpu = None if device is None or device.endswith(MEASURED) else device
+    memory = worker_memory(job, gpu)
+    costed = tuple(_block_plans(job, source, None))
+    blocks = tuple(block.plan for block in costed)
     if memory is not None and max(block.peak_bytes for block in blocks) + _held_bytes(job, blocks) > memory.bytes:
-        blocks = tuple(_block_plans(job, source, memory.bytes - _held_bytes(job, blocks)))
+        costed = tuple(_block_plans(job, source, memory.bytes - _held_bytes(job, blocks)))
+        blocks = tuple(block.plan for block in costed)
     calibration = job.spec.calibration
     tokens = calibration.sequences * calibration.sequence_length
     boundary = tokens * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
     total = sum(_bytes(source, name) for name in source.tensors)
-    validation = 0 if job.spec.validation is None else 2
-    written = _artifact_bytes(source, blocks) + boundary * (len(blocks) + 1)
+    artifact = _artifact_bytes(source, costed)
     held = _held_bytes(job, blocks)
     largest = max(blocks, key=lambda block: block.peak_bytes)
     on_gpu = job.spec.resources.gpus_per_worker > 0
@@ -144,6 +150,8 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         most, where = training.peak_bytes, "distillation"
     peak = most + (0 if on_gpu else PROCESS_BYTES)
     host = PROCESS_BYTES + max(block.host_bytes for block in blocks) if on_gpu else peak
+    rates = None if device is None else rates_of(device)
+    timed = on_gpu == (gpu is not None)
     return Plan(
         name=job.metadata.name,
         model=source.uri,
@@ -158,15 +166,39 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         peak_bytes_per_worker=peak,
         host_bytes_per_worker=host,
         largest=where,
-        storage_read_bytes=total * (2 + validation) + boundary * len(blocks),
-        storage_written_bytes=written,
+        # The source by inventory and blocks, what was written by its check, and both by every task of the validation.
+        storage_read_bytes=total * 2 + boundary * len(blocks) + artifact + evaluations(job) * (total + artifact),
+        storage_written_bytes=2 * artifact + boundary * (len(blocks) + 1),
         flops=sum(block.flops for block in blocks) + (0 if training is None else training.flops),
         distillation=training,
         header_bytes_read=source.checkpoint.bytes_read,
         device=device,
+        estimate=None if rates is None or not timed else _estimate(job, source, costed, training, rates),
         divided=tuple(_divisions(blocks, memory)),
-        problems=tuple(misfits(job, most, where, device, memory)),
+        problems=tuple(misfits(job, most, where, gpu, memory)),
     )
+
+
+def _estimate(
+    job: CompressionJob,
+    source: ModelSource,
+    blocks: Sequence[_Costed],
+    training: DistillationPlan | None,
+    rates: Rates,
+) -> Estimate:
+    """How long the job takes at these rates; blocks that are alike are priced once."""
+    prices = {id(block.load): block_seconds(block.load, block.arithmetic, rates) for block in blocks}
+    resources = job.spec.resources
+    costs = Costs(
+        job=job,
+        source=source,
+        rates=rates,
+        recipes=[block.plan.recipe for block in blocks],
+        blocks=[prices[id(block.load)] for block in blocks],
+        calibrated=[block.plan.calibrated_bytes for block in blocks],
+        distillation=0.0 if training is None else training.flops / rates.products32,
+    )
+    return estimate(costs, resources.workers, blocks[0].load.threads, resources.gpus_per_worker)
 
 
 def _held_bytes(job: CompressionJob, blocks: Sequence[BlockPlan]) -> int:
@@ -197,7 +229,16 @@ def _distillation_plan(job: CompressionJob, source: ModelSource) -> Distillation
     )
 
 
-def _block_plans(job: CompressionJob, source: ModelSource, budget: int | None) -> Iterator[BlockPlan]:
+@dataclass(frozen=True, slots=True)
+class _Costed:
+    """A block's plan and what it was made from."""
+
+    plan: BlockPlan
+    load: Load
+    arithmetic: Arithmetic
+
+
+def _block_plans(job: CompressionJob, source: ModelSource, budget: int | None) -> Iterator[_Costed]:
     """Of all blocks; of neighbours that are alike, the costs are worked out once. budget: bytes of a worker for a task, into
     which blocks are divided."""
     before: Load | None = None
@@ -211,8 +252,9 @@ def _block_plans(job: CompressionJob, source: ModelSource, budget: int | None) -
             whole = found = footprint(load)
             if budget is not None:
                 passes, found = divided(load, budget)
-            computed = arithmetic(replace(load, passes=passes))
-        yield BlockPlan(
+            done = replace(load, passes=passes)
+            computed = arithmetic(done)
+        plan = BlockPlan(
             index=index,
             parameters=load.parameters,
             source_bytes=sum(_bytes(source, name) for name in source.block_tensors(index)),
@@ -233,18 +275,17 @@ def _block_plans(job: CompressionJob, source: ModelSource, budget: int | None) -
             tune_flops=computed.tune.total,
             solve_flops=computed.solve.total,
         )
+        yield _Costed(plan, done, computed)
 
 
-def _artifact_bytes(source: ModelSource, blocks: tuple[BlockPlan, ...]) -> int:
-    outside = [name for name in (EMBEDDING, NORM, LM_HEAD) if name in source.tensors]
-    total = sum(_bytes(source, name) for name in outside)
+def _artifact_bytes(source: ModelSource, blocks: Sequence[_Costed]) -> int:
+    """Of codes, scales, branches and everything that is kept."""
+    ends = source.layout.family.ends.intersection(source.tensors)
+    total = sum(_bytes(source, name) for name in (*ends, *source.beside))
     for block in blocks:
-        quantized = 0
-        for name, part in block.recipe.items():
-            rows, columns = block.linears[stored_name(source, block.index, name)]
-            quantized += rows * columns
-            total += part.weights.stored_bits(rows, columns) // 8
-        total += (block.parameters - quantized) * 2
+        groups = block.load.groups
+        quantized = sum(prod(group.linears[name]) for group in groups for name in group.recipe)
+        total += sum(packed(group) + factors(group) for group in groups) + (block.plan.parameters - quantized) * 2
     return total
 
 

@@ -14,7 +14,7 @@ from counterweight.workers.errors import RequestError
 from counterweight.workers.hooks import input_hooks
 from counterweight.workers.models.family import SharedInputGroup, is_expert
 from counterweight.workers.parallel import OrderedPool
-from counterweight.workers.quantization.inputs import all_finite
+from counterweight.workers.quantization.inputs import all_finite, check_activations
 
 if TYPE_CHECKING:
     from counterweight.workers.models.block_builder import (
@@ -83,6 +83,7 @@ def run_shards(
         moments: dict[SharedInputGroup, ShardMoments] = {}
 
         def take(group: SharedInputGroup, rows: Tensor) -> None:
+            check_activations(f"the input of {group[0]}", rows)
             moments[group] = ShardMoments.of(rows, sums.gatherings[group], meant.get(group))
 
         try:
@@ -91,7 +92,9 @@ def run_shards(
                     output = replica.run(load_original())
             with input_hooks(replica, sums.gatherings, take):
                 seen = replica.run(load())
-            return moments, emit(seen if load_original is None else output)
+            output = seen if load_original is None else output
+            check_activations("the block's output", output)
+            return moments, emit(output)
         finally:
             replicas.put(replica)
 

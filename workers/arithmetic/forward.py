@@ -8,9 +8,13 @@ from dataclasses import replace
 from counterweight.workers.arithmetic.preparing import curious, online_flops, scaled
 from counterweight.workers.footprint.load import Group, Load, streams
 from counterweight.workers.matrix_bytes import TRIANGLE_BLOCK
-from counterweight.workers.matrix_flops import NOTHING, Work, gram, product
+from counterweight.workers.matrix_flops import NOTHING, Work, gram, product, steps
 from counterweight.workers.methods.tuning import Tuning
 from counterweight.workers.models.family import is_expert
+
+STEPS = 4
+"""Operations around a linear of a shard: itself, its share of finding an expert's rows, of the product between linears, and of
+adding up."""
 
 
 def forward(load: Load) -> Work:
@@ -91,6 +95,7 @@ def run(load: Load, tokens: float) -> Work:
         for name, (rows, columns) in group.linears.items():
             seen = tokens * group.share
             work += product(seen, columns, rows) + online_flops(load, name, seen, columns)
+            work += steps(STEPS * -(-tokens // load.shard))
             if name == load.family.output:
                 work += product(tokens, load.length, columns) * 2
     return work
@@ -114,8 +119,7 @@ def _moments(load: Load, group: Group) -> Work:
     pairs = count * (count - 1) // 2
     part = next(iter(group.recipe.values()))
     quantized = NOTHING if part.activations is None else part.activations.quantize_flops(tokens * group.width)
-    return (
-        gram(tokens, group.width, TRIANGLE_BLOCK) * count
-        + product(group.width, tokens, group.width) * pairs
-        + quantized
-    )
+    # Of each product of a shard: zeros, the product, and its strips added to the sum.
+    launched = steps(load.shards * (count + pairs) * (2 + -(-group.width // TRIANGLE_BLOCK)))
+    triangles = gram(tokens, group.width, TRIANGLE_BLOCK) * count
+    return triangles + product(group.width, tokens, group.width) * pairs + quantized + launched

@@ -114,3 +114,13 @@ def squares(load: Load, group: Group) -> int:
 def packed(group: Group) -> int:
     """Bytes of a group's weights as they are written."""
     return sum(part.weights.stored_bits(*group.linears[name]) // 8 for name, part in group.recipe.items())
+
+
+def factors(group: Group) -> int:
+    """Bytes of the factors of a group's branches as they are written, at most."""
+    found = 0.0
+    for name, part in group.recipe.items():
+        rank, bits = part.compensation.branch_rank, part.compensation.branch_bits
+        if rank is not None:
+            found += rank.at_most(*group.linears[name]) * sum(group.linears[name]) * (16 if bits is None else bits) / 8
+    return round(found)
