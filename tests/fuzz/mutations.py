@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from random import Random
 from typing import Any
 
@@ -55,6 +58,17 @@ VALUES: list[Any] = [
 """What stands where something else should."""
 
 
+@contextmanager
+def deep_stack() -> Iterator[None]:
+    """For what makes and copies inputs that are nested deeper than Python's own limit; what is tested runs with that one."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Paths to all values inside."""
     found = [path] if path else []
@@ -67,6 +81,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+@deep_stack()
 def mutated(document: Any, draw: Random) -> Any:
     """The document with one to three values replaced, removed, copied from elsewhere, changed a little, or added."""
     document = copy.deepcopy(document)
@@ -98,6 +113,7 @@ def mutated(document: Any, draw: Random) -> Any:
     return document
 
 
+@deep_stack()
 def as_bytes(document: Any, draw: Random) -> bytes:
     """JSON, now and then with a key said twice or NaN in it."""
     text = json.dumps(document)

@@ -203,8 +203,9 @@ def test_the_plans_storage_traffic_is_near_what_a_job_writes(
     plan = make_plan(job, source)
     published = run_local(job)
     shards = sum(path.stat().st_size for path in local_path(published.uri).glob("*.safetensors"))
-    hidden = 3 * 384 * 64 * 4
-    assert plan.storage_written_bytes == pytest.approx(shards + hidden, rel=0.1)
+    blobs = sum(path.stat().st_size for path in (tmp_path / "_work" / "blobs").iterdir())
+    hidden = 2 * 384 * 64 * 4  # thrown away by now; the embedding's output is among the blobs
+    assert plan.storage_written_bytes == pytest.approx(shards + blobs + hidden, rel=0.1)
 
 
 class StrictStore(RecordingStore):
