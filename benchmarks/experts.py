@@ -23,15 +23,14 @@ from common import machine, record, table, versions
 from torch import Tensor
 
 from counterweight.pipeline.model_source import open_model
-from counterweight.workers.calibration.experts import ExpertCalibration
+from counterweight.workers.calibration.experts import ExpertCalibration, Starvation
 from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.shrinkage import shrunk
 from counterweight.workers.calibration.source import TextSource
-from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.calibration.statistics import InputStatistics, PackedMoments
 from counterweight.workers.calibration.tokens import token_set
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.models.experts import LinearExperts
-from counterweight.workers.models.layout import EMBEDDING
 from counterweight.workers.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -62,7 +61,7 @@ def routed(model: str, block: int, texts: Sequence[Tensor]) -> tuple[LinearExper
     """The experts of a block, and what each text sends them in the original model."""
     source = open_model(Path(model).resolve().as_uri())
     builder = BlockBuilder(source.checkpoint.config)
-    embed = builder.embedding(source.checkpoint.read(EMBEDDING), CPU, torch.float32)
+    embed = builder.embedding(source.checkpoint.read(builder.names.embedding), CPU, torch.float32)
     with torch.no_grad():
         hidden = [[embed(part) for part in text.split(AT_A_TIME)] for text in texts]
     for index in range(block + 1):
@@ -99,7 +98,10 @@ def statistics(own: Tensor, layer: Tensor, kept: Tensor, options: ExpertCalibrat
         return InputStatistics.of(own)
     if options.every_token:
         return InputStatistics.of(layer)
-    return shrunk(InputStatistics.of(own), InputStatistics.of(kept), options.weight_of(own.shape[1]))
+    width = own.shape[1]
+    own_sums, layer_sums = (PackedMoments.of(InputStatistics.of(rows)) for rows in (own, kept))
+    lack = Starvation(tokens=len(own), floor=options.floor_of(width), rows=len(kept), weight=options.weight_of(width))
+    return shrunk(own_sums, layer_sums, lack).unpacked()
 
 
 @torch.no_grad()

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from counterweight.workers.calibration.experts import ExpertCalibration
-from counterweight.workers.calibration.shrinkage import Starvation, shrunk
-from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
+from counterweight.workers.calibration.experts import ExpertCalibration, Starvation
+from counterweight.workers.calibration.packed import PackedStatistics
+from counterweight.workers.calibration.row_sample import RowSample
+from counterweight.workers.calibration.shrinkage import shrunk
+from counterweight.workers.calibration.statistics import Accumulator, Gathering, PackedMoments, ShardMoments
 from counterweight.workers.errors import RequestError
 from counterweight.workers.hooks import input_hooks
-from counterweight.workers.models.family import SharedInputGroup, experts_of, is_expert
+from counterweight.workers.models.family import SharedInputGroup, expert_of, is_expert
 from counterweight.workers.quantization.inputs import all_finite
 
 if TYPE_CHECKING:
@@ -25,35 +27,39 @@ STRETCH = 1024
 Gatherings = Mapping[SharedInputGroup, Gathering]
 
 
+def row_sample(block: Block, gatherings: Gatherings, options: ExpertCalibration | None) -> RowSample | None:
+    """What keeps tokens of a sparse block's layer for `feed`; None where nobody will ask for them. options: how its experts are
+    calibrated."""
+    sparse = block.separate_experts()
+    if options is None or not options.samples or sparse is None or not any(is_expert(group[0]) for group in gatherings):
+        return None
+    return RowSample(options.rows_of(sparse[1].hidden))
+
+
 def feed(
-    block: Block,
-    statistics: dict[SharedInputGroup, InputStatistics],
-    gatherings: Gatherings,
-    rows: Tensor,
-    options: ExpertCalibration,
-) -> dict[SharedInputGroup, Starvation]:
+    block: Block, statistics: PackedStatistics, gatherings: Gatherings, rows: Tensor, options: ExpertCalibration
+) -> None:
     """Replaces, in `statistics`, those of each group of an expert's linears that saw fewer tokens than its floor: they are
-    shrunk toward what the expert makes of the layer's `rows` [tokens, hidden]. The groups that this befell.
+    shrunk toward what the expert makes of the layer's `rows` [tokens, hidden].
 
     gatherings: what was gathered of each group. RequestError where an expert makes something that is not finite of the rows.
     """
-    starved = {
-        group: Starvation(
-            tokens=found.tokens,
-            floor=options.floor_of(found.width),
-            rows=len(rows),
-            weight=options.weight_of(found.width),
-        )
-        for group, found in statistics.items()
-        if is_expert(group[0]) and found.tokens < options.floor_of(found.width)
-    }
+    starved: dict[int, list[SharedInputGroup]] = {}
+    for group, found in statistics.packed.items():
+        if is_expert(group[0]) and found.tokens < options.floor_of(found.width):
+            starved.setdefault(expert_of(group[0]), []).append(group)
     # One expert at a time, so that the sums of one are in memory twice.
-    for expert in experts_of(group[0] for group in starved):
-        own = [group for group in starved if experts_of(group[:1]) == [expert]]
-        sums = _through(block, expert, {group: gatherings[group] for group in own}, rows)
-        for group in own:
-            statistics[group] = shrunk(statistics[group], _finite(group, sums.pop(group)), starved[group].weight)
-    return starved
+    for expert, groups in starved.items():
+        sums = _through(block, expert, {group: gatherings[group] for group in groups}, rows)
+        for group in groups:
+            own, layer = statistics.packed[group], _finite(group, sums.pop(group))
+            lack = Starvation(
+                tokens=own.tokens,
+                floor=options.floor_of(own.width),
+                rows=len(rows),
+                weight=options.weight_of(own.width),
+            )
+            statistics.packed[group] = shrunk(own, layer, lack)
 
 
 def _through(block: Block, expert: int, gatherings: Gatherings, rows: Tensor) -> dict[SharedInputGroup, Accumulator]:
@@ -75,11 +81,11 @@ def _through(block: Block, expert: int, gatherings: Gatherings, rows: Tensor) ->
     return sums
 
 
-def _finite(group: SharedInputGroup, sums: Accumulator) -> InputStatistics:
-    statistics = sums.result()
-    if not all_finite(statistics.gram):
+def _finite(group: SharedInputGroup, sums: Accumulator) -> PackedMoments:
+    packed = sums.packed()
+    if not all_finite(packed.triangles["xx"].entries):
         raise RequestError(
             f"the input of {group[0]} is not finite on tokens that the router sent to other experts: expected it to be, "
             "or calibration.experts.floor 0, which leaves the expert with its own"
         )
-    return statistics
+    return packed

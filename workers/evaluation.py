@@ -8,6 +8,7 @@ together in order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from counterweight.workers.block import install
 from counterweight.workers.compressed import CompressedModel
+from counterweight.workers.errors import RequestError
 from counterweight.workers.metrics import METRICS, Comparison
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.routing import Agreement, watched
@@ -90,7 +92,8 @@ def measure(
                     if variant == BASELINE
                     else _log_probabilities(heads[variant], hidden[variant][batch][row])
                 )
-                found[variant].append(_window(reference, own, ids, agreement.of(variant, firsts[batch] + row)))
+                routed = agreement.of(variant, firsts[batch] + row)
+                found[variant].append(_window(variant, reference, own, ids, routed))
         return found
 
     merged: dict[str, list[WindowMetrics]] = {variant: [] for variant in hidden}
@@ -104,7 +107,14 @@ def _log_probabilities(head: nn.Module, hidden: Tensor) -> Tensor:
     return functional.log_softmax(head(hidden.unsqueeze(0))[0].float(), dim=-1)  # [length, vocabulary]
 
 
-def _window(reference: Tensor, own: Tensor, ids: Tensor, routed: Sequence[float]) -> WindowMetrics:
+def _window(variant: str, reference: Tensor, own: Tensor, ids: Tensor, routed: Sequence[float]) -> WindowMetrics:
+    """RequestError where the variant's logits make no number: a model whose weights are too large, or codes that spoil it."""
     window = Comparison(reference, own, ids, routed)
-    found = {metric.name: metric.of_window(window) for metric in METRICS}
-    return {name: value for name, value in found.items() if value is not None}
+    measured = {metric.name: metric.of_window(window) for metric in METRICS}
+    found = {name: value for name, value in measured.items() if value is not None}
+    for name, value in found.items():
+        if not math.isfinite(value):
+            raise RequestError(
+                f"{variant}: {name} of a window is {value}: expected finite logits, from the final norm and lm_head too"
+            )
+    return found

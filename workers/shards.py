@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
-from counterweight.workers.calibration.experts import ExpertCalibration
+from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.row_sample import RowSample
-from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
+from counterweight.workers.calibration.statistics import Accumulator, Gathering, ShardMoments
 from counterweight.workers.errors import RequestError
 from counterweight.workers.hooks import expert_hook, input_hooks
-from counterweight.workers.models.family import SharedInputGroup, experts_of, is_expert
+from counterweight.workers.models.family import SharedInputGroup, expert_of, is_expert
 from counterweight.workers.parallel import OrderedPool
-from counterweight.workers.quantization.inputs import all_finite
+from counterweight.workers.quantization.inputs import all_finite, check_activations
 
 if TYPE_CHECKING:
     from counterweight.workers.models.block_builder import (
@@ -36,15 +36,15 @@ class RunningStatistics:
         self,
         block: Block,
         gatherings: Mapping[SharedInputGroup, Gathering],
-        experts: ExpertCalibration | None = None,
+        *,
+        every_token: bool = False,
+        sample: RowSample | None = None,
     ) -> None:
-        """experts: how a sparse block's are calibrated; None: on what the router sends them, and no token is kept."""
+        """every_token: experts see all tokens, and not those that the router sends them. sample: keeps some of the tokens that
+        experts are given; None: none is kept."""
         self.gatherings = gatherings
-        self.every_token = experts is not None and experts.every_token
-        self.sample: RowSample | None = None
-        sparse = block.separate_experts()
-        if experts is not None and experts.samples and sparse is not None and any(is_expert(g[0]) for g in gatherings):
-            self.sample = RowSample(experts.rows_of(sparse[1].hidden))
+        self.every_token = every_token
+        self.sample = sample
         self._sums = {group: _accumulator(block, group, gathering) for group, gathering in gatherings.items()}
 
     @property
@@ -70,13 +70,13 @@ class RunningStatistics:
         found, self.sample = self.sample, None
         return None if found is None else found.rows()
 
-    def result(self) -> dict[SharedInputGroup, InputStatistics]:
+    def result(self) -> PackedStatistics:
         """The statistics; nothing can be added after. A non-finite activation is a RequestError that names the group."""
-        statistics = {group: self._sums.pop(group).result() for group in self.gatherings}
-        for group, found in statistics.items():
-            if not all_finite(found.gram):
+        packed = {group: self._sums.pop(group).packed() for group in self.gatherings}
+        for group, found in packed.items():
+            if not all_finite(found.triangles["xx"].entries):
                 raise RequestError(f"the input of {group[0]} is not finite on the calibration tokens")
-        return statistics
+        return PackedStatistics(packed)
 
 
 def run_shards(
@@ -110,13 +110,14 @@ def run_shards(
         given: list[Tensor] = []
 
         def take(group: SharedInputGroup, rows: Tensor) -> None:
+            check_activations(f"the input of {group[0]}", rows)
             moments[group] = ShardMoments.of(rows, sums.gatherings[group], meant.get(group))
 
         def look(experts: SeparateExperts, tokens: Tensor) -> None:
             if sums.sample is not None:
                 given.append(tokens)
             with input_hooks(replica, forced, take):
-                for expert in experts_of(group[0] for group in forced):
+                for expert in sorted({expert_of(group[0]) for group in forced}):
                     experts.run(expert, tokens)
 
         try:
@@ -125,7 +126,9 @@ def run_shards(
                     output = replica.run(load_original())
             with input_hooks(replica, routed, take), expert_hook(replica, look):
                 seen = replica.run(load())
-            return moments, given, emit(seen if load_original is None else output)
+            output = seen if load_original is None else output
+            check_activations("the block's output", output)
+            return moments, given, emit(output)
         finally:
             replicas.put(replica)
 
@@ -138,5 +141,4 @@ def run_shards(
 
 
 def _accumulator(block: Block, group: SharedInputGroup, gathering: Gathering) -> Accumulator:
-    weight = block.linear(group[0]).weight
-    return Accumulator(weight.shape[1], weight.device, gathering)
+    return Accumulator(block.linear(group[0]).in_features, block.device, gathering)

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.workers.calibration.experts import ExpertCalibration
+from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.statistics import Gathering, InputStatistics
-from counterweight.workers.coverage import feed
+from counterweight.workers.coverage import feed, row_sample
 from counterweight.workers.errors import RequestError
 from counterweight.workers.hooks import input_hooks
 from counterweight.workers.models.block_builder import Block
-from counterweight.workers.models.family import SharedInputGroup, is_expert
+from counterweight.workers.models.family import is_expert
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.shards import RunningStatistics, run_shards
 from tests.workers.test_block import block_of, inputs_of, loaders, shards
@@ -29,12 +30,19 @@ def sparse(case: str) -> Block:
 
 def gathered(
     block: Block, hidden: list[Tensor], options: ExpertCalibration | None, threads: int = 1
-) -> tuple[dict[SharedInputGroup, InputStatistics], Tensor | None]:
+) -> tuple[PackedStatistics, Tensor | None]:
+    """What a pass gathers, and the tokens that it keeps."""
     pool = OrderedPool(threads)
-    sums = RunningStatistics(block, dict.fromkeys(block.groups, GATHERING), options)
+    gatherings = dict.fromkeys(block.groups, GATHERING)
+    every_token = options is not None and options.every_token
+    sums = RunningStatistics(block, gatherings, every_token=every_token, sample=row_sample(block, gatherings, options))
     run_shards(block, loaders(hidden), lambda output: None, sums, pool)
     pool.close()
     return sums.result(), sums.take_rows()
+
+
+def same(one: InputStatistics, other: InputStatistics) -> bool:
+    return torch.equal(one.gram, other.gram) and one.starvation == other.starvation and one.tokens == other.tokens
 
 
 def given(block: Block, hidden: list[Tensor]) -> Tensor:
@@ -54,15 +62,14 @@ def given(block: Block, hidden: list[Tensor]) -> Tensor:
 def test_below_the_floor_an_expert_is_shrunk_toward_what_it_makes_of_the_layers_tokens(case: str) -> None:
     block, hidden = sparse(case), shards(3)
     options = ExpertCalibration(floor=64, strength=0.5)
-    own, rows = gathered(block, hidden, options)
+    found, rows = gathered(block, hidden, options)
     assert rows is not None
     torch.testing.assert_close(rows, given(block, hidden))
-    found = dict(own)
-    starved = feed(block, found, dict.fromkeys(block.groups, GATHERING), rows, options)
-    assert set(starved) == {group for group in block.groups if is_expert(group[0])}
+    own = dict(found)
+    feed(block, found, dict.fromkeys(block.groups, GATHERING), rows, options)
     named = block.separate_experts()
     assert named is not None
-    for group in starved:
+    for group in filter(lambda group: is_expert(group[0]), block.groups):
         expert = int(group[0].split(".experts.")[1].split(".")[0])
         seen: list[Tensor] = []
         with torch.no_grad(), input_hooks(block, [group], lambda _, x, seen=seen: seen.append(x)):
@@ -73,19 +80,23 @@ def test_below_the_floor_an_expert_is_shrunk_toward_what_it_makes_of_the_layers_
         assert (found[group].gram - expected).norm() <= 1e-6 * expected.norm()
         assert found[group].others.keys() == {"xy", "yy"}
         assert found[group].tokens == own[group].tokens + weight
-        assert (starved[group].tokens, starved[group].floor) == (own[group].tokens, 64 * x.shape[1])
-    assert all(found[group] is own[group] for group in block.groups if group not in starved)
+        starvation = found[group].starvation
+        assert starvation is not None
+        assert (starvation.tokens, starvation.floor) == (own[group].tokens, 64 * x.shape[1])
+    dense = [group for group in block.groups if not is_expert(group[0])]
+    assert dense
+    assert all(same(found[group], own[group]) for group in dense)
 
 
 def test_above_the_floor_nothing_changes() -> None:
     block, hidden = sparse("mixtral"), shards(3)
     few = min(found.tokens for group, found in gathered(block, hidden, None)[0].items() if is_expert(group[0]))
     options = ExpertCalibration(floor=few / 96)
-    own, rows = gathered(block, hidden, options)
+    found, rows = gathered(block, hidden, options)
     assert rows is not None
-    found = dict(own)
-    assert feed(block, found, dict.fromkeys(block.groups, GATHERING), rows, options) == {}
-    assert all(found[group] is own[group] for group in own)
+    own = dict(found)
+    feed(block, found, dict.fromkeys(block.groups, GATHERING), rows, options)
+    assert all(same(found[group], own[group]) for group in own)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -126,7 +137,7 @@ def test_every_token_changes_no_output() -> None:
     block, hidden = sparse("mixtral"), shards(2)
     outputs = {}
     for every in (False, True):
-        sums = RunningStatistics(block, dict.fromkeys(block.groups, Gathering()), ExpertCalibration(every_token=every))
+        sums = RunningStatistics(block, dict.fromkeys(block.groups, Gathering()), every_token=every)
         outputs[every] = run_shards(block, loaders(hidden), lambda output: output, sums, OrderedPool(1))
     assert all(torch.equal(one, two) for one, two in zip(outputs[False], outputs[True], strict=True))
 
@@ -140,4 +151,4 @@ def test_what_is_not_finite_elsewhere_is_told_by_name() -> None:
     with pytest.raises(
         RequestError, match=r"the input of mlp\.experts\.0\..* is not finite .* calibration\.experts\.floor 0"
     ):
-        feed(block, dict(own), dict.fromkeys(block.groups, GATHERING), rows, options)
+        feed(block, own, dict.fromkeys(block.groups, GATHERING), rows, options)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from counterweight.workers import matrix_flops
-from counterweight.workers.footprint.load import Group, Load, streams, summed_tokens
+from counterweight.workers.footprint.experts import summed_tokens
+from counterweight.workers.footprint.load import Group, Load, streams
 from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, product, product64
 from counterweight.workers.recipe import ModuleRecipe, solved_together
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil
 from typing import Annotated, ClassVar
 
@@ -54,3 +55,22 @@ class ExpertCalibration(Method):
         while -(-tokens // step) > self.rows_of(hidden):
             step *= 2
         return -(-tokens // step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Starvation:
+    """A linear of an expert that saw too little. tokens: that the router sent. floor: that were wanted. rows: of the layer that
+    the expert was run on beside. weight: of these rows together, in tokens."""
+
+    tokens: int
+    floor: int
+    rows: int
+    weight: int
+
+    @property
+    def cause(self) -> str:
+        """In words, with the figures."""
+        return (
+            f"{self.tokens} of {self.floor} tokens: statistics shrunk toward {self.rows} tokens of the layer, which weigh as "
+            f"much as {self.weight}"
+        )

@@ -9,37 +9,18 @@ target).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from counterweight.workers.calibration.statistics import InputStatistics
-from counterweight.workers.quantization.result import Fallback
-from counterweight.workers.tasks.records import STARVED
+from counterweight.workers.calibration.experts import Starvation
+from counterweight.workers.calibration.statistics import PackedMoments
+from counterweight.workers.calibration.triangle import LowerTriangle
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Starvation:
-    """A linear of an expert that saw too little. tokens: that the router sent. floor: that were wanted. rows: of the layer that
-    the expert was run on beside. weight: of these rows together, in tokens."""
-
-    tokens: int
-    floor: int
-    rows: int
-    weight: int
-
-    @property
-    def fallback(self) -> Fallback:
-        """As a record."""
-        return Fallback(
-            step=STARVED,
-            cause=f"{self.tokens} of {self.floor} tokens: statistics shrunk toward {self.rows} tokens of the layer, which "
-            f"weigh as much as {self.weight}",
-        )
-
-
-def shrunk(own: InputStatistics, layer: InputStatistics, weight: int) -> InputStatistics:
-    """`own` and the mean of `layer` times `weight`, which counts as so many tokens; of the magnitudes' thresholds the larger.
+def shrunk(own: PackedMoments, layer: PackedMoments, starvation: Starvation) -> PackedMoments:
+    """`own` and the mean of `layer` times `starvation.weight`, which counts as so many tokens; of the thresholds of magnitudes
+    the larger. The sums of `own` are used up: the result is in their memory.
 
     Both of one width and gathered alike, though `own` may have no token and so no product but an empty xx. ValueError for
     another width or quantization, and for a layer without a token.
@@ -50,15 +31,23 @@ def shrunk(own: InputStatistics, layer: InputStatistics, weight: int) -> InputSt
         raise ValueError(
             f"layer: expected width {own.width} and {own.activations}, not {layer.width}, {layer.activations}"
         )
-    share = weight / layer.tokens
+    share = starvation.weight / layer.tokens
+    triangles, crossed = dict(own.triangles), dict(own.crossed)
+    for name, triangle in layer.triangles.items():
+        sum_ = triangles.setdefault(name, LowerTriangle.zeros(own.width, torch.float64, triangle.entries.device))
+        sum_.add_(triangle, share)
+    for name, product in layer.crossed.items():
+        crossed[name] = crossed.setdefault(name, torch.zeros_like(product)).add_(product, alpha=share)
+    absolute = layer.absolute
+    if absolute is not None:
+        absolute = absolute * share + (0.0 if own.absolute is None else own.absolute)
     thresholds = [found for found in (own.thresholds, layer.thresholds) if found is not None]
     return replace(
         own,
-        gram=torch.add(own.gram, layer.gram, alpha=share),
-        tokens=own.tokens + weight,
-        others={name: product * share + own.others.get(name, 0.0) for name, product in layer.others.items()},
-        absolute=None
-        if layer.absolute is None
-        else layer.absolute * share + (0.0 if own.absolute is None else own.absolute),
+        triangles=triangles,
+        crossed=crossed,
+        tokens=own.tokens + starvation.weight,
+        absolute=absolute,
         thresholds=torch.stack(thresholds).amax(0) if thresholds else None,
+        starvation=starvation,
     )

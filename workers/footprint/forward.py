@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from math import prod
 
-from counterweight.workers.footprint.load import Group, Load, gathered, kept_rows, products_of, sums
+from counterweight.workers.footprint.experts import gathered_share, kept_rows
+from counterweight.workers.footprint.load import Group, Load, moments
 from counterweight.workers.matrix_bytes import DECODE, DOUBLE, SINGLE
-from counterweight.workers.models.family import is_expert
-
-STRETCH = 1024  # `coverage.py` says the same, but imports torch
 
 
 def activations(load: Load) -> int:
     """Of the shards in flight: each thread's, with the products that it has, and those of one that is being summed."""
-    products = sum(SINGLE * group.width**2 * products_of(load, group) for group in load.groups)
+    products = sum(moments(load, group, SINGLE) for group in load.groups)
     threads = min(load.threads, load.shards)
     waiting = products if load.shards > threads > 1 else 0
     return threads * running(load, stored=False) + waiting
@@ -29,15 +27,15 @@ def running(load: Load, *, stored: bool) -> int:
     products = 0
     for group in load.groups:
         before = products
-        products += 0 if stored else SINGLE * group.width**2 * products_of(load, group)
-        tokens = load.shard * (group.share if stored else gathered(load, group))
+        products += 0 if stored else moments(load, group, SINGLE)
+        tokens = load.shard * (group.share if stored else gathered_share(load, group))
         rows = [rows for rows, _ in group.linears.values()]
         if group is load.groups[0]:
             # Queries, keys and values; while they get their positions, three more of the widest.
             inside = load.compute * (sum(rows) + 3 * max(rows))
         else:
             # Of a gated pair: one behind its activation, the other, and their product; of an expert's the first before it too.
-            more = 1 + is_expert(next(iter(group.linears))) if len(rows) > 1 else 0
+            more = 1 + group.of_expert if len(rows) > 1 else 0
             inside = load.compute * (sum(rows) + more * max(rows))
         read = max((prod(shape) for shape in group.linears.values()), default=0) * DECODE if stored else 0
         peaks.append(round(tokens * inside) + products + read)
@@ -60,19 +58,6 @@ def _gathered(load: Load, group: Group) -> tuple[int, int]:
     if part.residual is not None:
         multiplying += 2 * SINGLE + DOUBLE  # magnitudes, and sorted with their places
     return looking, multiplying
-
-
-def feeding(load: Load) -> int:
-    """Tokens of the layer that are kept, while they are put together and run through one expert of the largest kind: its sums
-    beside those that they are added to, and while they are made symmetric."""
-    if not (rows := kept_rows(load)):
-        return 0
-    experts = [group for group in load.groups if group.recipe and is_expert(next(iter(group.linears)))]
-    ahead = load.compute * min(rows, STRETCH) * max(group.width + 2 * group.outputs for group in experts)
-    largest = max(experts, key=lambda group: group.width)
-    products = SINGLE * largest.width**2 * products_of(load, largest)
-    own = sum(sums(load, group) for group in experts[:2])
-    return 2 * load.compute * rows * load.hidden + own + max(ahead + products, sums(load, largest))
 
 
 def tuning(load: Load) -> int:

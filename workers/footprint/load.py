@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from counterweight.workers.calibration.experts import ExpertCalibration
-from counterweight.workers.matrix_bytes import DOUBLE
+from counterweight.workers.matrix_bytes import DOUBLE, triangle
 from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.models.family import ModelFamily, is_expert
 from counterweight.workers.recipe import ModuleRecipe
@@ -28,6 +28,10 @@ class Group:
         return next(iter(self.linears.values()))[1]
 
     @property
+    def of_expert(self) -> bool:
+        return is_expert(next(iter(self.linears)))
+
+    @property
     def outputs(self) -> int:
         return sum(rows for rows, _ in self.linears.values())
 
@@ -41,8 +45,7 @@ class Load:
     tokens of a shard, and how many there are; length: of a sequence; sequences: all of them. hidden: width of the stream.
     attention_bytes: of the scores of a shard, where attention keeps them. paired: whether blocks see the compressed ones'
     outputs and the solve looks at the original's; compressed: whether they see them. stretched: whether shards come a few at a
-    time. threads: that share shards and solves. gpu: whether the arithmetic is done on one. experts: how a sparse block's are
-    calibrated; None in a dense one.
+    time. threads: that share shards and solves. gpu: whether the arithmetic is done on one. experts, passes: see `BlockSpec`.
     """
 
     family: ModelFamily
@@ -64,38 +67,26 @@ class Load:
     threads: int
     gpu: bool
     experts: ExpertCalibration | None = None
+    passes: tuple[tuple[str, ...], ...] = ()
 
     @property
     def tokens(self) -> int:
         return self.sequences * self.length
 
+    @property
+    def lends(self) -> bool:
+        """See `BlockSpec`."""
+        return len(self.passes) > 1 and not any(part.tuning for group in self.groups for part in group.recipe.values())
 
-def gathered(load: Load, group: Group) -> float:
-    """Share of the tokens that a group's statistics are gathered on: that which reaches it, or all where experts see all."""
-    return 1.0 if _of_expert(group) and load.experts is not None and load.experts.every_token else group.share
+    def by_pass(self) -> list[Load]:
+        """The same with the recipes of one pass's linears alone, pass by pass."""
+        return [self.solving(names) for names in self.passes] or [self]
 
-
-def starving(load: Load, group: Group) -> bool:
-    """Whether the average expert sees fewer tokens than the floor; that single ones do is not known ahead."""
-    if load.experts is None or not load.experts.samples or not _of_expert(group):
-        return False
-    return load.tokens * group.share < load.experts.floor_of(group.width)
-
-
-def kept_rows(load: Load) -> int:
-    """Tokens of the layer that are kept for experts that may turn out to be starved."""
-    samples = load.experts is not None and load.experts.samples
-    return load.experts.kept_of(load.hidden, load.tokens) if samples and load.experts is not None else 0
-
-
-def summed_tokens(load: Load, group: Group) -> float:
-    """Tokens that a group's statistics count as when it is solved."""
-    own = load.tokens * gathered(load, group)
-    return own + load.experts.weight_of(group.width) if load.experts is not None and starving(load, group) else own
-
-
-def _of_expert(group: Group) -> bool:
-    return is_expert(next(iter(group.linears)))
+    def solving(self, names: Iterable[str]) -> Load:
+        """The same where only the groups of the linears `names` are looked at."""
+        own = set(names)
+        groups = [group if not own.isdisjoint(group.linears) else replace(group, recipe={}) for group in self.groups]
+        return replace(self, groups=groups)
 
 
 def scales(part: ModuleRecipe) -> bool:
@@ -110,19 +101,32 @@ def streams(load: Load, group: Group) -> int:
     return 1 + (part.activations is not None) + (load.paired and group.share == 1)
 
 
-def products_of(load: Load, group: Group) -> int:
-    """How many products of a group's streams are summed."""
+def moments(load: Load, group: Group, itemsize: int) -> int:
+    """Bytes of the products of a group's streams: triangles of each with itself, squares of each two."""
     if not group.recipe:
         return 0
     count = streams(load, group)
-    return count * (count + 1) // 2
+    return itemsize * (count * triangle(group.width) + count * (count - 1) // 2 * group.width**2)
 
 
-def sums(load: Load, group: Group) -> int:
-    """Bytes of a group's statistics."""
-    return DOUBLE * group.width**2 * products_of(load, group)
+def squares(load: Load, group: Group) -> int:
+    """Bytes of a group's statistics when somebody solves with them."""
+    if not group.recipe:
+        return 0
+    count = streams(load, group)
+    return DOUBLE * group.width**2 * (count * (count + 1) // 2)
 
 
 def packed(group: Group) -> int:
     """Bytes of a group's weights as they are written."""
     return sum(part.weights.stored_bits(*group.linears[name]) // 8 for name, part in group.recipe.items())
+
+
+def factors(group: Group) -> int:
+    """Bytes of the factors of a group's branches as they are written, at most."""
+    found = 0.0
+    for name, part in group.recipe.items():
+        rank, bits = part.compensation.branch_rank, part.compensation.branch_bits
+        if rank is not None:
+            found += rank.at_most(*group.linears[name]) * sum(group.linears[name]) * (16 if bits is None else bits) / 8
+    return round(found)

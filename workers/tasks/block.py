@@ -36,6 +36,19 @@ class BlockSpec(Config):
     propagate: Literal["original", "compressed"]
     experts: ExpertCalibration | None = None
     """How a sparse block's are calibrated; null in a dense one, and where they are solved on their own tokens alone."""
+    passes: tuple[tuple[str, ...], ...] = ()
+    """Linears that are solved after each pass over the shards, which gathers the statistics of their inputs alone: what takes
+    less memory, and no part of the result. Those of one input are in one pass, and those of one expert. Empty: all are."""
+
+    @property
+    def every_token(self) -> bool:
+        """Whether experts are calibrated on all tokens, and not on those that the router sends them."""
+        return self.experts is not None and self.experts.every_token
+
+    @property
+    def lends(self) -> bool:
+        """Whether experts run on their weights as they were read: where memory is short, and nothing trains them."""
+        return len(self.passes) > 1 and all(part.tuning is None for part in self.recipe.values())
 
     def before(self, shard: int) -> BlockSpec:
         """The same on the shards before this one alone."""
@@ -65,7 +78,7 @@ class BlockSpec(Config):
         """Key of what calibration leaves in a worker's memory: of tasks with equal keys one calibration is enough."""
         streams = len(self.original_inputs)
         gathers = {name: part.gathers() for name, part in self.recipe.items()}
-        return digest([self.calibrate_key(), self.propagate, streams, gathers, *self._experts_key()])
+        return digest([self.calibrate_key(), self.propagate, streams, gathers, self.passes, *self._experts_key()])
 
     def _experts_key(self) -> list[object]:
         """What a key of a sparse block has beside that of a dense one."""
