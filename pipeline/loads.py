@@ -50,6 +50,7 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mappin
         threads=1 if resources.gpus_per_worker else threads,
         gpu=resources.gpus_per_worker > 0,
         experts=calibration.experts_among(recipe),
+        held_out=calibration.held_out_sequences,
     )
 
 

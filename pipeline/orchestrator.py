@@ -113,7 +113,7 @@ class Orchestrator:
             threads=self._threads,
         )
         self._watch.stage("blocks")
-        model = add_model(job, add_embedding(job, tokens.calibration), tokens.calibration)
+        model = add_model(job, add_embedding(job, tokens), tokens)
         outside = add_outside(job)
         training = add_distillation(job, model, outside, tokens)
         compress_blocks(job, model)
@@ -150,6 +150,8 @@ class Orchestrator:
             "calibration": tokens.calibration.digest,
             "validation": None if validation is None else validation.digest,
         }
+        if tokens.unseen is not None:
+            everything["held_out"] = tokens.unseen.digest
         if self._source.layout.experts:
             everything["experts"] = versions(self._job.spec.calibration.experts)
         if self._job.spec.distillation is not None:
@@ -183,7 +185,7 @@ class Orchestrator:
                 digest=digest(dict(digests)),
             ),
             recipe=_recipe(spec),
-            calibration=tokens_report(spec.calibration.source, tokens.calibration),
+            calibration=tokens_report(spec.calibration.source, tokens.calibration, tokens.unseen),
             validation=validation,
             distillation=distillation,
             baseline=found.get(BASELINE),

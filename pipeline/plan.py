@@ -144,8 +144,10 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         costed = tuple(_block_plans(job, source, memory.bytes - _held_bytes(job, blocks)))
         blocks = tuple(block.plan for block in costed)
     calibration = job.spec.calibration
-    tokens = calibration.sequences * calibration.sequence_length
-    boundary = tokens * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
+    tokens, unseen = (
+        count * calibration.sequence_length for count in (calibration.sequences, calibration.held_out_sequences)
+    )
+    boundary = (tokens + unseen) * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
     total = sum(_bytes(source, name) for name in source.tensors)
     artifact = _artifact_bytes(source, costed)
     held = _held_bytes(job, blocks)

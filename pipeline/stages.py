@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from counterweight.pipeline.allocation import budgeted, share_out
 from counterweight.pipeline.artifact import Artifact, FileEntry
 from counterweight.pipeline.artifact.assemble import Parts
@@ -19,6 +21,7 @@ from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.plan import make_plan
 from counterweight.pipeline.resolve import block_recipe
+from counterweight.pipeline.tokens import Tokens
 from counterweight.pipeline.validate import Windows, validate
 from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
@@ -74,23 +77,26 @@ class Outside:
     dropped: tuple[LedgerEntry, ...]
 
 
-def add_embedding(job: Job, calibration: TokenSet) -> Node[HiddenRecord]:
-    """The node that makes what enters block 0."""
+def add_embedding(job: Job, tokens: Tokens) -> Node[HiddenRecord]:
+    """The node that makes what enters block 0: of the calibration tokens, then of those that are held out."""
     embedding = job.source.layout.names.embedding
+    ids = [tokens.calibration.ids, *([] if tokens.unseen is None else [tokens.unseen.ids])]
     task = Embed(
         setting=job.setting,
-        tokens=stored_tokens(job, calibration),
+        tokens=stored_tokens(job, TokenSet(torch.cat(ids))),
         tensor=(embedding, job.digests[embedding]),
+        held_out=0 if tokens.unseen is None else tokens.unseen.sequences,
     )
     return job.dispatcher.graph.add(lambda: task)
 
 
-def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet) -> Blocks:
-    """The nodes of all blocks, compressed as the recipe says. embedded: of the calibration tokens."""
+def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens) -> Blocks:
+    """The nodes of all blocks, compressed as the recipe says. embedded: what `add_embedding` makes of the tokens."""
     spec, source = job.job.spec, job.source
     recipes: list[BlockRecipe] = [block_recipe(source, index, spec.recipe) for index in range(source.layout.blocks)]
     propagate = spec.calibration.propagate
     plan = make_plan(job.job, source)
+    solved, unseen = (shard_count(each) for each in (tokens.calibration, tokens.unseen))
 
     def spec_of(
         index: int,
@@ -109,6 +115,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet) -> 
             propagate=propagate,
             experts=spec.calibration.experts_among(recipe),
             passes=plan.blocks[index].passes,
+            held_out_from=solved if unseen else None,
         )
 
     budget = None
@@ -126,7 +133,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet) -> 
         propagate=propagate,
         budget=budget,
         stretches=stretches(
-            -(-calibration.sequences // shard_sequences(calibration.length)),
+            solved + unseen,
             source.layout.blocks,
             job.dispatcher.workers,
             job.threads,
@@ -209,6 +216,11 @@ def measure(
     )
 
 
+def shard_count(tokens: TokenSet | None) -> int:
+    """Shards of hidden states that a token set makes."""
+    return 0 if tokens is None else -(-tokens.sequences // shard_sequences(tokens.length))
+
+
 def stored_tokens(job: Job, tokens: TokenSet) -> Blob:
     """The ids as a blob of the workspace."""
     return job.workspace.put_tensors({"input_ids": tokens.ids})
@@ -224,7 +236,7 @@ def block_done(record: BlockRecord, *, reused: bool) -> BlockDone:
         block=record.index,
         seconds=record.timing.total,
         peak_bytes=record.timing.host_peak_bytes,
-        error_quantized=mean([m.error_quantized for m in record.modules if m.error_quantized is not None]),
-        error_compensated=mean([m.error_compensated for m in record.modules if m.error_compensated is not None]),
+        error_quantized=mean([m.error_before for m in record.modules if m.error_before is not None]),
+        error_compensated=mean([m.error_after for m in record.modules if m.error_after is not None]),
         reused=reused,
     )

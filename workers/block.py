@@ -25,11 +25,12 @@ from counterweight.kernels.linear import CompensatedLinear
 from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.held_out import Rows
 from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup
 from counterweight.workers.parallel import PARALLEL_WIDTH, OrderedPool
 from counterweight.workers.recipe import ModuleRecipe, solved_together
 from counterweight.workers.solve import LayerState, solve
-from counterweight.workers.tasks.records import STARVED, FallbackReport, ModuleReport
+from counterweight.workers.tasks.records import STARVED, FallbackReport, HeldOutErrors, ModuleReport
 
 if TYPE_CHECKING:
     from counterweight.kernels.gpu.host_memory import HostArena
@@ -72,20 +73,22 @@ def compress(
     factor_dtypes: Mapping[str, torch.dtype],
     outliers: Mapping[str, Tensor] | None = None,
     codes: Mapping[str, StoredWeight] | None = None,
+    held_out: Mapping[SharedInputGroup, Rows] | None = None,
     pool: OrderedPool,
 ) -> tuple[dict[str, CompressedLinear], list[ModuleReport]]:
     """Every linear that has a recipe, in table order.
 
     statistics: of each group among them; an entry is taken out when the group is solved. weights: linear -> weight [out, in],
     on any device. scale_dtypes, factor_dtypes: linear -> dtype in which its scales and the factors of its branch are stored.
-    outliers: see `prepare`. codes: linear -> its codes, when they are chosen already.
+    outliers: see `prepare`. codes: linear -> its codes, when they are chosen already. held_out: of tokens that reports judge
+    the result by.
     """
     jobs = list(_solves(weights, statistics, recipes, scale_dtypes, factor_dtypes))
     if forgotten := recipes.keys() - {name for job in jobs for name in job.names}:
         raise ValueError(f"no input statistics of {sorted(forgotten)}: expected those of every linear with a recipe")
     results: dict[str, CompressedLinear] = {}
     reports: list[ModuleReport] = []
-    one = partial(_solve, weights, statistics, outliers or {}, codes or {})
+    one = partial(_solve, weights, statistics, outliers or {}, codes or {}, held_out or {})
     side_by_side = any(weights[job.names[0]].shape[1] >= PARALLEL_WIDTH for job in jobs)
     for job, solved in zip(jobs, pool.map(one, jobs) if side_by_side else map(one, jobs), strict=True):
         if job.last and not job.alone:
@@ -177,6 +180,7 @@ def _solve(
     gathered: MutableMapping[SharedInputGroup, InputStatistics],
     outliers: Mapping[str, Tensor],
     codes: Mapping[str, StoredWeight],
+    held_out: Mapping[SharedInputGroup, Rows],
     job: _Job,
 ) -> list[tuple[str, CompressedLinear, ModuleReport]]:
     started = time.perf_counter()
@@ -193,12 +197,13 @@ def _solve(
         )
         for name in job.names
     ]
-    done = [(layer, layer.errors()) for layer in solve(recipe, layers)]
+    rows = held_out.get(job.group)
+    done = [(layer, layer.errors(), _judged(layer, rows)) for layer in solve(recipe, layers)]
     seconds = (time.perf_counter() - started) / len(job.names)
     lack = statistics.starvation
     starved = () if lack is None else (FallbackReport(step=STARVED, cause=lack.cause),)
     solved = []
-    for name, (layer, (error_quantized, error_compensated)) in zip(job.names, done, strict=True):
+    for name, (layer, (error_quantized, error_compensated), judged) in zip(job.names, done, strict=True):
         part, branch, residual = layer.stored, layer.branch, layer.residual
         linear = CompressedLinear(weight=part, low_rank=branch, activations=statistics.activations, residual=residual)
         report = ModuleReport(
@@ -215,11 +220,20 @@ def _solve(
             residual_bits=0 if residual is None else residual.bits_stored,
             error_quantized=error_quantized,
             error_compensated=error_compensated,
+            held_out=judged,
             fallbacks=(*starved, *(FallbackReport(step=item.step, cause=item.cause) for item in layer.fallbacks)),
             seconds=seconds,
         )
         solved.append((name, linear, report))
     return solved
+
+
+def _judged(layer: LayerState, rows: Rows | None) -> HeldOutErrors | None:
+    """On tokens that it was not solved on; None without any."""
+    if rows is None:
+        return None
+    quantized, compensated = layer.errors_on(rows.x, rows.original)
+    return HeldOutErrors(tokens=len(rows.x), of_layer=rows.of_layer, quantized=quantized, compensated=compensated)
 
 
 def tensor_bits(tensor: Tensor) -> int:

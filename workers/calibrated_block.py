@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,7 +12,8 @@ from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.statistics import Gathering
 from counterweight.workers.clock import Clock
 from counterweight.workers.context import DTYPES, TaskContext, put_hidden
-from counterweight.workers.coverage import feed, row_sample
+from counterweight.workers.coverage import feed, judged_by, row_sample
+from counterweight.workers.held_out import HeldOutRows, Rows
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
 from counterweight.workers.loaded_block import LoadedBlock, load_block, smoothed
 from counterweight.workers.memory import release, trim
@@ -20,7 +21,7 @@ from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import SharedInputGroup, is_expert
 from counterweight.workers.prepare import prepare
-from counterweight.workers.shards import Load, RunningStatistics, run_shards
+from counterweight.workers.shards import Load, Output, RunningStatistics, run_shards
 from counterweight.workers.solve import LayerState, gains
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.records import Timing
@@ -36,6 +37,7 @@ class CalibratedBlock:
     `loaded`, or where no outputs are to be made any more. outliers: linear -> channels of its input that ASER takes out of its
     codes. outputs: hidden states behind the original block, none where nobody needs them. experts: how a sparse block's are
     calibrated. rows: tokens of its layer [tokens, hidden], for experts that saw too little and are solved in a further pass.
+    unseen: rows of the shards that are held out, of all groups; None without such shards.
     """
 
     key: str
@@ -48,6 +50,7 @@ class CalibratedBlock:
     timing: Timing
     experts: ExpertCalibration | None = None
     rows: Tensor | None = None
+    unseen: HeldOutRows | None = None
     _statistics: PackedStatistics | None = None
 
     @property
@@ -66,11 +69,15 @@ class CalibratedBlock:
             feed(self.loaded.block, statistics, self.gatherings, self.rows, self.experts)
         return statistics
 
+    def held_out(self, statistics: PackedStatistics) -> dict[SharedInputGroup, Rows]:
+        """Rows of tokens that nothing is solved on, of the groups of these statistics."""
+        return {} if self.unseen is None else judged_by(self.loaded.block, statistics, self.unseen)
+
     @property
     def bytes(self) -> int:
         """Memory that it takes, on host and device together."""
-        rows = 0 if self.rows is None else self.rows.nbytes
-        return self.loaded.bytes + self.sums.bytes + rows + (0 if self._statistics is None else self._statistics.bytes)
+        kept = (0 if self.rows is None else self.rows.nbytes) + (0 if self.unseen is None else self.unseen.bytes)
+        return self.loaded.bytes + self.sums.bytes + kept + (0 if self._statistics is None else self._statistics.bytes)
 
 
 def streams(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> tuple[list[Load], list[Load]]:
@@ -103,14 +110,14 @@ def calibrated(
     def emit(output: Tensor) -> Blob | None:
         return put_hidden(workspace, output) if _makes_outputs(spec) else None
 
-    block, nothing = begun.loaded.block, RunningStatistics(begun.loaded.block, {})
     if begun.original is None:
-        outputs = run_shards(block, inputs, emit, begun.sums, context.pool, originals)
+        outputs = look(context, spec, begun, workspace, emit, start=start)
     else:
         # What the original block makes is shared between recipes, so it comes from the block as it was.
+        nothing = RunningStatistics(begun.original, {})
         outputs = run_shards(begun.original, originals or inputs, emit, nothing, context.pool)
         begun.original = begun.original if more else None
-        run_shards(block, inputs, lambda _: None, begun.sums, context.pool, originals)
+        look(context, spec, begun, workspace, lambda _: None, start=start)
     clock.lap("forward")
     trim()
     begun.key = spec.statistics_key()
@@ -119,6 +126,26 @@ def calibrated(
         _ = begun.statistics  # now, so that an activation that is not finite is the calibration's error
     begun.timing = clock.timing()
     return begun
+
+
+def look(
+    context: TaskContext,
+    spec: BlockSpec,
+    held: CalibratedBlock,
+    workspace: Workspace,
+    emit: Callable[[Tensor], Output],
+    *,
+    start: int = 0,
+) -> list[Output]:
+    """Runs the block over its shards from `start` on: sums of those that are solved on, rows of those that are held out. What
+    `emit` makes of each output."""
+    inputs, originals = streams(context, spec, workspace)
+    seen = max(start, len(inputs) if spec.held_out_from is None else spec.held_out_from)
+    outputs = run_shards(held.loaded.block, inputs[start:seen], emit, held.sums, context.pool, originals[start:seen])
+    if held.unseen is not None and inputs[seen:]:
+        further = (inputs[seen:], emit, held.unseen, context.pool, originals[seen:])
+        outputs += run_shards(held.loaded.block, *further)
+    return outputs
 
 
 def _makes_outputs(spec: BlockSpec) -> bool:
@@ -146,6 +173,7 @@ def _begun(context: TaskContext, spec: BlockSpec, workspace: Workspace, clock: C
         original=original,
         gatherings=chosen.gatherings,
         sums=first_sums(spec, loaded.block, chosen.gatherings),
+        unseen=held_out_rows(spec, loaded.block, chosen.gatherings),
         outliers=chosen.outliers,
         outputs=(),
         timing=clock.timing(),
@@ -157,6 +185,13 @@ def first_sums(spec: BlockSpec, block: Block, gatherings: Mapping[SharedInputGro
     """Those of the first pass over the shards, which keeps tokens for the starved experts of all passes."""
     sample = row_sample(block, gatherings, spec.experts)
     return RunningStatistics(block, of_pass(spec, 0, gatherings), every_token=spec.every_token, sample=sample)
+
+
+def held_out_rows(
+    spec: BlockSpec, block: Block, gatherings: Mapping[SharedInputGroup, Gathering]
+) -> HeldOutRows | None:
+    """What keeps rows of the shards that are held out; None without any."""
+    return None if spec.held_out_from is None else HeldOutRows(block, gatherings)
 
 
 def of_pass(
@@ -178,7 +213,7 @@ def gathered(
     for place in range(1, len(spec.passes)):
         gatherings = of_pass(spec, place, held.gatherings)
         sums = RunningStatistics(held.loaded.block, gatherings, every_token=spec.every_token)
-        inputs, originals = streams(context, spec, workspace)
+        inputs, originals = streams(context, spec.solving, workspace)
         paired = any(not is_expert(group[0]) for group in gatherings)
         with held.loaded.block.asking(name for group in gatherings for name in group):
             run_shards(held.loaded.block, inputs, lambda _: None, sums, context.pool, originals if paired else ())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.shrinkage import shrunk
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, PackedMoments, ShardMoments
 from counterweight.workers.errors import RequestError
+from counterweight.workers.held_out import HeldOutRows, Rows
 from counterweight.workers.hooks import input_hooks
 from counterweight.workers.models.family import SharedInputGroup, expert_of, is_expert
 from counterweight.workers.quantization.inputs import all_finite
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 STRETCH = 1024
 """Tokens that an expert is run on at a time. Part of the numerics: sums are taken stretch by stretch."""
+
+ENOUGH = 32
+"""Held-out tokens of an expert by which it is judged; one with fewer is judged by those of its layer."""
 
 Gatherings = Mapping[SharedInputGroup, Gathering]
 
@@ -60,6 +64,28 @@ def feed(
                 weight=options.weight_of(own.width),
             )
             statistics.packed[group] = shrunk(own, layer, lack)
+
+
+def judged_by(block: Block, groups: Iterable[SharedInputGroup], unseen: HeldOutRows) -> dict[SharedInputGroup, Rows]:
+    """Rows of tokens that nothing was solved on, for each of `groups`: those that reached it; where these are few, as of an
+    expert that sees hardly any, what the expert makes of tokens that its layer was given."""
+    found: dict[SharedInputGroup, Rows] = {}
+    few: dict[int, list[SharedInputGroup]] = {}
+    for group in groups:
+        rows = unseen.rows(group)
+        if rows is not None and (len(rows.x) >= ENOUGH or not is_expert(group[0])):
+            found[group] = rows
+        elif is_expert(group[0]):
+            few.setdefault(expert_of(group[0]), []).append(group)
+    sparse, given = block.separate_experts(), None if unseen.sample is None else unseen.sample.rows()
+    if sparse is None or given is None:
+        return found
+    for expert, own in few.items():
+        seen: dict[SharedInputGroup, Tensor] = {}
+        with torch.no_grad(), input_hooks(block, own, seen.__setitem__):
+            sparse[1].run(expert, given)
+        found |= {group: Rows(rows, of_layer=True) for group, rows in seen.items()}
+    return found
 
 
 def _through(block: Block, expert: int, gatherings: Gatherings, rows: Tensor) -> dict[SharedInputGroup, Accumulator]:

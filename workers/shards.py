@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -24,9 +24,31 @@ if TYPE_CHECKING:
     from counterweight.workers.models.experts import SeparateExperts
 
 Output = TypeVar("Output")
+Found = TypeVar("Found")
 
 Load = Callable[[], Tensor]
 """Reads one shard of hidden states [sequences, length, hidden]."""
+
+
+class Gatherer(Protocol[Found]):
+    """What looks at the rows that enter a block's linears, shard by shard.
+
+    gatherings: the groups of linears, and what is gathered of each. every_token: experts see all tokens, and not those that the
+    router sends them. sample: keeps some of the tokens that experts are given; None: none is kept.
+    """
+
+    gatherings: Mapping[SharedInputGroup, Gathering]
+    every_token: bool
+    sample: RowSample | None
+
+    def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None) -> Found:
+        """What one shard gives. rows: [..., in]; original: in the original model, where that differs. Threads call it."""
+        ...
+
+    def add(self, found: dict[SharedInputGroup, Found], given: list[Tensor]) -> None:
+        """Takes a shard's out of `found`, in the order of the shards, so that nothing of one stays while the next one runs.
+        given: the tokens that its experts were given, of which some are kept; taken out likewise."""
+        ...
 
 
 class RunningStatistics:
@@ -40,8 +62,6 @@ class RunningStatistics:
         every_token: bool = False,
         sample: RowSample | None = None,
     ) -> None:
-        """every_token: experts see all tokens, and not those that the router sends them. sample: keeps some of the tokens that
-        experts are given; None: none is kept."""
         self.gatherings = gatherings
         self.every_token = every_token
         self.sample = sample
@@ -53,9 +73,12 @@ class RunningStatistics:
         kept = 0 if self.sample is None else self.sample.bytes
         return kept + sum(accumulator.bytes for accumulator in self._sums.values())
 
+    def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None) -> ShardMoments:
+        """The moments of a shard's rows [..., in]."""
+        return ShardMoments.of(rows, self.gatherings[group], original)
+
     def add(self, moments: dict[SharedInputGroup, ShardMoments], given: list[Tensor]) -> None:
-        """Adds a shard's and takes them out of `moments`, so that nothing of a shard stays while the next one runs. given: the
-        tokens that its experts were given, of which some are kept; taken out likewise."""
+        """See `Gatherer`."""
         while given:
             rows = given.pop()
             if self.sample is not None:
@@ -83,11 +106,12 @@ def run_shards(
     block: Block,
     inputs: Sequence[Load],
     emit: Callable[[Tensor], Output],
-    sums: RunningStatistics,
+    gatherer: Gatherer[Found],
     pool: OrderedPool,
     originals: Sequence[Load] = (),
 ) -> list[Output]:
-    """Runs the block over shards of its inputs and adds their moments to `sums`; what `emit` makes of each output.
+    """Runs the block over shards of its inputs and has `gatherer` look at what enters its linears; what `emit` makes of each
+    output.
 
     inputs: one callable per shard; the shards' number and order are part of the result. originals: likewise, what enters the
     block in the original model; empty when that is the same. emit: what to do with a shard's output (write it, drop it), that
@@ -98,23 +122,23 @@ def run_shards(
         replicas.put(block.replica())
 
     # A router may send other tokens to an expert than in the original model, so that rows have no partners.
-    partnered = [group for group in sums.gatherings if not is_expert(group[0])]
-    routed = partnered if sums.every_token else list(sums.gatherings)
-    forced = [group for group in sums.gatherings if group not in routed]
+    partnered = [group for group in gatherer.gatherings if not is_expert(group[0])]
+    routed = partnered if gatherer.every_token else list(gatherer.gatherings)
+    forced = [group for group in gatherer.gatherings if group not in routed]
 
-    def run(loads: tuple[Load, Load | None]) -> tuple[dict[SharedInputGroup, ShardMoments], list[Tensor], Output]:
+    def run(loads: tuple[Load, Load | None]) -> tuple[dict[SharedInputGroup, Found], list[Tensor], Output]:
         load, load_original = loads
         replica = replicas.get()
         meant: dict[SharedInputGroup, Tensor] = {}
-        moments: dict[SharedInputGroup, ShardMoments] = {}
+        found: dict[SharedInputGroup, Found] = {}
         given: list[Tensor] = []
 
         def take(group: SharedInputGroup, rows: Tensor) -> None:
             check_activations(f"the input of {group[0]}", rows)
-            moments[group] = ShardMoments.of(rows, sums.gatherings[group], meant.get(group))
+            found[group] = gatherer.of(group, rows, meant.get(group))
 
         def look(experts: SeparateExperts, tokens: Tensor) -> None:
-            if sums.sample is not None:
+            if gatherer.sample is not None:
                 given.append(tokens)
             with input_hooks(replica, forced, take):
                 for expert in sorted({expert_of(group[0]) for group in forced}):
@@ -128,14 +152,14 @@ def run_shards(
                 seen = replica.run(load())
             output = seen if load_original is None else output
             check_activations("the block's output", output)
-            return moments, given, emit(output)
+            return found, given, emit(output)
         finally:
             replicas.put(replica)
 
     nothing: list[Load | None] = [None] * len(inputs)
     outputs: list[Output] = []
-    for moments, given, output in pool.map(run, zip(inputs, originals or nothing, strict=True)):
-        sums.add(moments, given)
+    for found, given, output in pool.map(run, zip(inputs, originals or nothing, strict=True)):
+        gatherer.add(found, given)
         outputs.append(output)
     return outputs
 

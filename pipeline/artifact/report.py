@@ -96,12 +96,13 @@ class ModelReport(Config):
 
 
 class TokensReport(Config):
-    """A token set. digest: of its ids."""
+    """A token set. digest: of its ids. held_out: further windows, which nothing is solved on."""
 
     source: Mapping[str, object]
     sequences: int
     sequence_length: int
     digest: str
+    held_out: int = 0
 
 
 class DistillationReport(Config):
@@ -151,13 +152,14 @@ class Report(Judged):
     software: Mapping[str, str]
 
 
-def tokens_report(source: CalibrationSource, tokens: TokenSet) -> TokensReport:
-    """A token set and where it came from."""
+def tokens_report(source: CalibrationSource, tokens: TokenSet, unseen: TokenSet | None = None) -> TokensReport:
+    """A token set and where it came from; unseen: further windows of it, which nothing is solved on."""
     return TokensReport(
         source=source.model_dump(mode="json"),
         sequences=tokens.sequences,
         sequence_length=tokens.length,
         digest=tokens.digest,
+        held_out=0 if unseen is None else unseen.sequences,
     )
 
 

@@ -16,6 +16,7 @@ from counterweight.workers.arithmetic.preparing import rotating
 from counterweight.workers.footprint.load import Group, Load, factors, packed
 from counterweight.workers.matrix_flops import Work, elementwise
 from counterweight.workers.parallel import PARALLEL_WIDTH
+from counterweight.workers.tasks.setting import shard_sequences
 
 BEGINNING, STREAMED, ENDING = (
     ("read", "rotate", "prepare"),
@@ -63,7 +64,7 @@ def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates) -> BlockSeco
     kept = load.compute * (load.parameters - solved)
     stored = sum(packed(group) for group in load.groups) + branch + kept
     rotated = rotating(load)
-    hidden = load.tokens * load.hidden * load.compute
+    hidden = (load.tokens + load.unseen) * load.hidden * load.compute
     running = load.parameters * load.compute
     entered = passes(load) * (rates.received(hidden) + rates.moved(hidden))
     left = rates.sent(hidden) + rates.moved(hidden)
@@ -81,7 +82,7 @@ def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates) -> BlockSeco
     }
     return BlockSeconds(
         steps=steps,
-        shards=load.shards,
+        shards=load.shards - (-load.held_out // shard_sequences(load.length)),
         stored=round(stored),
         branch=round(branch),
         evaluated=rates.seconds(run(load, load.tokens)) / load.tokens,

@@ -110,9 +110,10 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> None:
     """The nodes that `stages.add_model` and `add_outside` add, and these alone."""
     spec, rates, graph = costs.job.spec, costs.rates, dispatcher.graph
     calibration, propagate = spec.calibration, spec.calibration.propagate
-    shards = -(-calibration.sequences // shard_sequences(calibration.sequence_length))
+    together, held_out = shard_sequences(calibration.sequence_length), calibration.held_out_sequences
+    shards = -(-calibration.sequences // together) - (-held_out // together)
     hidden = (
-        calibration.sequences
+        (calibration.sequences + held_out)
         * calibration.sequence_length
         * costs.source.layout.hidden_size
         * ITEMSIZE[calibration.compute_dtype]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from math import ceil
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
@@ -17,7 +18,7 @@ from pydantic import (
 )
 
 from counterweight.workers.calibration.experts import ExpertCalibration
-from counterweight.workers.calibration.source import CalibrationSource, TokenSource
+from counterweight.workers.calibration.source import CalibrationSource, ModelSamples, TokenSource
 from counterweight.workers.config import Config
 from counterweight.workers.methods.distillation import Distillation
 from counterweight.workers.metrics import METRICS
@@ -96,6 +97,11 @@ class Calibration(Section):
     """`random`: windows at random places of the text; `consecutive`: side by side, from its start."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of random sampling, of windows or by the model."""
+    held_out: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    """Further windows of the source that nothing is solved on: the report's errors of linears are theirs. null:
+    one for sixteen that are solved on, of 4096 tokens in all, as far as the source goes. 0: none, and errors are
+    those of the tokens that were solved on, as always where the model writes its own.
+    """
     propagate: Literal["original", "compressed"] = "original"
     """`original`: every block sees the original model's activations, and all blocks are independent;
     `compressed`: a block sees what the compressed blocks before it produce, one block after the other.
@@ -106,6 +112,21 @@ class Calibration(Section):
     """
     experts: ExpertCalibration = Field(default_factory=ExpertCalibration)
     """How experts are calibrated that the router sends few tokens; of dense models nothing."""
+
+    @property
+    def held_out_sequences(self) -> int:
+        """Windows to be held out; of a source that may have fewer, where `held_out` is null."""
+        if self.held_out is not None:
+            return self.held_out
+        if isinstance(self.source, ModelSamples):
+            return 0
+        return min(ceil(self.sequences / 16), max(1, 4096 // self.sequence_length))
+
+    @model_validator(mode="after")
+    def _samples_have_no_more(self) -> Calibration:
+        if self.held_out and isinstance(self.source, ModelSamples):
+            raise ValueError(f"held_out: {self.held_out}: expected null or 0 where the model writes its own tokens")
+        return self
 
     def experts_among(self, linears: Iterable[str]) -> ExpertCalibration | None:
         """`experts`, where one of a block's linears with these names is an expert's; None in a dense block."""
@@ -280,6 +301,7 @@ def canonical(job: CompressionJob) -> bytes:
         spec["distillation"] = {"training": stage.training.model_dump(mode="json"), "held_out": len(stage.held_out)}
     if job.spec.calibration.experts == ExpertCalibration():
         del spec["calibration"]["experts"]  # younger than artifacts of dense models, whose ids were made without it
+    del spec["calibration"]["held_out"]  # decides what errors are measured on, whose digest the caller adds
     if spec["validation"] is not None:
         spec["validation"]["sequence_length"] = job.spec.validation_sequence_length
         if spec["validation"]["prefill_gates"] is None:

@@ -57,6 +57,7 @@ CASES: Mapping[str, Case] = {
     "activations, two threads": (many(RTN, 256, 2048, threads=2, sequences=48), "forward"),
     "activations, quantized": (many({**RTN, "activations": {"bits": 8}}, 256, 2048, sequences=32), "forward"),
     "activations, bfloat16": (many(RTN, 256, 3072, compute="bfloat16"), "forward"),
+    "held out": (many({**RTN, "activations": {"bits": 8}}, 256, 2048, held_out=16), "forward"),
     "thresholds": (many({**RTN, "residual": {}}, 256, 1024), "forward"),
     "attention": (
         Measured(case="gemma2", recipe=RTN, config=dense(256, 512, head_dim=16), sequences=2, length=1024),

@@ -20,7 +20,7 @@ adding up."""
 
 def forward(load: Load) -> Work:
     """All passes through the block but those of training."""
-    once = run(load, load.tokens)
+    once = run(load, load.tokens + load.unseen)
     work = NOTHING
     for calibration in calibrations(load):
         work += once * passes(calibration) + again(calibration) + _beside(calibration)
@@ -123,7 +123,7 @@ def _branches(load: Load, group: Group) -> Work:
     for name, part in group.recipe.items():
         rank, (rows, columns) = part.compensation.branch_rank, group.linears[name]
         if rank is not None:
-            work += product(load.tokens * group.share, rank.at_most(rows, columns), rows + columns)
+            work += product((load.tokens + load.unseen) * group.share, rank.at_most(rows, columns), rows + columns)
     return work
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from counterweight.workers import matrix_flops
 from counterweight.workers.footprint.experts import summed_tokens
+from counterweight.workers.footprint.forward import LIMIT
 from counterweight.workers.footprint.load import Group, Load, streams
 from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, product, product64
 from counterweight.workers.recipe import ModuleRecipe, solved_together
@@ -25,6 +26,8 @@ def _group(load: Load, group: Group) -> Work:
     for together in solved_together(group.recipe, {name: rows for name, (rows, _) in group.linears.items()}):
         part, shapes = group.recipe[together[0]], [group.linears[name] for name in together]
         work += solve(part, shapes, tokens, streams=count, original=original)
+        for rows, columns in shapes:
+            work += _judging_rows(part, rows, columns, min(LIMIT, load.unseen * group.share))
     for name, part in group.recipe.items():
         if part.budget_bits is not None:
             work += gains(part, *group.linears[name], tokens)
@@ -62,6 +65,17 @@ def gains(part: ModuleRecipe, rows: int, columns: int, tokens: float) -> Work:
     # Behind the metric's root, and the original output's energy.
     whitened = product64(rows, columns, columns)
     return problem + whitened * 2 + matrix_flops.spectrum(rows, columns) + elementwise(2 * rows * columns)
+
+
+def _judging_rows(part: ModuleRecipe, rows: int, columns: int, tokens: float) -> Work:
+    """The errors of a solved linear on tokens that it was not solved on: the output, the codes', and the branch's."""
+    if not tokens:
+        return NOTHING
+    rank = part.compensation.branch_rank
+    branch = NOTHING if rank is None else product(rows, rank.at_most(rows, columns), columns)
+    terms = 2 + (rank is not None)
+    quantized = NOTHING if part.activations is None else part.activations.quantize_flops(tokens * columns)
+    return product(tokens, columns, rows) * terms + branch + quantized + elementwise(2 * rows * columns)
 
 
 def _left(rows: int, columns: int) -> Work:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from counterweight.workers.footprint.experts import feeding, kept_bytes
-from counterweight.workers.footprint.forward import activations, running, tuning
+from counterweight.workers.footprint.forward import activations, running, tuning, unseen_bytes
 from counterweight.workers.footprint.load import Group, Load, moments, packed
 from counterweight.workers.footprint.solving import solving
 from counterweight.workers.footprint.weights import (
@@ -60,7 +60,7 @@ class Footprint:
 def footprint(load: Load) -> Footprint:
     """The memory of a block's task; of one that is solved in several passes, that of the pass that takes most."""
     parts = [part for group in load.groups for part in group.recipe.values()]
-    weights = here(load, scaled(load))
+    weights = here(load, scaled(load)) + unseen_bytes(load)
     packing = sum(packed(group) for group in load.groups)
     passes = load.by_pass()
     statistics = [sum(moments(one, group, DOUBLE) for group in one.groups) for one in passes]

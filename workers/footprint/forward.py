@@ -8,6 +8,8 @@ from counterweight.workers.footprint.experts import gathered_share, kept_rows
 from counterweight.workers.footprint.load import Group, Load, moments
 from counterweight.workers.matrix_bytes import DECODE, DOUBLE, SINGLE
 
+LIMIT = 1024  # `held_out.py` says the same, but imports torch
+
 
 def activations(load: Load) -> int:
     """Of the shards in flight: each thread's, with the products that it has, and those of one that is being summed."""
@@ -58,6 +60,19 @@ def _gathered(load: Load, group: Group) -> tuple[int, int]:
     if part.residual is not None:
         multiplying += 2 * SINGLE + DOUBLE  # magnitudes, and sorted with their places
     return looking, multiplying
+
+
+def unseen_bytes(load: Load) -> int:
+    """Rows of what enters each group of linears on tokens that nothing is solved on, and of what experts are given."""
+    if not load.held_out:
+        return 0
+    sparse = load.hidden * min(LIMIT, load.unseen) if any(group.of_expert for group in load.groups) else 0
+    rows = 0
+    for group in load.groups:
+        if group.recipe:
+            kept = min(LIMIT, round(load.unseen * group.share))
+            rows += kept * group.width * (1 + (load.paired and group.share == 1))
+    return load.compute * (sparse + rows)
 
 
 def tuning(load: Load) -> int:

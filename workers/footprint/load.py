@@ -42,7 +42,8 @@ class Load:
 
     family: of the model; heads: its attention's, of queries. groups: in the order in which they run, the attention's first.
     source_bytes: the block's tensors as stored. parameters: of the block. compute: bytes of an activation. shard, shards:
-    tokens of a shard, and how many there are; length: of a sequence; sequences: all of them. hidden: width of the stream.
+    tokens of a shard, and how many there are; length: of a sequence; sequences: all that are solved on; held_out: further ones.
+    hidden: width of the stream.
     attention_bytes: of the scores of a shard, where attention keeps them. paired: whether blocks see the compressed ones'
     outputs and the solve looks at the original's; compressed: whether they see them. stretched: whether shards come a few at a
     time. threads: that share shards and solves. gpu: whether the arithmetic is done on one. experts, passes: see `BlockSpec`.
@@ -68,10 +69,17 @@ class Load:
     gpu: bool
     experts: ExpertCalibration | None = None
     passes: tuple[tuple[str, ...], ...] = ()
+    held_out: int = 0
 
     @property
     def tokens(self) -> int:
+        """That are solved on."""
         return self.sequences * self.length
+
+    @property
+    def unseen(self) -> int:
+        """Tokens that are not."""
+        return self.held_out * self.length
 
     @property
     def lends(self) -> bool:

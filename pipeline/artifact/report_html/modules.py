@@ -92,10 +92,10 @@ def panels(modules: Iterable[ModuleReport]) -> list[Panel]:
     for module in modules:
         place = place_of(module.name)
         blocks = kinds.setdefault(place.kind, {})
-        if module.error_quantized is None or module.error_compensated is None:
+        if module.error_before is None or module.error_after is None:
             unmeasured[place.kind] = unmeasured.get(place.kind, 0) + 1
         else:
-            measured = (module.name, module.error_quantized, module.error_compensated)
+            measured = (module.name, module.error_before, module.error_after)
             blocks.setdefault(place.block, []).append(measured)
     return [
         Panel(
@@ -113,6 +113,13 @@ def panels(modules: Iterable[ModuleReport]) -> list[Panel]:
         )
         for kind in sorted(kinds, key=_rank)
     ]
+
+
+def measured_on(module: ModuleReport) -> str:
+    """The tokens that a module's errors are of."""
+    if module.held_out is None:
+        return "in-sample"
+    return f"{module.held_out.tokens:,} held out" + (", its layer's" if module.held_out.of_layer else "")
 
 
 def _rank(kind: str) -> tuple[bool, int]:

@@ -153,7 +153,8 @@ def error_section(report: Report) -> Markup:
             title, tag("p", "No error was measured: no calibration token reached any module.", class_="warning")
         )
     compensated = has_branches(report)
-    notes = [f"Relative output error {ERROR}; lower is better. All plots share one logarithmic axis."]
+    notes = [f"Relative output error {ERROR}; lower is better. {_tokens_of_errors(report)}"]
+    notes.append("All plots share one logarithmic axis.")
     if any(panel.several for panel in found):
         notes.append(
             "Where a block has several modules of a kind (experts), a bar runs from the smallest to the largest error "
@@ -176,6 +177,18 @@ def error_section(report: Report) -> Markup:
         tag("h3", "By kind"),
         _kinds(found, compensated),
     )
+
+
+def _tokens_of_errors(report: Report) -> str:
+    """What errors are measured on: those of the tokens that a layer was solved on are too good to be true."""
+    inside = sum(module.held_out is None for module in report.modules)
+    if inside == len(report.modules):
+        return "In-sample: measured on the tokens that layers were solved on, so that others have larger ones."
+    text = f"Measured on {count(report.calibration.held_out, 'window')} that nothing was solved on."
+    layers = sum(module.held_out is not None and module.held_out.of_layer for module in report.modules)
+    if layers:
+        text += f" Of experts that see hardly any of their tokens on those of their layer: {count(layers, 'module')}."
+    return text + (f" In-sample, of {count(inside, 'module')}: no such token reached them." if inside else "")
 
 
 def _error_legend(found: tuple[Panel, ...], compensated: bool) -> Markup:
