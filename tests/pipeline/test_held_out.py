@@ -11,7 +11,7 @@ import torch
 
 from counterweight.pipeline.artifact.report import Report
 from counterweight.pipeline.artifact.report_html import render
-from counterweight.pipeline.manifest.job import Calibration
+from counterweight.pipeline.manifest import Calibration
 from counterweight.workers.errors import RequestError
 from tests.inprocess import local, run_job
 from tests.models import checkpoint, read_tensors
