@@ -77,7 +77,7 @@ def measure(
     tokens: Sequence[Tensor],
     heads: Mapping[str, nn.Module],
     pool: OrderedPool,
-    agreement: Agreement,
+    agreement: Agreement | None = None,
 ) -> dict[str, list[WindowMetrics]]:
     """Metrics per window from the last hidden states; heads: variant -> its own. agreement: of the routers on the way there."""
     firsts = [0, *accumulate(len(batch) for batch in tokens)]
@@ -92,7 +92,7 @@ def measure(
                     if variant == BASELINE
                     else _log_probabilities(heads[variant], hidden[variant][batch][row])
                 )
-                routed = agreement.of(variant, firsts[batch] + row)
+                routed = () if agreement is None else agreement.of(variant, firsts[batch] + row)
                 found[variant].append(_window(variant, reference, own, ids, routed))
         return found
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from counterweight.pipeline.manifest import load_manifest
+from tests.inprocess import local, run_job
 from tests.models import checkpoint
 from tests.patience import PATIENCE
 from tests.pipeline.tiny import job_of, run_local, write_job, write_text
@@ -178,7 +179,20 @@ def test_experts(tmp_path: Path) -> None:
     sizes = ("--sequences", 16, "--windows", 16, "--length", 16, "--strengths", 1, "--samples", 2)
     printed = ran("experts", tmp_path, *texts, *sizes, "--train", 2)
     assert "step 1: loss" in printed
-    assert len(rows(printed)) == 2 * 3
+    assert len(rows(printed)) == 2 * 4
+
+
+def test_routers(tmp_path: Path) -> None:
+    checkpoint("mixtral", tmp_path / "model", torch.bfloat16)
+    recipe = {"weights": {"bits": 3, "group_size": 32}}
+    place = local(run_job(tmp_path / "model", tmp_path / "out", recipe))
+    texts = [write_text(tmp_path / name, 2000, seed=seed) for seed, name in enumerate(("seen.txt", "test.txt"))]
+    printed = ran("routers", *texts, place, "--sequences", 8, "--windows", 4, "--length", 16)
+    assert [row.split(" | ")[1] for row in rows(printed)] == [
+        "as they were",
+        "routers by least squares",
+        "routers by divergence",
+    ]
 
 
 def test_the_time_model_is_held_against_a_block() -> None:
