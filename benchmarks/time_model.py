@@ -27,7 +27,6 @@ from common import machine, record, table, versions
 from torch import Tensor
 from true_shapes import make, narrowed, shapes
 
-from counterweight.kernels.hadamard import Hadamard
 from counterweight.pipeline.estimate import block_seconds
 from counterweight.pipeline.estimate.costs import ENDING
 from counterweight.pipeline.loads import load_of
@@ -38,7 +37,7 @@ from counterweight.pipeline.resolve import block_recipe
 from counterweight.workers.arithmetic import arithmetic
 from counterweight.workers.calibration.statistics import NOTHING_ELSE, ShardMoments
 from counterweight.workers.context import DTYPES
-from counterweight.workers.matrix_flops import cholesky, eigh, hadamard64, product
+from counterweight.workers.matrix_flops import cholesky, eigh, product
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
@@ -116,7 +115,7 @@ def measured_rates(device: Device, size: int | None = None) -> Rates:
     wide, half = x.double(), x.bfloat16()
     positive = wide.T @ wide
     buffer, one = torch.empty_like(x), torch.ones(64, device=device)
-    turned, data = torch.randn(1024, 1024, dtype=torch.float64), bytes(32 << 20)
+    data = bytes(32 << 20)
 
     def rate(count: float, run: Callable[[], object], watch: Stopwatch = watch) -> float:
         return count / watch.mean(run)
@@ -125,7 +124,6 @@ def measured_rates(device: Device, size: int | None = None) -> Rates:
         return rate(2 * size * size * (size + 128), lambda: ShardMoments.of(rows, NOTHING_ELSE))
 
     products = product(2 * size, size, size).products32
-    hadamard = hadamard64(turned.numel(), 1024)
     return Rates(
         source=f"measured: {_named(device)}",
         products16=rate(products, lambda: half @ half[:size]),
@@ -137,8 +135,6 @@ def measured_rates(device: Device, size: int | None = None) -> Rates:
         decompositions=rate(eigh(size).total, lambda: torch.linalg.eigh(positive)),
         elementwise=rate(x.numel(), lambda: torch.mul(x, x, out=buffer)),
         step=watch.mean(lambda: one.add_(1.0), times=1000),
-        host_products64=rate(hadamard.products64, lambda: Hadamard(size=1024).apply(turned), host),
-        host_elementwise=rate(turned.numel(), lambda: turned * turned, host),
         hash=rate(len(data), lambda: hashlib.sha256(data).digest(), host),
         link=None if device == "cpu" else rate(half.nbytes, lambda: half.cpu().to(device)) * 2,
         storage=_storage_rate(data),
