@@ -10,7 +10,7 @@ and again when a node that is needed reads hidden states of it that are gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -158,7 +158,7 @@ class Graph:
         if self._workspace is None:
             raise ValueError("workspace: none: expected the one that results are looked up in")
         for node in self.nodes:
-            if node.done or not node.known:
+            if node.done or node.running or not node.known:
                 continue
             found = node.made().lookup(self._workspace)
             if found is not None:
@@ -201,12 +201,23 @@ class Graph:
 
     def failed(self, node: Node[object]) -> None:
         """A node's task came back without a value and is to be done again. What it worked on is in no memory any more, and
-        what it reads may be gone from the store."""
+        what it reads may be gone from the store: perhaps because another job has finished it."""
         node.running = False
         self._needed = None
         if node.uses is not None:
             node.uses.holder = None
         self._look_again(node)
+        if self._workspace is not None:
+            self.open()
+
+    def discard(self, nodes: Iterable[Node[object]]) -> None:
+        """Deletes hidden states that no node has to read any more."""
+        self._needed = None
+        for node in nodes:
+            node.present = False
+            if self._workspace is not None:
+                for blob in node.hidden_states:
+                    self._workspace.discard(blob)
 
     def lost(self, worker: int) -> None:
         """A worker's process died: what it held in memory is gone, what was committed is not."""
