@@ -111,6 +111,7 @@ class _Rounds:
 
     def __init__(self, job: Job, texts: Texts, spec: TrainingSpec) -> None:
         self._job, self._texts, self._spec = job, texts, spec
+        self._nodes: list[Node[ReplicaRecord] | Node[EpochRecord]] = []
         self.tasks: list[TaskReport] = []
 
     def to_the_end(self) -> EpochRecord:
@@ -121,7 +122,7 @@ class _Rounds:
             end = self._epoch(last, ends)
             if last is not None:
                 job.workspace.discard(last.state)
-            job.dispatcher.graph.discard(ends)
+            job.dispatcher.graph.discard(node for node in self._nodes if node is not end)
             last, ends = end.value, (end,)
         return last
 
@@ -158,11 +159,11 @@ class _Rounds:
         make_end = partial(Epoch, training=self._spec, before=before, states=states, loss=loss)
         end = graph.add(make_end, reads=(*self._texts.originals, *earlier, *ends))
         self._run((end,))
-        graph.discard(earlier)
         return end
 
     def _run(self, nodes: tuple[Node[Kept], ...]) -> list[Kept]:
         """The records of nodes that were just added, found or made."""
+        self._nodes += nodes
         self._job.dispatcher.graph.open()
         records = self._job.dispatcher.run(nodes)
         self.tasks += [

@@ -214,10 +214,10 @@ class Graph:
         """Deletes hidden states that no node has to read any more."""
         self._needed = None
         for node in nodes:
-            node.present = False
-            if self._workspace is not None:
+            if node.present and self._workspace is not None:
                 for blob in node.hidden_states:
                     self._workspace.discard(blob)
+            node.present = False
 
     def lost(self, worker: int) -> None:
         """A worker's process died: what it held in memory is gone, what was committed is not."""
