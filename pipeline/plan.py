@@ -15,9 +15,10 @@ from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.resolve import block_recipe, check_block, check_recipe, linears_of, stored_name
 from counterweight.workers.arithmetic import arithmetic
+from counterweight.workers.arithmetic.distillation import training_flops
 from counterweight.workers.config import Config
 from counterweight.workers.footprint import Load, footprint
-from counterweight.workers.footprint.distillation import Texts, trained_parameters, training_bytes, training_flops
+from counterweight.workers.footprint.distillation import Texts, state_traffic, trained_parameters, training_bytes
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.recipe import ModuleRecipe
@@ -73,12 +74,15 @@ class BlockPlan(Config):
 
 
 class DistillationPlan(Config):
-    """The training of the compressed model, which one worker does. parameters: that are trained. peak_bytes: where the
-    arithmetic is done. flops: when every epoch is run."""
+    """The training of the compressed model. parameters: that are trained. replicas: how many workers can share it. peak_bytes:
+    of each of them, where the arithmetic is done. flops, state_*_bytes: of all together, when every epoch is run."""
 
     parameters: int
+    replicas: int = 1
     peak_bytes: int
     flops: int
+    state_read_bytes: int = 0
+    state_written_bytes: int = 0
 
 
 class Plan(Config):
@@ -148,8 +152,10 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         peak_bytes_per_worker=peak,
         host_bytes_per_worker=host,
         largest=where,
-        storage_read_bytes=total * (2 + validation) + boundary * len(blocks),
-        storage_written_bytes=written,
+        storage_read_bytes=total * (2 + validation)
+        + boundary * len(blocks)
+        + (0 if training is None else training.state_read_bytes),
+        storage_written_bytes=written + (0 if training is None else training.state_written_bytes),
         flops=sum(block.flops for block in blocks) + (0 if training is None else training.flops),
         distillation=training,
         header_bytes_read=source.checkpoint.bytes_read,
@@ -171,7 +177,7 @@ def _distillation_plan(job: CompressionJob, source: ModelSource) -> Distillation
     if stage is None:
         return None
     texts = Texts(
-        trained=sum(share.sequences for share in stage.texts),
+        trained=stage.trained,
         held_out=sum(share.sequences for share in stage.held_out),
         length=job.spec.calibration.sequence_length,
     )
@@ -179,10 +185,15 @@ def _distillation_plan(job: CompressionJob, source: ModelSource) -> Distillation
         load_of(job, source, index, block_recipe(source, index, job.spec.recipe))
         for index in range(source.layout.blocks)
     ]
+    parameters = sum(trained_parameters(load, stage.training) for load in loads)
+    read, written = state_traffic(parameters, stage.training)
     return DistillationPlan(
-        parameters=sum(trained_parameters(load, stage.training) for load in loads),
+        parameters=parameters,
+        replicas=stage.training.replicas,
         peak_bytes=training_bytes(loads, stage.training, texts, source.layout.vocabulary),
         flops=training_flops(loads, stage.training, texts, source.layout.vocabulary),
+        state_read_bytes=read,
+        state_written_bytes=written,
     )
 
 

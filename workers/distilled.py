@@ -93,9 +93,11 @@ def _running(states: Sequence[Blob], workspace: Workspace, device: torch.device)
 
 
 def _state(record: EpochRecord, workspace: Workspace, device: torch.device) -> State:
+    """Behind an epoch, without what the next one has gone on from."""
+    tensors = _get(record.state, workspace, device)
     return State(
         epoch=record.epoch,
-        tensors=_get(record.state, workspace, device),
+        tensors={name: tensor for name, tensor in tensors.items() if name not in running_of(tensors)},
         best=record.best,
         divergences=record.divergences,
         losses=record.losses,

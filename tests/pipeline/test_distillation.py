@@ -35,6 +35,7 @@ from counterweight.workers.tasks.replica import Replica, ReplicaRecord
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import COMMITS, Blob, Workspace
+from tests.flop_counter import counted
 from tests.inprocess import InProcessPool, RecordedProgress, local, run_job
 from tests.models import checkpoint, write_text
 
@@ -449,3 +450,64 @@ def test_the_plan_knows_what_training_takes(model: Path, texts: dict[str, Any], 
     assert plan_of(**{**TRAINING, "batch": 64}).distillation.peak_bytes > plan.distillation.peak_bytes
     assert plan_of(**{**TRAINING, "factors": False}).distillation.parameters < trained
     assert plan.largest == "distillation"
+
+
+class Counting(Watching):
+    """Counts products in float32 of the tasks that have to do with training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0.0
+
+    def submit(self, worker: int, task: Task[object]) -> int:
+        if not isinstance(task, (Original, Replica, Epoch)):
+            return super().submit(worker, task)
+        tickets: list[int] = []
+        work = counted(lambda: tickets.append(super(Counting, self).submit(worker, task)))
+        self.flops += work.products32
+        return tickets[0]
+
+
+CASES = {"one": TRAINING, "replicas": REPLICATED, "no factors": {**TRAINING, "epochs": 1, "factors": False}}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_computes_what_is_planned(case: str, model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
+    pool = Counting()
+    run_on(pool, model, texts, tmp_path, **CASES[case])
+    job = parse_manifest(document_of(model, texts, **CASES[case]), name="tiny.json", base=None).job
+    plan = make_plan(job, open_model(model.as_uri())).distillation
+    assert plan is not None
+    assert plan.flops == pytest.approx(pool.flops, rel=0.02)
+
+
+class Weighing(Watching):
+    """Knows the bytes of the tensors of every state, by the digest of its blob."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def submit(self, worker: int, task: Task[object]) -> int:
+        ticket = super().submit(worker, task)
+        if isinstance(task, (Replica, Epoch)):
+            record = task.lookup(task.workspace())
+            assert record is not None
+            tensors = task.workspace().get_tensors(record.state)
+            self.bytes[record.state.sha256] = sum(tensor.nbytes for tensor in tensors.values())
+        return ticket
+
+
+@pytest.mark.parametrize("case", ["one", "replicas"])
+def test_states_are_as_large_as_is_planned(case: str, model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
+    pool = Weighing()
+    run_on(pool, model, texts, tmp_path, **CASES[case])
+    job = parse_manifest(document_of(model, texts, **CASES[case]), name="tiny.json", base=None).job
+    plan = make_plan(job, open_model(model.as_uri())).distillation
+    assert plan is not None
+    read = [blob for task in pool.tasks if isinstance(task, (Replica, Epoch)) for blob in task.states]
+    read += [task.before.state for task in pool.tasks if isinstance(task, Epoch) and task.before is not None]
+    read += [task.last.state for task in pool.tasks if isinstance(task, Distill) and task.last.best]
+    assert plan.state_written_bytes == sum(pool.bytes.values())
+    assert plan.state_read_bytes == sum(pool.bytes[blob.sha256] for blob in read)
+    assert plan.replicas == CASES[case].get("replicas", 1)

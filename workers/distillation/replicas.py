@@ -45,9 +45,10 @@ def averaged(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         count += 1
         if count == 1:
             total = {name: tensor.clone() for name, tensor in state.items()}
-            continue
-        for name, tensor in total.items():
-            tensor.add_(state[name])
+        else:
+            for name, tensor in total.items():
+                tensor.add_(state[name])
+        del state  # before the next is read
     if not count:
         raise ValueError("states: none: expected at least one to average")
     for tensor in total.values():
