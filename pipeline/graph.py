@@ -158,12 +158,8 @@ class Graph:
         if self._workspace is None:
             raise ValueError("workspace: none: expected the one that results are looked up in")
         for node in self.nodes:
-            if node.done or node.running or not node.known:
-                continue
-            found = node.made().lookup(self._workspace)
-            if found is not None:
-                self._finish(node, found)
-                node.reused, node.present = True, self._there(node)
+            if not node.done and node.known:
+                self._look_up(node, self._workspace)
 
     def assign(self, worker: int) -> Node[object] | None:
         """The next node for an idle worker, now counted as running; None when there is none for it."""
@@ -207,8 +203,8 @@ class Graph:
         if node.uses is not None:
             node.uses.holder = None
         self._look_again(node)
-        if self._workspace is not None:
-            self.open()
+        if self._workspace is not None and not node.done:
+            self._look_up(node, self._workspace)
 
     def discard(self, nodes: Iterable[Node[object]]) -> None:
         """Deletes hidden states that no node has to read any more."""
@@ -225,6 +221,12 @@ class Graph:
         for node in self.nodes:
             if node.holder == worker:
                 node.holder = None
+
+    def _look_up(self, node: Node[object], workspace: Workspace) -> None:
+        found = node.made().lookup(workspace)
+        if found is not None:
+            self._finish(node, found)
+            node.reused, node.present = True, self._there(node)
 
     def _finish(self, node: Node[R], value: R) -> None:
         self._needed = None
