@@ -25,7 +25,6 @@ from counterweight.pipeline.manifest.job import DistillationStage
 from counterweight.pipeline.stages import Job, Outside, stored_tokens
 from counterweight.pipeline.tokens import Tokens
 from counterweight.workers.calibration.tokens import TokenSet
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.tasks.block import BlockRecord
 from counterweight.workers.tasks.distill import Distill, DistillRecord
 from counterweight.workers.tasks.epoch import Epoch, EpochRecord, epoch_key
@@ -173,7 +172,8 @@ class _Rounds:
 
 
 def _spec(job: Job, texts: Texts, blocks: Blocks, outside: Outside) -> TrainingSpec:
-    head = (NORM, EMBEDDING if job.source.layout.tied else LM_HEAD)
+    layout = job.source.layout
+    head = (layout.names.norm, layout.names.embedding if layout.tied else layout.names.head)
     return TrainingSpec(
         setting=job.setting,
         options=texts.stage.training,

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -65,7 +65,7 @@ class CompressedLinear:
 
 def compress(
     weights: Mapping[str, Tensor],
-    statistics: Mapping[SharedInputGroup, InputStatistics],
+    statistics: MutableMapping[SharedInputGroup, InputStatistics],
     recipes: Mapping[str, ModuleRecipe],
     *,
     scale_dtypes: Mapping[str, torch.dtype],
@@ -74,10 +74,11 @@ def compress(
     codes: Mapping[str, StoredWeight] | None = None,
     pool: OrderedPool,
 ) -> tuple[dict[str, CompressedLinear], list[ModuleReport]]:
-    """Every linear that has a recipe, in table order; `statistics` holds an entry for each group among them.
+    """Every linear that has a recipe, in table order.
 
-    weights: linear -> weight [out, in]. scale_dtypes, factor_dtypes: linear -> dtype in which its scales and the factors
-    of its branch are stored. outliers: see `prepare`. codes: linear -> its codes, when they are chosen already.
+    statistics: of each group among them; an entry is taken out when the group is solved. weights: linear -> weight [out, in],
+    on any device. scale_dtypes, factor_dtypes: linear -> dtype in which its scales and the factors of its branch are stored.
+    outliers: see `prepare`. codes: linear -> its codes, when they are chosen already.
     """
     jobs = list(_solves(weights, statistics, recipes, scale_dtypes, factor_dtypes))
     if forgotten := recipes.keys() - {name for job in jobs for name in job.names}:
@@ -85,8 +86,10 @@ def compress(
     results: dict[str, CompressedLinear] = {}
     reports: list[ModuleReport] = []
     one = partial(_solve, weights, statistics, outliers or {}, codes or {})
-    side_by_side = any(statistics[job.group].width >= PARALLEL_WIDTH for job in jobs)
-    for solved in pool.map(one, jobs) if side_by_side else map(one, jobs):
+    side_by_side = any(weights[job.names[0]].shape[1] >= PARALLEL_WIDTH for job in jobs)
+    for job, solved in zip(jobs, pool.map(one, jobs) if side_by_side else map(one, jobs), strict=True):
+        if job.last and not job.alone:
+            del statistics[job.group]
         for name, linear, report in solved:
             results[name] = linear
             reports.append(report)
@@ -135,8 +138,12 @@ def install(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
+    """Linears `names` that are solved as one. alone: no others of their group are; last: none behind them are."""
+
     group: SharedInputGroup
     names: tuple[str, ...]
+    alone: bool
+    last: bool
     recipe: ModuleRecipe
     scale_dtype: torch.dtype
     factor_dtype: torch.dtype
@@ -144,18 +151,21 @@ class _Job:
 
 def _solves(
     weights: Mapping[str, Tensor],
-    statistics: Mapping[SharedInputGroup, InputStatistics],
+    groups: Iterable[SharedInputGroup],
     recipes: Mapping[str, ModuleRecipe],
     scale_dtypes: Mapping[str, torch.dtype],
     factor_dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[_Job]:
     """Linears that share an input and a recipe share a solve when they can."""
-    for group in statistics:
+    for group in groups:
         own = {name: recipes[name] for name in group if name in recipes}
-        for names in solved_together(own, {name: weights[name].shape[0] for name in own}):
+        solves = list(solved_together(own, {name: weights[name].shape[0] for name in own}))
+        for names in solves:
             yield _Job(
                 group=group,
                 names=names,
+                alone=len(solves) == 1,
+                last=names is solves[-1],
                 recipe=recipes[names[0]],
                 scale_dtype=scale_dtypes[names[0]],
                 factor_dtype=factor_dtypes[names[0]],
@@ -164,16 +174,17 @@ def _solves(
 
 def _solve(
     weights: Mapping[str, Tensor],
-    gathered: Mapping[SharedInputGroup, InputStatistics],
+    gathered: MutableMapping[SharedInputGroup, InputStatistics],
     outliers: Mapping[str, Tensor],
     codes: Mapping[str, StoredWeight],
     job: _Job,
 ) -> list[tuple[str, CompressedLinear, ModuleReport]]:
     started = time.perf_counter()
-    statistics, recipe = gathered[job.group], job.recipe
+    recipe = job.recipe
+    statistics = gathered.pop(job.group) if job.alone else gathered[job.group]
     layers = [
         LayerState(
-            weight=weights[name].float(),
+            weight=weights[name].to(statistics.gram.device).float(),
             statistics=statistics,
             scale_dtype=job.scale_dtype,
             factor_dtype=job.factor_dtype,

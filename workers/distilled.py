@@ -18,7 +18,7 @@ from counterweight.workers.distillation.training import State, Student, Text, Tr
 from counterweight.workers.interchange.compressed_tensors import weight_tensors
 from counterweight.workers.interchange.peft import factor_tensors
 from counterweight.workers.models.block_builder import Block
-from counterweight.workers.models.layout import EMBEDDING
+from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.models.source import head_of
 from counterweight.workers.tasks.distill import Distill, DistillRecord, TrainedBlock
 from counterweight.workers.tasks.epoch import Epoch, EpochRecord
@@ -65,7 +65,8 @@ def store(context: TaskContext, task: Distill, workspace: Workspace) -> DistillR
         training = _training(context, task.training, workspace)
         training.settle(_state(last, workspace, context.device))
         clock.lap("load")
-        trained = {block.index: _store(block, training.student, workspace) for block in task.training.blocks}
+        layout = context.source(task.training.setting)[1].layout
+        trained = {block.index: _store(block, training.student, layout, workspace) for block in task.training.blocks}
     clock.lap("write")
     return DistillRecord(
         kept=last.best,
@@ -133,24 +134,25 @@ def read_student(context: TaskContext, spec: TrainingSpec, workspace: Workspace)
         blocks.append(block)
     original = checkpoint.read_many(spec.tensors, sha256=spec.tensors)
     return Student(
-        embed=builder.embedding(first[EMBEDDING], context.device, torch.float32).requires_grad_(False),
+        embed=builder.embedding(first[builder.names.embedding], context.device, torch.float32).requires_grad_(False),
         blocks=[block.forward for block in blocks],
-        head=builder.head(head_of({**first, **last}), context.device, torch.float32),
-        original=builder.head(head_of(original), context.device, torch.float32),
+        head=builder.head(head_of({**first, **last}, builder.names), context.device, torch.float32),
+        original=builder.head(head_of(original, builder.names), context.device, torch.float32),
         linears=linears,
         norms=norms,
         norm_dtypes=dtypes,
     )
 
 
-def _store(block: StoredBlock, student: Student, workspace: Workspace) -> TrainedBlock:
+def _store(block: StoredBlock, student: Student, layout: ModelLayout, workspace: Workspace) -> TrainedBlock:
     """The block's shards with what training made of it in the place of what was there."""
     tensors = workspace.get_tensors(block.checkpoint)
     factors: dict[str, Tensor] = {}
     for module in block.formats:
         linear = student.linears[module].stored()
         tensors |= weight_tensors(module, linear.weight)
-        factors |= {} if linear.low_rank is None else factor_tensors(module, linear.low_rank)
+        if linear.low_rank is not None:
+            factors |= factor_tensors(layout.stock_name(module), linear.low_rank)
     for name in student.norms.keys() & tensors.keys():
         tensors[name] = student.norms[name].detach().to(student.norm_dtypes[name])
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}

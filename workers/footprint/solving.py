@@ -3,37 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 
 from counterweight.workers import matrix_bytes
-from counterweight.workers.footprint.load import Group, Load, streams
+from counterweight.workers.footprint.load import Group, Load, moments, squares, streams
 from counterweight.workers.footprint.weights import scaled
-from counterweight.workers.matrix_bytes import DECODE, SINGLE
+from counterweight.workers.matrix_bytes import DECODE, DOUBLE, SINGLE
 from counterweight.workers.parallel import PARALLEL_WIDTH
 from counterweight.workers.recipe import ModuleRecipe, solved_together
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A solve of linears of one group. peak: beside the statistics; left: what stays of it; packed: the group's statistics as
+    they were gathered, which an `alone` solve takes and otherwise the `last` one ends; squares: the same as it is solved
+    with."""
+
+    peak: int
+    left: int
+    packed: int
+    squares: int
+    alone: bool
+    last: bool
+
+
 def solving(load: Load) -> tuple[int, int]:
-    """The largest sum of solves that run side by side, with what was solved before; and what all solves leave."""
-    jobs = [job for group in load.groups for job in _jobs(load, group)]
+    """Statistics and solves that run side by side at their peak, with what was solved before; and what all solves leave."""
+    groups = [_jobs(load, group) for group in load.groups]
+    jobs = [job for own in groups for job in own]
     side_by_side = load.threads if any(group.width >= PARALLEL_WIDTH for group in load.groups if group.recipe) else 1
-    peak = solved = 0
-    for first in range(len(jobs)):
-        peak = max(peak, solved + sum(peak for peak, _ in jobs[first : first + side_by_side]))
-        solved += jobs[first][1]
+    waiting = sum(own[0].packed for own in groups if own)
+    peak = waiting
+    solved = 0
+    for place, first in enumerate(jobs):
+        running = jobs[place : place + side_by_side]
+        taken = sum(job.packed for job in running if job.alone)
+        peak = max(peak, solved + waiting - taken + sum(job.squares + max(job.packed, job.peak) for job in running))
+        solved += first.left
+        waiting -= first.packed if first.last else 0
     return peak, solved
 
 
-def _jobs(load: Load, group: Group) -> list[tuple[int, int]]:
-    """Solves of a group's linears: the peak of each, and what it leaves."""
-    found: list[tuple[int, int]] = []
-    for together in solved_together(group.recipe, {name: rows for name, (rows, _) in group.linears.items()}):
+def _jobs(load: Load, group: Group) -> list[_Job]:
+    """Solves of a group's linears."""
+    found: list[_Job] = []
+    solves = list(solved_together(group.recipe, {name: rows for name, (rows, _) in group.linears.items()}))
+    for together in solves:
         part = group.recipe[together[0]]
         shapes = [group.linears[name] for name in together]
         tokens = load.shard * load.shards * group.share
         left = sum(_left(part, rows, columns, load.source_bytes / load.parameters) for rows, columns in shapes)
-        copies = 0 if scaled(load) == SINGLE * load.parameters else SINGLE * sum(map(prod, shapes))
-        found.append((copies + _solve(part, shapes, tokens, streams(load, group)), left))
+        copies = 0 if scaled(load) == SINGLE * load.parameters and not load.gpu else SINGLE * sum(map(prod, shapes))
+        found.append(
+            _Job(
+                peak=copies + _solve(part, shapes, tokens, streams(load, group)),
+                left=left,
+                packed=moments(load, group, DOUBLE),
+                squares=squares(load, group),
+                alone=len(solves) == 1,
+                last=together is solves[-1],
+            )
+        )
     return found
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from counterweight.workers import matrix_bytes
-from counterweight.workers.matrix_flops import Work, cholesky, elementwise, product
+from counterweight.workers.matrix_flops import Work, cholesky, elementwise, product, steps
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers.quantizer import Quantizer
 from counterweight.workers.methods.scales import AnyScaleSearch, MeanSquare
@@ -109,4 +109,6 @@ class GPTQ(Quantizer):
         # Slopes: a whole product, and within a block what its columns have changed for each other.
         slopes = product(rows, columns, columns) + product(rows, columns, min(self.block_size, columns)) * 0.5
         descent = slopes + elementwise(8 * entries)
-        return metric + scales + feedback + elementwise(3 * entries) + descent * self.refinement
+        # Of a column: divided, rounded, clamped, what is left, fed back; in descent two subtractions more.
+        launched = steps(columns * (5 + 7 * self.refinement))
+        return metric + scales + feedback + elementwise(3 * entries) + descent * self.refinement + launched
