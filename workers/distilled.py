@@ -17,6 +17,7 @@ from counterweight.workers.distillation.trainable import TrainableLinear, make_t
 from counterweight.workers.distillation.training import State, Student, Text, Training, running_of
 from counterweight.workers.interchange.compressed_tensors import weight_tensors
 from counterweight.workers.interchange.peft import factor_tensors
+from counterweight.workers.memory import release
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.models.source import head_of
@@ -79,7 +80,8 @@ def store(context: TaskContext, task: Distill, workspace: Workspace) -> DistillR
 
 
 def _training(context: TaskContext, spec: TrainingSpec, workspace: Workspace) -> Training:
-    """The model and its texts: those that the worker holds, or read."""
+    """The model and its texts: those that the worker holds, or read. What the task before has left is given back first."""
+    release(context.device)
 
     def read() -> Training:
         text, *held_out = read_texts(context, spec, workspace)
