@@ -198,7 +198,7 @@ class Compared:
 def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
     """A block, calibrated, solved and stored."""
     config = narrowed(shapes()[case.model].with_layers(1), case.narrow)
-    job = _job(case, make(config, root / "model", weights=True), device)
+    job = _job(case, make(config, root / "model", weights=True, device=device), device)
     source = open_model(job.spec.model.uri)
     recipe = block_recipe(source, 0, job.spec.recipe)
     load = load_of(job, source, 0, recipe)
