@@ -37,6 +37,7 @@ from counterweight.pipeline.resolve import block_recipe
 from counterweight.workers.arithmetic import arithmetic
 from counterweight.workers.calibration.statistics import NOTHING_ELSE, ShardMoments
 from counterweight.workers.context import DTYPES
+from counterweight.workers.footprint import footprint
 from counterweight.workers.matrix_flops import cholesky, eigh, product
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.calibrate import Calibrate
@@ -172,9 +173,11 @@ PHASES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """predicted: of each step. calibrating, compressing: measured seconds. timing: where they went, as a report has it."""
+    """predicted: of each step. peak: bytes, as the plan has it. calibrating, compressing: measured seconds. timing: where they
+    went, and the measured peak, as a report has it."""
 
     predicted: Mapping[str, float]
+    peak: int
     calibrating: float
     compressing: float
     timing: Timing
@@ -228,7 +231,11 @@ def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
     ended = watch.now()
     worker.close()
     return Compared(
-        predicted=predicted.steps, calibrating=between - started, compressing=ended - between, timing=record.timing
+        predicted=predicted.steps,
+        peak=footprint(load).peak,
+        calibrating=between - started,
+        compressing=ended - between,
+        timing=record.timing,
     )
 
 
@@ -282,6 +289,7 @@ def _work_of(cases: Mapping[str, Case], rates: Rates, device: Device) -> str:
     """Two tables: seconds of the tasks, and where they went."""
     tasks: list[list[str]] = []
     phases: list[list[str]] = []
+    peaks: list[list[str]] = []
     for name, case in cases.items():
         with tempfile.TemporaryDirectory() as scratch:
             found = compared(case, rates, Path(scratch), device)
@@ -291,12 +299,16 @@ def _work_of(cases: Mapping[str, Case], rates: Rates, device: Device) -> str:
         for phase, steps, measured in found.phases():
             phases.append([name, phase, steps, f"{measured:.2f}"])
             print(" ", *phases[-1], sep="  ", flush=True)
-        print(f"    peak of the device: {found.timing.device_peak_bytes / 2**30:.1f} GiB", flush=True)
+        if device == "cuda":
+            own, planned = found.timing.device_peak_bytes / 2**30, found.peak / 2**30
+            peaks.append([name, f"{planned:.2f}", f"{own:.2f}", f"{planned / own:.2f}"])
+            print(" ", *peaks[-1], sep="  ", flush=True)
     return "\n\n".join(
         [
             table(["block", "task", "predicted, s", "measured, s", "ratio"], tasks),
             "Where the seconds went; measured ones as they pass:",
             table(["block", "phase", "predicted, s", "measured, s"], phases),
+            *([table(["block", "planned peak of the GPU, GiB", "measured", "ratio"], peaks)] if peaks else []),
         ]
     )
 
