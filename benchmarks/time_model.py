@@ -44,6 +44,7 @@ from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.records import Timing
 from counterweight.workers.tasks.setting import Device, Setting, shard_sequences
+from counterweight.workers.transfer import to_device, to_host
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Blob
 
@@ -137,7 +138,7 @@ def measured_rates(device: Device, size: int | None = None) -> Rates:
         elementwise=rate(x.numel(), lambda: torch.mul(x, x, out=buffer)),
         step=watch.mean(lambda: one.add_(1.0), times=1000),
         hash=rate(len(data), lambda: hashlib.sha256(data).digest(), host),
-        link=None if device == "cpu" else rate(half.nbytes, lambda: half.cpu().to(device)) * 2,
+        link=None if device == "cpu" else rate(half.nbytes, lambda: to_device(to_host(half), half.device)) * 2,
         storage=_storage_rate(data),
         start=START,
         task=TASK,
