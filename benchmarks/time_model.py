@@ -27,7 +27,6 @@ from common import machine, record, table, versions
 from torch import Tensor
 from true_shapes import make, narrowed, shapes
 
-from counterweight.kernels.hadamard import Hadamard
 from counterweight.pipeline.estimate import block_seconds
 from counterweight.pipeline.estimate.costs import ENDING
 from counterweight.pipeline.loads import load_of
@@ -38,12 +37,14 @@ from counterweight.pipeline.resolve import block_recipe
 from counterweight.workers.arithmetic import arithmetic
 from counterweight.workers.calibration.statistics import NOTHING_ELSE, ShardMoments
 from counterweight.workers.context import DTYPES
-from counterweight.workers.matrix_flops import cholesky, eigh, hadamard64, product
+from counterweight.workers.footprint import footprint
+from counterweight.workers.matrix_flops import cholesky, eigh, product
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.records import Timing
 from counterweight.workers.tasks.setting import Device, Setting, shard_sequences
+from counterweight.workers.transfer import to_device, to_host
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Blob
 
@@ -116,7 +117,7 @@ def measured_rates(device: Device, size: int | None = None) -> Rates:
     wide, half = x.double(), x.bfloat16()
     positive = wide.T @ wide
     buffer, one = torch.empty_like(x), torch.ones(64, device=device)
-    turned, data = torch.randn(1024, 1024, dtype=torch.float64), bytes(32 << 20)
+    data = bytes(32 << 20)
 
     def rate(count: float, run: Callable[[], object], watch: Stopwatch = watch) -> float:
         return count / watch.mean(run)
@@ -125,7 +126,6 @@ def measured_rates(device: Device, size: int | None = None) -> Rates:
         return rate(2 * size * size * (size + 128), lambda: ShardMoments.of(rows, NOTHING_ELSE))
 
     products = product(2 * size, size, size).products32
-    hadamard = hadamard64(turned.numel(), 1024)
     return Rates(
         source=f"measured: {_named(device)}",
         products16=rate(products, lambda: half @ half[:size]),
@@ -137,10 +137,8 @@ def measured_rates(device: Device, size: int | None = None) -> Rates:
         decompositions=rate(eigh(size).total, lambda: torch.linalg.eigh(positive)),
         elementwise=rate(x.numel(), lambda: torch.mul(x, x, out=buffer)),
         step=watch.mean(lambda: one.add_(1.0), times=1000),
-        host_products64=rate(hadamard.products64, lambda: Hadamard(size=1024).apply(turned), host),
-        host_elementwise=rate(turned.numel(), lambda: turned * turned, host),
         hash=rate(len(data), lambda: hashlib.sha256(data).digest(), host),
-        link=None if device == "cpu" else rate(half.nbytes, lambda: half.cpu().to(device)) * 2,
+        link=None if device == "cpu" else rate(half.nbytes, lambda: to_device(to_host(half), half.device)) * 2,
         storage=_storage_rate(data),
         start=START,
         task=TASK,
@@ -176,9 +174,11 @@ PHASES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """predicted: of each step. calibrating, compressing: measured seconds. timing: where they went, as a report has it."""
+    """predicted: of each step. peak: bytes, as the plan has it. calibrating, compressing: measured seconds. timing: where they
+    went, and the measured peak, as a report has it."""
 
     predicted: Mapping[str, float]
+    peak: int
     calibrating: float
     compressing: float
     timing: Timing
@@ -202,7 +202,7 @@ class Compared:
 def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
     """A block, calibrated, solved and stored."""
     config = narrowed(shapes()[case.model].with_layers(1), case.narrow)
-    job = _job(case, make(config, root / "model", weights=True), device)
+    job = _job(case, make(config, root / "model", weights=True, device=device), device)
     source = open_model(job.spec.model.uri)
     recipe = block_recipe(source, 0, job.spec.recipe)
     load = load_of(job, source, 0, recipe)
@@ -232,7 +232,11 @@ def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
     ended = watch.now()
     worker.close()
     return Compared(
-        predicted=predicted.steps, calibrating=between - started, compressing=ended - between, timing=record.timing
+        predicted=predicted.steps,
+        peak=footprint(load).peak,
+        calibrating=between - started,
+        compressing=ended - between,
+        timing=record.timing,
     )
 
 
@@ -286,6 +290,7 @@ def _work_of(cases: Mapping[str, Case], rates: Rates, device: Device) -> str:
     """Two tables: seconds of the tasks, and where they went."""
     tasks: list[list[str]] = []
     phases: list[list[str]] = []
+    peaks: list[list[str]] = []
     for name, case in cases.items():
         with tempfile.TemporaryDirectory() as scratch:
             found = compared(case, rates, Path(scratch), device)
@@ -295,12 +300,16 @@ def _work_of(cases: Mapping[str, Case], rates: Rates, device: Device) -> str:
         for phase, steps, measured in found.phases():
             phases.append([name, phase, steps, f"{measured:.2f}"])
             print(" ", *phases[-1], sep="  ", flush=True)
-        print(f"    peak of the device: {found.timing.device_peak_bytes / 2**30:.1f} GiB", flush=True)
+        if device == "cuda":
+            own, planned = found.timing.device_peak_bytes / 2**30, found.peak / 2**30
+            peaks.append([name, f"{planned:.2f}", f"{own:.2f}", f"{planned / own:.2f}"])
+            print(" ", *peaks[-1], sep="  ", flush=True)
     return "\n\n".join(
         [
             table(["block", "task", "predicted, s", "measured, s", "ratio"], tasks),
             "Where the seconds went; measured ones as they pass:",
             table(["block", "phase", "predicted, s", "measured, s"], phases),
+            *([table(["block", "planned peak of the GPU, GiB", "measured", "ratio"], peaks)] if peaks else []),
         ]
     )
 

@@ -11,7 +11,7 @@ from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.statistics import Gathering
 from counterweight.workers.clock import Clock
-from counterweight.workers.context import DTYPES, TaskContext, put_hidden
+from counterweight.workers.context import DTYPES, TaskContext, get_hidden, put_hidden
 from counterweight.workers.coverage import feed, judged_by, row_sample
 from counterweight.workers.held_out import HeldOutRows, Rows
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
@@ -84,7 +84,7 @@ def streams(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> tupl
     """Loaders of the shards that enter the block, and of those that enter it in the original model where they differ."""
 
     def loader(blob: Blob) -> Load:
-        return lambda: workspace.get_tensors(blob)["hidden"].to(context.device)
+        return lambda: get_hidden(workspace, blob, context.device)
 
     return [loader(blob) for blob in spec.inputs], [loader(blob) for blob in spec.original_inputs]
 
@@ -115,7 +115,7 @@ def calibrated(
     else:
         # What the original block makes is shared between recipes, so it comes from the block as it was.
         nothing = RunningStatistics(begun.original, {})
-        outputs = run_shards(begun.original, originals or inputs, emit, nothing, context.pool)
+        outputs = run_shards(begun.original, originals or inputs, emit, nothing, context.shards)
         begun.original = begun.original if more else None
         look(context, spec, begun, workspace, lambda _: None, start=start)
     clock.lap("forward")
@@ -141,9 +141,9 @@ def look(
     `emit` makes of each output."""
     inputs, originals = streams(context, spec, workspace)
     seen = max(start, len(inputs) if spec.held_out_from is None else spec.held_out_from)
-    outputs = run_shards(held.loaded.block, inputs[start:seen], emit, held.sums, context.pool, originals[start:seen])
+    outputs = run_shards(held.loaded.block, inputs[start:seen], emit, held.sums, context.shards, originals[start:seen])
     if held.unseen is not None and inputs[seen:]:
-        further = (inputs[seen:], emit, held.unseen, context.pool, originals[seen:])
+        further = (inputs[seen:], emit, held.unseen, context.shards, originals[seen:])
         outputs += run_shards(held.loaded.block, *further)
     return outputs
 
@@ -216,7 +216,7 @@ def gathered(
         inputs, originals = streams(context, spec.solving, workspace)
         paired = any(not is_expert(group[0]) for group in gatherings)
         with held.loaded.block.asking(name for group in gatherings for name in group):
-            run_shards(held.loaded.block, inputs, lambda _: None, sums, context.pool, originals if paired else ())
+            run_shards(held.loaded.block, inputs, lambda _: None, sums, context.shards, originals if paired else ())
         trim()
         yield held.fed(sums.result())
 

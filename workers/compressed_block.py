@@ -142,4 +142,11 @@ def propagated(
         return ()
     install(block, {name: linear.to(context.device) for name, linear in linears.items()})
     inputs, _ = streams(context, spec, workspace)
-    return tuple(context.pool.map(lambda load: put_hidden(workspace, block.run(load())), inputs))
+    outputs = context.shards.run(
+        inputs,
+        read=lambda load: load(),
+        compute=lambda hidden: (None, block.run(hidden)),
+        take=lambda _: None,
+        write=lambda output: put_hidden(workspace, output),
+    )
+    return tuple(outputs)

@@ -14,7 +14,7 @@ from counterweight.workers.calibration.statistics import Accumulator, Gathering,
 from counterweight.workers.errors import RequestError
 from counterweight.workers.hooks import expert_hook, input_hooks
 from counterweight.workers.models.family import SharedInputGroup, expert_of, is_expert
-from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.parallel import Shards
 from counterweight.workers.quantization.inputs import all_finite, check_activations
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def run_shards(
     inputs: Sequence[Load],
     emit: Callable[[Tensor], Output],
     gatherer: Gatherer[Found],
-    pool: OrderedPool,
+    shards: Shards,
     originals: Sequence[Load] = (),
 ) -> list[Output]:
     """Runs the block over shards of its inputs and has `gatherer` look at what enters its linears; what `emit` makes of each
@@ -115,10 +115,10 @@ def run_shards(
 
     inputs: one callable per shard; the shards' number and order are part of the result. originals: likewise, what enters the
     block in the original model; empty when that is the same. emit: what to do with a shard's output (write it, drop it), that
-    of the originals if there are any. At most `pool.threads` + 1 shards are in memory.
+    of the originals if there are any. shards: how they are gone through.
     """
     replicas: queue.SimpleQueue[Block] = queue.SimpleQueue()
-    for _ in range(pool.threads):
+    for _ in range(shards.computing):
         replicas.put(block.replica())
 
     # A router may send other tokens to an expert than in the original model, so that rows have no partners.
@@ -126,8 +126,12 @@ def run_shards(
     routed = partnered if gatherer.every_token else list(gatherer.gatherings)
     forced = [group for group in gatherer.gatherings if group not in routed]
 
-    def run(loads: tuple[Load, Load | None]) -> tuple[dict[SharedInputGroup, Found], list[Tensor], Output]:
+    def read(loads: tuple[Load, Load | None]) -> tuple[Tensor, Tensor | None]:
         load, load_original = loads
+        return load(), None if load_original is None else load_original()
+
+    def run(hidden: tuple[Tensor, Tensor | None]) -> tuple[tuple[dict[SharedInputGroup, Found], list[Tensor]], Tensor]:
+        entered, original = hidden
         replica = replicas.get()
         meant: dict[SharedInputGroup, Tensor] = {}
         found: dict[SharedInputGroup, Found] = {}
@@ -145,23 +149,21 @@ def run_shards(
                     experts.run(expert, tokens)
 
         try:
-            if load_original is not None:
+            if original is not None:
                 with input_hooks(replica, partnered, meant.__setitem__):
-                    output = replica.run(load_original())
+                    output = replica.run(original)
             with input_hooks(replica, routed, take), expert_hook(replica, look):
-                seen = replica.run(load())
-            output = seen if load_original is None else output
+                seen = replica.run(entered)
+            output = seen if original is None else output
             check_activations("the block's output", output)
-            return found, given, emit(output)
+            return (found, given), output
         finally:
             replicas.put(replica)
 
     nothing: list[Load | None] = [None] * len(inputs)
-    outputs: list[Output] = []
-    for found, given, output in pool.map(run, zip(inputs, originals or nothing, strict=True)):
-        gatherer.add(found, given)
-        outputs.append(output)
-    return outputs
+    return shards.run(
+        list(zip(inputs, originals or nothing, strict=True)), read, run, lambda seen: gatherer.add(*seen), emit
+    )
 
 
 def _accumulator(block: Block, group: SharedInputGroup, gathering: Gathering) -> Accumulator:

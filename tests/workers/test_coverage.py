@@ -15,7 +15,7 @@ from counterweight.workers.errors import RequestError
 from counterweight.workers.hooks import input_hooks
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.family import is_expert
-from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.parallel import OrderedPool, SideBySide
 from counterweight.workers.shards import RunningStatistics, run_shards
 from tests.workers.test_block import block_of, inputs_of, loaders, shards
 
@@ -36,7 +36,7 @@ def gathered(
     gatherings = dict.fromkeys(block.groups, GATHERING)
     every_token = options is not None and options.every_token
     sums = RunningStatistics(block, gatherings, every_token=every_token, sample=row_sample(block, gatherings, options))
-    run_shards(block, loaders(hidden), lambda output: None, sums, pool)
+    run_shards(block, loaders(hidden), lambda output: None, sums, SideBySide(pool))
     pool.close()
     return sums.result(), sums.take_rows()
 
@@ -138,7 +138,7 @@ def test_every_token_changes_no_output() -> None:
     outputs = {}
     for every in (False, True):
         sums = RunningStatistics(block, dict.fromkeys(block.groups, Gathering()), every_token=every)
-        outputs[every] = run_shards(block, loaders(hidden), lambda output: output, sums, OrderedPool(1))
+        outputs[every] = run_shards(block, loaders(hidden), lambda output: output, sums, SideBySide(OrderedPool(1)))
     assert all(torch.equal(one, two) for one, two in zip(outputs[False], outputs[True], strict=True))
 
 

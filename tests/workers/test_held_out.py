@@ -17,7 +17,7 @@ from counterweight.workers.held_out import LIMIT, HeldOutRows
 from counterweight.workers.hooks import input_hooks
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.family import SharedInputGroup, is_expert
-from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.parallel import OrderedPool, SideBySide
 from counterweight.workers.shards import run_shards
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.compress import Compress
@@ -34,7 +34,7 @@ REGRESSED = {"weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "gpt
 def held_out(block: Block, hidden: list[Tensor], originals: list[Tensor] | None = None) -> HeldOutRows:
     rows = HeldOutRows(block, dict.fromkeys(block.groups, Gathering()))
     pool = OrderedPool(2)
-    run_shards(block, loaders(hidden), lambda output: None, rows, pool, loaders(originals or []))
+    run_shards(block, loaders(hidden), lambda output: None, rows, SideBySide(pool), loaders(originals or []))
     pool.close()
     return rows
 
