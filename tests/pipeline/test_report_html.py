@@ -195,5 +195,6 @@ class TestDetails:
         with_store = report([module("model.layers.0.a", residual_bits=64 * 128 * 4)])
         assert page(with_store).section("In full").all("details")[1].rows()[0][6] == "13.1250"
         assert rows[0] == [
-            made.modules[0].name, "64 × 128", "3", "–", "16", "4096", "9.1250", "2.0000e-02", "1.0000e-02", "0.25",
+            made.modules[0].name, "64 × 128", "3", "–", "16", "4096", "9.1250", "2.0000e-02", "1.0000e-02",
+            "in-sample", "0.25",
         ]  # fmt: skip
