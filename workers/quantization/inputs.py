@@ -15,12 +15,17 @@ def all_finite(tensor: Tensor) -> bool:
 
 def checked_matrix(name: str, matrix: Tensor) -> Tensor:
     """`matrix` in float32; ValueError with its name unless it is finite, [out, in], with at least one row and column."""
-    if matrix.ndim != 2 or matrix.numel() == 0 or not matrix.is_floating_point():
-        kind = str(matrix.dtype).removeprefix("torch.")
-        raise ValueError(f"{name}: {kind} {list(matrix.shape)}: expected a floating-point matrix [out, in]")
-    if not all_finite(matrix):
+    return checked_matrices(name, matrix.unsqueeze(0)).squeeze(0)
+
+
+def checked_matrices(name: str, matrices: Tensor) -> Tensor:
+    """`matrices` [batch, out, in] in float32, each as `checked_matrix` wants it."""
+    if matrices.ndim != 3 or matrices.numel() == 0 or not matrices.is_floating_point():
+        kind = str(matrices.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: {kind} {list(matrices.shape[1:])}: expected a floating-point matrix [out, in]")
+    if not all_finite(matrices):
         raise ValueError(f"{name}: holds NaN or infinity: expected finite values")
-    return matrix.float()
+    return matrices.float()
 
 
 def checked_statistics(statistics: InputStatistics | None, columns: int) -> InputStatistics:
