@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.compensation.aser import without_channels
-from counterweight.workers.compensation.lrc import energy, squared_error
+from counterweight.workers.compensation.objective import energy, squared_errors
 from counterweight.workers.compensation.regression import root_of, spectrum
 from counterweight.workers.methods.compensations import NoCompensation
-from counterweight.workers.quantization.result import Fallback
+from counterweight.workers.quantization.result import Fallback, QuantizationResult
 from counterweight.workers.recipe import ModuleRecipe
 
 
@@ -55,18 +55,17 @@ class LayerState:
     def errors(self) -> tuple[float | None, float | None]:
         """E||W t - W' y - L x||^2 / E||W t||^2 over the calibration tokens, without and with the branch; None when no token
         reached the layer."""
-        codes, unit = self.stored.dequantize(), energy(self.weight, self.statistics)
-
-        def relative(branch: LowRank | None) -> float | None:
-            return squared_error(self.weight, codes, branch, self.statistics) / unit if unit > 0 else None
-
-        plain = relative(None)
-        return plain, plain if self.branch is None else relative(self.branch)
+        unit, plain, compensated = squared_errors(self.weight, self.stored.dequantize(), self.branch, self.statistics)
+        if not unit > 0:
+            return None, None
+        return plain / unit, (plain if compensated is None else compensated) / unit
 
 
 def solve(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[LayerState]:
-    """`layers`, which read one input and share `recipe` and dtypes, with codes (unless they have them), branch and store.
+    """`layers`, which share `recipe` and dtypes, with codes (unless they have them), branch and store.
 
+    Neighbours with the same statistics read one input: their codes are chosen as one matrix's, because they share a Hessian.
+    Matrices of several inputs must have one shape: their codes are chosen in one batch, each with the bits that it gets alone.
     Raises ValueError as the methods do.
     """
     if recipe.compensation.joint:
@@ -102,24 +101,42 @@ def gains(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[Tensor]:
 
 
 def _quantized(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[LayerState]:
-    """With codes, all of them chosen in one solve."""
-    first = layers[0]
-    stacked = torch.cat([layer.weight for layer in layers])
-    # Codes pay for what they do to their own input, which is the quantized one.
-    metric = InputStatistics(gram=first.statistics.product("yy"), tokens=first.statistics.tokens)
-    sizes = [layer.weight.shape[0] for layer in layers]
-    targets = recipe.weights.target(stacked, first.statistics).split(sizes)
-    target = torch.cat([_without_outliers(layer, own) for layer, own in zip(layers, targets, strict=True)])
-    foreseen = recipe.compensation.foresee(metric, first.weight.shape[0])
-    found = recipe.weights.quantize(target, foreseen, scale_dtype=first.scale_dtype)
-    ends = list(accumulate(sizes))
+    """With codes, all of them chosen in one call."""
+    stacks = [list(own) for _, own in groupby(layers, key=lambda layer: id(layer.statistics))]
+    targets = _together([_target(recipe, stack) for stack in stacks])
+    metrics = [_metric(recipe, stack[0]) for stack in stacks]
+    found = recipe.weights.quantize_batch(targets, metrics, scale_dtype=layers[0].scale_dtype)
+    return [layer for stack, own in zip(stacks, found, strict=True) for layer in _with_codes(stack, own)]
+
+
+def _target(recipe: ModuleRecipe, stack: Sequence[LayerState]) -> Tensor:
+    """What the codes of layers that read one input are to reproduce, [sum of out, in]."""
+    stacked = torch.cat([layer.weight for layer in stack])
+    targets = recipe.weights.target(stacked, stack[0].statistics).split([layer.weight.shape[0] for layer in stack])
+    return torch.cat([_without_outliers(layer, own) for layer, own in zip(stack, targets, strict=True)])
+
+
+def _together(targets: list[Tensor]) -> Tensor:
+    """[batch, out, in], without a copy of a single one."""
+    return targets[0].unsqueeze(0) if len(targets) == 1 else torch.stack(targets)
+
+
+def _metric(recipe: ModuleRecipe, layer: LayerState) -> InputStatistics:
+    """What the codes of a layer, and of those that share its input, pay for: what they do to the quantized input."""
+    seen = InputStatistics(gram=layer.statistics.product("yy"), tokens=layer.statistics.tokens)
+    return recipe.compensation.foresee(seen, layer.weight.shape[0])
+
+
+def _with_codes(stack: Sequence[LayerState], found: QuantizationResult) -> list[LayerState]:
+    """Each layer with its rows of the codes that were chosen for all."""
+    sizes = [layer.weight.shape[0] for layer in stack]
     return [
         replace(
             layer,
             codes=found.weight.rows(slice(end - size, end)),
             fallbacks=(*layer.fallbacks, *found.fallbacks),
         )
-        for layer, size, end in zip(layers, sizes, ends, strict=True)
+        for layer, size, end in zip(stack, sizes, accumulate(sizes), strict=True)
     ]
 
 

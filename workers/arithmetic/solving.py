@@ -71,16 +71,19 @@ def _left(rows: int, columns: int) -> Work:
 def _judging(part: ModuleRecipe, rows: int, columns: int, streams: int) -> Work:
     """The errors of a solved linear without and with its branch, over the energy of its output; and the store of what is left.
 
-    An error is one square where codes and weight see one stream, otherwise every product of two of its terms."""
+    An error is one square where codes and weight see one stream, otherwise three terms and those of the branch."""
     rank, entries = part.compensation.branch_rank, rows * columns
-    plain, branched = (1, 1) if streams == 1 else (4, 9)
-    # The energy and the codes, read back; the error, whose terms are negated and, in one stream, added.
+    # The energy and the codes, read back; the error.
     trace = matrix_flops.trace(rows, columns)
-    work = trace * (1 + plain) + elementwise(entries * (4 if streams == 1 else 2))
+    work = trace * 2 + elementwise(2 * entries) if streams == 1 else trace * 3 + elementwise(entries)
     branch = NOTHING
     if rank is not None:
-        branch = product(rows, rank.at_most(rows, columns), columns)
-        work += branch + trace * branched + elementwise(entries * (5 if streams == 1 else 2))
+        most = rank.at_most(rows, columns)
+        branch = product(rows, most, columns)
+        if streams == 1:
+            work += branch + trace + elementwise(entries)
+        else:
+            work += matrix_flops.branch_terms(rows, columns, most)
     if part.residual is not None:
         work += _left(rows, columns) + branch + part.residual.store_flops(rows, columns)
     return work

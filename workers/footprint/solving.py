@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 
 from counterweight.workers import matrix_bytes
+from counterweight.workers.batches import batch_size, batches
 from counterweight.workers.footprint.load import Group, Load, streams
 from counterweight.workers.footprint.weights import scaled
 from counterweight.workers.matrix_bytes import DECODE, SINGLE
@@ -15,7 +17,11 @@ from counterweight.workers.recipe import ModuleRecipe, solved_together
 
 def solving(load: Load) -> tuple[int, int]:
     """The largest sum of solves that run side by side, with what was solved before; and what all solves leave."""
-    jobs = [job for group in load.groups for job in _jobs(load, group)]
+    solves = [solve for group in load.groups for solve in _solves(group)]
+    together = batches(
+        solves, lambda solve: solve.key, lambda solve: batch_size(solve.part, solve.shapes, gpu=load.gpu)
+    )
+    jobs = [_batch(load, batch) for batch in together]
     side_by_side = load.threads if any(group.width >= PARALLEL_WIDTH for group in load.groups if group.recipe) else 1
     peak = solved = 0
     for first in range(len(jobs)):
@@ -24,33 +30,54 @@ def solving(load: Load) -> tuple[int, int]:
     return peak, solved
 
 
-def _jobs(load: Load, group: Group) -> list[tuple[int, int]]:
-    """Solves of a group's linears: the peak of each, and what it leaves."""
-    found: list[tuple[int, int]] = []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Solve:
+    """Linears of `group` of these shapes that are solved as one matrix, as `part` asks."""
+
+    group: Group
+    part: ModuleRecipe
+    shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def key(self) -> Hashable:
+        """What is equal in the solves that are done in one call."""
+        return self.part, self.shapes
+
+
+def _solves(group: Group) -> Iterator[_Solve]:
+    """Solves of a group's linears."""
     for together in solved_together(group.recipe, {name: rows for name, (rows, _) in group.linears.items()}):
-        part = group.recipe[together[0]]
-        shapes = [group.linears[name] for name in together]
-        tokens = load.shard * load.shards * group.share
-        left = sum(_left(part, rows, columns, load.source_bytes / load.parameters) for rows, columns in shapes)
-        copies = 0 if scaled(load) == SINGLE * load.parameters else SINGLE * sum(map(prod, shapes))
-        found.append((copies + _solve(part, shapes, tokens, streams(load, group)), left))
-    return found
+        shapes = tuple(group.linears[name] for name in together)
+        yield _Solve(group=group, part=group.recipe[together[0]], shapes=shapes)
 
 
-def _solve(part: ModuleRecipe, shapes: Sequence[tuple[int, int]], tokens: float, streams: int) -> int:
-    """Peak of one call of `solve`, beside its weights."""
+def _batch(load: Load, batch: Sequence[_Solve]) -> tuple[int, int]:
+    """The peak of solves that are done in one call, and what they leave."""
+    first, count = batch[0], len(batch)
+    tokens = load.shard * load.shards * min(solve.group.share for solve in batch)
+    left = sum(_left(first.part, *shape, load.source_bytes / load.parameters) for shape in first.shapes)
+    copies = 0 if scaled(load) == SINGLE * load.parameters else SINGLE * sum(map(prod, first.shapes))
+    peak = _solve(first.part, first.shapes, tokens, streams(load, first.group), count)
+    return count * copies + peak, count * left
+
+
+def _solve(part: ModuleRecipe, shapes: Sequence[tuple[int, int]], tokens: float, streams: int, count: int) -> int:
+    """Peak of one call of `solve` for `count` inputs, beside its weights."""
     columns = shapes[0][1]
     rows = sum(rows for rows, _ in shapes)
     judging = max(_judging(part, one, columns, streams) for one, _ in shapes)
     if part.compensation.joint:
         return max(judging, *(part.compensation.solve_bytes(part.weights, one, columns, tokens) for one, _ in shapes))
-    stacked = SINGLE * rows * columns
+    stacked = SINGLE * rows * columns * count
     taken = stacked if part.compensation.needs_rows else 0
     foreseen = part.compensation.foresee_bytes(columns)
-    quantizing = max(part.weights.quantize_bytes(rows, columns) + foreseen // 4, foreseen)
+    kept = count * foreseen // 4
+    quantizing = max(part.weights.quantize_bytes(rows, columns, count) + kept, kept + foreseen - foreseen // 4)
+    # Targets of several inputs, and the same put together.
+    quantizing = max(quantizing, stacked if count > 1 else 0)
     target = part.weights.target_bytes(rows, columns)
     aimed = stacked if target else 0
-    codes = 2 * rows * columns
+    codes = 2 * rows * columns * count
     compensating = max(SINGLE * one * columns + part.compensation.fit_bytes(one, columns, tokens) for one, _ in shapes)
     return stacked + max(target, taken + aimed + max(quantizing, codes + max(judging, compensating)))
 

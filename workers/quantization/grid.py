@@ -63,7 +63,7 @@ def nearest(weight: Tensor, format: WeightFormat) -> Tensor:
 
 def covering_grid(weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype) -> Grid:
     """The grid that spans the whole range of each group; see `ScaleSearch.fit`."""
-    groups = weight.unflatten(-1, (-1, format.columns_per_group(weight.shape[1])))
+    groups = weight.unflatten(-1, (-1, format.columns_per_group(weight.shape[-1])))
     return _grid(*_cover(*_range(groups, format), format, scale_dtype), format)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from counterweight.kernels.formats import ActivationFormat, LowRank
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
-from counterweight.workers.compensation.lrc import LRCResult, energy, initial_branch, lrc, squared_error, updated_branch
+from counterweight.workers.compensation.lrc import LRCResult, initial_branch, lrc, updated_branch
+from counterweight.workers.compensation.objective import energy, squared_error
 from counterweight.workers.compensation.regression import stored
 from counterweight.workers.methods.compensations import LRC
 from counterweight.workers.methods.compensations.rank import CountRank, EnergyRank, FractionRank

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class SVD(Branch):
     """Truncated singular value decomposition of the (whitened) residual."""
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     kind: Literal["svd"] = "svd"
     whitening: Literal["none", "magnitude", "diagonal", "full"] = "full"
@@ -103,13 +103,12 @@ class SVD(Branch):
 
     def fit_flops(self, rows: int, columns: int, tokens: float) -> Work:
         entries, rank = rows * columns, self.rank.at_most(rows, columns)
-        # The check of the residual and its energy; the projection on the leading directions.
-        fitting = matrix_flops.spectrum(rows, columns) + product64(rank, rows, columns) + elementwise(3 * entries)
+        definite = self.damping > 0 or tokens >= columns if self.whitening == "full" else None
+        found = matrix_flops.directions(rows, columns, rank if self.rank.known_ahead else None, definite=definite)
+        # The check of the residual; the projection on the leading directions.
+        fitting = found + product64(rank, rows, columns) + elementwise(entries)
         if self.whitening == "none":
             return fitting
         # The check and the mean of the Gram matrix.
         metric = elementwise(2 * columns**2)
-        if self.whitening != "full":
-            return fitting + metric + elementwise(entries)
-        root = matrix_flops.root(columns, definite=self.damping > 0 or tokens >= columns)
-        return fitting + metric + root + product64(rows, columns, columns)
+        return fitting + metric + elementwise(0 if self.whitening == "full" else entries)

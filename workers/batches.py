@@ -1,0 +1,53 @@
+"""Which solves are done in one call: those of one shape and recipe, such as a block's experts, as many as memory allows.
+
+Torch-free, so that a plan can ask. A result does not depend on the batch that it was in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from math import prod
+from typing import TypeVar
+
+from counterweight.workers.matrix_bytes import SINGLE
+from counterweight.workers.recipe import ModuleRecipe
+
+BATCH_BYTES = {False: 64 << 20, True: 1 << 30}
+"""On a GPU or not -> bytes that a batch of more than one may take. 64 experts of 256 x 128 take 54 MiB; what does not fit
+caches of a few MiB is no faster in a larger batch, and a GPU is filled by less than this."""
+
+Solve = TypeVar("Solve")
+
+
+def batches(
+    solves: Sequence[Solve], key: Callable[[Solve], Hashable], most: Callable[[Solve], int]
+) -> list[list[Solve]]:
+    """Solves with the same key together, at most `most` of them, in the order in which each batch begins."""
+    found: list[list[Solve]] = []
+    open_: dict[Hashable, list[Solve]] = {}
+    for solve in solves:
+        batch = open_.get(key(solve))
+        if batch is None or len(batch) >= most(solve):
+            batch = []
+            open_[key(solve)] = batch
+            found.append(batch)
+        batch.append(solve)
+    return found
+
+
+def batch_size(part: ModuleRecipe, shapes: Sequence[tuple[int, int]], *, gpu: bool) -> int:
+    """How many solves of linears of these `shapes`, which share an input, are done in one call; 1 where codes are not all
+    that is chosen at a time, or were chosen before."""
+    if part.compensation.joint or part.tuning is not None:
+        return 1
+    count = 1
+    while coding(part, shapes, 2 * count) <= BATCH_BYTES[gpu]:
+        count *= 2
+    return count
+
+
+def coding(part: ModuleRecipe, shapes: Sequence[tuple[int, int]], count: int) -> int:
+    """Bytes of choosing the codes of `count` weights of these shapes: as they are in float32, put together, and the peak."""
+    rows, columns = sum(rows for rows, _ in shapes), shapes[0][1]
+    entries = SINGLE * sum(map(prod, shapes))
+    return count * 2 * entries + max(count * entries, part.weights.quantize_bytes(rows, columns, count))
