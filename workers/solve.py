@@ -64,9 +64,9 @@ class LayerState:
 def solve(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[LayerState]:
     """`layers`, which share `recipe` and dtypes, with codes (unless they have them), branch and store.
 
-    Neighbours with the same statistics read one input: their codes are chosen as one matrix's, because they share a Hessian.
-    Matrices of several inputs must have one shape: their codes are chosen in one batch, each with the bits that it gets alone.
-    Raises ValueError as the methods do.
+    Neighbours with the same statistics read one input: where rows are independent, their codes are chosen as one matrix's,
+    because they share a Hessian. Several such matrices must have one shape: their codes are chosen in one batch, each with the
+    bits that it gets alone. Raises ValueError as the methods do.
     """
     if recipe.compensation.joint:
         solved = [_jointly(recipe, layer) for layer in layers]
@@ -102,7 +102,8 @@ def gains(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[Tensor]:
 
 def _quantized(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[LayerState]:
     """With codes, all of them chosen in one call."""
-    stacks = [list(own) for _, own in groupby(layers, key=lambda layer: id(layer.statistics))]
+    by_input = [list(own) for _, own in groupby(layers, key=lambda layer: id(layer.statistics))]
+    stacks = by_input if recipe.weights.rows_are_independent else [[layer] for layer in layers]
     targets = _together([_target(recipe, stack) for stack in stacks])
     metrics = [_metric(recipe, stack[0]) for stack in stacks]
     found = recipe.weights.quantize_batch(targets, metrics, scale_dtype=layers[0].scale_dtype)

@@ -35,8 +35,8 @@ def many(recipe: Mapping[str, Any], hidden: int, intermediate: int, **more: Any)
     return Measured(recipe=recipe, config=dense(hidden, intermediate), **{"sequences": 16, "length": 512, **more})
 
 
-def svd(whitening: str, **more: Any) -> dict[str, Any]:
-    return {**RTN, "compensation": {"kind": "svd", "whitening": whitening, "rank": {"fraction": 0.1}}, **more}
+def svd(fraction: float) -> dict[str, Any]:
+    return {**RTN, "compensation": {"kind": "svd", "rank": {"fraction": fraction}}}
 
 
 def lrc(fraction: float, iterations: int) -> dict[str, Any]:
@@ -69,7 +69,11 @@ CASES: Mapping[str, Case] = {
     "GPTQ, rows": (few(GPTQ, 1024, 2048), "solve"),
     "sign": (few({"weights": {"format": "sign"}}, 768, 3072), "solve"),
     "RTN, weighted": (few(WEIGHTED, 1024, 4096, dtype="float32"), "solve"),
-    "SVD, few tokens": (few(svd("full"), 512, 1536), "solve"),
+    "SVD, few tokens": (few(svd(0.3), 512, 1536), "solve"),
+    "SVD, few ranks": (
+        few({**svd(0.05), "keep": ["lm_head", "*.self_attn.*", "*.up_proj", "*.gate_proj"]}, 1024, 3072),
+        "solve",
+    ),
     "LRC": (few(lrc(0.1, 1), 512, 1536), "solve"),
     "residual store": (few({**RTN, "residual": {"selection": "static"}}, 1024, 4096), "solve"),
     "regressed": (few({**REGRESSED, "keep": ALL_BUT_UP}, 768, 3072, propagate="compressed"), "solve"),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from counterweight.workers.matrix_flops import RANGE_DEGREE, RANGE_PRODUCTS, range_columns, squares_first
 
-CAPTURED, LEFT, ROUNDING = 1e-3, 1e-3, 1e-6
+CAPTURED, LEFT, ROUNDING = 1e-3, 5e-3, 1e-6
 _AMPLIFIED = 1e5
 """By how much a filter may raise the strongest direction over the weakest that is wanted: what float32 can hold of both."""
 
