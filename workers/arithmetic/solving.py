@@ -75,7 +75,7 @@ def _judging(part: ModuleRecipe, rows: int, columns: int, streams: int) -> Work:
     rank, entries = part.compensation.branch_rank, rows * columns
     # The energy and the codes, read back; the error.
     trace = matrix_flops.trace(rows, columns)
-    work = trace * 2 + elementwise(4 * entries) if streams == 1 else trace * 3 + elementwise(2 * entries)
+    work = trace * 2 + elementwise(4 * entries) if streams == 1 else trace * 3 + elementwise(3 * entries)
     branch = NOTHING
     if rank is not None:
         most = rank.at_most(rows, columns)
