@@ -5,7 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test arithmetic arithmetic-short quality-check lint types layers check clean
+MINUTES ?= 60
+
+.PHONY: demo test fuzz arithmetic arithmetic-short quality-check lint types layers check clean
 
 demo: $(INSTALLED)
 	@$(BIN)/counterweight run manifests/demo.yaml
@@ -13,6 +15,11 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@echo "the whole suite: about 13 minutes on 2 cores" >&2
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
+
+# Hostile configs, headers, tokenizers, texts, data sets, manifests and artifacts from random seeds, for MINUTES; the suite has
+# a short form of it. A failure names its target and seed: `python -m tests.fuzz --target NAME --seed N` makes it again.
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 # The tests that compare numbers, under the arithmetic of other processors and with other numbers of threads.
 arithmetic: $(INSTALLED)

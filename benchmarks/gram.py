@@ -2,7 +2,7 @@
 
     python benchmarks/gram.py [--tokens 4096] [--widths 256 768 1024]
 
-Chooses `TRIANGLE_BLOCK` in `workers/calibration/statistics.py`.
+Chooses `TRIANGLE_BLOCK` in `workers/calibration/triangle.py`.
 """
 
 from __future__ import annotations

@@ -31,10 +31,12 @@ from common import RESULTS, ROOT, machine, record, revision, table, versions
 from pydantic import Field
 
 from counterweight.pipeline.artifact import Published
+from counterweight.pipeline.cluster import cluster
 from counterweight.pipeline.evaluate import evaluate_artifact
 from counterweight.pipeline.events import EventLog
 from counterweight.pipeline.manifest import CompressionJob, load_manifest
-from counterweight.pipeline.pool import PoolSize, RayPool, cluster, threads_per_worker
+from counterweight.pipeline.pool import PoolSize, threads_per_worker
+from counterweight.pipeline.ray_pool import RayPool
 from counterweight.workers.config import Config
 
 README = ROOT / "README.md"
@@ -328,7 +330,7 @@ def main() -> None:
     wrong: list[str] = []
     with cluster("local", size):
         pool = RayPool(size)
-        pool.devices()
+        pool.first()
         extra = [f"spec.output.uri={output.as_uri()}", *arguments.set]
         models = arguments.models.resolve()
         bench = Bench(pool=pool, tables=tables, models=models, extra=extra, second=documentation(output))

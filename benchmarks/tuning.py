@@ -30,7 +30,6 @@ from counterweight.workers.methods.scales import MeanSquare
 from counterweight.workers.methods.tuning import Tuning
 from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.family import SharedInputGroup
-from counterweight.workers.models.layout import EMBEDDING
 from counterweight.workers.tuning import LinearFormat, TuningResult, tune
 
 CPU = torch.device("cpu")
@@ -74,8 +73,8 @@ def problems(model: str, text: str, blocks: int, sequences: int, length: int) ->
         seed=0,
         field="TEXT",
     ).ids
-    builder = BlockBuilder(source.checkpoint.config)
-    embed = builder.embedding(source.checkpoint.read(EMBEDDING), CPU, torch.float32)
+    builder = BlockBuilder(source.checkpoint.config, frozenset(source.checkpoint.names))
+    embed = builder.embedding(source.checkpoint.read(builder.names.embedding), CPU, torch.float32)
     with torch.no_grad():
         seen, unseen = (embed(part.long()) for part in (tokens[:sequences], tokens[-sequences:]))
     found = []

@@ -156,3 +156,18 @@ def add_blocks(
             added = graph.add(make, reads=(compresses[-1] if compresses else embedded,), after=after)
         compresses.append(added)
     return Blocks(tuple(compresses), tuple(node for own in ends[1:] for node in own))
+
+
+FILLED = 100
+"""A pipeline's work is this many times what its workers wait until all have begun: 1 % of it."""
+
+
+def stretches(shards: int, blocks: int, workers: int, threads: int) -> list[range]:
+    """The shards of the calibration tokens, in stretches in which blocks are calibrated: all at once by a single worker.
+    Otherwise as many as a worker has threads, so that none of them waits for long; more where that makes more tasks than the
+    pipeline needs to be full: each of w workers calibrates blocks / w blocks, and the last one waits for w - 1 stretches."""
+    if workers == 1:
+        return [range(shards)]
+    enough = FILLED * workers * (workers - 1) / blocks
+    length = max(threads, int(shards / enough))
+    return [range(shards)[start : start + length] for start in range(0, shards, length)]

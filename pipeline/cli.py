@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from counterweight.pipeline.signals import terminable
 from counterweight.pipeline.units import bytes_text
 
 if TYPE_CHECKING:
@@ -37,8 +38,11 @@ ArtifactUri = Annotated[
 ]
 
 
-INTERRUPTED = 130
-"""Exit code of a command that a SIGINT ended, as shells have it."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of a command that a SIGINT or SIGTERM ended, as shells have them."""
+
+DEFECT = 70
+"""Exit code for an error that nobody raised on purpose (EX_SOFTWARE of sysexits.h)."""
 
 SHOWN = 20
 """Unknown objects that `prune` names; with --json it names all."""
@@ -85,20 +89,31 @@ def plan(
     manifest: Manifest,
     set_: Overrides = None,
     device: Annotated[
-        str | None, typer.Option(help="The workers' GPU, such as H100-80G: does it fit?", show_default=False)
+        str | None,
+        typer.Option(
+            help="The workers' GPU, such as H100-80G, or a file of measured rates: does it fit, and how long does it take?",
+            show_default=False,
+        ),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Replaces spec.resources.workers.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a job would do and need, from headers alone."""
-    from counterweight.pipeline.manifest import load_manifest
+    from counterweight.workers.process import importing
+
+    with importing():
+        from counterweight.pipeline.manifest import load_manifest
 
     overrides = [*(set_ or []), *([] if workers is None else [f"spec.resources.workers={workers}"])]
     job = load_manifest(manifest, overrides).job
-    from counterweight.pipeline.model_source import open_model
-    from counterweight.pipeline.plan import make_plan
+    with importing():
+        from counterweight.pipeline.model_source import open_model
+        from counterweight.pipeline.plan import make_plan
+        from counterweight.pipeline.preflight import check_apart
 
-    made = make_plan(job, open_model(job.spec.model.uri), device)
+        source = open_model(job.spec.model.uri)  # which imports transformers
+    check_apart(job.spec.output.uri, source.uri)
+    made = make_plan(job, source, device)
     unknown = job.spec.resources.gpus_per_worker > 0 and device is None
     fits = "not known: name the workers' GPU with --device" if unknown else "nothing"
     if as_json:
@@ -121,7 +136,9 @@ def plan(
                 "storage",
                 f"{bytes_text(made.storage_read_bytes)} read, {bytes_text(made.storage_written_bytes)} written",
             ),
+            *([] if made.estimate is None else made.estimate.rows()),
             ("headers read", bytes_text(made.header_bytes_read)),
+            ("divided", "; ".join(made.divided) or "nothing"),
             ("does not fit", "; ".join(made.problems) or fits),
         ],
     )
@@ -233,24 +250,34 @@ def schema() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0 done; 2 the request is wrong; 3 a gate failed; 4 the surroundings
-    failed and a retry makes sense; 130 interrupted. Errors are lines on stderr, without a traceback."""
+    failed and a retry makes sense; 70 a defect of ours; 130 interrupted, 143 terminated. Errors are lines on stderr, without a
+    traceback: that of a defect is in a file that the line names."""
     from counterweight.workers.errors import CounterweightError
 
-    try:
-        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
-    except CounterweightError as error:
-        for line in str(error).splitlines():
-            typer.echo(f"error: {line}", err=True)
-        return error.exit_code
-    except USAGE_ERROR as error:
-        # Without any command typer has printed the help by now, and there is nothing left to say.
-        for line in error.format_message().splitlines():
-            typer.echo(f"error: {line}", err=True)
-        return 2
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
+    with terminable() as received:
+        try:
+            code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        except CounterweightError as error:
+            for line in str(error).splitlines():
+                typer.echo(f"error: {line}", err=True)
+            return error.exit_code
+        except USAGE_ERROR as error:
+            # Without any command typer has printed the help by now, and there is nothing left to say.
+            for line in error.format_message().splitlines():
+                typer.echo(f"error: {line}", err=True)
+            return 2
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except (SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001  the last net: a panic of a library in Rust is no Exception
+            from counterweight.pipeline.crash import report_crash
+
+            typer.echo(f"error: {report_crash(error, sys.argv[1:] if arguments is None else arguments)}", err=True)
+            return DEFECT
     if code == INTERRUPTED:  # some versions of typer return it, others raise
-        typer.echo("interrupted: finished blocks are kept; run the same command again to resume", err=True)
+        what, code = ("terminated", TERMINATED) if received.terminated else ("interrupted", INTERRUPTED)
+        typer.echo(f"{what}: finished blocks are kept; run the same command again to resume", err=True)
     return code if isinstance(code, int) else 0
 
 

@@ -46,20 +46,15 @@ class Dispatcher:
         self._tries: dict[str, int] = {}
         self.graph = graph or Graph()
         self.workers = pool.size
-        self.idle: list[int] = list(range(pool.size))
-        """Longest idle first: a fresh process, which has torch to import, comes behind those that wait, and a task that
-        failed is tried on another worker when there is one."""
 
     def start(self, worker: int, task: Task[object]) -> None:
         """Starts a task on an idle worker."""
-        self.idle.remove(worker)
         self._tries[task.name] = self._tries.get(task.name, 0) + 1
         self._running[self._pool.submit(worker, task)] = (task, time.perf_counter())
         self._emit(TaskStarted(task.name, task.kind, worker, task.block_index))
 
     def collect(self) -> list[Finished]:
-        """What finished within `WAIT_SECONDS`. Raises the task's error when it is final, the worker's process first
-        replaced when it died."""
+        """What finished within `WAIT_SECONDS`. Raises the task's error when it is final."""
         return [self._settle(outcome) for outcome in self._pool.wait(WAIT_SECONDS)]
 
     def run(
@@ -74,7 +69,7 @@ class Dispatcher:
         self._start_some()
         meanwhile()
         while not all(node.done for node in wanted):
-            if not self._running:
+            if not self._running and self._pool.idle():
                 waiting = next(node for node in wanted if not node.done)
                 raise WorkerError(f"node {waiting.place}: nothing runs and nothing that it waits for can start")
             for found in self.collect():
@@ -103,7 +98,7 @@ class Dispatcher:
         return self.run(nodes, lambda _: done(sum(node.done for node in nodes)), meanwhile)
 
     def _start_some(self) -> None:
-        for worker in list(self.idle):
+        for worker in list(self._pool.idle()):
             node = self.graph.assign(worker)
             if node is None:
                 continue
@@ -113,9 +108,6 @@ class Dispatcher:
 
     def _settle(self, outcome: Outcome) -> Finished:
         task, since = self._running.pop(outcome.ticket)
-        if outcome.worker_died:
-            self._pool.restart(outcome.worker)
-        self.idle.append(outcome.worker)
         if outcome.error is None:
             seconds = time.perf_counter() - since
             self._emit(TaskFinished(task.name, task.kind, outcome.worker, seconds, task.block_index))

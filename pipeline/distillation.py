@@ -19,7 +19,6 @@ from counterweight.pipeline.manifest.job import DistillationStage
 from counterweight.pipeline.stages import Job, Outside, stored_tokens
 from counterweight.pipeline.tokens import Tokens
 from counterweight.workers.calibration.tokens import TokenSet
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.tasks.block import BlockRecord
 from counterweight.workers.tasks.distill import Distill, DistillRecord, StoredBlock
 from counterweight.workers.tasks.original import Original
@@ -59,7 +58,7 @@ def add_distillation(job: Job, blocks: Blocks, outside: Outside, tokens: Tokens)
         )
         for start, stop in _ranges(texts, job.dispatcher.workers)
     )
-    head = (NORM, EMBEDDING if layout.tied else LM_HEAD)
+    head = (layout.names.norm, layout.names.embedding if layout.tied else layout.names.head)
 
     def make() -> Distill:
         return Distill(

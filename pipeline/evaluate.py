@@ -9,12 +9,13 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from counterweight.pipeline.artifact import REPORT, file_entry, open_artifact
+from counterweight.pipeline.artifact.reader import parsed
 from counterweight.pipeline.artifact.report import Quality, Report, quality
 from counterweight.pipeline.model_source import open_model
 from counterweight.workers.calibration.source import TextSource, TokenSource
 from counterweight.workers.calibration.tokens import token_set
 from counterweight.workers.config import first_problem
-from counterweight.workers.errors import IntegrityError, RequestError
+from counterweight.workers.errors import CheckpointError, RequestError
 from counterweight.workers.keys import digest
 from counterweight.workers.ledger import LEDGER
 from counterweight.workers.storage import open_store
@@ -41,8 +42,12 @@ def evaluate_artifact(
     """
     if device not in ("cpu", "cuda"):
         raise RequestError(f"--device: {device!r}: expected cpu or cuda")
+    for option, value, least in (("--windows", windows, 1), ("--sequence-length", sequence_length, 2)):
+        if value is not None and value < least:
+            raise RequestError(f"{option}: {value}: expected at least {least}")
     store, document = open_artifact(uri)
-    report = _report(store.read(REPORT, sha256=file_entry(store, document, REPORT).sha256), store.uri_of(REPORT))
+    data = store.read(REPORT, sha256=file_entry(store, document, REPORT).sha256)
+    report = parsed(Report, store, REPORT, "a report", data)
     source = open_model(against or document.base_model.uri)
     worker = Worker("cuda" if device == "cuda" else "cpu", threads=len(os.sched_getaffinity(0)))
     digests = {name: found.sha256 for name, found in worker.run(Inspect(source.uri, source.tensors)).items()}
@@ -82,13 +87,6 @@ def evaluate_artifact(
     return {variant: quality(found) for variant, found in record.windows.items()}
 
 
-def _report(text: bytes, uri: str) -> Report:
-    try:
-        return Report.model_validate_json(text)
-    except ValidationError as error:
-        raise IntegrityError(f"{uri}: not a report: {first_problem(error)}") from error
-
-
 def _text(text: str | None, report: Report) -> TokenSource:
     if text is not None:
         return TextSource(uri=text)
@@ -97,13 +95,20 @@ def _text(text: str | None, report: Report) -> TokenSource:
     try:
         source: TokenSource = TypeAdapter(TokenSource).validate_python(dict(report.validation.source))
     except ValidationError as error:
-        raise IntegrityError(f"{REPORT}: validation.source: {first_problem(error)}") from error
+        raise CheckpointError(f"{REPORT}: validation.source: {first_problem(error)}") from error
     return source
 
 
 def _reported_length(report: Report) -> int:
-    return (report.validation or report.calibration).sequence_length
+    length = (report.validation or report.calibration).sequence_length
+    if length < 2:
+        raise CheckpointError(f"{REPORT}: sequence_length: {length}: expected at least 2")
+    return length
 
 
 def _reported_windows(report: Report) -> int | None:
-    return None if report.validation is None else report.validation.sequences
+    if report.validation is None:
+        return None
+    if report.validation.sequences < 1:
+        raise CheckpointError(f"{REPORT}: validation.sequences: {report.validation.sequences}: expected at least 1")
+    return report.validation.sequences

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from counterweight.pipeline.needs import Needs
 from counterweight.pipeline.policies import Placement
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.tasks.task import Task
@@ -114,8 +115,11 @@ class Graph:
         self._workspace = workspace
         self._placement = placement or Placement()
         self._hold_bytes = hold_bytes
-        self._needed: set[int] | None = None
-        """See `needed`; None when it has to be worked out again."""
+        self._needs = Needs(self.nodes)
+        self._running: dict[int, Node[object]] = {}
+        """By their places."""
+        self._held: dict[int, dict[int, Node[object]]] = {}
+        """Worker -> nodes whose statistics it holds, by their places."""
 
     def add(
         self,
@@ -141,7 +145,7 @@ class Graph:
             stream=len(self.nodes) if uses is None else uses.stream,
         )
         self.nodes.append(node)
-        self._needed = None
+        self._needs.forget()
         for other in reads:
             other.readers.append(node)
         for other in rereads:
@@ -163,17 +167,22 @@ class Graph:
             found = node.made().lookup(self._workspace)
             if found is not None:
                 self._finish(node, found)
+                self._needs.forget()
                 node.reused, node.present = True, self._there(node)
 
     def assign(self, worker: int) -> Node[object] | None:
         """The next node for an idle worker, now counted as running; None when there is none for it."""
-        needed = self.needed()
-        streams = {node.stream for node in self.nodes if node.running}
+        needed = self._needs.places
+        streams = {node.stream for node in self._running.values()}
         held: dict[int, int] = {}
         orphans: list[int] = []
         starts: list[int] = []
-        for node in self.nodes:
-            if node.stream in streams or node.place not in needed or not self._ready(node, needed):
+        for place in self._needs.known:
+            node = self.nodes[place]
+            before = node.uses
+            if before is not None and before.holder is None and before.place in needed:
+                continue  # most of those that are known wait for the stretch before
+            if node.stream in streams or not self._ready(node, needed):
                 continue
             if node.uses is None:
                 starts.append(node.place)
@@ -188,13 +197,15 @@ class Graph:
             return None
         node = self.nodes[chosen]
         node.running = True
+        self._running[node.place] = node
         return node
 
     def settle(self, node: Node[R], worker: int, value: R) -> None:
         """A node's task came back with its value."""
-        node.running = False
+        self._stopped(node)
         self._finish(node, value)
         node.ran, node.present = True, True
+        self._needs.settled(node)
         if node.uses is not None:
             self._hold(node.uses, worker)
         self._hold(node, worker)
@@ -202,21 +213,30 @@ class Graph:
     def failed(self, node: Node[object]) -> None:
         """A node's task came back without a value and is to be done again. What it worked on is in no memory any more, and
         what it reads may be gone from the store."""
-        node.running = False
-        self._needed = None
+        self._stopped(node)
         if node.uses is not None:
-            node.uses.holder = None
+            self._let_go(node.uses)
         self._look_again(node)
+        self._needs.forget()
 
     def lost(self, worker: int) -> None:
         """A worker's process died: what it held in memory is gone, what was committed is not."""
-        self._needed = None
-        for node in self.nodes:
-            if node.holder == worker:
-                node.holder = None
+        for node in list(self._held.get(worker, {}).values()):
+            self._let_go(node)
+        self._needs.forget()
+
+    def _stopped(self, node: Node[object]) -> None:
+        node.running = False
+        self._running.pop(node.place, None)
+
+    def _let_go(self, node: Node[object]) -> None:
+        """Nobody holds the node's statistics any more."""
+        if node.holder is not None:
+            del self._held[node.holder][node.place]
+            node.holder = None
+            self._needs.let_go(node)
 
     def _finish(self, node: Node[R], value: R) -> None:
-        self._needed = None
         if not node.done:
             for other in (*node.readers, *node.rereaders, *node.followers):
                 other.waits -= 1
@@ -225,26 +245,11 @@ class Graph:
     def _busy(self, worker: int) -> bool:
         """Whether a worker that nothing is given to is waiting for more of what it works on. When nothing runs anywhere, there
         is nothing to wait for."""
-        return any(node.running for node in self.nodes) and any(
-            node.holder == worker and node.unfinished for node in self.nodes
-        )
+        return bool(self._running) and any(node.unfinished for node in self._held.get(worker, {}).values())
 
     def needed(self) -> set[int]:
-        """Places of the nodes that have to run: from the last back, because none depends on a later one."""
-        if self._needed is not None:
-            return self._needed
-        needed: set[int] = set()
-        for node in reversed(self.nodes):
-            if (
-                (node.wanted and not node.done)
-                or (not node.done and any(other.place in needed for other in node.followers))
-                or (not node.ran and any(other.place in needed for other in node.users))
-                or (not node.present and any(other.place in needed for other in node.readers))
-                or (not node.present and any(o.place in needed and not o.in_memory for o in node.rereaders))
-            ):
-                needed.add(node.place)
-        self._needed = needed
-        return needed
+        """Places of the nodes that have to run."""
+        return self._needs.places
 
     def _ready(self, node: Node[object], needed: set[int]) -> bool:
         """Whether a needed node can start. Statistics that a node waits for are used where they are held; where their holder
@@ -262,21 +267,25 @@ class Graph:
         """Statistics are with a worker as long as a user is not done; the oldest of its others go when they are too many, as
         `HeldBlocks` lets them go."""
         if all(user.done for user in node.users):
-            node.holder = None
+            self._let_go(node)
             return
         if node.holder == worker:
             return
-        others = [other for other in self.nodes if other.holder == worker and other is not node]
+        self._let_go(node)
+        held = self._held.setdefault(worker, {})
+        others = [other for _, other in sorted(held.items())]
         node.holder = worker
+        held[node.place] = node
+        self._needs.held(node)
         for other in others:
             if not other.bytes:
-                other.holder = None  # a worker drops what it is not told to keep when it begins another block
+                self._let_go(other)  # a worker drops what it is not told to keep when it begins another block
         others = [other for other in others if other.bytes]
         total = sum(other.bytes for other in others)
         for other in others:
             if total <= self._hold_bytes:
                 break
-            other.holder = None
+            self._let_go(other)
             total -= other.bytes
 
     def _look_again(self, node: Node[object]) -> None:

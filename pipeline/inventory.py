@@ -21,10 +21,10 @@ def inventory(source: ModelSource, dispatcher: Dispatcher) -> dict[str, str]:
     Keys of durable work are made from these, and every later read is checked against them. CheckpointError listing the
     tensors that hold NaN or infinity.
     """
-    batches = _batches(source)
+    parts = batches(source)
     tasks = [
-        Inspect(source=source.uri, names=batch, part=f"{number + 1} of {len(batches)}")
-        for number, batch in enumerate(batches)
+        Inspect(source=source.uri, names=batch, part=f"{number + 1} of {len(parts)}")
+        for number, batch in enumerate(parts)
     ]
     found: dict[str, TensorDigest] = {}
     for part in dispatcher.run_all(tasks):
@@ -38,16 +38,16 @@ def inventory(source: ModelSource, dispatcher: Dispatcher) -> dict[str, str]:
     return digests
 
 
-def _batches(source: ModelSource) -> list[list[str]]:
+def batches(source: ModelSource) -> list[list[str]]:
     """Tensors that lie together, in batches of about `INSPECT_BYTES`."""
     entry = source.checkpoint.entry
-    batches: list[list[str]] = [[]]
+    found: list[list[str]] = [[]]
     size = 0
     for name in sorted(source.tensors, key=lambda n: (entry(n).file, entry(n).start)):
         length = entry(name).length
-        if batches[-1] and size + length > INSPECT_BYTES:
-            batches.append([])
+        if found[-1] and size + length > INSPECT_BYTES:
+            found.append([])
             size = 0
-        batches[-1].append(name)
+        found[-1].append(name)
         size += length
-    return batches
+    return found

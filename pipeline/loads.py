@@ -24,7 +24,7 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mappin
     scores = 0
     if layout.family.eager_attention:
         # Scores, and the probabilities that are made of them in float32.
-        scores = shard * calibration.sequence_length * _heads(source) * (itemsize + 4)
+        scores = shard * calibration.sequence_length * layout.heads * (itemsize + 4)
     compressed = calibration.propagate == "compressed"
     regresses = any(part.regresses for part in recipe.values())
     threads = threads_per_worker(
@@ -32,7 +32,7 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mappin
     )
     return Load(
         family=layout.family,
-        heads=_heads(source),
+        heads=layout.heads,
         groups=tuple(_groups(source, index, recipe)),
         source_bytes=sum(_decoded_bytes(source, name) for name in source.block_tensors(index)),
         parameters=sum(prod(shape) for shape in layout.block_parameters(index).values()),
@@ -54,7 +54,7 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mappin
 
 def _groups(source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe]) -> Iterator[Group]:
     """A block's linears by what they read, with the `recipe` of those that are not kept."""
-    layout, config = source.layout, source.checkpoint.config
+    layout = source.layout
     linears, shapes = linears_of(source, index), layout.block_parameters(index)
     for group in layout.block_linears(index):
         parts = {name: recipe[name] for name in group if name in recipe}
@@ -62,14 +62,9 @@ def _groups(source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe])
         yield Group(
             linears={name: linears[name] for name in group},
             recipe=parts,
-            share=layout.family.active_share(config, layout.experts, group[0]),
-            scaled=asked and layout.family.producer_rows(group, shapes, _heads(source)) is not None,
+            share=layout.active_share(group[0]),
+            scaled=asked and layout.family.producer_rows(group, shapes, layout.heads) is not None,
         )
-
-
-def _heads(source: ModelSource) -> int:
-    """Of the attention's queries."""
-    return int(source.checkpoint.config["num_attention_heads"])
 
 
 def _decoded_bytes(source: ModelSource, name: str) -> int:

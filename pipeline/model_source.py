@@ -7,22 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import Any
 
+from counterweight.pipeline.model_files import resolve, tokenizer_of
 from counterweight.workers.checkpoint.reader import Checkpoint
-from counterweight.workers.errors import CheckpointError, RequestError, StorageError
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, ModelLayout
+from counterweight.workers.errors import CheckpointError
+from counterweight.workers.models.config_values import check_layers
+from counterweight.workers.models.families import family_of
+from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.storage import ObjectStore, open_store
-
-HUB = "hf:"
-TOKENIZER = "tokenizer.json"
 
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors that old exports hold and no model needs: the frequencies follow from the config."""
-
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
-"""What a snapshot of a hub repository consists of; never pickles, never code."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +33,8 @@ class ModelSource:
     @cached_property
     def dropped(self) -> Mapping[str, str]:
         """Tensors that the artifact leaves out -> why."""
-        reasons = {name: f"scales of {weight}, decoded with it" for name, weight in self.checkpoint.scales.items()}
-        for name in (*self.checkpoint.names, *self.checkpoint.scales):
+        reasons = dict(self.checkpoint.parts)
+        for name in (*self.checkpoint.names, *self.checkpoint.parts):
             if IGNORED.fullmatch(name):
                 reasons[name] = "follows from the config"
             elif self.layout.predicts_further(name):
@@ -50,10 +46,20 @@ class ModelSource:
         """Tensors that count."""
         return tuple(name for name in self.checkpoint.names if name not in self.dropped)
 
+    @cached_property
+    def beside(self) -> tuple[str, ...]:
+        """Those of what a multimodal model has beside its text model, in whatever shape and dtype they are."""
+        return tuple(name for name in self.tensors if self.layout.is_beside(name))
+
     def block_tensors(self, index: int) -> tuple[str, ...]:
         """Tensors that block `index` is made from."""
-        parts = self.layout.sources(index, self.checkpoint.names).values()
-        return tuple(dict.fromkeys(part.source for part in parts))
+        return self._tensors_of_blocks[index]
+
+    @cached_property
+    def _tensors_of_blocks(self) -> tuple[tuple[str, ...], ...]:
+        names = frozenset(self.checkpoint.names)
+        blocks = (self.layout.sources(index, names).values() for index in range(self.layout.blocks))
+        return tuple(tuple(dict.fromkeys(part.source for part in parts)) for parts in blocks)
 
     @property
     def parameters(self) -> int:
@@ -65,19 +71,17 @@ class ModelSource:
         return tokenizer_of(self.store)
 
 
-def tokenizer_of(store: ObjectStore) -> bytes | None:
-    """tokenizer.json of the checkpoint in this store, or None."""
-    return store.read(TOKENIZER) if store.exists(TOKENIZER) else None
-
-
-def describe(config: Mapping[str, Any]) -> ModelLayout:
-    """The layout of the model with this config.json; takes transformers, which is a second to import."""
+def describe(config: Mapping[str, Any], stored: frozenset[str]) -> ModelLayout:
+    """The layout of the model with this config.json; takes transformers, which is a second to import. stored: as for
+    `BlockBuilder`."""
     from counterweight.workers.models.block_builder import BlockBuilder
 
-    return BlockBuilder(config).layout
+    return BlockBuilder(config, stored).layout
 
 
-def open_model(uri: str, describe: Callable[[Mapping[str, Any]], ModelLayout] = describe) -> ModelSource:
+def open_model(
+    uri: str, describe: Callable[[Mapping[str, Any], frozenset[str]], ModelLayout] = describe
+) -> ModelSource:
     """Opens `file:`, `s3:` or `hf:` (a hub repository, downloaded to the local cache first) and checks the checkpoint
     against its architecture.
 
@@ -87,41 +91,20 @@ def open_model(uri: str, describe: Callable[[Mapping[str, Any]], ModelLayout] = 
     root = resolve(uri)
     store = open_store(root)
     checkpoint = Checkpoint.open(store)
-    layout = describe(checkpoint.config)
+    check_layers(checkpoint.config, (*checkpoint.names, *checkpoint.parts))
+    ends = family_of(checkpoint.config.get("model_type")).ends
+    layout = describe(checkpoint.config, ends.intersection(checkpoint.names))
     source = ModelSource(root, store, checkpoint, layout)
     # A tied model's head may be stored or not; when it is, `inventory` compares it with the embedding.
-    optional = [*source.dropped, *([LM_HEAD] if layout.tied else [])]
+    optional = [*source.dropped, *source.beside, *([layout.names.head] if layout.tied else [])]
     checkpoint.expect(layout.expected(checkpoint.names), optional=optional)
     return source
 
 
 def check_stored_head(source: ModelSource, digests: Mapping[str, str]) -> None:
     """A tied model whose stored head is not its embedding is not tied: CheckpointError."""
-    if source.layout.tied and LM_HEAD in digests and digests[LM_HEAD] != digests[EMBEDDING]:
+    head, embedding = source.layout.names.head, source.layout.names.embedding
+    if source.layout.tied and head in digests and digests[head] != digests[embedding]:
         raise CheckpointError(
-            f"{source.uri}: config.json: tie_word_embeddings: true: but {LM_HEAD} differs from {EMBEDDING}"
+            f"{source.uri}: config.json: tie_word_embeddings: true: but {head} differs from {embedding}"
         )
-
-
-def resolve(uri: str) -> str:
-    """Where the checkpoint lies that `uri` names; a hub repository is downloaded first. RequestError, StorageError."""
-    return _snapshot(uri) if uri.startswith(HUB) else uri
-
-
-def _snapshot(uri: str) -> str:
-    from huggingface_hub import errors, snapshot_download
-
-    name, _, revision = uri.removeprefix(HUB).removeprefix("//").partition("@")
-    try:
-        path = snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES)
-    except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        # A gated repository that we may not read is one that is not found.
-        raise RequestError(_line(uri, error)) from error
-    except OSError as error:  # what the hub answers, a cache without it, a disk that is full
-        raise StorageError(_line(uri, error)) from error
-    return Path(path).resolve().as_uri()
-
-
-def _line(uri: str, error: Exception) -> str:
-    """What the hub's client says, which may be a page, on one line."""
-    return f"spec.model.uri: {uri}: {' '.join(str(error).split())}"

@@ -8,58 +8,64 @@ from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.event_store import EventStore
 from counterweight.pipeline.events import EventLog, JobStarted
 from counterweight.pipeline.manifest import CompressionJob
-from counterweight.pipeline.model_source import ModelSource, open_model, resolve, tokenizer_of
+from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.pipeline.plan import make_plan
 from counterweight.pipeline.policies import STALE, RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
+from counterweight.pipeline.preflight import Ready, look
 from counterweight.pipeline.tokens import Tokens, read_tokens
 from counterweight.workers.calibration.source import ModelSamples
 from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.errors import RequestError, StorageError
 from counterweight.workers.keys import digest
 from counterweight.workers.models.layout import ModelLayout
-from counterweight.workers.storage import ObjectStore, open_store
-from counterweight.workers.storage.probe import probe
+from counterweight.workers.storage import ObjectStore
 from counterweight.workers.tasks.describe import Describe
 from counterweight.workers.tasks.sample import Sample
 
 
-def open_job(job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool) -> tuple[ModelSource, Tokens]:
+def open_job(
+    job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool, ready: Ready | None = None
+) -> tuple[ModelSource, Tokens]:
     """The model, checked against its architecture and the recipe, and the tokens; the output, checked for what we need of it.
 
-    What the architecture is a worker says: it needs transformers anyway, this process would load it for that alone. While
-    the worker does, this process reads the texts.
-    here: the workers run on this machine, so they must fit into it. Raises RequestError and its kinds, SurroundingsError.
+    What the architecture is a worker says: it needs transformers anyway, this process would load it for that alone.
+    here: the workers run on this machine, so they must fit into it. ready: what `look` found, where the job has been looked at.
+    Raises RequestError and its kinds, SurroundingsError.
     """
-    try:
-        store = open_store(job.spec.output.uri)
-        probe(store)
-    except RequestError as error:
-        raise RequestError(f"spec.output.uri: {error}") from error
-    log.add(EventStore(store, job_id(job), log.note))
+    ready = ready or look(job)
+    log.add(EventStore(ready.output, job_id(job), log.note))
     log.emit(JobStarted(job.metadata.name, job_id(job), pool.size))
-    _sweep(store, log)
-    root = resolve(job.spec.model.uri)
+    _sweep(ready.output, log)
     dispatcher = Dispatcher(pool, RetryPolicy(), log.emit)
-    sampled = isinstance(job.spec.calibration.source, ModelSamples)
-    read: list[Tokens] = []
 
-    def read_texts() -> None:
-        if not sampled:
-            read.append(read_tokens(job, tokenizer_of(open_store(root))))
-
-    def describe(config: Mapping[str, object]) -> ModelLayout:
-        (layout,) = dispatcher.run_all([Describe(config)], meanwhile=read_texts)
+    def describe(config: Mapping[str, object], stored: frozenset[str]) -> ModelLayout:
+        (layout,) = dispatcher.run_all([Describe(config, stored)])
         return layout
 
-    source = open_model(root, describe)
+    source = open_model(ready.root, describe)
+    if source.checkpoint.asks_for_code:
+        model_type = source.layout.model_type
+        log.note(f"config.json: auto_map: code of the repository is never run; transformers' own runs {model_type}")
     plan = make_plan(job, source)
-    if plan.problems and here:
+    # Of workers elsewhere nothing is known but what the manifest says.
+    if plan.problems and (here or job.spec.resources.memory_per_worker is not None):
         raise RequestError("spec.resources: " + "; ".join(plan.problems))
-    if sampled:
-        read.append(read_tokens(job, source.tokenizer(), _sampled(job, source, dispatcher)))
-    (tokens,) = read
+    _note_positions(job, source, log)
+    sampled = isinstance(job.spec.calibration.source, ModelSamples)
+    drawn = _sampled(job, source, dispatcher) if sampled else None
+    tokens = read_tokens(job, None, drawn, ready.texts)
     return source, tokens.within(source.layout.vocabulary)
+
+
+def _note_positions(job: CompressionJob, source: ModelSource, log: EventLog) -> None:
+    """Says when windows are longer than the texts that the model was made for."""
+    length, known = job.spec.calibration.sequence_length, source.checkpoint.config.get("max_position_embeddings")
+    if isinstance(known, int) and length > known:
+        log.note(
+            f"spec.calibration.sequence_length: {length}: more than the {known} positions of the model "
+            "(config.json: max_position_embeddings): what it does behind them is calibrated on too"
+        )
 
 
 def job_id(job: CompressionJob) -> str:

@@ -5,26 +5,28 @@ Sizes are estimates with the same shape as the truth: every term is named, and t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from math import prod
 
-from counterweight.pipeline.devices import memory_of
+from counterweight.pipeline.estimate import Costs, Estimate, block_seconds, estimate, evaluations
 from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.memory import PROCESS_BYTES, Memory, misfits, worker_memory
 from counterweight.pipeline.model_source import ModelSource
+from counterweight.pipeline.rates import MEASURED, Rates, rates_of
 from counterweight.pipeline.resolve import block_recipe, check_block, check_recipe, linears_of, stored_name
-from counterweight.workers.arithmetic import arithmetic
+from counterweight.pipeline.units import bytes_text
+from counterweight.workers.arithmetic import Arithmetic, arithmetic
 from counterweight.workers.config import Config
 from counterweight.workers.footprint import Load, footprint
 from counterweight.workers.footprint.distillation import Texts, trained_parameters, training_bytes, training_flops
+from counterweight.workers.footprint.division import Passes, divided
+from counterweight.workers.footprint.load import factors, packed
 from counterweight.workers.held_blocks import HOLD_BYTES
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.tasks.setting import ITEMSIZE
-
-PROCESS_BYTES = 600 << 20
-"""A worker process with torch, transformers and Ray imported, before its first task (measured: 480-560 MiB)."""
 
 
 class BlockPlan(Config):
@@ -46,6 +48,10 @@ class BlockPlan(Config):
     """On the host of a GPU, beside its process; 0 without GPUs."""
     calibrated_bytes: int
     """What calibration leaves in memory: weights, as they were read and as they run, and the sums of the statistics."""
+    passes: tuple[tuple[str, ...], ...]
+    """Linears that are solved after each pass over the calibration tokens; empty: all after one."""
+    undivided_bytes: int
+    """`peak_bytes` if all were solved after one."""
     prepare_flops: int
     """Of rotated weights, and of choices from the first shard."""
     forward_flops: int
@@ -105,35 +111,47 @@ class Plan(Config):
     storage_written_bytes: int
     flops: int
     """Floating-point operations of all blocks' tasks and of the distillation; embedding and validation are left out."""
+    divided: tuple[str, ...]
+    """Blocks that are solved in several passes over the calibration tokens, and why."""
     distillation: DistillationPlan | None = None
     """Of training the compressed model as a whole."""
     header_bytes_read: int
     device: str | None
-    """The GPU that it was asked about; null: none."""
+    """The GPU that it was asked about, or a file of measured rates; null: none."""
+    estimate: Estimate | None = None
+    """How long it takes; null where nothing is known of the device."""
     problems: tuple[str, ...]
 
 
 def make_plan(job: CompressionJob, source: ModelSource, device: str | None = None) -> Plan:
-    """The plan of a job. device: a name of `devices.MEMORY`, RequestError for another. ManifestError for what the recipe asks
-    and the model cannot give (a rank above a layer's size, a group size that does not divide a width, an override that matches
-    nothing)."""
+    """The plan of a job. device: a name of `devices.MEMORY` or a file of rates, RequestError for another. ManifestError for
+    what the recipe asks and the model cannot give (a rank above a layer's size, a group size that does not divide a width, an
+    override that matches nothing)."""
     check_recipe(job.spec.recipe, source)
-    blocks = tuple(_block_plans(job, source))
+    gpu = None if device is None or device.endswith(MEASURED) else device
+    memory = worker_memory(job, gpu)
+    costed = tuple(_block_plans(job, source, None))
+    blocks = tuple(block.plan for block in costed)
+    if memory is not None and max(block.peak_bytes for block in blocks) + _held_bytes(job, blocks) > memory.bytes:
+        costed = tuple(_block_plans(job, source, memory.bytes - _held_bytes(job, blocks)))
+        blocks = tuple(block.plan for block in costed)
     calibration = job.spec.calibration
     tokens = calibration.sequences * calibration.sequence_length
     boundary = tokens * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
     total = sum(_bytes(source, name) for name in source.tensors)
-    validation = 0 if job.spec.validation is None else 2
-    written = _artifact_bytes(source, blocks) + boundary * (len(blocks) + 1)
+    artifact = _artifact_bytes(source, costed)
     held = _held_bytes(job, blocks)
     largest = max(blocks, key=lambda block: block.peak_bytes)
     on_gpu = job.spec.resources.gpus_per_worker > 0
-    most, where = largest.peak_bytes + held, f"block {largest.index}, {largest.peak_phase}"
+    passes = f" in {len(largest.passes)} passes over the tokens" if len(largest.passes) > 1 else ""
+    most, where = largest.peak_bytes + held, f"block {largest.index}{passes}, {largest.peak_phase}"
     training = _distillation_plan(job, source)
     if training is not None and training.peak_bytes > most:
         most, where = training.peak_bytes, "distillation"
     peak = most + (0 if on_gpu else PROCESS_BYTES)
     host = PROCESS_BYTES + max(block.host_bytes for block in blocks) if on_gpu else peak
+    rates = None if device is None else rates_of(device)
+    timed = on_gpu == (gpu is not None)
     return Plan(
         name=job.metadata.name,
         model=source.uri,
@@ -148,14 +166,39 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         peak_bytes_per_worker=peak,
         host_bytes_per_worker=host,
         largest=where,
-        storage_read_bytes=total * (2 + validation) + boundary * len(blocks),
-        storage_written_bytes=written,
+        # The source by inventory and blocks, what was written by its check, and both by every task of the validation.
+        storage_read_bytes=total * 2 + boundary * len(blocks) + artifact + evaluations(job) * (total + artifact),
+        storage_written_bytes=2 * artifact + boundary * (len(blocks) + 1),
         flops=sum(block.flops for block in blocks) + (0 if training is None else training.flops),
         distillation=training,
         header_bytes_read=source.checkpoint.bytes_read,
         device=device,
-        problems=tuple(_misfits(job, most, where, device)),
+        estimate=None if rates is None or not timed else _estimate(job, source, costed, training, rates),
+        divided=tuple(_divisions(blocks, memory)),
+        problems=tuple(misfits(job, most, where, gpu, memory)),
     )
+
+
+def _estimate(
+    job: CompressionJob,
+    source: ModelSource,
+    blocks: Sequence[_Costed],
+    training: DistillationPlan | None,
+    rates: Rates,
+) -> Estimate:
+    """How long the job takes at these rates; blocks that are alike are priced once."""
+    prices = {id(block.load): block_seconds(block.load, block.arithmetic, rates) for block in blocks}
+    resources = job.spec.resources
+    costs = Costs(
+        job=job,
+        source=source,
+        rates=rates,
+        recipes=[block.plan.recipe for block in blocks],
+        blocks=[prices[id(block.load)] for block in blocks],
+        calibrated=[block.plan.calibrated_bytes for block in blocks],
+        distillation=0.0 if training is None else training.flops / rates.products32,
+    )
+    return estimate(costs, resources.workers, blocks[0].load.threads, resources.gpus_per_worker)
 
 
 def _held_bytes(job: CompressionJob, blocks: Sequence[BlockPlan]) -> int:
@@ -186,16 +229,32 @@ def _distillation_plan(job: CompressionJob, source: ModelSource) -> Distillation
     )
 
 
-def _block_plans(job: CompressionJob, source: ModelSource) -> Iterator[BlockPlan]:
-    """Of all blocks; of neighbours that are alike, the costs are worked out once."""
+@dataclass(frozen=True, slots=True)
+class _Costed:
+    """A block's plan and what it was made from."""
+
+    plan: BlockPlan
+    load: Load
+    arithmetic: Arithmetic
+
+
+def _block_plans(job: CompressionJob, source: ModelSource, budget: int | None) -> Iterator[_Costed]:
+    """Of all blocks; of neighbours that are alike, the costs are worked out once. budget: bytes of a worker for a task, into
+    which blocks are divided."""
     before: Load | None = None
+    passes: Passes = ()
     for index in range(source.layout.blocks):
         recipe = block_recipe(source, index, job.spec.recipe)
         check_block(source, index, recipe, job.spec.calibration.propagate)
         load = load_of(job, source, index, recipe)
         if load != before:
-            before, found, computed = load, footprint(load), arithmetic(load)
-        yield BlockPlan(
+            before, passes = load, ()
+            whole = found = footprint(load)
+            if budget is not None:
+                passes, found = divided(load, budget)
+            done = replace(load, passes=passes)
+            computed = arithmetic(done)
+        plan = BlockPlan(
             index=index,
             parameters=load.parameters,
             source_bytes=sum(_bytes(source, name) for name in source.block_tensors(index)),
@@ -208,47 +267,36 @@ def _block_plans(job: CompressionJob, source: ModelSource) -> Iterator[BlockPlan
             peak_phase=found.largest,
             host_bytes=found.host,
             calibrated_bytes=found.weights + found.statistics,
+            passes=passes,
+            undivided_bytes=whole.peak,
             prepare_flops=computed.prepare.total,
             forward_flops=computed.forward.total,
             statistics_flops=computed.statistics.total,
             tune_flops=computed.tune.total,
             solve_flops=computed.solve.total,
         )
+        yield _Costed(plan, done, computed)
 
 
-def _misfits(job: CompressionJob, need: int, where: str, device: str | None) -> list[str]:
-    """What does not fit this machine, for workers without GPUs, or the device that is named. need: bytes of a worker at the
-    peak, where: when that is."""
-    resources = job.spec.resources
-    if device is not None:
-        available = int(memory_of(device) * min(1.0, resources.gpus_per_worker or 1.0))
-        what = f"{where.partition(',')[0]} needs {_gib(need)} of a GPU: a worker has {_gib(available)} of {device}"
-    elif resources.gpus_per_worker == 0:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        each = PROCESS_BYTES + need
-        need = each * resources.workers
-        what = f"{resources.workers} workers of {_gib(each)} need {_gib(need)}: this machine has {_gib(available)}"
-    else:
-        return []  # nothing is known of a GPU that nobody names
-    return [what] if need > available else []
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"
-
-
-def _artifact_bytes(source: ModelSource, blocks: tuple[BlockPlan, ...]) -> int:
-    outside = [name for name in (EMBEDDING, NORM, LM_HEAD) if name in source.tensors]
-    total = sum(_bytes(source, name) for name in outside)
+def _artifact_bytes(source: ModelSource, blocks: Sequence[_Costed]) -> int:
+    """Of codes, scales, branches and everything that is kept."""
+    ends = source.layout.family.ends.intersection(source.tensors)
+    total = sum(_bytes(source, name) for name in (*ends, *source.beside))
     for block in blocks:
-        quantized = 0
-        for name, part in block.recipe.items():
-            rows, columns = block.linears[stored_name(source, block.index, name)]
-            quantized += rows * columns
-            total += part.weights.stored_bits(rows, columns) // 8
-        total += (block.parameters - quantized) * 2
+        groups = block.load.groups
+        quantized = sum(prod(group.linears[name]) for group in groups for name in group.recipe)
+        total += sum(packed(group) + factors(group) for group in groups) + (block.plan.parameters - quantized) * 2
     return total
 
 
 def _bytes(source: ModelSource, name: str) -> int:
     return source.checkpoint.entry(name).length
+
+
+def _divisions(blocks: Sequence[BlockPlan], memory: Memory | None) -> Iterator[str]:
+    """Of blocks that are divided, those that are alike together."""
+    for (passes, whole), alike in groupby(blocks, key=lambda block: (len(block.passes), block.undivided_bytes)):
+        if passes > 1 and memory is not None:
+            indices = [block.index for block in alike]
+            name = f"block {indices[0]}" + (f" to {indices[-1]}" if len(indices) > 1 else "")
+            yield f"{name}: {passes} passes over the tokens, because it needs {bytes_text(whole)} at once: {memory.whose}"

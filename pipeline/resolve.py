@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.residual_tuner import afford
-from counterweight.workers.errors import ManifestError
+from counterweight.workers.errors import CheckpointError, ManifestError
 from counterweight.workers.recipe import ModuleRecipe, Recipe
 
 
@@ -19,8 +20,14 @@ def block_recipe(source: ModelSource, index: int, recipe: Recipe) -> dict[str, M
     """
     linears = linears_of(source, index)
     asked = {name: recipe.for_module(stored_name(source, index, name)) for name in linears}
-    result = {name: part for name, part in asked.items() if part is not None}
+    result = {name: _shared(part) for name, part in asked.items() if part is not None}
     return afford(result, {name: linears[name] for name in result})
+
+
+@lru_cache(maxsize=1024)
+def _shared(part: ModuleRecipe) -> ModuleRecipe:
+    """One object for equal recipes: a model has tens of thousands of linears, and a kilobyte for each would be felt."""
+    return part
 
 
 def linears_of(source: ModelSource, index: int) -> dict[str, tuple[int, int]]:
@@ -74,6 +81,23 @@ def _check_rotation(recipe: Recipe, source: ModelSource) -> None:
     problem = recipe.rotation.problem(layout.family, layout.model_type)
     if problem is not None:
         raise ManifestError(f"spec.recipe.transforms: {problem}")
+    if recipe.rotation.residual and layout.family.wrapper is not None:
+        _check_projector(source, layout.family.wrapper.writes)
+
+
+def _check_projector(source: ModelSource, writers: tuple[str, ...]) -> None:
+    """CheckpointError where what writes the stream beside the text model cannot be rotated with it."""
+    entries = [source.checkpoint.entry(name) for name in source.beside if source.layout.writes_beside(name)]
+    if not entries and source.beside:
+        raise CheckpointError(
+            f"{source.uri}: no weight of {', '.join(writers)}: expected it, to be rotated with the text model"
+        )
+    for entry in entries:
+        if not entry.dtype.is_floating_point or entry.shape[:1] != (source.layout.hidden_size,):
+            raise CheckpointError(
+                f"{source.uri}: {entry.file}: tensor {entry.name}: {entry.dtype} of shape {list(entry.shape)}: "
+                f"expected floats with {source.layout.hidden_size} rows, to be rotated with the text model"
+            )
 
 
 def _check_overrides(recipe: Recipe, source: ModelSource) -> None:

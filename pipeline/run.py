@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from counterweight.pipeline.cluster import cluster, embedded
 from counterweight.pipeline.events import EventLog
 from counterweight.pipeline.manifest import CompressionJob
-from counterweight.pipeline.pool import PoolSize, RayPool, cluster, threads_per_worker
-from counterweight.workers.errors import WorkerError
+from counterweight.pipeline.pool import PoolSize, threads_per_worker
+from counterweight.pipeline.preflight import look
+from counterweight.pipeline.ray_pool import RayPool
+from counterweight.workers.errors import CounterweightError, RequestError
+from counterweight.workers.identity import Token, identity
 from counterweight.workers.process import importing
+from counterweight.workers.storage import open_store
+from counterweight.workers.storage.outages import OUTAGES
+from counterweight.workers.storage.probe import PROBES
 
 if TYPE_CHECKING:
     from counterweight.pipeline.artifact import Published
@@ -25,38 +34,60 @@ def run_job(job: CompressionJob, progress: Progress, *, address: str | None = No
     SurroundingsError; nothing is published then.
     """
     size = pool_size(job, address)
-    with EventLog(progress) as log, cluster(address, size):
-        pool = RayPool(size)
-        try:
-            # Workers load torch and transformers now, and so does this process with torch. Not while Ray starts: an import
-            # holds the interpreter that starts it.
-            with importing():
-                from counterweight.pipeline.opening import open_job
-                from counterweight.pipeline.orchestrator import Orchestrator
-            source, tokens = open_job(job, pool, log, here=_embedded(address))
-            device = _device(pool.devices(), size.device, log)
-            return Orchestrator(job, source, tokens, pool, device, log).run()
-        finally:
-            pool.close()
+    with EventLog(progress) as log, _told(log):
+        ready = look(job)  # what is wrong with a model or a text is known before anything is started for it
+        with cluster(address, size), _shown(job) as token:
+            pool = RayPool(size, token=token, expected=identity(), note=log.note)
+            try:
+                # Workers load torch and transformers now, and so does this process with torch. Not while Ray starts: an
+                # import holds the interpreter that starts it.
+                with importing():
+                    from counterweight.pipeline.opening import open_job
+                    from counterweight.pipeline.orchestrator import Orchestrator
+                source, tokens = open_job(job, pool, log, here=embedded(address), ready=ready)
+                device = _device(pool.first().device, size.device, log)
+                return Orchestrator(job, source, tokens, pool, device, log).run()
+            finally:
+                pool.close()
+
+
+@contextmanager
+def _told(log: EventLog) -> Iterator[None]:
+    """Notes it when this process waits for storage."""
+    OUTAGES.listener = log.note
+    try:
+        yield
+    finally:
+        OUTAGES.listener = None
+
+
+@contextmanager
+def _shown(job: CompressionJob) -> Iterator[Token]:
+    """An object in the job's output that its workers have to see; deleted at the end."""
+    try:
+        store = open_store(job.spec.output.uri)
+        token = Token(uri=job.spec.output.uri, key=f"{PROBES}/{uuid.uuid4().hex}/seen", value=uuid.uuid4().bytes)
+        store.write(token.key, token.value)
+    except RequestError as error:
+        raise RequestError(f"spec.output.uri: {error}") from error
+    try:
+        yield token
+    finally:
+        # What went wrong before is the news.
+        with suppress(CounterweightError):
+            store.delete(token.key)
 
 
 def pool_size(job: CompressionJob, address: str | None) -> PoolSize:
     """Workers as the manifest asks; on an embedded cluster they share this machine's CPUs unless it says otherwise."""
     resources = job.spec.resources
-    available = sorted(os.sched_getaffinity(0)) if _embedded(address) else [0]
+    available = sorted(os.sched_getaffinity(0)) if embedded(address) else [0]
     cpus = threads_per_worker(resources.cpus_per_worker, resources.workers, available=available)
     return PoolSize(workers=resources.workers, cpus=cpus, gpus=resources.gpus_per_worker)
 
 
-def _device(found: Sequence[str], asked: Device, log: EventLog) -> Device:
-    """What the workers compute on, which is part of every key; WorkerError when they differ, because bits would too."""
-    kinds = sorted(set(found))
-    if len(kinds) > 1:
-        raise WorkerError(f"workers compute on {' and '.join(kinds)}: expected the same kind of device everywhere")
-    if kinds != [asked]:
-        log.note(f"no {asked} device on the workers' machines: they compute on the {kinds[0]}")
-    return "cuda" if kinds == ["cuda"] else "cpu"
-
-
-def _embedded(address: str | None) -> bool:
-    return address in (None, "local")
+def _device(found: str, asked: Device, log: EventLog) -> Device:
+    """What the workers compute on, which is part of every key."""
+    if found != asked:
+        log.note(f"no {asked} device on the workers' machines: they compute on the {found}")
+    return "cuda" if found == "cuda" else "cpu"

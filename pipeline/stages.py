@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +11,7 @@ from counterweight.pipeline.allocation import budgeted, share_out
 from counterweight.pipeline.artifact import Artifact, FileEntry
 from counterweight.pipeline.artifact.assemble import Parts
 from counterweight.pipeline.artifact.report import TaskReport
-from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks
+from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks, stretches
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.events import BlockDone, EventLog, FellBack, Planned, StageEntered, WindowsDone
 from counterweight.pipeline.graph import Node
@@ -21,7 +21,6 @@ from counterweight.pipeline.plan import make_plan
 from counterweight.pipeline.resolve import block_recipe
 from counterweight.pipeline.validate import Windows, validate
 from counterweight.workers.calibration.tokens import TokenSet
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.embed import Embed
 from counterweight.workers.tasks.pass_through import PassThrough, PassThroughRecord
@@ -66,19 +65,22 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outside:
-    """What lies outside the blocks: the embedding before them, norm and head behind, and what nobody needs."""
+    """What lies outside the blocks: the embedding before them, norm and head behind, what a multimodal model has beside its
+    text model, and what nobody needs."""
 
     first: Node[PassThroughRecord]
     last: Node[PassThroughRecord]
+    beside: Node[PassThroughRecord] | None
     dropped: tuple[LedgerEntry, ...]
 
 
 def add_embedding(job: Job, calibration: TokenSet) -> Node[HiddenRecord]:
     """The node that makes what enters block 0."""
+    embedding = job.source.layout.names.embedding
     task = Embed(
         setting=job.setting,
         tokens=stored_tokens(job, calibration),
-        tensor=(EMBEDDING, job.digests[EMBEDDING]),
+        tensor=(embedding, job.digests[embedding]),
     )
     return job.dispatcher.graph.add(lambda: task)
 
@@ -88,6 +90,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet) -> 
     spec, source = job.job.spec, job.source
     recipes: list[BlockRecipe] = [block_recipe(source, index, spec.recipe) for index in range(source.layout.blocks)]
     propagate = spec.calibration.propagate
+    plan = make_plan(job.job, source)
 
     def spec_of(
         index: int,
@@ -104,11 +107,11 @@ def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet) -> 
             original_inputs=original_inputs,
             recipe=recipe,
             propagate=propagate,
+            passes=plan.blocks[index].passes,
         )
 
     budget = None
     if shares := budgeted(recipes):
-        plan = make_plan(job.job, source)
         budget = Budget(
             blocks=shares,
             share=lambda gains: share_out(source, recipes, gains),
@@ -123,33 +126,30 @@ def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet) -> 
         propagate=propagate,
         paired=paired,
         budget=budget,
-        stretches=_stretches(job, calibration),
+        stretches=stretches(
+            -(-calibration.sequences // shard_sequences(calibration.length)),
+            source.layout.blocks,
+            job.dispatcher.workers,
+            job.threads,
+        ),
     )
-
-
-def _stretches(job: Job, calibration: TokenSet) -> list[range]:
-    """The shards of the calibration tokens, in stretches in which blocks are calibrated: all at once by a single worker;
-    otherwise as many as a worker has threads, so that none of them waits for long."""
-    shards = -(-calibration.sequences // shard_sequences(calibration.length))
-    if job.dispatcher.workers == 1:
-        return [range(shards)]
-    return [range(shards)[start : start + job.threads] for start in range(0, shards, job.threads)]
 
 
 def add_outside(job: Job) -> Outside:
     """The nodes that carry over what lies outside the blocks; workers do them when no block is to be done."""
     digests, layout, rotation = job.digests, job.source.layout, job.setting.rotation
+    names, beside = layout.names, job.source.beside
     dropped = dict(job.source.dropped)
-    last = [NORM]
-    if LM_HEAD in digests and layout.tied:
-        dropped[LM_HEAD] = "tied: equal to the embedding, stored once"
+    last = [names.norm]
+    if names.head in digests and layout.tied:
+        dropped[names.head] = "tied: equal to the embedding, stored once"
     if not layout.tied:
-        last.append(LM_HEAD)
+        last.append(names.head)
     elif rotation is not None and rotation.unties:
-        last.append(EMBEDDING)  # rotated with the norm fused into it, it is the embedding no longer
+        last.append(names.embedding)  # rotated with the norm fused into it, it is the embedding no longer
 
-    def carried(names: list[str]) -> Node[PassThroughRecord]:
-        task = PassThrough(setting=job.setting, tensors={name: digests[name] for name in names})
+    def carried(tensors: Sequence[str], reason: str = "") -> Node[PassThroughRecord]:
+        task = PassThrough(setting=job.setting, tensors={name: digests[name] for name in tensors}, reason=reason)
         return job.dispatcher.graph.add(lambda: task)
 
     entries = tuple(
@@ -162,7 +162,8 @@ def add_outside(job: Job) -> Outside:
         )
         for name, reason in dropped.items()
     )
-    return Outside(carried([EMBEDDING]), carried(last), entries)
+    carried_beside = carried(beside, "not of the text model") if beside else None
+    return Outside(carried([names.embedding]), carried(last), carried_beside, entries)
 
 
 def compress_blocks(job: Job, blocks: Blocks) -> list[BlockRecord]:
@@ -186,8 +187,9 @@ def compress_blocks(job: Job, blocks: Blocks) -> list[BlockRecord]:
 
 def gather_parts(job: Job, blocks: Blocks, outside: Outside) -> Parts:
     """Everything that an artifact is made of."""
-    first, last = job.dispatcher.run([outside.first, outside.last])
-    return Parts(first, blocks.records, last, outside.dropped)
+    optional = [] if outside.beside is None else [outside.beside]
+    first, last, *beside = job.dispatcher.run([outside.first, outside.last, *optional])
+    return Parts(first, blocks.records, last, outside.dropped, *beside)
 
 
 def measure(

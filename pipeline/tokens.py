@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.manifest.job import TextShare
-from counterweight.workers.calibration.source import ModelSamples
-from counterweight.workers.calibration.tokens import TokenSet, token_set
+from counterweight.pipeline.texts import CALIBRATION, DISTILLATION, VALIDATION, Request, Texts, read_texts, requests
+from counterweight.workers.calibration.tokens import TokenSet, as_tensor, checked, token_set
 from counterweight.workers.errors import RequestError
-
-CALIBRATION, VALIDATION, DISTILLATION = "spec.calibration.source", "spec.validation.text", "spec.distillation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,62 +36,60 @@ class Tokens:
         return self
 
 
-def read_tokens(job: CompressionJob, tokenizer: bytes | None, sampled: TokenSet | None = None) -> Tokens:
-    """Reads and tokenizes the texts that `job` names; RequestError when one does not give what is asked of it.
+def read_tokens(
+    job: CompressionJob, tokenizer: bytes | None, sampled: TokenSet | None = None, texts: Texts | None = None
+) -> Tokens:
+    """The token sets that `job` names; RequestError when a text does not give what is asked of it.
 
     tokenizer: the model's tokenizer.json. What the model's vocabulary is need not be known yet, see `Tokens.within`. sampled:
-    what the model wrote, when it is to be calibrated on that; ValueError without it.
+    what the model wrote, when it is to be calibrated on that; ValueError without it. texts: those of the job, where they have
+    been read.
     """
+    texts = texts or read_texts(job, tokenizer)
     started = time.perf_counter()
-    calibration, validation = job.spec.calibration, job.spec.validation
-    if not isinstance(calibration.source, ModelSamples):
-        first = token_set(
-            calibration.source,
-            tokenizer,
-            length=calibration.sequence_length,
-            sequences=calibration.sequences,
-            sampling=calibration.sampling,
-            seed=calibration.seed,
-            field=CALIBRATION,
-        )
-    elif sampled is None:
+    found = {asked.field: _token_set(asked, texts) for asked in requests(job)}
+    if sampled is not None:
+        found[CALIBRATION] = sampled
+    elif CALIBRATION not in found:
         raise ValueError("sampled: none: expected what the model wrote")
-    else:
-        first = sampled
-    second = None
-    if validation is not None:
-        second = token_set(
-            validation.text,
-            tokenizer,
-            length=validation.sequence_length or calibration.sequence_length,
-            sequences=validation.windows,
-            sampling="consecutive",
-            seed=0,
-            field=VALIDATION,
-        )
-    trained, held_out = _distillation(job, tokenizer)
+    trained, held_out = _distillation(job, found)
     return Tokens(
-        calibration=first,
-        validation=second,
+        calibration=found[CALIBRATION],
+        validation=found.get(VALIDATION),
         trained=trained,
         held_out=held_out,
-        seconds=time.perf_counter() - started,
+        seconds=texts.seconds + time.perf_counter() - started,
     )
 
 
-def _distillation(job: CompressionJob, tokenizer: bytes | None) -> tuple[tuple[TokenSet, ...], tuple[TokenSet, ...]]:
+def _token_set(asked: Request, texts: Texts) -> TokenSet:
+    if asked.field in texts.found:
+        return checked(as_tensor(texts.found[asked.field]), asked.field)
+    return token_set(
+        asked.source,
+        None,
+        length=asked.length,
+        sequences=asked.sequences,
+        sampling=asked.sampling,
+        seed=asked.seed,
+        field=asked.field,
+    )
+
+
+def _distillation(
+    job: CompressionJob, found: Mapping[str, TokenSet]
+) -> tuple[tuple[TokenSet, ...], tuple[TokenSet, ...]]:
     """Texts that are trained on, and those that are held out; RequestError where a window is in both."""
-    stage, length = job.spec.distillation, job.spec.calibration.sequence_length
+    stage = job.spec.distillation
     if stage is None:
         return (), ()
 
-    def read(shares: Sequence[TextShare], name: str) -> tuple[TokenSet, ...]:
-        return tuple(
-            _share(share, tokenizer, length, f"{DISTILLATION}.{name}.{index}.source")
-            for index, share in enumerate(shares)
-        )
+    def shares(asked: Sequence[TextShare], name: str) -> tuple[TokenSet, ...]:
+        """Each without the windows that it skips."""
+        ids = (found[f"{DISTILLATION}.{name}.{index}.source"].ids for index in range(len(asked)))
+        return tuple(TokenSet(one[share.skip :].contiguous()) for share, one in zip(asked, ids, strict=True))
 
-    trained, held_out = read(stage.texts, "texts"), read(stage.held_out, "held_out")
+    trained, held_out = shares(stage.texts, "texts"), shares(stage.held_out, "held_out")
     seen = {tuple(window) for text in trained for window in text.ids.tolist()}
     for index, text in enumerate(held_out):
         shared = sum(tuple(window) in seen for window in text.ids.tolist())
@@ -103,16 +99,3 @@ def _distillation(job: CompressionJob, tokenizer: bytes | None) -> tuple[tuple[T
                 "as another text or `skip` gives"
             )
     return trained, held_out
-
-
-def _share(share: TextShare, tokenizer: bytes | None, length: int, field: str) -> TokenSet:
-    found = token_set(
-        share.source,
-        tokenizer,
-        length=length,
-        sequences=share.skip + share.sequences,
-        sampling="consecutive",
-        seed=0,
-        field=field,
-    )
-    return TokenSet(found.ids[share.skip :].contiguous())

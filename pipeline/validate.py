@@ -32,12 +32,9 @@ def validate(
 ) -> tuple[Windows, list[TaskReport]]:
     """Measures the assembled files, as they lie in the store, against the original on `windows` windows of `length` tokens.
 
-    Every worker reads the model once, for its share of the windows: whole batches, because the last bits of a matrix
-    product may depend on its number of rows (an expert's few tokens). So a window's numbers do not depend on how many
+    Every worker reads the model once, for its share of the windows. A window's numbers do not depend on how many
     workers there are, and they are put together in order, so neither do the means. done(finished tasks, all tasks).
     """
-    batch = shard_sequences(length)
-    share = -(-windows // (batch * workers)) * batch
     tasks = [
         Evaluate(
             setting=setting,
@@ -45,10 +42,10 @@ def validate(
             artifact=artifact.uri,
             ledger=files[LEDGER].sha256,
             tokens=tokens,
-            start=start,
-            stop=min(start + share, windows),
+            start=share.start,
+            stop=share.stop,
         )
-        for start in range(0, windows, share)
+        for share in shares(windows, length, workers)
     ]
     records = dispatcher.run_all(tasks, lambda count: done(count, len(tasks)))
     merged: Windows = {}
@@ -60,6 +57,14 @@ def validate(
         for task, record in zip(tasks, records, strict=True)
     ]
     return merged, reports
+
+
+def shares(windows: int, length: int, workers: int) -> list[range]:
+    """The windows of each worker: whole batches, because the last bits of a matrix product may depend on its number of rows (an
+    expert's few tokens)."""
+    batch = shard_sequences(length)
+    share = -(-windows // (batch * workers)) * batch
+    return [range(start, min(start + share, windows)) for start in range(0, windows, share)]
 
 
 def check_gates(validation: Validation, found: Mapping[str, Quality]) -> None:

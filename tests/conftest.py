@@ -10,6 +10,9 @@ from pathlib import Path
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Servers of tests are away for good; those tests that wait for one say so.
+os.environ.setdefault("COUNTERWEIGHT_OUTAGE_SECONDS", "0")
+
 
 def pytest_collection_finish() -> None:
     """Tests compute in one thread, as workers do, unless OMP_NUM_THREADS asks for more: tiny operations on many threads spend

@@ -26,6 +26,7 @@ class Fault(enum.Enum):
     """What happens to a request, or to the answer of the server behind."""
 
     UNAVAILABLE = enum.auto()  # answered with 503 SlowDown; the server never hears of it
+    EXPIRED = enum.auto()  # answered with 400, as AWS does where credentials have expired; the server never hears of it
     CONFLICT = enum.auto()  # answered with 409, as AWS does where writers meet; the server never hears of it
     RESET = enum.auto()  # the connection is reset; the server never hears of it
     LOST_REPLY = enum.auto()  # the server did it, and the client never hears of it
@@ -37,6 +38,7 @@ class Fault(enum.Enum):
 
 _REFUSALS = {
     Fault.UNAVAILABLE: ("503 Slow Down", "SlowDown"),
+    Fault.EXPIRED: ("400 Bad Request", "ExpiredToken"),
     Fault.CONFLICT: ("409 Conflict", "ConditionalRequestConflict"),
 }
 
@@ -52,7 +54,8 @@ class _Rule:
 class FaultProxy:
     """Listens on a free port of the loopback interface while its block runs; one thread per connection."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, port: int = 0) -> None:
+        self._port = port
         parts = urlsplit(endpoint)
         assert parts.hostname is not None
         assert parts.port is not None
@@ -65,6 +68,7 @@ class FaultProxy:
         self._arrived = threading.Condition(self._lock)
         self.requests: list[str] = []  # "METHOD target" of each, in order
         self.ranges: list[str | None] = []  # the Range of each GET, in order
+        self.signed: list[str] = []  # the Authorization of each
         self.most_at_once = 0  # of the requests that hold_until names
 
     @property
@@ -98,7 +102,7 @@ class FaultProxy:
             return sum(r.startswith(f"{method} ") and containing in r for r in self.requests)
 
     def __enter__(self) -> Self:
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", self._port))
         threading.Thread(target=self._accept, daemon=True).start()
         return self
 
@@ -120,6 +124,7 @@ class FaultProxy:
         with client, contextlib.suppress(OSError):
             head, body = _read_request(client)
             if head:
+                self.signed.append(_fields(head).get(b"authorization", b"").decode())
                 method, target, _ = head.split(b"\r\n", 1)[0].decode().split(" ")
                 fault = self._fault(method, target, _fields(head).get(b"range"))
                 self._answer(client, fault, head, body, self._held(method, target))

@@ -33,6 +33,11 @@ class InProcessPool:
         self.calls: list[tuple[int, str]] = []
         self._workers = [Worker("cpu", threads, hold_bytes) for _ in range(workers)]
         self._finished: list[Outcome] = []
+        self._waits, self._since = 0, dict.fromkeys(range(workers), 0)
+
+    def idle(self) -> list[int]:
+        busy = [outcome.worker for outcome in self._finished]
+        return sorted(set(range(self.size)) - set(busy), key=lambda worker: self._since[worker])
 
     def submit(self, worker: int, task: Task[object]) -> int:
         self.calls.append((worker, task.kind))
@@ -46,10 +51,9 @@ class InProcessPool:
 
     def wait(self, seconds: float) -> list[Outcome]:
         finished, self._finished = self._finished, []
+        self._waits += 1
+        self._since |= {outcome.worker: self._waits for outcome in finished}
         return finished
-
-    def restart(self, worker: int) -> None:
-        raise AssertionError("a worker of this process cannot die")
 
     def close(self) -> None:
         for worker in self._workers:

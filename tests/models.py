@@ -16,12 +16,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from counterweight.workers.models.families import family_of
 
 VOCABULARY = 128
+
+EMBEDDING, NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+"""Outside the blocks of a text model."""
 
 OFFSET_NORMS = ("gemma", "qwen3_next", "qwen3_5")
 """Families whose norms scale by 1 + weight."""
@@ -52,10 +55,11 @@ LONG_ROPE = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model: its family, and what of its config is not `BASE`."""
+    """A model: its family, and what of its config is not `BASE`. around: of a multimodal model, the config around that."""
 
     family: str
     config: Mapping[str, Any] = field(default_factory=dict)
+    around: Mapping[str, Any] = field(default_factory=dict)
 
 
 BASE: Mapping[str, Any] = {
@@ -119,6 +123,42 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor":
 
 SPARSE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
+LLAMA4 = {
+    **SPARSE,
+    "head_dim": 16,
+    "intermediate_size_mlp": 128,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layer_interval": 2,
+    "attention_chunk_size": 8,
+    "floor_scale": 4,
+}
+"""A dense block of attention in chunks, then a sparse one without rotary embedding, where queries grow every four tokens."""
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 14,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}
+QWEN_AROUND = {
+    "vision_config": QWEN_VISION,
+    "image_token_id": 120,
+    "video_token_id": 121,
+    "vision_start_token_id": 122,
+    "vision_end_token_id": 123,
+}
+
 CASES: Mapping[str, Case] = {
     "llama": Case("llama"),
     "llama-rope": Case("llama", {"rope_parameters": LLAMA3_ROPE}),
@@ -157,19 +197,7 @@ CASES: Mapping[str, Case] = {
     "deepseek_v2": Case("deepseek_v2", {**DEEPSEEK, "topk_method": "group_limited_greedy", "num_hidden_layers": 2}),
     "glm4_moe": Case("glm4_moe", {**GLM, "use_qk_norm": True}),
     "kimi_k2": Case("kimi_k2", {**DEEPSEEK, "num_hidden_layers": 2, "n_group": 1, "topk_group": 1}),
-    # A dense block of attention in chunks, then a sparse one without rotary embedding, where queries grow every four tokens.
-    "llama4_text": Case(
-        "llama4_text",
-        {
-            **SPARSE,
-            "head_dim": 16,
-            "intermediate_size_mlp": 128,
-            "interleave_moe_layer_step": 2,
-            "no_rope_layer_interval": 2,
-            "attention_chunk_size": 8,
-            "floor_scale": 4,
-        },
-    ),
+    "llama4_text": Case("llama4_text", LLAMA4),
     "minimax_m2": Case("minimax_m2", {**SPARSE, "head_dim": 16, "rotary_dim": 8}),
     "olmoe": Case("olmoe", SPARSE),
     "qwen2_moe": Case("qwen2_moe", {**SHARED, "mlp_only_layers": [1]}),
@@ -178,15 +206,60 @@ CASES: Mapping[str, Case] = {
     "qwen3_5_text": Case("qwen3_5_text", {**DELTA_NET, "rope_parameters": MROPE}),
     "qwen3_5_moe_text": Case("qwen3_5_moe_text", {**SHARED, **DELTA_NET, "rope_parameters": MROPE}),
     "qwen3_moe": Case("qwen3_moe", {**MOE, "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
+    "gemma3": Case(
+        "gemma3",
+        {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+        {"vision_config": VISION, "mm_tokens_per_image": 1, "image_token_index": 120},
+    ),
+    "mistral3": Case(
+        "mistral3",
+        {"head_dim": 16, "sliding_window": None},
+        {
+            "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16},
+            "image_token_index": 120,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "llama4": Case(
+        "llama4",
+        LLAMA4,
+        {
+            "vision_config": {
+                **VISION,
+                "intermediate_size": 128,
+                "vision_output_dim": 32,
+                "projector_input_dim": 32,
+                "projector_output_dim": 32,
+            },
+            "image_token_index": 120,
+        },
+    ),
+    "qwen3_5": Case("qwen3_5", {**DELTA_NET, "rope_parameters": MROPE}, QWEN_AROUND),
+    "qwen3_5_moe": Case("qwen3_5_moe", {**SHARED, **DELTA_NET, "rope_parameters": MROPE}, QWEN_AROUND),
 }
+
+
+def config_of(case: str | Case, **changes: Any) -> dict[str, Any]:
+    """A config.json. changes: of the text model."""
+    chosen = CASES[case] if isinstance(case, str) else case
+    wrapper = family_of(chosen.family).wrapper
+    config = {**BASE, **chosen.config, **changes}
+    if wrapper is None:
+        return {**config, "model_type": chosen.family}
+    text = {**config, "model_type": wrapper.text_types[0]}
+    return {**chosen.around, "text_config": text, "model_type": chosen.family}
 
 
 def build(case: str | Case, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """The model in float32. Norms and biases are random too: a model whose norms are ones hides a lost norm."""
     chosen = CASES[case] if isinstance(case, str) else case
-    config = CONFIG_MAPPING[family_of(chosen.family).known_as or chosen.family](**{**BASE, **chosen.config, **changes})
+    family = family_of(chosen.family)
+    described = config_of(chosen, **changes)
+    del described["model_type"]
+    config = CONFIG_MAPPING[family.known_as or chosen.family](**described)
     attention = {"attn_implementation": "eager"} if chosen.family in ("gemma2", "gpt_oss") else {}
-    model = AutoModelForCausalLM.from_config(config, **attention).float().eval()
+    whole = AutoModelForCausalLM if family.wrapper is None else AutoModelForImageTextToText
+    model = whole.from_config(config, **attention).float().eval()
     generator = torch.Generator().manual_seed(seed)
     centre = 0.0 if chosen.family.startswith(OFFSET_NORMS) else 1.0
     for name, parameter in model.named_parameters():
@@ -248,6 +321,25 @@ def save_block_scaled(model: PreTrainedModel, directory: Path, *, block: tuple[i
     model.load_state_dict(filled.state_dict())
     shutil.rmtree(directory / "decoded")
     scheme = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(block)}
+    (directory / "config.json").write_text(json.dumps({**read_config(directory), "quantization_config": scheme}))
+    return directory
+
+
+def save_mxfp4(model: PreTrainedModel, directory: Path) -> Path:
+    """A bfloat16 checkpoint of gpt-oss with random experts in MXFP4, as it is published. Gives the model's own weights the
+    decoded values, as transformers decodes them, so that it stays the checkpoint's equal."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    save(model, directory, torch.bfloat16)
+    tensors, draw = read_tensors(directory), torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "experts.down_proj"))]:
+        experts, width, out = tensors.pop(name).shape
+        codes = torch.randint(256, (experts, out, width // 32, 16), generator=draw, dtype=torch.uint8)
+        scales = torch.randint(120, 126, (experts, out, width // 32), generator=draw, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": codes, f"{name}_scales": scales}
+        model.get_parameter(name).data.copy_(convert_moe_packed_tensors(codes, scales))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    scheme = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     (directory / "config.json").write_text(json.dumps({**read_config(directory), "quantization_config": scheme}))
     return directory
 

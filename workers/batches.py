@@ -9,11 +9,11 @@ from collections.abc import Callable, Hashable, Sequence
 from math import prod
 from typing import TypeVar
 
-from counterweight.workers.matrix_bytes import SINGLE
+from counterweight.workers.matrix_bytes import DOUBLE, SINGLE
 from counterweight.workers.recipe import ModuleRecipe
 
 BATCH_BYTES = {False: 64 << 20, True: 1 << 30}
-"""On a GPU or not -> bytes that a batch of more than one may take. 64 experts of 256 x 128 take 54 MiB; what does not fit
+"""On a GPU or not -> bytes that a batch of more than one may take. 64 experts of 256 x 128 take 64 MiB; what does not fit
 caches of a few MiB is no faster in a larger batch, and a GPU is filled by less than this."""
 
 Solve = TypeVar("Solve")
@@ -47,7 +47,9 @@ def batch_size(part: ModuleRecipe, shapes: Sequence[tuple[int, int]], *, gpu: bo
 
 
 def coding(part: ModuleRecipe, shapes: Sequence[tuple[int, int]], count: int) -> int:
-    """Bytes of choosing the codes of `count` weights of these shapes: as they are in float32, put together, and the peak."""
+    """Bytes of choosing the codes of `count` weights of these shapes: second moments of their inputs, the weights in float32,
+    the same put together, and the peak."""
     rows, columns = sum(rows for rows, _ in shapes), shapes[0][1]
     entries = SINGLE * sum(map(prod, shapes))
-    return count * 2 * entries + max(count * entries, part.weights.quantize_bytes(rows, columns, count))
+    moments = (1 if part.activations is None else 3) * DOUBLE * columns * columns
+    return count * (moments + 2 * entries) + max(count * entries, part.weights.quantize_bytes(rows, columns, count))

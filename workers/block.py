@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -66,7 +66,7 @@ class CompressedLinear:
 
 def compress(
     weights: Mapping[str, Tensor],
-    statistics: Mapping[SharedInputGroup, InputStatistics],
+    statistics: MutableMapping[SharedInputGroup, InputStatistics],
     recipes: Mapping[str, ModuleRecipe],
     *,
     scale_dtypes: Mapping[str, torch.dtype],
@@ -75,21 +75,27 @@ def compress(
     codes: Mapping[str, StoredWeight] | None = None,
     pool: OrderedPool,
 ) -> tuple[dict[str, CompressedLinear], list[ModuleReport]]:
-    """Every linear that has a recipe, in table order; `statistics` holds an entry for each group among them.
+    """Every linear that has a recipe, in table order.
 
-    weights: linear -> weight [out, in]. scale_dtypes, factor_dtypes: linear -> dtype in which its scales and the factors
-    of its branch are stored. outliers: see `prepare`. codes: linear -> its codes, when they are chosen already.
+    statistics: of each group among them; an entry is taken out when the group is solved. weights: linear -> weight [out, in],
+    on any device. scale_dtypes, factor_dtypes: linear -> dtype in which its scales and the factors of its branch are stored.
+    outliers: see `prepare`. codes: linear -> its codes, when they are chosen already.
     """
     jobs = list(_solves(weights, statistics, recipes, scale_dtypes, factor_dtypes))
     order = [name for job in jobs for name in job.names]
     if forgotten := recipes.keys() - set(order):
         raise ValueError(f"no input statistics of {sorted(forgotten)}: expected those of every linear with a recipe")
     gpu = any(weight.is_cuda for weight in weights.values())
-    together = batches(jobs, lambda job: job.key, lambda job: batch_size(job.recipe, job.shapes, gpu=gpu))
+    together = batches(
+        jobs, lambda job: job.key, lambda job: batch_size(job.recipe, job.shapes, gpu=gpu) if job.alone else 1
+    )
     found: dict[str, tuple[CompressedLinear, ModuleReport]] = {}
     one = partial(_solve, weights, statistics, outliers or {}, codes or {})
-    side_by_side = any(statistics[job.group].width >= PARALLEL_WIDTH for job in jobs)
-    for solved in pool.map(one, together) if side_by_side else map(one, together):
+    side_by_side = any(weights[job.names[0]].shape[1] >= PARALLEL_WIDTH for job in jobs)
+    for batch, solved in zip(together, pool.map(one, together) if side_by_side else map(one, together), strict=True):
+        for job in batch:
+            if job.last and not job.alone:
+                del statistics[job.group]
         found.update(solved)
     return {name: found[name][0] for name in order}, [found[name][1] for name in order]
 
@@ -136,11 +142,13 @@ def install(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """Linears that share an input and a solve."""
+    """Linears `names` that are solved as one. alone: no others of their group are; last: none behind them are."""
 
     group: SharedInputGroup
     names: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
+    alone: bool
+    last: bool
     recipe: ModuleRecipe
     scale_dtype: torch.dtype
     factor_dtype: torch.dtype
@@ -153,19 +161,22 @@ class _Job:
 
 def _solves(
     weights: Mapping[str, Tensor],
-    statistics: Mapping[SharedInputGroup, InputStatistics],
+    groups: Iterable[SharedInputGroup],
     recipes: Mapping[str, ModuleRecipe],
     scale_dtypes: Mapping[str, torch.dtype],
     factor_dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[_Job]:
     """Linears that share an input and a recipe share a solve when they can."""
-    for group in statistics:
+    for group in groups:
         own = {name: recipes[name] for name in group if name in recipes}
-        for names in solved_together(own, {name: weights[name].shape[0] for name in own}):
+        solves = list(solved_together(own, {name: weights[name].shape[0] for name in own}))
+        for names in solves:
             yield _Job(
                 group=group,
                 names=names,
                 shapes=tuple((int(weights[name].shape[0]), int(weights[name].shape[1])) for name in names),
+                alone=len(solves) == 1,
+                last=names is solves[-1],
                 recipe=recipes[names[0]],
                 scale_dtype=scale_dtypes[names[0]],
                 factor_dtype=factor_dtypes[names[0]],
@@ -174,24 +185,26 @@ def _solves(
 
 def _solve(
     weights: Mapping[str, Tensor],
-    gathered: Mapping[SharedInputGroup, InputStatistics],
+    gathered: MutableMapping[SharedInputGroup, InputStatistics],
     outliers: Mapping[str, Tensor],
     codes: Mapping[str, StoredWeight],
     jobs: Sequence[_Job],
 ) -> dict[str, tuple[CompressedLinear, ModuleReport]]:
     started = time.perf_counter()
-    layers = [
-        LayerState(
-            weight=weights[name].float(),
-            statistics=gathered[job.group],
-            scale_dtype=job.scale_dtype,
-            factor_dtype=job.factor_dtype,
-            outliers=outliers.get(name),
-            codes=codes.get(name),
-        )
-        for job in jobs
-        for name in job.names
-    ]
+    layers: list[LayerState] = []
+    for job in jobs:
+        statistics = gathered.pop(job.group) if job.alone else gathered[job.group]
+        layers += [
+            LayerState(
+                weight=weights[name].to(statistics.gram.device).float(),
+                statistics=statistics,
+                scale_dtype=job.scale_dtype,
+                factor_dtype=job.factor_dtype,
+                outliers=outliers.get(name),
+                codes=codes.get(name),
+            )
+            for name in job.names
+        ]
     done = [(layer, layer.errors()) for layer in solve(jobs[0].recipe, layers)]
     names = [name for job in jobs for name in job.names]
     seconds = (time.perf_counter() - started) / len(names)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.calibration.packed import PackedStatistics
+from counterweight.workers.calibration.statistics import Gathering
 from counterweight.workers.clock import Clock
 from counterweight.workers.context import DTYPES, TaskContext, put_hidden
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
@@ -15,7 +16,7 @@ from counterweight.workers.loaded_block import LoadedBlock, load_block, smoothed
 from counterweight.workers.memory import release, trim
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.families import family_of
-from counterweight.workers.models.family import SharedInputGroup
+from counterweight.workers.models.family import SharedInputGroup, is_expert
 from counterweight.workers.prepare import prepare
 from counterweight.workers.shards import Load, RunningStatistics, run_shards
 from counterweight.workers.solve import LayerState, gains
@@ -28,7 +29,8 @@ from counterweight.workers.workspace import Blob, Workspace
 class CalibratedBlock:
     """A block with the sums over the shards that it has run over so far, held for the shards behind or for solving.
 
-    key: `BlockSpec.statistics_key` of these shards. original: the block as it was, which makes the outputs; None where that is
+    key: `BlockSpec.statistics_key` of these shards. gatherings: what solving needs of each group's input; sums: of those of the
+    first of `BlockSpec.passes`. original: the block as it was, which makes the outputs; None where that is
     `loaded`, or where no outputs are to be made any more. outliers: linear -> channels of its input that ASER takes out of its
     codes. outputs: hidden states behind the original block, none where nobody needs them.
     """
@@ -36,14 +38,15 @@ class CalibratedBlock:
     key: str
     loaded: LoadedBlock
     original: Block | None
+    gatherings: Mapping[SharedInputGroup, Gathering]
     sums: RunningStatistics
     outliers: Mapping[str, Tensor]
     outputs: tuple[Blob, ...]
     timing: Timing
-    _statistics: dict[SharedInputGroup, InputStatistics] | None = None
+    _statistics: PackedStatistics | None = None
 
     @property
-    def statistics(self) -> dict[SharedInputGroup, InputStatistics]:
+    def statistics(self) -> PackedStatistics:
         """Of all shards, from the first time that it is asked for. RequestError for activations that are not finite."""
         if self._statistics is None:
             self._statistics = self.sums.result()
@@ -52,8 +55,7 @@ class CalibratedBlock:
     @property
     def bytes(self) -> int:
         """Memory that it takes, on host and device together."""
-        found = self._statistics or {}
-        return self.loaded.bytes + self.sums.bytes + sum(statistics.bytes for statistics in found.values())
+        return self.loaded.bytes + self.sums.bytes + (0 if self._statistics is None else self._statistics.bytes)
 
 
 def streams(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> tuple[list[Load], list[Load]]:
@@ -99,8 +101,7 @@ def calibrated(
     begun.key = spec.statistics_key()
     begun.outputs = (*begun.outputs, *(blob for blob in outputs if blob is not None))
     if not more:
-        # Now, so that the sums are not in memory twice when solving begins.
-        _ = begun.statistics
+        _ = begun.statistics  # now, so that an activation that is not finite is the calibration's error
     begun.timing = clock.timing()
     return begun
 
@@ -114,7 +115,7 @@ def _begun(context: TaskContext, spec: BlockSpec, workspace: Workspace, clock: C
     """The block before its first shard. 1. Read it and verify every byte. 2. Decide from the first shard what needs rows of
     inputs and not moments: scales, outliers, clips."""
     dtype = DTYPES[spec.setting.compute_dtype]
-    loaded = load_block(context, spec.setting, spec.index, spec.tensors, dtype)
+    loaded = load_block(context, spec.setting, spec.index, spec.tensors, dtype, lent=spec.lends)
     clock.lap("load")
     builder = context.source(spec.setting)[1]
     family = family_of(builder.config.model_type)
@@ -128,17 +129,48 @@ def _begun(context: TaskContext, spec: BlockSpec, workspace: Workspace, clock: C
         key="",
         loaded=loaded,
         original=original,
-        sums=RunningStatistics(loaded.block, chosen.gatherings),
+        gatherings=chosen.gatherings,
+        sums=RunningStatistics(loaded.block, of_pass(spec, 0, chosen.gatherings)),
         outliers=chosen.outliers,
         outputs=(),
         timing=clock.timing(),
     )
 
 
-def branch_gains(context: TaskContext, spec: BlockSpec, held: CalibratedBlock) -> dict[str, tuple[float, ...]]:
+def of_pass(
+    spec: BlockSpec, place: int, gatherings: Mapping[SharedInputGroup, Gathering]
+) -> dict[SharedInputGroup, Gathering]:
+    """Of the groups whose statistics are gathered in a pass over the shards."""
+    if not spec.passes:
+        return dict(gatherings)
+    own = set(spec.passes[place])
+    return {group: gathering for group, gathering in gatherings.items() if not own.isdisjoint(group)}
+
+
+def gathered(
+    context: TaskContext, spec: BlockSpec, held: CalibratedBlock, workspace: Workspace
+) -> Iterator[PackedStatistics]:
+    """Statistics pass by pass: those that the block came with, then those of the further passes, which run it again as far as
+    the inputs of their linears need. One of them is in memory at a time where the caller lets go."""
+    yield held.statistics
+    for place in range(1, len(spec.passes)):
+        gatherings = of_pass(spec, place, held.gatherings)
+        sums = RunningStatistics(held.loaded.block, gatherings)
+        inputs, originals = streams(context, spec, workspace)
+        paired = any(not is_expert(group[0]) for group in gatherings)
+        with held.loaded.block.asking(name for group in gatherings for name in group):
+            run_shards(held.loaded.block, inputs, lambda _: None, sums, context.pool, originals if paired else ())
+        trim()
+        yield sums.result()
+
+
+def branch_gains(
+    context: TaskContext, spec: BlockSpec, held: CalibratedBlock, workspace: Workspace
+) -> dict[str, tuple[float, ...]]:
     """Linear -> what each further rank of its branch would take off its relative error."""
     found: dict[str, tuple[float, ...]] = {}
-    for group, statistics in held.statistics.items():
+    of_all = (item for packed in gathered(context, spec, held, workspace) for item in packed.items())
+    for group, statistics in of_all:
         for name in group:
             part = spec.recipe.get(name)
             if part is None or part.compensation.branch_rank is None:

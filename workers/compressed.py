@@ -20,6 +20,7 @@ from torch import Tensor
 from counterweight.workers.block import CompressedLinear
 from counterweight.workers.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 from counterweight.workers.checkpoint.reader import Checkpoint
+from counterweight.workers.checkpoint.strict_json import check_object
 from counterweight.workers.config import first_problem
 from counterweight.workers.errors import CheckpointError, ObjectNotFoundError
 from counterweight.workers.formats import ModuleFormat
@@ -28,8 +29,15 @@ from counterweight.workers.interchange.peft import factor_names, read_branch
 from counterweight.workers.interchange.residual_store import RESIDUAL, read_residual, residual_names
 from counterweight.workers.ledger import ADAPTER, LEDGER, RESIDUAL_STORE, Ledger
 from counterweight.workers.models.block_builder import Block, BlockBuilder
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
-from counterweight.workers.storage import ObjectStore
+from counterweight.workers.models.config_values import check_layers
+from counterweight.workers.models.layout import ModelLayout
+from counterweight.workers.quantization.inputs import all_finite
+from counterweight.workers.storage import ObjectStore, sha256_hex
+
+MAX_LEDGER_BYTES = 256 << 20
+"""Of a ledger.json; a tensor takes some 300 bytes, and a model has at most 200,000."""
+
+MAX_LEDGER_VALUES = 20_000_000
 
 
 class CompressedModel:
@@ -41,25 +49,38 @@ class CompressedModel:
     def __init__(
         self, checkpoint: Checkpoint, adapter: Checkpoint | None, residual: Checkpoint | None, ledger: Ledger
     ) -> None:
-        self.builder = BlockBuilder(source_config(checkpoint.config))
+        config = source_config(checkpoint.config)
+        check_layers(config, checkpoint.names)
+        self.builder = BlockBuilder(config, frozenset(checkpoint.names))
         self.ledger = ledger
         self._checkpoint, self._residual = checkpoint, residual
         parts = [part for part in (adapter, residual) if part is not None]
         self._file_of = {name: part for part in parts for name in part.names}
-        forms = ledger.formats
+        forms, layout = ledger.formats, self.builder.layout
         factors = {
-            name for module, form in forms.items() if form.rank for name in factor_names(module, form.factor_bits)
+            name
+            for module, form in forms.items()
+            if form.rank
+            for name in factor_names(layout.stock_name(module), form.factor_bits)
         }
         residuals = {name for module, form in forms.items() for name in residual_names(module, form)}
-        stored = set(checkpoint.names)
+        stored: set[str] = set()
         problems: list[str] = []
-        for file, part, expected in (("adapter", adapter, factors), ("residual", residual, residuals)):
+        weights = _weights(self.builder.layout, forms)
+        files = (("weights", checkpoint, weights), ("adapter", adapter, factors), ("residual", residual, residuals))
+        for file, part, expected in files:
             found = set() if part is None else set(part.names)
             stored |= found
+            # What a multimodal model has beside its text model is carried over; the ledger has its digests.
+            found = {name for name in found if not layout.is_beside(name)}
             problems += [f"{file}: missing {name}" for name in sorted(expected - found)]
             problems += [f"{file}: unexpected {name}" for name in sorted(found - expected)]
         problems += [f"{LEDGER}: no digest of {name}" for name in sorted(stored - ledger.tensors.keys())]
         problems += [f"missing tensor {name}" for name in sorted(ledger.tensors.keys() - stored)]
+        for name, expected_shape in self._ends.items():
+            if name in checkpoint.names and checkpoint.entry(name).shape != expected_shape:
+                found_shape = list(checkpoint.entry(name).shape)
+                problems.append(f"{name}: shape {found_shape}: expected {list(expected_shape)} (config.json)")
         if problems:
             raise CheckpointError("; ".join(problems[:5]) + ("" if len(problems) <= 5 else f"; {len(problems)} in all"))
 
@@ -68,7 +89,11 @@ class CompressedModel:
         """Reads config.json, ledger.json and headers. IntegrityError when the ledger is not the one of this sha256."""
         checkpoint = Checkpoint.open(store, quantized=True)
         try:
-            ledger = Ledger.model_validate_json(store.read(LEDGER, sha256=ledger_sha256))
+            data = store.read_bounded(LEDGER, MAX_LEDGER_BYTES)
+            if ledger_sha256 is not None and sha256_hex(data) != ledger_sha256:
+                data = store.read(LEDGER, sha256=ledger_sha256)
+            check_object(data, file=store.uri_of(LEDGER), max_values=MAX_LEDGER_VALUES)
+            ledger = Ledger.model_validate_json(data)
         except ObjectNotFoundError as error:
             raise CheckpointError(f"{store.uri}: no {LEDGER}: expected an artifact of Counterweight") from error
         except ValidationError as error:
@@ -86,6 +111,13 @@ class CompressedModel:
         return read_block(self.builder, index, self.ledger.formats, self._read_many, device, dtype)
 
     @property
+    def _ends(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what lies around the blocks."""
+        matrix = (self.builder.vocabulary, self.builder.hidden_size)
+        names = self.builder.names
+        return {names.embedding: matrix, names.norm: matrix[1:], **({} if self.builder.tied else {names.head: matrix})}
+
+    @property
     def residual_sizes(self) -> list[int]:
         """Bytes of each layer's residual rows, for whoever keeps them in host memory; empty without a residual store."""
         entries = [] if self._residual is None else [self._residual.entry(name) for name in self._residual.names]
@@ -93,14 +125,16 @@ class CompressedModel:
 
     def embedding(self) -> Tensor:
         """The embedding [vocabulary, hidden]."""
-        return self._read(EMBEDDING)
+        return self._read(self.builder.names.embedding)
 
     def head(self) -> dict[str, Tensor]:
         """Final norm and lm_head (of a tied model: the embedding)."""
-        return {NORM: self._read(NORM), LM_HEAD: self._read(EMBEDDING if self.builder.tied else LM_HEAD)}
+        names = self.builder.names
+        head = names.embedding if self.builder.tied else names.head
+        return {names.norm: self._read(names.norm), names.head: self._read(head)}
 
     def _read(self, name: str) -> Tensor:
-        return self._checkpoint.read(name, sha256=self._digest(name))
+        return self._read_many([name])[name]
 
     def _digest(self, name: str) -> str:
         if name not in self.ledger.tensors:
@@ -110,7 +144,23 @@ class CompressedModel:
     def _read_many(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Tensors of one of the files, verified."""
         part = self._file_of.get(names[0], self._checkpoint)
-        return part.read_many(names, sha256={name: self._digest(name) for name in names})
+        tensors = part.read_many(names, sha256={name: self._digest(name) for name in names})
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.numel() and not all_finite(tensor):
+                raise CheckpointError(f"{name}: holds NaN or infinity: expected finite values")
+        return tensors
+
+
+def _weights(layout: ModelLayout, formats: Mapping[str, ModuleFormat]) -> set[str]:
+    """Names of the tensors that the checkpoint of a model with these compressed linears consists of."""
+    own = layout.names
+    names = {own.embedding, own.norm} | (set() if layout.tied else {own.head})
+    for index in range(layout.blocks):
+        for parameter in layout.block_parameters(index):
+            stored = layout.disk_name(index, parameter)
+            form = formats.get(stored.removesuffix(".weight")) if parameter.endswith(".weight") else None
+            names |= {stored} if form is None else set(weight_names(stored.removesuffix(".weight"), form))
+    return names
 
 
 def read_block(
@@ -130,7 +180,11 @@ def read_block(
         module = stored.removesuffix(".weight")
         form = formats.get(module)
         if form is not None and parameter.endswith(".weight"):
-            linear = _linear(module, form, read, device)
+            _check_width(module, form, shape)
+            try:
+                linear = _linear(module, form, read, device, branch_of=builder.layout.stock_name(module))
+            except ValueError as error:  # what kernels say of sizes and bits that do not go together
+                raise CheckpointError(f"{module}: {error}") from error
             _expect_shape(module, linear.weight.shape, shape)
             linears[parameter.removesuffix(".weight")] = linear
         else:
@@ -144,11 +198,14 @@ def _linear(
     form: ModuleFormat,
     read: Callable[[Sequence[str]], Mapping[str, Tensor]],
     device: torch.device,
+    *,
+    branch_of: str,
 ) -> CompressedLinear:
+    """branch_of: what the adapter calls the module."""
     weight = read_weight(read(weight_names(module, form)), module, form)
     branch = None
     if form.rank:
-        branch = read_branch(read(factor_names(module, form.factor_bits)), module, form, weight.shape)
+        branch = read_branch(read(factor_names(branch_of, form.factor_bits)), branch_of, form, weight.shape)
     residual = None
     if form.residual is not None:
         residual = read_residual(read(residual_names(module, form)), module, form, weight.shape)
@@ -160,6 +217,15 @@ def _linear(
         residual=residual,
     )
     return linear.to(device)
+
+
+def _check_width(module: str, form: ModuleFormat, shape: tuple[int, ...]) -> None:
+    """CheckpointError where what is done to the input of a linear of `shape` [out, in] does not fit its width."""
+    columns, tiles, transform = shape[-1], form.activation_group_size, form.hadamard
+    if tiles is not None and columns % tiles:
+        raise CheckpointError(f"{module}: activation_group_size: {tiles}: expected a divisor of {columns}")
+    if transform is not None and transform.width != columns:
+        raise CheckpointError(f"{module}: online: a transform of {transform.width} channels: expected {columns}")
 
 
 def _expect_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:

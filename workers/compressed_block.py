@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+
 from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.block import CompressedLinear, compress, install
-from counterweight.workers.calibrated_block import CalibratedBlock, calibrated, streams
+from counterweight.workers.calibrated_block import CalibratedBlock, calibrated, gathered, of_pass, streams
+from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.clock import Clock
 from counterweight.workers.context import DTYPES, TaskContext, put_hidden
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
@@ -18,30 +21,26 @@ from counterweight.workers.models.families import family_of
 from counterweight.workers.shard import write_block
 from counterweight.workers.shards import RunningStatistics, run_shards
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
+from counterweight.workers.tasks.records import ModuleReport
 from counterweight.workers.tuning.lsi import LinearFormat, learned_scales
 from counterweight.workers.workspace import Blob, Workspace
 
 
 def compressed(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> BlockRecord:
-    """The block's record: 1. calibrate, 2. train codes where the recipe asks for it, 3. solve every linear, 4. run the
-    compressed block where the next one sees what it makes, 5. store."""
+    """The block's record: 1. calibrate, 2. train codes where the recipe asks for it, 3. solve every linear, those of each pass
+    over the shards behind it, 4. run the compressed block where the next one sees what it makes, 5. store."""
     held = calibrated(context, spec, workspace)
     clock = Clock(context.device, held.timing)
     held, codes = tuned(context, spec, held, workspace)
-    weights = {name: held.loaded.parameters[f"{name}.weight"] for name in spec.recipe}
-    linears, reports = compress(
-        {name: weight.to(context.device) for name, weight in weights.items()},
-        held.statistics,
-        spec.recipe,
-        scale_dtypes={name: scale_dtype(name, held.loaded.dtypes[f"{name}.weight"]) for name in weights},
-        factor_dtypes={name: held.loaded.dtypes[f"{name}.weight"] for name in weights},
-        outliers=held.outliers,
-        codes=codes,
-        pool=context.pool,
-    )
-    linears = {name: replace(linear, transform=held.loaded.online.get(name)) for name, linear in linears.items()}
-    clock.lap("solve")
-    trim()
+    linears: dict[str, CompressedLinear] = {}
+    reports: list[ModuleReport] = []
+    for statistics in gathered(context, spec, held, workspace):
+        clock.lap("forward")
+        found, told = solved(context, spec, held, statistics, codes)
+        linears |= found
+        reports += told
+        clock.lap("solve")
+        trim()
     outputs = propagated(context, spec, held.loaded.block, linears, workspace)
     clock.lap("forward")
     _, builder = context.source(spec.setting)
@@ -56,6 +55,33 @@ def compressed(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> B
     del held, linears
     release(context.device)
     return record
+
+
+def solved(
+    context: TaskContext,
+    spec: BlockSpec,
+    held: CalibratedBlock,
+    statistics: PackedStatistics,
+    codes: Mapping[str, StoredWeight] | None,
+) -> tuple[dict[str, CompressedLinear], list[ModuleReport]]:
+    """The linears whose statistics there are, which are used up, in the host's memory."""
+    loaded = held.loaded
+    own = {name: spec.recipe[name] for group in statistics for name in group if name in spec.recipe}
+    dtypes = {name: loaded.dtypes[f"{name}.weight"] for name in own}
+    linears, reports = compress(
+        {name: loaded.parameters[f"{name}.weight"] for name in own},
+        statistics,
+        own,
+        scale_dtypes={name: scale_dtype(name, dtype) for name, dtype in dtypes.items()},
+        factor_dtypes=dtypes,
+        outliers=held.outliers,
+        codes=codes,
+        pool=context.pool,
+    )
+    loaded.let_go(own)
+    host = torch.device("cpu")
+    found = {name: replace(one.to(host), transform=loaded.online.get(name)) for name, one in linears.items()}
+    return found, reports
 
 
 def tuned(
@@ -73,7 +99,7 @@ def tuned(
         name: LinearFormat(
             weights=grid,
             scale_dtype=scale_dtype(name, loaded.dtypes[f"{name}.weight"]),
-            activations=held.statistics[groups[name]].activations,
+            activations=held.gatherings[groups[name]].activations,
         )
         for name, part in spec.recipe.items()
         if (grid := part.weights.trained_grid) is not None  # which a recipe with tuning asks for
@@ -85,8 +111,7 @@ def tuned(
     builder = context.source(spec.setting)[1]
     scales = learned_scales(family_of(builder.config.model_type), loaded.block.groups, loaded.parameters, found.norms)
     loaded = smoothed(context, builder, spec.index, loaded, scales, DTYPES[spec.setting.compute_dtype])
-    gatherings = {group: statistics.gathering for group, statistics in held.statistics.items()}
-    sums = RunningStatistics(loaded.block, gatherings)
+    sums = RunningStatistics(loaded.block, of_pass(spec, 0, held.gatherings))
     run_shards(loaded.block, inputs, lambda _: None, sums, context.pool, originals)
     return replace(held, loaded=loaded, sums=sums, _statistics=None), dict(found.weights)
 
@@ -101,6 +126,6 @@ def propagated(
     """Hidden states behind the compressed block; none where blocks see the original's."""
     if spec.propagate == "original":
         return ()
-    install(block, linears)
+    install(block, {name: linear.to(context.device) for name, linear in linears.items()})
     inputs, _ = streams(context, spec, workspace)
     return tuple(context.pool.map(lambda load: put_hidden(workspace, block.run(load())), inputs))

@@ -31,7 +31,7 @@ class TaskContext:
         if setting.source not in self._sources:
             self._sources.clear()
             checkpoint = Checkpoint.open(open_store(setting.source))
-            self._sources[setting.source] = (checkpoint, BlockBuilder(setting.config))
+            self._sources[setting.source] = (checkpoint, BlockBuilder(setting.config, frozenset(checkpoint.names)))
         return self._sources[setting.source]
 
     def close(self) -> None:

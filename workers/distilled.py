@@ -19,7 +19,7 @@ from counterweight.workers.interchange.peft import factor_tensors
 from counterweight.workers.keys import digest
 from counterweight.workers.memory import release
 from counterweight.workers.models.block_builder import Block
-from counterweight.workers.models.layout import EMBEDDING
+from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.models.source import head_of
 from counterweight.workers.tasks.distill import Distill, DistillRecord, EpochRecord, StoredBlock, TrainedBlock
 from counterweight.workers.workspace import Blob, Workspace
@@ -46,7 +46,8 @@ def distilled(context: TaskContext, task: Distill, workspace: Workspace) -> Dist
     trained: dict[int, TrainedBlock] = {}
     if state.best:
         training.settle(state)
-        trained = {block.index: _store(block, student, workspace) for block in task.blocks}
+        layout = context.source(task.setting)[1].layout
+        trained = {block.index: _store(block, student, layout, workspace) for block in task.blocks}
     clock.lap("write")
     del student, training
     release(context.device)
@@ -81,24 +82,25 @@ def read_student(context: TaskContext, task: Distill, workspace: Workspace) -> S
         blocks.append(block)
     original = checkpoint.read_many(task.tensors, sha256=task.tensors)
     return Student(
-        embed=builder.embedding(first[EMBEDDING], context.device, torch.float32).requires_grad_(False),
+        embed=builder.embedding(first[builder.names.embedding], context.device, torch.float32).requires_grad_(False),
         blocks=[block.forward for block in blocks],
-        head=builder.head(head_of({**first, **last}), context.device, torch.float32),
-        original=builder.head(head_of(original), context.device, torch.float32),
+        head=builder.head(head_of({**first, **last}, builder.names), context.device, torch.float32),
+        original=builder.head(head_of(original, builder.names), context.device, torch.float32),
         linears=linears,
         norms=norms,
         norm_dtypes=dtypes,
     )
 
 
-def _store(block: StoredBlock, student: Student, workspace: Workspace) -> TrainedBlock:
+def _store(block: StoredBlock, student: Student, layout: ModelLayout, workspace: Workspace) -> TrainedBlock:
     """The block's shards with what training made of it in the place of what was there."""
     tensors = workspace.get_tensors(block.checkpoint)
     factors: dict[str, Tensor] = {}
     for module in block.formats:
         linear = student.linears[module].stored()
         tensors |= weight_tensors(module, linear.weight)
-        factors |= {} if linear.low_rank is None else factor_tensors(module, linear.low_rank)
+        if linear.low_rank is not None:
+            factors |= factor_tensors(layout.stock_name(module), linear.low_rank)
     for name in student.norms.keys() & tensors.keys():
         tensors[name] = student.norms[name].detach().to(student.norm_dtypes[name])
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}

@@ -8,6 +8,7 @@ together in order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 from counterweight.workers.block import install
 from counterweight.workers.compressed import CompressedModel
+from counterweight.workers.errors import RequestError
 from counterweight.workers.metrics import METRICS, Comparison
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.parallel import OrderedPool
@@ -76,7 +78,7 @@ def measure(
                     if variant == BASELINE
                     else _log_probabilities(heads[variant], hidden[variant][batch][row])
                 )
-                found[variant].append(_window(reference, own, ids))
+                found[variant].append(_window(variant, reference, own, ids))
         return found
 
     merged: dict[str, list[WindowMetrics]] = {variant: [] for variant in hidden}
@@ -90,6 +92,13 @@ def _log_probabilities(head: nn.Module, hidden: Tensor) -> Tensor:
     return functional.log_softmax(head(hidden.unsqueeze(0))[0].float(), dim=-1)  # [length, vocabulary]
 
 
-def _window(reference: Tensor, own: Tensor, ids: Tensor) -> WindowMetrics:
+def _window(variant: str, reference: Tensor, own: Tensor, ids: Tensor) -> WindowMetrics:
+    """RequestError where the variant's logits make no number: a model whose weights are too large, or codes that spoil it."""
     window = Comparison(reference, own, ids)
-    return {metric.name: metric.of_window(window) for metric in METRICS}
+    found = {metric.name: metric.of_window(window) for metric in METRICS}
+    for name, value in found.items():
+        if not math.isfinite(value):
+            raise RequestError(
+                f"{variant}: {name} of a window is {value}: expected finite logits, from the final norm and lm_head too"
+            )
+    return found

@@ -34,12 +34,12 @@ class ModuleFormat(Config):
     kind: str = Field(default="uniform", max_length=40)
     """How its weight is stored: see `kernels.weights`."""
     bits: int = Field(ge=1, le=8)
-    group_size: int | None
+    group_size: int | None = Field(ge=1)
     symmetric: bool
-    activation_bits: int | None
-    activation_clip: float = 1.0
-    activation_group_size: int | None = None
-    rank: int
+    activation_bits: int | None = Field(ge=2, le=8)
+    activation_clip: float = Field(default=1.0, gt=0, le=1)
+    activation_group_size: int | None = Field(default=None, ge=1)
+    rank: int = Field(ge=0, le=1 << 20)
     factor_bits: Literal[4, 8] | None = None
     online: OnlineTransform | None = None
     residual: ResidualFormat | None = None

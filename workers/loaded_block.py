@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.context import TaskContext
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.families import family_of
-from counterweight.workers.models.family import SharedInputGroup
+from counterweight.workers.models.family import SharedInputGroup, is_expert
+from counterweight.workers.models.lent import LentLinear
 from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.transforms.smoothing import fold
 
@@ -23,13 +24,15 @@ class LoadedBlock:
     """A source block that can run, and what it was made of.
 
     parameters: in the recipe's coordinates; what is kept is carried over, the rest is solved. dtypes: of the parameters in
-    the source, in which they are stored. online: linear -> transform of its input at inference.
+    the source, in which they are stored. online: linear -> transform of its input at inference. lent: whether experts run on
+    `parameters` themselves (see `LentLinear`), and these are let go one by one.
     """
 
     block: Block
     parameters: dict[str, Tensor]
     dtypes: dict[str, torch.dtype]
     online: dict[str, Hadamard]
+    lent: bool = False
 
     @property
     def bytes(self) -> int:
@@ -37,11 +40,24 @@ class LoadedBlock:
         tensors = [*self.parameters.values(), *self.block.layer.parameters()]
         return sum({(tensor.device, tensor.data_ptr()): tensor.nbytes for tensor in tensors}.values())
 
+    def let_go(self, linears: Iterable[str]) -> None:
+        """Of experts that run no more, where they are lent: their weights."""
+        for name in linears:
+            if self.lent and is_expert(name):
+                del self.parameters[f"{name}.weight"]
+                self.block.linear(name).weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
 
 def load_block(
-    context: TaskContext, setting: Setting, index: int, digests: Mapping[str, str], dtype: torch.dtype
+    context: TaskContext,
+    setting: Setting,
+    index: int,
+    digests: Mapping[str, str],
+    dtype: torch.dtype,
+    *,
+    lent: bool = False,
 ) -> LoadedBlock:
-    """A source block on the device, every tensor verified, in the setting's coordinates."""
+    """A source block on the device, every tensor verified, in the setting's coordinates. lent: see `LoadedBlock`."""
     checkpoint, builder = context.source(setting)
     slices = builder.layout.sources(index, checkpoint.names)
     tensors = checkpoint.read_many(digests, sha256=digests)
@@ -54,8 +70,8 @@ def load_block(
     if setting.rotation is not None:
         heads, key_value_heads = builder.config.num_attention_heads, builder.config.num_key_value_heads
         parameters, online = setting.rotation.block(builder.config.model_type, parameters, heads, key_value_heads)
-    block = run_block(context, builder, index, parameters, online, dtype)
-    return LoadedBlock(block=block, parameters=parameters, dtypes=dtypes, online=online)
+    block = run_block(context, builder, index, parameters, online, dtype, lent=lent)
+    return LoadedBlock(block=block, parameters=parameters, dtypes=dtypes, online=online, lent=lent)
 
 
 def run_block(
@@ -65,9 +81,16 @@ def run_block(
     parameters: Mapping[str, Tensor],
     online: Mapping[str, Hadamard],
     dtype: torch.dtype,
+    *,
+    lent: bool,
 ) -> Block:
     """The block on the device, with the transforms of its inputs that there are at inference."""
-    block = builder.block(index, parameters, context.device, dtype)
+    linears = [name for group in builder.layout.block_linears(index) for name in group]
+    apart = {name: parameters[f"{name}.weight"] for name in linears if lent and is_expert(name)}
+    rest = {name: tensor for name, tensor in parameters.items() if name.removesuffix(".weight") not in apart}
+    block = builder.block(index, rest, context.device, dtype, absent=apart)
+    for name, weight in apart.items():
+        block.replace(name, LentLinear(weight, block.linear(name).bias))
     for name, transform in online.items():
         block.transform_input(name, transform)
     return block
@@ -85,5 +108,5 @@ def smoothed(
     parameters = fold(
         family_of(builder.config.model_type), scales, loaded.parameters, loaded.online, heads=loaded.block.heads
     )
-    block = run_block(context, builder, index, parameters, loaded.online, dtype)
+    block = run_block(context, builder, index, parameters, loaded.online, dtype, lent=loaded.lent)
     return replace(loaded, parameters=parameters, block=block)

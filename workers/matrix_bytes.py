@@ -14,6 +14,15 @@ DECODE = 3 * SINGLE
 """Of a weight while a stored one is read back: codes, scales and products in float32. One of the three stays."""
 
 
+TRIANGLE_BLOCK = 128  # of calibration/triangle.py, which imports torch
+
+
+def triangle(size: int) -> int:
+    """Elements of a symmetric [size, size] matrix that is held by the strips of its lower triangle."""
+    strips = ((start, min(start + TRIANGLE_BLOCK, size)) for start in range(0, size, TRIANGLE_BLOCK))
+    return sum((stop - start) * stop for start, stop in strips)
+
+
 def cholesky(size: int) -> int:
     """`torch.linalg.cholesky_ex` of [size, size] float64: the factor."""
     return DOUBLE * size * size

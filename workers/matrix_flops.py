@@ -15,33 +15,49 @@ from counterweight.kernels.hadamard_orders import factor_sizes, largest_order
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """Operations. products32, products64: of matrix products in float32 (or in fewer bits) and in float64. factorizations: with
-    the triangular solves behind them, mostly in float64. elementwise: on each entry of a matrix, sums over entries included."""
+    """Operations. products32, products64: of matrix products in float32 (or in fewer bits) and in float64. grams32: of x^T x,
+    half of a product, likewise. factorizations: that end after a fixed number of steps (Cholesky, QR), with the triangular
+    solves behind them, mostly in float64. decompositions: that iterate (eigenvalues, singular values). elementwise: on each
+    entry of a matrix, sums over entries included.
+
+    steps: operations of torch that wait for each other and are started one by one, whatever their size; no part of `total`.
+    Counted where they are many: columns of a weight, experts of a block.
+    """
 
     products32: float = 0
+    grams32: float = 0
     products64: float = 0
     factorizations: float = 0
+    decompositions: float = 0
     elementwise: float = 0
+    steps: float = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(
             products32=self.products32 + other.products32,
+            grams32=self.grams32 + other.grams32,
             products64=self.products64 + other.products64,
             factorizations=self.factorizations + other.factorizations,
+            decompositions=self.decompositions + other.decompositions,
             elementwise=self.elementwise + other.elementwise,
+            steps=self.steps + other.steps,
         )
 
     def __mul__(self, times: float) -> Work:
         return Work(
             products32=self.products32 * times,
+            grams32=self.grams32 * times,
             products64=self.products64 * times,
             factorizations=self.factorizations * times,
+            decompositions=self.decompositions * times,
             elementwise=self.elementwise * times,
+            steps=self.steps * times,
         )
 
     @property
     def total(self) -> int:
-        return round(self.products32 + self.products64 + self.factorizations + self.elementwise)
+        products = self.products32 + self.grams32 + self.products64
+        return round(products + self.factorizations + self.decompositions + self.elementwise)
 
 
 NOTHING = Work()
@@ -50,6 +66,11 @@ NOTHING = Work()
 def elementwise(operations: float) -> Work:
     """So many operations on entries."""
     return Work(elementwise=operations)
+
+
+def steps(count: float) -> Work:
+    """So many operations that wait for each other, see `Work`."""
+    return Work(steps=count)
 
 
 def product(rows: float, inner: float, columns: float) -> Work:
@@ -65,7 +86,7 @@ def product64(rows: float, inner: float, columns: float) -> Work:
 def gram(tokens: float, width: int, strip: int) -> Work:
     """The lower triangle of x^T x for x [tokens, width] float32, by strips of `strip` columns: the last entries of a strip lie
     beyond the diagonal."""
-    return Work(products32=tokens * width * (width + min(strip, width)))
+    return Work(grams32=tokens * width * (width + min(strip, width)))
 
 
 def cholesky(size: float) -> Work:
@@ -81,7 +102,7 @@ def solve(size: float, right_sides: float) -> Work:
 def eigh(size: float) -> Work:
     """Eigenvalues and vectors of a symmetric [size, size]: nominally 9 n^3, the symmetric QR algorithm's (Golub & Van Loan,
     section 8.3.5). LAPACK's divide and conquer takes from about 4 n^3 to that."""
-    return Work(factorizations=9 * size**3)
+    return Work(decompositions=9 * size**3)
 
 
 def qr(rows: float, columns: float) -> Work:
@@ -93,7 +114,7 @@ def svd(rows: float, columns: float) -> Work:
     """The thin singular value decomposition of [rows, columns], vectors on both sides: nominally 6 m n^2 + 20 n^3 with m >= n
     (R-SVD, Golub & Van Loan, section 8.6.3)."""
     larger, smaller = max(rows, columns), min(rows, columns)
-    return Work(factorizations=6 * larger * smaller**2 + 20 * smaller**3)
+    return Work(decompositions=6 * larger * smaller**2 + 20 * smaller**3)
 
 
 def root(size: int, *, definite: bool) -> Work:

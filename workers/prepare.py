@@ -20,6 +20,7 @@ from counterweight.workers.hooks import input_hooks
 from counterweight.workers.methods.activations import Activations
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.family import ModelFamily, SharedInputGroup
+from counterweight.workers.quantization.inputs import check_activations
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.transforms.smoothing import after, before, producer_rows, scaled
 
@@ -127,6 +128,7 @@ def _captured(
     found: dict[SharedInputGroup, Tensor] = {}
 
     def take(group: SharedInputGroup, rows: Tensor) -> None:
+        check_activations(f"the input of {group[0]}", rows)
         tokens = rows.reshape(-1, rows.shape[-1])
         if len(tokens):
             found[group] = tokens[:: max(1, len(tokens) // ROWS)][:ROWS].float()

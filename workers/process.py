@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from counterweight.workers.identity import Token, WorkerReport
     from counterweight.workers.tasks.setting import Device
     from counterweight.workers.tasks.task import Task
 
@@ -39,9 +40,17 @@ class WorkerProcess:
             from counterweight.workers.worker import Worker
         self._worker = Worker(device, threads)
 
-    def ready(self) -> str:
-        """The kind of device that the worker computes on."""
-        return self._worker.ready()
+    def ready(self, token: Token | None) -> WorkerReport:
+        """Who this worker is. token: what it should find in the job's storage."""
+        from counterweight.workers.identity import report
+
+        return report(self._worker.ready(), token)
+
+    def pulse(self) -> str:
+        """What the task beside waits for, for people. A process that is stopped, or whose host is, does not answer."""
+        from counterweight.workers.storage.outages import OUTAGES
+
+        return OUTAGES.now
 
     def run(self, task: Task[R]) -> R:
         """What the task gives back."""

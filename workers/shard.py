@@ -47,7 +47,8 @@ def write_block(
             linear, name = linears[module], stored.removesuffix(".weight")
             packed = weight_tensors(name, linear.weight)
             tensors.update(packed)
-            factors.update({} if linear.low_rank is None else factor_tensors(name, linear.low_rank))
+            if linear.low_rank is not None:
+                factors.update(factor_tensors(builder.layout.stock_name(name), linear.low_rank))
             residuals.update({} if linear.residual is None else residual_tensors(name, linear.residual))
             formats[name] = _format(linear)
             shape = linear.weight.shape

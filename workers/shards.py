@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
-from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
+from counterweight.workers.calibration.packed import PackedStatistics
+from counterweight.workers.calibration.statistics import Accumulator, Gathering, ShardMoments
 from counterweight.workers.errors import RequestError
 from counterweight.workers.hooks import input_hooks
 from counterweight.workers.models.family import SharedInputGroup, is_expert
 from counterweight.workers.parallel import OrderedPool
-from counterweight.workers.quantization.inputs import all_finite
+from counterweight.workers.quantization.inputs import all_finite, check_activations
 
 if TYPE_CHECKING:
     from counterweight.workers.models.block_builder import (
@@ -45,13 +46,13 @@ class RunningStatistics:
             self._sums[group].add(shard)
             del shard
 
-    def result(self) -> dict[SharedInputGroup, InputStatistics]:
+    def result(self) -> PackedStatistics:
         """The statistics; nothing can be added after. A non-finite activation is a RequestError that names the group."""
-        statistics = {group: self._sums.pop(group).result() for group in self.gatherings}
-        for group, found in statistics.items():
-            if not all_finite(found.gram):
+        packed = {group: self._sums.pop(group).packed() for group in self.gatherings}
+        for group, found in packed.items():
+            if not all_finite(found.triangles["xx"].entries):
                 raise RequestError(f"the input of {group[0]} is not finite on the calibration tokens")
-        return statistics
+        return PackedStatistics(packed)
 
 
 def run_shards(
@@ -82,6 +83,7 @@ def run_shards(
         moments: dict[SharedInputGroup, ShardMoments] = {}
 
         def take(group: SharedInputGroup, rows: Tensor) -> None:
+            check_activations(f"the input of {group[0]}", rows)
             moments[group] = ShardMoments.of(rows, sums.gatherings[group], meant.get(group))
 
         try:
@@ -90,7 +92,9 @@ def run_shards(
                     output = replica.run(load_original())
             with input_hooks(replica, sums.gatherings, take):
                 seen = replica.run(load())
-            return moments, emit(seen if load_original is None else output)
+            output = seen if load_original is None else output
+            check_activations("the block's output", output)
+            return moments, emit(output)
         finally:
             replicas.put(replica)
 
@@ -103,5 +107,4 @@ def run_shards(
 
 
 def _accumulator(block: Block, group: SharedInputGroup, gathering: Gathering) -> Accumulator:
-    weight = block.linear(group[0]).weight
-    return Accumulator(weight.shape[1], weight.device, gathering)
+    return Accumulator(block.linear(group[0]).in_features, block.device, gathering)

@@ -8,8 +8,9 @@ and whoever finds one there takes it over, so two writers of one artifact never 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from counterweight.pipeline.artifact.document import CONFIG, INDEX, FileEntry, json_bytes
 from counterweight.pipeline.artifact.reader import Artifact
@@ -20,7 +21,7 @@ from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.interchange.compressed_tensors import artifact_config
 from counterweight.workers.interchange.peft import adapter_config
 from counterweight.workers.ledger import ADAPTER, ADAPTER_CONFIG, LEDGER, RESIDUAL_STORE, Ledger
-from counterweight.workers.models.layout import LM_HEAD
+from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.storage import sha256_hex
 from counterweight.workers.tasks.block import BlockRecord
 from counterweight.workers.tasks.files import Checksum, Join
@@ -31,19 +32,26 @@ from counterweight.workers.workspace import Blob, Workspace
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an artifact is made of. first and last: kept tensors before and behind the blocks."""
+    """What an artifact is made of. first and last: kept tensors before and behind the blocks; beside: what a multimodal model
+    has beside its text model."""
 
     first: PassThroughRecord
     blocks: Sequence[BlockRecord]
     last: PassThroughRecord
     dropped: Sequence[LedgerEntry]
+    beside: PassThroughRecord | None = None
+
+    @property
+    def kept(self) -> tuple[PassThroughRecord, ...]:
+        """Everything outside the blocks."""
+        return (self.first, self.last, *([] if self.beside is None else [self.beside]))
 
     @property
     def ledger(self) -> Ledger:
         """The account of every source tensor and every stored one."""
-        entries = [*self.first.ledger, *self.last.ledger, *self.dropped]
+        entries = [entry for record in self.kept for entry in record.ledger] + [*self.dropped]
         formats: dict[str, ModuleFormat] = {}
-        tensors = {**self.first.tensors, **self.last.tensors}
+        tensors = {name: sha256 for record in self.kept for name, sha256 in record.tensors.items()}
         for record in self.blocks:
             entries += record.ledger
             formats |= record.formats
@@ -53,8 +61,19 @@ class Parts:
     @property
     def kept_bits(self) -> int:
         """Bits of everything that was carried over unchanged."""
-        inside = sum(record.kept_bits for record in self.blocks)
-        return self.first.bits + self.last.bits + inside
+        return sum(record.kept_bits for record in self.blocks) + sum(record.bits for record in self.kept)
+
+
+def published_config(config: Mapping[str, Any], layout: ModelLayout, *, untied: bool) -> dict[str, Any]:
+    """The source's config.json, with what compressing changes but for the quantization: the `model_type` that stock loaders
+    know, no layers for multi-token prediction, which are left out, and, where the lm_head is a matrix of its own (as a rotated
+    model's is), not tied. Of a multimodal model these are written to its `text_config`, too."""
+    changes: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+    if (field := layout.family.prediction_layers) is not None:
+        changes[field] = 0
+    if layout.family.wrapper is not None:
+        changes["text_config"] = {**config["text_config"], **changes}
+    return {**config, "model_type": layout.model_type, **changes}
 
 
 class Assembler:
@@ -85,23 +104,19 @@ class Assembler:
         self._adapter(ledger)
         self._residual()
         self._check_bytes()
-        linears = self._linears()
         layout = self._source.layout
-        source = {**self._source.checkpoint.config, "model_type": layout.model_type}  # the name that stock loaders know
-        if LM_HEAD in ledger.tensors:
-            source["tie_word_embeddings"] = False  # a rotated model's lm_head is not its embedding
-        if (field := layout.family.prediction_layers) is not None:
-            source[field] = 0  # their tensors are left out
-        config = artifact_config(source, ledger.formats, linears, layout.family)
-        self._write(CONFIG, json_bytes(config))
+        linears = [layout.stock_name(name) for name in self._linears()]
+        untied = layout.names.head in ledger.tensors
+        source = published_config(self._source.checkpoint.config, layout, untied=untied)
+        self._write(CONFIG, json_bytes(artifact_config(source, self._stock_formats(ledger), linears, layout.family)))
         for name in self._source.checkpoint.copyable_files():
-            self._write(name, self._source.store.read(name))
+            self._carry(name)
         return dict(self._files)
 
     def _check_account(self, ledger: Ledger) -> None:
         accounted = {entry.source for entry in ledger.entries}
         checkpoint = self._source.checkpoint
-        missing = sorted({*checkpoint.names, *checkpoint.scales} - accounted)
+        missing = sorted({*checkpoint.names, *checkpoint.parts} - accounted)
         if missing:
             raise IntegrityError(f"{len(missing)} source tensors are not accounted for: {', '.join(missing[:5])}")
 
@@ -112,7 +127,8 @@ class Assembler:
             self._write(LEDGER, ledger)
 
     def _shards(self) -> None:
-        records: list[BlockRecord | PassThroughRecord] = [self._parts.first, *self._parts.blocks, self._parts.last]
+        first, *behind = self._parts.kept
+        records: list[BlockRecord | PassThroughRecord] = [first, *self._parts.blocks, *behind]
         weight_map: dict[str, str] = {}
         total = 0
         for number, record in enumerate(records, start=1):
@@ -128,8 +144,8 @@ class Assembler:
         parts = [(r.adapter, tuple(r.factors)) for r in self._parts.blocks if r.adapter is not None]
         if parts:
             self._join("adapter", parts, ADAPTER)
-            family = self._source.layout.family
-            self._write(ADAPTER_CONFIG, json_bytes(adapter_config(ledger.formats, self._artifact.name, family)))
+            family, formats = self._source.layout.family, self._stock_formats(ledger)
+            self._write(ADAPTER_CONFIG, json_bytes(adapter_config(formats, self._artifact.name, family)))
 
     def _residual(self) -> None:
         parts = [(r.residual, tuple(r.residuals)) for r in self._parts.blocks if r.residual is not None]
@@ -159,6 +175,9 @@ class Assembler:
             f"{', '.join(suspects)}: not the bytes that were written (sha256): discarded, to be made anew by the next run"
         )
 
+    def _stock_formats(self, ledger: Ledger) -> dict[str, ModuleFormat]:
+        return {self._source.layout.stock_name(name): form for name, form in ledger.formats.items()}
+
     def _linears(self) -> list[str]:
         layout = self._source.layout
         return [
@@ -175,3 +194,11 @@ class Assembler:
     def _write(self, path: str, data: bytes) -> None:
         self._artifact.store.write(self._artifact.key(path), data)
         self._files[path] = FileEntry(size=len(data), sha256=sha256_hex(data))
+
+    def _carry(self, name: str) -> None:
+        """A file of the source, as it is: it may be as large as its author liked."""
+        with self._artifact.store.open_writer(self._artifact.key(name)) as writer:
+            for piece in self._source.store.stream(name):
+                writer.write(piece)
+            written = writer.commit()
+        self._files[name] = FileEntry(size=written.size, sha256=written.sha256)

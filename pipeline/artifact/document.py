@@ -22,7 +22,7 @@ REPORT_PAGE = "report/report.html"
 class FileEntry(Config):
     """One object of an artifact."""
 
-    size: int = Field(ge=0)
+    size: int = Field(ge=0, lt=2**63)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -12,12 +11,15 @@ from transformers import GenerationConfig, PreTrainedModel
 from counterweight.kernels.backend import Kernels
 from counterweight.pipeline.artifact import open_artifact
 from counterweight.workers.block import install
+from counterweight.workers.checkpoint.strict_json import parse_object
 from counterweight.workers.compressed import CompressedModel
+from counterweight.workers.errors import CheckpointError
 
 if TYPE_CHECKING:
     from counterweight.kernels.gpu.host_memory import HostArena
 
 GENERATION_CONFIG = "generation_config.json"
+MAX_GENERATION_VALUES = 100_000
 
 Corrected = Literal["decode", "all"]
 """Which tokens residual stores correct: those that come one at a time, or all."""
@@ -66,7 +68,11 @@ def load_model(
         shell.model.layers.append(block.layer)
     if GENERATION_CONFIG in document.files:
         text = store.read(GENERATION_CONFIG, sha256=document.files[GENERATION_CONFIG].sha256)
-        shell.generation_config = GenerationConfig.from_dict(json.loads(text))
+        fields = parse_object(text, file=store.uri_of(GENERATION_CONFIG), max_values=MAX_GENERATION_VALUES)
+        try:
+            shell.generation_config = GenerationConfig.from_dict(fields)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise CheckpointError(f"{store.uri_of(GENERATION_CONFIG)}: transformers refuses it: {error}") from error
     return shell.eval()
 
 

@@ -6,23 +6,45 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pydantic import ValidationError
 
-from counterweight.pipeline.artifact.document import CONFIG, DOCUMENT, INDEX, LATEST, ArtifactDocument, FileEntry
-from counterweight.workers.config import first_problem
-from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError
-from counterweight.workers.ledger import LEDGER
+from counterweight.pipeline.artifact.document import (
+    CONFIG,
+    DOCUMENT,
+    INDEX,
+    LATEST,
+    REPORT,
+    ArtifactDocument,
+    FileEntry,
+)
+from counterweight.workers.checkpoint.layout import check_index
+from counterweight.workers.checkpoint.strict_json import check_object, parse_object
+from counterweight.workers.config import Config, first_problem
+from counterweight.workers.errors import CheckpointError, ObjectNotFoundError, RequestError
+from counterweight.workers.ledger import ADAPTER, ADAPTER_CONFIG, LEDGER, RESIDUAL_STORE, Ledger
 from counterweight.workers.storage import ObjectStore, open_store
 from counterweight.workers.storage.names import check_key
 
 MAX_DOCUMENT_BYTES = 16 << 20
 """An artifact.json names files, not tensors: this is room for a hundred thousand."""
 
+MAX_DOCUMENT_VALUES = 20_000_000
+"""JSON values in a document; a report has some dozens for every linear."""
+
+MAX_FILES = 10_000
+"""Of one artifact; a checkpoint has at most 4096 shards."""
+
+MANDATORY = (CONFIG, INDEX, LEDGER, REPORT)
+"""Files without which nothing is an artifact. Further ones follow from what these say."""
+
 MAX_POINTER_BYTES = 64 << 10
 """A latest.json has an id, a URI and a time."""
+
+
+D = TypeVar("D", bound=Config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +83,32 @@ class Artifact:
 
 
 def read_document(store: ObjectStore) -> ArtifactDocument:
-    """artifact.json at a store's root. ObjectNotFoundError when the artifact is not visible, IntegrityError when the
+    """artifact.json at a store's root. ObjectNotFoundError when the artifact is not visible, CheckpointError when the
     document is not one."""
-    try:
-        document = ArtifactDocument.model_validate_json(_bounded(store, DOCUMENT, MAX_DOCUMENT_BYTES))
-    except ValidationError as error:
-        raise IntegrityError(f"{store.uri_of(DOCUMENT)}: not an artifact's: {first_problem(error)}") from error
+    document = parsed(
+        ArtifactDocument, store, DOCUMENT, "an artifact's", store.read_bounded(DOCUMENT, MAX_DOCUMENT_BYTES)
+    )
+    if len(document.files) > MAX_FILES:
+        raise CheckpointError(
+            f"{store.uri_of(DOCUMENT)}: files: {len(document.files)} of them: expected at most {MAX_FILES}"
+        )
     for path in document.files:
         check_key(path)
+    for path in MANDATORY:
+        file_entry(store, document, path)
     return document
+
+
+def parsed(kind: type[D], store: ObjectStore, path: str, what: str, data: bytes) -> D:
+    """A document of an artifact; CheckpointError for one in which a key occurs twice, or that is no such document."""
+    uri = store.uri_of(path)
+    try:
+        check_object(data, file=uri, max_values=MAX_DOCUMENT_VALUES)
+        return kind.model_validate_json(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{uri}: not {what}: {str(error).removeprefix(f'{uri}: ')}") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{uri}: not {what}: {first_problem(error)}") from error
 
 
 def resolve(uri: str) -> tuple[ObjectStore, ArtifactDocument]:
@@ -83,13 +122,13 @@ def resolve(uri: str) -> tuple[ObjectStore, ArtifactDocument]:
     except ObjectNotFoundError:
         pass
     try:
-        pointer = _bounded(store, LATEST, MAX_POINTER_BYTES)
+        pointer = store.read_bounded(LATEST, MAX_POINTER_BYTES)
     except ObjectNotFoundError as error:
         raise RequestError(f"{uri}: no {DOCUMENT} and no {LATEST}: expected a published artifact") from error
     try:
-        newest = check_key(str(json.loads(pointer)["id"]))
-    except (ValueError, KeyError, TypeError, RecursionError, RequestError) as error:
-        raise IntegrityError(f"{store.uri_of(LATEST)}: {error}: expected an object with an id") from error
+        newest = check_key(str(parse_object(pointer, file=LATEST, max_values=100)["id"]))
+    except (KeyError, RequestError) as error:
+        raise CheckpointError(f"{store.uri_of(LATEST)}: {error}: expected an object with an id") from error
     below = store.below(newest)
     try:
         return below, read_document(below)
@@ -101,23 +140,30 @@ def open_artifact(uri: str) -> tuple[ObjectStore, ArtifactDocument]:
     """As `resolve`; the files that say how the tensors are to be read are compared with artifact.json. The tensors'
     own digests stand in one of them, the ledger.
 
-    IntegrityError when one differs or is not named.
+    IntegrityError when one differs, CheckpointError when one is not named.
     """
     store, document = resolve(uri)
     for path in (CONFIG, LEDGER, INDEX):
         store.read(path, sha256=file_entry(store, document, path).sha256)
+    check_named(store, document)
     return store, document
 
 
+def check_named(store: ObjectStore, document: ArtifactDocument) -> None:
+    """CheckpointError when a file that the index or the ledger speak of is not among those of artifact.json."""
+    weight_map = check_index(parse_object(store.read(INDEX), file=INDEX, max_values=MAX_DOCUMENT_VALUES))
+    ledger = parsed(Ledger, store, LEDGER, "a ledger", store.read(LEDGER))
+    spoken_of = set(weight_map.values())
+    if any(form.rank for form in ledger.formats.values()):
+        spoken_of |= {ADAPTER, ADAPTER_CONFIG}
+    if any(form.residual is not None for form in ledger.formats.values()):
+        spoken_of.add(RESIDUAL_STORE)
+    for path in sorted(spoken_of):
+        file_entry(store, document, path)
+
+
 def file_entry(store: ObjectStore, document: ArtifactDocument, path: str) -> FileEntry:
-    """What artifact.json says of a file that every artifact has; IntegrityError when it says nothing."""
+    """What artifact.json says of a file that every artifact has; CheckpointError when it says nothing."""
     if path not in document.files:
-        raise IntegrityError(f"{store.uri_of(DOCUMENT)}: files: no {path}: expected every file of an artifact")
+        raise CheckpointError(f"{store.uri_of(DOCUMENT)}: files: no {path}: expected every file of an artifact")
     return document.files[path]
-
-
-def _bounded(store: ObjectStore, key: str, most: int) -> bytes:
-    size = store.size(key)
-    if size > most:
-        raise IntegrityError(f"{store.uri_of(key)}: {size} bytes, expected at most {most}")
-    return store.read_range(key, 0, size)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import ConfigDict, Field
 
 from counterweight.workers.config import Config
+from counterweight.workers.errors import RequestError
 from counterweight.workers.metrics import METRICS, Metric
 from counterweight.workers.tasks.block import BlockRecord
 from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED, VARIANTS, WindowMetrics
@@ -155,8 +156,11 @@ def tokens_report(source: CalibrationSource, tokens: TokenSet) -> TokensReport:
 
 
 def quality(windows: Sequence[WindowMetrics]) -> Quality:
-    """Every metric over windows, in the order given."""
-    summary = {metric.name: metric.over_windows([window[metric.name] for window in windows]) for metric in METRICS}
+    """Every metric over windows, in the order given. RequestError for one beyond any number (a perplexity of e^710)."""
+    try:
+        summary = {metric.name: metric.over_windows([window[metric.name] for window in windows]) for metric in METRICS}
+    except OverflowError as error:
+        raise RequestError("validation: a metric is beyond float64: expected a model that predicts its text") from error
     return Quality.model_validate(summary)
 
 

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from counterweight.pipeline.artifact.document import DOCUMENT, ArtifactDocument, FileEntry
-from counterweight.pipeline.artifact.reader import resolve
+from counterweight.pipeline.artifact.reader import check_named, resolve
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
 from counterweight.workers.storage import ObjectStore, fetch, open_store, stream_sha256
 
 
 def verify(uri: str, done: Callable[[str, int], None] = lambda *_: None) -> ArtifactDocument:
-    """Reads every byte of an artifact and compares it with artifact.json; `done(path, bytes)` after each file.
+    """Reads every byte of an artifact and compares it with artifact.json; `done(path, bytes)` after each file. Then every
+    tensor, block by block, as `load_model` would.
 
-    IntegrityError listing every file that is missing, of another size or of other content.
+    IntegrityError listing every file that is missing, of another size or of other content. CheckpointError when the files are
+    those of artifact.json and make no model: names, shapes, digests of tensors, NaN.
     """
     store, document = resolve(uri)
     problems: list[str] = []
@@ -27,7 +29,21 @@ def verify(uri: str, done: Callable[[str, int], None] = lambda *_: None) -> Arti
         raise IntegrityError(
             f"{store.uri}: {len(problems)} of {len(document.files)} files differ:\n" + "\n".join(problems)
         )
+    check_named(store, document)
+    _check_tensors(store)
     return document
+
+
+def _check_tensors(store: ObjectStore) -> None:
+    import torch
+
+    from counterweight.workers.compressed import CompressedModel
+
+    model = CompressedModel.open(store)
+    model.embedding()
+    model.head()
+    for index in range(model.builder.blocks):
+        model.block(index, torch.device("cpu"), torch.float32)
 
 
 def pull(uri: str, destination: Path, done: Callable[[str, int], None] = lambda *_: None) -> ArtifactDocument:
@@ -41,7 +57,7 @@ def pull(uri: str, destination: Path, done: Callable[[str, int], None] = lambda 
     if local.exists(DOCUMENT) and local.read(DOCUMENT) != text:
         local.delete(DOCUMENT)  # another artifact's: from now on its files are being replaced
     for path, entry in sorted(document.files.items()):
-        fetch(store, path, destination / path, size=entry.size, sha256=entry.sha256)
+        fetch(store, path, destination / path, size=entry.size, sha256=entry.sha256, root=destination)
         done(path, entry.size)
     local.write(DOCUMENT, text)
     return document

@@ -32,6 +32,8 @@ _NAME = Field(
         )
     },
 )
+_UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
+
 _LABEL_KEY = StringConstraints(pattern=r"^[A-Za-z0-9]([-_./A-Za-z0-9]{0,98}[A-Za-z0-9])?$")
 _LABEL_VALUE = StringConstraints(max_length=200)
 _URI = StringConstraints(min_length=1, max_length=MAX_URI)
@@ -169,6 +171,26 @@ class Resources(Section):
     """GPUs of a worker: a whole number, or a share from 0.01 where workers share one; 0: the CPU computes."""
     cpus_per_worker: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU cores of a worker; null: the cluster's cores divided by the workers."""
+    memory_per_worker: (
+        Annotated[
+            str,
+            Field(
+                pattern=r"^(0|[1-9][0-9]{0,8})([.][0-9]{1,3})?(MiB|GiB)$",
+                json_schema_extra={"patternErrorMessage": "a number of MiB or GiB, such as 20GiB"},
+            ),
+        ]
+        | None
+    ) = None
+    """Memory of a worker, such as 20GiB: of its process, or of its GPU. Blocks that need more are solved in several passes over
+    the calibration tokens; null: a CPU worker's share of the machine, and of a GPU what `plan --device` is told.
+    """
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory_per_worker` in bytes."""
+        if self.memory_per_worker is None:
+            return None
+        return int(float(self.memory_per_worker[:-3]) * _UNITS[self.memory_per_worker[-3:]])
 
     @field_validator("gpus_per_worker")
     @classmethod

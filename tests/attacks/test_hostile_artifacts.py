@@ -4,6 +4,7 @@ silently wrong."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from counterweight import load_model
 from counterweight.pipeline.artifact import DOCUMENT, LATEST, pull, resolve, verify
 from counterweight.pipeline.evaluate import evaluate_artifact
+from counterweight.workers.checkpoint import tensor_digest
 from counterweight.workers.errors import CheckpointError, CounterweightError, IntegrityError, RequestError, StorageError
 from counterweight.workers.storage import sha256_hex
 from tests.pipeline.tiny import job_of, local_path, run_local, write_job
@@ -131,7 +133,7 @@ DOCUMENTS: dict[str, Callable[[dict[str, Any]], None]] = {
 def test_a_document_of_the_wrong_shape_is_refused_in_one_line(artifact: Path, tmp_path: Path, case: str) -> None:
     rewrite(artifact, DOCUMENTS[case])
     for act in (verify, load_model, lambda uri: pull(uri, tmp_path / "pulled")):
-        with pytest.raises(IntegrityError, match=r"artifact\.json: not an artifact's: ") as caught:
+        with pytest.raises(CheckpointError, match=r"artifact\.json: not an artifact's: ") as caught:
             act(artifact.as_uri())
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 700
@@ -148,7 +150,7 @@ def test_a_text_that_is_no_document_is_refused(artifact: Path, text: bytes, name
     if name == LATEST:
         (artifact / DOCUMENT).unlink()
     (artifact / name).write_bytes(text)
-    with pytest.raises(IntegrityError, match=name) as caught:
+    with pytest.raises(RequestError, match=name) as caught:
         resolve(artifact.as_uri())
     assert len(str(caught.value)) < 700
 
@@ -161,7 +163,7 @@ def test_a_gigantic_document_is_not_even_read(artifact: Path, name: str) -> None
         file.truncate(1 << 36)  # sparse
     tracemalloc.start()
     try:
-        with pytest.raises(IntegrityError, match="68719476736 bytes, expected at most"):
+        with pytest.raises(RequestError, match="68719476736 bytes, expected at most"):
             resolve(artifact.as_uri())
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
@@ -180,7 +182,7 @@ def test_a_pointer_that_leads_elsewhere_is_refused(artifact: Path, tmp_path: Pat
 def test_a_million_wrong_entries_make_one_line(artifact: Path) -> None:
     wrong = {f"file-{number}": {"size": -1, "sha256": "x"} for number in range(20_000)}
     rewrite(artifact, top(files=wrong))
-    with pytest.raises(IntegrityError, match="40000 problems in all") as caught:
+    with pytest.raises(CheckpointError, match="40000 problems in all") as caught:
         resolve(artifact.as_uri())
     assert len(str(caught.value)) < 700
 
@@ -197,13 +199,13 @@ def test_a_size_that_lies_is_found_before_the_bytes_are_read(artifact: Path, tmp
 def test_a_document_that_leaves_out_a_file_that_matters_is_refused(artifact: Path, name: str) -> None:
     rewrite(artifact, lambda document: document["files"].pop(name))
     for act in (load_model, evaluate_artifact):
-        with pytest.raises(IntegrityError, match=f"files: no {name}"):
+        with pytest.raises(CheckpointError, match=f"files: no {name}"):
             act(artifact.as_uri())
 
 
 def test_a_document_without_a_report_cannot_be_evaluated(artifact: Path) -> None:
     rewrite(artifact, lambda document: document["files"].pop("report/report.json"))
-    with pytest.raises(IntegrityError, match=r"files: no report/report\.json"):
+    with pytest.raises(CheckpointError, match=r"files: no report/report\.json"):
         evaluate_artifact(artifact.as_uri())
 
 
@@ -218,14 +220,14 @@ REPORTS: dict[str, bytes] = {
 @pytest.mark.parametrize("case", REPORTS)
 def test_a_report_that_is_none_is_refused(artifact: Path, case: str) -> None:
     replace(artifact, "report/report.json", REPORTS[case])
-    with pytest.raises(IntegrityError, match=r"report\.json: not a report: "):
+    with pytest.raises(CheckpointError, match=r"report\.json: not a report: "):
         evaluate_artifact(artifact.as_uri())
 
 
 def test_a_report_whose_text_is_no_source_is_refused(artifact: Path) -> None:
     source = {"kind": "exec", "uri": "rm -rf"}
     replace_json(artifact, "report/report.json", lambda report: report["validation"].update(source=source))
-    with pytest.raises(IntegrityError, match=r"validation\.source"):
+    with pytest.raises(CheckpointError, match=r"validation\.source"):
         evaluate_artifact(artifact.as_uri())
 
 
@@ -346,10 +348,10 @@ def test_a_tensor_that_is_not_the_ledgers_is_refused_by_name(
     artifact: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
     spoil_tensor(artifact, name, change)
-    verify(artifact.as_uri())  # the files are what artifact.json says: the ledger is the second line
-    with pytest.raises((CheckpointError, StorageError)) as caught:
-        logits(artifact.as_uri())
-    assert name.removeprefix("base_model.model.").split(".lora")[0] in str(caught.value)
+    for act in (verify, logits):  # the files are what artifact.json says: the ledger is the second line
+        with pytest.raises((CheckpointError, StorageError)) as caught:
+            act(artifact.as_uri())
+        assert name.removeprefix("base_model.model.").split(".lora")[0] in str(caught.value)
 
 
 def test_an_adapter_that_is_gone_is_an_error_and_not_a_model_without_branches(artifact: Path) -> None:
@@ -376,3 +378,128 @@ def test_a_bit_that_turned_anywhere_is_found_or_changes_nothing(artifact: Path, 
     except CounterweightError:
         return
     assert torch.equal(found, expected)
+
+
+# -- re-signed: every digest is that of the file, and still it is no artifact of that model ------------------------------------
+
+
+def resign(artifact: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Changes one stored tensor, its digest in the ledger and all digests of files."""
+    spoil_tensor(artifact, name, change)
+    shard = next(path for path in sorted(artifact.rglob("*.safetensors")) if name in load_file(path))
+    digest = tensor_digest(load_file(shard)[name])
+    replace_json(artifact, "ledger.json", lambda ledger: ledger["tensors"].__setitem__(name, digest))
+
+
+def with_nan(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.view(-1)[0] = float("nan")
+    return tensor
+
+
+ADAPTER_UP = f"base_model.model.{UP}"
+RESIGNED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a layer less": (
+        lambda a: replace_json(a, "config.json", lambda c: c.update(num_hidden_layers=1)),
+        r"unexpected model\.layers\.1\.",
+    ),
+    "many layers": (
+        lambda a: replace_json(a, "config.json", lambda c: c.update(num_hidden_layers=1024)),
+        "num_hidden_layers: 1024: the checkpoint has tensors of 2 layers",
+    ),
+    "a row for all outputs": (lambda a: resign(a, f"{ADAPTER_UP}.lora_B.weight", lambda t: t[:1]), r"factors \[1, 4\]"),
+    "a column for all inputs": (lambda a: resign(a, f"{ADAPTER_UP}.lora_A.weight", lambda t: t[:, :1]), r"x \[4, 1\]"),
+    "NaN in a factor": (lambda a: resign(a, f"{ADAPTER_UP}.lora_A.weight", with_nan), "lora_A.*holds NaN"),
+    "NaN in a norm": (lambda a: resign(a, "model.norm.weight", with_nan), r"model\.norm\.weight: holds NaN"),
+    "NaN in a scale": (lambda a: resign(a, f"{UP}.weight_scale", with_nan), "up_proj.weight_scale: holds NaN"),
+    "a token less": (
+        lambda a: resign(a, "model.embed_tokens.weight", lambda t: t[:-1]),
+        r"model\.embed_tokens\.weight: shape \[127, 64\]: expected \[128, 64\]",
+    ),
+    "another vocabulary": (
+        lambda a: replace_json(a, "config.json", lambda c: c.update(vocab_size=129)),
+        r"expected \[129, 64\]",
+    ),
+    "another width": (lambda a: replace_json(a, "config.json", lambda c: c.update(hidden_size=128)), "shape|expected"),
+    "an activation of 99 bits": (
+        lambda a: replace_json(a, "ledger.json", formats(lambda form: form.update(activation_bits=99))),
+        "activation_bits",
+    ),
+    "a transform of any size": (
+        lambda a: replace_json(
+            a, "ledger.json", formats(lambda form: form.update(online={"size": 10**9 + 7, "seed": 1, "inner": 1}))
+        ),
+        "up_proj|online",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RESIGNED)
+def test_a_resigned_artifact_that_is_not_its_model_is_refused_by_everyone(artifact: Path, case: str) -> None:
+    spoil, said = RESIGNED[case]
+    spoil(artifact)
+    for act in (verify, load_model, evaluate_artifact):
+        with pytest.raises(RequestError, match=said) as caught:
+            act(artifact.as_uri())
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_nobody_takes_a_document_without_files_for_an_artifact(artifact: Path, tmp_path: Path) -> None:
+    rewrite(artifact, top(files={}))
+    for act in (verify, load_model, evaluate_artifact, lambda uri: pull(uri, tmp_path / "pulled")):
+        with pytest.raises(CheckpointError, match=r"files: no config\.json: expected every file"):
+            act(artifact.as_uri())
+
+
+def test_a_key_said_twice_is_refused(artifact: Path) -> None:
+    text = (artifact / DOCUMENT).read_text()
+    (artifact / DOCUMENT).write_text(text.rstrip().removesuffix("}") + ',"files":{}}')
+    with pytest.raises(CheckpointError, match="key 'files' occurs twice"):
+        verify(artifact.as_uri())
+    (artifact / DOCUMENT).write_text(text)
+    for name in ("ledger.json", "report/report.json", "config.json"):
+        honest = (artifact / name).read_bytes()
+        replace(artifact, name, honest.rstrip().removesuffix(b"}") + b',"twice":1,"twice":2}')
+        with pytest.raises(CheckpointError, match="key 'twice' occurs twice"):
+            evaluate_artifact(artifact.as_uri())
+        replace(artifact, name, honest)
+
+
+@pytest.mark.parametrize("name", ["compensation/adapter_model.safetensors", "model-00002-of-00004.safetensors"])
+def test_a_file_that_the_others_speak_of_must_be_named(artifact: Path, name: str) -> None:
+    rewrite(artifact, lambda document: document["files"].pop(name))
+    for act in (verify, load_model):
+        with pytest.raises(CheckpointError, match=f"files: no {name}"):
+            act(artifact.as_uri())
+
+
+def test_sizes_and_numbers_of_files_are_bounded(artifact: Path) -> None:
+    rewrite(artifact, entry(size=10**400))
+    with pytest.raises(CheckpointError, match="size"):
+        verify(artifact.as_uri())
+    one = {"size": 1, "sha256": "0" * 64}
+    rewrite(artifact, top(files={f"file-{number}": one for number in range(20_000)}))
+    with pytest.raises(CheckpointError, match="files: 20000 of them: expected at most"):
+        verify(artifact.as_uri())
+
+
+@pytest.mark.parametrize("text", [b"[]", b"null", b"5", b'"x"', b"{", b"\xff"])
+def test_generation_settings_that_are_none_are_refused(artifact: Path, text: bytes) -> None:
+    replace(artifact, "generation_config.json", text)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        load_model(artifact.as_uri())
+
+
+@pytest.mark.parametrize("field", ["sequence_length", "sequences"])
+def test_a_report_without_windows_is_refused(artifact: Path, field: str) -> None:
+    replace_json(artifact, "report/report.json", lambda report: report["validation"].update({field: 0}))
+    with pytest.raises(CheckpointError, match=rf"report\.json: .*{field}: 0: expected at least"):
+        evaluate_artifact(artifact.as_uri())
+
+
+@pytest.mark.parametrize("name", [DOCUMENT, "config.json", "report/report.json"])
+def test_a_pipe_is_no_file_and_nobody_waits_for_it(artifact: Path, tmp_path: Path, name: str) -> None:
+    (artifact / name).unlink()
+    os.mkfifo(artifact / name)
+    for act in (verify, evaluate_artifact, lambda uri: pull(uri, tmp_path / "pulled")):
+        with pytest.raises(RequestError, match="a named pipe: expected a regular file"):
+            act(artifact.as_uri())

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.models import checkpoint
+from counterweight.pipeline.manifest import load_manifest
 from tests.patience import PATIENCE
 from tests.pipeline.tiny import job_of, run_local, write_job, write_text
 
@@ -23,10 +22,9 @@ NUMBER = re.compile(r"\d+\.\d+")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A job's model, texts and manifest; and the reference models' folders, with another tiny model in them."""
+    """A job's model, texts and manifest; and a folder of texts, as the reference models have it beside them."""
     place = tmp_path_factory.mktemp("benchmarks")
     write_job(place / "job", layers=1)
-    checkpoint("llama", place / "models" / "llama", torch.bfloat16, num_hidden_layers=1)
     texts = place / "data" / "wikitext2"
     texts.mkdir(parents=True)
     write_text(texts / "wiki.valid.txt", 1000)
@@ -52,9 +50,10 @@ def rows(printed: str) -> Sequence[str]:
 
 
 def test_all_are_here() -> None:
-    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"common"}
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")}
+    scripts = {name for name, text in files.items() if "__main__" in text}
     tried = set(re.findall(r'ran\("(\w+)"', Path(__file__).read_text()))
-    assert tried == scripts
+    assert tried | {"true_shapes"} == scripts  # which has a file of tests of its own
 
 
 def test_gram() -> None:
@@ -104,6 +103,17 @@ def test_quality(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"| {before} |" not in row  # of other calibration and windows
 
 
+def test_every_row_is_a_job(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    quality = importlib.import_module("quality")
+    tables = quality.described()
+    places = list(quality.chosen(tables, []))
+    assert len(places) > 50
+    for name, row, model in ((one.table, one.row, one.model) for one in places):
+        manifest = ROOT / "manifests" / (tables[name].rows[row].manifest or tables[name].manifest)
+        load_manifest(str(manifest), tables[name].overrides(row, model, 1, place / "models"))
+
+
 def test_the_tables_of_the_readme_are_the_newest_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     quality = importlib.import_module("quality")
@@ -132,28 +142,17 @@ def test_memory() -> None:
     assert "deepest over shallowest" in ran("memory", "--hidden", 512, "--layers", 1)
 
 
-@pytest.mark.end_to_end
-def test_recipes(place: Path) -> None:
-    folders = ("--models", place / "models", "--data", place / "data", "--output", place / "recipes")
-    sizes = ("--sequences", 8, "--windows", 4, "--length", 16, "--seeds", 1)
-    (row,) = rows(ran("recipes", "w4a4-llama", *folders, *sizes, "--only", "LRC, rank 10 %"))
-    assert row.startswith("| LRC, rank 10 % |")
-
-
-@pytest.mark.end_to_end
-def test_distillation(place: Path) -> None:
-    folders = ("--models", place / "models", "--data", place / "data", "--output", place / "recipes")
-    sizes = ("--sequences", 8, "--windows", 4, "--length", 16, "--trained", 8, "--held-out", 2)
-    # Of real text the tiny model's tokenizer knows no word.
-    texts = (
-        "--prose",
-        write_text(place / "prose.txt", 500, seed=2),
-        "--other",
-        write_text(place / "o.txt", 500, seed=3),
-    )
-    (row,) = rows(ran("distillation", "llama", *folders, *sizes, *texts, "--only", "LRC, all trained"))
-    assert row.startswith("| LRC, all trained |")
-    assert " to " in row
+def test_branches(place: Path) -> None:
+    sizes = ("--sequences", 8, "--windows", 4, "--length", 16, "--second", write_text(place / "b.txt", 500, seed=4))
+    kinds = ("", ", down factor shared", ", ranks predicted", ", ranks measured", ", propagated")
+    chosen = ["SERQ", "SRR, int4", "H-SVDQuant, bf16", *(f"LRC, int4, codes last{kind}" for kind in kinds)]
+    printed = ran("branches", place / "job" / "model", "--data", place / "data", *sizes, "--only", *chosen)
+    found = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in rows(printed)}
+    assert set(found) == set(chosen)
+    bits = [float(cells[0]) for cells in found.values()]
+    assert max(bits) - min(bits) < 0.8  # one rank of the tiny layers takes half a bit
+    errors = {name: cells[1] for name, cells in found.items() if cells[1].strip()}
+    assert len(set(errors.values())) == len(errors) == len(chosen) - 1
 
 
 @pytest.mark.end_to_end
@@ -175,3 +174,25 @@ def test_gpu_kernels() -> None:
     printed = ran("gpu_kernels", "--smoke")
     assert len([line for line in printed.splitlines() if NUMBER.search(line)]) > 5
     assert printed.endswith("it runs\n")
+
+
+def test_the_time_model_is_held_against_a_block() -> None:
+    """In a small form, where what is not modelled (starting threads, Python) weighs most: the order of magnitude."""
+    found = [line.split("  ") for line in ran("time_model", "tiny").splitlines() if line.startswith("tiny  ")]
+    assert [what for _, what, *_ in found] == ["calibrate", "solve and store"]
+    for _, _, predicted, measured, _ in found:
+        assert 0 < float(predicted) < 3 * float(measured)
+
+
+def test_rates_are_measured_for_a_plan(tmp_path: Path) -> None:
+    from counterweight.pipeline.rates import rates_of
+
+    ran("time_model", "--rates", tmp_path / "rates.json")
+    rates = rates_of(str(tmp_path / "rates.json"))
+    assert rates is not None
+    assert rates.products32 > rates.products64 > rates.elementwise
+
+
+def test_plans_of_published_shapes_are_a_table() -> None:
+    printed = ran("plans", "Llama-3-8B")
+    assert len([row for row in rows(printed) if row.startswith("| Llama-3-8B |")]) == 4

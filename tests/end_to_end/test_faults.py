@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from counterweight.pipeline.artifact import DOCUMENT, verify
+from counterweight.pipeline.reaper import descendants
 from counterweight.workers.errors import CounterweightError, IntegrityError, RequestError, StorageError, WorkerError
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.embed import Embed
@@ -381,3 +382,53 @@ def test_a_job_that_is_interrupted_then_killed_then_run_twice_at_once_ends_in_th
     assert document.parent == local_path(ends[0][1].strip())
     assert files_of(document.parent) == long_expected
     assert verify(ends[0][1].strip())
+
+
+@pytest.mark.end_to_end
+def test_a_sigterm_ends_the_job_in_one_line_and_leaves_nothing_running(
+    long_manifest: Path, tmp_path: Path, driver: list[Run]
+) -> None:
+    run = Run(long_manifest, "--output", str(tmp_path))
+    driver.append(run)
+    run.wait_for("block 0 started")
+    below = descendants(run.process.pid)
+    os.kill(run.process.pid, signal.SIGTERM)
+    code, out, err = run.finish()
+    assert (code, out) == (143, ""), err
+    assert err.splitlines()[-1] == "terminated: finished blocks are kept; run the same command again to resume"
+    assert "Traceback" not in err
+    assert "logging.cc" not in err
+    until(lambda: not any(alive(pid) for pid, _ in below))
+    assert not list((tmp_path / ".counterweight-probe").rglob("*/seen"))
+
+
+@pytest.mark.end_to_end
+def test_a_head_that_is_gone_ends_the_job_in_one_line(long_manifest: Path, tmp_path: Path, driver: list[Run]) -> None:
+    run = Run(long_manifest, "--output", str(tmp_path))
+    driver.append(run)
+    run.wait_for("block 0 started")
+    commands = {pid: (Path("/proc") / str(pid) / "cmdline").read_text() for pid, _ in descendants(run.process.pid)}
+    (head,) = [pid for pid, command in commands.items() if "gcs_server" in command.partition("\0")[0]]
+    started = time.monotonic()
+    os.kill(head, signal.SIGKILL)
+    code, out, err = run.finish()
+    assert (code, out) == (4, ""), err
+    assert time.monotonic() - started < 45, "Ray itself ends the process after a minute"
+    assert err.splitlines()[-1].startswith("error: Ray's head at 127.0.0.2:")
+    until(lambda: not any(map(alive, commands)))
+
+
+@pytest.mark.end_to_end
+def test_a_frozen_worker_costs_its_task_and_no_more(
+    long_manifest: Path, long_expected: dict[str, bytes], tmp_path: Path, driver: list[Run]
+) -> None:
+    two = ["--set", "spec.resources={workers: 2, cpus_per_worker: 1}"]
+    run = Run(long_manifest, "--output", str(tmp_path), *two)
+    driver.append(run)
+    run.wait_for("block 0 started")
+    victim = actor_pids(run.process.pid)[0]
+    os.kill(victim, signal.SIGSTOP)
+    code, out, err = run.finish()
+    assert code == 0, err
+    assert files_of(local_path(out.strip())) == long_expected
+    until(lambda: not alive(victim))

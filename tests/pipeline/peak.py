@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.memory import PROCESS_BYTES
 from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.plan import BlockPlan, make_plan
 from counterweight.pipeline.resolve import block_recipe
@@ -39,7 +40,8 @@ TINY = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 1
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A job of one block. config: of the model, beside `BASE` of `tests.models`. dtype: of the source."""
+    """A job of one block. config: of the model, beside `BASE` of `tests.models`. dtype: of the source. share: of the memory
+    that the block needs at once, which its worker is given; None: all."""
 
     recipe: Mapping[str, Any]
     case: str = "llama"
@@ -50,14 +52,16 @@ class Measured:
     length: int = 512
     propagate: str = "original"
     threads: int = 1
+    share: float | None = None
 
     def tiny(self) -> Measured:
         """The same job, as small as it can be."""
         config = {**self.config, **{name: value for name, value in TINY.items() if name in {*BASE, *self.config}}}
-        return Measured(**{**asdict(self), "config": config, "sequences": 2, "length": 32})
+        return Measured(**{**asdict(self), "config": config, "sequences": 2, "length": 32, "share": None})
 
-    def job(self, source: Path) -> CompressionJob:
-        """The manifest, parsed."""
+    def job(self, source: Path, memory: int | None = None) -> CompressionJob:
+        """The manifest, parsed. memory: bytes of a worker for its tasks."""
+        given = {} if memory is None else {"memory_per_worker": f"{(PROCESS_BYTES + memory) / 2**20:.3f}MiB"}
         return CompressionJob.model_validate(
             {
                 "apiVersion": "counterweight/v1",
@@ -73,7 +77,7 @@ class Measured:
                         "propagate": self.propagate,
                     },
                     "recipe": self.recipe,
-                    "resources": {"workers": 1, "cpus_per_worker": self.threads},
+                    "resources": {"workers": 1, "cpus_per_worker": self.threads, **given},
                     "output": {"uri": source.as_uri()},
                 },
             }
@@ -95,6 +99,11 @@ def prepared(measured: Measured, root: Path) -> Prepared:
     checkpoint(model, root / "model", getattr(torch, measured.dtype))
     job = measured.job(root / "model")
     source = open_model((root / "model").as_uri())
+    plan = make_plan(job, source)
+    if measured.share is not None:
+        plan = make_plan(measured.job(root / "model", int(measured.share * plan.blocks[0].peak_bytes)), source)
+        assert plan.divided, "a share of the memory takes several passes"
+        assert not plan.problems
     setting = Setting(
         source=(root / "model").as_uri(),
         config=read_config(root / "model"),
@@ -114,8 +123,9 @@ def prepared(measured: Measured, root: Path) -> Prepared:
         original_inputs=_hidden(workspace, measured, source.layout.hidden_size, 1) if paired else (),
         recipe=recipe,
         propagate=job.spec.calibration.propagate,
+        passes=plan.blocks[0].passes,
     )
-    return Prepared(task=Compress(block=spec), plan=make_plan(job, source).blocks[0])
+    return Prepared(task=Compress(block=spec), plan=plan.blocks[0])
 
 
 def _hidden(workspace: Workspace, measured: Measured, hidden: int, seed: int) -> tuple[Blob, ...]:

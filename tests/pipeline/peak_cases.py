@@ -35,6 +35,12 @@ def many(recipe: Mapping[str, Any], hidden: int, intermediate: int, **more: Any)
     return Measured(recipe=recipe, config=dense(hidden, intermediate), **{"sequences": 16, "length": 512, **more})
 
 
+def experts(recipe: Mapping[str, Any], hidden: int, intermediate: int, count: int, **more: Any) -> Measured:
+    """Of many experts on few tokens."""
+    sizes = dense(hidden, intermediate, num_local_experts=count, num_experts_per_tok=2)
+    return Measured(case="mixtral", recipe=recipe, config=sizes, **{"sequences": 2, "length": 64, **more})
+
+
 def svd(fraction: float) -> dict[str, Any]:
     return {**RTN, "compensation": {"kind": "svd", "rank": {"fraction": fraction}}}
 
@@ -45,7 +51,7 @@ def lrc(fraction: float, iterations: int) -> dict[str, Any]:
 
 
 CASES: Mapping[str, Case] = {
-    "sums": (few(RTN, 256, 4096), "forward"),
+    "squares": (few(RTN, 256, 4096), "solve"),
     "activations": (many(RTN, 256, 2048), "forward"),
     "long sequences": (many(RTN, 512, 1024, sequences=2, length=8192), "forward"),
     "activations, two threads": (many(RTN, 256, 2048, threads=2, sequences=48), "forward"),
@@ -63,6 +69,16 @@ CASES: Mapping[str, Case] = {
             config={**dense(256, 1024), "num_local_experts": 16, "num_experts_per_tok": 2},
             length=256,
         ),
+        "forward",
+    ),
+    "sums": (experts(RTN, 128, 1024, 48), "forward"),
+    "experts, in passes": (experts(GPTQ, 256, 1024, 32, share=0.5), "forward"),
+    "experts, quantized, in passes": (
+        experts({**GPTQ, "activations": {"bits": 4}}, 512, 512, 48, share=0.3),
+        "forward",
+    ),
+    "experts, in passes, compressed": (
+        experts(GPTQ, 256, 1024, 40, share=0.5, compute="bfloat16", propagate="compressed"),
         "forward",
     ),
     "GPTQ": (few(GPTQ, 256, 4096), "solve"),
@@ -102,5 +118,5 @@ CASES: Mapping[str, Case] = {
         "tune",
     ),
     "tuning": (few({**RTN, "tuning": {"kind": "lsi", "epochs": 1}}, 1024, 2048), "tune"),
-    "propagation": (many(RTN, 512, 2048, propagate="compressed"), "propagate"),
+    "propagation": (many(RTN, 512, 2048, propagate="compressed"), "forward"),
 }

@@ -19,7 +19,13 @@ from counterweight.pipeline.artifact import (
     resolve,
     verify,
 )
-from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError, StorageError
+from counterweight.workers.errors import (
+    CheckpointError,
+    IntegrityError,
+    ObjectNotFoundError,
+    RequestError,
+    StorageError,
+)
 from counterweight.workers.storage import open_store, sha256_hex
 from tests.pipeline.tiny import files_of, job_of, local_path, run_local, write_job
 
@@ -216,7 +222,7 @@ def test_latest_that_names_what_is_gone(artifact: Path) -> None:
 def test_a_document_of_a_later_schema_is_refused(artifact: Path) -> None:
     document = json.loads((artifact / DOCUMENT).read_text())
     (artifact / DOCUMENT).write_text(json.dumps({**document, "schema_version": 2}))
-    with pytest.raises(IntegrityError, match="schema_version"):
+    with pytest.raises(CheckpointError, match="schema_version"):
         read_document(open_store(artifact.as_uri()))
 
 

@@ -18,6 +18,7 @@ from counterweight.workers.checkpoint.digest import tensor_digest
 from counterweight.workers.errors import GateError, IntegrityError
 from counterweight.workers.ledger import Ledger
 from counterweight.workers.storage import open_store
+from counterweight.workers.storage.base import Writer
 from counterweight.workers.storage.file import FileStore
 from tests.models import build, read_tensors, save, save_fused
 from tests.pipeline.tiny import Events, LocalPool, files_of, job_of, local_path, run_local, write_job
@@ -174,8 +175,12 @@ class CrashingStore(FileStore):
             raise Crash
         return value
 
-    def write(self, key: str, data: bytes | bytearray | memoryview) -> None:
-        self._at("write", key, partial(super().write, key, data))
+    def open_writer(self, key: str, *, durable: bool = True) -> Writer:
+        """Every write of an artifact's file goes through one; it happens when it is committed."""
+        writer = super().open_writer(key, durable=durable)
+        if not key.startswith("_work/"):
+            writer.commit = partial(self._at, "write", key, writer.commit)  # type: ignore[method-assign]
+        return writer
 
     def create(self, key: str, data: bytes) -> bool:
         return bool(self._at("create", key, partial(super().create, key, data)))

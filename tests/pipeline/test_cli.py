@@ -52,7 +52,7 @@ Command = Callable[..., Ran]
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs the command in this process, its workers too."""
     monkeypatch.setattr("counterweight.pipeline.run.cluster", lambda address, size: nullcontext())
-    monkeypatch.setattr("counterweight.pipeline.run.RayPool", lambda size: LocalPool(size.workers))
+    monkeypatch.setattr("counterweight.pipeline.run.RayPool", lambda size, **_: LocalPool(size.workers))
 
     def run(*arguments: object) -> Ran:
         code = main([str(argument) for argument in arguments])
@@ -81,7 +81,7 @@ def published(template: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     output = tmp_path_factory.mktemp("published")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("counterweight.pipeline.run.cluster", lambda address, size: nullcontext())
-        patch.setattr("counterweight.pipeline.run.RayPool", lambda size: LocalPool(size.workers))
+        patch.setattr("counterweight.pipeline.run.RayPool", lambda size, **_: LocalPool(size.workers))
         assert main(["run", str(template / "job.yaml"), "--output", str(output)]) == 0
     (document,) = output.glob("tiny/*/artifact.json")
     return template / "job.yaml", document.parent.as_uri()
@@ -258,7 +258,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     ),
     "config with more layers": (
         lambda model: edit_config(model, num_hidden_layers=3),
-        ["'model.layers.2.mlp.up_proj.weight': missing"],
+        ["config.json: num_hidden_layers: 3: the checkpoint has tensors of 2 layers"],
     ),
     "config with fewer layers": (
         lambda model: edit_config(model, num_hidden_layers=1),
@@ -469,7 +469,7 @@ def test_workers_and_gpus_are_what_the_manifest_asks_for(
 ) -> None:
     asked: list[PoolSize] = []
 
-    def pool(size: PoolSize) -> LocalPool:
+    def pool(size: PoolSize, **_: object) -> LocalPool:
         asked.append(size)
         return LocalPool(size.workers)
 
@@ -492,7 +492,7 @@ def test_the_address_reaches_ray(command: Command, job: Path, monkeypatch: pytes
 
     monkeypatch.setattr("counterweight.pipeline.run.cluster", connect)
     # More workers than fit here: they run elsewhere. One stands for all of them.
-    monkeypatch.setattr("counterweight.pipeline.run.RayPool", lambda size: LocalPool(1))
+    monkeypatch.setattr("counterweight.pipeline.run.RayPool", lambda size, **_: LocalPool(1))
     ran = command("run", job, "--address", "ray://10.0.0.1:10001", "--set", "spec.resources.workers=9999")
     assert ran.code == 0, ran.err
     assert addresses == ["ray://10.0.0.1:10001"]

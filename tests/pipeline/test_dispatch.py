@@ -52,12 +52,18 @@ class ScriptedPool:
     def __init__(self, size: int, script: dict[str, Sequence[Any]] | None = None) -> None:
         self.size, self.threads = size, 1
         self.calls: list[tuple[int, str]] = []
-        self.restarts: list[int] = []
         self.order: Callable[[list[Outcome]], list[Outcome]] = lambda outcomes: outcomes[:1]
         self._script = {method: list(items) for method, items in (script or {}).items()}
         self._waiting: list[Outcome] = []
+        self._idle = list(range(size))
+        self.absent: dict[int, int] = {}
+        """Worker -> looks at the pool until it is there."""
+
+    def idle(self) -> list[int]:
+        return [worker for worker in self._idle if worker not in self.absent]
 
     def submit(self, worker: int, task: Task[object]) -> int:
+        self._idle.remove(worker)
         assert worker not in [outcome.worker for outcome in self._waiting], "a busy worker was given a task"
         self.calls.append((worker, task.kind))
         ticket = len(self.calls)
@@ -74,12 +80,11 @@ class ScriptedPool:
 
     def wait(self, seconds: float) -> list[Outcome]:
         assert seconds < 1, "an interrupt would not be felt"
+        self.absent = {worker: looks - 1 for worker, looks in self.absent.items() if looks > 1}
         chosen = self.order(self._waiting)
         self._waiting = [outcome for outcome in self._waiting if outcome not in chosen]
+        self._idle += [outcome.worker for outcome in chosen]
         return chosen
-
-    def restart(self, worker: int) -> None:
-        self.restarts.append(worker)
 
     def close(self) -> None:
         return None
@@ -155,17 +160,25 @@ def test_a_defect_is_not_repeated_and_is_named() -> None:
     assert pool.calls == [(0, "m0")]
 
 
-def test_a_dead_worker_is_replaced_before_anything_else_is_given_to_it() -> None:
-    pool = ScriptedPool(1, {"m1": [DIED]})
-    assert len(dispatcher(pool).run_all(tasks(3))) == 3
-    assert pool.restarts == [0]
+def test_a_worker_that_is_not_there_yet_is_given_nothing() -> None:
+    pool = ScriptedPool(2)
+    pool.absent = {1: 4}
+    assert len(dispatcher(pool).run_all(tasks(6))) == 6
+    assert [worker for worker, _ in pool.calls][:4] == [0, 0, 0, 0]
+    assert 1 in [worker for worker, _ in pool.calls]
+
+
+def test_a_job_waits_for_its_first_worker() -> None:
+    pool = ScriptedPool(1)
+    pool.absent = {0: 3}
+    assert len(dispatcher(pool).run_all(tasks(2))) == 2
 
 
 def test_a_task_that_kills_three_workers_is_final() -> None:
     pool = ScriptedPool(2, {"m0": [DIED] * 3})
     with pytest.raises(WorkerError, match=r"^task 0 after 3 tries: worker \d died$"):
         dispatcher(pool).run_all(tasks(1))
-    assert len(pool.restarts) == 3
+    assert len(pool.calls) == 3
 
 
 def test_tries_are_counted_per_task() -> None:
@@ -186,13 +199,13 @@ def test_one_step_says_who_is_idle_and_what_was_lost() -> None:
     first, second = tasks(2)
     running.start(0, first)
     running.start(1, second)
-    assert running.idle == []
+    assert pool.idle() == []
     (lost,) = running.collect()
     assert (lost.task, lost.worker, lost.retry, lost.worker_died, lost.value) == (first, 0, True, True, None)
-    assert running.idle == [0]
+    assert pool.idle() == [0]
     (done,) = running.collect()
     assert (done.task, done.worker, done.retry, done.value) == (second, 1, False, ("m1", 1))
-    assert running.idle == [0, 1]
+    assert pool.idle() == [0, 1]
 
 
 def test_a_task_that_failed_goes_to_the_worker_that_has_waited_longest() -> None:

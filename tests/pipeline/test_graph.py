@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks
 from counterweight.pipeline.graph import Graph, Node
+from counterweight.pipeline.needs import Needs
 from counterweight.workers.tasks.block import CALIBRATE, COMPRESS, GAINS, BlockRecord, BlockSpec
 from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
@@ -150,6 +151,10 @@ class Cluster:
 
     def finish(self, worker: int, *, dies: bool = False, fails: bool = False) -> None:
         """A worker's task ends: with its record, with its death, or with an error that may mend."""
+        self._finish(worker, dies=dies, fails=fails)
+        assert self.graph.needed() == Needs(self.graph.nodes).places, "not what a look at all nodes gives"
+
+    def _finish(self, worker: int, *, dies: bool, fails: bool) -> None:
         node = self.running.pop(worker)
         if dies:
             self.holds[worker] = {}

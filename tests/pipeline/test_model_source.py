@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from counterweight.pipeline.model_source import HUB_FILES, check_stored_head, open_model
+from counterweight.pipeline.model_files import HUB_FILES
+from counterweight.pipeline.model_source import check_stored_head, open_model
 from counterweight.workers.errors import CheckpointError, RequestError, StorageError
 from tests.models import checkpoint, read_tensors
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +11,32 @@ from typing import cast
 
 import pytest
 
-from counterweight.pipeline import pool as module
+from counterweight.pipeline import ray_pool as module
+from counterweight.pipeline.cluster import cluster
 from counterweight.pipeline.policies import describe
-from counterweight.pipeline.pool import Outcome, PoolSize, RayPool, cluster, threads_per_worker
+from counterweight.pipeline.pool import Outcome, PoolSize, threads_per_worker
+from counterweight.pipeline.ray_pool import RayPool
 from counterweight.pipeline.run import pool_size
-from counterweight.workers.errors import CheckpointError, RequestError, WorkerError
+from counterweight.workers.errors import CheckpointError, WorkerError
+from counterweight.workers.identity import Identity, Token, identity
 from counterweight.workers.tasks.inspect import Inspect
 from tests.models import checkpoint
 from tests.patience import PATIENCE
 from tests.pipeline.tiny import actor_pids, job_of, until, write_job
 
 SIZE = PoolSize(workers=2, cpus=1, gpus=1.0)
+ROOM = PoolSize(workers=4, cpus=1, gpus=1.0)
+"""Of the cluster: two workers stay, tests make others beside them."""
+
+
+class Dying:
+    """Stands for a process that cannot start where it is."""
+
+    def __init__(self, *_: object) -> None:
+        os._exit(1)
+
+    def ready(self, *_: object) -> None:
+        """Never comes to it."""
 
 
 def test_workers_share_the_cpus_unless_the_manifest_says_otherwise() -> None:
@@ -55,14 +68,16 @@ def test_an_address_where_nobody_listens_is_told_at_once() -> None:
 def ray_cluster() -> Iterator[None]:
     ours = ("RAY_USAGE_STATS_ENABLED", "RAY_DEDUP_LOGS")
     before = [os.environ.get(name) for name in ours]
-    with cluster(None, SIZE):
+    with cluster(None, ROOM):
         assert [os.environ.get(name) for name in ours] == before, "what Ray was told stays in the environment"
         yield
 
 
 @pytest.fixture(scope="module")
 def pool(ray_cluster: None) -> Iterator[RayPool]:
-    pool = RayPool(SIZE)
+    notes: list[str] = []
+    pool = RayPool(SIZE, expected=identity(), note=notes.append)
+    full(pool)
     yield pool
     pool.close()
 
@@ -72,6 +87,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("model")
     checkpoint("llama", root, num_hidden_layers=1)
     return root.as_uri()
+
+
+def full(pool: RayPool) -> None:
+    """Waits until every worker is there."""
+    until(lambda: pool.wait(0.2) == [] and len(pool.idle()) == pool.size)
 
 
 def outcome_of(pool: RayPool, ticket: int) -> Outcome:
@@ -87,9 +107,9 @@ def outcome_of(pool: RayPool, ticket: int) -> Outcome:
 def test_gpus_that_are_not_there_are_pretended_and_workers_say_what_they_compute_on(pool: RayPool) -> None:
     import ray
 
-    assert pool.devices() == ["cpu", "cpu"]
-    assert ray.cluster_resources()["GPU"] == 2
-    assert ray.cluster_resources()["CPU"] == 2
+    assert pool.first().device == "cpu"
+    assert ray.cluster_resources()["GPU"] == 4
+    assert ray.cluster_resources()["CPU"] == 4
 
 
 def test_nothing_asked_nothing_answered(pool: RayPool) -> None:
@@ -124,7 +144,7 @@ def test_a_defect_is_one_line_and_its_traceback_is_not_lost(pool: RayPool) -> No
 
 
 def test_a_killed_worker_is_noticed_and_replaced_and_the_other_works_on(pool: RayPool, model: str) -> None:
-    pool.devices()
+    full(pool)
     before = actor_pids(os.getpid())
     assert len(before) == 2
     victim = before[0]
@@ -137,10 +157,13 @@ def test_a_killed_worker_is_noticed_and_replaced_and_the_other_works_on(pool: Ra
     (alive,) = [outcome for outcome in found if not outcome.worker_died]
     assert {dead.ticket, alive.ticket} == set(tickets)
     assert isinstance(dead.error, WorkerError)
-    assert str(dead.error).startswith(f"worker {dead.worker} died: ")
+    assert str(dead.error).startswith(f"worker {dead.worker} on ")
+    assert f"(process {victim}) died: The actor died" in str(dead.error)
+    assert len(str(dead.error)) < 300, "Ray's dozen lines"
     assert "\n" not in str(dead.error)
     assert alive.error is None
-    pool.restart(dead.worker)
+    assert pool.idle() == [alive.worker], "a process that has not answered is given a task"
+    full(pool)
     again = outcome_of(pool, pool.submit(dead.worker, Inspect(model, ["model.norm.weight"])))
     assert set(again.value) == {"model.norm.weight"}
     after = actor_pids(os.getpid())
@@ -149,25 +172,86 @@ def test_a_killed_worker_is_noticed_and_replaced_and_the_other_works_on(pool: Ra
     assert set(before) & set(after), "the other worker was replaced as well"
 
 
-def test_workers_that_do_not_start_are_given_up(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_before_its_first_answer_is_replaced(pool: RayPool) -> None:
+    others = set(actor_pids(os.getpid()))
+    own = RayPool(PoolSize(workers=2, cpus=1, gpus=0.0))
+    until(lambda: len(set(actor_pids(os.getpid())) - others) == 2)
+    victim = min(set(actor_pids(os.getpid())) - others)
+    os.kill(victim, signal.SIGKILL)
+    full(own)
+    own.close()
+    until(lambda: set(actor_pids(os.getpid())) == others)
+
+
+def test_a_worker_whose_processes_die_at_once_is_given_up(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WorkerProcess", Dying)
+    notes: list[str] = []
+    pool = RayPool(PoolSize(workers=1, cpus=1, gpus=0.0), note=notes.append)
+    with pytest.raises(WorkerError, match=r"none of 1 workers has answered for .*: "):
+        until(lambda: pool.wait(0.2) != [])
+    assert [note[:24] for note in notes] == ["worker 0 is given up: 3 "]
+    pool.close()
+
+
+def test_a_silent_workers_task_is_another_s_and_its_own_late_answer_nobodys(
+    pool: RayPool, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PULSE_SECONDS", 0.2)
+    monkeypatch.setattr(module, "SILENT_SECONDS", 2.0)
+    full(pool)
+    frozen = actor_pids(os.getpid())
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    ticket = pool.submit(0, Inspect(model, ["model.norm.weight"]))
+    outcome = outcome_of(pool, ticket)
+    assert outcome.worker_died
+    assert "has not answered for 2 s" in str(outcome.error)
+    assert 0 not in pool.idle()
+    for pid in frozen:
+        os.kill(pid, signal.SIGCONT)
+    full(pool)
+    again = outcome_of(pool, pool.submit(0, Inspect(model, ["model.norm.weight"])))
+    assert set(again.value) == {"model.norm.weight"}
+    assert set(actor_pids(os.getpid())) == set(frozen), "a worker that was only slow was replaced"
+
+
+def test_workers_with_other_code_are_refused(ray_cluster: None) -> None:
+    other = Identity(code="0" * 64, libraries={**identity().libraries, "torch": "1.0"})
+    pool = RayPool(PoolSize(workers=1, cpus=1, gpus=0.0), expected=other)
+    wanted = f"would compute other bits: it has code {identity().code[:12]} .*torch .* \\(the driver has 1.0\\)"
+    with pytest.raises(WorkerError, match=wanted):
+        pool.first()
+    pool.close()
+
+
+def test_workers_that_do_not_see_the_storage_are_refused(ray_cluster: None, tmp_path: Path) -> None:
+    token = Token(uri=tmp_path.as_uri(), key="seen", value=b"by the driver")
+    for written in (None, b"by somebody else"):
+        if written is not None:
+            (tmp_path / "seen").write_bytes(written)
+        pool = RayPool(PoolSize(workers=1, cpus=1, gpus=0.0), token=token)
+        with pytest.raises(
+            WorkerError, match=r"worker 0 on .* does not see the job's output: .*: expected storage that"
+        ):
+            pool.first()
+        pool.close()
+    (tmp_path / "seen").write_bytes(token.value)
+    pool = RayPool(PoolSize(workers=1, cpus=1, gpus=0.0), token=token)
+    assert pool.first().storage == ""
+    pool.close()
+
+
+def test_a_worker_that_no_node_has_room_for_is_told(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has 64 CPUs here: Ray itself would wait for ever."""
     monkeypatch.setattr(module, "START_SECONDS", 3.0)
     waiting = RayPool(PoolSize(workers=1, cpus=64, gpus=0.0))
-    with pytest.raises(WorkerError, match="1 workers did not start within 3 s"):
-        waiting.devices()
+    with pytest.raises(WorkerError, match=r"none of 1 workers .* each asks for 64 CPU; nodes have 4 CPU and 4 GPU$"):
+        waiting.first()
     waiting.close()
 
 
-def test_a_running_cluster_that_cannot_hold_the_workers_is_refused_at_once(ray_cluster: None, tmp_path: Path) -> None:
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
-    manifest = write_job(tmp_path)
-    command = [sys.executable, "-m", "counterweight.pipeline.cli", "run", str(manifest), "--address", address]
-    resources = "spec.resources={workers: 3, gpus_per_worker: 1, cpus_per_worker: 1}"
-    ran = subprocess.run([*command, "--set", resources], capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert ran.returncode == RequestError.exit_code, ran.stderr
-    assert ran.stdout == ""
-    errors = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: spec.resources: asks for 3 CPU and 3 GPU: the cluster has 2 CPU, 2 GPU"]
-    assert not (tmp_path / "out" / "_work").exists()
+def test_a_job_goes_on_with_the_workers_that_find_room(pool: RayPool, model: str) -> None:
+    crowded = RayPool(PoolSize(workers=3, cpus=1, gpus=0.0))
+    until(lambda: crowded.wait(0.2) == [] and len(crowded.idle()) == 2)
+    assert outcome_of(crowded, crowded.submit(crowded.idle()[0], Inspect(model, ["model.norm.weight"]))).error is None
+    crowded.close()

@@ -38,6 +38,7 @@ from counterweight.pipeline.pool import Outcome
 from counterweight.pipeline.progress import Progress
 from counterweight.pipeline.tokens import read_tokens
 from counterweight.workers.errors import WorkerError
+from counterweight.workers.identity import Identity, WorkerReport
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.worker import Worker
 from tests.models import Case, checkpoint, write_text
@@ -102,14 +103,22 @@ class LocalPool:
         self._slots = [self._fresh() for _ in range(size)]
         self._pending: dict[Future[Any], tuple[int, int]] = {}
         self._tickets = 0
+        self._idle = list(range(size))
 
     def _fresh(self) -> _Slot:
         return _Slot(Worker("cpu", self.threads), ThreadPoolExecutor(1))
 
-    def devices(self) -> list[str]:
-        return [slot.worker.ready() for slot in self._slots]
+    def first(self) -> WorkerReport:
+        """What `RayPool` says of the first worker that answered."""
+        return WorkerReport(
+            device=self._slots[0].worker.ready(), identity=Identity(code=""), host="here", pid=os.getpid()
+        )
+
+    def idle(self) -> list[int]:
+        return list(self._idle)
 
     def submit(self, worker: int, task: Task[Any]) -> int:
+        self._idle.remove(worker)
         self.calls.append((worker, task))
         fault = self._fault(worker, task)
         slot = self._slots[worker]
@@ -122,7 +131,7 @@ class LocalPool:
         done, _ = wait(self._pending, timeout=seconds, return_when=FIRST_COMPLETED)
         return [self._outcome(future) for future in sorted(done, key=lambda f: self._pending[f])]
 
-    def restart(self, worker: int) -> None:
+    def _restart(self, worker: int) -> None:
         self.restarts.append(worker)
         self._slots[worker].thread.shutdown()
         self._slots[worker] = self._fresh()
@@ -135,6 +144,9 @@ class LocalPool:
     def _outcome(self, future: Future[Any]) -> Outcome:
         ticket, worker = self._pending.pop(future)
         error = future.exception()
+        if isinstance(error, _Died):
+            self._restart(worker)
+        self._idle.append(worker)
         if error is None:
             return Outcome(ticket, worker, value=future.result())
         return Outcome(ticket, worker, error=error, worker_died=isinstance(error, _Died))

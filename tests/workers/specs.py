@@ -11,14 +11,13 @@ from torch import Tensor
 
 from counterweight.workers.checkpoint.digest import tensor_digest
 from counterweight.workers.models.block_builder import BlockBuilder
-from counterweight.workers.models.layout import EMBEDDING
 from counterweight.workers.recipe import ModuleRecipe, Recipe
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.embed import Embed
 from counterweight.workers.tasks.setting import ComputeDtype, Setting
 from counterweight.workers.workspace import Blob, Workspace
-from tests.models import read_config, read_tensors
+from tests.models import EMBEDDING, read_config, read_tensors
 
 RECIPE: Mapping[str, Any] = {
     "weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "rtn"}},

@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from counterweight.kernels.hadamard import Hadamard
-from counterweight.workers import matrix_flops
-from counterweight.workers.arithmetic.forward import STRIP
-from counterweight.workers.calibration.statistics import TRIANGLE_BLOCK, ShardMoments
+from counterweight.workers import matrix_bytes, matrix_flops
+from counterweight.workers.calibration.statistics import ShardMoments
+from counterweight.workers.calibration.triangle import TRIANGLE_BLOCK
 from counterweight.workers.compensation.regression import root_of, spectrum
 from counterweight.workers.matrix_flops import Work
 from counterweight.workers.quantization.target import right_divide
@@ -37,9 +37,9 @@ def test_work_adds_and_multiplies_kind_by_kind() -> None:
 
 @pytest.mark.parametrize("width", [32, TRIANGLE_BLOCK, 3 * TRIANGLE_BLOCK])
 def test_a_gram_matrix_is_its_triangle_and_the_rest_of_its_strips(width: int) -> None:
-    assert STRIP == TRIANGLE_BLOCK
+    assert matrix_bytes.TRIANGLE_BLOCK == TRIANGLE_BLOCK
     x = draw(200, width, dtype=torch.float32)
-    near(matrix_flops.gram(200, width, STRIP), counted(lambda: ShardMoments.of(x)))
+    near(matrix_flops.gram(200, width, TRIANGLE_BLOCK), counted(lambda: ShardMoments.of(x)))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(40, 96), (96, 40)])
@@ -78,9 +78,9 @@ def test_constants_of_factorizations_are_the_textbooks() -> None:
     """Leading terms: n^3/3, 2 n^2 k, 9 n^3, 4 m n^2 - 4/3 n^3, 6 m n^2 + 20 n^3."""
     assert matrix_flops.cholesky(30).factorizations == 9000
     assert matrix_flops.solve(30, 7).factorizations == 2 * 900 * 7
-    assert matrix_flops.eigh(30).factorizations == 9 * 27000
+    assert matrix_flops.eigh(30).decompositions == 9 * 27000
     assert matrix_flops.qr(30, 30).factorizations == pytest.approx(8 / 3 * 27000)
-    assert matrix_flops.svd(50, 30).factorizations == 6 * 50 * 900 + 20 * 27000
+    assert matrix_flops.svd(50, 30).decompositions == 6 * 50 * 900 + 20 * 27000
 
 
 def test_the_counter_agrees_with_torchs_own_on_products() -> None:

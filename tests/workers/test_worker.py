@@ -18,7 +18,6 @@ from counterweight.workers.interchange.compressed_tensors import read_weight
 from counterweight.workers.interchange.peft import read_branch
 from counterweight.workers.loaded_block import load_block
 from counterweight.workers.models.block_builder import Block
-from counterweight.workers.models.layout import LM_HEAD, NORM
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
@@ -27,7 +26,7 @@ from counterweight.workers.tasks.pass_through import PassThrough
 from counterweight.workers.tasks.setting import shard_sequences
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Blob
-from tests.models import Case, build, checkpoint, save_fused, token_ids
+from tests.models import LM_HEAD, NORM, Case, build, checkpoint, save_fused, token_ids
 from tests.workers.specs import RECIPE, Site
 
 CPU = torch.device("cpu")

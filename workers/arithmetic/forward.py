@@ -7,10 +7,14 @@ from dataclasses import replace
 
 from counterweight.workers.arithmetic.preparing import curious, online_flops, scaled
 from counterweight.workers.footprint.load import Group, Load, streams
-from counterweight.workers.matrix_flops import NOTHING, Work, gram, product
+from counterweight.workers.matrix_bytes import TRIANGLE_BLOCK
+from counterweight.workers.matrix_flops import NOTHING, Work, gram, product, steps
 from counterweight.workers.methods.tuning import Tuning
+from counterweight.workers.models.family import is_expert
 
-STRIP = 128  # TRIANGLE_BLOCK of calibration/statistics.py, which imports torch
+STEPS = 4
+"""Operations around a linear of a shard: itself, its share of finding an expert's rows, of the product between linears, and of
+adding up."""
 
 
 def forward(load: Load) -> Work:
@@ -18,7 +22,7 @@ def forward(load: Load) -> Work:
     once = run(load, load.tokens)
     work = NOTHING
     for calibration in calibrations(load):
-        work += once * passes(calibration)
+        work += once * passes(calibration) + again(calibration)
         if curious(calibration):
             work += run(load, min(load.shard, load.tokens))
     if (options := tunes(load)) is not None:
@@ -67,6 +71,16 @@ def passes(load: Load) -> int:
     return 1 + load.paired + (kept and scaled(load))
 
 
+def again(load: Load) -> Work:
+    """The passes behind the first, where linears are solved in several: only the experts run that are solved after them."""
+    work = NOTHING
+    for one in load.by_pass()[1:]:
+        groups = [group for group in one.groups if group.recipe or not is_expert(next(iter(group.linears)))]
+        paired = one.paired and any(group.recipe and group.share == 1 for group in groups)
+        work += run(replace(one, groups=groups), one.tokens) * (1 + paired)
+    return work
+
+
 def tunes(load: Load) -> Tuning | None:
     """How codes are trained; None where they are not."""
     return next((part.tuning for group in load.groups for part in group.recipe.values() if part.tuning), None)
@@ -81,6 +95,7 @@ def run(load: Load, tokens: float) -> Work:
         for name, (rows, columns) in group.linears.items():
             seen = tokens * group.share
             work += product(seen, columns, rows) + online_flops(load, name, seen, columns)
+            work += steps(STEPS * -(-tokens // load.shard))
             if name == load.family.output:
                 work += product(tokens, load.length, columns) * 2
     return work
@@ -104,4 +119,7 @@ def _moments(load: Load, group: Group) -> Work:
     pairs = count * (count - 1) // 2
     part = next(iter(group.recipe.values()))
     quantized = NOTHING if part.activations is None else part.activations.quantize_flops(tokens * group.width)
-    return gram(tokens, group.width, STRIP) * count + product(group.width, tokens, group.width) * pairs + quantized
+    # Of each product of a shard: zeros, the product, and its strips added to the sum.
+    launched = steps(load.shards * (count + pairs) * (2 + -(-group.width // TRIANGLE_BLOCK)))
+    triangles = gram(tokens, group.width, TRIANGLE_BLOCK) * count
+    return triangles + product(group.width, tokens, group.width) * pairs + quantized + launched

@@ -10,7 +10,12 @@ ROWS, FEW = 2048, 512  # `prepare.py` says the same, but imports torch
 
 def preparing(load: Load) -> Work:
     """Of all groups."""
-    return sum((_rotating(load, group) + _choosing(load, group) for group in load.groups), NOTHING)
+    return rotating(load) + sum((_choosing(load, group) for group in load.groups), NOTHING)
+
+
+def rotating(load: Load) -> Work:
+    """Of the rotations of all weights, which lie on the host."""
+    return sum((_rotating(load, group) for group in load.groups), NOTHING)
 
 
 def curious(load: Load) -> bool:

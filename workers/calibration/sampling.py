@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from counterweight.workers.errors import RequestError
+from counterweight.workers.quantization.inputs import check_activations
+
 BATCH = 16
 """Sequences that are drawn together; part of the result, because a batch's random numbers are."""
 
@@ -15,10 +18,16 @@ def sample(model: PreTrainedModel, sequences: int, length: int, *, temperature: 
 
     Each begins with the config's bos_token_id, or where it has none with any token of the vocabulary. Nothing is cut off from
     the distribution but its shape by `temperature`, and an end-of-sequence token ends nothing. The same arguments give the
-    same tokens on the same kind of device; torch's global generators are left as they were.
+    same tokens on the same kind of device; torch's global generators are left as they were. RequestError for a token that the
+    model does not have, and for logits that are not finite.
     """
     device = next(model.parameters()).device
     beginning = getattr(model.config, "bos_token_id", None)
+    if isinstance(beginning, int) and not 0 <= beginning < model.config.vocab_size:
+        raise RequestError(f"config.json: bos_token_id: {beginning}: expected a token below {model.config.vocab_size}")
+    with torch.no_grad():
+        tried = torch.tensor([[beginning if isinstance(beginning, int) else 0]], device=device)
+        check_activations("the model's prediction behind its first token", model(tried, use_cache=False).logits)
     options = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=length - 1, pad_token_id=0
     )

@@ -12,7 +12,7 @@ Name = Annotated[str, Field(min_length=1, max_length=2000)]
 
 
 class TextSource(Config):
-    """A UTF-8 text file, tokenized whole and once."""
+    """A UTF-8 text file, tokenized as one text, as far as its windows need it."""
 
     kind: Literal["text"] = "text"
     uri: Name
@@ -25,6 +25,8 @@ class StandardLibrarySource(Config):
     kind: Literal["standard_library"] = "standard_library"
     part: Literal["train", "calibration", "evaluation"]
     """Disjoint sets of files."""
+    content: Literal["sources", "docstrings"] = "sources"
+    """Whole files, or the longer docstrings in them: prose."""
 
 
 class TokensSource(Config):
@@ -36,11 +38,12 @@ class TokensSource(Config):
 
 
 class DatasetSource(Config):
-    """A Hugging Face dataset, by hub name or local directory; its text column is joined by blank lines."""
+    """A Hugging Face dataset, by hub name, local directory or file; its text column is joined by blank lines."""
 
     kind: Literal["dataset"] = "dataset"
     path: Name
-    """Hub name, or a local directory: beginning with `/`, `./`, `../` or `file:`, relative to the manifest."""
+    """Hub name, or a local directory or file (.jsonl, .json, .csv, .parquet, .txt): these begin with `/`, `./`,
+    `../` or `file:`, relative to the manifest."""
     name: Name | None = None
     """Configuration of a data set that has several."""
     split: Name = "train"

@@ -7,17 +7,23 @@ depends on its path alone, so a file never changes sides when other files come o
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
 from counterweight.workers.errors import RequestError
 
-__all__ = ["Part", "standard_library_files", "standard_library_text"]
+__all__ = ["Content", "Part", "standard_library_files", "standard_library_pieces", "standard_library_text"]
 
 Part = Literal["train", "calibration", "evaluation"]
+Content = Literal["sources", "docstrings"]
+
+LEAST_PROSE = 200
+"""Characters of a docstring that counts as prose: shorter ones name a thing and say little of it."""
 
 # Buckets of the path digest: one of sixteen is about 0.5 MB of text, 200,000 tokens of the demo tokenizer.
 _BUCKETS = 16
@@ -73,15 +79,34 @@ def standard_library_files(part: Part, *, library: Path | None = None) -> list[P
     return files
 
 
-def standard_library_text(part: Part, *, library: Path | None = None) -> str:
-    """The files of one part, in the order of `standard_library_files`, each followed by a line end.
+def standard_library_text(part: Part, content: Content = "sources", *, library: Path | None = None) -> str:
+    """The files of one part, in the order of `standard_library_files`, each followed by a line end; or their docstrings of
+    `LEAST_PROSE` characters and more, with a blank line between them.
 
     Line ends are `\\n` on every platform. The same interpreter gives the same text each time.
 
     Raises:
-        RequestError: as `standard_library_files`, or a file is unreadable or is not UTF-8.
+        RequestError: as `standard_library_files`, or a file is unreadable or is not UTF-8; for docstrings also when it is not
+            Python, or no file has one.
     """
-    return "".join(_read(path) + "\n" for path in standard_library_files(part, library=library))
+    return "".join(standard_library_pieces(part, content, library=library))
+
+
+def standard_library_pieces(part: Part, content: Content = "sources", *, library: Path | None = None) -> Iterator[str]:
+    """The text of `standard_library_text` file by file, each read when it is asked for."""
+    files = standard_library_files(part, library=library)
+    if content == "sources":
+        yield from (_read(path) + "\n" for path in files)
+        return
+    found = (text for path in files for text in _docstrings(path) if len(text) >= LEAST_PROSE)
+    first = next(found, None)
+    if first is None:
+        raise RequestError(
+            f"standard library: part {part!r}: no docstring of {LEAST_PROSE} characters: expected one or more"
+        )
+    yield first
+    yield from ("\n\n" + text for text in found)
+    yield "\n"
 
 
 def _source_names(root: Path) -> list[str]:
@@ -107,6 +132,17 @@ def _part_of(name: str) -> Part:
     """The part of a file, from the sha256 of its relative path (`hash` differs between processes)."""
     bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % _BUCKETS
     return _HELD_OUT_BUCKETS.get(bucket, "train")
+
+
+def _docstrings(path: Path) -> list[str]:
+    """Those of the module, its classes and functions, breadth first, without their indentation."""
+    try:
+        tree = ast.parse(_read(path))
+    except SyntaxError as error:
+        raise RequestError(f"standard library: {path}: expected Python: {error}") from error
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+    return [text for text in texts if text is not None]
 
 
 def _read(path: Path) -> str:

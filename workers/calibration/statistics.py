@@ -8,7 +8,8 @@ Up to three streams describe the same tokens at the same place:
 
 A statistic is gathered once per *distinct* input (q, k and v share one; gate and up share one). Tokens arrive in fixed
 shards; products are taken in float32 within a shard and summed over shards in float64 in shard order, so the result has
-the same bits however many workers or threads took part.
+the same bits however many workers or threads took part. A symmetric product is held by its lower triangle until somebody
+solves with it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -24,12 +26,7 @@ from counterweight.kernels.backend import runs_kernels
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.workers.calibration.thresholds import Thresholds
-
-TRIANGLE_BLOCK = 128
-"""Columns per strip of the lower triangle. One Zen 4 core, float32, 4096 x 768: the full product takes 74 ms, strips of
-64, 128, 192, 256 and 384 columns take 52, 32, 44, 35 and 54 ms (`benchmarks/gram.py`)."""
-
-SYMMETRIC = frozenset({"xx", "yy", "tt"})
+from counterweight.workers.calibration.triangle import TRIANGLE_BLOCK, LowerTriangle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,13 +101,62 @@ class InputStatistics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardMoments:
-    """One shard's contribution, float32: of xx, yy and tt [in, in] only the lower triangle holds meaning."""
+class PackedMoments:
+    """`InputStatistics` in about half of their memory. triangles: products of a stream with itself; crossed: of two streams,
+    [in, in] float64."""
 
-    products: Mapping[str, Tensor]
+    triangles: Mapping[str, LowerTriangle]
+    crossed: Mapping[str, Tensor]
     tokens: int
     absolute: Tensor | None
     thresholds: Tensor | None
+    activations: ActivationFormat | None
+
+    @classmethod
+    def of(cls, statistics: InputStatistics) -> PackedMoments:
+        """What `unpacked` gives back."""
+        products = {"xx": statistics.gram, **statistics.others}
+        return cls(
+            triangles={name: LowerTriangle.of(one) for name, one in products.items() if name[0] == name[1]},
+            crossed={name: one for name, one in products.items() if name[0] != name[1]},
+            tokens=statistics.tokens,
+            absolute=statistics.absolute,
+            thresholds=statistics.thresholds,
+            activations=statistics.activations,
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the sums."""
+        found = (*self.triangles.values(), *self.crossed.values(), self.absolute, self.thresholds)
+        return sum(each.nbytes for each in found if each is not None)
+
+    def unpacked(self) -> InputStatistics:
+        """With squares of their own."""
+        squares = {name: triangle.square() for name, triangle in self.triangles.items()}
+        return InputStatistics(
+            gram=squares.pop("xx"),
+            tokens=self.tokens,
+            others={**squares, **self.crossed},
+            absolute=self.absolute,
+            thresholds=self.thresholds,
+            activations=self.activations,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardMoments:
+    """One shard's contribution, float32: its products of a stream with itself, and those of two streams [in, in]."""
+
+    triangles: Mapping[str, LowerTriangle]
+    crossed: Mapping[str, Tensor]
+    tokens: int
+    absolute: Tensor | None
+    thresholds: Tensor | None
+
+    @property
+    def width(self) -> int:
+        return self.triangles["xx"].width
 
     @classmethod
     def of(cls, rows: Tensor, gathering: Gathering = NOTHING_ELSE, original: Tensor | None = None) -> ShardMoments:
@@ -129,14 +175,9 @@ class ShardMoments:
 
         # The kernel takes a stream in its own dtype, so that often no float32 copy is needed at all.
         kernel = runs_kernels(x.device)
-        names = list(streams)
-        products = {
-            one + other: _lower(streams[one] if kernel else wide(one)) if one == other else wide(one).T @ wide(other)
-            for place, one in enumerate(names)
-            for other in names[place:]
-        }
         return cls(
-            products=products,
+            triangles={name * 2: _lower(stream if kernel else wide(name)) for name, stream in streams.items()},
+            crossed={one + other: wide(one).T @ wide(other) for one, other in combinations(streams, 2)},
             tokens=int(x.shape[0]),
             absolute=wide("x").abs().sum(0) if gathering.absolute else None,
             thresholds=Thresholds.of(wide("x")) if gathering.thresholds else None,
@@ -147,8 +188,9 @@ class Accumulator:
     """Sums shards in the order in which they are added, in float64, holding one sum."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu", gathering: Gathering = NOTHING_ELSE) -> None:
-        self._width, self._activations = width, gathering.activations
-        self._products = {"xx": torch.zeros(width, width, dtype=torch.float64, device=device)}
+        self._width, self._device, self._activations = width, device, gathering.activations
+        self._triangles = {"xx": LowerTriangle.zeros(width, torch.float64, device)}
+        self._crossed: dict[str, Tensor] = {}
         self._absolute: Tensor | None = None
         self._thresholds = Thresholds(width, device) if gathering.thresholds else None
         self._tokens = 0
@@ -156,24 +198,26 @@ class Accumulator:
     @property
     def bytes(self) -> int:
         """Memory of the sums."""
-        found = (*self._products.values(), self._absolute)
-        return sum(tensor.nbytes for tensor in found if tensor is not None)
+        found = (*self._triangles.values(), *self._crossed.values(), self._absolute)
+        return sum(each.nbytes for each in found if each is not None)
 
     def add(self, shard: ShardMoments) -> None:
         """Adds one shard; ValueError when its width is another."""
-        if shard.products["xx"].shape != self._products["xx"].shape:
-            raise ValueError(
-                f"a shard of width {len(shard.products['xx'])} cannot join statistics of width {self._width}"
-            )
-        for name, product in shard.products.items():
-            if name in self._products:
+        if shard.width != self._width:
+            raise ValueError(f"a shard of width {shard.width} cannot join statistics of width {self._width}")
+        for name, triangle in shard.triangles.items():
+            if name not in self._triangles:
+                self._triangles[name] = LowerTriangle.zeros(self._width, torch.float64, self._device)
+            self._triangles[name].add_(triangle)
+        for name, product in shard.crossed.items():
+            if name in self._crossed:
                 # Strip by strip: torch would make a float64 copy of the whole product first.
                 for total, part in zip(
-                    self._products[name].split(TRIANGLE_BLOCK), product.split(TRIANGLE_BLOCK), strict=True
+                    self._crossed[name].split(TRIANGLE_BLOCK), product.split(TRIANGLE_BLOCK), strict=True
                 ):
                     total += part
             else:
-                self._products[name] = product.double()
+                self._crossed[name] = product.double()
         if shard.absolute is not None:
             absolute = shard.absolute.double()
             self._absolute = absolute if self._absolute is None else self._absolute + absolute
@@ -181,40 +225,31 @@ class Accumulator:
             self._thresholds.merge(shard.thresholds)
         self._tokens += shard.tokens
 
-    def result(self) -> InputStatistics:
-        """The sum so far; zeros when nothing was added."""
-        whole = {name: _whole(sum_) if name in SYMMETRIC else sum_ for name, sum_ in self._products.items()}
-        gram = whole.pop("xx")
-        return InputStatistics(
-            gram=gram,
+    def packed(self) -> PackedMoments:
+        """The sum so far, in memory that further shards are added to; zeros when nothing was added."""
+        return PackedMoments(
+            triangles=self._triangles,
+            crossed=self._crossed,
             tokens=self._tokens,
-            others=whole,
             absolute=self._absolute,
             thresholds=None if self._thresholds is None else self._thresholds.result(),
             activations=self._activations,
         )
 
+    def result(self) -> InputStatistics:
+        """The sum so far, unpacked."""
+        return self.packed().unpacked()
 
-def _lower(x: Tensor) -> Tensor:
+
+def _lower(x: Tensor) -> LowerTriangle:
     """The lower triangle of x^T x in float32, strip by strip: half of the products, because the matrix is symmetric.
     x: float32, for the kernel any float."""
     width = x.shape[1]
-    lower = torch.zeros(width, width, device=x.device)
     if runs_kernels(x.device):
         from counterweight.kernels.gpu.gram import add_gram_
 
-        return add_gram_(lower, x.contiguous())
-    for start in range(0, width, TRIANGLE_BLOCK):
-        stop = min(start + TRIANGLE_BLOCK, width)
-        torch.mm(x[:, start:stop].T, x[:, :stop], out=lower[start:stop, :stop])
+        return LowerTriangle.of(add_gram_(torch.zeros(width, width, device=x.device), x.contiguous()))
+    lower = LowerTriangle.empty(width, torch.float32, x.device)
+    for start, stop, strip in lower.strips():
+        torch.mm(x[:, start:stop].T, x[:, :stop], out=strip)
     return lower
-
-
-def _whole(lower: Tensor) -> Tensor:
-    """The symmetric matrix of this lower triangle, strip by strip, without a second copy."""
-    whole = lower.tril()
-    for start in range(0, len(whole), TRIANGLE_BLOCK):
-        stop = min(start + TRIANGLE_BLOCK, len(whole))
-        whole[start:stop, stop:] = whole[stop:, start:stop].T
-        whole[start:stop, start:stop] += whole[start:stop, start:stop].tril(-1).T
-    return whole

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from counterweight.workers.calibration.source import (
-    DatasetSource,
-    StandardLibrarySource,
-    TextSource,
-    TokenSource,
-    TokensSource,
-)
-from counterweight.workers.calibration.standard_library import standard_library_text
+from counterweight.workers.calibration.source import TokenSource, TokensSource
+from counterweight.workers.calibration.texts import open_text
+from counterweight.workers.calibration.windows import Sampling, Windows, encoder, windows
 from counterweight.workers.checkpoint.digest import tensor_digest
 from counterweight.workers.checkpoint.writer import read_safetensors
-from counterweight.workers.errors import CheckpointError, ObjectNotFoundError, RequestError
-from counterweight.workers.storage import open_store, split_uri
+from counterweight.workers.errors import CheckpointError, RequestError
 
-Sampling = Literal["consecutive", "random"]
+MAX_PREPARED_BYTES = 8 << 30
+"""Of a file of prepared tokens: a thousand million of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +74,21 @@ def token_set(
     if isinstance(source, TokensSource):
         ids = _prepared(source, length, sequences, field)
     else:
-        stream = _tokenize(_text(source, field), tokenizer, field)
-        ids = _cut(stream, length, sequences, sampling, seed, field)
-    # A number that wraps around could come out as a token of the model's.
+        with encoder(tokenizer, field) as running:
+            found = windows(
+                source, running, length=length, sequences=sequences, sampling=sampling, seed=seed, field=field
+            )
+        ids = as_tensor(found)
+    return checked(ids, field)
+
+
+def as_tensor(found: Windows) -> Tensor:
+    """[sequences, length] int64."""
+    return torch.from_numpy(np.array(found, dtype=np.int64))
+
+
+def checked(ids: Tensor, field: str) -> TokenSet:
+    """A token set of ids [sequences, length]; RequestError for one that could come out as another when it wraps around."""
     bounds = torch.iinfo(torch.int32)
     for extreme in (int(ids.min()), int(ids.max())):
         if not bounds.min <= extreme <= bounds.max:
@@ -91,74 +96,12 @@ def token_set(
     return TokenSet(ids.to(torch.int32).contiguous())
 
 
-def _text(source: TextSource | StandardLibrarySource | DatasetSource, field: str) -> str:
-    if isinstance(source, StandardLibrarySource):
-        return standard_library_text(source.part)
-    if isinstance(source, TextSource):
-        data = _read(source.uri, field)
-        try:
-            # Line ends as Python reads text: a file with CRLF gives the tokens that every other tool gets from it.
-            return data.decode().replace("\r\n", "\n").replace("\r", "\n")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"{field}: {source.uri}: not UTF-8 text at byte {error.start}") from error
-    return _dataset_text(source, field)
-
-
-def _read(uri: str, field: str) -> bytes:
-    root, key = split_uri(uri)
-    try:
-        return open_store(root).read(key)
-    except ObjectNotFoundError as error:
-        raise RequestError(f"{field}.uri: {uri}: no such file") from error
-
-
-def _dataset_text(source: DatasetSource, field: str) -> str:
-    import datasets  # costs a second that other sources need not pay
-
-    try:
-        rows = datasets.load_dataset(source.path, source.name, split=source.split)
-    except (ValueError, OSError, KeyError) as error:
-        raise RequestError(f"{field}: dataset {source.path!r}: {error}") from error
-    if source.column not in rows.column_names:
-        columns = ", ".join(rows.column_names)
-        raise RequestError(f"{field}.column: {source.column!r}: expected one of {columns}")
-    if source.rows is not None:
-        rows = rows.select(range(min(source.rows, len(rows))))
-    return "\n\n".join(rows[source.column])
-
-
-def _tokenize(text: str, tokenizer: bytes | None, field: str) -> list[int]:
-    if tokenizer is None:
-        raise RequestError(f"{field}: the model has no tokenizer.json: expected one, or a source of kind 'tokens'")
-    try:
-        encoder = Tokenizer.from_buffer(tokenizer)
-    except ValueError as error:
-        raise RequestError(f"tokenizer.json: {error}") from error
-    encoder.no_truncation()
-    encoder.no_padding()
-    ids: list[int] = encoder.encode(text).ids
-    return ids
-
-
-def _cut(stream: list[int], length: int, sequences: int | None, sampling: Sampling, seed: int, field: str) -> Tensor:
-    available = len(stream) // length
-    wanted = available if sequences is None else sequences
-    if available < max(wanted, 1):
-        raise RequestError(
-            f"{field}: {len(stream)} tokens make {available} windows of {length}: expected at least {max(wanted, 1)}"
-        )
-    if sampling == "consecutive":
-        starts = [index * length for index in range(wanted)]
-    else:
-        draw = random.Random(seed)
-        starts = [draw.randrange(len(stream) - length + 1) for _ in range(wanted)]
-    return torch.tensor([stream[start : start + length] for start in starts])
-
-
 def _prepared(source: TokensSource, length: int, sequences: int | None, field: str) -> Tensor:
-    data = _read(source.uri, field)
+    store, key, size = open_text(source.uri, field)
+    if size > MAX_PREPARED_BYTES:
+        raise RequestError(f"{field}: {source.uri}: {size} bytes, expected at most {MAX_PREPARED_BYTES}")
     try:
-        tensors = read_safetensors(data, file=source.uri)
+        tensors = read_safetensors(store.read(key), file=source.uri)
     except CheckpointError as error:
         raise RequestError(f"{field}: {error}") from error
     ids = tensors.get("input_ids")

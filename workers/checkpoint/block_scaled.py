@@ -14,15 +14,12 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from counterweight.workers.checkpoint.encoding import DECODED, EncodedWeight
 from counterweight.workers.checkpoint.header import DTYPES, TensorEntry
 from counterweight.workers.checkpoint.refusal import refusal, show
 
 CODES = torch.float8_e4m3fn
-DECODED = torch.bfloat16
 SCALE = "_scale_inv"
-
-SOURCE_DTYPES: Mapping[str, torch.dtype] = {**DTYPES, "F8_E4M3": CODES}
-"""The format's words for the dtypes of such a checkpoint."""
 
 MAX_BLOCK = 1024
 """Rows or columns of a block; eight times as many as any published model has."""
@@ -64,10 +61,14 @@ class BlockScaling:
         rows, columns = size
         return cls(rows=rows, columns=columns)
 
-    def scales(self, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-        """Block-scaled weight -> the entry of its scales. CheckpointError, listing them, for weights without scales and for
-        scales of another dtype or shape."""
-        found: dict[str, TensorEntry] = {}
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """See `Encoding.dtypes`."""
+        return {**DTYPES, "F8_E4M3": CODES}
+
+    def weights(self, entries: Mapping[str, TensorEntry]) -> dict[str, EncodedWeight]:
+        """See `Encoding.weights`: weights without scales and scales of another dtype or shape are refused."""
+        found: dict[str, EncodedWeight] = {}
         problems: list[str] = []
         for name, entry in entries.items():
             if entry.dtype != CODES:
@@ -84,13 +85,13 @@ class BlockScaling:
                     f"expected float32 of {list(self._grid(entry.shape))}"
                 )
             else:
-                found[name] = scale
+                found[name] = EncodedWeight.of(entry, scale, name, entry.shape)
         if problems:
             raise refusal("scales of blocks", problems)
         return found
 
-    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """codes [out, in] float8, scale [ceil(out / rows), ceil(in / columns)] float32 -> the weight [out, in] bfloat16.
+    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """codes [out, in] float8, scales [ceil(out / rows), ceil(in / columns)] float32 -> the weight [out, in] bfloat16.
 
         Products in float32, rounded once. Beside both, one row of blocks is held in float32. NaN in codes or scales and
         products beyond bfloat16 come out as no finite numbers.
@@ -98,7 +99,7 @@ class BlockScaling:
         weight = torch.empty(codes.shape, dtype=DECODED)
         for place, start in enumerate(range(0, len(codes), self.rows)):
             rows = slice(start, start + self.rows)
-            spread = scale[place].repeat_interleave(self.columns)[: codes.shape[1]]
+            spread = scales[place].repeat_interleave(self.columns)[: codes.shape[1]]
             weight[rows] = codes[rows].float() * spread
         return weight
 
@@ -110,10 +111,3 @@ class BlockScaling:
 def _is_block(size: object) -> TypeGuard[list[int]]:
     # Not isinstance of each: JSON's true is an int to Python.
     return isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n <= MAX_BLOCK for n in size)
-
-
-def logical(entry: TensorEntry) -> TensorEntry:
-    """The entry of a block-scaled weight, as its readers see it: of the decoded dtype, where its codes lie."""
-    return TensorEntry(
-        name=entry.name, dtype=DECODED, shape=entry.shape, file=entry.file, start=entry.start, length=entry.length
-    )

@@ -18,13 +18,13 @@ from operator import attrgetter
 
 import torch
 
+from counterweight.workers.checkpoint.limits import MAX_TENSORS as MAX_TENSORS
 from counterweight.workers.checkpoint.refusal import show
 from counterweight.workers.errors import CheckpointError
 
 LENGTH_BYTES = 8
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-MAX_TENSORS = 200_000  # a trillion-parameter model with one tensor per expert's linear has about 140,000
 MAX_NAME_LENGTH = 512  # characters; the longest in use are near 100
 MAX_DIMENSIONS = 16  # the deepest weights in use (convolutions in space and time) have 5
 MAX_METADATA_BYTES = 1 << 20  # free text that nothing here reads

@@ -4,6 +4,10 @@ transformers takes `model.safetensors` when it is there and never looks at an in
 prefers the index would read other weights from the same directory. So the two together are refused, unless
 the index names no other file. An index may name files beside itself and nothing else: transformers follows
 `../`.
+
+A config may ask for code of its repository (`auto_map`), as DeepSeek's, MiniMax's and Kimi's do. No code is ever read,
+copied or run. Where transformers has the family itself, the demand is dropped here, so that nobody behind sees it;
+elsewhere it is refused.
 """
 
 from __future__ import annotations
@@ -12,14 +16,17 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from counterweight.workers.checkpoint.block_scaled import BlockScaling
-from counterweight.workers.checkpoint.header import MAX_TENSORS
+from counterweight.workers.checkpoint.limits import MAX_TENSORS
 from counterweight.workers.checkpoint.refusal import refusal, show
 from counterweight.workers.checkpoint.strict_json import parse_object
 from counterweight.workers.errors import CheckpointError, ObjectNotFoundError
+from counterweight.workers.models.families import is_known
 from counterweight.workers.storage import ObjectStore
+
+if TYPE_CHECKING:
+    from counterweight.workers.checkpoint.encoding import Encoding
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -37,11 +44,16 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,200}\.safetensors")
 _PICKLES = re.compile(r".*\.(bin|bin\.index\.json|pt|pth|ckpt|pkl)")
 _MAX_LOOKED_AT = 1000  # objects listed to tell a pickle checkpoint from no checkpoint
 
+CODE = "auto_map"
+QUANTIZED = (
+    "the checkpoint is already quantized; expected one in 16 or 32 bit, in fp8 with scales of blocks, or in MXFP4"
+)
+
 _REFUSED_KEYS: Mapping[str, str] = {
-    "auto_map": "the model needs code from its repository, which is never run",
+    CODE: "the model needs code from its repository, which is never run",
     "transformers_weights": "the config redirects the weights to another file",
-    "quantization_config": "the checkpoint is already quantized; expected one in 16 or 32 bit, or in fp8 with scales of blocks",
-    "compression_config": "the checkpoint is already quantized; expected one in 16 or 32 bit, or in fp8 with scales of blocks",
+    "quantization_config": QUANTIZED,
+    "compression_config": QUANTIZED,
 }
 
 
@@ -49,31 +61,40 @@ _REFUSED_KEYS: Mapping[str, str] = {
 class Layout:
     """The checkpoint's files.
 
-    config: config.json, parsed; without `quantization_config` where that is `scaling`, the blocks of a block-scaled source.
-    shards: keys of its safetensors files, sorted. weight_map: tensor -> shard as
-    the index has it, or None without an index. bytes_read: what finding out has cost.
+    config: config.json, parsed; without `quantization_config` where that is `encoding`, in which weights are decoded, and
+    without `auto_map` where that is dropped, which `asks_for_code` says. shards: keys of its safetensors files, sorted.
+    weight_map: tensor -> shard as the index has it, or None without an index. bytes_read: what finding out has cost.
     """
 
     config: Mapping[str, Any]
     shards: tuple[str, ...]
     weight_map: Mapping[str, str] | None
     bytes_read: int
-    scaling: BlockScaling | None = None
+    encoding: Encoding | None = None
+    asks_for_code: bool = False
 
 
 def read_layout(store: ObjectStore, *, quantized: bool = False) -> Layout:
     """Reads the config and the index. Raises `CheckpointError` where they break a rule, `StorageError` and
     `RequestError` as the store does."""
     config, config_bytes = _read_object(store, CONFIG, MAX_CONFIG_BYTES, _MAX_CONFIG_VALUES)
-    scaling = None if quantized else _scaling(config)
-    if scaling is not None:
+    encoding = None if quantized else _encoding(config)
+    if encoding is not None:
         del config["quantization_config"]
+    asks_for_code = not quantized and is_known(config.get("model_type")) and _drop_code(config)
     check_config(config, quantized=quantized)
     single = store.exists(SINGLE)
     if not store.exists(INDEX):
         if not single:
             raise _no_weights(store)
-        return Layout(config=config, shards=(SINGLE,), weight_map=None, bytes_read=config_bytes, scaling=scaling)
+        return Layout(
+            config=config,
+            shards=(SINGLE,),
+            weight_map=None,
+            bytes_read=config_bytes,
+            encoding=encoding,
+            asks_for_code=asks_for_code,
+        )
     index, index_bytes = _read_object(store, INDEX, MAX_INDEX_BYTES, _MAX_INDEX_VALUES)
     weight_map = check_index(index)
     shards = tuple(sorted(set(weight_map.values())))
@@ -87,13 +108,19 @@ def read_layout(store: ObjectStore, *, quantized: bool = False) -> Layout:
         shards=shards,
         weight_map=weight_map,
         bytes_read=config_bytes + index_bytes,
-        scaling=scaling,
+        encoding=encoding,
+        asks_for_code=asks_for_code,
     )
 
 
-def _scaling(config: Mapping[str, Any]) -> BlockScaling | None:
+def _encoding(config: Mapping[str, Any]) -> Encoding | None:
+    if "quantization_config" not in config:
+        return None
+    from counterweight.workers.checkpoint.block_scaled import BlockScaling  # torch, which a first look does without
+    from counterweight.workers.checkpoint.mxfp4 import Mxfp4
+
     try:
-        return BlockScaling.of(config)
+        return BlockScaling.of(config) or Mxfp4.of(config)
     except CheckpointError as error:
         raise CheckpointError(f"{CONFIG}: {error}") from error
 
@@ -140,13 +167,26 @@ def _read_object(store: ObjectStore, key: str, max_bytes: int, max_values: int) 
     return parse_object(store.read_range(key, 0, size), file=key, max_values=max_values), size
 
 
+def _drop_code(config: dict[str, Any]) -> bool:
+    """Takes every `auto_map` out; whether there was one."""
+    asking = [one for one in _objects(config) if one.get(CODE) is not None]
+    for one in asking:
+        del one[CODE]
+    return bool(asking)
+
+
 def _members(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every member of every object inside: composite models nest one config in another."""
+    """Every member of every object inside."""
+    return (member for one in _objects(config) for member in one.items())
+
+
+def _objects(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every object inside: composite models nest one config in another."""
     pending: list[Any] = [config]
     while pending:
         value = pending.pop()
         if isinstance(value, dict):
-            yield from value.items()
+            yield value
             pending.extend(value.values())
         elif isinstance(value, list):
             pending.extend(value)

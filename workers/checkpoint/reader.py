@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from counterweight.workers.checkpoint.block_scaled import SOURCE_DTYPES, BlockScaling, logical
 from counterweight.workers.checkpoint.buffers import Bytes, allocate, check_booleans, flat_bytes
 from counterweight.workers.checkpoint.digest import Inspector, TensorDigest, tensor_digest
+from counterweight.workers.checkpoint.encoding import EncodedWeight, Encoding
 from counterweight.workers.checkpoint.header import (
     DTYPES,
     LENGTH_BYTES,
@@ -39,7 +39,7 @@ from counterweight.workers.storage import ObjectStore
 CONCURRENCY = 4
 
 BATCH_BYTES = CONCURRENCY * MAX_READ
-"""Of block-scaled codes that are held at once, where no single weight has more."""
+"""Of codes that are held at once, where no single encoded weight has more."""
 
 COPYABLE_FILES = (
     "tokenizer.json",
@@ -50,7 +50,11 @@ COPYABLE_FILES = (
     "merges.txt",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
 """Files beside the weights that an artifact carries over unchanged."""
 
@@ -61,10 +65,11 @@ _Result = TypeVar("_Result")
 class Checkpoint:
     """A transformers checkpoint in safetensors whose headers have been read and agree with each other.
 
-    config: config.json as parsed. names: of the tensors that it holds. A block-scaled weight (`block_scaled`) is one tensor, in
-    bfloat16: reading decodes it, and digests, finiteness and dtype are those of what it decodes to. scales: tensors that hold
-    scales of such a weight -> its name. bytes_read: bytes requested from the store so far. Picklable when the store
-    is; reads run in threads of their own, but one `Checkpoint` is for one caller at a time.
+    config: config.json as parsed. asks_for_code: it named code of its repository, which is left out. names: of the tensors that
+    it holds. An encoded weight (`block_scaled`, `mxfp4`) is one tensor, in bfloat16: reading decodes it; digests, finiteness,
+    dtype and shape are those of what it decodes to. parts: tensors that hold such a weight under other names -> what they are.
+    bytes_read: bytes requested from the store so far. Picklable when the store is; reads run in threads of their own, but one
+    `Checkpoint` is for one caller at a time.
 
     Every method raises `CheckpointError`, naming file and tensor, where the checkpoint is not what it should
     be, and `StorageError` as the store does.
@@ -77,17 +82,18 @@ class Checkpoint:
         config: Mapping[str, Any],
         entries: Mapping[str, TensorEntry],
         bytes_read: int,
-        scaling: BlockScaling | None = None,
+        encoding: Encoding | None = None,
+        asks_for_code: bool = False,
     ) -> None:
         self._store = store
-        self._scaling = scaling
-        self._scales = {} if scaling is None else scaling.scales(entries)
-        self._stored = {name: entries[name] for name in self._scales}
-        self._entries = {name: logical(entry) if name in self._scales else entry for name, entry in entries.items()}
+        self._encoding = encoding
+        self._encoded = {} if encoding is None else encoding.weights(entries)
+        self._entries = {**entries, **{name: weight.decoded for name, weight in self._encoded.items()}}
         self.config = config
+        self.asks_for_code = asks_for_code
         self.bytes_read = bytes_read
-        self.scales: Mapping[str, str] = {scale.name: name for name, scale in self._scales.items()}
-        self.names: tuple[str, ...] = tuple(sorted(entries.keys() - self.scales.keys()))
+        self.parts: Mapping[str, str] = {k: v for weight in self._encoded.values() for k, v in weight.parts.items()}
+        self.names: tuple[str, ...] = tuple(sorted(self._entries.keys() - self.parts.keys()))
 
     @classmethod
     def open(cls, store: ObjectStore, *, quantized: bool = False) -> Checkpoint:
@@ -97,14 +103,14 @@ class Checkpoint:
         2. One safetensors file, or an index that names files beside itself (`layout.read_layout`).
         3. Every file exists and its header is strict (`header.parse_header`).
         4. The index and the headers have the same tensors in the same files, and no tensor twice.
-        5. Where the config says that weights are block-scaled, each has its scales, and they fit.
+        5. Where the config says that weights are encoded, each has its scales, and they fit.
 
         quantized: an artifact of ours is opened, whose config may say how its weights are quantized.
         """
         with _naming(store.uri):
             layout = read_layout(store, quantized=quantized)
             lengths = _header_lengths(store, layout.shards)
-            headers = _headers(store, lengths, DTYPES if layout.scaling is None else SOURCE_DTYPES)
+            headers = _headers(store, lengths, DTYPES if layout.encoding is None else layout.encoding.dtypes)
             entries = _agreed(headers, layout.weight_map)
             header_bytes = sum(LENGTH_BYTES + length for _, length in lengths.values())
             return cls(
@@ -112,12 +118,13 @@ class Checkpoint:
                 config=layout.config,
                 entries=entries,
                 bytes_read=layout.bytes_read + header_bytes,
-                scaling=layout.scaling,
+                encoding=layout.encoding,
+                asks_for_code=layout.asks_for_code,
             )
 
     def entry(self, name: str) -> TensorEntry:
-        """Where the tensor lies, its dtype and its shape. Of a block-scaled weight: the dtype that it decodes to, and where its
-        codes lie."""
+        """Where the tensor lies, its dtype and its shape. Of an encoded weight: those that it decodes to, and where its codes
+        lie."""
         entry = self._entries.get(name)
         if entry is None:
             raise CheckpointError(f"{self._store.uri}: no tensor {show(name)} in the checkpoint")
@@ -127,8 +134,8 @@ class Checkpoint:
         """Raises `CheckpointError` listing every difference from the tensors that an architecture wants.
 
         expected: name -> shape, of floating-point tensors (F64, F32, F16 or BF16). optional: names that may
-        be absent although expected (a tied head), or present although not (stored rotary frequencies; never
-        read).
+        be absent although expected (a tied head), or present although not (stored rotary frequencies; a
+        vision tower), in any shape and dtype.
         """
         allowed = set(optional)
         problems = [
@@ -184,13 +191,13 @@ class Checkpoint:
     def inspect(self, names: Iterable[str]) -> dict[str, TensorDigest]:
         """Digest and finiteness of each tensor, by name, from one pass over its bytes.
 
-        Bounded memory: `CONCURRENCY` pieces of at most `ranges.MAX_READ` bytes are held, and no tensor; of block-scaled weights
+        Bounded memory: `CONCURRENCY` pieces of at most `ranges.MAX_READ` bytes are held, and no tensor; of encoded weights
         as many bytes of codes (or one weight that is larger) and what they decode to.
         """
         entries = [self.entry(name) for name in dict.fromkeys(names)]
-        groups = plan_reads(entry for entry in entries if entry.name not in self._scales)
+        groups = plan_reads(entry for entry in entries if entry.name not in self._encoded)
         found: dict[str, TensorDigest] = {}
-        for name, tensor in self._decoded(entry.name for entry in entries if entry.name in self._scales):
+        for name, tensor in self._decoded(entry.name for entry in entries if entry.name in self._encoded):
             inspector = Inspector(tensor.dtype, tensor.shape)
             inspector.update(flat_bytes(tensor))
             found[name] = inspector.result()
@@ -200,29 +207,29 @@ class Checkpoint:
         return {entry.name: found[entry.name] for entry in entries}
 
     def copyable_files(self) -> list[str]:
-        """Those of `COPYABLE_FILES` that exist: the tokenizer and the generation settings."""
+        """Those of `COPYABLE_FILES` that exist: tokenizer, processors of images and the generation settings."""
         return [key for key in COPYABLE_FILES if self._store.exists(key)]
 
     def _load(self, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
-        tensors = self._load_stored([entry for entry in entries if entry.name not in self._scales])
-        tensors.update(self._decoded(entry.name for entry in entries if entry.name in self._scales))
+        tensors = self._load_stored([entry for entry in entries if entry.name not in self._encoded])
+        tensors.update(self._decoded(entry.name for entry in entries if entry.name in self._encoded))
         return tensors
 
     def _decoded(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Block-scaled weights by name, decoded batch by batch: `BATCH_BYTES` of codes, or one weight that is larger."""
-        if (scaling := self._scaling) is None:
+        """Encoded weights by name, decoded batch by batch: `BATCH_BYTES` of codes, or one weight that is larger."""
+        if (encoding := self._encoding) is None:
             return
-        for batch in _batches([self._stored[name] for name in names]):
-            codes = self._load_stored(batch)
-            scales = self._load_stored([self._scales[entry.name] for entry in batch])
+        for batch in _batches([self._encoded[name] for name in names]):
+            codes = self._load_stored([weight.codes for weight in batch])
+            scales = self._load_stored([weight.scales for weight in batch])
 
             def decode(
-                entry: TensorEntry, codes: dict[str, Tensor] = codes, scales: Mapping[str, Tensor] = scales
+                weight: EncodedWeight, codes: dict[str, Tensor] = codes, scales: Mapping[str, Tensor] = scales
             ) -> Tensor:
-                return scaling.decode(codes.pop(entry.name), scales[self._scales[entry.name].name])
+                return encoding.decode(codes.pop(weight.codes.name), scales[weight.scales.name])
 
-            for entry, tensor in zip(batch, _in_parallel(decode, batch), strict=True):
-                yield entry.name, tensor
+            for weight, tensor in zip(batch, _in_parallel(decode, batch), strict=True):
+                yield weight.decoded.name, tensor
 
     def _load_stored(self, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
         allocated = {entry.name: allocate(entry) for entry in entries}
@@ -272,16 +279,16 @@ def _in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> It
         yield from pool.map(work, items)
 
 
-def _batches(entries: Iterable[TensorEntry]) -> Iterator[list[TensorEntry]]:
-    """Neighbours together, at most `BATCH_BYTES` or one entry."""
-    batch: list[TensorEntry] = []
+def _batches(weights: Iterable[EncodedWeight]) -> Iterator[list[EncodedWeight]]:
+    """Neighbours together, at most `BATCH_BYTES` of codes or one weight."""
+    batch: list[EncodedWeight] = []
     size = 0
-    for entry in sorted(entries, key=attrgetter("file", "start")):
-        if batch and size + entry.length > BATCH_BYTES:
+    for weight in sorted(weights, key=attrgetter("codes.file", "codes.start")):
+        if batch and size + weight.codes.length > BATCH_BYTES:
             yield batch
             batch, size = [], 0
-        batch.append(entry)
-        size += entry.length
+        batch.append(weight)
+        size += weight.codes.length
     if batch:
         yield batch
 

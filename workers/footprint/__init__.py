@@ -1,8 +1,9 @@
 """How much memory a block's task takes, phase by phase: what every step says of itself, put together. Torch-free.
 
 A task reads a block, runs it over its shards, solves its linears and writes what became of them. Each phase has what stays of
-those before it and a peak of its own; the task's peak is the largest of them, not their sum. On a GPU the arithmetic and what
-it reads lie on the device; the source's tensors, and what is written, on the host.
+those before it and a peak of its own; the task's peak is the largest of them, not their sum. Where linears are solved in
+several passes, the shards are run over and linears solved in each. On a GPU the arithmetic and what it reads lie on the device;
+the source's tensors, and what is written, on the host.
 """
 
 from __future__ import annotations
@@ -11,10 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from counterweight.workers.footprint.forward import activations, running, tuning
-from counterweight.workers.footprint.load import Group, Load, packed, products_of, sums
+from counterweight.workers.footprint.load import Group, Load, moments, packed
 from counterweight.workers.footprint.solving import solving
-from counterweight.workers.footprint.weights import loading, original, preparing, reading, scaled, with_running
-from counterweight.workers.matrix_bytes import DOUBLE, SINGLE
+from counterweight.workers.footprint.weights import (
+    here,
+    let_go,
+    loading,
+    original,
+    preparing,
+    reading,
+    scaled,
+    with_running,
+)
+from counterweight.workers.matrix_bytes import DOUBLE, SINGLE, triangle
 
 __all__ = ["Footprint", "Group", "Load", "footprint"]
 
@@ -23,9 +33,10 @@ __all__ = ["Footprint", "Group", "Load", "footprint"]
 class Footprint:
     """Bytes of a block's task.
 
-    weights: as they were read and as they run. statistics: the sums. activations: of the shards in flight, with their own
-    products. solve: at its peak, beside weights, statistics and what is solved already. phases: name -> everything that is in
-    memory where the arithmetic is done, at that phase's peak. host: beside that on the host of a GPU; 0 without one.
+    weights: as they were read and as they run. statistics: the sums of one pass. activations: of the shards in flight, with
+    their own products. solve: at its peak, statistics and what is solved already included, beside the weights. phases: name ->
+    everything that is in memory where the arithmetic is done, at that phase's peak. host: beside that on the host of a GPU; 0
+    without one.
     """
 
     weights: int
@@ -46,36 +57,53 @@ class Footprint:
 
 
 def footprint(load: Load) -> Footprint:
-    """The memory of a block's task."""
+    """The memory of a block's task; of one that is solved in several passes, that of the pass that takes most."""
     parts = [part for group in load.groups for part in group.recipe.values()]
-    weights = with_running(load, scaled(load))
-    statistics = sum(sums(load, group) for group in load.groups)
-    products = sum(SINGLE * group.width**2 * products_of(load, group) for group in load.groups)
-    first = sum(DOUBLE * group.width**2 for group in load.groups if group.recipe)
-    whole = max((DOUBLE * group.width**2 for group in load.groups if group.recipe), default=0)
-    shards = activations(load)
-    kept = original(load)
-    peak, solved = solving(load)
-    phases = {
-        "load": loading(load),
-        "prepare": preparing(load),
-        # Before the first products there are only the sums of xx; at last each sum is made symmetric.
-        "forward": weights
-        + max(
-            kept + load.threads * running(load, stored=False),
-            (kept if load.stretched else 0) + shards + (statistics if load.shards > 1 else first),
-            statistics + max(products, whole),
-        ),
-        "solve": weights + statistics + peak,
-        "write": weights + statistics + solved + sum(packed(group) for group in load.groups),
-    }
+    weights = here(load, scaled(load))
+    packing = sum(packed(group) for group in load.groups)
+    passes = load.by_pass()
+    statistics = [sum(moments(one, group, DOUBLE) for group in one.groups) for one in passes]
+    phases = {"load": loading(load), "prepare": preparing(load), "forward": 0, "solve": 0}
+    left = solved = solve = 0
+    for place, one in enumerate(passes):
+        peak, own = solving(one)
+        held = weights - left + solved
+        phases["forward"] = max(phases["forward"], held + _forward(one, statistics[place], first=place == 0))
+        phases["solve"] = max(phases["solve"], held + peak)
+        solve = max(solve, peak)
+        left += let_go(load, one)
+        solved += 0 if load.gpu else own
+    kept = weights - left
+    back = solved + (sum(solving(one)[1] for one in passes) if load.gpu else 0)
+    phases["write"] = kept + solved + packing
     if any(part.tuning is not None for part in parts):
-        phases["tune"] = weights + statistics + tuning(load)
+        phases["tune"] = weights + statistics[0] + tuning(load)
     if load.compressed:
-        phases["propagate"] = weights + statistics + solved + load.threads * running(load, stored=True)
+        phases["propagate"] = kept + back + load.threads * running(load, stored=True)
     host = 0
     if load.gpu:
         # Hidden states as bytes and as a tensor, or what is written.
-        moved = max(2 * load.shard * load.hidden * load.compute, sum(packed(group) for group in load.groups))
+        moved = max(2 * load.shard * load.hidden * load.compute, packing)
         host = max(reading(load), scaled(load) + moved)
-    return Footprint(weights=weights, statistics=statistics, activations=shards, solve=peak, phases=phases, host=host)
+    return Footprint(
+        weights=with_running(load, scaled(load)),
+        statistics=max(statistics),
+        activations=max(activations(one) for one in passes),
+        solve=solve,
+        phases=phases,
+        host=host,
+    )
+
+
+def _forward(load: Load, statistics: int, *, first: bool) -> int:
+    """Of one pass over the shards, beside the weights. statistics: bytes of its sums; first: whether it makes the outputs."""
+    shards = activations(load)
+    kept = original(load) if first else 0
+    products = sum(moments(load, group, SINGLE) for group in load.groups)
+    # Before the first products there are only the sums of xx.
+    begun = sum(DOUBLE * triangle(group.width) for group in load.groups if group.recipe)
+    return max(
+        kept + load.threads * running(load, stored=False),
+        (kept if load.stretched else 0) + shards + (statistics if load.shards > 1 else begun),
+        statistics + products,
+    )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from math import prod
 
-from counterweight.workers.footprint.load import Group, Load, products_of
+from counterweight.workers.footprint.load import Group, Load, moments
 from counterweight.workers.matrix_bytes import DECODE, DOUBLE, SINGLE
 
 
 def activations(load: Load) -> int:
     """Of the shards in flight: each thread's, with the products that it has, and those of one that is being summed."""
-    products = sum(SINGLE * group.width**2 * products_of(load, group) for group in load.groups)
+    products = sum(moments(load, group, SINGLE) for group in load.groups)
     threads = min(load.threads, load.shards)
     waiting = products if load.shards > threads > 1 else 0
     return threads * running(load, stored=False) + waiting
@@ -26,7 +26,7 @@ def running(load: Load, *, stored: bool) -> int:
     products = 0
     for group in load.groups:
         before = products
-        products += 0 if stored else SINGLE * group.width**2 * products_of(load, group)
+        products += 0 if stored else moments(load, group, SINGLE)
         tokens = load.shard * group.share
         rows = [rows for rows, _ in group.linears.values()]
         if group is load.groups[0]:

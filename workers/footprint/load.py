@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from counterweight.workers.matrix_bytes import DOUBLE
+from counterweight.workers.matrix_bytes import DOUBLE, triangle
 from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.models.family import ModelFamily
 from counterweight.workers.recipe import ModuleRecipe
@@ -40,7 +40,7 @@ class Load:
     tokens of a shard, and how many there are; length: of a sequence; sequences: all of them. hidden: width of the stream.
     attention_bytes: of the scores of a shard, where attention keeps them. paired: whether blocks see the compressed ones'
     outputs and the solve looks at the original's; compressed: whether they see them. stretched: whether shards come a few at a
-    time. threads: that share shards and solves. gpu: whether the arithmetic is done on one.
+    time. threads: that share shards and solves. gpu: whether the arithmetic is done on one. passes: see `BlockSpec`.
     """
 
     family: ModelFamily
@@ -61,10 +61,26 @@ class Load:
     stretched: bool
     threads: int
     gpu: bool
+    passes: tuple[tuple[str, ...], ...] = ()
 
     @property
     def tokens(self) -> int:
         return self.sequences * self.length
+
+    @property
+    def lends(self) -> bool:
+        """See `BlockSpec`."""
+        return len(self.passes) > 1 and not any(part.tuning for group in self.groups for part in group.recipe.values())
+
+    def by_pass(self) -> list[Load]:
+        """The same with the recipes of one pass's linears alone, pass by pass."""
+        return [self.solving(names) for names in self.passes] or [self]
+
+    def solving(self, names: Iterable[str]) -> Load:
+        """The same where only the groups of the linears `names` are looked at."""
+        own = set(names)
+        groups = [group if not own.isdisjoint(group.linears) else replace(group, recipe={}) for group in self.groups]
+        return replace(self, groups=groups)
 
 
 def scales(part: ModuleRecipe) -> bool:
@@ -79,19 +95,32 @@ def streams(load: Load, group: Group) -> int:
     return 1 + (part.activations is not None) + (load.paired and group.share == 1)
 
 
-def products_of(load: Load, group: Group) -> int:
-    """How many products of a group's streams are summed."""
+def moments(load: Load, group: Group, itemsize: int) -> int:
+    """Bytes of the products of a group's streams: triangles of each with itself, squares of each two."""
     if not group.recipe:
         return 0
     count = streams(load, group)
-    return count * (count + 1) // 2
+    return itemsize * (count * triangle(group.width) + count * (count - 1) // 2 * group.width**2)
 
 
-def sums(load: Load, group: Group) -> int:
-    """Bytes of a group's statistics."""
-    return DOUBLE * group.width**2 * products_of(load, group)
+def squares(load: Load, group: Group) -> int:
+    """Bytes of a group's statistics when somebody solves with them."""
+    if not group.recipe:
+        return 0
+    count = streams(load, group)
+    return DOUBLE * group.width**2 * (count * (count + 1) // 2)
 
 
 def packed(group: Group) -> int:
     """Bytes of a group's weights as they are written."""
     return sum(part.weights.stored_bits(*group.linears[name]) // 8 for name, part in group.recipe.items())
+
+
+def factors(group: Group) -> int:
+    """Bytes of the factors of a group's branches as they are written, at most."""
+    found = 0.0
+    for name, part in group.recipe.items():
+        rank, bits = part.compensation.branch_rank, part.compensation.branch_bits
+        if rank is not None:
+            found += rank.at_most(*group.linears[name]) * sum(group.linears[name]) * (16 if bits is None else bits) / 8
+    return round(found)

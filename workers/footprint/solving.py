@@ -8,35 +8,23 @@ from math import prod
 
 from counterweight.workers import matrix_bytes
 from counterweight.workers.batches import batch_size, batches
-from counterweight.workers.footprint.load import Group, Load, streams
+from counterweight.workers.footprint.load import Group, Load, moments, squares, streams
 from counterweight.workers.footprint.weights import scaled
-from counterweight.workers.matrix_bytes import DECODE, SINGLE
+from counterweight.workers.matrix_bytes import DECODE, DOUBLE, SINGLE
 from counterweight.workers.parallel import PARALLEL_WIDTH
 from counterweight.workers.recipe import ModuleRecipe, solved_together
 
 
-def solving(load: Load) -> tuple[int, int]:
-    """The largest sum of solves that run side by side, with what was solved before; and what all solves leave."""
-    solves = [solve for group in load.groups for solve in _solves(group)]
-    together = batches(
-        solves, lambda solve: solve.key, lambda solve: batch_size(solve.part, solve.shapes, gpu=load.gpu)
-    )
-    jobs = [_batch(load, batch) for batch in together]
-    side_by_side = load.threads if any(group.width >= PARALLEL_WIDTH for group in load.groups if group.recipe) else 1
-    peak = solved = 0
-    for first in range(len(jobs)):
-        peak = max(peak, solved + sum(peak for peak, _ in jobs[first : first + side_by_side]))
-        solved += jobs[first][1]
-    return peak, solved
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Solve:
-    """Linears of `group` of these shapes that are solved as one matrix, as `part` asks."""
+    """Linears of `group` of these shapes that are solved as one. alone: no others of their group are; last: none behind them
+    are."""
 
     group: Group
     part: ModuleRecipe
     shapes: tuple[tuple[int, int], ...]
+    alone: bool
+    last: bool
 
     @property
     def key(self) -> Hashable:
@@ -44,21 +32,69 @@ class _Solve:
         return self.part, self.shapes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """Solves that are done in one call. peak: beside the statistics; left: what stays of them; taken, ended: the inputs'
+    statistics as they were gathered, which solves that are `alone` take and otherwise the `last` one ends; squares: the same
+    as they are solved with."""
+
+    peak: int
+    left: int
+    taken: int
+    ended: int
+    squares: int
+
+
+def solving(load: Load) -> tuple[int, int]:
+    """Statistics and solves that run side by side at their peak, with what was solved before; and what all solves leave."""
+    solves = [solve for group in load.groups for solve in _solves(group)]
+    together = batches(
+        solves,
+        lambda solve: solve.key,
+        lambda solve: batch_size(solve.part, solve.shapes, gpu=load.gpu) if solve.alone else 1,
+    )
+    jobs = [_job(load, batch) for batch in together]
+    side_by_side = load.threads if any(group.width >= PARALLEL_WIDTH for group in load.groups if group.recipe) else 1
+    waiting = sum(moments(load, group, DOUBLE) for group in load.groups if group.recipe)
+    peak = waiting
+    solved = 0
+    for place, first in enumerate(jobs):
+        running = jobs[place : place + side_by_side]
+        held = sum(job.squares + max(job.taken or job.ended, job.peak) for job in running)
+        peak = max(peak, solved + waiting - sum(job.taken for job in running) + held)
+        solved += first.left
+        waiting -= first.ended
+    return peak, solved
+
+
 def _solves(group: Group) -> Iterator[_Solve]:
     """Solves of a group's linears."""
-    for together in solved_together(group.recipe, {name: rows for name, (rows, _) in group.linears.items()}):
-        shapes = tuple(group.linears[name] for name in together)
-        yield _Solve(group=group, part=group.recipe[together[0]], shapes=shapes)
+    solves = list(solved_together(group.recipe, {name: rows for name, (rows, _) in group.linears.items()}))
+    for names in solves:
+        yield _Solve(
+            group=group,
+            part=group.recipe[names[0]],
+            shapes=tuple(group.linears[name] for name in names),
+            alone=len(solves) == 1,
+            last=names is solves[-1],
+        )
 
 
-def _batch(load: Load, batch: Sequence[_Solve]) -> tuple[int, int]:
-    """The peak of solves that are done in one call, and what they leave."""
+def _job(load: Load, batch: Sequence[_Solve]) -> _Job:
+    """What solves that are done in one call take and leave."""
     first, count = batch[0], len(batch)
     tokens = load.shard * load.shards * min(solve.group.share for solve in batch)
     left = sum(_left(first.part, *shape, load.source_bytes / load.parameters) for shape in first.shapes)
-    copies = 0 if scaled(load) == SINGLE * load.parameters else SINGLE * sum(map(prod, first.shapes))
-    peak = _solve(first.part, first.shapes, tokens, streams(load, first.group), count)
-    return count * copies + peak, count * left
+    in_place = scaled(load) == SINGLE * load.parameters and not load.gpu
+    copies = 0 if in_place else SINGLE * sum(map(prod, first.shapes))
+    packed = [moments(load, solve.group, DOUBLE) for solve in batch]
+    return _Job(
+        peak=count * copies + _solve(first.part, first.shapes, tokens, streams(load, first.group), count),
+        left=count * left,
+        taken=sum(packed) if first.alone else 0,
+        ended=sum(packed) if first.last else 0,
+        squares=sum(squares(load, solve.group) for solve in batch),
+    )
 
 
 def _solve(part: ModuleRecipe, shapes: Sequence[tuple[int, int]], tokens: float, streams: int, count: int) -> int:

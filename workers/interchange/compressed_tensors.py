@@ -89,7 +89,7 @@ def artifact_config(
 ) -> dict[str, object]:
     """config.json of the artifact: the source's, with the quantization in compressed-tensors' form.
 
-    linears: names of all linears inside the blocks, quantized or kept, as stored.
+    formats: of quantized linears; linears: all of them inside the blocks, quantized or kept; by transformers' names for them.
     """
     config = {**source}
     experts = [name for name in linears if is_expert(name)]
@@ -111,7 +111,7 @@ def artifact_config(
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": _groups(formats),
+        "config_groups": _groups(formats, family),
         "ignore": _ignored(formats, linears, family),
         "kv_cache_scheme": None,
     }
@@ -157,7 +157,7 @@ def _scheme(form: ModuleFormat) -> Scheme:
     return (form.bits, form.group_size, form.symmetric, form.activation_bits)
 
 
-def _groups(formats: Mapping[str, ModuleFormat]) -> dict[str, object]:
+def _groups(formats: Mapping[str, ModuleFormat], family: ModelFamily) -> dict[str, object]:
     """One group for all linears when one scheme fits, otherwise one per scheme with the names of its layers.
 
     With `dequantize=True`, which nobody needs for these files, transformers reads every dense layer by the first group
@@ -166,7 +166,7 @@ def _groups(formats: Mapping[str, ModuleFormat]) -> dict[str, object]:
     """
     schemes: dict[tuple[Scheme, bool], list[str]] = {}
     for name, form in formats.items():
-        schemes.setdefault((_scheme(form), is_expert(name)), []).append(name)
+        schemes.setdefault((_scheme(form), is_expert(name)), []).extend(family.spellings(name))
     if len({scheme for scheme, _ in schemes}) == 1:
         (scheme, _), *_ = schemes
         return {"group_0": _group(scheme, ["Linear"])}
@@ -207,6 +207,8 @@ def _group(scheme: Scheme, targets: Sequence[str]) -> dict[str, object]:
 
 
 def _ignored(formats: Mapping[str, ModuleFormat], linears: Sequence[str], family: ModelFamily) -> list[str]:
-    kept = [name for name in linears if name not in formats]
+    head = family.names[0].head.removesuffix(".weight")
+    kept = [spelling for name in linears if name not in formats for spelling in family.spellings(name)]
     routers = family.experts.routers if family.experts is not None else ()
-    return ["lm_head", *routers, *kept]
+    beside = family.wrapper.ignored if family.wrapper is not None else ()
+    return [*family.spellings(head), *beside, *routers, *kept]

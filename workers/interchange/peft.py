@@ -49,8 +49,12 @@ def read_branch(
             up, down = unpack(up, 4, shape[0], dim=0), unpack(down, 4, shape[1])
         except ValueError as error:
             raise CheckpointError(f"adapter: {module}: packed factors: {error}") from error
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != form.rank or up.shape[1] != form.rank:
-        raise CheckpointError(f"adapter: {module}: {list(up.shape)} x {list(down.shape)}: expected rank {form.rank}")
+    rows, columns = shape
+    if tuple(up.shape) != (rows, form.rank) or tuple(down.shape) != (form.rank, columns):
+        raise CheckpointError(
+            f"adapter: {module}: factors {list(up.shape)} x {list(down.shape)}: expected [{rows}, {form.rank}] x "
+            f"[{form.rank}, {columns}]"
+        )
     if not steps:
         return LowRank(up=up, down=down)
     if up.dtype != torch.int8 or down.dtype != torch.int8 or any(tuple(step.shape) != (form.rank,) for step in steps):

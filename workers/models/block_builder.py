@@ -12,7 +12,7 @@ has its own input statistics, its own grid and its own low-rank branch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -24,29 +24,39 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.errors import CheckpointError, UnsupportedModelError
 from counterweight.workers.models.config import parse_config
-from counterweight.workers.models.experts import GatedProduct, LinearExperts, SortedExperts
+from counterweight.workers.models.config_values import said
+from counterweight.workers.models.experts import GatedProduct, LinearExperts, SeparateExperts, SortedExperts
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import ModelFamily, SharedInputGroup
-from counterweight.workers.models.layout import LM_HEAD, NORM, BlockLayout, ModelLayout
+from counterweight.workers.models.layout import BlockLayout, ModelLayout
+from counterweight.workers.models.wrapper import TextNames
 
 
 class BlockBuilder:
-    """Builds the parts of one model from its config.json alone; holds no weights.
+    """Builds the parts of one model from its config.json; holds no weights.
+
+    stored: names of the checkpoint's tensors, of which those outside the blocks count: what its parts are called, and whether
+    there is a head where the config leaves that open. config: of a multimodal model, that of its text model.
 
     Raises UnsupportedModelError for an unknown family or an impossible configuration.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], stored: Container[str] = ()) -> None:
         self.family: ModelFamily = family_of(config.get("model_type"))
-        self.config = parse_config(config)
+        self.names: TextNames = self.family.names_among(stored)
+        self.config = parse_config(config, headless=self.names.head not in stored)
+        self.model_type: str = self.family.known_as or str(config["model_type"])
         self.config._attn_implementation = "eager" if self.family.eager_attention else "sdpa"
         self.blocks: int = self.config.num_hidden_layers
         self.hidden_size: int = self.config.hidden_size
         self.vocabulary: int = self.config.vocab_size
         self.tied: bool = bool(self.config.tie_word_embeddings)
         self.experts: int = 0
+        self.active_experts: int = 0
+        self._layer_classes: dict[str, type[nn.Module]] = {}
         if self.family.experts is not None:
             self.experts = int(getattr(self.config, self.family.experts.count_key))
+            self.active_experts = int(getattr(self.config, self.family.experts.active_key))
         shell = self._causal(_with_layers(self.config, []))  # what cannot be built is refused now, not by a worker
         self._check_rotary(shell.model.rotary_emb)
 
@@ -83,11 +93,14 @@ class BlockBuilder:
                 layouts.append(self._layout(self._unfused(layer)))
             kind_of.append(kinds[kind])
         return ModelLayout(
-            model_type=self.config.model_type,
+            model_type=self.model_type,
+            names=self.names,
             hidden_size=self.hidden_size,
+            heads=int(self.config.num_attention_heads),
             vocabulary=self.vocabulary,
             tied=self.tied,
             experts=self.experts,
+            active_experts=self.active_experts,
             kinds=tuple(layouts),
             kind_of=tuple(kind_of),
             prediction_layers=0 if predicting is None else int(getattr(self.config, predicting) or 0),
@@ -102,9 +115,17 @@ class BlockBuilder:
 
     def _layer(self, index: int) -> nn.Module:
         with _building(f"block {index}"):
-            base = _base_class(self.config)(_with_layers(self.config, [index]))
-            layer: nn.Module = type(base.layers[0])(self.config, index)
+            layer: nn.Module = self._layer_class(index)(self.config, index)
         return layer
+
+    def _layer_class(self, index: int) -> type[nn.Module]:
+        """The class of block `index`, which depends on its type alone."""
+        types = getattr(self.config, "layer_types", None)
+        kind = "" if types is None else str(types[index])
+        if kind not in self._layer_classes:
+            base = _base_class(self.config)(_with_layers(self.config, [index]))
+            self._layer_classes[kind] = type(base.layers[0])
+        return self._layer_classes[kind]
 
     def _unfused(self, layer: nn.Module) -> nn.Module:
         layout = self.family.experts
@@ -160,10 +181,10 @@ class BlockBuilder:
     def head(self, parameters: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:
         """hidden states [batch, length, hidden] -> logits [batch, length, vocabulary], in `dtype`; gradients are of the former.
 
-        parameters: `model.norm.weight`, and `lm_head.weight` (of a tied model: the embedding).
+        parameters: the final norm and the lm_head (of a tied model: the embedding), by their names in `names`.
         """
         model = self._causal(_with_layers(self.config, []))
-        _fill_head(model, parameters, device, dtype)
+        self._fill_head(model, parameters, device, dtype)
         model.model.rotary_emb = _rotary(model.model, self.config, device)
         return _Head(model).eval().requires_grad_(False)
 
@@ -175,11 +196,17 @@ class BlockBuilder:
         model = self._causal(_with_layers(self.config, list(range(self.blocks))))
         model.model.layers = nn.ModuleList()
         _filled_embedding(model.model.embed_tokens, embedding.to(device, dtype))
-        _fill_head(model, head, device, dtype)
+        self._fill_head(model, head, device, dtype)
         if self.tied:
             model.lm_head.weight = model.model.embed_tokens.weight
         model.model.rotary_emb = _rotary(model.model, self.config, device)
         return model
+
+    def _fill_head(
+        self, model: PreTrainedModel, parameters: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        for module, name in ((model.model.norm, self.names.norm), (model.lm_head, self.names.head)):
+            module.load_state_dict({"weight": parameters[name].to(device, dtype)}, assign=True)
 
     def _causal(self, config: PreTrainedConfig) -> PreTrainedModel:
         with _building("the model around the blocks"):
@@ -229,6 +256,20 @@ class Block:
         """The modules of separate experts that are given the routing, by name; at most one."""
         return [(name, module) for name, module in self.layer.named_modules() if isinstance(module, LinearExperts)]
 
+    @contextmanager
+    def asking(self, linears: Iterable[str]) -> Iterator[None]:
+        """While it is open, experts with none of these linears are not run: what enters the others stays the same, the block's
+        output does not."""
+        names = [name.rsplit(".", 2)[:2] for name in linears]
+        modules = [(name, one) for name, one in self.layer.named_modules() if isinstance(one, SeparateExperts)]
+        for place, module in modules:
+            module.asked = frozenset(int(expert) for parent, expert in names if parent == place)
+        try:
+            yield
+        finally:
+            for _, module in modules:
+                module.asked = None
+
     def transform_input(self, name: str, transform: Hadamard) -> None:
         """Transforms what enters the linear `name`, for everyone who looks at its input later."""
         self.transforms[name] = transform
@@ -242,6 +283,12 @@ class Block:
         """A copy that shares every tensor but has its own modules, so that another thread can hook and run it."""
         shared = [*self._base.parameters(), *self._base.buffers()]
         return Block(copy.deepcopy(self._base, {id(tensor): tensor for tensor in shared}), self.groups, self.transforms)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        frequencies: Tensor = next(self._base.rotary_emb.buffers())
+        return frequencies.device
 
     @property
     def model_type(self) -> str:
@@ -289,7 +336,7 @@ def _building(what: str) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
-        raise UnsupportedModelError(f"config.json: transformers cannot build {what}: {error}") from error
+        raise UnsupportedModelError(f"config.json: transformers cannot build {what}: {said(error)}") from error
 
 
 def _base_class(config: PreTrainedConfig) -> Any:
@@ -315,13 +362,6 @@ def _filled_embedding(module: nn.Module, weight: Tensor) -> nn.Module:
     if isinstance(getattr(module, "embed_scale", None), Tensor):
         module.embed_scale = torch.tensor(module.scalar_embed_scale, device=weight.device)
     return module.eval()
-
-
-def _fill_head(
-    model: PreTrainedModel, parameters: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
-) -> None:
-    model.model.norm.load_state_dict({"weight": parameters[NORM].to(device, dtype)}, assign=True)
-    model.lm_head.load_state_dict({"weight": parameters[LM_HEAD].to(device, dtype)}, assign=True)
 
 
 def _rotary(base: Any, config: PreTrainedConfig, device: torch.device) -> nn.Module:

@@ -9,7 +9,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from counterweight.workers.errors import CheckpointError
+from counterweight.workers.checkpoint.refusal import show
+from counterweight.workers.errors import CheckpointError, UnsupportedModelError
+from counterweight.workers.models.config_values import check_values, said
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import ModelFamily
 
@@ -44,20 +46,25 @@ def bounds(family: ModelFamily) -> dict[str, tuple[int, int]]:
     return found
 
 
-def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config of a `model_type` that transformers knows; `config` stays as it is.
+def parse_config(config: Mapping[str, Any], *, headless: bool = True) -> PreTrainedConfig:
+    """The config of a `model_type` that transformers knows, of a multimodal model that of its text model; `config` stays as it
+    is. headless: the checkpoint has no lm_head, which tells whether it is tied where a multimodal model's config does not say.
 
     CheckpointError for sizes out of bounds, for what transformers refuses, and for what it builds but cannot run.
     """
+    check_values(config)
     family = family_of(config.get("model_type"))
-    model_type = family.known_as or str(config["model_type"])
-    _sizes(family, config.get)
+    text = _text_part(config)
+    model_type = family.known_as or str(text["model_type"])
+    _sizes(family, text.get)
     try:
         # A deep copy: transformers writes defaults into nested dictionaries such as `rope_parameters`.
-        fields = {**copy.deepcopy(dict(config)), "model_type": model_type}
+        fields = {**copy.deepcopy(dict(text)), "model_type": model_type}
+        if family.wrapper is not None:
+            fields["tie_word_embeddings"] = _tied(config, headless)
         parsed: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(fields)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json: transformers refuses it: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json: transformers refuses it: {said(error)}") from error
     # Again, as transformers understood it: a field may have another name, and defaults.
     _check_fit(family, _sizes(family, lambda field: getattr(parsed, field, None)))
     _check_attention(family, parsed)
@@ -66,6 +73,32 @@ def parse_config(config: Mapping[str, Any]) -> PreTrainedConfig:
             raise CheckpointError(f"config.json: {field}: {value!r}: expected {' or '.join(map(repr, served))}")
     parsed.return_dict = True
     return parsed
+
+
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that says what the text model is: the whole, or `text_config` of a multimodal model.
+    CheckpointError where that is of a model that this family does not wrap."""
+    wrapper = family_of(config.get("model_type")).wrapper
+    if wrapper is None:
+        return config
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        raise CheckpointError(f"config.json: text_config: {show(text)}: expected an object")
+    if text.get("model_type") not in wrapper.text_types:
+        expected = " or ".join(wrapper.text_types)
+        raise UnsupportedModelError(
+            f"config.json: text_config.model_type: {show(text.get('model_type'))}: expected {expected}"
+        )
+    return text
+
+
+def _tied(config: Mapping[str, Any], headless: bool) -> bool:
+    # transformers looks at the outer config, whose default says nothing of checkpoints that older versions wrote: it has the
+    # last word only where it is written out.
+    said = config.get("tie_word_embeddings")
+    if said is not None and not isinstance(said, bool):
+        raise CheckpointError(f"config.json: tie_word_embeddings: {show(said)}: expected true or false")
+    return headless if said is None else said
 
 
 def _sizes(family: ModelFamily, said: Callable[[str], object]) -> dict[str, int]:

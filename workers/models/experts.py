@@ -22,11 +22,13 @@ class GatedProduct:
 
 
 class SeparateExperts(nn.Module):
-    """Experts `0`, `1`, ... with one linear per projection. product: what an expert computes between its linears."""
+    """Experts `0`, `1`, ... with one linear per projection. product: what an expert computes between its linears. asked:
+    experts that are run; None: all."""
 
     def __init__(self, experts: int, hidden: int, intermediate: int, product: Product, *, bias: bool = False) -> None:
         super().__init__()
         self.product = product
+        self.asked: frozenset[int] | None = None
         for expert in range(experts):
             self.add_module(
                 str(expert),
@@ -39,6 +41,10 @@ class SeparateExperts(nn.Module):
                 ),
             )
         self.experts = experts
+
+    def running(self) -> list[int]:
+        """The experts that are run, in order."""
+        return [expert for expert in range(self.experts) if self.asked is None or expert in self.asked]
 
     def run(self, expert: int, x: Tensor) -> Tensor:
         """x [tokens, hidden] -> what this expert makes of it, same shape."""
@@ -56,7 +62,7 @@ class LinearExperts(SeparateExperts):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         output = torch.zeros_like(hidden_states)
-        for expert in range(self.experts):
+        for expert in self.running():
             token, slot = torch.where(top_k_index == expert)
             if token.numel() == 0:
                 continue
@@ -75,7 +81,7 @@ class SortedExperts(SeparateExperts):
     def forward(self, hidden_states: Tensor) -> Tensor:
         rows = hidden_states.unflatten(0, (self.experts, -1))
         output = torch.zeros_like(rows)
-        for expert in range(self.experts):
+        for expert in self.running():
             (token,) = torch.where(rows[expert].any(-1))
             if token.numel() > 0:
                 output[expert, token] = self.run(expert, rows[expert, token]).to(output.dtype)

@@ -10,10 +10,12 @@ Module names are relative to a block (`self_attn.q_proj`). An expert's index sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
+
+from counterweight.workers.models.wrapper import TextNames, Wrapper
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +71,6 @@ class ExpertLayout:
     fused_biases_on_disk: likewise of their biases [experts, out]; None for experts without biases.
     product: transformers' fused module -> what its experts compute between their linears; None for act_fn(gate) * up.
     stock_refusal: why stock loaders cannot read a checkpoint that keeps the experts apart; None where they can.
-    undecoded: end of a tensor's name -> the encoding that published checkpoints of this family have and nobody here decodes.
     active_key: the config field that holds how many experts a token sees.
     routers: names of routers, which stay as they are, in compressed-tensors' words.
     scaled_inputs: the router scales what an expert is given rather than what it gives.
@@ -89,7 +90,6 @@ class ExpertLayout:
     fused_biases_on_disk: tuple[str, str] | None = None
     product: Callable[[Any], Product] | None = None
     stock_refusal: str | None = None
-    undecoded: Mapping[str, str] = field(default_factory=dict)
     groups: tuple[SharedInputGroup, ...] = (
         (f"mlp.experts.{EXPERT}.gate_proj", f"mlp.experts.{EXPERT}.up_proj"),
         (f"mlp.experts.{EXPERT}.down_proj",),
@@ -109,6 +109,9 @@ class ModelFamily:
     quantizable linears of a dense block, grouped by shared input; a name may be absent in some blocks. renames: module-name
     prefix -> on-disk prefix, relative to the block, for names that differ. experts: layout of the sparse MLP, None for a dense
     family. eager_attention: the family's attention has a term (logit soft-capping, sinks) that the fused kernels leave out.
+
+    names: what checkpoints call the parts of the model; as transformers' own modules are called first. wrapper: of a
+    multimodal model, what is around its text model, which all else here speaks of; None for a text model.
 
     What its config.json may say beside what every model's says:
     sizes: fields that hold a size, from 1 to `config.MAX_WIDTH`. size_problem: what they must have to do with each other.
@@ -136,6 +139,8 @@ class ModelFamily:
     reads: Mapping[str, Globs]
     down: Globs
     known_as: str | None = None
+    names: tuple[TextNames, ...] = (TextNames(),)
+    wrapper: Wrapper | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
     experts: ExpertLayout | None = None
     eager_attention: bool = False
@@ -206,12 +211,22 @@ class ModelFamily:
         """Whether the output of `module` is added to the residual stream."""
         return module == self.output or self.is_down(module) or _matches(module, self.writes)
 
-    def active_share(self, config: Mapping[str, Any], experts: int, module: str) -> float:
-        """Share of the tokens that reach the linear `module` in a model with this config.json and so many experts in a block:
-        each expert sees its own only."""
-        if self.experts is None or not is_expert(module):
-            return 1.0
-        return int(config.get(self.experts.active_key, 1)) / experts
+    @property
+    def ends(self) -> frozenset[str]:
+        """Every name that a tensor outside the blocks may have."""
+        return frozenset(name for names in self.names for name in (names.embedding, names.norm, names.head))
+
+    def spellings(self, module: str) -> tuple[str, ...]:
+        """What transformers calls a module of the blocks, or the lm_head: `module` as in `names[0]`, and, of a multimodal
+        model, as in the text model alone, which `AutoModelForCausalLM` makes of some."""
+        own, alone = self.names[0], TextNames()
+        if f"{module}.weight" == own.head:
+            return tuple(dict.fromkeys((module, alone.head.removesuffix(".weight"))))
+        return tuple(dict.fromkeys((module, alone.base + module.removeprefix(own.base))))
+
+    def names_among(self, stored: Container[str]) -> TextNames:
+        """What a checkpoint with these tensors calls the parts of the model; the first of `names` where it has none of them."""
+        return next((names for names in self.names if names.among(stored)), self.names[0])
 
     def groups_among(self, linears: frozenset[str], experts: int) -> tuple[SharedInputGroup, ...]:
         """The groups that exist among the `linears` of one concrete block, experts written out, in the family's order."""

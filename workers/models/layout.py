@@ -9,21 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from counterweight.workers.checkpoint.refusal import show
-from counterweight.workers.errors import CheckpointError
 from counterweight.workers.models.families import family_of
-from counterweight.workers.models.family import EXPERT, ModelFamily, SharedInputGroup
+from counterweight.workers.models.family import EXPERT, ModelFamily, SharedInputGroup, is_expert
+from counterweight.workers.models.wrapper import TextNames
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EMBEDDING = "model.embed_tokens.weight"
-NORM = "model.norm.weight"
-LM_HEAD = "lm_head.weight"
-
-_BLOCK = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.")
+_INDEX = re.compile(r"(0|[1-9][0-9]{0,5})\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +53,21 @@ class BlockLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLayout:
-    """A whole model. model_type: as transformers has it. vocabulary: rows of the embedding. tied: whether the head is the
-    embedding. experts: of a sparse block, 0 without any. kinds: the different blocks; kind_of: block -> its place among them.
-    prediction_layers: how many layers for multi-token prediction a checkpoint has behind the blocks, which are no part of the
-    model."""
+    """A whole model, of a multimodal one the text model. model_type: as transformers has it. names: what the checkpoint calls
+    its parts. heads: attention's, of queries. vocabulary: rows of the embedding. tied: whether the head is the embedding.
+    experts: of a sparse block, 0 without any; active_experts: of them, those that a token sees. kinds: the different blocks;
+    kind_of: block -> its place among them. prediction_layers: how many layers for multi-token prediction a checkpoint has
+    behind the blocks, which are no part of the model.
+    """
 
     model_type: str
+    names: TextNames
     hidden_size: int
+    heads: int
     vocabulary: int
     tied: bool
     experts: int
+    active_experts: int
     kinds: tuple[BlockLayout, ...]
     kind_of: tuple[int, ...]
     prediction_layers: int = 0
@@ -92,30 +93,42 @@ class ModelLayout:
         prefix = self.family.prediction_prefix
         if prefix is not None and name.startswith(prefix):
             return True
-        found = _BLOCK.match(name)
+        found = _INDEX.match(name.removeprefix(self.names.blocks)) if name.startswith(self.names.blocks) else None
         return found is not None and self.blocks <= int(found[1]) < self.blocks + self.prediction_layers
+
+    def is_beside(self, name: str) -> bool:
+        """Whether a tensor belongs to what a multimodal model has beside its text model."""
+        wrapper = self.family.wrapper
+        return wrapper is not None and wrapper.holds(name)
+
+    def writes_beside(self, name: str) -> bool:
+        """Whether a tensor beside the text model writes the residual stream at the places of images."""
+        wrapper = self.family.wrapper
+        return wrapper is not None and wrapper.writes_residual(name)
+
+    def active_share(self, linear: str) -> float:
+        """Share of the tokens that reach a block's linear: each expert sees its own only."""
+        return self.active_experts / self.experts if is_expert(linear) else 1.0
 
     def sources(self, index: int, available: Iterable[str]) -> dict[str, Slice]:
         """Parameter of block `index` -> where it lies in the checkpoint whose tensor names are `available`."""
-        names = set(available)
-        prefix = f"model.layers.{index}."
+        names = frozenset(available)
+        prefix = self._prefix(index)
         result: dict[str, Slice] = {}
         for parameter, shape in self.block_parameters(index).items():
             result[parameter] = self._source(prefix, parameter, shape, names)
         return result
 
     def expected(self, available: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Every tensor that the checkpoint must hold -> its shape. `available` decides between fused and apart; CheckpointError
-        for tensors in an encoding of the family that nobody here decodes."""
-        names = set(available)
-        self._check_encoding(names)
+        """Every tensor that the checkpoint must hold -> its shape. `available` decides between fused and apart."""
+        names = frozenset(available)
         hidden, vocabulary = self.hidden_size, self.vocabulary
-        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocabulary, hidden), NORM: (hidden,)}
+        shapes: dict[str, tuple[int, ...]] = {self.names.embedding: (vocabulary, hidden), self.names.norm: (hidden,)}
         if not self.tied:
-            shapes[LM_HEAD] = (vocabulary, hidden)
+            shapes[self.names.head] = (vocabulary, hidden)
         for index in range(self.blocks):
             for parameter, shape in self.block_parameters(index).items():
-                source = self._source(f"model.layers.{index}.", parameter, shape, names)
+                source = self._source(self._prefix(index), parameter, shape, names)
                 if source.expert is not None:
                     outputs = shape[0] if source.rows is None else 2 * shape[0]
                     one = (outputs, *shape[1:])
@@ -125,30 +138,26 @@ class ModelLayout:
 
     def disk_name(self, index: int, parameter: str) -> str:
         """On-disk name of a block's parameter in a checkpoint that keeps experts apart (how we write it)."""
-        return self._apart(f"model.layers.{index}.", parameter)
+        return self._apart(self._prefix(index), parameter)
 
     def module_name(self, index: int, linear: str) -> str:
         """On-disk name of a block's linear, likewise: that of its weight without the suffix."""
         return self.disk_name(index, f"{linear}.weight").removesuffix(".weight")
 
+    def stock_name(self, module: str) -> str:
+        """What transformers calls a module of the blocks, given its on-disk name."""
+        return self.family.names[0].base + module.removeprefix(self.names.base)
+
+    def _prefix(self, index: int) -> str:
+        return f"{self.names.blocks}{index}."
+
     def _apart(self, prefix: str, parameter: str) -> str:
-        layout = self.family.experts
-        if layout is not None and parameter.startswith(f"{layout.module}."):
-            expert = parameter.removeprefix(f"{layout.module}.").split(".", 1)[0]
-            linear, _, kind = parameter.rpartition(".")
-            for module, disk in layout.on_disk.items():
-                if linear == module.replace(EXPERT, expert):
-                    return f"{prefix}{disk.replace(EXPERT, expert)}.{kind}"
-        for module, disk in self.family.renames.items():
-            if parameter.startswith(module) and self._is_sparse(parameter):
-                return prefix + disk + parameter.removeprefix(module)
-        return prefix + parameter
+        return prefix + _stored(self.model_type, parameter)
 
     def _is_sparse(self, parameter: str) -> bool:
-        experts = self.family.experts
-        return experts is not None and parameter.startswith(experts.mlp)
+        return _is_sparse(self.family, parameter)
 
-    def _source(self, prefix: str, parameter: str, shape: tuple[int, ...], names: set[str]) -> Slice:
+    def _source(self, prefix: str, parameter: str, shape: tuple[int, ...], names: frozenset[str]) -> Slice:
         layout = self.family.experts
         apart = self._apart(prefix, parameter)
         if apart in names or layout is None or not self._is_sparse(parameter):
@@ -170,10 +179,23 @@ class ModelLayout:
         rows = (int(is_up), 2 * outputs, 2) if layout.interleaved else (is_up * outputs, (is_up + 1) * outputs, 1)
         return Slice(gate_up, int(expert), rows, transposed)
 
-    def _check_encoding(self, names: set[str]) -> None:
-        encodings = self.family.experts.undecoded if self.family.experts is not None else {}
-        for ending, encoding in encodings.items():
-            if found := sorted(name for name in names if name.endswith(ending)):
-                raise CheckpointError(
-                    f"{len(found)} tensors such as {show(found[0])}: {encoding}: expected a checkpoint in 16 or 32 bits"
-                )
+
+@lru_cache(maxsize=8192)  # the blocks of a model have the same parameters
+def _stored(model_type: str, parameter: str) -> str:
+    """On-disk name of a parameter relative to its block, in a checkpoint that keeps experts apart."""
+    family = family_of(model_type)
+    layout = family.experts
+    if layout is not None and parameter.startswith(f"{layout.module}."):
+        expert = parameter.removeprefix(f"{layout.module}.").split(".", 1)[0]
+        linear, _, kind = parameter.rpartition(".")
+        for module, disk in layout.on_disk.items():
+            if linear == module.replace(EXPERT, expert):
+                return f"{disk.replace(EXPERT, expert)}.{kind}"
+    for module, disk in family.renames.items():
+        if parameter.startswith(module) and _is_sparse(family, parameter):
+            return disk + parameter.removeprefix(module)
+    return parameter
+
+
+def _is_sparse(family: ModelFamily, parameter: str) -> bool:
+    return family.experts is not None and parameter.startswith(family.experts.mlp)

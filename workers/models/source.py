@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.models.block_builder import BlockBuilder
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
+from counterweight.workers.models.wrapper import TextNames
 
 
 def outside(
@@ -20,20 +20,22 @@ def outside(
 
     sha256: the digests of (at least) these tensors, where they are known.
     """
-    names = [EMBEDDING, NORM] if builder.tied else [EMBEDDING, NORM, LM_HEAD]
-    tensors = checkpoint.read_many(names, sha256=None if sha256 is None else {name: sha256[name] for name in names})
-    return {LM_HEAD: tensors[EMBEDDING], **tensors} if builder.tied else tensors
+    names = builder.names
+    wanted = [names.embedding, names.norm, *([] if builder.tied else [names.head])]
+    tensors = checkpoint.read_many(wanted, sha256=None if sha256 is None else {name: sha256[name] for name in wanted})
+    return {names.head: tensors[names.embedding], **tensors} if builder.tied else tensors
 
 
-def head_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def head_of(tensors: Mapping[str, Tensor], names: TextNames) -> dict[str, Tensor]:
     """Final norm and lm_head among source tensors; of a tied model the embedding is the lm_head."""
-    return {NORM: tensors[NORM], LM_HEAD: tensors[LM_HEAD] if LM_HEAD in tensors else tensors[EMBEDDING]}
+    head = names.head if names.head in tensors else names.embedding
+    return {names.norm: tensors[names.norm], names.head: tensors[head]}
 
 
 def whole(checkpoint: Checkpoint, builder: BlockBuilder, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The causal model with all its blocks in memory, read one after the other."""
     ends = outside(checkpoint, builder)
-    model = builder.causal_shell(ends[EMBEDDING], ends, device, dtype)
+    model = builder.causal_shell(ends[builder.names.embedding], ends, device, dtype)
     for index in range(builder.blocks):
         slices = builder.layout.sources(index, checkpoint.names)
         tensors = checkpoint.read_many({part.source for part in slices.values()})

@@ -6,11 +6,21 @@ import torch
 from torch import Tensor
 
 from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.errors import RequestError
 
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite, without a copy of the tensor; an empty tensor's are not."""
     return not tensor.numel() or all(bool(torch.isfinite(bound)) for bound in tensor.aminmax())
+
+
+def check_activations(what: str, tensor: Tensor) -> None:
+    """RequestError, naming what they are, for activations that are not finite: the model, not the machine, is to blame."""
+    if tensor.numel() and not all_finite(tensor):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise RequestError(
+            f"{what} is not finite on the calibration tokens: expected a model whose activations stay within {kind}"
+        )
 
 
 def checked_matrix(name: str, matrix: Tensor) -> Tensor:

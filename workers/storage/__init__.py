@@ -11,7 +11,7 @@ from counterweight.workers.storage.base import (
 )
 from counterweight.workers.storage.fetch import fetch
 from counterweight.workers.storage.names import check_key, split_uri
-from counterweight.workers.storage.opening import open_store
+from counterweight.workers.storage.opening import open_named, open_store
 from counterweight.workers.storage.probe import probe
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Written",
     "check_key",
     "fetch",
+    "open_named",
     "open_store",
     "probe",
     "sha256_hex",

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Self
 
-from counterweight.workers.errors import IntegrityError, StorageError
+from counterweight.workers.errors import IntegrityError, RequestError, StorageError
 
 # Large enough that per-chunk Python work vanishes beside the network, small enough to hold dozens of them.
 STREAM_CHUNK = 4 << 20
@@ -126,7 +126,8 @@ class ObjectStore(abc.ABC):
     missing rights or credentials), `ObjectNotFoundError` where a named object is absent, and otherwise
     `StorageError`; each text names the operation, the URI and the cause in one line.
 
-    No key may be a directory of another key (`a` and `a/b`): a file system cannot hold both.
+    No key may be a directory of another key (`a` and `a/b`): a file system cannot hold both. On `file:`, what is no regular
+    file (a pipe, a device) is refused when it is read or looked up, and so is a link that leads out of the root.
     """
 
     uri: str
@@ -150,6 +151,14 @@ class ObjectStore(abc.ABC):
                 f"read {self.uri_of(key)}: sha256 is {actual} ({len(data)} bytes), expected {sha256}, twice"
             )
         return data
+
+    def read_bounded(self, key: str, most: int) -> bytes:
+        """The whole object, of at most `most` bytes; RequestError, before anything is read, for a larger one."""
+        size = self.size(key)
+        if size > most:
+            raise RequestError(f"{self.uri_of(key)}: {size} bytes, expected at most {most}")
+        # A range, not the object: what is read stays bounded when the object grows meanwhile.
+        return self.read_range(key, 0, size) if size else b""
 
     @abc.abstractmethod
     def below(self, key: str) -> ObjectStore:
@@ -216,7 +225,8 @@ class ObjectStore(abc.ABC):
         """The objects whose keys begin with `prefix` (any string, not only a directory), in key order.
 
         Names that are no valid keys (directory markers and files that something else put there) and files
-        being written are left out; on `file:`, linked files are listed, linked directories are not entered.
+        being written are left out; on `file:`, linked files are listed (reading one that leads out of the root is refused),
+        linked directories are not entered.
         """
 
     @abc.abstractmethod

@@ -12,14 +12,26 @@ from pathlib import Path
 
 from counterweight.workers.errors import IntegrityError, RequestError, StorageError
 from counterweight.workers.storage.base import ObjectStore
+from counterweight.workers.storage.regular import check_regular, confined
 
 _CHUNK = 4 << 20
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+_REFUSED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENXIO,
+)
 
 
-def fetch(store: ObjectStore, key: str, path: Path, *, size: int, sha256: str) -> None:
+def fetch(store: ObjectStore, key: str, path: Path, *, size: int, sha256: str, root: Path | None = None) -> None:
     """Makes `path` hold the object of `size` bytes with digest `sha256` (hex); returns at once when it
     already does.
+
+    root: the directory that `path` is to lie in, whatever links there are below it; None: the path's own.
 
     Bytes gather in `<path>.partial`, which a killed or failed download leaves behind and the next one
     continues. `path` appears whole, by a rename, after every byte was hashed, those of an earlier attempt
@@ -28,9 +40,11 @@ def fetch(store: ObjectStore, key: str, path: Path, *, size: int, sha256: str) -
 
     Raises `IntegrityError` when size or digest differ, `ObjectNotFoundError` and `StorageError` as the
     store does, `StorageError` also when the disk is full or another process downloads to the same path, and
-    `RequestError` when the path cannot be written.
+    `RequestError` when the path cannot be written, or a link leads out of `root`.
     """
     partial = path.with_name(path.name + ".partial")
+    for each in (path, partial):
+        confined(root or path.parent, each)
     with _failing(partial):
         if path.is_file() and path.stat().st_size == size and _hash_file(path) == sha256:
             return
@@ -76,8 +90,10 @@ def _fill(store: ObjectStore, key: str, descriptor: int, size: int) -> str:
 def _open_alone(partial: Path) -> int:
     """Opens the partial file for this process alone: two that append to one file would spoil it for both."""
     while True:
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(partial, flags, 0o666)
         try:
+            check_regular(partial, os.fstat(descriptor).st_mode)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), os.stat(partial)):
                 return descriptor
@@ -86,6 +102,9 @@ def _open_alone(partial: Path) -> int:
             raise StorageError(f"fetch to {partial}: another process is downloading it") from error
         except FileNotFoundError:
             pass
+        except RequestError:
+            os.close(descriptor)
+            raise
         # Between our open and our lock its owner finished and renamed it: what we hold is the finished file.
         os.close(descriptor)
 

@@ -18,10 +18,12 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from counterweight.workers.errors import ObjectNotFoundError, RequestError, StorageError
 from counterweight.workers.storage.base import STREAM_CHUNK, ObjectInfo, ObjectStore, StaleWrite, Writer
 from counterweight.workers.storage.names import TEMPORARY_PREFIX, check_key, check_prefix, check_range, is_key
+from counterweight.workers.storage.regular import check_regular, confined, open_regular
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 # Trying again cannot help: missing rights, or a file system that cannot do what is asked.
@@ -50,18 +52,24 @@ class FileStore(ObjectStore):
         return self._path(key).as_uri()
 
     def _path(self, key: str) -> Path:
-        return self._root / check_key(key)
+        """Where the object lies or is to lie; RequestError when a linked directory leads out of the root."""
+        path = self._root / check_key(key)
+        confined(self._root, path, follow=False)
+        return path
+
+    def _open(self, path: Path, operation: str = "read") -> BinaryIO:
+        """The object at `path`, for reading, unbuffered."""
+        with _reading(path, operation):
+            return os.fdopen(open_regular(confined(self._root, path)), "rb", buffering=0)
 
     def _read(self, key: str) -> bytes:
-        path = self._path(key)
-        with _reading(path):
-            return path.read_bytes()
+        return b"".join(self.stream(key, chunk=_MOST_PER_CALL))
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         path = self._path(key)
         check_range(path.as_uri(), start, length)
         pieces = []
-        with _reading(path), path.open("rb", buffering=0) as file:
+        with self._open(path) as file, _reading(path):
             size = os.fstat(file.fileno()).st_size
             if start + length > size:
                 raise _beyond_end(path, start + length, size)
@@ -77,9 +85,7 @@ class FileStore(ObjectStore):
     def stream(self, key: str, *, start: int = 0, chunk: int = STREAM_CHUNK) -> Iterator[bytes]:
         path = self._path(key)
         check_range(path.as_uri(), start, 0)
-        with _reading(path):
-            file = path.open("rb", buffering=0)
-        with file:
+        with self._open(path) as file:
             with _reading(path):
                 size = os.fstat(file.fileno()).st_size
                 file.seek(start)
@@ -97,14 +103,18 @@ class FileStore(ObjectStore):
     def size(self, key: str) -> int:
         path = self._path(key)
         with _reading(path):
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            return path.stat().st_size
+            found = confined(self._root, path).stat()
+            check_regular(path, found.st_mode)
+            return found.st_size
 
     def exists(self, key: str) -> bool:
         path = self._path(key)
-        with _failing("look up", path):
-            return path.is_file()
+        try:
+            with _reading(path, "look up"):
+                check_regular(path, confined(self._root, path).stat().st_mode)
+        except ObjectNotFoundError:
+            return False
+        return True
 
     def write(self, key: str, data: bytes | bytearray | memoryview) -> None:
         with self.open_writer(key) as writer:
@@ -134,9 +144,7 @@ class FileStore(ObjectStore):
 
     def copy(self, source_key: str, key: str) -> None:
         source, path = self._path(source_key), self._path(key)
-        with _reading(source, "copy"):
-            origin = source.open("rb")
-        with origin, _failing("copy to", path), _Temporary(path) as temporary:
+        with self._open(source, "copy") as origin, _failing("copy to", path), _Temporary(path) as temporary:
             with open(temporary.descriptor, "wb", closefd=False) as target:
                 shutil.copyfileobj(origin, target, STREAM_CHUNK)
             temporary.publish()

@@ -2,9 +2,8 @@
 
 `file:` URIs are percent-decoded (RFC 8089, so `Path.as_uri()` works); `s3:` URIs are taken literally, as
 the AWS command line does. Roots are given by the user and trusted; keys may come from a checkpoint's index
-or a record, and are not. A key cannot climb out of its root: `..` is refused. Symbolic links below a
-`file:` root are followed on reading (the Hugging Face cache is made of them), so whoever can place links
-below the root decides where they lead.
+or a record, and are not. A key cannot climb out of its root: `..` is refused, and so are links below a `file:`
+root that lead out of it (`workers.storage.regular`).
 """
 
 from __future__ import annotations

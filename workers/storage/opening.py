@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from counterweight.workers.errors import RequestError
 from counterweight.workers.storage.base import ObjectStore
-from counterweight.workers.storage.names import EXPECTED_URI, file_root, s3_root
+from counterweight.workers.storage.names import EXPECTED_URI, file_root, s3_root, split_uri
 
 
 def open_store(uri: str) -> ObjectStore:
@@ -21,3 +24,11 @@ def open_store(uri: str) -> ObjectStore:
 
         return S3Store(uri)
     raise RequestError(f"storage URI {uri!r}: {EXPECTED_URI}")
+
+
+def open_named(uri: str) -> tuple[ObjectStore, str]:
+    """The store that holds the object which somebody names by its own URI, and its key there. A file may be named by a link:
+    whoever names it says where it lies. Raises `RequestError`."""
+    path = file_root(uri)
+    root, key = split_uri(uri if path is None or uri.endswith("/") else Path(os.path.realpath(path)).as_uri())
+    return open_store(root), key

@@ -6,6 +6,7 @@ role), so that every tool in a deployment speaks to the same place.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from botocore.exceptions import (
     PartialCredentialsError,
     ProfileNotFound,
 )
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from urllib3.exceptions import HTTPError
 
 from counterweight.workers.errors import (
@@ -39,6 +40,8 @@ from counterweight.workers.errors import (
     RequestError,
     StorageError,
 )
+from counterweight.workers.storage.credentials import Renewal
+from counterweight.workers.storage.outages import Patience
 
 MIB = 1 << 20
 
@@ -75,6 +78,22 @@ _REFUSED_CODES = frozenset(
 )
 
 
+PATIENCE = "COUNTERWEIGHT_OUTAGE_SECONDS"
+"""Environment variable: how long a server that is away is waited for."""
+
+
+def _outage_seconds() -> float:
+    """As the environment says, ten minutes without a word of it. RequestError for no number."""
+    text = os.environ.get(PATIENCE, "600")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise RequestError(f"{PATIENCE}: {text!r}: expected seconds")
+    return seconds
+
+
 class S3Settings(BaseModel):
     """How patient and how large our requests are. The defaults suit AWS and a server in the same building."""
 
@@ -101,6 +120,10 @@ class S3Settings(BaseModel):
         le=5 << 30,
         description="bytes a server copies in one request; larger objects take several. Small enough to "
         "end within read_timeout on a slow server, where the 5 GiB that S3 allows would not",
+    )
+    outage_seconds: NonNegativeFloat = Field(
+        default_factory=_outage_seconds,
+        description="how long a request waits for a server that is away, behind its tries",
     )
     page_size: int = Field(default=1000, ge=1, le=1000, description="keys in one page of a listing")
 
@@ -138,9 +161,13 @@ def make_client(settings: S3Settings) -> Any:
         max_pool_connections=settings.connections,
     )
     try:
-        return session.client("s3", config=config)
+        client = session.client("s3", config=config)
     except ValueError as error:
         raise RequestError(f"S3 endpoint of the environment: {error}") from error
+    # Behind boto3's own: the first handler that asks for another try has its way.
+    client.meta.events.register_last("needs-retry.s3", Patience(settings.outage_seconds))
+    client.meta.events.register_last("needs-retry.s3", Renewal(core.get_credentials()))
+    return client
 
 
 def status_of(error: ClientError) -> int:

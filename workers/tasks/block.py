@@ -33,6 +33,14 @@ class BlockSpec(Config):
     recipe: Mapping[str, ModuleRecipe]
     """Linear (name relative to the block) -> what applies to it; linears that are kept are absent."""
     propagate: Literal["original", "compressed"]
+    passes: tuple[tuple[str, ...], ...] = ()
+    """Linears that are solved after each pass over the shards, which gathers the statistics of their inputs alone: what takes
+    less memory, and no part of the result. Those of one input are in one pass, and those of one expert. Empty: all are."""
+
+    @property
+    def lends(self) -> bool:
+        """Whether experts run on their weights as they were read: where memory is short, and nothing trains them."""
+        return len(self.passes) > 1 and all(part.tuning is None for part in self.recipe.values())
 
     def before(self, shard: int) -> BlockSpec:
         """The same on the shards before this one alone."""
@@ -61,7 +69,7 @@ class BlockSpec(Config):
         """Key of what calibration leaves in a worker's memory: of tasks with equal keys one calibration is enough."""
         streams = len(self.original_inputs)
         gathers = {name: part.gathers() for name, part in self.recipe.items()}
-        return digest([self.calibrate_key(), self.propagate, streams, gathers])
+        return digest([self.calibrate_key(), self.propagate, streams, gathers, self.passes])
 
 
 class BlockTask(Config):

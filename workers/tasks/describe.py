@@ -1,4 +1,4 @@
-"""What a model is: names and shapes, from its config.json alone."""
+"""What a model is: names and shapes, from its config.json and the names outside its blocks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Describe(Task[ModelLayout]):
-    """Names and shapes of the model with this config.json. CheckpointError, UnsupportedModelError."""
+    """Names and shapes of the model with this config.json. stored: as for `BlockBuilder`. CheckpointError,
+    UnsupportedModelError."""
 
     kind: ClassVar[str] = "describe"
 
     config: Mapping[str, object]
+    stored: frozenset[str]
 
     @property
     def name(self) -> str:
@@ -28,4 +30,4 @@ class Describe(Task[ModelLayout]):
     def run(self, context: TaskContext) -> ModelLayout:
         from counterweight.workers.models.block_builder import BlockBuilder
 
-        return BlockBuilder(self.config).layout
+        return BlockBuilder(self.config, self.stored).layout

@@ -87,7 +87,6 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
         from counterweight.workers.evaluation import advance, compressed_blocks, measure, variants_of
         from counterweight.workers.loaded_block import load_block
         from counterweight.workers.memory import release
-        from counterweight.workers.models.layout import EMBEDDING
         from counterweight.workers.models.source import outside
 
         clock = Clock(context.device)
@@ -107,7 +106,8 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
 
         # The compressed model may live in other coordinates than the original, its variants share theirs.
         of_compressed = ends(model.builder, model.embedding(), model.head())
-        of_variant = dict.fromkeys(measured, of_compressed) | {BASELINE: ends(builder, original[EMBEDDING], original)}
+        of_original = ends(builder, original[builder.names.embedding], original)
+        of_variant = dict.fromkeys(measured, of_compressed) | {BASELINE: of_original}
 
         def blocks(index: int) -> dict[str, Block]:
             release(context.device)

@@ -37,6 +37,6 @@ class Gains(BlockTask, DurableTask[GainsRecord]):
         from counterweight.workers.calibrated_block import branch_gains, calibrated
 
         held = calibrated(context, self.block, workspace)
-        gains = branch_gains(context, self.block, held)
+        gains = branch_gains(context, self.block, held, workspace)
         context.held.hold(held, keep=self.keep)
         return GainsRecord(gains=gains, outputs=held.outputs)

@@ -51,12 +51,11 @@ class Original(Config, DurableTask[HiddenRecord]):
         from counterweight.workers.loaded_block import load_block
         from counterweight.workers.memory import release
         from counterweight.workers.models.block_builder import Block
-        from counterweight.workers.models.layout import EMBEDDING
 
         clock = Clock(context.device)
         checkpoint, builder = context.source(self.setting)
-        embedding = checkpoint.read(EMBEDDING, sha256=self.tensors[EMBEDDING])
-        embed = builder.embedding(embedding, context.device, torch.float32)
+        name = builder.names.embedding
+        embed = builder.embedding(checkpoint.read(name, sha256=self.tensors[name]), context.device, torch.float32)
         ids = workspace.get_tensors(self.tokens)["input_ids"][self.start : self.stop].long().to(context.device)
         with torch.no_grad():
             hidden = [embed(batch) for batch in ids.split(shard_sequences(ids.shape[1]))]

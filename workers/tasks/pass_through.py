@@ -34,17 +34,19 @@ class PassThroughRecord(Record):
 
 class PassThrough(Config, DurableTask[PassThroughRecord]):
     """Carries tensors outside the blocks over into a checkpoint shard of their own, rotated where the model is. tensors: name
-    -> sha256."""
+    -> sha256. reason: why they are not quantized, where it is not that they are the model's ends."""
 
     kind: ClassVar[str] = "keep"
     record: ClassVar[type[PassThroughRecord]] = PassThroughRecord
 
     setting: Setting
     tensors: Mapping[str, str]
+    reason: str = ""
 
     @property
     def name(self) -> str:
-        return f"kept tensors ({', '.join(self.tensors)})"
+        first, *others = self.tensors
+        return f"kept tensors ({', '.join([first, *others] if len(others) < 3 else [first, f'{len(others)} more'])})"
 
     def key(self) -> str:
         return digest([self.kind, self.setting.determines(), dict(self.tensors)])
@@ -62,7 +64,7 @@ class PassThrough(Config, DurableTask[PassThroughRecord]):
         tensors = checkpoint.read_many(self.tensors, sha256=self.tensors)
         sources: dict[str, tuple[str, ...]] = {name: (name,) for name in tensors}
         if self.setting.rotation is not None:
-            tensors, sources = self.setting.rotation.outside(tensors, builder.family.norm_offset)
+            tensors, sources = self.setting.rotation.outside(tensors, builder.layout)
         clock.lap("load")
         blob = workspace.put_tensors(tensors)
         clock.lap("write")
@@ -70,7 +72,13 @@ class PassThrough(Config, DurableTask[PassThroughRecord]):
             checkpoint=blob,
             tensors={name: tensor_digest(tensor) for name, tensor in tensors.items()},
             ledger=tuple(
-                LedgerEntry(source=source, shape=checkpoint.entry(source).shape, fate="kept", stored_as=stored)
+                LedgerEntry(
+                    source=source,
+                    shape=checkpoint.entry(source).shape,
+                    fate="kept",
+                    stored_as=stored,
+                    reason=self.reason,
+                )
                 for source, stored in sources.items()
             ),
             bits=sum(tensor_bits(tensor) for tensor in tensors.values()),

@@ -39,7 +39,8 @@ class Sample(Config, Task[list[list[int]]]):
         from counterweight.workers.storage import open_store
 
         checkpoint = Checkpoint.open(open_store(self.source))
-        model = whole(checkpoint, BlockBuilder(checkpoint.config), context.device, DTYPES[self.compute_dtype])
+        builder = BlockBuilder(checkpoint.config, frozenset(checkpoint.names))
+        model = whole(checkpoint, builder, context.device, DTYPES[self.compute_dtype])
         ids = sample(model, self.sequences, self.length, temperature=self.temperature, seed=self.seed)
         del model
         release(context.device)

@@ -28,7 +28,7 @@ from counterweight.workers.errors import UnsupportedModelError
 from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import ModelFamily
-from counterweight.workers.models.layout import LM_HEAD, NORM
+from counterweight.workers.models.layout import ModelLayout
 
 
 def residual_hadamard(width: int, options: Rotation) -> Hadamard:
@@ -90,17 +90,28 @@ def rotate_head(
 
 
 def rotated_outside(
-    tensors: Mapping[str, Tensor], rotation: Hadamard, *, norm_offset: float
+    tensors: Mapping[str, Tensor], rotation: Hadamard, layout: ModelLayout
 ) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
-    """What lies outside the blocks, rotated: the embedding alone, or the final norm with the lm_head (of a tied model: with
-    the embedding that is its lm_head). The tensors under their names, in their dtypes; and source -> what it is stored as."""
-    if NORM not in tensors:
-        rotated = {name: rotate_embedding(weight, rotation, dtype=weight.dtype) for name, weight in tensors.items()}
+    """What lies outside the blocks, rotated: the final norm with the lm_head (of a tied model: with the embedding that is its
+    lm_head), or what writes the stream that enters the blocks: the embedding, or a multimodal model's projector among all that
+    it has beside its text model. The tensors under their names, in their dtypes; and source -> what it is stored as."""
+    norm, head = layout.names.norm, layout.names.head
+    if norm not in tensors:
+        rotated = {name: _writing(name, tensor, rotation, layout) for name, tensor in tensors.items()}
         return rotated, {name: (name,) for name in tensors}
-    (source,) = tensors.keys() - {NORM}
-    dtype = tensors[source].dtype
-    norm, head = rotate_head(tensors[NORM], tensors[source], rotation, norm_offset=norm_offset, dtype=dtype)
-    return {NORM: norm.to(tensors[NORM].dtype), LM_HEAD: head}, {NORM: (NORM, LM_HEAD), source: (LM_HEAD,)}
+    (source,) = tensors.keys() - {norm}
+    offset, dtype = layout.family.norm_offset, tensors[source].dtype
+    ones, fused = rotate_head(tensors[norm], tensors[source], rotation, norm_offset=offset, dtype=dtype)
+    return {norm: ones.to(tensors[norm].dtype), head: fused}, {norm: (norm, head), source: (head,)}
+
+
+def _writing(name: str, tensor: Tensor, rotation: Hadamard, layout: ModelLayout) -> Tensor:
+    """A tensor outside the blocks, so that what it writes into the stream is rotated; most write none."""
+    if name == layout.names.embedding:
+        return rotate_embedding(tensor, rotation, dtype=tensor.dtype)
+    if layout.writes_beside(name):  # weight [hidden, in] or bias [hidden]
+        return rotate_embedding(tensor.movedim(0, -1), rotation, dtype=tensor.dtype).movedim(-1, 0).contiguous()
+    return tensor
 
 
 def _times(matrix: Tensor, rotation: Hadamard | Tensor) -> Tensor:

@@ -165,3 +165,29 @@ def test_line_ends_are_unix_ones(tmp_path: Path) -> None:
     for name in NAMES:
         (library / name).write_bytes(b"a = 1\r\nb = 2\r\n")
     assert "\r" not in standard_library_text("train", library=library)
+
+
+def test_docstrings_are_the_longer_ones_without_the_code(tmp_path: Path) -> None:
+    library = write_library(tmp_path, NAMES)
+    long = " ".join(["what", "it", "says"] * 20)
+    for name in NAMES:
+        code = f'"""short"""\nclass A:\n    """{long}\n\n    at {name}\n    """\n\n    async def f():\n        """{long}"""\n'
+        (library / name).write_text(code)
+    names = [path.relative_to(library).as_posix() for path in standard_library_files("train", library=library)]
+    expected = "\n\n".join(f"{long}\n\nat {name}\n\n{long}" for name in names) + "\n"
+    assert standard_library_text("train", "docstrings", library=library) == expected
+
+
+def test_docstrings_of_the_real_library_are_prose_of_the_part() -> None:
+    train, evaluation = (standard_library_text(part, "docstrings") for part in ("train", "evaluation"))
+    assert len(train) > 300_000
+    assert "def __init__(self" not in evaluation
+
+
+@pytest.mark.parametrize(("text", "said"), [("x = 1\n", "no docstring of 200"), ("def f(:\n", "expected Python")])
+def test_without_docstrings(tmp_path: Path, text: str, said: str) -> None:
+    library = write_library(tmp_path, NAMES)
+    for name in NAMES:
+        (library / name).write_text(text)
+    with pytest.raises(RequestError, match=said):
+        standard_library_text("train", "docstrings", library=library)

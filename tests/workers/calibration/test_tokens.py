@@ -129,6 +129,51 @@ def test_a_dataset_is_joined_by_blank_lines(tmp_path: Path, tokenizer: bytes) ->
         cut(source.model_copy(update={"column": "text"}), tokenizer, **options)
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ('{"text": [{"role": "user", "content": "w1"}]}\n' * 5, r"column: 'text': row 0 of dataset .*holds a list"),
+        ('{"text": 5}\n' * 5, r"row 0 .*holds a int: expected text"),
+        ('{"text": "w1"}\n{"text": null}\n', r"row 1 .*holds a NoneType: expected text"),
+        ('{"text": "w1"}\n\n{"text": "w3"\n', r"dataset '.*': .*JSON parse error"),
+        ('{"text": "\\ud800"}\n', r"dataset '.*'|row 0"),
+    ],
+)
+def test_rows_that_are_no_text_are_refused_in_one_line(
+    tmp_path: Path, tokenizer: bytes, capfd: pytest.CaptureFixture[str], rows: str, said: str
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text(rows)
+    with pytest.raises(RequestError, match=rf"^spec\.calibration\.source.*{said}") as caught:
+        cut(DatasetSource(path=str(tmp_path / "data")), tokenizer)
+    assert len(str(caught.value).splitlines()) == 1
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.txt"])
+def test_a_dataset_may_be_one_file(tmp_path: Path, tokenizer: bytes, name: str) -> None:
+    text = {"rows.jsonl": '{"text": "w1 w2"}\n{"text": "w3 w4"}\n', "rows.csv": "text\nw1 w2\nw3 w4\n"}
+    (tmp_path / name).write_text(text.get(name, "w1 w2\nw3 w4\n"))
+    found = cut(DatasetSource(path=str(tmp_path / name)), tokenizer, length=2, sequences=None)
+    assert found.ids.tolist() == [[1, 2], [3, 4]]
+
+
+def test_a_long_text_costs_what_its_windows_cost(tmp_path: Path, tokenizer: bytes) -> None:
+    import tracemalloc
+
+    line = " ".join(f"w{index}" for index in range(100)) + "\n"
+    with (tmp_path / "long.txt").open("w") as file:
+        file.write(line * 2000)
+        file.truncate(1 << 36)  # sparse: 64 GiB
+    tracemalloc.start()
+    try:
+        found = cut(TextSource(uri=(tmp_path / "long.txt").as_uri()), tokenizer, length=100, sequences=20)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+    assert found.ids.tolist() == [list(range(100))] * 20
+
+
 def test_a_dataset_that_is_not_there_is_refused(tmp_path: Path, tokenizer: bytes) -> None:
     with pytest.raises(RequestError, match="dataset"):
         cut(DatasetSource(path=str(tmp_path / "nothing")), tokenizer)

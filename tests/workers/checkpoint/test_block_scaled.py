@@ -47,7 +47,7 @@ def test_weights_are_decoded_as_by_hand(block: tuple[int, int], tmp_path: Path) 
     checkpoint = Checkpoint.open(written(tmp_path, tensors, {**SCHEME, "weight_block_size": list(block)}))
     expected = decoded_by_hand(tensors[NAME], tensors[SCALE], block)
     assert checkpoint.names == (NAME, "norm.weight")
-    assert checkpoint.scales == {SCALE: NAME}
+    assert checkpoint.parts == {SCALE: f"scales of {NAME}, decoded with it"}
     assert (checkpoint.entry(NAME).dtype, checkpoint.entry(NAME).shape) == (torch.bfloat16, (50, 41))
     read = checkpoint.read_many([NAME, "norm.weight"])
     assert bits(read[NAME]) == bits(expected)

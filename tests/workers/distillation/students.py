@@ -12,10 +12,9 @@ from counterweight.workers.distillation.trainable import TrainableLinear, make_t
 from counterweight.workers.distillation.training import Student, Text
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.models.block_builder import Block, BlockBuilder
-from counterweight.workers.models.layout import EMBEDDING
 from counterweight.workers.models.source import head_of
 from counterweight.workers.tuning.fake_quant import fake_quantize
-from tests.models import CASES, build, token_ids
+from tests.models import CASES, EMBEDDING, build, token_ids
 
 CPU = torch.device("cpu")
 RANK = 4
@@ -52,7 +51,7 @@ class Tiny:
             linears |= {f"{index}.{name}": linear for name, linear in trainable.items()}
             norms |= {f"{index}.{name}": norm for name, norm in own_norms.items()}
             self.blocks.append(block)
-        head = builder.head(head_of(tensors), CPU, dtype)
+        head = builder.head(head_of(tensors, builder.names), CPU, dtype)
         self.student = Student(
             embed=builder.embedding(tensors[EMBEDDING], CPU, dtype).requires_grad_(False),
             blocks=[block.forward for block in self.blocks],

@@ -18,7 +18,7 @@ from counterweight.workers.errors import CheckpointError, UnsupportedModelError
 from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.experts import GatedProduct, LinearExperts, SortedExperts
 from counterweight.workers.models.families import families
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
+from counterweight.workers.models.source import head_of
 from tests.models import (
     BASE,
     CASES,
@@ -58,18 +58,20 @@ def filled(builder: BlockBuilder, tensors: Mapping[str, Tensor], index: int) -> 
 
 
 def logits_by_block(builder: BlockBuilder, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    hidden: Tensor = builder.embedding(tensors[EMBEDDING], CPU, torch.float32)(ids)
+    names = builder.names
+    hidden: Tensor = builder.embedding(tensors[names.embedding], CPU, torch.float32)(ids)
     for index in range(builder.blocks):
         hidden = filled(builder, tensors, index).run(hidden)
-    head = {NORM: tensors[NORM], LM_HEAD: tensors[EMBEDDING if builder.tied else LM_HEAD]}
-    logits: Tensor = builder.head(head, CPU, torch.float32)(hidden)
+    logits: Tensor = builder.head(head_of(tensors, names), CPU, torch.float32)(hidden)
     return logits
 
 
 def assert_is_the_model(model: PreTrainedModel, directory: Path) -> None:
     ids = token_ids(2, 32)
-    builder, tensors = BlockBuilder(read_config(directory)), read_tensors(directory)
-    assert builder.layout.expected(tensors) == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    tensors = read_tensors(directory)
+    builder = BlockBuilder(read_config(directory), tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not builder.layout.is_beside(name)}
+    assert builder.layout.expected(tensors) == shapes
     with torch.no_grad():
         expected = model(ids).logits
         torch.testing.assert_close(logits_by_block(builder, tensors, ids), expected, rtol=0, atol=1e-5)

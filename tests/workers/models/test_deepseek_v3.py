@@ -15,10 +15,23 @@ from counterweight.workers.errors import CheckpointError, UnsupportedModelError
 from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.models.families import families, family_of
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
 from counterweight.workers.transforms.rotation import rotate_block
 from counterweight.workers.transforms.smoothing import fold, producer_rows
-from tests.models import BASE, CASES, DEEPSEEK, YARN_MLA_ROPE, build, checkpoint, read_config, read_tensors, token_ids
+from tests.models import (
+    BASE,
+    CASES,
+    DEEPSEEK,
+    EMBEDDING,
+    LM_HEAD,
+    NORM,
+    YARN_MLA_ROPE,
+    build,
+    checkpoint,
+    config_of,
+    read_config,
+    read_tensors,
+    token_ids,
+)
 
 CPU = torch.device("cpu")
 BIAS = "mlp.gate.e_score_correction_bias"
@@ -69,10 +82,9 @@ def test_linears_are_grouped_by_what_they_read(source: Source) -> None:
 
 
 def test_shared_experts_see_every_token_and_routed_ones_their_share(source: Source) -> None:
-    _, builder, _ = source
-    config = builder.config.to_dict()
-    assert FAMILY.active_share(config, builder.experts, SHARED[0]) == 1.0
-    assert FAMILY.active_share(config, builder.experts, "mlp.experts.7.up_proj") == 3 / 8
+    layout = source[1].layout
+    assert layout.active_share(SHARED[0]) == 1.0
+    assert layout.active_share("mlp.experts.7.up_proj") == 3 / 8
 
 
 def test_the_correction_bias_decides_which_experts_run(source: Source) -> None:
@@ -252,4 +264,4 @@ def test_sizes_that_do_not_fit_are_named(change: dict[str, Any], problem: str) -
 def test_key_value_heads_may_be_left_out(name: str) -> None:
     """Where transformers has them default to the heads, nothing here asks for more."""
     with suppress(CheckpointError):
-        BlockBuilder({**BASE, **CASES[name].config, "model_type": name, "num_key_value_heads": None})
+        BlockBuilder(config_of(name, num_key_value_heads=None))

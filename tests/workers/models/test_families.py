@@ -18,7 +18,7 @@ from counterweight.workers.errors import CheckpointError, UnsupportedModelError
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.models.families import families, family_of
 from tests.inprocess import local, run_job
-from tests.models import BASE, CASES, YARN_ROPE, checkpoint, read_config, read_tensors
+from tests.models import CASES, YARN_ROPE, checkpoint, config_of, read_config, read_tensors
 from tests.pipeline.tiny import job_of, run_local, write_job
 
 
@@ -36,8 +36,7 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones() -> None:
 @pytest.mark.parametrize("name", families())
 def test_every_linear_is_connected(name: str) -> None:
     """Each linear's input comes from a norm, the heads or the product in an MLP, and each norm that is named exists."""
-    family, case = family_of(name), CASES[name]
-    builder = BlockBuilder({**BASE, **case.config, "model_type": name})
+    family, builder = family_of(name), BlockBuilder(config_of(name))
     for index in range(builder.blocks):
         parameters = builder.layout.block_parameters(index)
         weights = {parameter.removesuffix(".weight") for parameter, shape in parameters.items() if len(shape) == 2}
@@ -128,7 +127,7 @@ def test_a_rotary_embedding_of_half_a_head_is_refused_by_the_plan_where_attentio
 )
 def test_what_a_family_cannot_run_is_refused(name: str, change: dict[str, object], problem: str) -> None:
     with pytest.raises((CheckpointError, UnsupportedModelError)) as caught:
-        BlockBuilder({**BASE, **CASES[name].config, "model_type": name, **change})
+        BlockBuilder(config_of(name, **change))
     assert problem in str(caught.value)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -17,10 +18,12 @@ from counterweight import load_model
 from counterweight.pipeline.artifact import Published
 from counterweight.pipeline.model_source import open_model
 from counterweight.workers.errors import CheckpointError
+from counterweight.workers.ledger import Ledger
 from counterweight.workers.models.block_builder import BlockBuilder
-from counterweight.workers.models.layout import EMBEDDING, Slice
+from counterweight.workers.models.layout import Slice
+from counterweight.workers.models.source import whole
 from tests.inprocess import local, run_job
-from tests.models import build, checkpoint, read_config, read_tensors, token_ids
+from tests.models import EMBEDDING, build, checkpoint, read_config, read_tensors, save_mxfp4, token_ids
 
 CPU = torch.device("cpu")
 GPTQ = {"weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "gptq"}}, "compensation": {"kind": "none"}}
@@ -151,19 +154,33 @@ def refused_by_transformers(published: Published) -> None:
         AutoModelForCausalLM.from_pretrained(local(published))
 
 
-def test_experts_in_mxfp4_are_refused_in_one_line(tmp_path: Path) -> None:
-    checkpoint("gpt_oss", tmp_path, torch.bfloat16)
-    tensors = load_file(tmp_path / "model.safetensors")
-    for name in [name for name in tensors if name.endswith(("gate_up_proj", "experts.down_proj"))]:
-        experts, columns, rows = tensors.pop(name).shape
-        tensors[f"{name}_blocks"] = torch.zeros(experts, rows, columns // 32, 16, dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.zeros(experts, rows, columns // 32, dtype=torch.uint8)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError) as caught:
+def test_a_source_in_mxfp4_is_the_model_of_the_decoded_weights(tmp_path: Path) -> None:
+    """As transformers decodes them; every tensor is accounted for."""
+    model = build("gpt_oss")
+    save_mxfp4(model, tmp_path / "model")
+    opened = open_model((tmp_path / "model").as_uri())
+    read = whole(opened.checkpoint, BlockBuilder(opened.checkpoint.config), CPU, torch.float32)
+    ids = token_ids(2, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(read(ids).logits, model(ids).logits, rtol=0, atol=1e-4)
+    published = run_job(tmp_path / "model", tmp_path / "job", {**GPTQ, "weights": {"bits": 8}}, validation={})
+    assert published.document.compensated is not None
+    assert published.document.compensated.kl < 0.02
+    ledger = Ledger.model_validate_json((local(published) / "ledger.json").read_text())
+    fates = {entry.source: entry for entry in ledger.entries}
+    assert read_tensors(tmp_path / "model").keys() <= fates.keys()
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert fates[name].fate == "quantized"
+    assert fates[f"{name}_blocks"].reason == f"codes of {name}, decoded with it"
+    assert fates[f"{name}_scales"].reason == f"scales of {name}, decoded with it"
+
+
+def test_experts_in_mxfp4_without_a_config_that_says_so_are_refused(tmp_path: Path) -> None:
+    save_mxfp4(build("gpt_oss"), tmp_path)
+    config = {name: value for name, value in read_config(tmp_path).items() if name != "quantization_config"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"mlp\.experts\.0\.down_proj\.weight': missing"):
         open_model(tmp_path.as_uri())
-    assert "\n" not in str(caught.value)
-    assert "'model.layers.0.mlp.experts.down_proj_blocks': experts in MXFP4" in str(caught.value)
-    assert str(caught.value).endswith("expected a checkpoint in 16 or 32 bits")
 
 
 @dataclass(frozen=True)

@@ -170,3 +170,33 @@ def test_no_descriptor_is_left_open(source: Counting, target: Path) -> None:
         except IntegrityError:
             continue
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("link", ["model", "model.partial"])
+def test_a_link_out_of_the_destination_is_refused_and_its_victim_stays(
+    source: Counting, tmp_path: Path, target: Path, link: str
+) -> None:
+    target.parent.mkdir()
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    (target.parent / link).symlink_to(victim)
+    with pytest.raises(RequestError, match="a link out of"):
+        fetch(source, "a/model", target, size=len(DATA), sha256=DIGEST)
+    assert victim.read_bytes() == b"mine"
+
+
+def test_a_directory_that_leads_out_of_the_destination_is_refused(source: Counting, tmp_path: Path) -> None:
+    (tmp_path / "pulled").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "pulled" / "report").symlink_to(tmp_path / "elsewhere")
+    path = tmp_path / "pulled" / "report" / "model"
+    with pytest.raises(RequestError, match="a link out of"):
+        fetch(source, "a/model", path, size=len(DATA), sha256=DIGEST, root=tmp_path / "pulled")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_pipe_where_the_partial_file_should_be_is_refused(source: Counting, target: Path) -> None:
+    target.parent.mkdir()
+    os.mkfifo(target.with_name("model.partial"))
+    with pytest.raises(RequestError, match="a named pipe: expected a regular file"):
+        fetch(source, "a/model", target, size=len(DATA), sha256=DIGEST)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from counterweight.workers.errors import CounterweightError, ObjectNotFoundError, RequestError, StorageError
-from counterweight.workers.storage import file, open_store, sha256_hex
+from counterweight.workers.storage import file, open_named, open_store, sha256_hex
 from counterweight.workers.storage.file import FileStore
 from tests.patience import PATIENCE
 
@@ -75,20 +76,97 @@ def test_no_operation_leaves_a_temporary_file(store: FileStore, root: Path) -> N
 
 
 def test_linked_files_are_objects(store: FileStore, root: Path, tmp_path: Path) -> None:
-    # The Hugging Face cache: snapshots hold links to blobs.
-    (tmp_path / "blob").write_bytes(b"weights")
-    (tmp_path / "elsewhere").mkdir()
     root.mkdir()
-    (root / "model").symlink_to(tmp_path / "blob")
-    (root / "broken").symlink_to(tmp_path / "gone")
+    (root / "blob").write_bytes(b"weights")
+    (tmp_path / "elsewhere").mkdir()
+    (root / "model").symlink_to("blob")
+    (root / "broken").symlink_to(root / "gone")
     (root / "directory").symlink_to(tmp_path / "elsewhere")
     (root / "cycle").symlink_to(root)
-    assert [(item.key, item.size) for item in store.list()] == [("model", 7)]
+    assert [(item.key, item.size) for item in store.list()] == [("blob", 7), ("model", 7)]
     assert store.read("model") == b"weights"
     store.write("model", b"other")
-    assert (tmp_path / "blob").read_bytes() == b"weights"
+    assert (root / "blob").read_bytes() == b"weights"
     store.delete("broken")
     assert not (root / "broken").is_symlink()
+
+
+def test_a_snapshot_of_the_hubs_cache_reads_its_blobs_and_nothing_else(tmp_path: Path) -> None:
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / "0123"
+    for folder in (repository / "blobs", repository / "refs", snapshot / "deep"):
+        folder.mkdir(parents=True)
+    (repository / "blobs" / "abc").write_bytes(b"weights")
+    (repository / "refs" / "main").write_bytes(b"0123")
+    (snapshot / "model").symlink_to("../../blobs/abc")
+    (snapshot / "deep" / "model").symlink_to("../../../blobs/abc")
+    (snapshot / "refs").symlink_to("../../refs/main")
+    store = FileStore(snapshot)
+    assert store.read("model") == store.read("deep/model") == b"weights"
+    assert store.size("model") == 7
+    with pytest.raises(RequestError, match="a link out of"):
+        store.read("refs")
+
+
+READS: dict[str, Callable[[FileStore, str], object]] = {
+    "read": FileStore.read,
+    "read_bounded": lambda store, key: store.read_bounded(key, 100),
+    "read_range": lambda store, key: store.read_range(key, 0, 1),
+    "stream": lambda store, key: list(store.stream(key)),
+    "size": FileStore.size,
+    "exists": FileStore.exists,
+    "copy": lambda store, key: store.copy(key, "copy"),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_a_link_out_of_the_root_is_refused(
+    store: FileStore, root: Path, tmp_path: Path, read: Callable[[FileStore, str], object]
+) -> None:
+    (tmp_path / "secret").write_bytes(b"topsecret")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "secret").write_bytes(b"topsecret")
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path / "secret")
+    (root / "folder").symlink_to(tmp_path / "folder")
+    for key in ("link", "folder/secret"):
+        with pytest.raises(RequestError, match=r"a link out of .*expected a file of that folder"):
+            read(store, key)
+    with pytest.raises(RequestError, match="a link out of"):
+        store.write("folder/new", b"1")
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["secret"]
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_what_is_no_regular_file_is_refused_at_once(
+    store: FileStore, root: Path, read: Callable[[FileStore, str], object]
+) -> None:
+    root.mkdir()
+    os.mkfifo(root / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(root / "socket"))  # a socket's path has at most 107 bytes
+        for key, kind in (("pipe", "a named pipe"), ("socket", "a socket")):
+            with pytest.raises(RequestError, match=f"{kind}.*: expected a regular file"):
+                read(store, key)
+    with pytest.raises(RequestError, match="a device: expected a regular file"):
+        read(FileStore(Path("/dev")), "zero")
+
+
+def test_an_object_named_by_a_link_is_where_the_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "text").write_bytes(b"words")
+    (tmp_path / "link").symlink_to("far/text")
+    named, key = open_named((tmp_path / "link").as_uri())
+    assert named.read(key) == b"words"
+
+
+def test_a_bounded_read_looks_at_the_size_first(store: FileStore, root: Path) -> None:
+    store.write("a", b"12345")
+    assert store.read_bounded("a", 5) == b"12345"
+    with (root / "a").open("r+b") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(RequestError, match=f"{1 << 40} bytes, expected at most 5"):
+        store.read_bounded("a", 5)
 
 
 def test_names_that_are_no_keys_are_not_listed(store: FileStore, root: Path) -> None:

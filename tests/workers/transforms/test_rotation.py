@@ -16,7 +16,7 @@ from counterweight.kernels.hadamard import Hadamard, hadamard_matrix
 from counterweight.workers.errors import UnsupportedModelError
 from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.models.block_builder import Block, BlockBuilder
-from counterweight.workers.models.layout import EMBEDDING, LM_HEAD, NORM
+from counterweight.workers.models.source import head_of
 from counterweight.workers.transforms import (
     residual_hadamard,
     residual_rotation,
@@ -24,7 +24,7 @@ from counterweight.workers.transforms import (
     rotate_embedding,
     rotate_head,
 )
-from tests.models import CASES, checkpoint, read_config, read_tensors, token_ids
+from tests.models import CASES, LM_HEAD, NORM, checkpoint, read_config, read_tensors, token_ids
 
 CPU = torch.device("cpu")
 ALL = Rotation(online_output=True)
@@ -72,7 +72,9 @@ class Model:
             rotation = residual_hadamard(self.builder.hidden_size, options)
             embedding = rotate_embedding(embedding, rotation)
             offset = self.builder.family.norm_offset
-            head[NORM], head[LM_HEAD] = rotate_head(head[NORM], head[LM_HEAD], rotation, norm_offset=offset)
+            names = self.builder.names
+            rotated = rotate_head(head[names.norm], head[names.head], rotation, norm_offset=offset)
+            head = dict(zip((names.norm, names.head), rotated, strict=True))
         blocks, online = (tuple(part) for part in zip(*results, strict=True))
         return Model(builder=self.builder, blocks=blocks, embedding=embedding, head=head, online=online)
 
@@ -87,13 +89,14 @@ def rotate(
 
 def opened(case: str, directory: Path, **changes: Any) -> Model:
     checkpoint(case, directory, **changes)
-    builder, tensors = BlockBuilder(read_config(directory)), read_tensors(directory)
+    tensors = read_tensors(directory)
+    builder = BlockBuilder(read_config(directory), tensors)
     blocks = tuple(
         {name: part.of(tensors[part.source]).clone() for name, part in builder.layout.sources(index, tensors).items()}
         for index in range(builder.blocks)
     )
-    head = {NORM: tensors[NORM], LM_HEAD: tensors[EMBEDDING if builder.tied else LM_HEAD]}
-    return Model(builder, blocks, tensors[EMBEDDING], head, tuple({} for _ in blocks))
+    head = head_of(tensors, builder.names)
+    return Model(builder, blocks, tensors[builder.names.embedding], head, tuple({} for _ in blocks))
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -164,7 +167,7 @@ def test_values_behind_a_gate_are_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        UnsupportedModelError, match="'gpt2': expected one of deepseek_v2, deepseek_v3, gemma2, gemma3_text"
+        UnsupportedModelError, match="'gpt2': expected one of deepseek_v2, deepseek_v3, gemma2, gemma3, gemma3_text"
     ):
         rotate_block("gpt2", {}, ALL, heads=1, key_value_heads=1)
 

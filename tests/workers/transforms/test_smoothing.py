@@ -31,7 +31,7 @@ FAMILIES = [*families()]
 def block_of(family: str, directory: Path) -> tuple[BlockBuilder, dict[str, Tensor]]:
     checkpoint(family, directory, num_hidden_layers=1)
     reader = Checkpoint.open(open_store(directory.as_uri()))
-    builder = BlockBuilder(reader.config)
+    builder = BlockBuilder(reader.config, frozenset(reader.names))
     sources = builder.layout.sources(0, reader.names)
     return builder, {name: part.of(reader.read(part.source)) for name, part in sources.items()}
 

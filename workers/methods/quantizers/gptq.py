@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from counterweight.workers import matrix_bytes
-from counterweight.workers.matrix_flops import Work, cholesky, elementwise, product
+from counterweight.workers.matrix_flops import Work, cholesky, elementwise, product, steps
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers.quantizer import Quantizer
 from counterweight.workers.methods.scales import AnyScaleSearch, MeanSquare
@@ -110,4 +110,6 @@ class GPTQ(Quantizer):
         feedback = within + product(rows, columns, columns - block) * 0.5 + elementwise(5 * entries)
         # Slopes: a whole product.
         descent = within + product(rows, columns, columns) + elementwise(8 * entries)
-        return metric + scales + feedback + elementwise(3 * entries) + descent * self.refinement
+        # Of a column: divided, rounded, clamped, what is left, fed back; in descent two subtractions more.
+        launched = steps(columns * (5 + 7 * self.refinement))
+        return metric + scales + feedback + elementwise(3 * entries) + descent * self.refinement + launched

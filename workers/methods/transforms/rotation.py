@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from counterweight.kernels.hadamard import Hadamard
     from counterweight.workers.models.family import ModelFamily
+    from counterweight.workers.models.layout import ModelLayout
 
 
 class Rotation(Transform):
@@ -92,15 +93,14 @@ class Rotation(Transform):
         return rotate_embedding(weight, residual_hadamard(weight.shape[1], self)) if self.residual else weight
 
     def outside(
-        self, tensors: Mapping[str, Tensor], norm_offset: float
+        self, tensors: Mapping[str, Tensor], layout: ModelLayout
     ) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
         """What lies outside the blocks, in its dtypes, and source -> what it is stored as: `rotated_outside`."""
         from counterweight.workers.transforms.rotation import residual_hadamard, rotated_outside
 
         if not self.residual:
             return dict(tensors), {name: (name,) for name in tensors}
-        (hidden,) = {tensor.shape[-1] for tensor in tensors.values()}
-        return rotated_outside(tensors, residual_hadamard(hidden, self), norm_offset=norm_offset)
+        return rotated_outside(tensors, residual_hadamard(layout.hidden_size, self), layout)
 
     def rotate_bytes(self, rows: int, columns: int) -> int:
         """Memory of rotating a weight [rows, columns] at its peak: in float64, behind a norm's weight, and two steps of a fast

@@ -10,7 +10,7 @@ from importlib import import_module
 from counterweight.workers.errors import UnsupportedModelError
 from counterweight.workers.models.family import ModelFamily
 
-__all__ = ["families", "family_of"]
+__all__ = ["families", "family_of", "is_known"]
 
 
 @cache
@@ -26,9 +26,14 @@ def families() -> Mapping[str, ModelFamily]:
     return found
 
 
+def is_known(model_type: object) -> bool:
+    """Whether a `model_type` has a family."""
+    return isinstance(model_type, str) and model_type in families()
+
+
 def family_of(model_type: object) -> ModelFamily:
     """The family of a `model_type`; UnsupportedModelError, listing the known ones, when there is none."""
-    if isinstance(model_type, str) and model_type in families():
+    if isinstance(model_type, str) and is_known(model_type):
         return families()[model_type]
     known = ", ".join(sorted(families()))
     raise UnsupportedModelError(f"config.json: model_type: {model_type!r}: expected one of {known}")

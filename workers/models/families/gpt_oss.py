@@ -36,8 +36,6 @@ class ClampedSwiGLU:
         return (up + 1) * (gate * (gate * self.alpha).sigmoid())
 
 
-MXFP4 = "experts in MXFP4 (blocks of 32 four-bit floats under one shared exponent)"
-
 FAMILY = ModelFamily(
     model_types=("gpt_oss",),
     groups=ATTENTION,
@@ -56,6 +54,5 @@ FAMILY = ModelFamily(
         interleaved=True,
         product=ClampedSwiGLU.of,
         stock_refusal="experts of gpt-oss apart: transformers has only tensors of all experts, and starts from random ones",
-        undecoded={"_proj_blocks": MXFP4, "_proj_scales": MXFP4},
     ),
 )

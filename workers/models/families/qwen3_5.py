@@ -1,16 +1,12 @@
-"""Qwen3.5, the text model: as Qwen3-Next, with dense MLPs and its DeltaNet's projections apart."""
+"""Qwen3.5 with its vision model: the text model is compressed."""
 
 from __future__ import annotations
 
-from counterweight.workers.models.families import llama
-from counterweight.workers.models.families.qwen3_next import with_delta_net
-from counterweight.workers.models.family import SharedInputGroup
+from dataclasses import replace
 
-DELTA_NET_INPUTS: SharedInputGroup = (
-    "linear_attn.in_proj_qkv",
-    "linear_attn.in_proj_z",
-    "linear_attn.in_proj_b",
-    "linear_attn.in_proj_a",
-)
+from counterweight.workers.models.families import qwen3_5_text
+from counterweight.workers.models.wrapper import INNER_NAMES, Wrapper
 
-FAMILY = with_delta_net(llama.FAMILY, ("qwen3_5_text",), DELTA_NET_INPUTS)
+WRAPPER = Wrapper(text_types=("qwen3_5_text",), beside=("visual",), writes=("visual.merger.linear_fc2",))
+
+FAMILY = replace(qwen3_5_text.FAMILY, model_types=("qwen3_5",), names=INNER_NAMES, wrapper=WRAPPER)

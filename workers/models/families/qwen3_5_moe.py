@@ -1,9 +1,14 @@
-"""Qwen3.5-MoE, the text model: Qwen3-Next with its DeltaNet's projections apart."""
+"""Qwen3.5-MoE with its vision model: the text model is compressed."""
 
 from __future__ import annotations
 
-from counterweight.workers.models.families import qwen2_moe
-from counterweight.workers.models.families.qwen3_5 import DELTA_NET_INPUTS
-from counterweight.workers.models.families.qwen3_next import with_delta_net
+from dataclasses import replace
 
-FAMILY = with_delta_net(qwen2_moe.FAMILY, ("qwen3_5_moe_text",), DELTA_NET_INPUTS)
+from counterweight.workers.models.families import qwen3_5, qwen3_5_moe_text
+
+FAMILY = replace(
+    qwen3_5_moe_text.FAMILY,
+    model_types=("qwen3_5_moe",),
+    names=qwen3_5.FAMILY.names,
+    wrapper=replace(qwen3_5.WRAPPER, text_types=("qwen3_5_moe_text",)),
+)

@@ -1,0 +1,169 @@
+"""The Ray cluster of a job: an embedded one that ends with it, or one that runs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import cache
+
+from counterweight.pipeline.pool import PoolSize
+from counterweight.pipeline.reaper import reaper
+from counterweight.pipeline.signals import kept
+from counterweight.workers.errors import WorkerError
+
+EMBEDDED_STORE_BYTES = 128 << 20
+"""Ray's object store in the embedded cluster: tasks exchange records of kilobytes; tensors go through storage."""
+
+LOOPBACK = "127.0.0.2"
+"""Address of the embedded node. Ray 2.60 replaces 127.0.0.1 by an address that other machines can reach."""
+
+CONNECT_SECONDS = 5.0
+"""How long a cluster may take to accept a connection."""
+
+ATTEMPTS = 2
+"""Starts of an embedded Ray: on a loaded machine its own deadlines pass."""
+
+ENVIRONMENT = {
+    # Ray reads these from the environment only: no usage report, and no merging of our log lines.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    # A machine under load takes longer than Ray's ten seconds.
+    "RAY_raylet_start_wait_time_s": "120",
+    # A connection whose other end is frozen or cut off breaks after ten seconds; Ray's own default is seven minutes.
+    "RAY_grpc_client_keepalive_time_ms": "5000",
+    "RAY_grpc_client_keepalive_timeout_ms": "5000",
+}
+
+
+def embedded(address: str | None) -> bool:
+    """Whether an address means a cluster of the job's own."""
+    return address in (None, "local")
+
+
+@contextmanager
+def cluster(address: str | None, size: PoolSize) -> Iterator[None]:
+    """Connects to a Ray cluster, or starts an embedded one that ends with the context.
+
+    address: None or "local" for an embedded one on loopback, "auto" or ray://host:port for one that runs; that one is sent this
+    process's code of the package. An embedded cluster pretends to have the GPUs that are asked for: workers then compute on
+    the CPU, and say so. Raises WorkerError when there is no cluster.
+    """
+    with _environment({**ENVIRONMENT, **(_authentication() if embedded(address) else {})}), kept():
+        import ray  # which reads some of this environment when it is imported
+
+        if embedded(address):
+            _start(size)
+        else:
+            assert address is not None
+            _connect(address)
+    try:
+        with reaper() if embedded(address) else nullcontext():
+            yield
+    finally:
+        ray.shutdown()
+
+
+@cache
+def _authentication() -> dict[str, str]:
+    """Lets only this process and its children talk to its clusters: a token that is in no file. Where somebody has imported Ray
+    before, it has read its environment, and uses the token of the user's home."""
+    if "ray" in sys.modules:
+        return {}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def _start(size: PoolSize) -> None:
+    import ray
+
+    gpus = _embedded_gpus(size)
+    cause = ""
+    for _ in range(ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(size.workers * size.cpus, 1),
+                num_gpus=gpus,
+                include_dashboard=False,
+                object_store_memory=EMBEDDED_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address=LOOPBACK,
+            )
+        except Exception as error:  # noqa: BLE001 - Ray raises the base class when its node is late
+            cause = " ".join(str(error).split())
+            ray.shutdown()
+        else:
+            return
+    raise WorkerError(f"Ray did not start on this machine in {ATTEMPTS} attempts: {cause}")
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    import counterweight
+
+    _answers(address)
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            # Nodes need our dependencies, and not this version of our code.
+            runtime_env={"py_modules": [os.path.dirname(counterweight.__file__)], "env_vars": _passed_on()},
+        )
+    except Exception as error:
+        cause = " ".join(str(error).split())
+        raise WorkerError(f"Ray at {address}: {cause}") from error
+
+
+def _passed_on() -> dict[str, str]:
+    """Settings of ours in the environment, which hold for workers too."""
+    return {name: value for name, value in os.environ.items() if name.startswith("COUNTERWEIGHT_")}
+
+
+def _answers(address: str) -> None:
+    """WorkerError when nobody listens at host:port, where Ray itself would try for four minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    problem = unreachable(host, int(port))
+    if problem:
+        raise WorkerError(f"Ray at {address}: {problem}: expected a running cluster")
+
+
+def unreachable(host: str, port: int) -> str:
+    """Why no connection can be made; empty when one can."""
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        return str(error.strerror or error)
+    return ""
+
+
+def _embedded_gpus(size: PoolSize) -> int:
+    """GPUs of the embedded node: this machine's, or as many pretended ones as the workers ask for."""
+    if size.gpus <= 0:
+        return 0
+    from torch import cuda
+
+    return max(int(cuda.device_count()), math.ceil(size.workers * size.gpus))
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,100 @@
+"""Seconds of a block's tasks, step by step, from what the plan knows of its arithmetic and its bytes, and from rates.
+
+On a GPU one thread of the worker reads, computes and writes in turn, so steps add up. On a CPU a worker's threads share shards
+and solves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from counterweight.pipeline.rates import Rates
+from counterweight.workers.arithmetic import Arithmetic
+from counterweight.workers.arithmetic.forward import passes, run
+from counterweight.workers.arithmetic.preparing import rotating
+from counterweight.workers.footprint.load import Group, Load, factors, packed
+from counterweight.workers.matrix_flops import Work, elementwise
+from counterweight.workers.parallel import PARALLEL_WIDTH
+
+BEGINNING, STREAMED, ENDING = (
+    ("read", "rotate", "prepare"),
+    ("hidden states", "forward", "statistics"),
+    ("tune", "solve", "write"),
+)
+"""Steps before the first shard of a block, of every shard, and behind the last."""
+
+DEQUANTIZED = 6
+"""Operations on an entry of a stored weight that is read back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockSeconds:
+    """steps: name -> seconds, over all shards. shards: how many there are. stored: bytes that become of the block; branch: of
+    these the factors of its branches. evaluated: seconds of one token of the validation in this block under one model, in
+    float32. read_back: of making its stored weights dense."""
+
+    steps: Mapping[str, float]
+    shards: int
+    stored: int
+    branch: int
+    evaluated: float
+    read_back: float
+
+    def beginning(self) -> Mapping[str, float]:
+        """Steps before the first shard."""
+        return {name: self.steps[name] for name in BEGINNING}
+
+    def streamed(self, shards: int) -> Mapping[str, float]:
+        """Steps of so many shards."""
+        return {name: self.steps[name] * shards / self.shards for name in STREAMED}
+
+    def ending(self) -> Mapping[str, float]:
+        """Steps behind the last shard."""
+        return {name: self.steps[name] for name in ENDING}
+
+
+def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates) -> BlockSeconds:
+    """Of a block's tasks on one worker."""
+    threads = min(load.threads, load.shards)
+    side_by_side = load.threads if any(group.width >= PARALLEL_WIDTH for group in load.groups if group.recipe) else 1
+    branch = sum(factors(group) for group in load.groups)
+    solved = sum(rows * columns for group in load.groups for rows, columns in _solved(group))
+    kept = load.compute * (load.parameters - solved)
+    stored = sum(packed(group) for group in load.groups) + branch + kept
+    rotated = rotating(load)
+    hidden = load.tokens * load.hidden * load.compute
+    running = load.parameters * load.compute
+    entered = passes(load) * (rates.received(hidden) + rates.moved(hidden))
+    left = rates.sent(hidden) + rates.moved(hidden)
+    steps = {
+        "read": rates.received(load.source_bytes) + rates.moved(running),
+        "rotate": rates.host_seconds(rotated) if load.gpu else rates.seconds(rotated),
+        "prepare": rates.seconds(arithmetic.prepare + rotated * -1.0),
+        "hidden states": (entered + left) / threads,
+        "forward": rates.seconds(arithmetic.forward, itemsize=load.compute) / threads,
+        "statistics": _statistics(load, arithmetic.statistics, rates) / threads,
+        "tune": rates.seconds(arithmetic.tune),
+        "solve": (rates.seconds(arithmetic.solve) + rates.moved(4 * solved)) / side_by_side,
+        # Of every tensor a digest too.
+        "write": rates.sent(stored) + stored / rates.hash + rates.moved(stored),
+    }
+    return BlockSeconds(
+        steps=steps,
+        shards=load.shards,
+        stored=round(stored),
+        branch=round(branch),
+        evaluated=rates.seconds(run(load, load.tokens)) / load.tokens,
+        read_back=rates.seconds(elementwise(DEQUANTIZED * solved)),
+    )
+
+
+def _statistics(load: Load, work: Work, rates: Rates) -> float:
+    """On a GPU a stream's own product is taken in the dtype of the activations; everything else is in float32."""
+    sixteen = load.gpu and load.compute == 2
+    grams = Work(grams32=work.grams32)
+    return rates.seconds(grams, itemsize=2 if sixteen else 4) + rates.seconds(work + grams * -1.0)
+
+
+def _solved(group: Group) -> list[tuple[int, int]]:
+    return [group.linears[name] for name in group.recipe]

@@ -1,0 +1,137 @@
+"""A pool of workers that do nothing but let a simulated clock run: what the real dispatcher and the real graph are timed with.
+
+So that an estimate cannot drift from what is run, tasks of blocks are those that a job would start, in the order and on the
+workers that the dispatcher chooses. Only their work is replaced by its seconds.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from counterweight.pipeline.estimate.costs import BlockSeconds
+from counterweight.pipeline.pool import Outcome
+from counterweight.workers.held_blocks import HOLD_BYTES
+from counterweight.workers.tasks.block import BlockRecord, BlockTask
+from counterweight.workers.tasks.calibrate import Calibrate
+from counterweight.workers.tasks.compress import Compress
+from counterweight.workers.tasks.gains import Gains, GainsRecord
+from counterweight.workers.tasks.records import HiddenRecord, Timing
+from counterweight.workers.tasks.task import Task
+from counterweight.workers.workspace import Blob
+
+if TYPE_CHECKING:
+    from counterweight.workers.context import TaskContext
+
+Steps = Mapping[str, float]
+"""Name of a step -> its seconds."""
+
+SHARD = Blob(sha256="0" * 64, size=0)
+"""Any shard of hidden states."""
+
+NO_TIME = Timing()
+
+
+@dataclass(frozen=True)
+class Simulated(Task[HiddenRecord]):
+    """A task that is nothing but its seconds. shards: of hidden states that it makes."""
+
+    kind: ClassVar[str] = "simulated"
+
+    label: str
+    steps: Steps
+    shards: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def run(self, context: TaskContext) -> HiddenRecord:
+        raise NotImplementedError("a simulated task is for a simulated pool")
+
+
+class SimulatedPool:
+    """Workers on one clock. clock: seconds since the job began. steps: what they worked on, in seconds, over all workers.
+
+    blocks: seconds of each block's tasks. bytes: that a block leaves in a worker's memory until a budget is shared out, as the
+    graph counts them; 0 without a budget.
+    """
+
+    def __init__(
+        self, size: int, threads: int, blocks: Sequence[BlockSeconds], between: float, bytes: Sequence[int]
+    ) -> None:
+        self.size, self.threads = size, threads
+        self.clock = 0.0
+        self.steps: Counter[str] = Counter()
+        self._blocks, self._between, self._bytes = blocks, between, bytes
+        self._pending: list[tuple[float, int, int, object]] = []
+        self._tickets = 0
+        self._idle = list(range(size))
+        self._held: list[dict[int, int]] = [{} for _ in range(size)]
+        """Of each worker: block -> shards that its sums are over."""
+
+    def idle(self) -> list[int]:
+        return list(self._idle)
+
+    def submit(self, worker: int, task: Task[object]) -> int:
+        self._idle.remove(worker)
+        steps, value = self._done(worker, task)
+        self.steps.update(steps)
+        self._tickets += 1
+        end = self.clock + sum(steps.values()) + self._between
+        heapq.heappush(self._pending, (end, self._tickets, worker, value))
+        return self._tickets
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        if not self._pending:
+            return []
+        self.clock, ticket, worker, value = heapq.heappop(self._pending)
+        self._idle.append(worker)
+        return [Outcome(ticket, worker, value=value)]
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+    def _done(self, worker: int, task: Task[object]) -> tuple[Steps, object]:
+        """Seconds of a task, step by step, and what it gives back."""
+        if isinstance(task, Simulated):
+            return task.steps, HiddenRecord.model_construct(outputs=(SHARD,) * task.shards, timing=NO_TIME)
+        if isinstance(task, Calibrate):
+            steps = self._calibrated(worker, task, task.start, task.stop)
+            outputs = (SHARD,) * (task.stop - task.start)
+            return steps, HiddenRecord.model_construct(outputs=outputs, timing=NO_TIME)
+        if isinstance(task, Gains):
+            whole = len(task.block.inputs)
+            return self._calibrated(worker, task, whole, whole), GainsRecord.model_construct(gains={}, outputs=())
+        if isinstance(task, Compress):
+            block = task.block
+            whole = len(block.inputs)
+            steps = {**self._calibrated(worker, task, whole, whole), **self._blocks[block.index].ending()}
+            self._held[worker].pop(block.index, None)
+            outputs = block.inputs if block.propagate == "compressed" else ()
+            return steps, BlockRecord.model_construct(
+                index=block.index, outputs=outputs, original_outputs=block.original_inputs
+            )
+        raise TypeError(f"{task.name}: expected a task of a block or a simulated one")
+
+    def _calibrated(self, worker: int, task: BlockTask, start: int, stop: int) -> Steps:
+        """What a worker has to do until it holds a block's sums over its first `stop` shards. start: where they should be."""
+        index, held = task.block.index, self._held[worker]
+        block, seen = self._blocks[index], held.pop(index, None)
+        steps: dict[str, float] = {}
+        if seen is None or seen != start:
+            self._make_room(held)
+            seen = 0
+            steps.update(block.beginning())
+        held[index] = stop
+        steps.update(block.streamed(stop - seen))
+        return steps
+
+    def _make_room(self, held: dict[int, int]) -> None:
+        """As `HeldBlocks` does before a further block is calibrated."""
+        for index in list(held):
+            if not self._bytes[index] or sum(self._bytes[other] for other in held) > HOLD_BYTES:
+                del held[index]

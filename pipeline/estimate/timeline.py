@@ -1,0 +1,208 @@
+"""A job's stages on simulated workers, one after the other as the orchestrator runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from counterweight.pipeline.allocation import budgeted
+from counterweight.pipeline.blocks import BlockRecipe, Budget, add_blocks, stretches
+from counterweight.pipeline.dispatch import Dispatcher
+from counterweight.pipeline.estimate.costs import BlockSeconds
+from counterweight.pipeline.estimate.pool import Simulated, SimulatedPool
+from counterweight.pipeline.graph import Graph
+from counterweight.pipeline.inventory import batches
+from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.model_source import ModelSource
+from counterweight.pipeline.policies import RetryPolicy
+from counterweight.pipeline.rates import Rates
+from counterweight.pipeline.validate import shares
+from counterweight.workers.matrix_flops import Work, elementwise, product
+from counterweight.workers.tasks.block import BlockSpec
+from counterweight.workers.tasks.setting import ITEMSIZE, shard_sequences
+from counterweight.workers.workspace import Blob
+
+WINDOWS = 160
+"""Of a validation that names no number, as many as WikiText-2's test has of 2048 tokens: how long its text is, headers do not
+tell."""
+
+JUDGED = 8
+"""Operations on each logit of a window: its probability, and what is compared with the original's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What a job's tasks take. distillation: seconds of the training, 0 without. calibrated: bytes of each block in a worker's
+    memory."""
+
+    job: CompressionJob
+    source: ModelSource
+    rates: Rates
+    recipes: Sequence[BlockRecipe]
+    blocks: Sequence[BlockSeconds]
+    calibrated: Sequence[int]
+    distillation: float
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the artifact's tensors."""
+        return sum(block.stored for block in self.blocks) + sum(map(self.bytes_of, self.outside))
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """Tensors outside the blocks."""
+        ends = self.source.layout.family.ends
+        return tuple(name for name in self.source.tensors if name in ends or self.source.layout.is_beside(name))
+
+    def bytes_of(self, name: str) -> int:
+        """Of a source tensor."""
+        return self.source.checkpoint.entry(name).length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """A whole job. stages: name -> seconds. idle: stage -> seconds of all workers without work. steps: name -> seconds of all
+    workers."""
+
+    stages: Mapping[str, float]
+    idle: Mapping[str, float]
+    steps: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.stages.values())
+
+
+def timeline(costs: Costs, workers: int, threads: int) -> Timeline:
+    """The job on so many workers of so many threads."""
+    sharing = budgeted(costs.recipes)
+    kept = [bytes if sharing else 0 for bytes in costs.calibrated]
+    pool = SimulatedPool(workers, threads, costs.blocks, costs.rates.task, kept)
+    dispatcher = Dispatcher(pool, RetryPolicy(), lambda _: None, Graph())
+    stages, idle = {"start": costs.rates.start}, {"start": costs.rates.start * workers}
+    validation = _validation(costs, workers)
+
+    def stage(name: str, run: Callable[[], object]) -> None:
+        clock, busy = pool.clock, sum(pool.steps.values())
+        run()
+        stages[name] = pool.clock - clock
+        idle[name] = workers * stages[name] - (sum(pool.steps.values()) - busy)
+
+    stage("inventory", lambda: dispatcher.run_all(_inventory(costs)))
+    stage("blocks", lambda: _run_blocks(costs, dispatcher, threads))
+    if costs.distillation:
+        stage("distill", lambda: dispatcher.run_all([Simulated("distillation", {"distill": costs.distillation})]))
+    stage("assemble", lambda: _assemble(costs, dispatcher, pool))
+    if validation:
+        stage("validate", lambda: dispatcher.run_all(validation))
+    return Timeline(stages=stages, idle=idle, steps=dict(pool.steps))
+
+
+def _inventory(costs: Costs) -> list[Simulated]:
+    parts = [sum(map(costs.bytes_of, names)) for names in batches(costs.source)]
+    return [
+        Simulated(f"inventory {place}", {"inventory": costs.rates.received(size)}) for place, size in enumerate(parts)
+    ]
+
+
+def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> None:
+    """The nodes that `stages.add_model` and `add_outside` add, and these alone."""
+    spec, rates, graph = costs.job.spec, costs.rates, dispatcher.graph
+    calibration, propagate = spec.calibration, spec.calibration.propagate
+    shards = -(-calibration.sequences // shard_sequences(calibration.sequence_length))
+    hidden = (
+        calibration.sequences
+        * calibration.sequence_length
+        * costs.source.layout.hidden_size
+        * ITEMSIZE[calibration.compute_dtype]
+    )
+    table = costs.bytes_of(costs.source.layout.names.embedding)
+    embed = Simulated(
+        "embedding",
+        {"embed": rates.received(table) + rates.moved(table + hidden) + rates.sent(hidden)},
+        shards,
+    )
+
+    def spec_of(
+        index: int,
+        recipe: BlockRecipe,
+        inputs: tuple[Blob, ...],
+        original_inputs: tuple[Blob, ...],
+        propagate: Literal["original", "compressed"],
+    ) -> BlockSpec:
+        return BlockSpec.model_construct(
+            index=index, recipe=recipe, inputs=inputs, original_inputs=original_inputs, propagate=propagate
+        )
+
+    sharing = budgeted(costs.recipes)
+    budget = Budget(blocks=sharing, share=lambda _: costs.recipes, bytes=costs.calibrated) if sharing else None
+    paired = propagate == "compressed" and any(part.regresses for recipe in costs.recipes for part in recipe.values())
+    blocks = add_blocks(
+        graph,
+        graph.add(lambda: embed),
+        costs.recipes,
+        spec_of,
+        propagate=propagate,
+        paired=paired,
+        budget=budget,
+        stretches=stretches(shards, len(costs.blocks), dispatcher.workers, threads),
+    )
+    dispatcher.run(blocks.compress)
+    dispatcher.run_all([Simulated(f"kept {name}", {"carry over": _carried(costs, name)}) for name in costs.outside])
+
+
+def _carried(costs: Costs, name: str) -> float:
+    size = costs.bytes_of(name)
+    return costs.rates.received(size) + costs.rates.sent(size) + size / costs.rates.hash
+
+
+def _assemble(costs: Costs, dispatcher: Dispatcher, pool: SimulatedPool) -> None:
+    """The driver has the store copy one file after the other; a worker joins the branches; all read what was written."""
+    rates = costs.rates
+    branches = sum(block.branch for block in costs.blocks)
+    files = [block.stored - block.branch for block in costs.blocks] + [costs.bytes_of(name) for name in costs.outside]
+    pool.clock += 2 * sum(files) / rates.storage
+    if branches:
+        dispatcher.run_all([Simulated("adapter", {"join": rates.received(branches) + rates.sent(branches)})])
+        files.append(branches)
+    dispatcher.run_all(
+        [Simulated(f"check {place}", {"check": rates.received(size)}) for place, size in enumerate(files)]
+    )
+
+
+def windows_of_workers(job: CompressionJob, workers: int) -> list[range]:
+    """Windows of each task of the validation; none without one."""
+    validation = job.spec.validation
+    if validation is None:
+        return []
+    return shares(validation.windows or WINDOWS, _window(job), workers)
+
+
+def _window(job: CompressionJob) -> int:
+    """Tokens of a window of the validation."""
+    validation = job.spec.validation
+    own = None if validation is None else validation.sequence_length
+    return own or job.spec.calibration.sequence_length
+
+
+def _validation(costs: Costs, workers: int) -> list[Simulated]:
+    """Every task reads the whole model and the artifact, and runs its windows under each of the models in float32."""
+    models = 3 if any(block.branch for block in costs.blocks) else 2
+    read = costs.rates.received(sum(map(costs.bytes_of, costs.source.tensors)) + costs.stored)
+    read += costs.rates.moved(4 * costs.source.parameters)
+    read += sum(block.read_back for block in costs.blocks) * (models - 1)
+    token = sum(block.evaluated for block in costs.blocks) + costs.rates.seconds(_judging(costs))
+    return [
+        Simulated(
+            f"validation {share.start}",
+            {"read for validation": read, "validate": token * models * len(share) * _window(costs.job)},
+        )
+        for share in windows_of_workers(costs.job, workers)
+    ]
+
+
+def _judging(costs: Costs) -> Work:
+    """Of one token's logits under one model."""
+    layout = costs.source.layout
+    return product(1, layout.hidden_size, layout.vocabulary) + elementwise(JUDGED * layout.vocabulary)

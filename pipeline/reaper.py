@@ -1,0 +1,94 @@
+"""Ends what an embedded Ray leaves behind when its driver is killed: its agents would live on for a minute.
+
+A process of its own, started from this file alone: it must be there when the driver is not. It reads from a pipe whose other
+end only the driver holds, and looks meanwhile who the driver's descendants are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOOK_SECONDS = 5.0
+GRACE_SECONDS = 2.0
+"""What ends by itself may do so."""
+
+Process = tuple[int, int]
+"""Its id, and when it was started: ids are given out again."""
+
+
+@contextmanager
+def reaper() -> Iterator[None]:
+    """Watches over this process's descendants as long as the context lasts."""
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__, str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # a signal to the driver's group is not for it
+    ) as process:
+        assert process.stdin is not None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(b"done\n")
+                process.stdin.flush()
+            process.stdin.close()
+
+
+def descendants(ancestor: int) -> set[Process]:
+    """Those of a process that run now."""
+    children: dict[int, list[Process]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and (found := _stat(int(entry.name))) is not None:
+            parent, started = found
+            children.setdefault(parent, []).append((int(entry.name), started))
+    found_all: set[Process] = set()
+    waiting = [ancestor]
+    while waiting:
+        for process in children.get(waiting.pop(), []):
+            found_all.add(process)
+            waiting.append(process[0])
+    return found_all
+
+
+def _stat(pid: int) -> tuple[int, int] | None:
+    """A process's parent and start; None when it is gone."""
+    try:
+        fields = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return (int(fields[1]), int(fields[19])) if fields[0] != "Z" else None
+
+
+def _watch(driver: int) -> None:
+    """Until the driver says that it is done, or is gone; then ends those that are left."""
+    known: set[Process] = set()
+    own = os.getpid()
+    ended = False
+    while not ended:
+        # Kept from look to look: whose parent has died is nobody's descendant any more.
+        known |= descendants(driver)
+        known = {(pid, started) for pid, started in known if (stat := _stat(pid)) and stat[1] == started}
+        ended = bool(select.select([sys.stdin], [], [], LOOK_SECONDS)[0])
+    if sys.stdin.readline():
+        return
+    time.sleep(GRACE_SECONDS)
+    for pid, started in known:
+        stat = _stat(pid)
+        if pid != own and stat is not None and stat[1] == started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    _watch(int(sys.argv[1]))

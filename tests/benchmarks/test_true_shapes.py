@@ -1,0 +1,137 @@
+"""Synthetic checkpoints have the tensors of the published models, and plans of them are quick and grow as they should."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.model_source import open_model
+from counterweight.pipeline.plan import Plan, make_plan
+from counterweight.workers.models.block_builder import BlockBuilder
+
+ROOT = Path(__file__).parent.parent.parent
+
+MODELS = (
+    "Mixtral-8x7B",
+    "Mixtral-8x22B",
+    "Qwen3-30B-A3B",
+    "Qwen3-235B-A22B",
+    "DeepSeek-V3",
+    "Llama-3-8B",
+    "Llama-3-70B",
+)
+
+
+@pytest.fixture
+def true_shapes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("true_shapes")
+
+
+def job(model: Path, **resources: Any) -> CompressionJob:
+    return CompressionJob.model_validate(
+        {
+            "apiVersion": "counterweight/v1",
+            "kind": "CompressionJob",
+            "metadata": {"name": "shapes"},
+            "spec": {
+                "model": {"uri": model.as_uri()},
+                "calibration": {
+                    "source": {"kind": "standard_library", "part": "calibration"},
+                    "sequences": 512,
+                    "sequence_length": 2048,
+                    "compute_dtype": "bfloat16",
+                },
+                "recipe": {"weights": {"bits": 4, "group_size": 128, "quantizer": {"kind": "gptq"}}},
+                "resources": {"workers": 8, "gpus_per_worker": 1, **resources},
+                "output": {"uri": model.as_uri()},
+            },
+        }
+    )
+
+
+def test_these_models_are_there(true_shapes: ModuleType) -> None:
+    assert tuple(true_shapes.shapes()) == MODELS
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_has_the_parameters_that_its_publisher_says(model: str, true_shapes: ModuleType) -> None:
+    shape = true_shapes.shapes()[model]
+    tensors = BlockBuilder(shape.config).layout.expected([])
+    assert sum(map(prod, tensors.values())) == pytest.approx(shape.parameters, rel=0.005)
+
+
+@pytest.mark.parametrize("model", ["Mixtral-8x7B", "Qwen3-30B-A3B", "DeepSeek-V3", "Llama-3-8B"])
+def test_a_checkpoint_has_the_parameters_of_transformers_model(
+    model: str, true_shapes: ModuleType, tmp_path: Path
+) -> None:
+    config = true_shapes.shapes()[model].with_layers(2)
+    source = open_model(true_shapes.make(config, tmp_path).as_uri())
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    with torch.device("meta"):
+        stock = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]](**fields))
+    # A router's correction bias is stored, but is a buffer.
+    biases = sum(buffer.numel() for name, buffer in stock.named_buffers() if name.endswith("correction_bias"))
+    assert source.parameters == sum(parameter.numel() for parameter in stock.parameters()) + biases
+
+
+def test_a_hole_takes_no_room(true_shapes: ModuleType, tmp_path: Path) -> None:
+    true_shapes.make(true_shapes.shapes()["Llama-3-8B"].with_layers(1), tmp_path)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) > 2 << 30
+    assert sum(file.stat().st_blocks * 512 for file in files) < 1 << 20
+
+
+def test_weights_are_random_and_the_same_again(true_shapes: ModuleType, tmp_path: Path) -> None:
+    config = true_shapes.narrowed(true_shapes.shapes()["Llama-3-8B"].with_layers(1), 32)
+    sources = [open_model(true_shapes.make(config, tmp_path / n, weights=True).as_uri()) for n in ("one", "two")]
+    name = "model.layers.0.mlp.down_proj.weight"
+    one, two = (source.checkpoint.read(name) for source in sources)
+    assert one.shape == (128, 448)
+    assert torch.equal(one, two)
+    assert one.float().std() == pytest.approx(0.02, rel=0.05)
+    assert torch.equal(sources[0].checkpoint.read("model.norm.weight").float(), torch.ones(128))
+
+
+def test_no_layer_is_no_model(true_shapes: ModuleType) -> None:
+    with pytest.raises(ValueError, match="layers: 0: expected at least 1"):
+        true_shapes.shapes()["Llama-3-8B"].with_layers(0)
+
+
+def test_time_grows_with_layers_and_the_peak_does_not(true_shapes: ModuleType, tmp_path: Path) -> None:
+    plans: list[Plan] = []
+    for layers in (16, 32, 48):
+        config = true_shapes.shapes()["Mixtral-8x7B"].with_layers(layers)
+        source = open_model(true_shapes.make(config, tmp_path / str(layers)).as_uri())
+        plans.append(make_plan(job(tmp_path / str(layers)), source, "H100-80G"))
+    one, two, three = (plan.estimate.seconds for plan in plans if plan.estimate is not None)
+    assert three - two == pytest.approx(two - one, rel=0.02)
+    assert len({plan.peak_bytes_per_worker for plan in plans}) == 1
+
+
+def test_a_plan_of_a_large_model_is_quick(true_shapes: ModuleType, tmp_path: Path) -> None:
+    """5 CPU seconds and 500 MiB, of which importing torch and transformers is most; with a margin for other machines."""
+    shape = true_shapes.shapes()["Qwen3-235B-A22B"]
+    true_shapes.make(shape.with_layers(94), tmp_path / "model")
+    manifest = tmp_path / "job.json"
+    manifest.write_text(json.dumps(job(tmp_path / "model").model_dump(mode="json", by_alias=True)))
+    measure = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+    measure += (
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime, used.ru_maxrss)"
+    )
+    command = [sys.executable, "-m", "counterweight.pipeline.cli", "plan", str(manifest), "--device", "H100-80G"]
+    printed = subprocess.run([sys.executable, "-c", measure, *command], check=True, capture_output=True, text=True)
+    seconds, kibibytes = map(float, printed.stdout.split())
+    assert seconds < 15
+    assert kibibytes < 600 << 10

@@ -1,0 +1,37 @@
+"""The short form of `make fuzz`: some seeds of every target."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from tests.fuzz.__main__ import MAX_CPU
+from tests.fuzz.targets import Fuzz
+
+SEEDS = {"tokenizer": 25, "dataset": 12, "artifact": 25, "stream": 60, "text": 200, "manifest": 150}
+"""How many of a target's; of the others `USUAL`."""
+USUAL = 40
+
+NAMES = ["config", "weights", "tokenizer", "text", "stream", "dataset", "manifest", "artifact"]
+
+
+@pytest.fixture(scope="module")
+def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Fuzz:
+    made = Fuzz(tmp_path_factory.mktemp("fuzz"))
+    assert made.models
+    assert made.published.exists()
+    return made
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hostile_inputs_are_refused_or_right(fuzz: Fuzz, name: str) -> None:
+    for seed in range(SEEDS.get(name, USUAL)):
+        start = time.process_time()
+        fuzz.targets[name](random.Random(seed))
+        assert time.process_time() - start < MAX_CPU, seed
+
+
+def test_every_target_is_in_the_short_form(fuzz: Fuzz) -> None:
+    assert list(fuzz.targets) == NAMES

@@ -1,0 +1,198 @@
+"""Seconds of a job on simulated workers, against schedules that are worked out here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from counterweight.pipeline.blocks import add_blocks, stretches
+from counterweight.pipeline.dispatch import Dispatcher
+from counterweight.pipeline.estimate import BlockSeconds, Estimate
+from counterweight.pipeline.estimate.pool import Simulated, SimulatedPool
+from counterweight.pipeline.graph import Graph
+from counterweight.pipeline.model_source import ModelSource, open_model
+from counterweight.pipeline.plan import make_plan
+from counterweight.pipeline.policies import RetryPolicy
+from counterweight.pipeline.rates import NOMINAL, Rates, rates_of
+from counterweight.workers.errors import RequestError
+from counterweight.workers.matrix_flops import Work
+from counterweight.workers.tasks.block import BlockSpec
+from tests.pipeline.tiny import job_of, write_job
+
+SHARDS = 12
+LOAD, SHARD, SOLVE = 3.0, 0.5, 8.0
+"""Seconds: of a block before its first shard, of each shard, and behind the last."""
+
+BLOCK = BlockSeconds(
+    steps={
+        "read": LOAD,
+        "rotate": 0.0,
+        "prepare": 0.0,
+        "hidden states": 0.2 * SHARDS,
+        "forward": 0.2 * SHARDS,
+        "statistics": (SHARD - 0.4) * SHARDS,
+        "tune": 0.0,
+        "solve": SOLVE - 1,
+        "write": 1.0,
+    },
+    shards=SHARDS,
+    stored=0,
+    branch=0,
+    evaluated=0.0,
+    read_back=0.0,
+)
+
+
+def simulated(count: int, workers: int, propagate: Literal["original", "compressed"] = "original") -> float:
+    """Seconds of so many blocks, by the dispatcher and the graph of a job."""
+    pool = SimulatedPool(workers, 1, [BLOCK] * count, 0.0, [0] * count)
+    dispatcher = Dispatcher(pool, RetryPolicy(), lambda _: None, Graph())
+
+    def spec_of(index: int, recipe: object, inputs: object, originals: object, propagate: str) -> BlockSpec:
+        return BlockSpec.model_construct(
+            index=index, recipe=recipe, inputs=inputs, original_inputs=originals, propagate=propagate
+        )
+
+    blocks = add_blocks(
+        dispatcher.graph,
+        dispatcher.graph.add(lambda: Simulated("embedding", {}, SHARDS)),
+        [{}] * count,
+        spec_of,
+        propagate=propagate,
+        stretches=stretches(SHARDS, count, workers, 1),
+    )
+    dispatcher.run(blocks.compress)
+    assert sum(pool.steps.values()) == pytest.approx(count * (LOAD + SHARDS * SHARD + SOLVE))
+    return pool.clock
+
+
+def streamed(count: int, workers: int) -> float:
+    """The same by a recurrence: a block's owner is the worker that is free first; a shard enters when it has left the block
+    before and the owner is done with the shard before it."""
+    free, left = [0.0] * workers, [0.0] * SHARDS
+    for _ in range(count):
+        owner = min(range(workers), key=lambda worker: free[worker])
+        now = max(free[owner], left[0]) + LOAD
+        for shard in range(SHARDS):
+            now = max(now, left[shard]) + SHARD
+            left[shard] = now
+        free[owner] = now + SOLVE
+    return max(free)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_blocks_take_as_long_as_the_schedule_says(workers: int) -> None:
+    assert simulated(16, workers) == pytest.approx(streamed(16, workers), rel=0.01)
+
+
+def test_compressed_blocks_come_one_after_the_other() -> None:
+    assert simulated(4, 3, "compressed") == pytest.approx(simulated(4, 1, "compressed"))
+
+
+def test_stretches_are_as_short_as_the_pipeline_needs() -> None:
+    assert stretches(128, 32, 1, 4) == [range(128)]
+    assert {len(part) for part in stretches(128, 32, 8, 1)} == {1}
+    assert {len(part) for part in stretches(128, 94, 8, 1)} == {2}
+    assert [len(part) for part in stretches(9, 32, 2, 4)] == [4, 4, 1]
+    for count, workers in ((94, 8), (61, 3), (80, 2)):
+        parts = stretches(128, count, workers, 1)
+        assert [shard for part in parts for shard in part] == list(range(128))
+        waiting = (workers - 1) * len(parts[0])
+        assert waiting <= max(0.01 * 128 * count / workers, workers - 1)
+
+
+ONES = Rates(
+    source="test",
+    **dict.fromkeys(set(Rates.model_fields) - {"source", "link"}, 1.0),
+    link=None,
+)
+
+
+@pytest.mark.parametrize("kind", ["products", "grams"])
+def test_numbers_of_sixteen_bits_have_rates_of_their_own(kind: str) -> None:
+    rates = ONES.model_copy(update={f"{kind}16": 4.0})
+    work = Work(**{f"{kind}32": 12.0})
+    assert (rates.seconds(work), rates.seconds(work, itemsize=2)) == (12.0, 3.0)
+
+
+@pytest.mark.parametrize("kind", ["products64", "factorizations", "decompositions", "elementwise"])
+def test_every_kind_of_work_has_its_rate(kind: str) -> None:
+    work = Work(products32=1, grams32=1, products64=1, factorizations=1, decompositions=1, elementwise=1, steps=1)
+    assert ONES.seconds(work) == 7
+    assert ONES.model_copy(update={kind: 2.0}).seconds(work) == 6.5
+    assert ONES.model_copy(update={"step": 3.0}).seconds(work) == 9
+
+
+def test_bytes_are_moved_read_and_hashed_in_turn() -> None:
+    rates = ONES.model_copy(update={"storage": 2.0, "hash": 4.0, "link": 8.0})
+    assert (rates.received(8), rates.sent(8), rates.moved(8)) == (6, 6, 1)
+    assert ONES.moved(8) == 0
+
+
+def test_rates_come_by_name_or_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    path.write_text(ONES.model_dump_json())
+    assert rates_of(str(path)) == ONES
+    assert rates_of("H100-80G") == NOMINAL["H100-80G"]
+    assert rates_of("another") is None
+    path.write_text('{"source": "nobody"}')
+    with pytest.raises(RequestError, match=r"rates\.json: no rates: 'products16'"):
+        rates_of(str(path))
+    with pytest.raises(RequestError, match=r"missing\.json: No such file"):
+        rates_of(str(tmp_path / "missing.json"))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_job(tmp_path_factory.mktemp("job"), layers=3)
+
+
+@pytest.fixture(scope="module")
+def source(manifest: Path) -> ModelSource:
+    return open_model((manifest.parent / "model").as_uri())
+
+
+GPUS = "spec.resources={workers: 2, gpus_per_worker: 1}"
+
+
+def found(manifest: Path, source: ModelSource, *overrides: str) -> Estimate:
+    estimate = make_plan(job_of(manifest, *overrides), source, "H100-80G").estimate
+    assert estimate is not None
+    return estimate
+
+
+def test_workers_work_or_wait(manifest: Path, source: ModelSource) -> None:
+    estimate = found(manifest, source, GPUS)
+    between = NOMINAL["H100-80G"].task
+    spent = sum(estimate.steps.values()) + sum(estimate.idle.values())
+    assert spent == pytest.approx(estimate.workers * estimate.seconds)
+    assert estimate.seconds == pytest.approx(sum(estimate.stages.values()))
+    assert estimate.gpu_hours == pytest.approx(2 * estimate.seconds / 3600)
+    assert estimate.seconds_of_one > estimate.seconds > NOMINAL["H100-80G"].start + between
+    assert 0.5 < estimate.efficiency < 1
+
+
+def test_a_plan_names_what_the_job_asks_for(manifest: Path, source: ModelSource) -> None:
+    plain = found(manifest, source, GPUS, "spec.recipe.compensation={kind: none}")
+    assert plain.steps["rotate"] == 0
+    assert "join" not in plain.steps
+    assert found(manifest, source, GPUS, "spec.recipe.transforms=[{kind: rotation}]").steps["rotate"] > 0
+    branched = found(manifest, source, GPUS, "spec.recipe.compensation={kind: svd, rank: {count: 4}}")
+    assert branched.steps["join"] > 0
+    assert branched.steps["solve"] > plain.steps["solve"]
+    without = found(manifest, source, GPUS, "spec.validation=null")
+    assert "validate" not in without.stages
+    assert found(manifest, source, "spec.resources={workers: 1, gpus_per_worker: 1}").efficiency == 1
+
+
+def test_nothing_is_said_without_rates(manifest: Path, source: ModelSource, tmp_path: Path) -> None:
+    assert make_plan(job_of(manifest, GPUS), source).estimate is None
+    assert make_plan(job_of(manifest), source, "H100-80G").estimate is None  # its workers have no GPU
+    path = tmp_path / "rates.json"
+    path.write_text(ONES.model_dump_json())
+    assert make_plan(job_of(manifest, GPUS), source, str(path)).estimate is None
+    measured = make_plan(job_of(manifest), source, str(path)).estimate
+    assert measured is not None
+    assert measured.gpu_hours == 0

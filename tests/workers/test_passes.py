@@ -1,0 +1,158 @@
+"""Linears solved after several passes over the shards: the bits of one pass, with the statistics of a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from counterweight.workers.calibrated_block import calibrated, gathered
+from counterweight.workers.errors import RequestError
+from counterweight.workers.models.family import is_expert
+from counterweight.workers.models.lent import LentLinear
+from counterweight.workers.tasks.block import BlockRecord, BlockSpec
+from counterweight.workers.tasks.compress import Compress
+from counterweight.workers.tasks.gains import Gains
+from counterweight.workers.worker import Worker
+from tests.models import build, checkpoint, save_fused
+from tests.workers.specs import RECIPE, Site
+
+GPTQ = {"weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "gptq"}}}
+LRC = {**GPTQ, "activations": {"bits": 4}, "compensation": {"kind": "lrc", "rank": {"count": 4}}, "residual": {}}
+SMOOTHED = {**GPTQ, "transforms": [{"kind": "smoothing"}], "activations": {"bits": 8}}
+TUNED = {**RECIPE, "tuning": {"kind": "lsi", "epochs": 1, "transforms": True, "batch": 2}}
+Propagate = Literal["original", "compressed"]
+
+
+def site_of(case: str, root: Path) -> Site:
+    checkpoint(case, root / "model", torch.bfloat16)
+    return Site(source=root / "model", work=root / "work")
+
+
+def spec_of(site: Site, recipe: Mapping[str, Any], propagate: Propagate = "original") -> BlockSpec:
+    """A block on three shards of noise."""
+    generator = torch.Generator().manual_seed(0)
+    shards = [torch.randn(2, 24, site.builder.hidden_size, generator=generator) for _ in range(3)]
+    inputs = tuple(site.workspace.put_tensors({"hidden": shard}, durable=False) for shard in shards)
+    return site.block(0, inputs, recipe, propagate)
+
+
+def in_passes(spec: BlockSpec, site: Site, together: int) -> BlockSpec:
+    """With so many experts, or inputs of other linears, to a pass."""
+    groups = site.builder.layout.block_linears(spec.index)
+    keys = groupby(groups, key=lambda group: group[0].rpartition(".")[0] if is_expert(group[0]) else group[0])
+    units = [[name for group in own for name in group] for _, own in keys]
+    starts = range(0, len(units), together)
+    passes = tuple(tuple(name for unit in units[start : start + together] for name in unit) for start in starts)
+    return spec.model_copy(update={"passes": passes})
+
+
+def run(task: Any, threads: int = 1) -> Any:
+    """On a worker of its own; what is in the workspace is done again."""
+    worker = Worker("cpu", threads)
+    try:
+        return task.compute(worker.context, task.workspace())
+    finally:
+        worker.close()
+
+
+def content(record: BlockRecord) -> dict[str, Any]:
+    """Everything in a record that is not a time or a peak of memory."""
+    return record.model_dump(exclude={"timing": True, "modules": {"__all__": {"seconds"}}})
+
+
+@pytest.mark.parametrize(
+    ("case", "recipe", "propagate"),
+    [
+        ("mixtral", GPTQ, "original"),
+        ("mixtral", LRC, "original"),
+        ("mixtral", LRC, "compressed"),
+        ("mixtral", SMOOTHED, "original"),
+        ("llama4_text", RECIPE, "original"),
+        ("llama", SMOOTHED, "original"),
+        ("llama", TUNED, "compressed"),
+    ],
+)
+def test_any_division_has_the_bits_of_none(
+    case: str, recipe: Mapping[str, Any], propagate: Propagate, tmp_path: Path
+) -> None:
+    site = site_of(case, tmp_path)
+    spec = spec_of(site, recipe, propagate)
+    if propagate == "compressed" and recipe is LRC:
+        spec = spec.model_copy(update={"original_inputs": tuple(reversed(spec.inputs))})
+    whole = content(run(Compress(block=spec)))
+    assert whole["modules"]
+    for together, threads in ((1, 1), (3, 2)):
+        divided = in_passes(spec, site, together)
+        assert len(divided.passes) > 1
+        assert divided.key() == spec.key(), "the division is no part of the result"
+        assert content(run(Compress(block=divided), threads)) == whole
+
+
+def test_a_fused_checkpoint_is_divided_too(tmp_path: Path) -> None:
+    site = site_of("mixtral", tmp_path)
+    save_fused(build("mixtral").bfloat16(), tmp_path / "model")
+    spec = spec_of(site, GPTQ)
+    assert content(run(Compress(block=in_passes(spec, site, 2)))) == content(run(Compress(block=spec)))
+
+
+def test_gains_are_those_of_one_pass(tmp_path: Path) -> None:
+    site = site_of("mixtral", tmp_path)
+    budget = {**RECIPE, "compensation": {"kind": "svd", "rank": {"budget_bits": 1.0}}}
+    spec = spec_of(site, budget)
+    assert run(Gains(block=in_passes(spec, site, 3))).gains == run(Gains(block=spec)).gains
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    worker = Worker("cpu")
+    yield worker
+    worker.close()
+
+
+def test_a_pass_gathers_its_own_groups_and_runs_its_own_experts(tmp_path: Path, worker: Worker) -> None:
+    site = site_of("mixtral", tmp_path)
+    spec = in_passes(spec_of(site, GPTQ), site, 3)
+    held = calibrated(worker.context, spec, site.workspace)
+    groups = held.loaded.block.groups
+    ran: list[set[str]] = []
+    for name in (name for group in groups for name in group if is_expert(name)):
+        held.loaded.block.linear(name).register_forward_pre_hook(lambda *_, name=name: ran[-1].add(name))
+    seen: list[set[str]] = []
+    ran.append(set())
+    for statistics in gathered(worker.context, spec, held, site.workspace):
+        seen.append({name for group in statistics for name in group})
+        ran.append(set())
+    assert seen == [set(names) for names in spec.passes]
+    assert len(seen) == 2
+    assert ran[1] == seen[1], "the experts of the first pass are not run again"
+
+
+def test_experts_of_a_divided_block_run_as_they_were_read_until_they_are_solved(tmp_path: Path, worker: Worker) -> None:
+    site = site_of("mixtral", tmp_path)
+    spec = spec_of(site, GPTQ)
+    whole = calibrated(worker.context, spec, site.workspace).loaded
+    divided = calibrated(worker.context, in_passes(spec, site, 3), site.workspace).loaded
+    experts = [name for group in divided.block.groups for name in group if is_expert(name)]
+    assert all(isinstance(divided.block.linear(name), LentLinear) for name in experts)
+    assert all(divided.block.linear(name).weight.dtype is torch.bfloat16 for name in experts)
+    weights = sum(divided.parameters[f"{name}.weight"].nbytes for name in experts)
+    assert divided.bytes <= whole.bytes - 2 * weights, "no float32 copy of them"
+    before = divided.bytes
+    divided.let_go(experts)
+    assert divided.bytes == before - weights
+    assert "self_attn.q_proj.weight" in divided.parameters
+
+
+def test_an_input_that_is_not_finite_is_told_in_whichever_pass_it_is_seen(tmp_path: Path) -> None:
+    site = site_of("llama", tmp_path)
+    spec = spec_of(site, RECIPE)
+    hidden = torch.full((1, 8, site.builder.hidden_size), torch.inf)
+    bad = site.workspace.put_tensors({"hidden": hidden}, durable=False)
+    spec = spec.model_copy(update={"inputs": (*spec.inputs, bad), "passes": (("mlp.down_proj",), ("mlp.up_proj",))})
+    with pytest.raises(RequestError, match=r"the input of mlp\.down_proj is not finite"):
+        run(Compress(block=spec))

@@ -1,0 +1,148 @@
+"""Texts to token ids, in a process of its own (`encoder_process`) that a tokenizer cannot harm anybody from."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+
+from counterweight.workers.calibration import encoder_process
+from counterweight.workers.calibration.encoder_process import read_frame, write_frame
+from counterweight.workers.errors import RequestError, SurroundingsError
+
+FIRST, LARGEST = 1 << 14, 1 << 20
+"""Characters of a text's first piece and of its largest: each is twice as long as the one before."""
+
+MAX_TOKENIZER_BYTES = 64 << 20
+"""Of a tokenizer.json; the largest in use have 35 MB."""
+
+MAX_WHOLE_BYTES = 32 << 20
+"""Of a text that a tokenizer can only take as a whole."""
+
+Pieces = Callable[[], Iterator[str]]
+"""Begins a text anew."""
+
+
+class Encoder:
+    """A running tokenizer. A context manager; RequestError, naming tokenizer.json, for whatever it does but give ids.
+
+    tokenizer: tokenizer.json; truncation and padding that it asks for are not done.
+    """
+
+    def __init__(self, tokenizer: bytes) -> None:
+        if len(tokenizer) > MAX_TOKENIZER_BYTES:
+            raise RequestError(f"tokenizer.json: {len(tokenizer)} bytes, expected at most {MAX_TOKENIZER_BYTES}")
+        self._process = subprocess.Popen(
+            # -P: the script's folder holds modules that are called as some of Python's own.
+            [sys.executable, "-P", encoder_process.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+        )
+        try:
+            self._ask(b"L", tokenizer, "")
+        except BaseException:
+            self.close()
+            raise
+
+    def ids(self, pieces: Pieces, wanted: int | None, field: str) -> array[int]:
+        """The first `wanted` ids of a text (a few more, or fewer where it ends), or all; read no further than that takes.
+
+        They are those of the text as a whole, see `encoder_process.Stream`. field: what the text is called in messages.
+        """
+        found = self._divided(pieces(), wanted, field)
+        return self._whole(pieces(), field) if found is None else found
+
+    def _divided(self, pieces: Iterable[str], wanted: int | None, field: str) -> array[int] | None:
+        """None where parts of the text have other tokens than the whole."""
+        self._ask(b"B", b"0", field)
+        ids = array("I")
+        for piece in _growing(pieces):
+            more = self._ask(b"T", piece.encode(), field)
+            if more is None:
+                return None
+            ids.extend(more)
+            if wanted is not None and len(ids) >= wanted:
+                return ids
+        ids.extend(self._ask(b"E", b"0", field) or array("I"))
+        return ids
+
+    def _whole(self, pieces: Iterable[str], field: str) -> array[int]:
+        self._ask(b"B", b"1", field)
+        size = 0
+        for piece in _growing(pieces):
+            data = piece.encode()
+            size += len(data)
+            if size > MAX_WHOLE_BYTES:
+                raise RequestError(
+                    f"{field}: more than {MAX_WHOLE_BYTES} bytes: expected fewer, because tokenizer.json has other tokens for "
+                    "parts of this text than for the whole"
+                )
+            self._ask(b"T", data, field)
+        return self._ask(b"E", b"%d" % size, field) or array("I")
+
+    def _ask(self, kind: bytes, payload: bytes, field: str) -> array[int] | None:
+        """Ids, or None for a text that cannot be divided."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        where = f" on the text of {field}" if field else ""
+        try:
+            write_frame(self._process.stdin, kind, payload)
+            answer, data = read_frame(self._process.stdout)
+        except (EOFError, BrokenPipeError) as error:
+            raise self._died(where) from error
+        if answer == b"F":
+            said = " ".join(data.decode(errors="replace").split())[:300]
+            raise RequestError(f"tokenizer.json: {said}{where}")
+        return None if answer == b"U" else array("I", data)
+
+    def _died(self, where: str) -> RequestError | SurroundingsError:
+        code = self._process.wait()
+        if code == -signal.SIGXCPU:
+            return RequestError(f"tokenizer.json: takes too long{where}: expected at least 50 kB of text a second")
+        if code in (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS):
+            return RequestError(f"tokenizer.json: takes more than 1 GiB of memory, or crashes{where}")
+        return SurroundingsError(f"the process that tokenizes ended with exit code {code}{where}")
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _growing(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces of `FIRST` characters, then twice as many, up to `LARGEST`; the last may be shorter."""
+    held: list[str] = []
+    size, most = 0, FIRST
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        if size < most:
+            continue
+        text = "".join(held)
+        position = 0
+        while len(text) - position >= most:
+            yield text[position : position + most]
+            position += most
+            most = min(2 * most, LARGEST)
+        held, size = [text[position:]], len(text) - position
+    if size:
+        yield "".join(held)

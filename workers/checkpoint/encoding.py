@@ -1,0 +1,53 @@
+"""Source checkpoints whose weights are stored in fewer bits than they are read in: what the reader asks of an encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from counterweight.workers.checkpoint.header import TensorEntry
+
+DECODED = torch.bfloat16
+"""Of every encoded weight, as it is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedWeight:
+    """One weight. codes, scales: the tensors that hold it. decoded: its entry as readers see it, where its codes lie."""
+
+    codes: TensorEntry
+    scales: TensorEntry
+    decoded: TensorEntry
+
+    @classmethod
+    def of(cls, codes: TensorEntry, scales: TensorEntry, name: str, shape: tuple[int, ...]) -> EncodedWeight:
+        """A weight that is called `name` and has this shape when it is decoded."""
+        return cls(codes, scales, replace(codes, name=name, dtype=DECODED, shape=shape))
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Tensors that hold it under other names than its own -> what they are."""
+        found = {self.codes.name: "codes", self.scales.name: "scales"}
+        return {
+            name: f"{what} of {self.decoded.name}, decoded with it"
+            for name, what in found.items()
+            if name != self.decoded.name
+        }
+
+
+class Encoding(Protocol):
+    """How a source's weights are encoded."""
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """The format's words for the dtypes that such a checkpoint may have."""
+
+    def weights(self, entries: Mapping[str, TensorEntry]) -> dict[str, EncodedWeight]:
+        """Encoded weights by name. CheckpointError, listing them, for those whose tensors are not whole."""
+
+    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """One weight, bfloat16. Codes and scales that stand for no numbers come out as no finite numbers."""

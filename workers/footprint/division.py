@@ -1,0 +1,63 @@
+"""A block's linears in as few passes over its shards as a budget of memory allows. Torch-free.
+
+What is not divided: a group of linears that share an input, because they share its statistics; and an expert, because it runs
+as long as one of its linears is to be solved.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+from counterweight.workers.footprint import Footprint, footprint
+from counterweight.workers.footprint.load import Load, moments
+from counterweight.workers.matrix_bytes import DOUBLE
+from counterweight.workers.models.family import is_expert
+
+Passes = tuple[tuple[str, ...], ...]
+
+
+def divided(load: Load, budget: int) -> tuple[Passes, Footprint]:
+    """`BlockSpec.passes` with a peak of at most `budget` bytes, and the memory of the task with them: none where the block fits
+    at once; where no division fits, the finest one."""
+    whole = footprint(load)
+    if whole.peak <= budget:
+        return (), whole
+    units = _units(load)
+    if len(units) < 2:
+        return (), whole
+
+    def with_passes(count: int) -> tuple[Passes, Footprint]:
+        passes = _in_runs(units, count)
+        return passes, footprint(replace(load, passes=passes))
+
+    counts = range(2, len(units) + 1)
+    place = bisect_left(counts, True, key=lambda count: with_passes(count)[1].peak <= budget)
+    return with_passes(counts[min(place, len(counts) - 1)])
+
+
+def _units(load: Load) -> list[tuple[tuple[str, ...], int]]:
+    """Linears that are solved after one pass at least, in order, and the bytes of their statistics."""
+    found: dict[str, tuple[tuple[str, ...], int]] = {}
+    for group in load.groups:
+        if group.recipe:
+            first = next(iter(group.linears))
+            key = first.rpartition(".")[0] if is_expert(first) else first
+            names, size = found.get(key, ((), 0))
+            found[key] = ((*names, *group.recipe), size + moments(load, group, DOUBLE))
+    return list(found.values())
+
+
+def _in_runs(units: Sequence[tuple[tuple[str, ...], int]], count: int) -> Passes:
+    """The units in `count` runs of about as many bytes each, none of them empty."""
+    total = sum(size for _, size in units)
+    runs: list[list[str]] = [[] for _ in range(count)]
+    place, ends = 0, list(accumulate(size for _, size in units))
+    for index, (names, size) in enumerate(units):
+        middle = (ends[index] - size / 2) / total
+        # A run for each unit that is left, at the latest.
+        place = max(min(int(middle * count), place + bool(index)), count - (len(units) - index), place)
+        runs[place].extend(names)
+    return tuple(tuple(run) for run in runs)
