@@ -156,7 +156,7 @@ class _Job:
     @property
     def key(self) -> Hashable:
         """What is equal in the jobs that are done in one call."""
-        return self.recipe, self.shapes, self.scale_dtype, self.factor_dtype
+        return self.recipe, self.shapes, self.alone, self.scale_dtype, self.factor_dtype
 
 
 def _solves(

@@ -1,33 +1,44 @@
-"""Arithmetic of the solves of a block's linears; those that are solved together are counted as one matrix."""
+"""Arithmetic of the solves of a block's linears; those that are solved together are counted as one matrix, and the steps of a
+batch once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from counterweight.workers import matrix_flops
 from counterweight.workers.footprint.load import Group, Load, streams
+from counterweight.workers.footprint.solves import Solve, batched
 from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, product, product64
-from counterweight.workers.recipe import ModuleRecipe, solved_together
+from counterweight.workers.recipe import ModuleRecipe
 
 
 def solving(load: Load) -> Work:
     """Of all groups."""
-    return sum((_group(load, group) for group in load.groups), NOTHING)
+    solves = sum((_batch(load, batch) for batch in batched(load)), NOTHING)
+    return solves + sum((_gains(load, group) for group in load.groups), NOTHING)
 
 
-def _group(load: Load, group: Group) -> Work:
-    work = NOTHING
-    if not group.recipe:
-        return work
-    tokens, count = load.tokens * group.share, streams(load, group)
-    original = load.paired and group.share == 1
-    for together in solved_together(group.recipe, {name: rows for name, (rows, _) in group.linears.items()}):
-        part, shapes = group.recipe[together[0]], [group.linears[name] for name in together]
-        work += solve(part, shapes, tokens, streams=count, original=original)
-    for name, part in group.recipe.items():
-        if part.budget_bits is not None:
-            work += gains(part, *group.linears[name], tokens)
-    return work
+def _batch(load: Load, batch: Sequence[Solve]) -> Work:
+    """Of solves that are done in one call, whose steps over columns are taken by all of them at once."""
+    each = [
+        solve(
+            one.part,
+            one.shapes,
+            load.tokens * one.group.share,
+            streams=streams(load, one.group),
+            original=load.paired and one.group.share == 1,
+        )
+        for one in batch
+    ]
+    return replace(sum(each, NOTHING), steps=each[0].steps)
+
+
+def _gains(load: Load, group: Group) -> Work:
+    """Of sharing out a budget of ranks."""
+    asked = [name for name, part in group.recipe.items() if part.budget_bits is not None]
+    tokens = load.tokens * group.share
+    return sum((gains(group.recipe[name], *group.linears[name], tokens) for name in asked), NOTHING)
 
 
 def solve(

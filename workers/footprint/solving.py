@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from counterweight.workers import matrix_bytes
-from counterweight.workers.batches import batch_size, batches
-from counterweight.workers.footprint.load import Group, Load, moments, squares, streams
+from counterweight.workers.footprint.load import Load, moments, squares, streams
+from counterweight.workers.footprint.solves import Solve, batched
 from counterweight.workers.footprint.weights import scaled
 from counterweight.workers.matrix_bytes import DECODE, DOUBLE, SINGLE
 from counterweight.workers.parallel import PARALLEL_WIDTH
-from counterweight.workers.recipe import ModuleRecipe, solved_together
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Solve:
-    """Linears of `group` of these shapes that are solved as one. alone: no others of their group are; last: none behind them
-    are."""
-
-    group: Group
-    part: ModuleRecipe
-    shapes: tuple[tuple[int, int], ...]
-    alone: bool
-    last: bool
-
-    @property
-    def key(self) -> Hashable:
-        """What is equal in the solves that are done in one call."""
-        return self.part, self.shapes
+from counterweight.workers.recipe import ModuleRecipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +30,7 @@ class _Job:
 
 def solving(load: Load) -> tuple[int, int]:
     """Statistics and solves that run side by side at their peak, with what was solved before; and what all solves leave."""
-    solves = [solve for group in load.groups for solve in _solves(group)]
-    together = batches(
-        solves,
-        lambda solve: solve.key,
-        lambda solve: batch_size(solve.part, solve.shapes, gpu=load.gpu) if solve.alone else 1,
-    )
-    jobs = [_job(load, batch) for batch in together]
+    jobs = [_job(load, batch) for batch in batched(load)]
     side_by_side = load.threads if any(group.width >= PARALLEL_WIDTH for group in load.groups if group.recipe) else 1
     waiting = sum(moments(load, group, DOUBLE) for group in load.groups if group.recipe)
     peak = waiting
@@ -67,20 +44,7 @@ def solving(load: Load) -> tuple[int, int]:
     return peak, solved
 
 
-def _solves(group: Group) -> Iterator[_Solve]:
-    """Solves of a group's linears."""
-    solves = list(solved_together(group.recipe, {name: rows for name, (rows, _) in group.linears.items()}))
-    for names in solves:
-        yield _Solve(
-            group=group,
-            part=group.recipe[names[0]],
-            shapes=tuple(group.linears[name] for name in names),
-            alone=len(solves) == 1,
-            last=names is solves[-1],
-        )
-
-
-def _job(load: Load, batch: Sequence[_Solve]) -> _Job:
+def _job(load: Load, batch: Sequence[Solve]) -> _Job:
     """What solves that are done in one call take and leave."""
     first, count = batch[0], len(batch)
     tokens = load.shard * load.shards * min(solve.group.share for solve in batch)

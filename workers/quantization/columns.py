@@ -44,10 +44,11 @@ class Columns:
             torch.index_select(weight.T, 0, order, out=target)
         self._format = grids[0].format
         width = self._format.columns_per_group(columns)
-        self._groups = [order // width for order in orders]
-        self._scales = [grid.scale.float().T.contiguous() for grid in grids]
-        zeros = [grid.zero_point.float().T.contiguous() for grid in grids if grid.zero_point is not None]
-        self._zeros = zeros or None
+        self._groups = torch.stack([order // width for order in orders])
+        self._weights = torch.arange(len(weights), device=self._groups.device).unsqueeze(1)
+        self._scales = torch.stack([grid.scale.float().T for grid in grids])
+        zeros = [grid.zero_point.float().T for grid in grids if grid.zero_point is not None]
+        self._zeros = torch.stack(zeros) if zeros else None
 
     def rounded(self, metrics: Sequence[Metric], refinement: int, block_size: int) -> Tensor:
         """Codes by error feedback, then by `refinement` passes of coordinate descent; a metric for each weight."""
@@ -129,9 +130,11 @@ class Columns:
         zeros = self._by_column(self._zeros, start, stop)
         return [(self._format.lowest - zero, self._format.highest - zero) for zero in zeros]
 
-    def _by_column(self, by_group: Sequence[Tensor], start: int, stop: int) -> Sequence[Tensor]:
-        own = [rows[groups[start:stop]] for rows, groups in zip(by_group, self._groups, strict=True)]
-        return torch.stack(own).unbind(1)
+    def _by_column(self, by_group: Tensor, start: int, stop: int) -> Sequence[Tensor]:
+        """by_group: [batch, groups, out]; of each column what its group has."""
+        if by_group.shape[1] == 1:
+            return by_group.expand(-1, stop - start, -1).unbind(1)
+        return by_group[self._weights, self._groups[:, start:stop]].unbind(1)
 
     def _blocks(self, block_size: int) -> Iterator[tuple[int, int]]:
         columns = self._target.shape[1]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class GPTQ(Quantizer):
     """Rounding with error feedback through the second moments of the layer's input, then coordinate descent."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 1
 
     kind: Literal["gptq"] = "gptq"
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
