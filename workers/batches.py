@@ -40,9 +40,9 @@ def batches(
 
 
 def batch_size(part: ModuleRecipe, shapes: Sequence[tuple[int, int]], *, gpu: bool) -> int:
-    """How many solves of linears of these `shapes`, which share an input, are done in one call; 1 where codes are not all
-    that is chosen at a time, or were chosen before."""
-    if part.compensation.joint or part.tuning is not None:
+    """How many solves of linears of these `shapes`, which share an input, are done in one call; 1 where codes were chosen
+    before."""
+    if part.tuning is not None:
         return 1
     count = 1
     while coding(part, shapes, 2 * count) <= BATCH_BYTES[gpu]:
@@ -51,9 +51,13 @@ def batch_size(part: ModuleRecipe, shapes: Sequence[tuple[int, int]], *, gpu: bo
 
 
 def coding(part: ModuleRecipe, shapes: Sequence[tuple[int, int]], count: int) -> int:
-    """Bytes of choosing the codes of `count` weights of these shapes: second moments of their inputs, the weights in float32,
-    the same put together, and the peak."""
+    """Bytes of choosing the codes of `count` weights of these shapes, with a branch that is fitted to them at once: second
+    moments of their inputs, the weights in float32, what is held of them besides, and the peak."""
     rows, columns = sum(rows for rows, _ in shapes), shapes[0][1]
     entries = SINGLE * sum(map(prod, shapes))
     moments = (1 if part.activations is None else 3) * DOUBLE * columns * columns
+    if part.compensation.joint:
+        # Tokens are not known here: the most that it can be.
+        solving = part.compensation.solve_bytes(part.weights, shapes[0][0], columns, 0, count * len(shapes))
+        return count * (moments + entries) + solving
     return count * (moments + 2 * entries) + max(count * entries, part.weights.quantize_bytes(rows, columns, count))

@@ -41,9 +41,9 @@ def root(size: int, tokens: float) -> int:
 
 
 def right_divide(rows: int, size: int) -> int:
-    """[rows, size] times the inverse of a damped [size, size] matrix, float64: the damped copy, its factor, a copy
-    of the right side and the solution."""
-    return DOUBLE * size * size + cholesky(size) + 2 * DOUBLE * rows * size
+    """[rows, size] times the inverse of a damped [size, size] matrix, float64: the damped copy, its factor, LAPACK's own
+    copy of that and the solution."""
+    return DOUBLE * size * size + 2 * cholesky(size) + DOUBLE * rows * size
 
 
 def spectrum(rows: int, columns: int) -> int:
@@ -68,6 +68,16 @@ def range_finder(rows: int, columns: int, rank: int, *, metric: bool) -> int:
     return single + max(
         formed, SINGLE * rows * rows * bool(formed) + 6 * DOUBLE * rows * count + 2 * SINGLE * columns * count
     )
+
+
+def directions(rows: int, columns: int, rank: int | None, tokens: float) -> int:
+    """Leading directions of a matrix [rows, columns] behind a root of the metric of `tokens` rows, both float64 and given, as
+    `compensation.regression.directions` finds them. rank: None where the spectrum decides it."""
+    if rank is not None and matrix_flops.finds_range(rows, columns, rank, metric=True):
+        return range_finder(rows, columns, rank, metric=True)
+    # The root; behind it the matrix, and its spectrum.
+    whitened = DOUBLE * rows * columns
+    return max(root(columns, tokens), DOUBLE * columns * columns + whitened, whitened + spectrum(rows, columns))
 
 
 def trace(rows: int, columns: int) -> int:

@@ -12,11 +12,13 @@ from torch import Tensor
 from counterweight.kernels.formats import LowRank
 from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
+from counterweight.workers.batches import batch_size
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.compensation.aser import without_channels
 from counterweight.workers.compensation.objective import energy, squared_errors
 from counterweight.workers.compensation.regression import root_of, spectrum
 from counterweight.workers.methods.compensations import NoCompensation
+from counterweight.workers.quantization.inputs import one_batch
 from counterweight.workers.quantization.result import Fallback, QuantizationResult
 from counterweight.workers.recipe import ModuleRecipe
 
@@ -69,7 +71,7 @@ def solve(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[LayerState
     bits that it gets alone. Raises ValueError as the methods do.
     """
     if recipe.compensation.joint:
-        solved = [_jointly(recipe, layer) for layer in layers]
+        solved = _jointly(recipe, layers)
     else:
         coded = _quantized(recipe, layers) if all(layer.codes is None for layer in layers) else layers
         solved = [_compensated(recipe, layer) for layer in coded]
@@ -104,7 +106,7 @@ def _quantized(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[Layer
     """With codes, all of them chosen in one call."""
     by_input = [list(own) for _, own in groupby(layers, key=lambda layer: id(layer.statistics))]
     stacks = by_input if recipe.weights.rows_are_independent else [[layer] for layer in layers]
-    targets = _together([_target(recipe, stack) for stack in stacks])
+    targets = one_batch([_target(recipe, stack) for stack in stacks])
     metrics = [_metric(recipe, stack[0]) for stack in stacks]
     found = recipe.weights.quantize_batch(targets, metrics, scale_dtype=layers[0].scale_dtype)
     return [layer for stack, own in zip(stacks, found, strict=True) for layer in _with_codes(stack, own)]
@@ -115,11 +117,6 @@ def _target(recipe: ModuleRecipe, stack: Sequence[LayerState]) -> Tensor:
     stacked = torch.cat([layer.weight for layer in stack])
     targets = recipe.weights.target(stacked, stack[0].statistics).split([layer.weight.shape[0] for layer in stack])
     return torch.cat([_without_outliers(layer, own) for layer, own in zip(stack, targets, strict=True)])
-
-
-def _together(targets: list[Tensor]) -> Tensor:
-    """[batch, out, in], without a copy of a single one."""
-    return targets[0].unsqueeze(0) if len(targets) == 1 else torch.stack(targets)
 
 
 def _metric(recipe: ModuleRecipe, layer: LayerState) -> InputStatistics:
@@ -151,13 +148,22 @@ def _compensated(recipe: ModuleRecipe, layer: LayerState) -> LayerState:
     return replace(layer, branch=fitted.low_rank, fallbacks=(*layer.fallbacks, *fitted.fallbacks))
 
 
-def _jointly(recipe: ModuleRecipe, layer: LayerState) -> LayerState:
-    """With codes and branch that are fitted to each other."""
-    fitted = recipe.compensation.solve(
-        recipe.weights,
-        layer.weight,
-        layer.statistics,
-        scale_dtype=layer.scale_dtype,
-        factor_dtype=layer.factor_dtype,
-    )
-    return replace(layer, codes=fitted.weight, branch=fitted.low_rank, fallbacks=fitted.fallbacks)
+def _jointly(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[LayerState]:
+    """With codes and branch that are fitted to each other, for layers of one shape, as many at a time as memory allows."""
+    first = layers[0]
+    rows, columns = first.weight.shape
+    most = batch_size(recipe, [(rows, columns)], gpu=first.weight.is_cuda)
+    solved = []
+    for start in range(0, len(layers), most):
+        some = layers[start : start + most]
+        fitted = recipe.compensation.solve(
+            recipe.weights,
+            [(layer.weight, layer.statistics) for layer in some],
+            scale_dtype=first.scale_dtype,
+            factor_dtype=first.factor_dtype,
+        )
+        solved += [
+            replace(layer, codes=found.weight, branch=found.low_rank, fallbacks=found.fallbacks)
+            for layer, found in zip(some, fitted, strict=True)
+        ]
+    return solved

@@ -20,7 +20,9 @@ def solving(load: Load) -> Work:
 
 
 def _batch(load: Load, batch: Sequence[Solve]) -> Work:
-    """Of solves that are done in one call, whose steps over columns are taken by all of them at once."""
+    """Of solves that are done in one call, whose steps over columns are taken by many of their matrices at once."""
+    first, count = batch[0], len(batch)
+    loops = len(first.shapes) if first.part.compensation.joint else 1  # of one alone, as `solve` counts them
     each = [
         solve(
             one.part,
@@ -31,7 +33,7 @@ def _batch(load: Load, batch: Sequence[Solve]) -> Work:
         )
         for one in batch
     ]
-    return replace(sum(each, NOTHING), steps=each[0].steps)
+    return replace(sum(each, NOTHING), steps=each[0].steps / loops * first.loops(count, gpu=load.gpu))
 
 
 def _gains(load: Load, group: Group) -> Work:

@@ -21,6 +21,7 @@ it. So the whitened SVD of plain codes' error is solved too unless `start_wins`,
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ from counterweight.workers.compensation.regression import directions, factors, r
 from counterweight.workers.methods.compensations import LRC, SVD
 from counterweight.workers.methods.compensations.rank import CountRank, Rank
 from counterweight.workers.methods.weights.stored import StoredWeights
-from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
+from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics, one_batch
 from counterweight.workers.quantization.result import Fallback, QuantizationResult
 from counterweight.workers.quantization.target import damped, right_divide
 
@@ -51,34 +52,56 @@ class LRCResult:
 def lrc(
     options: LRC,
     weights: StoredWeights,
-    weight: Tensor,
-    statistics: InputStatistics,
+    layers: Sequence[tuple[Tensor, InputStatistics]],
     *,
     scale_dtype: torch.dtype,
     factor_dtype: torch.dtype,
-) -> LRCResult:
-    """Codes and branch for `weight` [out, in]; closed forms in float64. Raises ValueError as `weights` does, and for a rank
-    that the layer is too small for. A layer that saw no token gets plain SVD of what its rounding left."""
+) -> list[LRCResult]:
+    """Codes and branch of each of `layers`: weights [out, in], of one shape, with statistics of their inputs; closed forms in
+    float64. Whenever a layer needs codes, those of all are chosen in one batch, of each those that it gets alone. Raises
+    ValueError as `weights` does, and for a rank that a layer is too small for. A layer that saw no token gets plain SVD of
+    what its rounding left."""
+    metrics = [InputStatistics(gram=seen.product("yy"), tokens=seen.tokens) for _, seen in layers]
+    fits = [_fit(options, weights, *layer, factor_dtype) for layer in layers]
+    results: dict[int, LRCResult] = {}
+    targets = {place: next(fit) for place, fit in enumerate(fits)}
+    while targets:
+        places, asked = list(targets), one_batch(list(targets.values()))
+        targets.clear()
+        found = weights.quantize_batch(asked, [metrics[place] for place in places], scale_dtype=scale_dtype)
+        del asked
+        for place, codes in zip(places, found, strict=True):
+            try:
+                targets[place] = fits[place].send(codes)
+            except StopIteration as end:
+                results[place] = end.value
+    return [results[place] for place in range(len(layers))]
+
+
+def _fit(
+    options: LRC, weights: StoredWeights, weight: Tensor, statistics: InputStatistics, dtype: torch.dtype
+) -> Generator[Tensor, QuantizationResult, LRCResult]:
+    """Of one layer: yields a target [out, in] float32 whenever it needs codes, and is sent them."""
     matrix = checked_matrix("weight", weight).double()
     checked_statistics(statistics, matrix.shape[1])
-    metric = InputStatistics(gram=statistics.product("yy"), tokens=statistics.tokens)
-    start = initial_branch(matrix, statistics, options.rank, options.damping, factor_dtype)
+    start = initial_branch(matrix, statistics, options.rank, options.damping, dtype)
     branch = start if options.refits else stored(start, options.factor_bits)
     for _ in range(options.iterations):
-        target = weights.target(matrix, statistics, branch.product(torch.float64))
-        solved = weights.quantize(target.float(), metric, scale_dtype=scale_dtype)
+        solved = yield weights.target(matrix, statistics, branch.product(torch.float64)).float()
         codes = solved.weight.dequantize().double()
         rounding = matrix - branch.product(torch.float64) - codes
         if options.refits:
-            branch = updated_branch(options, matrix, codes, statistics, branch.rank, factor_dtype)
+            branch = updated_branch(options, matrix, codes, statistics, branch.rank, dtype)
+        del codes
     if options.refits:
         branch = stored(branch, options.factor_bits)
     found = LRCResult(weight=solved.weight, low_rank=branch, fallbacks=solved.fallbacks)
-    if statistics.tokens and not start_wins(matrix, rounding, start, statistics):
-        plain = weights.quantize(weights.target(matrix, statistics).float(), metric, scale_dtype=scale_dtype)
-        whitened = SVD(rank=CountRank(count=branch.rank), factor_bits=options.factor_bits)
-        found = _better(matrix, statistics, found, _behind(plain, matrix, statistics, whitened, factor_dtype))
-    return found
+    if not statistics.tokens or start_wins(matrix, rounding, start, statistics):
+        return found
+    del rounding
+    plain = yield weights.target(matrix, statistics).float()
+    whitened = SVD(rank=CountRank(count=branch.rank), factor_bits=options.factor_bits)
+    return _better(matrix, statistics, found, _behind(plain, matrix, statistics, whitened, dtype))
 
 
 def start_wins(weight: Tensor, rounding: Tensor, start: LowRank, statistics: InputStatistics) -> bool:

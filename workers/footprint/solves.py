@@ -29,6 +29,18 @@ class Solve:
         """What is equal in the solves that are done in one call."""
         return self.part, self.shapes, self.alone
 
+    def at_once(self, count: int, *, gpu: bool) -> int:
+        """How many matrices are coded in one loop over columns where `count` like this are done in one call: what is solved as
+        one is one matrix, unless each has a branch that is fitted with its codes."""
+        if not self.part.compensation.joint:
+            return count
+        return min(count * len(self.shapes), batch_size(self.part, self.shapes[:1], gpu=gpu))
+
+    def loops(self, count: int, *, gpu: bool) -> int:
+        """How many such loops that takes."""
+        matrices = count * len(self.shapes) if self.part.compensation.joint else count
+        return -(-matrices // self.at_once(count, gpu=gpu))
+
     def most(self, *, gpu: bool) -> int:
         """How many like this are done in one call."""
         return batch_size(self.part, self.shapes, gpu=gpu) if self.alone else 1

@@ -53,7 +53,10 @@ def _job(load: Load, batch: Sequence[Solve]) -> _Job:
     copies = 0 if in_place else SINGLE * sum(map(prod, first.shapes))
     packed = [moments(load, solve.group, DOUBLE) for solve in batch]
     return _Job(
-        peak=count * copies + _solve(first.part, first.shapes, tokens, streams(load, first.group), count),
+        peak=count * copies
+        + _solve(
+            first.part, first.shapes, tokens, streams(load, first.group), count, first.at_once(count, gpu=load.gpu)
+        ),
         left=count * left,
         taken=sum(packed) if first.alone else 0,
         ended=sum(packed) if first.last else 0,
@@ -61,13 +64,15 @@ def _job(load: Load, batch: Sequence[Solve]) -> _Job:
     )
 
 
-def _solve(part: ModuleRecipe, shapes: Sequence[tuple[int, int]], tokens: float, streams: int, count: int) -> int:
-    """Peak of one call of `solve` for `count` inputs, beside its weights."""
+def _solve(
+    part: ModuleRecipe, shapes: Sequence[tuple[int, int]], tokens: float, streams: int, count: int, at_once: int
+) -> int:
+    """Peak of one call of `solve` for `count` inputs, beside its weights. at_once: see `Solve.at_once`."""
     columns = shapes[0][1]
     rows = sum(rows for rows, _ in shapes)
     judging = max(_judging(part, one, columns, streams) for one, _ in shapes)
     if part.compensation.joint:
-        return max(judging, *(part.compensation.solve_bytes(part.weights, one, columns, tokens) for one, _ in shapes))
+        return max(judging, part.compensation.solve_bytes(part.weights, shapes[0][0], columns, tokens, at_once))
     stacked = SINGLE * rows * columns * count
     taken = stacked if part.compensation.needs_rows else 0
     foreseen = part.compensation.foresee_bytes(columns)

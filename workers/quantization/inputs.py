@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,11 @@ def checked_matrices(name: str, matrices: Tensor) -> Tensor:
     if not all_finite(matrices):
         raise ValueError(f"{name}: holds NaN or infinity: expected finite values")
     return matrices.float()
+
+
+def one_batch(matrices: Sequence[Tensor]) -> Tensor:
+    """[batch, out, in] of matrices of one shape, without a copy of a single one."""
+    return matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(list(matrices))
 
 
 def checked_statistics(statistics: InputStatistics | None, columns: int) -> InputStatistics:

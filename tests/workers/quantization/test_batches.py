@@ -10,15 +10,41 @@ import torch
 from pydantic import TypeAdapter
 
 from counterweight.kernels.weights.uniform import UniformWeight
+from counterweight.workers.arithmetic.solving import solving
 from counterweight.workers.batches import BATCH_BYTES, batch_size, batches, coding
 from counterweight.workers.block import compress
-from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.calibration.clipping import activation_format
+from counterweight.workers.calibration.statistics import Gathering, InputStatistics
+from counterweight.workers.footprint.load import Group, Load
+from counterweight.workers.footprint.solves import Solve, batched
+from counterweight.workers.matrix_flops import Work
 from counterweight.workers.methods.weights import AnyWeights, StoredWeights
+from counterweight.workers.models.families.mixtral import FAMILY as MIXTRAL
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.solve import LayerState, solve
 
 GPTQ: dict[str, Any] = {"bits": 4, "group_size": 32}
+LOAD = Load(
+    family=MIXTRAL,
+    heads=1,
+    groups=(),
+    source_bytes=2,
+    parameters=1,
+    compute=4,
+    hidden=96,
+    shard=64,
+    shards=2,
+    length=32,
+    sequences=8,
+    attention_bytes=0,
+    paired=False,
+    compressed=False,
+    rotation=None,
+    stretched=False,
+    threads=1,
+    gpu=False,
+)
 
 
 def statistics_of(columns: int, tokens: int, seed: int) -> InputStatistics:
@@ -95,6 +121,36 @@ def test_layers_that_share_an_input_are_one_matrix_of_the_batch(compensation: di
     assert not torch.equal(moved[0].stored.dequantize(), together[0].stored.dequantize())
 
 
+@pytest.mark.parametrize("options", [{}, {"iterations": 3}, {"refit": "none", "factor_bits": 4}, {"refit": "weight"}])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_with_their_branches_in_a_batch_and_alone(options: dict[str, Any], bits: int) -> None:
+    """At 8 bits some layers ask for plain codes too, and others have done with one loop."""
+    compensation = {"kind": "lrc", "rank": {"count": 4}, **options}
+    recipe = ModuleRecipe.model_validate({"weights": GPTQ, "activations": {"bits": bits}, "compensation": compensation})
+    gathering = Gathering(activations=activation_format(recipe.activations))
+    layers = [
+        LayerState(
+            weight=torch.randn(48, 64, generator=torch.Generator().manual_seed(seed)) * (1 + 3 * (seed % 2)),
+            statistics=InputStatistics.of(
+                torch.randn(0 if seed == 1 else 90, 64, generator=torch.Generator().manual_seed(seed))
+                * torch.tensor([8.0 if seed == 2 else 1.0] + [1.0] * 63),
+                gathering,
+            ),
+            scale_dtype=torch.float16,
+            factor_dtype=torch.float32,
+        )
+        for seed in range(5)
+    ]
+    together = solve(recipe, layers)
+    for one, layer in zip(together, layers, strict=True):
+        (alone,) = solve(recipe, [layer])
+        assert one.branch is not None
+        assert alone.branch is not None
+        assert torch.equal(one.stored.dequantize(), alone.stored.dequantize())
+        assert torch.equal(one.branch.product(), alone.branch.product())
+        assert one.fallbacks == alone.fallbacks
+
+
 def test_a_blocks_experts_have_their_bits_and_their_order_whatever_the_batch() -> None:
     weights, statistics = {}, {}
     for expert in range(5):
@@ -130,8 +186,31 @@ def test_batches_keep_to_their_bytes() -> None:
     assert coding(recipe, small, count) <= BATCH_BYTES[False] < coding(recipe, small, 2 * count)
     assert batch_size(recipe, large, gpu=False) == 1
     assert batch_size(recipe, small, gpu=True) > count
-    lrc = {"weights": GPTQ, "activations": {"bits": 4}, "compensation": {"kind": "lrc"}}
-    assert batch_size(ModuleRecipe.model_validate(lrc), small, gpu=False) == 1
+    asked = {"weights": GPTQ, "activations": {"bits": 4}, "compensation": {"kind": "lrc"}}
+    lrc = ModuleRecipe.model_validate(asked)
+    assert 1 < batch_size(lrc, small, gpu=False) < count
+    trained = {**asked, "compensation": {"kind": "none"}, "tuning": {"kind": "lsi"}}
+    assert batch_size(ModuleRecipe.model_validate(trained), small, gpu=False) == 1
+
+
+@pytest.mark.parametrize("compensation", [{"kind": "none"}, {"kind": "lrc", "rank": {"count": 4}}])
+def test_the_steps_of_a_batch_are_counted_once_and_its_work_for_each(compensation: dict[str, Any]) -> None:
+    """Experts of one shape, with loops over columns that a plan must not count for each of them."""
+    part = ModuleRecipe.model_validate({"weights": GPTQ, "activations": {"bits": 4}, "compensation": compensation})
+
+    def planned(count: int) -> tuple[Work, list[list[Solve]]]:
+        names = [f"experts.{place}.up" for place in range(count)]
+        groups = [Group(linears={n: (64, 96)}, recipe={n: part}, share=0.5, scaled=False) for n in names]
+        load = replace(LOAD, groups=groups)
+        return solving(load), batched(load)
+
+    (one, _), (eight, calls) = planned(1), planned(8)
+    assert [len(call) for call in calls] == [8]
+    assert eight.steps == one.steps > 96
+    assert eight.total == pytest.approx(8 * one.total)
+    whole, calls = planned(2048)
+    assert whole.steps == pytest.approx(len(calls) * one.steps)
+    assert 1 < len(calls) < 2048
 
 
 def test_solves_of_one_key_come_together_in_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -69,40 +70,41 @@ class LRC(Branch):
     def solve(
         self,
         weights: StoredWeights,
-        weight: Tensor,
-        statistics: InputStatistics,
+        layers: Sequence[tuple[Tensor, InputStatistics]],
         *,
         scale_dtype: torch.dtype,
         factor_dtype: torch.dtype,
-    ) -> LRCResult:
+    ) -> list[LRCResult]:
         from counterweight.workers.compensation.lrc import lrc
 
-        return lrc(self, weights, weight, statistics, scale_dtype=scale_dtype, factor_dtype=factor_dtype)
+        return lrc(self, weights, layers, scale_dtype=scale_dtype, factor_dtype=factor_dtype)
 
-    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int, tokens: float) -> int:
+    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int, tokens: float, batch: int = 1) -> int:
         square, entries = matrix_bytes.DOUBLE * columns * columns, matrix_bytes.DOUBLE * rows * columns
-        vectors = matrix_bytes.spectrum(rows, columns)
-        # Of the input, what its quantization loses: the prediction, the rest, and the same made symmetric; and its root.
+        single, rank = matrix_bytes.SINGLE * rows * columns, self.rank.at_most(rows, columns)
+        # Codes and what rounding left before, in a further iteration.
+        again = entries + rows * columns if self.iterations > 1 else 0
+        # Of the input, what its quantization loses: the prediction, the rest, and the same made symmetric; its directions.
         rest = max(matrix_bytes.right_divide(columns, columns), 4 * square)
-        initial = max(rest, square + matrix_bytes.root(columns, tokens))
-        # The weight in float64, behind a root of the metric.
-        directions = square + entries + vectors
-        # The target, in float64 and in float32.
-        held = entries + matrix_bytes.SINGLE * rows * columns
-        # The codes before, in a further iteration.
-        again = entries if self.iterations > 1 else 0
-        quantizing = held + again + max(weights.target_bytes(rows, columns), weights.quantize_bytes(rows, columns))
-        # What the codes leave: the products, their regression, its root.
-        refitting = held + again + 2 * entries + max(matrix_bytes.right_divide(rows, columns), directions)
-        # Whether plain codes can win: what quantizing the input loses, behind the weight and what the start leaves of it.
-        deciding = 2 * entries + max(2 * square + entries, 2 * square)
-        # Plain codes and their branch, beside the joint ones; then both branches' products and errors.
-        plain = entries + max(
-            matrix_bytes.SINGLE * rows * columns + weights.quantize_bytes(rows, columns),
-            matrix_bytes.SINGLE * rows * columns + self._behind.fit_bytes(rows, columns, tokens),
-        )
-        comparing = 5 * entries
-        return entries + max(initial, directions, quantizing, refitting, deciding, plain, comparing)
+        known = rank if self.rank.known_ahead else None
+        initial = max(rest, square + matrix_bytes.directions(rows, columns, known, tokens))
+        # The target: the branch, what it leaves.
+        aiming = again + entries + max(entries, weights.target_bytes(rows, columns))
+        # What the codes leave: the codes, their rounding and the matrix to be fitted; what is regressed and the sum with that;
+        # or its directions, in a metric that is definite.
+        regressing = entries + max(matrix_bytes.right_divide(rows, columns), 2 * entries)
+        refitting = again + 3 * entries
+        refitting += max(regressing, square + matrix_bytes.directions(rows, columns, rank, columns))
+        # Whether plain codes can win: what quantizing the input loses, and in float32 the metric and the rounding.
+        deciding = entries + 2 * square + max(square, single + matrix_bytes.SINGLE * (columns**2 + rows**2))
+        # Behind plain codes; then both branches' products and errors.
+        plain = single + self._behind.fit_bytes(rows, columns, tokens)
+        # In turn; meanwhile the others wait with their weights, and their targets or codes.
+        alone = entries + max(initial, aiming, refitting, deciding, plain, 5 * entries) + (batch - 1) * (again + single)
+        # Together: the targets, and the same put together.
+        both = single * batch if batch > 1 else 0
+        quantizing = batch * (again + single) + max(both, weights.quantize_bytes(rows, columns, batch))
+        return (batch - 1) * entries + max(alone, entries + quantizing)
 
     def gain_flops(self, rows: int, columns: int, tokens: float, *, original: bool) -> Work:
         root = matrix_flops.root(columns, definite=tokens >= columns)
