@@ -10,7 +10,7 @@ from torch import Tensor
 from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.statistics import Gathering
 from counterweight.workers.clock import Clock
-from counterweight.workers.context import DTYPES, TaskContext, put_hidden
+from counterweight.workers.context import DTYPES, TaskContext, get_hidden, put_hidden
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
 from counterweight.workers.loaded_block import LoadedBlock, load_block, smoothed
 from counterweight.workers.memory import release, trim
@@ -62,7 +62,7 @@ def streams(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> tupl
     """Loaders of the shards that enter the block, and of those that enter it in the original model where they differ."""
 
     def loader(blob: Blob) -> Load:
-        return lambda: workspace.get_tensors(blob)["hidden"].to(context.device)
+        return lambda: get_hidden(workspace, blob, context.device)
 
     return [loader(blob) for blob in spec.inputs], [loader(blob) for blob in spec.original_inputs]
 
@@ -90,12 +90,12 @@ def calibrated(
 
     block, nothing = begun.loaded.block, RunningStatistics(begun.loaded.block, {})
     if begun.original is None:
-        outputs = run_shards(block, inputs, emit, begun.sums, context.pool, originals)
+        outputs = run_shards(block, inputs, emit, begun.sums, context.shards, originals)
     else:
         # What the original block makes is shared between recipes, so it comes from the block as it was.
-        outputs = run_shards(begun.original, originals or inputs, emit, nothing, context.pool)
+        outputs = run_shards(begun.original, originals or inputs, emit, nothing, context.shards)
         begun.original = begun.original if more else None
-        run_shards(block, inputs, lambda _: None, begun.sums, context.pool, originals)
+        run_shards(block, inputs, lambda _: None, begun.sums, context.shards, originals)
     clock.lap("forward")
     trim()
     begun.key = spec.statistics_key()
@@ -159,7 +159,7 @@ def gathered(
         inputs, originals = streams(context, spec, workspace)
         paired = any(not is_expert(group[0]) for group in gatherings)
         with held.loaded.block.asking(name for group in gatherings for name in group):
-            run_shards(held.loaded.block, inputs, lambda _: None, sums, context.pool, originals if paired else ())
+            run_shards(held.loaded.block, inputs, lambda _: None, sums, context.shards, originals if paired else ())
         trim()
         yield sums.result()
 

@@ -33,8 +33,8 @@ JUDGED = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What a job's tasks take. distillation: seconds of the training, 0 without. calibrated: bytes of each block in a worker's
-    memory."""
+    """What a job's tasks take. distillation: seconds of the training for each replica, none without. calibrated: bytes of each
+    block in a worker's memory."""
 
     job: CompressionJob
     source: ModelSource
@@ -42,7 +42,7 @@ class Costs:
     recipes: Sequence[BlockRecipe]
     blocks: Sequence[BlockSeconds]
     calibrated: Sequence[int]
-    distillation: float
+    distillation: Sequence[float]
 
     @property
     def stored(self) -> int:
@@ -92,18 +92,24 @@ def timeline(costs: Costs, workers: int, threads: int) -> Timeline:
     stage("inventory", lambda: dispatcher.run_all(_inventory(costs)))
     stage("blocks", lambda: _run_blocks(costs, dispatcher, threads))
     if costs.distillation:
-        stage("distill", lambda: dispatcher.run_all([Simulated("distillation", {"distill": costs.distillation})]))
+        stage("distill", lambda: dispatcher.run_all(_replicas(costs)))
     stage("assemble", lambda: _assemble(costs, dispatcher, pool))
     if validation:
         stage("validate", lambda: dispatcher.run_all(validation))
     return Timeline(stages=stages, idle=idle, steps=dict(pool.steps))
 
 
+def _replicas(costs: Costs) -> list[Simulated]:
+    """All that a replica computes as one task: rounds, at whose ends it waits for the others, take as long together."""
+    return [
+        Simulated(f"distillation, replica {place + 1}", {"distill": seconds})
+        for place, seconds in enumerate(costs.distillation)
+    ]
+
+
 def _inventory(costs: Costs) -> list[Simulated]:
     parts = [sum(map(costs.bytes_of, names)) for names in batches(costs.source)]
-    return [
-        Simulated(f"inventory {place}", {"inventory": costs.rates.received(size)}) for place, size in enumerate(parts)
-    ]
+    return [Simulated(f"inventory {place}", {"inventory": costs.rates.read(size)}) for place, size in enumerate(parts)]
 
 
 def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> None:
@@ -120,7 +126,7 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> None:
     table = costs.bytes_of(costs.source.layout.names.embedding)
     embed = Simulated(
         "embedding",
-        {"embed": rates.received(table) + rates.moved(table + hidden) + rates.sent(hidden)},
+        {"embed": rates.read(table) + rates.moved(table + hidden) + rates.sent(hidden)},
         shards,
     )
 
@@ -137,14 +143,12 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> None:
 
     sharing = budgeted(costs.recipes)
     budget = Budget(blocks=sharing, share=lambda _: costs.recipes, bytes=costs.calibrated) if sharing else None
-    paired = propagate == "compressed" and any(part.regresses for recipe in costs.recipes for part in recipe.values())
     blocks = add_blocks(
         graph,
         graph.add(lambda: embed),
         costs.recipes,
         spec_of,
         propagate=propagate,
-        paired=paired,
         budget=budget,
         stretches=stretches(shards, len(costs.blocks), dispatcher.workers, threads),
     )
@@ -154,7 +158,7 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> None:
 
 def _carried(costs: Costs, name: str) -> float:
     size = costs.bytes_of(name)
-    return costs.rates.received(size) + costs.rates.sent(size) + size / costs.rates.hash
+    return costs.rates.read(size) + costs.rates.sent(size) + size / costs.rates.hash
 
 
 def _assemble(costs: Costs, dispatcher: Dispatcher, pool: SimulatedPool) -> None:
@@ -166,9 +170,7 @@ def _assemble(costs: Costs, dispatcher: Dispatcher, pool: SimulatedPool) -> None
     if branches:
         dispatcher.run_all([Simulated("adapter", {"join": rates.received(branches) + rates.sent(branches)})])
         files.append(branches)
-    dispatcher.run_all(
-        [Simulated(f"check {place}", {"check": rates.received(size)}) for place, size in enumerate(files)]
-    )
+    dispatcher.run_all([Simulated(f"check {place}", {"check": rates.received(size)}) for place, size in enumerate(files)])
 
 
 def windows_of_workers(job: CompressionJob, workers: int) -> list[range]:
@@ -189,7 +191,7 @@ def _window(job: CompressionJob) -> int:
 def _validation(costs: Costs, workers: int) -> list[Simulated]:
     """Every task reads the whole model and the artifact, and runs its windows under each of the models in float32."""
     models = 3 if any(block.branch for block in costs.blocks) else 2
-    read = costs.rates.received(sum(map(costs.bytes_of, costs.source.tensors)) + costs.stored)
+    read = costs.rates.read(sum(map(costs.bytes_of, costs.source.tensors)) + costs.stored)
     read += costs.rates.moved(4 * costs.source.parameters)
     read += sum(block.read_back for block in costs.blocks) * (models - 1)
     token = sum(block.evaluated for block in costs.blocks) + costs.rates.seconds(_judging(costs))

@@ -14,6 +14,12 @@ R_co = TypeVar("R_co", covariant=True)
 Kept = TypeVar("Kept", bound=Record)
 
 
+def committed(workspace: Workspace, kind: str, key: str, record: type[Kept]) -> Kept | None:
+    """The record of finished work whose stored bytes are there; None where there is none."""
+    found = workspace.lookup(kind, key, record)
+    return found if found is not None and all(workspace.has(blob) for blob in found.stored) else None
+
+
 class Task(ABC, Generic[R_co]):
     """What one worker does at a time. R_co: what it gives back."""
 
@@ -27,6 +33,11 @@ class Task(ABC, Generic[R_co]):
     @property
     def block_index(self) -> int | None:
         """The transformer block that the task works on, for people; None: none or several."""
+        return None
+
+    @property
+    def trains(self) -> str | None:
+        """Key of the training whose model it works on, which then stays in its worker's memory; None: none."""
         return None
 
     def lookup(self, workspace: Workspace) -> R_co | None:
@@ -58,8 +69,7 @@ class DurableTask(Task[Kept]):
         """The work itself."""
 
     def lookup(self, workspace: Workspace) -> Kept | None:
-        found: Kept | None = workspace.lookup(self.kind, self.key(), self.record)  # type: ignore[assignment]
-        return found if found is not None and all(workspace.has(blob) for blob in found.stored) else None
+        return committed(workspace, self.kind, self.key(), self.record)  # type: ignore[return-value]
 
     def run(self, context: TaskContext) -> Kept:
         """1. Somebody may have finished it. 2. Otherwise it is done here. 3. The record that was committed first holds."""
