@@ -68,7 +68,7 @@ def test_the_plan_says_what_is_divided_and_why(manifest: Path, source: ModelSour
     (line,) = make_plan(given(manifest, int(0.8 * whole.blocks[0].peak_bytes)), source).divided
     assert line.startswith("block 0 to 1: ")
     assert " passes over the tokens, because it needs " in line
-    assert "spec.resources.memory_per_worker is 60" in line
+    assert "spec.resources.memory_per_worker is 61" in line
 
 
 def test_further_passes_are_computed_again_and_counted(manifest: Path, source: ModelSource) -> None:
