@@ -410,6 +410,8 @@ def test_a_head_that_is_gone_ends_the_job_in_one_line(long_manifest: Path, tmp_p
     commands = {pid: (Path("/proc") / str(pid) / "cmdline").read_text() for pid, _ in descendants(run.process.pid)}
     (head,) = [pid for pid, command in commands.items() if "gcs_server" in command.partition("\0")[0]]
     started = time.monotonic()
+    for worker in actor_pids(run.process.pid):
+        os.kill(worker, signal.SIGSTOP)  # or the job may be over before anybody misses the head
     os.kill(head, signal.SIGKILL)
     code, out, err = run.finish()
     assert (code, out) == (4, ""), err

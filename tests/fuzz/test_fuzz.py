@@ -15,8 +15,8 @@ SEEDS = {"tokenizer": 25, "dataset": 12, "artifact": 25, "stream": 60, "text": 2
 USUAL = 40
 
 REGRESSIONS = [("config", 117), ("config", 526)]
-"""Targets and seeds that once failed: a terminal's control characters in what transformers says of a config, an IndexError of
-transformers. A change of `mutations.py` changes what a seed makes: look then whether these still fail without what mended them."""
+"""Targets and seeds that once failed: control characters in what transformers says of a config, an IndexError of transformers.
+A change of `mutations.py` changes what a seed makes: look then whether these still fail without what mended them."""
 
 NAMES = ["config", "weights", "tokenizer", "text", "stream", "dataset", "manifest", "artifact"]
 

@@ -34,6 +34,7 @@ from counterweight.pipeline.events import (
 from counterweight.pipeline.manifest import CompressionJob, load_manifest
 from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.orchestrator import Orchestrator
+from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.pool import Outcome
 from counterweight.pipeline.progress import Progress
 from counterweight.pipeline.tokens import read_tokens
@@ -197,13 +198,18 @@ class Events(Progress):
                 self.seen.append(("finish", tuple(lines)))
 
 
-def run_local(job: CompressionJob, pool: LocalPool | None = None, progress: Progress | None = None) -> Published:
+def run_local(
+    job: CompressionJob,
+    pool: LocalPool | None = None,
+    progress: Progress | None = None,
+    resume: Resume = Resume.AUTO,
+) -> Published:
     """Runs a job in this process; closes the pool."""
     pool = LocalPool() if pool is None else pool
     try:
         source = open_model(job.spec.model.uri)
         with EventLog(Events() if progress is None else progress) as log:
-            return Orchestrator(job, source, read_tokens(job, source.tokenizer()), pool, "cpu", log).run()
+            return Orchestrator(job, source, read_tokens(job, source.tokenizer()), pool, "cpu", log, resume).run()
     finally:
         pool.close()
 

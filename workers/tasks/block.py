@@ -33,6 +33,8 @@ class BlockSpec(Config):
     recipe: Mapping[str, ModuleRecipe]
     """Linear (name relative to the block) -> what applies to it; linears that are kept are absent."""
     propagate: Literal["original", "compressed"]
+    tokens: str = ""
+    """sha256 of the calibration tokens, which decide the block's inputs; for people."""
     passes: tuple[tuple[str, ...], ...] = ()
     """Linears that are solved after each pass over the shards, which gathers the statistics of their inputs alone: what takes
     less memory, and no part of the result. Those of one input are in one pass, and those of one expert. Empty: all are."""
@@ -116,6 +118,8 @@ class BlockRecord(Record):
     """Bits of the block's tensors that were carried over: norms, biases, routers, kept linears."""
     ledger: tuple[LedgerEntry, ...]
     timing: Timing
+    made_from: Mapping[str, str] = Field(default_factory=dict)
+    """Parts of the key, see `workers.tasks.made_from`; empty in records that are older than it."""
 
     @property
     def stored(self) -> tuple[Blob, ...]:
