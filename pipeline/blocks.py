@@ -92,13 +92,13 @@ def add_blocks(
     spec_of: SpecOf,
     *,
     propagate: Literal["original", "compressed"],
-    paired: bool = False,
     budget: Budget | None = None,
     stretches: Sequence[range],
 ) -> Blocks:
-    """Nodes for all blocks behind the embedding. paired: with `compressed`, whether what enters a block in the original model
-    goes beside what enters the compressed one. stretches: of the shards, in order, in which blocks are calibrated."""
+    """Nodes for all blocks behind the embedding. stretches: of the shards, in order, in which blocks are calibrated."""
     count = len(recipes)
+    # Whether what enters a block in the original model goes beside what enters the compressed one.
+    paired = propagate == "compressed" and any(part.regresses for recipe in recipes for part in recipe.values())
     ends: list[Sequence[Node[HiddenRecord]]] = [[embedded]]
     """What makes the shards that enter each block in the original model: one node for all, or one for each stretch."""
     gains: dict[int, Node[GainsRecord]] = {}

@@ -61,13 +61,10 @@ class Dispatcher:
         self,
         wanted: Collection[Node[R]],
         finished: Callable[[Node[R]], None] = lambda _: None,
-        meanwhile: Callable[[], None] = lambda: None,
     ) -> list[R]:
         """Runs the graph until the `wanted` nodes are done; their values. Other nodes that can run are started too, earlier
-        ones first, and may still be running at the end. finished: called with each of the wanted when it is. meanwhile:
-        called once, when the first tasks have been started."""
+        ones first, and may still be running at the end. finished: called with each of the wanted when it is."""
         self._start_some()
-        meanwhile()
         while not all(node.done for node in wanted):
             if not self._running and self._pool.idle():
                 waiting = next(node for node in wanted if not node.done)
@@ -90,12 +87,11 @@ class Dispatcher:
         self,
         tasks: Sequence[Task[R]],
         done: Callable[[int], None] = lambda _: None,
-        meanwhile: Callable[[], None] = lambda: None,
     ) -> list[R]:
         """Runs independent tasks on any workers; their values in the tasks' order. done: called with the number of
-        finished tasks after each. meanwhile: called once, when the first of them have been started."""
+        finished tasks after each."""
         nodes = [self.graph.add(_giving(task)) for task in tasks]
-        return self.run(nodes, lambda _: done(sum(node.done for node in nodes)), meanwhile)
+        return self.run(nodes, lambda _: done(sum(node.done for node in nodes)))
 
     def _start_some(self) -> None:
         for worker in list(self._pool.idle()):

@@ -15,10 +15,10 @@ from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.pool import PoolSize, threads_per_worker
 from counterweight.pipeline.preflight import look
 from counterweight.pipeline.ray_pool import RayPool
-from counterweight.workers.errors import CounterweightError, RequestError
+from counterweight.workers.errors import CounterweightError
 from counterweight.workers.identity import Token, identity
 from counterweight.workers.process import importing
-from counterweight.workers.storage import open_store
+from counterweight.workers.storage import ObjectStore
 from counterweight.workers.storage.outages import OUTAGES
 from counterweight.workers.storage.probe import PROBES
 
@@ -39,7 +39,7 @@ def run_job(
     size = pool_size(job, address)
     with EventLog(progress) as log, _told(log):
         ready = look(job)  # what is wrong with a model or a text is known before anything is started for it
-        with cluster(address, size), _shown(job) as token:
+        with cluster(address, size), _shown(ready.output) as token:
             pool = RayPool(size, token=token, expected=identity(), note=log.note)
             try:
                 # Workers load torch and transformers now, and so does this process with torch. Not while Ray starts: an
@@ -65,20 +65,16 @@ def _told(log: EventLog) -> Iterator[None]:
 
 
 @contextmanager
-def _shown(job: CompressionJob) -> Iterator[Token]:
+def _shown(output: ObjectStore) -> Iterator[Token]:
     """An object in the job's output that its workers have to see; deleted at the end."""
-    try:
-        store = open_store(job.spec.output.uri)
-        token = Token(uri=job.spec.output.uri, key=f"{PROBES}/{uuid.uuid4().hex}/seen", value=uuid.uuid4().bytes)
-        store.write(token.key, token.value)
-    except RequestError as error:
-        raise RequestError(f"spec.output.uri: {error}") from error
+    token = Token(uri=output.uri, key=f"{PROBES}/{uuid.uuid4().hex}/seen", value=uuid.uuid4().bytes)
+    output.write(token.key, token.value)
     try:
         yield token
     finally:
         # What went wrong before is the news.
         with suppress(CounterweightError):
-            store.delete(token.key)
+            output.delete(token.key)
 
 
 def pool_size(job: CompressionJob, address: str | None) -> PoolSize:

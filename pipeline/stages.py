@@ -120,14 +120,12 @@ def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet, out
             share=lambda gains: share_out(source, recipes, gains),
             bytes=[block.calibrated_bytes for block in plan.blocks],
         )
-    paired = propagate == "compressed" and any(part.regresses for recipe in recipes for part in recipe.values())
     return add_blocks(
         job.dispatcher.graph,
         embedded,
         recipes,
         spec_of,
         propagate=propagate,
-        paired=paired,
         budget=budget,
         stretches=stretches(
             -(-calibration.sequences // shard_sequences(calibration.length)),

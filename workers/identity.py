@@ -100,6 +100,4 @@ def _sight(token: Token | None) -> str:
         found = open_store(token.uri).read(token.key)
     except CounterweightError as error:
         return str(error)
-    except OSError as error:
-        return f"{token.uri}: {error}"
     return "" if found == token.value else f"{token.uri}: {token.key} holds other bytes than the driver wrote"

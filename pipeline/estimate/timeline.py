@@ -137,14 +137,12 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> None:
 
     sharing = budgeted(costs.recipes)
     budget = Budget(blocks=sharing, share=lambda _: costs.recipes, bytes=costs.calibrated) if sharing else None
-    paired = propagate == "compressed" and any(part.regresses for recipe in costs.recipes for part in recipe.values())
     blocks = add_blocks(
         graph,
         graph.add(lambda: embed),
         costs.recipes,
         spec_of,
         propagate=propagate,
-        paired=paired,
         budget=budget,
         stretches=stretches(shards, len(costs.blocks), dispatcher.workers, threads),
     )

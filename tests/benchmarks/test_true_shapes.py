@@ -55,7 +55,7 @@ def job(model: Path, **resources: Any) -> CompressionJob:
                 },
                 "recipe": {"weights": {"bits": 4, "group_size": 128, "quantizer": {"kind": "gptq"}}},
                 "resources": {"workers": 8, "gpus_per_worker": 1, **resources},
-                "output": {"uri": model.as_uri()},
+                "output": {"uri": (model.parent / "output").as_uri()},
             },
         }
     )

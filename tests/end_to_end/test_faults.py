@@ -409,6 +409,8 @@ def test_a_head_that_is_gone_ends_the_job_in_one_line(long_manifest: Path, tmp_p
     run.wait_for("block 0 started")
     commands = {pid: (Path("/proc") / str(pid) / "cmdline").read_text() for pid, _ in descendants(run.process.pid)}
     (head,) = [pid for pid, command in commands.items() if "gcs_server" in command.partition("\0")[0]]
+    for worker in actor_pids(run.process.pid):
+        os.kill(worker, signal.SIGSTOP)  # or the job would end before the head is missed
     started = time.monotonic()
     for worker in actor_pids(run.process.pid):
         os.kill(worker, signal.SIGSTOP)  # or the job may be over before anybody misses the head

@@ -52,8 +52,8 @@ def read_branch(
     rows, columns = shape
     if tuple(up.shape) != (rows, form.rank) or tuple(down.shape) != (form.rank, columns):
         raise CheckpointError(
-            f"adapter: {module}: factors {list(up.shape)} x {list(down.shape)}: expected [{rows}, {form.rank}] x "
-            f"[{form.rank}, {columns}]"
+            f"adapter: {module}: factors {list(up.shape)} x {list(down.shape)}: expected rank {form.rank}, "
+            f"[{rows}, {form.rank}] x [{form.rank}, {columns}]"
         )
     if not steps:
         return LowRank(up=up, down=down)

@@ -52,11 +52,11 @@ def parse_config(config: Mapping[str, Any], *, headless: bool = True) -> PreTrai
 
     CheckpointError for sizes out of bounds, for what transformers refuses, and for what it builds but cannot run.
     """
-    check_values(config)
     family = family_of(config.get("model_type"))
     text = _text_part(config)
     model_type = family.known_as or str(text["model_type"])
-    _sizes(family, text.get)
+    _sizes(family, text.get)  # whose bounds are narrower than those of any config's values
+    check_values(config)
     try:
         # A deep copy: transformers writes defaults into nested dictionaries such as `rope_parameters`.
         fields = {**copy.deepcopy(dict(text)), "model_type": model_type}
