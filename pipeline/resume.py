@@ -45,6 +45,7 @@ def setting_of(job: CompressionJob, source: ModelSource, device: str, run: str =
         compute_dtype=job.spec.calibration.compute_dtype,
         device="cuda" if device == "cuda" else "cpu",
         rotation=job.spec.recipe.rotation,
+        parameters=source.parameters,
         run=run,
     )
 

@@ -110,6 +110,8 @@ def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet, out
                 "recipe": recipe,
                 "propagate": propagate,
                 "passes": plan.blocks[index].passes,
+                "flops": plan.blocks[index].flops,
+                "bytes": plan.blocks[index].source_bytes,
             }
         )
 

@@ -412,8 +412,6 @@ def test_a_head_that_is_gone_ends_the_job_in_one_line(long_manifest: Path, tmp_p
     for worker in actor_pids(run.process.pid):
         os.kill(worker, signal.SIGSTOP)  # or the job would end before the head is missed
     started = time.monotonic()
-    for worker in actor_pids(run.process.pid):
-        os.kill(worker, signal.SIGSTOP)  # or the job may be over before anybody misses the head
     os.kill(head, signal.SIGKILL)
     code, out, err = run.finish()
     assert (code, out) == (4, ""), err

@@ -23,7 +23,7 @@ def open_store(uri: str, *, waits: bool = True) -> ObjectStore:
         from counterweight.workers.storage.s3 import S3Store
         from counterweight.workers.storage.s3_client import S3Settings
 
-        return S3Store(uri, S3Settings() if waits else S3Settings(outage_seconds=0, total_max_attempts=2))
+        return S3Store(uri) if waits else S3Store(uri, S3Settings(outage_seconds=0, total_max_attempts=2))
     raise RequestError(f"storage URI {uri!r}: {EXPECTED_URI}")
 
 

@@ -11,6 +11,7 @@ from counterweight.workers.config import Config
 from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.keys import digest, versions
 from counterweight.workers.recipe import ModuleRecipe
+from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.records import LedgerEntry, ModuleReport, Timing
 from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.workspace import Blob, Record, Workspace
@@ -38,6 +39,10 @@ class BlockSpec(Config):
     passes: tuple[tuple[str, ...], ...] = ()
     """Linears that are solved after each pass over the shards, which gathers the statistics of their inputs alone: what takes
     less memory, and no part of the result. Those of one input are in one pass, and those of one expert. Empty: all are."""
+
+    flops: int = 0
+    """Floating-point operations of its tasks, and the bytes of its weights: for `Task.patience`, no part of the result."""
+    bytes: int = 0
 
     @property
     def lends(self) -> bool:
@@ -88,6 +93,11 @@ class BlockTask(Config):
     @property
     def block_index(self) -> int:
         return self.block.index
+
+    @property
+    def patience(self) -> float:
+        hidden = sum(blob.size for blob in (*self.block.inputs, *self.block.original_inputs))
+        return patience(bytes=self.block.bytes + 2 * hidden, flops=self.block.flops, device=self.block.setting.device)
 
     def workspace(self) -> Workspace:
         return self.block.setting.open_workspace()

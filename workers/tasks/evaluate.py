@@ -9,6 +9,7 @@ from counterweight.workers.config import Config
 from counterweight.workers.keys import digest
 from counterweight.workers.metrics import METRICS
 from counterweight.workers.storage import open_store
+from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.records import Timing
 from counterweight.workers.tasks.setting import Setting, shard_sequences
 from counterweight.workers.tasks.task import DurableTask
@@ -75,6 +76,12 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
     @property
     def name(self) -> str:
         return f"validation of windows {self.start} to {self.stop - 1}"
+
+    @property
+    def patience(self) -> float:
+        parameters, tokens = self.setting.parameters, self.tokens.size // 4  # of all windows, which are int32
+        flops = 2 * parameters * tokens * len(VARIANTS)
+        return patience(bytes=8 * parameters, flops=flops, device=self.setting.device)
 
     def workspace(self) -> Workspace:
         return self.setting.open_workspace()

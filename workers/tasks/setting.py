@@ -44,6 +44,8 @@ class Setting(Config):
     """Where the arithmetic was asked to run: bits differ between kinds of device, so results do not mix."""
     rotation: Rotation | None = None
     """Coordinates in which the model is compressed; null: its own."""
+    parameters: int = 0
+    """Of the source model, for `Task.patience`; no part of a result."""
     run: str = ""
     """Nonce of a run that shares no work with any other; empty for all that do. It enters keys and no result."""
 
