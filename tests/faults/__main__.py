@@ -1,5 +1,5 @@
-"""Injects faults by seed: `python -m tests.faults --seeds 0:500`. Each seed is one fault at one moment; the kinds take turns. A
-seed that fails is printed with its kind and traceback; the counts of how jobs ended come last."""
+"""Injects faults by seed: `python -m tests.faults --seeds 0:500`. Each seed is one fault at one moment; the kinds take turns. How
+each job ended is printed, with a traceback where that is not as it should be; the counts come last."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def main() -> int:
                 failures.append(f"{name} {seed}")
                 print(f"kind {name}, seed {seed}\n{traceback.format_exc()}", flush=True)
             ends.setdefault(name, Counter())[ended] += 1
+            print(f"{seed} {name}: {ended}", flush=True)
     for name, counts in ends.items():
         print(f"{name}: {', '.join(f'{count} {ended}' for ended, count in sorted(counts.items()))}")
     total = sum(map(Counter.total, ends.values()))
