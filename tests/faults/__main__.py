@@ -1,5 +1,5 @@
-"""Injects faults by seed: `python -m tests.faults --seeds 0:500`. Each seed is one fault at one moment; the kinds take turns. How
-each job ended is printed, with a traceback where that is not as it should be; the counts come last."""
+"""Injects faults by seed: `python -m tests.faults --seeds 0:500`. Each seed is one fault at one moment; the kinds take turns.
+How each job ended is printed, with a traceback where that is not as it should be; the counts come last."""
 
 from __future__ import annotations
 
