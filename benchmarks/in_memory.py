@@ -25,7 +25,7 @@ from counterweight.workers.metrics import kl, perplexity
 from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.family import SharedInputGroup
 from counterweight.workers.models.source import head_of, outside
-from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.parallel import OrderedPool, SideBySide
 from counterweight.workers.prepare import prepare
 from counterweight.workers.recipe import Recipe
 from counterweight.workers.shards import RunningStatistics, run_shards
@@ -184,7 +184,7 @@ def gathered(
     """What the block makes of its inputs (of the originals, where there are any), and the statistics."""
     sums = RunningStatistics(block, gatherings)
     loads, meant = ([partial(_same, batch) for batch in batches] for batches in (inputs, originals))
-    return run_shards(block, loads, _same, sums, POOL, meant), sums.result()
+    return run_shards(block, loads, _same, sums, SideBySide(POOL), meant), sums.result()
 
 
 def _same(batch: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """The time model of `counterweight plan` against blocks that run on this machine: predicted beside measured.
 
     python benchmarks/time_model.py [CASE ...] [--record]
-    python benchmarks/time_model.py --rates FILE
+    python benchmarks/time_model.py --device cuda [CASE ...] [--record]
+    python benchmarks/time_model.py [--device cuda] --rates FILE
 
-Measures the rates of this machine's CPU by kind of work (one thread, CPU seconds, which other people's load changes less than
-wall seconds), then calibrates and compresses single blocks with the shapes of published models at a part of their width. With
-`--rates` only the rates are measured and written, for `counterweight plan --device FILE`.
+Measures the rates of this machine by kind of work, then calibrates and compresses single blocks with the shapes of published
+models: on one thread of the CPU at a part of their width, in CPU seconds, which other people's load changes less than wall
+seconds; on a GPU whole, in wall seconds. With `--rates` only the rates are measured and written, for `counterweight plan
+--device FILE`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,21 +27,24 @@ from common import machine, record, table, versions
 from torch import Tensor
 from true_shapes import make, narrowed, shapes
 
-from counterweight.kernels.hadamard import Hadamard
 from counterweight.pipeline.estimate import block_seconds
+from counterweight.pipeline.estimate.costs import ENDING
 from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.rates import START, TASK, Rates
 from counterweight.pipeline.resolve import block_recipe
 from counterweight.workers.arithmetic import arithmetic
-from counterweight.workers.matrix_flops import cholesky, eigh, hadamard64, product
+from counterweight.workers.calibration.statistics import NOTHING_ELSE, ShardMoments
+from counterweight.workers.context import DTYPES
+from counterweight.workers.matrix_flops import cholesky, eigh, product
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
-from counterweight.workers.tasks.setting import Setting, shard_sequences
+from counterweight.workers.tasks.records import Timing
+from counterweight.workers.tasks.setting import Device, Setting, shard_sequences
 from counterweight.workers.worker import Worker
-from counterweight.workers.workspace import Blob, Workspace
+from counterweight.workers.workspace import Blob
 
 GPTQ = {"weights": {"bits": 4, "group_size": 64, "quantizer": {"kind": "gptq"}}}
 LRC = {
@@ -55,62 +60,93 @@ class Case:
     """A block of `model` (see `shapes.yaml`), every width divided by `narrow`."""
 
     model: str
-    narrow: int
+    narrow: int = 1
     recipe: Mapping[str, Any]
     sequences: int = 16
     length: int = 512
 
 
-CASES = {
+CPU_CASES = {
     "Llama-3-8B / 4, W4A16 GPTQ": Case(model="Llama-3-8B", narrow=4, recipe=GPTQ),
     "Llama-3-8B / 4, W4A4 LRC": Case(model="Llama-3-8B", narrow=4, recipe=LRC),
     "Mixtral-8x7B / 8, W4A16 GPTQ": Case(model="Mixtral-8x7B", narrow=8, recipe=GPTQ),
     "Mixtral-8x7B / 8, W4A4 LRC": Case(model="Mixtral-8x7B", narrow=8, recipe=LRC),
     "Qwen3-30B-A3B / 4, W4A16 GPTQ": Case(model="Qwen3-30B-A3B", narrow=4, recipe=GPTQ),
-    "tiny": Case(model="Llama-3-8B", narrow=16, recipe=GPTQ, sequences=4, length=128),
 }
+GPU_CASES = {
+    "Mixtral-8x7B, W4A16 GPTQ": Case(model="Mixtral-8x7B", recipe=GPTQ, sequences=512, length=2048),
+    "Llama-3-8B, W4A16 GPTQ": Case(model="Llama-3-8B", recipe=GPTQ, sequences=512, length=2048),
+    "Llama-3-8B, W4A4 LRC": Case(model="Llama-3-8B", recipe=LRC, sequences=512, length=2048),
+    "Mixtral-8x7B, W4A4 LRC": Case(model="Mixtral-8x7B", recipe=LRC, sequences=512, length=2048),
+    "Qwen3-30B-A3B, W4A16 GPTQ": Case(model="Qwen3-30B-A3B", recipe=GPTQ, sequences=512, length=2048),
+}
+TINY = {"tiny": Case(model="Llama-3-8B", narrow=16, recipe=GPTQ, sequences=4, length=128)}
 
 
-def measured_rates(size: int = 1024) -> Rates:
-    """Of one thread of this machine, in CPU seconds. size: of the matrices."""
+class Stopwatch:
+    """Seconds of a device: of one thread of the CPU as the CPU counts them, of a GPU as they pass."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def now(self) -> float:
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def mean(self, run: Callable[[], object], times: int = 3) -> float:
+        """Of one call, behind one that warms up."""
+        run()
+        before = self.now()
+        for _ in range(times):
+            run()
+        return max(self.now() - before, 1e-9) / times
+
+
+def measured_rates(device: Device, size: int | None = None) -> Rates:
+    """Of one thread of this machine, or of its GPU and one thread beside it. size: of the matrices; by default large enough for
+    the device to be busy."""
     torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2 * size, size, generator=generator)
+    watch, host = Stopwatch(device), Stopwatch("cpu")
+    size = size or (1024 if device == "cpu" else 4096)
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(2 * size, size, generator=generator, device=device)
     wide, half = x.double(), x.bfloat16()
     positive = wide.T @ wide
-    buffer, one = torch.empty_like(x), torch.ones(64)
+    buffer, one = torch.empty_like(x), torch.ones(64, device=device)
     data = bytes(32 << 20)
 
-    def rate(count: float, run: Callable[[], object]) -> float:
-        return count / _cpu_seconds(run)
+    def rate(count: float, run: Callable[[], object], watch: Stopwatch = watch) -> float:
+        return count / watch.mean(run)
 
-    def strips() -> None:
-        for start in range(0, size, 128):
-            torch.mm(x[:, start : start + 128].T, x[:, : start + 128])
+    def grams(rows: Tensor) -> float:
+        return rate(2 * size * size * (size + 128), lambda: ShardMoments.of(rows, NOTHING_ELSE))
 
-    turned = hadamard64(wide.numel(), size)
     products = product(2 * size, size, size).products32
-    products32 = rate(products, lambda: x @ x[:size])
-    grams = rate(2 * size * size * (size + 128), strips)
     return Rates(
-        source=f"measured: {machine()}, one thread, CPU seconds",
+        source=f"measured: {_named(device)}",
         products16=rate(products, lambda: half @ half[:size]),
-        products32=products32,
-        grams16=grams,
-        grams32=grams,
+        products32=rate(products, lambda: x @ x[:size]),
+        grams16=grams(half if device == "cuda" else x),
+        grams32=grams(x),
         products64=rate(products, lambda: wide @ wide[:size]),
         factorizations=rate(cholesky(size).total, lambda: torch.linalg.cholesky_ex(positive)),
         decompositions=rate(eigh(size).total, lambda: torch.linalg.eigh(positive)),
         elementwise=rate(x.numel(), lambda: torch.mul(x, x, out=buffer)),
-        step=_cpu_seconds(lambda: one.add_(1.0), times=1000),
-        host_products64=rate(turned.products64, lambda: Hadamard(size=size).apply(wide)),
-        host_elementwise=rate(wide.numel(), lambda: wide * wide),
-        hash=rate(len(data), lambda: hashlib.sha256(data).digest()),
-        link=None,
+        step=watch.mean(lambda: one.add_(1.0), times=1000),
+        hash=rate(len(data), lambda: hashlib.sha256(data).digest(), host),
+        link=None if device == "cpu" else rate(half.nbytes, lambda: half.cpu().to(device)) * 2,
         storage=_storage_rate(data),
         start=START,
         task=TASK,
     )
+
+
+def _named(device: Device) -> str:
+    if device == "cpu":
+        return f"{machine()}, one thread, CPU seconds"
+    return f"{torch.cuda.get_device_name()}, {machine()}"
 
 
 def _storage_rate(data: bytes) -> float:
@@ -122,22 +158,47 @@ def _storage_rate(data: bytes) -> float:
             path.write_bytes(data)
             path.read_bytes()
 
-        return 2 * len(data) / _cpu_seconds(both)
+        return 2 * len(data) / Stopwatch("cpu").mean(both)
 
 
-def _cpu_seconds(run: Callable[[], object], times: int = 3) -> float:
-    """The mean of one call, behind one that warms up."""
-    run()
-    before = time.process_time()
-    for _ in range(times):
-        run()
-    return max(time.process_time() - before, 1e-9) / times
+PHASES: Mapping[str, tuple[str, ...]] = {
+    "load": ("read", "rotate", "prepare"),
+    "forward": ("hidden states", "forward", "statistics"),
+    "solve": ("tune", "solve"),
+    "write": ("write",),
+}
+"""Phase of a task's account -> steps of the model."""
 
 
-def compared(case: Case, rates: Rates, root: Path) -> list[tuple[str, float, float]]:
-    """What, predicted and measured CPU seconds: of calibrating the block, of solving and storing it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """predicted: of each step. calibrating, compressing: measured seconds. timing: where they went, as a report has it."""
+
+    predicted: Mapping[str, float]
+    calibrating: float
+    compressing: float
+    timing: Timing
+
+    def tasks(self) -> list[tuple[str, float, float]]:
+        """Task, predicted and measured seconds."""
+        ending = sum(self.predicted[step] for step in ENDING)
+        return [
+            ("calibrate", sum(self.predicted.values()) - ending, self.calibrating),
+            ("solve and store", ending, self.compressing),
+        ]
+
+    def phases(self) -> list[tuple[str, str, float]]:
+        """Phase, predicted seconds step by step, and measured ones."""
+        return [
+            (phase, ", ".join(f"{step} {self.predicted[step]:.2f}" for step in steps), getattr(self.timing, phase))
+            for phase, steps in PHASES.items()
+        ]
+
+
+def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
+    """A block, calibrated, solved and stored."""
     config = narrowed(shapes()[case.model].with_layers(1), case.narrow)
-    job = _job(case, make(config, root / "model", weights=True))
+    job = _job(case, make(config, root / "model", weights=True, device=device), device)
     source = open_model(job.spec.model.uri)
     recipe = block_recipe(source, 0, job.spec.recipe)
     load = load_of(job, source, 0, recipe)
@@ -147,10 +208,10 @@ def compared(case: Case, rates: Rates, root: Path) -> list[tuple[str, float, flo
         config=source.checkpoint.config,
         workspace=(root / "work").as_uri(),
         compute_dtype=job.spec.calibration.compute_dtype,
-        device="cpu",
+        device=device,
         rotation=job.spec.recipe.rotation,
     )
-    inputs = _hidden(setting.open_workspace(), case, source.layout.hidden_size)
+    inputs = _hidden(setting, case, source.layout.hidden_size)
     spec = BlockSpec(
         setting=setting,
         index=0,
@@ -159,21 +220,19 @@ def compared(case: Case, rates: Rates, root: Path) -> list[tuple[str, float, flo
         recipe=recipe,
         propagate="original",
     )
-    worker = Worker("cpu", 1)
-    started = time.process_time()
+    worker, watch = Worker(device, 1), Stopwatch(device)
+    started = watch.now()
     worker.run(Calibrate(block=spec, shards=len(inputs), stop=len(inputs)))
-    between = time.process_time()
-    worker.run(Compress(block=spec))
-    ended = time.process_time()
+    between = watch.now()
+    record = worker.run(Compress(block=spec))
+    ended = watch.now()
     worker.close()
-    calibrating = {**predicted.beginning(), **predicted.streamed(len(inputs))}
-    return [
-        ("calibrate", sum(calibrating.values()), between - started),
-        ("solve and store", sum(predicted.ending().values()), ended - between),
-    ]
+    return Compared(
+        predicted=predicted.steps, calibrating=between - started, compressing=ended - between, timing=record.timing
+    )
 
 
-def _job(case: Case, model: Path) -> CompressionJob:
+def _job(case: Case, model: Path, device: Device) -> CompressionJob:
     return CompressionJob.model_validate(
         {
             "apiVersion": "counterweight/v1",
@@ -185,62 +244,90 @@ def _job(case: Case, model: Path) -> CompressionJob:
                     "source": {"kind": "standard_library", "part": "calibration"},
                     "sequences": case.sequences,
                     "sequence_length": case.length,
+                    "compute_dtype": "float32" if device == "cpu" else "bfloat16",
                 },
                 "recipe": case.recipe,
-                "resources": {"workers": 1, "cpus_per_worker": 1},
-                "output": {"uri": model.as_uri()},
+                "resources": {"workers": 1, "cpus_per_worker": 1, "gpus_per_worker": int(device == "cuda")},
+                "output": {"uri": (model.parent / "output").as_uri()},
             },
         }
     )
 
 
-def _hidden(workspace: Workspace, case: Case, width: int) -> tuple[Blob, ...]:
+def _hidden(setting: Setting, case: Case, width: int) -> tuple[Blob, ...]:
     """Random hidden states that enter the block, shard by shard."""
-    generator = torch.Generator().manual_seed(0)
-    every: Tensor = torch.randn(case.sequences, case.length, width, generator=generator)
-    return tuple(workspace.put_tensors({"hidden": part}) for part in every.split(shard_sequences(case.length)))
+    generator = torch.Generator(setting.device).manual_seed(0)
+    workspace, of_shard = setting.open_workspace(), shard_sequences(case.length)
+
+    def shard(start: int) -> Tensor:
+        sequences = min(of_shard, case.sequences - start)
+        hidden = torch.randn(sequences, case.length, width, generator=generator, device=setting.device)
+        return hidden.to(DTYPES[setting.compute_dtype]).cpu()
+
+    return tuple(workspace.put_tensors({"hidden": shard(start)}) for start in range(0, case.sequences, of_shard))
 
 
 def _shown(rates: Rates) -> str:
     """Rates as a table."""
-    units = {"step": "s", "start": "s", "task": "s", "hash": "B/s", "storage": "B/s"}
+    units = {"step": "s", "start": "s", "task": "s", "hash": "B/s", "link": "B/s", "storage": "B/s"}
     rows = [
         [name, f"{value:.3g} {units.get(name, 'operations/s')}"]
         for name, value in rates.model_dump().items()
         if isinstance(value, float)
     ]
-    return table(["rate of one thread", "measured"], rows)
+    return table(["rate", "measured"], rows)
 
 
-def _work_of(names: Sequence[str], rates: Rates) -> list[list[str]]:
-    rows: list[list[str]] = []
-    for name in names:
+def _work_of(cases: Mapping[str, Case], rates: Rates, device: Device) -> str:
+    """Two tables: seconds of the tasks, and where they went."""
+    tasks: list[list[str]] = []
+    phases: list[list[str]] = []
+    for name, case in cases.items():
         with tempfile.TemporaryDirectory() as scratch:
-            for what, predicted, measured in compared(CASES[name], rates, Path(scratch)):
-                rows.append([name, what, f"{predicted:.2f}", f"{measured:.2f}", f"{predicted / measured:.2f}"])
-                print(*rows[-1], sep="  ", flush=True)
-    return rows
+            found = compared(case, rates, Path(scratch), device)
+        for task, predicted, measured in found.tasks():
+            tasks.append([name, task, f"{predicted:.2f}", f"{measured:.2f}", f"{predicted / measured:.2f}"])
+            print(*tasks[-1], sep="  ", flush=True)
+        for phase, steps, measured in found.phases():
+            phases.append([name, phase, steps, f"{measured:.2f}"])
+            print(" ", *phases[-1], sep="  ", flush=True)
+        print(f"    peak of the device: {found.timing.device_peak_bytes / 2**30:.1f} GiB", flush=True)
+    return "\n\n".join(
+        [
+            table(["block", "task", "predicted, s", "measured, s", "ratio"], tasks),
+            "Where the seconds went; measured ones as they pass:",
+            table(["block", "phase", "predicted, s", "measured, s"], phases),
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; default: all but tiny")
+    parser.add_argument(
+        "cases", nargs="*", help=f"of {', '.join([*CPU_CASES, *GPU_CASES, *TINY])}; default: the device's"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rates", type=Path, help="only measure rates, and write them to this file")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
+    device: Device = arguments.device
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    about = f"{machine()}. {versions('torch', 'transformers')}. CPU seconds of one thread."
-    rates = measured_rates()
+    rates = measured_rates(device)
     if arguments.rates is not None:
         arguments.rates.write_text(rates.model_dump_json(indent=1))
         print(arguments.rates)
         return
-    names = arguments.cases or [name for name in CASES if name != "tiny"]
-    rows = _work_of(names, rates)
-    body = table(["block", "task", "predicted, s", "measured, s", "ratio"], rows) + "\n\n" + _shown(rates)
+    usual = CPU_CASES if device == "cpu" else GPU_CASES
+    every = {**CPU_CASES, **GPU_CASES, **TINY}
+    body = _work_of({name: every[name] for name in arguments.cases or usual}, rates, device) + "\n\n" + _shown(rates)
     print(body)
     if arguments.record:
-        print(record("time-model", "The time model beside measured blocks", body, about))
+        about = f"{_named(device)}. {versions('torch', 'transformers')}."
+        print(
+            record(
+                "time-model" + ("" if device == "cpu" else "-gpu"), "The time model beside measured blocks", body, about
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -84,9 +84,9 @@ def narrowed(config: Mapping[str, Any], by: int) -> dict[str, Any]:
     }
 
 
-def make(config: Mapping[str, Any], to: Path, *, weights: bool = False, seed: int = 0) -> Path:
+def make(config: Mapping[str, Any], to: Path, *, weights: bool = False, seed: int = 0, device: str = "cpu") -> Path:
     """Writes a checkpoint of this config.json, whose tensors transformers' own modules say; its folder. weights: random ones
-    instead of holes. UnsupportedModelError, CheckpointError."""
+    instead of holes, drawn on `device`. UnsupportedModelError, CheckpointError."""
     from counterweight.workers.models.block_builder import BlockBuilder
 
     tensors = BlockBuilder(config).layout.expected([])
@@ -95,7 +95,7 @@ def make(config: Mapping[str, Any], to: Path, *, weights: bool = False, seed: in
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         path = f"model-{number:05}-of-{len(files):05}.safetensors"
-        _write(to / path, {name: tensors[name] for name in names}, seed + number if weights else None)
+        _write(to / path, {name: tensors[name] for name in names}, seed + number if weights else None, device)
         weight_map |= dict.fromkeys(names, path)
     total = sum(_bytes(shape) for shape in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -121,7 +121,7 @@ def _files(tensors: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
     yield names
 
 
-def _write(path: Path, tensors: Mapping[str, tuple[int, ...]], seed: int | None) -> None:
+def _write(path: Path, tensors: Mapping[str, tuple[int, ...]], seed: int | None, device: str) -> None:
     """One file: a header, and behind it random numbers, or a hole without a seed."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -135,19 +135,19 @@ def _write(path: Path, tensors: Mapping[str, tuple[int, ...]], seed: int | None)
         if seed is None:
             file.truncate(8 + len(header) + start)
         else:
-            for values in _random(tensors, seed):
+            for values in _random(tensors, seed, device):
                 file.write(values.numpy().tobytes())
 
 
-def _random(tensors: Mapping[str, tuple[int, ...]], seed: int) -> Iterator[Tensor]:
+def _random(tensors: Mapping[str, tuple[int, ...]], seed: int, device: str) -> Iterator[Tensor]:
     """Values of each tensor as int16, the bits of bfloat16."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     for name, shape in tensors.items():
         is_norm = name.endswith("norm.weight")
-        values = torch.ones(shape) if is_norm else torch.randn(shape, generator=generator) * DEVIATION
-        yield values.to(torch.bfloat16).view(torch.int16)
+        values = torch.ones(shape) if is_norm else torch.randn(shape, generator=generator, device=device) * DEVIATION
+        yield values.to(torch.bfloat16).view(torch.int16).cpu()
 
 
 def main() -> None:

@@ -20,7 +20,9 @@ def quantize_activations(x: Tensor, bits: int, *, clip: float = 1.0) -> tuple[Te
     so that the others get finer steps.
     """
     top = 2 ** (bits - 1)
-    scale = x.abs().amax(dim=-1, keepdim=True) / ((2**bits - 1) / 2)
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    # By a tensor: where it divides by a number, torch on a GPU multiplies by the reciprocal, which rounds otherwise.
+    scale = largest / torch.full_like(largest, (2**bits - 1) / 2)
     if clip != 1.0:
         scale = scale * clip
     scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)

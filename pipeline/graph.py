@@ -10,7 +10,7 @@ and again when a node that is needed reads hidden states of it that are gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -162,13 +162,8 @@ class Graph:
         if self._workspace is None:
             raise ValueError("workspace: none: expected the one that results are looked up in")
         for node in self.nodes:
-            if node.done or not node.known:
-                continue
-            found = node.made().lookup(self._workspace)
-            if found is not None:
-                self._finish(node, found)
-                self._needs.forget()
-                node.reused, node.present = True, self._there(node)
+            if not node.done and node.known:
+                self._look_up(node, self._workspace)
 
     def assign(self, worker: int) -> Node[object] | None:
         """The next node for an idle worker, now counted as running; None when there is none for it."""
@@ -212,11 +207,22 @@ class Graph:
 
     def failed(self, node: Node[object]) -> None:
         """A node's task came back without a value and is to be done again. What it worked on is in no memory any more, and
-        what it reads may be gone from the store."""
+        what it reads may be gone from the store: perhaps because another job has finished it."""
         self._stopped(node)
         if node.uses is not None:
             self._let_go(node.uses)
         self._look_again(node)
+        if self._workspace is not None and not node.done:
+            self._look_up(node, self._workspace)
+        self._needs.forget()
+
+    def discard(self, nodes: Iterable[Node[object]]) -> None:
+        """Deletes hidden states that no node has to read any more."""
+        for node in nodes:
+            if node.present and self._workspace is not None:
+                for blob in node.hidden_states:
+                    self._workspace.discard(blob)
+            node.present = False
         self._needs.forget()
 
     def lost(self, worker: int) -> None:
@@ -235,6 +241,13 @@ class Graph:
             del self._held[node.holder][node.place]
             node.holder = None
             self._needs.let_go(node)
+
+    def _look_up(self, node: Node[object], workspace: Workspace) -> None:
+        found = node.made().lookup(workspace)
+        if found is not None:
+            self._finish(node, found)
+            self._needs.forget()
+            node.reused, node.present = True, self._there(node)
 
     def _finish(self, node: Node[R], value: R) -> None:
         if not node.done:

@@ -26,7 +26,7 @@ from counterweight.pipeline.artifact.report import (
 from counterweight.pipeline.artifact.report_html import render
 from counterweight.pipeline.blocks import Blocks
 from counterweight.pipeline.dispatch import Dispatcher
-from counterweight.pipeline.distillation import add_distillation, distill
+from counterweight.pipeline.distillation import Trained, add_texts, distill
 from counterweight.pipeline.events import ArtifactPublished, EventLog, JobAdmitted
 from counterweight.pipeline.graph import Graph
 from counterweight.pipeline.inventory import inventory
@@ -118,13 +118,14 @@ class Orchestrator:
         outlined = outlines(self._job, self._source, self._setting, digests, tokens.calibration.digest)
         model = add_model(job, add_embedding(job, tokens.calibration), tokens.calibration, outlined)
         outside = add_outside(job)
-        training = add_distillation(job, model, outside, tokens)
+        texts = add_texts(job, tokens)
         compress_blocks(job, model, outlined)
         parts = gather_parts(job, model, outside)
-        trained = None
-        if training is not None:
+        trained: Trained | None = None
+        if texts is not None:
             self._watch.stage("distill")
-            parts, trained = distill(job, training, parts)
+            trained = distill(job, texts, model, outside, parts)
+            parts = trained.parts
         self._watch.stage("assemble")
         files = Assembler(artifact, self._source, self._workspace, self._dispatcher, parts).assemble()
         windows: Windows | None = None
@@ -133,10 +134,11 @@ class Orchestrator:
             self._watch.stage("validate")
             windows, validations = measure(job, artifact, files, tokens.validation)
         self._watch.stage("publish")
-        report = self._report(artifact, parts, digests, windows, [*_task_reports(model), *validations], trained)
+        tasks = [*_task_reports(model), *(() if trained is None else trained.tasks), *validations]
+        report = self._report(artifact, parts, digests, windows, tasks, None if trained is None else trained.report)
         self._gate(artifact, report)
         published = publish(artifact, report, files, parts.ledger)
-        leftovers = [] if training is None else training.discardable
+        leftovers = () if trained is None else trained.discardable
         for blob in dict.fromkeys([*model.discardable, *leftovers]):
             self._workspace.discard(blob)
         return published

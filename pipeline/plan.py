@@ -19,9 +19,10 @@ from counterweight.pipeline.rates import MEASURED, Rates, rates_of
 from counterweight.pipeline.resolve import block_recipe, check_block, check_recipe, linears_of, stored_name
 from counterweight.pipeline.units import bytes_text
 from counterweight.workers.arithmetic import Arithmetic, arithmetic
+from counterweight.workers.arithmetic.distillation import training_flops
 from counterweight.workers.config import Config
 from counterweight.workers.footprint import Load, footprint
-from counterweight.workers.footprint.distillation import Texts, trained_parameters, training_bytes, training_flops
+from counterweight.workers.footprint.distillation import Texts, state_traffic, trained_parameters, training_bytes
 from counterweight.workers.footprint.division import Passes, divided
 from counterweight.workers.footprint.load import factors, packed
 from counterweight.workers.held_blocks import HOLD_BYTES
@@ -79,12 +80,15 @@ class BlockPlan(Config):
 
 
 class DistillationPlan(Config):
-    """The training of the compressed model, which one worker does. parameters: that are trained. peak_bytes: where the
-    arithmetic is done. flops: when every epoch is run."""
+    """The training of the compressed model. parameters: that are trained. replicas: how many workers can share it. peak_bytes:
+    of each of them, where the arithmetic is done. flops, state_*_bytes: of all together, when every epoch is run."""
 
     parameters: int
+    replicas: int = 1
     peak_bytes: int
     flops: int
+    state_read_bytes: int = 0
+    state_written_bytes: int = 0
 
 
 class Plan(Config):
@@ -148,6 +152,9 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     training = _distillation_plan(job, source)
     if training is not None and training.peak_bytes > most:
         most, where = training.peak_bytes, "distillation"
+    states_read, states_written = (
+        (0, 0) if training is None else (training.state_read_bytes, training.state_written_bytes)
+    )
     peak = most + (0 if on_gpu else PROCESS_BYTES)
     host = PROCESS_BYTES + max(block.host_bytes for block in blocks) if on_gpu else peak
     rates = None if device is None else rates_of(device)
@@ -167,8 +174,12 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         host_bytes_per_worker=host,
         largest=where,
         # The source by inventory and blocks, what was written by its check, and both by every task of the validation.
-        storage_read_bytes=total * 2 + boundary * len(blocks) + artifact + evaluations(job) * (total + artifact),
-        storage_written_bytes=2 * artifact + boundary * (len(blocks) + 1),
+        storage_read_bytes=total * 2
+        + boundary * len(blocks)
+        + artifact
+        + evaluations(job) * (total + artifact)
+        + states_read,
+        storage_written_bytes=2 * artifact + boundary * (len(blocks) + 1) + states_written,
         flops=sum(block.flops for block in blocks) + (0 if training is None else training.flops),
         distillation=training,
         header_bytes_read=source.checkpoint.bytes_read,
@@ -196,7 +207,9 @@ def _estimate(
         recipes=[block.plan.recipe for block in blocks],
         blocks=[prices[id(block.load)] for block in blocks],
         calibrated=[block.plan.calibrated_bytes for block in blocks],
-        distillation=0.0 if training is None else training.flops / rates.products32,
+        distillation=[]
+        if training is None
+        else [training.flops / training.replicas / rates.products32] * training.replicas,
     )
     return estimate(costs, resources.workers, blocks[0].load.threads, resources.gpus_per_worker)
 
@@ -214,7 +227,7 @@ def _distillation_plan(job: CompressionJob, source: ModelSource) -> Distillation
     if stage is None:
         return None
     texts = Texts(
-        trained=sum(share.sequences for share in stage.texts),
+        trained=stage.trained,
         held_out=sum(share.sequences for share in stage.held_out),
         length=job.spec.calibration.sequence_length,
     )
@@ -222,10 +235,15 @@ def _distillation_plan(job: CompressionJob, source: ModelSource) -> Distillation
         load_of(job, source, index, block_recipe(source, index, job.spec.recipe))
         for index in range(source.layout.blocks)
     ]
+    parameters = sum(trained_parameters(load, stage.training) for load in loads)
+    read, written = state_traffic(parameters, stage.training)
     return DistillationPlan(
-        parameters=sum(trained_parameters(load, stage.training) for load in loads),
+        parameters=parameters,
+        replicas=stage.training.replicas,
         peak_bytes=training_bytes(loads, stage.training, texts, source.layout.vocabulary),
         flops=training_flops(loads, stage.training, texts, source.layout.vocabulary),
+        state_read_bytes=read,
+        state_written_bytes=written,
     )
 
 

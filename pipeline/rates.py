@@ -24,10 +24,9 @@ class Rates(Config):
     """What is done in a second, where nothing else is said. source: where the figures come from.
 
     Operations of the kinds of `workers.matrix_flops.Work`, on the device, or on one thread of a CPU; products16 and grams16: of
-    numbers of 16 bits. step: seconds of an operation of torch that is started and computes next to nothing. host_products64,
-    host_elementwise: of one thread of the host, in float64. hash: bytes of sha256 on one thread. link: bytes between host and
-    device; null: they are one. storage: bytes that a worker reads or writes. start: seconds until a worker answers. task:
-    seconds between two tasks of a worker.
+    numbers of 16 bits. step: seconds of an operation of torch that is started and computes next to nothing. hash: bytes of
+    sha256 on one thread of the host. link: bytes between host and device; null: they are one. storage: bytes that a worker
+    reads or writes. start: seconds until a worker answers. task: seconds between two tasks of a worker.
     """
 
     source: str
@@ -40,8 +39,6 @@ class Rates(Config):
     decompositions: Rate
     elementwise: Rate
     step: Rate
-    host_products64: Rate
-    host_elementwise: Rate
     hash: Rate
     link: Rate | None
     storage: Rate
@@ -60,10 +57,6 @@ class Rates(Config):
             + work.elementwise / self.elementwise
             + work.steps * self.step
         )
-
-    def host_seconds(self, work: Work) -> float:
-        """Of one thread of the host for work in float64."""
-        return work.products64 / self.host_products64 + work.elementwise / self.host_elementwise
 
     def moved(self, count: float) -> float:
         """Seconds for bytes between host and device."""
@@ -88,8 +81,8 @@ STEP, START, TASK = 6e-6, 30.0, 0.01
 """Seconds: of an operation of torch, started from Python; of a process that imports torch and transformers and opens a GPU; and
 from a task's end to the next one's beginning, by way of the driver."""
 
-HOST = {"host_products64": 4e9, "host_elementwise": 2.2e8, "hash": 1.4e9}
-"""One thread of a server's CPU (Zen 4), rounded: as `benchmarks/time_model.py --rates` finds them."""
+HASH = 1.4e9
+"""Bytes per second of one thread of a server's CPU (Zen 4), rounded: as `benchmarks/time_model.py --rates` finds it."""
 
 STORAGE = 2.5e9
 """Bytes per second of a worker: about a link of 25 Gbit/s, or a share of an NVMe drive."""
@@ -115,7 +108,7 @@ def _nominal(bits16: float, float32: float, float64: float, memory: float, link:
         storage=STORAGE,
         start=START,
         task=TASK,
-        **HOST,
+        hash=HASH,
     )
 
 

@@ -90,12 +90,12 @@ def calibrated(
 
     block, nothing = begun.loaded.block, RunningStatistics(begun.loaded.block, {})
     if begun.original is None:
-        outputs = run_shards(block, inputs, emit, begun.sums, context.pool, originals)
+        outputs = run_shards(block, inputs, emit, begun.sums, context.shards, originals)
     else:
         # What the original block makes is shared between recipes, so it comes from the block as it was.
-        outputs = run_shards(begun.original, originals or inputs, emit, nothing, context.pool)
+        outputs = run_shards(begun.original, originals or inputs, emit, nothing, context.shards)
         begun.original = begun.original if more else None
-        run_shards(block, inputs, lambda _: None, begun.sums, context.pool, originals)
+        run_shards(block, inputs, lambda _: None, begun.sums, context.shards, originals)
     clock.lap("forward")
     trim()
     begun.key = spec.statistics_key()
@@ -159,7 +159,7 @@ def gathered(
         inputs, originals = streams(context, spec, workspace)
         paired = any(not is_expert(group[0]) for group in gatherings)
         with held.loaded.block.asking(name for group in gatherings for name in group):
-            run_shards(held.loaded.block, inputs, lambda _: None, sums, context.pool, originals if paired else ())
+            run_shards(held.loaded.block, inputs, lambda _: None, sums, context.shards, originals if paired else ())
         trim()
         yield sums.result()
 

@@ -112,7 +112,7 @@ def tuned(
     scales = learned_scales(family_of(builder.config.model_type), loaded.block.groups, loaded.parameters, found.norms)
     loaded = smoothed(context, builder, spec.index, loaded, scales, DTYPES[spec.setting.compute_dtype])
     sums = RunningStatistics(loaded.block, of_pass(spec, 0, held.gatherings))
-    run_shards(loaded.block, inputs, lambda _: None, sums, context.pool, originals)
+    run_shards(loaded.block, inputs, lambda _: None, sums, context.shards, originals)
     return replace(held, loaded=loaded, sums=sums, _statistics=None), dict(found.weights)
 
 
@@ -128,4 +128,11 @@ def propagated(
         return ()
     install(block, {name: linear.to(context.device) for name, linear in linears.items()})
     inputs, _ = streams(context, spec, workspace)
-    return tuple(context.pool.map(lambda load: put_hidden(workspace, block.run(load())), inputs))
+    outputs = context.shards.run(
+        inputs,
+        read=lambda load: load(),
+        compute=lambda hidden: (None, block.run(hidden)),
+        take=lambda _: None,
+        write=lambda output: put_hidden(workspace, output),
+    )
+    return tuple(outputs)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.held_blocks import HOLD_BYTES, HeldBlocks
+from counterweight.workers.held_training import HeldTraining
 from counterweight.workers.models.block_builder import BlockBuilder
-from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.parallel import OrderedPool, Overlapped, Shards, SideBySide
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.workspace import Blob, Workspace
@@ -17,13 +18,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TaskContext:
-    """device: where tensors are computed with. pool: threads that share the shards and the solves. held: blocks whose
-    statistics are in memory."""
+    """device: where tensors are computed with. pool: threads that share the solves. shards: how blocks are run over shards.
+    held: blocks whose statistics are in memory. training: the model that is trained."""
 
     def __init__(self, device: torch.device, threads: int, hold_bytes: int = HOLD_BYTES) -> None:
         self.device = device
         self.pool = OrderedPool(threads)
+        self.shards: Shards = SideBySide(self.pool) if device.type == "cpu" else Overlapped()
         self.held = HeldBlocks(hold_bytes)
+        self.training = HeldTraining()
         self._sources: dict[str, tuple[Checkpoint, BlockBuilder]] = {}
 
     def source(self, setting: Setting) -> tuple[Checkpoint, BlockBuilder]:
@@ -37,6 +40,8 @@ class TaskContext:
     def close(self) -> None:
         """Drops what is held and ends the threads."""
         self.held.clear()
+        self.shards.close()
+        self.training.keep(None)
         self.pool.close()
 
 

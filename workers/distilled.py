@@ -1,4 +1,4 @@
-"""The life of a distillation: a stored model is read, trained epoch by epoch, and stored again."""
+"""The life of a distillation: a stored model is read, trained part by part, and stored again."""
 
 from __future__ import annotations
 
@@ -12,64 +12,118 @@ from counterweight.workers.checkpoint.digest import tensor_digest
 from counterweight.workers.clock import Clock
 from counterweight.workers.compressed import read_block
 from counterweight.workers.context import TaskContext
+from counterweight.workers.distillation.replicas import Part, averaged
 from counterweight.workers.distillation.trainable import TrainableLinear, make_trainable
-from counterweight.workers.distillation.training import State, Student, Text, Training
+from counterweight.workers.distillation.training import State, Student, Text, Training, running_of
 from counterweight.workers.interchange.compressed_tensors import weight_tensors
 from counterweight.workers.interchange.peft import factor_tensors
-from counterweight.workers.keys import digest
 from counterweight.workers.memory import release
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.models.source import head_of
-from counterweight.workers.tasks.distill import Distill, DistillRecord, EpochRecord, StoredBlock, TrainedBlock
+from counterweight.workers.tasks.distill import Distill, DistillRecord, TrainedBlock
+from counterweight.workers.tasks.epoch import Epoch, EpochRecord
+from counterweight.workers.tasks.replica import Replica, ReplicaRecord
+from counterweight.workers.tasks.training import StoredBlock, TrainingSpec
 from counterweight.workers.workspace import Blob, Workspace
 
-EPOCH = "distill-epoch"
 
-
-def distilled(context: TaskContext, task: Distill, workspace: Workspace) -> DistillRecord:
-    """The task's record: 1. read the model and the texts, 2. train from the last epoch that is committed, 3. store."""
+def train(context: TaskContext, task: Replica, workspace: Workspace) -> ReplicaRecord:
+    """A replica's part of a round: 1. read the model, the texts and where training stands, 2. train, 3. store."""
     clock = Clock(context.device)
-    student = read_student(context, task, workspace)
-    text, *held_out = read_texts(context, task, workspace)
+    training = _training(context, task.training, workspace)
+    running = _running(task.states, workspace, context.device) if task.states else training.begin()
     clock.lap("load")
-    training = Training(student, text, held_out, task.options)
-    state, blobs = _resumed(task, workspace, context.device)
-    state = state or training.begin()
-    while not training.finished(state):
-        state = training.epoch(state)
-        blobs.append(_commit(task, workspace, state))
-        for old in blobs[:-1]:
-            workspace.discard(old)
-        del blobs[:-1]
+    part = Part(epoch=task.epoch, round=task.round, replica=task.replica)
+    running, loss = training.train(running, part)
     clock.lap("solve")
-    trained: dict[int, TrainedBlock] = {}
-    if state.best:
-        training.settle(state)
-        layout = context.source(task.setting)[1].layout
-        trained = {block.index: _store(block, student, layout, workspace) for block in task.blocks}
+    state = _put(workspace, running)
     clock.lap("write")
-    del student, training
-    release(context.device)
+    return ReplicaRecord(state=state, loss=loss, timing=clock.timing())
+
+
+def close(context: TaskContext, task: Epoch, workspace: Workspace) -> EpochRecord:
+    """The end of an epoch: 1. read the model and all replicas, 2. measure their mean, 3. store what goes on from there."""
+    clock = Clock(context.device)
+    training = _training(context, task.training, workspace)
+    before = training.untrained() if task.before is None else _state(task.before, workspace, context.device)
+    running = _running(task.states, workspace, context.device)
+    clock.lap("load")
+    state = training.close(before, running, task.loss)
+    clock.lap("solve")
+    blob = _put(workspace, state.tensors)
+    clock.lap("write")
+    return EpochRecord(
+        state=blob, best=state.best, divergences=state.divergences, losses=state.losses, timing=clock.timing()
+    )
+
+
+def store(context: TaskContext, task: Distill, workspace: Workspace) -> DistillRecord:
+    """The blocks as the epoch that is kept left them; without one there is nothing to store."""
+    clock = Clock(context.device)
+    last, trained = task.last, dict[int, TrainedBlock]()
+    if last.best:
+        training = _training(context, task.training, workspace)
+        training.settle(_state(last, workspace, context.device))
+        clock.lap("load")
+        layout = context.source(task.training.setting)[1].layout
+        trained = {block.index: _store(block, training.student, layout, workspace) for block in task.training.blocks}
+    clock.lap("write")
     return DistillRecord(
-        kept=state.best,
-        divergences=state.divergences,
-        losses=state.losses,
+        kept=last.best,
+        divergences=last.divergences,
+        losses=last.losses,
         blocks=trained,
-        states=tuple(blobs[-1:]),
+        states=(last.state,),
         timing=clock.timing(),
     )
 
 
-def read_student(context: TaskContext, task: Distill, workspace: Workspace) -> Student:
+def _training(context: TaskContext, spec: TrainingSpec, workspace: Workspace) -> Training:
+    """The model and its texts: those that the worker holds, or read. What the task before has left is given back first."""
+    release(context.device)
+
+    def read() -> Training:
+        text, *held_out = read_texts(context, spec, workspace)
+        return Training(read_student(context, spec, workspace), text, held_out, spec.options)
+
+    return context.training.get(spec.key(), read)
+
+
+def _running(states: Sequence[Blob], workspace: Workspace, device: torch.device) -> dict[str, Tensor]:
+    """The mean of what replicas have left, or what an epoch has; one of them is read at a time."""
+    return averaged(running_of(_get(blob, workspace, device)) for blob in states)
+
+
+def _state(record: EpochRecord, workspace: Workspace, device: torch.device) -> State:
+    """Behind an epoch, without what the next one has gone on from."""
+    tensors = _get(record.state, workspace, device)
+    return State(
+        epoch=record.epoch,
+        tensors={name: tensor for name, tensor in tensors.items() if name not in running_of(tensors)},
+        best=record.best,
+        divergences=record.divergences,
+        losses=record.losses,
+    )
+
+
+def _get(blob: Blob, workspace: Workspace, device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in workspace.get_tensors(blob).items()}
+
+
+def _put(workspace: Workspace, tensors: Mapping[str, Tensor]) -> Blob:
+    return workspace.put_tensors({name: tensor.cpu() for name, tensor in tensors.items()})
+
+
+def read_student(context: TaskContext, spec: TrainingSpec, workspace: Workspace) -> Student:
     """The compressed model, ready to be trained in float32."""
-    checkpoint, builder = context.source(task.setting)
-    first, last = (workspace.get_tensors(blob) for blob in task.outside)
+    checkpoint, builder = context.source(spec.setting)
+    first, last = (workspace.get_tensors(blob) for blob in spec.outside)
     blocks: list[Block] = []
     linears: dict[str, TrainableLinear] = {}
     norms: dict[str, nn.Parameter] = {}
     dtypes: dict[str, torch.dtype] = {}
-    for stored in task.blocks:
+    for stored in spec.blocks:
         tensors = _tensors(stored, workspace)
         read = partial(_chosen, tensors)
         block, found = read_block(builder, stored.index, stored.formats, read, context.device, torch.float32)
@@ -80,7 +134,7 @@ def read_student(context: TaskContext, task: Distill, workspace: Workspace) -> S
             full = builder.layout.disk_name(stored.index, name)
             norms[full], dtypes[full] = norm, tensors[full].dtype
         blocks.append(block)
-    original = checkpoint.read_many(task.tensors, sha256=task.tensors)
+    original = checkpoint.read_many(spec.tensors, sha256=spec.tensors)
     return Student(
         embed=builder.embedding(first[builder.names.embedding], context.device, torch.float32).requires_grad_(False),
         blocks=[block.forward for block in blocks],
@@ -123,41 +177,9 @@ def _chosen(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Te
     return {name: tensors[name] for name in names}
 
 
-def read_texts(context: TaskContext, task: Distill, workspace: Workspace) -> list[Text]:
+def read_texts(context: TaskContext, spec: TrainingSpec, workspace: Workspace) -> list[Text]:
     """What is trained on, and each held-out text."""
-    ids = workspace.get_tensors(task.tokens)["input_ids"].long().to(context.device)
-    targets = torch.cat([workspace.get_tensors(blob)["hidden"] for blob in task.targets]).to(context.device)
-    sizes = [task.trained, *task.held_out]
+    ids = workspace.get_tensors(spec.tokens)["input_ids"].long().to(context.device)
+    targets = torch.cat([workspace.get_tensors(blob)["hidden"] for blob in spec.targets]).to(context.device)
+    sizes = [spec.trained, *spec.held_out]
     return [Text(ids=own, targets=meant) for own, meant in zip(ids.split(sizes), targets.split(sizes), strict=True)]
-
-
-def _resumed(task: Distill, workspace: Workspace, device: torch.device) -> tuple[State | None, list[Blob]]:
-    """The state behind the last epoch that was committed and whose tensors are there, with its blob; None and no blob where
-    training has not begun."""
-    found: EpochRecord | None = None
-    for epoch in range(1, task.options.epochs + 1):
-        record = workspace.lookup(EPOCH, _epoch_key(task, epoch), EpochRecord)
-        if record is None:
-            break
-        found = record if workspace.has(record.state) else found
-    if found is None:
-        return None, []
-    tensors = {name: tensor.to(device) for name, tensor in workspace.get_tensors(found.state).items()}
-    state = State(
-        epoch=len(found.losses),
-        tensors=tensors,
-        best=found.best,
-        divergences=found.divergences,
-        losses=found.losses,
-    )
-    return state, [found.state]
-
-
-def _commit(task: Distill, workspace: Workspace, state: State) -> Blob:
-    blob = workspace.put_tensors({name: tensor.cpu() for name, tensor in state.tensors.items()})
-    record = EpochRecord(state=blob, best=state.best, divergences=state.divergences, losses=state.losses)
-    return workspace.commit(EPOCH, _epoch_key(task, state.epoch), record).state
-
-
-def _epoch_key(task: Distill, epoch: int) -> str:
-    return digest([task.key(), epoch])

@@ -69,7 +69,9 @@ def load_block(
     online: dict[str, Hadamard] = {}
     if setting.rotation is not None:
         heads, key_value_heads = builder.config.num_attention_heads, builder.config.num_key_value_heads
-        parameters, online = setting.rotation.block(builder.config.model_type, parameters, heads, key_value_heads)
+        parameters, online = setting.rotation.block(
+            builder.config.model_type, parameters, heads, key_value_heads, context.device
+        )
     block = run_block(context, builder, index, parameters, online, dtype, lent=lent)
     return LoadedBlock(block=block, parameters=parameters, dtypes=dtypes, online=online, lent=lent)
 

@@ -2,22 +2,30 @@
 
 On a CPU a worker runs its shards and its solves on a few threads, each of which computes with one thread inside torch:
 an operation then has the same bits whatever the thread count, and the order of reductions is the order of the items.
-On a GPU there is one thread, because the device is the parallel part.
+On a GPU one thread computes, because the device is the parallel part; others read and write shards meanwhile.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from itertools import islice
+from typing import Protocol, TypeVar
 
 PARALLEL_WIDTH = 1024
 """Input columns of the widest layer from which solves run side by side. Below, an operation on one column is so short
 that threads wait for the interpreter instead of computing: 768 columns take 0.18 s one by one and 0.16-0.5 s on two threads."""
 
+AHEAD = 2
+"""Shards that are read while another one is computed, and as many that are written, where one thread computes. A worker hashes
+1.2 to 1.8 GB a second on one thread (`benchmarks/time_model.py`), a GPU runs a block over as many hidden states in less."""
+
 T = TypeVar("T")
+In = TypeVar("In")
+Out = TypeVar("Out")
 R = TypeVar("R")
+W = TypeVar("W")
 
 
 class OrderedPool:
@@ -50,3 +58,101 @@ class OrderedPool:
         """Waits for running items and ends the threads."""
         if self._executor is not None:
             self._executor.shutdown()
+
+
+class Shards(Protocol):
+    """How a worker goes through shards: each is read, computed and written, and results are taken in the shards' order."""
+
+    computing: int
+    """How many are computed at a time."""
+
+    def run(
+        self,
+        items: Sequence[T],
+        read: Callable[[T], In],
+        compute: Callable[[In], tuple[R, Out]],
+        take: Callable[[R], None],
+        write: Callable[[Out], W],
+    ) -> list[W]:
+        """What `write` makes of each output. read, compute and write: called by any thread. take: by this one, in order, with
+        what `compute` gives beside the output."""
+        ...
+
+    def close(self) -> None:
+        """Ends its threads."""
+        ...
+
+
+class SideBySide:
+    """Several threads, each of which reads, computes and writes a shard."""
+
+    def __init__(self, pool: OrderedPool) -> None:
+        self.computing = pool.threads
+        self._pool = pool
+
+    def run(
+        self,
+        items: Sequence[T],
+        read: Callable[[T], In],
+        compute: Callable[[In], tuple[R, Out]],
+        take: Callable[[R], None],
+        write: Callable[[Out], W],
+    ) -> list[W]:
+        def whole(item: T) -> tuple[R, W]:
+            found, output = compute(read(item))
+            return found, write(output)
+
+        written = []
+        for found, place in self._pool.map(whole, items):
+            take(found)
+            del found  # before the next one is waited for
+            written.append(place)
+        return written
+
+    def close(self) -> None:
+        """The pool is its owner's."""
+
+
+class Overlapped:
+    """This thread computes; others read up to `AHEAD` shards before it and write up to `AHEAD` behind it."""
+
+    computing = 1
+
+    def __init__(self) -> None:
+        self._readers = ThreadPoolExecutor(AHEAD, thread_name_prefix="read")
+        self._writers = ThreadPoolExecutor(AHEAD, thread_name_prefix="write")
+
+    def run(
+        self,
+        items: Sequence[T],
+        read: Callable[[T], In],
+        compute: Callable[[In], tuple[R, Out]],
+        take: Callable[[R], None],
+        write: Callable[[Out], W],
+    ) -> list[W]:
+        left = iter(items)
+        reading = deque(self._readers.submit(read, item) for item in islice(left, AHEAD))
+        writing: deque[Future[W]] = deque()
+        written: list[W] = []
+        try:
+            while reading:
+                item = reading.popleft().result()
+                reading.extend(self._readers.submit(read, following) for following in islice(left, 1))
+                found, output = compute(item)
+                take(found)
+                del item, found
+                writing.append(self._writers.submit(write, output))
+                del output
+                if len(writing) > AHEAD:
+                    written.append(writing.popleft().result())
+            written.extend(future.result() for future in writing)
+            return written
+        finally:
+            for waiting in (reading, writing):
+                for future in waiting:
+                    future.cancel()
+
+    def close(self) -> None:
+        """Waits for what is read and written and ends the threads."""
+        self._readers.shutdown()
+        self._writers.shutdown()

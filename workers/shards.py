@@ -13,7 +13,7 @@ from counterweight.workers.calibration.statistics import Accumulator, Gathering,
 from counterweight.workers.errors import RequestError
 from counterweight.workers.hooks import input_hooks
 from counterweight.workers.models.family import SharedInputGroup, is_expert
-from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.parallel import Shards
 from counterweight.workers.quantization.inputs import all_finite, check_activations
 
 if TYPE_CHECKING:
@@ -60,24 +60,28 @@ def run_shards(
     inputs: Sequence[Load],
     emit: Callable[[Tensor], Output],
     sums: RunningStatistics,
-    pool: OrderedPool,
+    shards: Shards,
     originals: Sequence[Load] = (),
 ) -> list[Output]:
     """Runs the block over shards of its inputs and adds their moments to `sums`; what `emit` makes of each output.
 
     inputs: one callable per shard; the shards' number and order are part of the result. originals: likewise, what enters the
     block in the original model; empty when that is the same. emit: what to do with a shard's output (write it, drop it), that
-    of the originals if there are any. At most `pool.threads` + 1 shards are in memory.
+    of the originals if there are any. shards: how they are gone through.
     """
     replicas: queue.SimpleQueue[Block] = queue.SimpleQueue()
-    for _ in range(pool.threads):
+    for _ in range(shards.computing):
         replicas.put(block.replica())
 
     # A router may send other tokens to an expert than in the original model, so that rows have no partners.
     partnered = [group for group in sums.gatherings if not is_expert(group[0])]
 
-    def run(loads: tuple[Load, Load | None]) -> tuple[dict[SharedInputGroup, ShardMoments], Output]:
+    def read(loads: tuple[Load, Load | None]) -> tuple[Tensor, Tensor | None]:
         load, load_original = loads
+        return load(), None if load_original is None else load_original()
+
+    def run(hidden: tuple[Tensor, Tensor | None]) -> tuple[dict[SharedInputGroup, ShardMoments], Tensor]:
+        entered, original = hidden
         replica = replicas.get()
         meant: dict[SharedInputGroup, Tensor] = {}
         moments: dict[SharedInputGroup, ShardMoments] = {}
@@ -87,23 +91,19 @@ def run_shards(
             moments[group] = ShardMoments.of(rows, sums.gatherings[group], meant.get(group))
 
         try:
-            if load_original is not None:
+            if original is not None:
                 with input_hooks(replica, partnered, meant.__setitem__):
-                    output = replica.run(load_original())
+                    output = replica.run(original)
             with input_hooks(replica, sums.gatherings, take):
-                seen = replica.run(load())
-            output = seen if load_original is None else output
+                seen = replica.run(entered)
+            output = seen if original is None else output
             check_activations("the block's output", output)
-            return moments, emit(output)
+            return moments, output
         finally:
             replicas.put(replica)
 
     nothing: list[Load | None] = [None] * len(inputs)
-    outputs: list[Output] = []
-    for moments, output in pool.map(run, zip(inputs, originals or nothing, strict=True)):
-        sums.add(moments)
-        outputs.append(output)
-    return outputs
+    return shards.run(list(zip(inputs, originals or nothing, strict=True)), read, run, sums.add, emit)
 
 
 def _accumulator(block: Block, group: SharedInputGroup, gathering: Gathering) -> Accumulator:

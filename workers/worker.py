@@ -8,7 +8,7 @@ import torch
 
 from counterweight.workers.context import TaskContext
 from counterweight.workers.held_blocks import HOLD_BYTES
-from counterweight.workers.memory import settle
+from counterweight.workers.memory import release, settle
 from counterweight.workers.tasks.setting import Device
 from counterweight.workers.tasks.task import Task
 
@@ -38,6 +38,8 @@ class Worker:
 
     def run(self, task: Task[R]) -> R:
         """What the task gives back, or its error."""
+        if self.context.training.keep(task.trains):
+            release(self.context.device)
         return task.run(self.context)
 
     def close(self) -> None:

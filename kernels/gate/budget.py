@@ -85,7 +85,9 @@ def write(path: Path, budgets: Budgets) -> None:
 
 def violations(case: Case, arch: int, measured: Measurement, budget: Budget | None) -> list[str]:
     """What is wrong with a kernel as it was measured, one line each: empty when all is well."""
-    found = [f"{name} {value}, limit 0" for name in ("spills", "stack") if (value := getattr(measured, name))]
+    found = [
+        f"{name} {value}, limit 0" for name in ("spills", "stack", "hazards") if (value := getattr(measured, name))
+    ]
     if measured.shared > SHARED_LIMIT[arch]:
         found.append(f"shared {measured.shared}, limit of the architecture {SHARED_LIMIT[arch]}")
     for wanted in case.required.get(arch, ()):

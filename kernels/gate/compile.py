@@ -16,6 +16,7 @@ from triton.errors import TritonError
 from counterweight.kernels.gate import disassembly
 from counterweight.kernels.gate.case import Case
 from counterweight.kernels.gate.measurement import Measurement
+from counterweight.kernels.gpu import launch
 
 _CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 
@@ -27,13 +28,14 @@ class CompilationFailed(Exception):
 def measure(case: Case, arch: int) -> Measurement:
     """Compiles `case` for sm_`arch`. CompilationFailed when triton refuses; ValueError for a case with wrong arguments."""
     names = case.kernel.arg_names
-    if missing := [name for name in names if name not in case.types and name not in case.constants]:
+    constants = {**case.constants, **({"WAIT": launch.waits(arch // 10)} if "WAIT" in names else {})}
+    if missing := [name for name in names if name not in case.types and name not in constants]:
         raise ValueError(f"{case.name}: {', '.join(missing)}: neither in types nor in constants")
     if unknown := [name for name in (*case.types, *case.constants, *case.aligned) if name not in names]:
         raise ValueError(f"{case.name}: {', '.join(unknown)}: no arguments of the kernel")
-    signature = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
+    signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
     divisible = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in case.aligned}
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constants), attrs=divisible)
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=divisible)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(case.options))
     except (TritonError, RuntimeError) as error:
@@ -44,6 +46,7 @@ def measure(case: Case, arch: int) -> Measurement:
         stack=parsed.stack,
         spills=parsed.spills,
         shared=int(compiled.metadata.shared),
+        hazards=parsed.hazards,
         hot_loop=parsed.hot_loop,
         opcodes=tuple(sorted(parsed.opcodes)),
     )
@@ -53,7 +56,14 @@ def fingerprint(case: Case, arch: int) -> str:
     """What a measurement depends on: the kernel with all it calls, the case, triton, and how we read the disassembly."""
     reader = Path(disassembly.__file__).read_text()
     choices = (case.types, case.constants, case.aligned, case.options)
-    parts = (triton.__version__, case.kernel.cache_key, *map(str, choices), str(arch), reader)
+    parts = (
+        triton.__version__,
+        str(launch.waits(arch // 10)),
+        case.kernel.cache_key,
+        *map(str, choices),
+        str(arch),
+        reader,
+    )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

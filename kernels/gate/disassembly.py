@@ -12,23 +12,37 @@ SPIN = 16
 _RESOURCES = re.compile(r"\bREG:(\d+) STACK:(\d+)")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)
 _ADDRESS = re.compile(r"^(?:(.*),\s*)?0x([0-9a-f]+)$")
+_REGISTER = re.compile(r"R(\d+)\b")
+_LEFT = re.compile(r"R\d+, R(\d+),")
 _JUMPS = frozenset({"BRA", "CALL"})
 _ENDS = frozenset({"EXIT", "RET"})
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One line of SASS. opcode: with its modifiers, such as LDG.E.128. target: where it may jump; always: it has no
-    condition, the next line does not follow."""
+    """One line of SASS. opcode: with its modifiers, such as LDG.E.128. operands: as they stand there. target: where it may
+    jump; always: it has no condition, the next line does not follow."""
 
     address: int
     opcode: str
+    operands: str
     target: int | None
     always: bool
 
     @property
     def operation(self) -> str:
         return self.opcode.partition(".")[0]
+
+    @property
+    def written(self) -> range:
+        """Registers that it writes, as far as its first operand and the width in its name say; none for a product of a
+        warpgroup, which is waited for."""
+        register = _REGISTER.match(self.operands)
+        if register is None or self.operation == "HGMMA":
+            return range(0)
+        modifiers = self.opcode.split(".")[1:]
+        width = 4 if "128" in modifiers else 2 if {"64", "WIDE"} & set(modifiers) else 1
+        return range(int(register[1]), int(register[1]) + width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +61,11 @@ class Disassembly:
     @property
     def opcodes(self) -> frozenset[str]:
         return frozenset(instruction.opcode for instruction in self.instructions)
+
+    @property
+    def hazards(self) -> int:
+        """Instructions of innermost loops that write a register out of which an asynchronous product may still be reading."""
+        return sum(map(_hazards, innermost_loops(self.instructions)))
 
     @property
     def hot_loop(self) -> int:
@@ -69,7 +88,25 @@ def _instructions(text: str) -> Iterable[Instruction]:
         jump = _ADDRESS.match(operands) if operation in _JUMPS else None
         # BRA.U UP0, 0x40 and BRA.DIV UR4, 0x40 have their condition among the operands.
         always = not guard and (operation in _ENDS or (operation == "BRA" and jump is not None and not jump[1]))
-        yield Instruction(int(address, 16), opcode, int(jump[2], 16) if jump else None, always)
+        yield Instruction(int(address, 16), opcode, operands, int(jump[2], 16) if jump else None, always)
+
+
+def _hazards(loop: Sequence[Instruction]) -> int:
+    """Of one loop, whose products (HGMMA, 4 registers of the left operand) stay under way until WARPGROUP.DEPBAR leaves fewer
+    of them. Looked at in the second turn, when those of the first may be under way too."""
+    running: list[range] = []
+    found: set[int] = set()
+    for instruction in [*loop, *loop]:
+        if instruction.operation == "HGMMA":
+            left = _LEFT.match(instruction.operands)
+            first = int(left[1]) if left else 0
+            running.append(range(first, first + 4) if left else range(0))
+        elif instruction.opcode == "WARPGROUP.DEPBAR.LE":
+            allowed = int(instruction.operands.rpartition(",")[2], 16)
+            running = running[-allowed:] if allowed else []
+        elif any(register in read for register in instruction.written for read in running):
+            found.add(instruction.address)
+    return len(found)
 
 
 def matches(opcode: str, wanted: str) -> bool:

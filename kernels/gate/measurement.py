@@ -11,12 +11,14 @@ _THREADS_PER_WARP = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """registers: per thread; stack: bytes per thread; spills: instructions that touch it; shared: bytes per program;
-    hot_loop: instructions in one turn of the longest innermost loop; opcodes: those that occur, sorted."""
+    """registers: per thread; stack: bytes per thread; spills: instructions that touch it; hazards: instructions that overwrite
+    what a product under way reads; shared: bytes per program; hot_loop: instructions in one turn of the longest innermost
+    loop; opcodes: those that occur, sorted."""
 
     registers: int
     stack: int
     spills: int
+    hazards: int
     shared: int
     hot_loop: int
     opcodes: tuple[str, ...]

@@ -181,6 +181,7 @@ def project_experts(x: Tensor, down: Tensor, routing: Routing, *, steps: Tensor 
             BM=tiling.bm,
             BN=tiling.bn,
             BR=tiling.bk,
+            WAIT=launch.waits(launch.major_of(x.device)),
             num_warps=tiling.warps,
             num_stages=tiling.stages,
             **{name: value for name, value in launch.arithmetic(x.dtype).items() if name != "ASM"},
@@ -206,6 +207,7 @@ def project_kernel(
     BR: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """One tile of out [SPLITS, slots, rank]; grid (ceil(rank / BN), SPLITS, blocks of slots): `finish_tile` of nothing, with
     down as the factor and x as what it multiplies."""
@@ -236,4 +238,5 @@ def project_kernel(
         BR,
         COMPUTE,
         PRECISION,
+        WAIT,
     )

@@ -5,6 +5,7 @@ torch's pin_memory rounds every tensor up to a power of two, up to twice the mem
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections.abc import Iterable
 from types import TracebackType
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 256  # bytes; what device allocations have, so that kernels load 16 bytes at a time
-_PAGE = 4096  # bytes; registration takes whole pages, and a page can be registered once
 
 
 class RegistrationError(RuntimeError):
@@ -32,10 +32,9 @@ class HostArena:
         caller may keep the tensors in device memory instead."""
         if size < 1:
             raise ValueError(f"size: {size}: expected 1 byte or more")
-        pages = -(-size // _PAGE) * _PAGE
-        buffer = torch.empty(pages + _PAGE, dtype=torch.uint8)
-        start = -buffer.data_ptr() % _PAGE
-        self._free = self._region = buffer[start : start + pages]
+        # Pages of its own: torch takes a tensor for pinned when the beginning of its storage is.
+        pages = mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        self._free = self._region = torch.frombuffer(pages, dtype=torch.uint8)
         self._close = weakref.finalize(self, _unregister, _register(self._region))
 
     @staticmethod

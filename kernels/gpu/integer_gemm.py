@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from counterweight.kernels.gpu import launch
 from counterweight.kernels.gpu.layout import PreparedInput
+from counterweight.kernels.gpu.settle import settled
 from counterweight.kernels.weights.uniform import UniformWeight
 
 __all__ = ["IntegerWeight", "integer_gemm", "prepare_integer", "unsupported"]
@@ -157,6 +158,7 @@ def integer_gemm(
             BIASED=bias is not None,
             **blocks,
             **constants,
+            WAIT=launch.waits(architecture // 10),
             num_warps=8,
             num_stages=_stages(architecture),
         )
@@ -266,6 +268,7 @@ def _multiply(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     ASM: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """One tile [BLOCK_M, BLOCK_N] of y. GROUP 0: one scale per channel. WHOLE: in_features are whole units."""
     WIDTH: tl.constexpr = UNIT // 2 if PACKED else UNIT  # columns of a dot
@@ -331,6 +334,7 @@ def _multiply(
             at_rank = first_rank + tl.arange(0, BLOCK_R)
             inside = (at_rank < rank)[None, :]
             left_side = tl.load(projected + row_read[:, None] * rank + at_rank[None, :], mask=inside, other=0.0)
+            left_side = settled(left_side, WAIT)
             right_side = tl.load(up + column_read[:, None] * rank + at_rank[None, :], mask=inside, other=0.0)
             total = tl.dot(left_side.to(COMPUTE), tl.trans(right_side.to(COMPUTE)), total, input_precision=PRECISION)
     if BIASED:

@@ -11,6 +11,7 @@ import os
 from contextlib import AbstractContextManager
 
 import torch
+import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,6 +34,23 @@ def arithmetic(dtype: torch.dtype) -> dict[str, object]:
         raise ValueError(f"dtype: {dtype}: expected float16, bfloat16 or float32")
     compute = tl.float32 if INTERPRETED else _TRITON_DTYPES[dtype]
     return {"COMPUTE": compute, "PRECISION": "ieee", "ASM": not INTERPRETED}
+
+
+def waits(major: int) -> bool:
+    """The constant WAIT of a kernel for a device of compute capability `major`: whether it must wait for all products under way
+    before it computes the registers that the next one reads.
+
+    On Hopper tensor cores read a left operand out of registers while the program goes on. Triton before 3.9 lets it overwrite
+    them meanwhile (triton-lang/triton, issue 9433): on an H200 prompts of 300 tokens came out wrong, and differently each
+    time. `kernels.gate` finds such writes in what was compiled.
+    """
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    return not INTERPRETED and major == 9 and version < (3, 9)
+
+
+def major_of(device: torch.device) -> int:
+    """Compute capability of a device, 9 for 9.0; under the interpreter Hopper's, so that what runs there is tried."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def current(device: torch.device) -> AbstractContextManager[None]:

@@ -164,6 +164,7 @@ def multiply_into(
             BN=tiling.bn,
             BK=tiling.bk,
             BR=tiling.br,
+            WAIT=launch.waits(launch.major_of(out.device)),
             num_warps=tiling.warps,
             num_stages=tiling.stages,
             **launch.arithmetic(x.dtype),
@@ -193,7 +194,7 @@ def tiling_of(
     rows: int, weight: PackedWeight, *, dtype: torch.dtype, device: torch.device, decoding: bool | None = None
 ) -> Tiling:
     """The tile for so many rows that one weight multiplies; under the interpreter, Hopper's. decoding: see `weight_gemm`."""
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    major = launch.major_of(device)
     if rows <= DECODE_TOKENS if decoding is None else decoding:
         return decode_tiling(rows, weight.bits, dtype, major)
     return dense_tiling(rows, dtype, weight.block, major)
@@ -241,6 +242,7 @@ def weight_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     ASM: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """One tile of out [SPLITS, count, out_features]; grid (rows / BN, SPLITS, blocks of BM rows of out).
 
@@ -296,6 +298,7 @@ def weight_kernel(
             COMPUTE,
             PRECISION,
             ASM,
+            WAIT,
         )
     else:
         acc = dense_tile(
@@ -321,6 +324,7 @@ def weight_kernel(
             COMPUTE,
             PRECISION,
             ASM,
+            WAIT,
         )
     finish_tile(
         acc,
@@ -342,4 +346,5 @@ def weight_kernel(
         BR,
         COMPUTE,
         PRECISION,
+        WAIT,
     )

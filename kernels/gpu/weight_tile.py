@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from counterweight.kernels.gpu.settle import settled
+
 
 @triton.jit
 def decode_tile(
@@ -39,6 +41,7 @@ def decode_tile(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     ASM: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """Weight rows first_row.. times `values`, over blocks first_block .. last_block - 1 of BLOCK columns.
 
@@ -64,7 +67,7 @@ def decode_tile(
             next_factor = tl.load(scale + following).to(tl.float32)
             if offset is not None:
                 next_zero = tl.load(offset + following)
-        codes = _centred(low, high, zero, w_rows, blocks * BLOCK, block, BITS, BN, BLOCK, dtype, COMPUTE, ASM)
+        codes = _centred(low, high, zero, w_rows, blocks * BLOCK, block, BITS, BN, BLOCK, dtype, COMPUTE, ASM, WAIT)
         k = block * BLOCK
         x = tl.load(x_at + k) if WHOLE else tl.load(x_at + k, mask=(k + ks < in_features)[:, None], other=0.0)
         if GROUPED:
@@ -103,6 +106,7 @@ def dense_tile(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     ASM: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """Weight rows first_row.. times `values`, over blocks first_block .. last_block - 1 of BLOCK columns, BK of them at a time.
 
@@ -119,7 +123,7 @@ def dense_tile(
         zero = None
         if offset is not None:
             zero = tl.load(offset + group)
-        codes = _centred(low, high, zero, w_rows, blocks * BLOCK, step, BITS, BN, BK, dtype, COMPUTE, ASM)
+        codes = _centred(low, high, zero, w_rows, blocks * BLOCK, step, BITS, BN, BK, dtype, COMPUTE, ASM, WAIT)
         weight = codes.to(tl.float32) * tl.load(scale + group).to(tl.float32)[:, None]
         x = tl.load(x_at + k) if WHOLE else tl.load(x_at + k, mask=(k + ks < in_features)[:, None], other=0.0)
         acc = tl.dot(weight.to(COMPUTE), x.to(COMPUTE), acc, input_precision=PRECISION)
@@ -140,6 +144,7 @@ def _centred(
     dtype: tl.constexpr,
     COMPUTE: tl.constexpr,
     ASM: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """Codes less their zero points [BN, BK] of COMPUTE, of columns step * BK..; zero: their offsets [BN], None for 2**(BITS-1).
 
@@ -151,11 +156,11 @@ def _centred(
     at = w_rows.to(tl.int64)[:, None] * (columns // CODES) + (step * WORDS + tl.arange(0, WORDS))[None, :]
     if BITS == 8:
         shift = tl.full((BN, 1), HALF, tl.float32) if zero is None else zero.to(tl.float32)[:, None]
-        return _difference(tl.load(low + at).to(tl.int32), shift, COMPUTE)
+        return _difference(settled(tl.load(low + at), WAIT).to(tl.int32), shift, COMPUTE)
     else:
         WIDTH: tl.constexpr = 32 // CODES
         pair = tl.arange(0, CODES // 2)[None, None, :]
-        fields = tl.load(low + at)[:, :, None] >> (pair * WIDTH)
+        fields = settled(tl.load(low + at), WAIT)[:, :, None] >> (pair * WIDTH)
         top = None
         if BITS == 3:
             # The two bytes of top bits to the two halves, two bits up; then bit `pair` of each half is shifted to bit 2.
@@ -251,6 +256,7 @@ def finish_tile(
     BR: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """Stores gate * (step * acc + up @ projected + bias), or this split's share of it, for output features w_rows.
 
@@ -267,6 +273,7 @@ def finish_tile(
         for first in tl.range(split * BR, rank, SPLITS * BR):
             r = first + directions
             u = tl.load(u_at + r[None, :], mask=inside[:, None] & (r < rank)[None, :], other=0)
+            u = settled(u, WAIT and u.dtype != COMPUTE)  # what need not be converted is read out of shared memory
             p = tl.load(p_at + r[:, None], mask=(r < rank)[:, None], other=0.0)
             acc = tl.dot(u.to(COMPUTE), p.to(COMPUTE), acc, input_precision=PRECISION)
     if bias is not None:

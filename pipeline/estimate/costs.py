@@ -1,7 +1,7 @@
 """Seconds of a block's tasks, step by step, from what the plan knows of its arithmetic and its bytes, and from rates.
 
-On a GPU one thread of the worker reads, computes and writes in turn, so steps add up. On a CPU a worker's threads share shards
-and solves.
+On a CPU a worker's threads share shards and solves. On a GPU one thread computes, while others read and write the hidden states
+of shards: what they take longer than the arithmetic is waited for.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from counterweight.workers.arithmetic import Arithmetic
 from counterweight.workers.arithmetic.forward import passes, run
 from counterweight.workers.arithmetic.preparing import rotating
 from counterweight.workers.footprint.load import Group, Load, factors, packed
+from counterweight.workers.matrix_bytes import SINGLE
 from counterweight.workers.matrix_flops import Work, elementwise
-from counterweight.workers.parallel import PARALLEL_WIDTH
+from counterweight.workers.parallel import AHEAD, PARALLEL_WIDTH
 
 BEGINNING, STREAMED, ENDING = (
     ("read", "rotate", "prepare"),
@@ -67,13 +68,21 @@ def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates) -> BlockSeco
     running = load.parameters * load.compute
     entered = passes(load) * (rates.received(hidden) + rates.moved(hidden))
     left = rates.sent(hidden) + rates.moved(hidden)
+    forward = rates.seconds(arithmetic.forward, itemsize=load.compute) / threads
+    statistics = _statistics(load, arithmetic.statistics, rates) / threads
+    if load.gpu:
+        through_storage = (passes(load) + 1) * hidden / rates.storage
+        waiting = max(0.0, max(through_storage, entered / AHEAD, left / AHEAD) - forward - statistics)
+    else:
+        waiting = (entered + left) / threads
     steps = {
         "read": rates.received(load.source_bytes) + rates.moved(running),
-        "rotate": rates.host_seconds(rotated) if load.gpu else rates.seconds(rotated),
+        "rotate": rates.seconds(rotated)
+        + (rates.moved(load.source_bytes + SINGLE * load.parameters) if rotated.total else 0),
         "prepare": rates.seconds(arithmetic.prepare + rotated * -1.0),
-        "hidden states": (entered + left) / threads,
-        "forward": rates.seconds(arithmetic.forward, itemsize=load.compute) / threads,
-        "statistics": _statistics(load, arithmetic.statistics, rates) / threads,
+        "hidden states": waiting,
+        "forward": forward,
+        "statistics": statistics,
         "tune": rates.seconds(arithmetic.tune),
         "solve": (rates.seconds(arithmetic.solve) + rates.moved(4 * solved)) / side_by_side,
         # Of every tensor a digest too.

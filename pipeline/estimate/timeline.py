@@ -33,8 +33,8 @@ JUDGED = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What a job's tasks take. distillation: seconds of the training, 0 without. calibrated: bytes of each block in a worker's
-    memory."""
+    """What a job's tasks take. distillation: seconds of the training for each replica, none without. calibrated: bytes of each
+    block in a worker's memory."""
 
     job: CompressionJob
     source: ModelSource
@@ -42,7 +42,7 @@ class Costs:
     recipes: Sequence[BlockRecipe]
     blocks: Sequence[BlockSeconds]
     calibrated: Sequence[int]
-    distillation: float
+    distillation: Sequence[float]
 
     @property
     def stored(self) -> int:
@@ -92,11 +92,19 @@ def timeline(costs: Costs, workers: int, threads: int) -> Timeline:
     stage("inventory", lambda: dispatcher.run_all(_inventory(costs)))
     stage("blocks", lambda: _run_blocks(costs, dispatcher, threads))
     if costs.distillation:
-        stage("distill", lambda: dispatcher.run_all([Simulated("distillation", {"distill": costs.distillation})]))
+        stage("distill", lambda: dispatcher.run_all(_replicas(costs)))
     stage("assemble", lambda: _assemble(costs, dispatcher, pool))
     if validation:
         stage("validate", lambda: dispatcher.run_all(validation))
     return Timeline(stages=stages, idle=idle, steps=dict(pool.steps))
+
+
+def _replicas(costs: Costs) -> list[Simulated]:
+    """All that a replica computes as one task: rounds, at whose ends it waits for the others, take as long together."""
+    return [
+        Simulated(f"distillation, replica {place + 1}", {"distill": seconds})
+        for place, seconds in enumerate(costs.distillation)
+    ]
 
 
 def _inventory(costs: Costs) -> list[Simulated]:

@@ -161,6 +161,21 @@ class DistillationStage(Section):
     training: Distillation = Field(default_factory=Distillation)
     """How it is trained."""
 
+    @property
+    def trained(self) -> int:
+        """Sequences that are trained on."""
+        return sum(share.sequences for share in self.texts)
+
+    @model_validator(mode="after")
+    def _a_sequence_for_each_part(self) -> DistillationStage:
+        training = self.training
+        if training.parts > self.trained:
+            raise ValueError(
+                f"training: {training.replicas} replicas in {training.rounds} rounds an epoch: expected at most "
+                f"{self.trained} parts, as many as texts have sequences"
+            )
+        return self
+
 
 class Resources(Section):
     """What the job may use; without influence on the result."""
@@ -268,7 +283,7 @@ def canonical(job: CompressionJob) -> bytes:
     )
     if (stage := job.spec.distillation) is not None:
         # Only where it is asked for: jobs without it keep the identity that they had before there was any.
-        spec["distillation"] = {"training": stage.training.model_dump(mode="json"), "held_out": len(stage.held_out)}
+        spec["distillation"] = {"training": stage.training.determines(), "held_out": len(stage.held_out)}
     if spec["validation"] is not None:
         spec["validation"]["sequence_length"] = job.spec.validation_sequence_length
         if spec["validation"]["prefill_gates"] is None:

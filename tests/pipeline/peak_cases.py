@@ -74,7 +74,7 @@ CASES: Mapping[str, Case] = {
     "sums": (experts(RTN, 128, 1024, 48), "forward"),
     "experts, in passes": (experts(GPTQ, 256, 1024, 32, share=0.5), "forward"),
     "experts, quantized, in passes": (
-        experts({**GPTQ, "activations": {"bits": 4}}, 512, 512, 48, share=0.3),
+        experts({**GPTQ, "activations": {"bits": 4}}, 512, 512, 48, share=0.2),
         "forward",
     ),
     "experts, in passes, compressed": (

@@ -16,17 +16,26 @@ from transformers import AutoModelForCausalLM
 from counterweight.pipeline.artifact import Published
 from counterweight.pipeline.artifact.load import load_model
 from counterweight.pipeline.artifact.report import DistillationReport
+from counterweight.pipeline.events import EventLog
 from counterweight.pipeline.manifest import canonical, parse_manifest
 from counterweight.pipeline.model_source import open_model
+from counterweight.pipeline.opening import open_job
+from counterweight.pipeline.orchestrator import Orchestrator
 from counterweight.pipeline.plan import make_plan
 from counterweight.pipeline.tokens import read_tokens
 from counterweight.workers.context import TaskContext
-from counterweight.workers.distilled import EPOCH, read_student
+from counterweight.workers.distillation.training import Training
+from counterweight.workers.distilled import read_student
 from counterweight.workers.errors import ManifestError, RequestError
-from counterweight.workers.tasks.distill import Distill, DistillRecord
+from counterweight.workers.storage import open_store
+from counterweight.workers.tasks.distill import Distill
+from counterweight.workers.tasks.epoch import Epoch, EpochRecord
 from counterweight.workers.tasks.original import Original
+from counterweight.workers.tasks.replica import Replica, ReplicaRecord
 from counterweight.workers.tasks.task import Task
-from counterweight.workers.workspace import COMMITS, AnyRecord, Workspace
+from counterweight.workers.worker import Worker
+from counterweight.workers.workspace import COMMITS, Blob, Workspace
+from tests.flop_counter import counted
 from tests.inprocess import InProcessPool, RecordedProgress, local, run_job
 from tests.models import checkpoint, write_text
 
@@ -58,16 +67,55 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-class Watching(InProcessPool):
-    """Keeps the tasks that it ran."""
+class Killed(Exception):
+    """The process ends here."""
 
-    def __init__(self, workers: int = 1) -> None:
+
+class Watching(InProcessPool):
+    """Keeps the tasks that it ran. fatal: name of one before which the process ends."""
+
+    def __init__(self, workers: int = 1, fatal: str | None = None) -> None:
         super().__init__(workers)
         self.tasks: list[Task[object]] = []
+        self._fatal = fatal
 
     def submit(self, worker: int, task: Task[object]) -> int:
+        if task.name == self._fatal:
+            raise Killed
         self.tasks.append(task)
         return super().submit(worker, task)
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the tasks of training, in order."""
+        return [task.name for task in self.tasks if task.trains is not None]
+
+
+def run_on(pool: InProcessPool, model: Path, texts: Mapping[str, Any], output: Path, **training: Any) -> Published:
+    """One job to its end; `output` as in `run_job`."""
+    document = json.loads(document_of(model, texts, **training))
+    document["spec"]["output"]["uri"] = (output / "artifacts").as_uri()
+    job = parse_manifest(json.dumps(document), name="tiny.json", base=None).job
+    try:
+        with EventLog(RecordedProgress()) as log:
+            source, tokens = open_job(job, pool, log, here=True)
+            return Orchestrator(job, source, tokens, pool, "cpu", log).run()
+    finally:
+        pool.close()
+
+
+def workspace_of(output: Path) -> Workspace:
+    return Workspace(open_store((output / "artifacts").as_uri()))
+
+
+def states(workspace: Workspace) -> dict[str, Blob]:
+    """Of every part and every epoch that was finished: place of its record -> its state."""
+    found: dict[str, Blob] = {}
+    for record in (ReplicaRecord, EpochRecord):
+        kind = Replica.kind if record is ReplicaRecord else Epoch.kind
+        for info in workspace.store.list(f"{COMMITS}/{kind}/"):
+            found[info.key] = record.model_validate_json(workspace.store.read(info.key)).state
+    return found
 
 
 def tensors_of(published: Published) -> dict[str, Tensor]:
@@ -169,81 +217,167 @@ def test_only_what_is_trained_changes(
     assert all(changing in name for name in different)
 
 
-def test_the_number_of_workers_does_not_matter(model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
-    distillation = {**texts, "training": {**TRAINING, "epochs": 1}}
-    one, three = (
-        tensors_of(run_job(model, tmp_path / str(workers), RECIPE, distillation=distillation, workers=workers))
-        for workers in (1, 3)
-    )
-    assert all(torch.equal(tensor, three[name]) for name, tensor in one.items())
+REPLICATED: Mapping[str, Any] = {**TRAINING, "replicas": 2, "rounds": 2}
 
 
-class Killed(Exception):
-    """The process ends here."""
+@pytest.mark.parametrize("replicas", [{}, {"replicas": 2, "rounds": 2}, {"replicas": 3}], ids=str)
+def test_the_number_of_workers_does_not_matter(
+    replicas: dict[str, int], model: Path, texts: dict[str, Any], tmp_path: Path
+) -> None:
+    training = {**TRAINING, "epochs": 1, **replicas}
+    pools = [Watching(workers) for workers in (1, 2, 3)]
+    found = [run_on(pool, model, texts, tmp_path / str(pool.size), **training) for pool in pools]
+    one, *others = (tensors_of(published) for published in found)
+    for other in others:
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert len({report_of(published).model_dump_json() for published in found}) == 1
+    assert len({published.document.id for published in found}) == 1
+    used = {worker for worker, kind in pools[2].calls if kind == Replica.kind}
+    assert len(used) >= replicas.get("replicas", 1)
 
 
-class Dying(Workspace):
-    """Commits one epoch, and then the process ends."""
+def test_more_replicas_are_another_training(model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [{}, {"replicas": 2}, {"replicas": 2, "rounds": 2}]
+    found = [
+        run_on(Watching(), model, texts, tmp_path / "out", **{**TRAINING, "epochs": 1, **change}) for change in changes
+    ]
+    assert len({published.document.id for published in found}) == 3
+    assert len({report_of(published).divergences for published in found}) == 3
 
-    def commit(self, kind: str, key: str, record: AnyRecord) -> AnyRecord:
-        found = super().commit(kind, key, record)
-        if kind == EPOCH:
-            raise Killed
-        return found
+
+def test_no_state_is_left_when_a_job_is_published(model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
+    pool = Watching()
+    run_on(pool, model, texts, tmp_path, **REPLICATED)
+    workspace = workspace_of(tmp_path)
+    assert len(states(workspace)) == 2 * (2 * 2 + 1)
+    assert not any(workspace.has(blob) for blob in states(workspace).values())
 
 
-def test_a_task_that_was_killed_goes_on_behind_its_last_epoch(
+@pytest.mark.parametrize(
+    ("fatal", "left", "done"),
+    [
+        ("distillation, epoch 1, round 1, replica 2", 1, 1),
+        ("distillation, epoch 1, round 2, replica 1", 2, 2),
+        ("distillation, epoch 1, round 2, replica 2", 3, 3),
+        ("end of distillation's epoch 1", 2, 4),
+        ("distillation, epoch 2, round 2, replica 2", 4, 8),
+    ],
+)
+def test_a_job_that_was_killed_goes_on_behind_what_is_finished(
+    fatal: str, left: int, done: int, model: Path, texts: dict[str, Any], tmp_path: Path
+) -> None:
+    """left: states that are still of use; done: tasks of training that were finished."""
+    whole = Watching()
+    expected = tensors_of(run_on(whole, model, texts, tmp_path / "whole", **REPLICATED))
+    with pytest.raises(Killed):
+        run_on(Watching(2, fatal), model, texts, tmp_path / "killed", **REPLICATED)
+    workspace = workspace_of(tmp_path / "killed")
+    assert sum(workspace.has(blob) for blob in states(workspace).values()) == left
+
+    resumed = Watching()
+    found = tensors_of(run_on(resumed, model, texts, tmp_path / "killed", **REPLICATED))
+    assert resumed.trained == whole.trained[done:]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert not any(workspace.has(blob) for blob in states(workspace).values())
+
+
+def test_states_that_are_lost_are_made_again(model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
+    whole = Watching()
+    expected = tensors_of(run_on(whole, model, texts, tmp_path / "whole", **REPLICATED))
+    dying = Watching(fatal="distillation, epoch 2, round 2, replica 2")
+    with pytest.raises(Killed):
+        run_on(dying, model, texts, tmp_path / "killed", **REPLICATED)
+    workspace = workspace_of(tmp_path / "killed")
+    for blob in states(workspace).values():
+        workspace.discard(blob)
+    resumed = Watching()
+    found = tensors_of(run_on(resumed, model, texts, tmp_path / "killed", **REPLICATED))
+    assert set(resumed.trained) == set(whole.trained)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert not any(workspace.has(blob) for blob in states(workspace).values())
+
+
+def test_an_epoch_of_the_last_revision_is_taken_up(model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
+    """It knew records of epochs alone."""
+    whole = Watching()
+    expected = tensors_of(run_on(whole, model, texts, tmp_path / "whole", **TRAINING))
+    with pytest.raises(Killed):
+        run_on(Watching(fatal="distillation, epoch 2"), model, texts, tmp_path / "killed", **TRAINING)
+    workspace = workspace_of(tmp_path / "killed")
+    for info in list(workspace.store.list(f"{COMMITS}/{Replica.kind}/")):
+        workspace.store.delete(info.key)
+    resumed = Watching()
+    found = tensors_of(run_on(resumed, model, texts, tmp_path / "killed", **TRAINING))
+    assert whole.trained == [
+        "distillation, epoch 1",
+        "end of distillation's epoch 1",
+        "distillation, epoch 2",
+        "end of distillation's epoch 2",
+        "distillation",
+    ]
+    assert resumed.trained == whole.trained[2:]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_training_that_is_finished_is_not_done_again(model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
+    """By another job that shares it; what was on the way to it is gone, as it is from work of the last revision."""
+    published = run_on(Watching(), model, texts, tmp_path, **REPLICATED)
+    expected = tensors_of(published)
+    workspace = workspace_of(tmp_path)
+    places = [f"{COMMITS}/{kind}/" for kind in (Replica.kind, Epoch.kind)] + [f"tiny/{published.document.id}/"]
+    for info in [info for place in places for info in workspace.store.list(place)]:
+        workspace.store.delete(info.key)
+    pool = Watching()
+    found = tensors_of(run_on(pool, model, texts, tmp_path, **REPLICATED))
+    assert pool.trained == []
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_patience_ends_training_early(model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
+    pool = Watching()
+    run_on(pool, model, texts, tmp_path, **{**RUINOUS, "epochs": 5, "replicas": 2})
+    epochs = [task.epoch for task in pool.tasks if isinstance(task, Epoch)]
+    assert epochs == [1, 2]
+    assert not any(workspace_of(tmp_path).has(blob) for blob in states(workspace_of(tmp_path)).values())
+
+
+def test_a_worker_holds_the_model_between_its_tasks_and_no_longer(
     model: Path, texts: dict[str, Any], tmp_path: Path
 ) -> None:
-    task, originals = tasks_of(model, texts, tmp_path)
-    context = TaskContext(torch.device("cpu"), threads=1)
-    workspace = task.workspace()
-    for original in originals:
-        original.run(context)
-    forget(workspace)
-    whole = task.compute(context, workspace)
-    forget(workspace)
+    ran = Watching()
+    run_on(ran, model, texts, tmp_path / "out", **{**REPLICATED, "epochs": 1})
+    first, second = [task for task in ran.tasks if isinstance(task, Replica)][:2]
+    other = next(task for task in ran.tasks if task.trains is None)
+    worker = Worker("cpu")
+    for original in (task for task in ran.tasks if isinstance(task, Original)):
+        worker.run(original)
+    forgotten(workspace_of(tmp_path / "out"))
+    read: list[str] = []
+    held = worker.context.training
 
-    with pytest.raises(Killed):
-        task.compute(context, Dying(workspace.store))
-    committed = [info.key for info in workspace.store.list(f"{COMMITS}/{EPOCH}/")]
-    assert len(committed) == 1
-    resumed = task.compute(context, workspace)
+    def unread() -> Training:
+        read.append("again")
+        raise AssertionError
 
-    assert resumed.losses[0] == whole.losses[0]
-    assert untimed(resumed) == untimed(whole)
-    states = [key for key in committed if key]
-    assert states
-    assert [workspace.has(blob) for blob in resumed.states] == [True]
-
-
-def tasks_of(model: Path, texts: Mapping[str, Any], output: Path) -> tuple[Distill, list[Original]]:
-    """The tasks of a job's distillation, after the job."""
-    from counterweight.pipeline.events import EventLog
-    from counterweight.pipeline.opening import open_job
-    from counterweight.pipeline.orchestrator import Orchestrator
-
-    document = json.loads(document_of(model, texts, **TRAINING))
-    document["spec"]["output"]["uri"] = (output / "artifacts").as_uri()
-    job = parse_manifest(json.dumps(document), name="tiny.json", base=None).job
-    pool = Watching()
-    with EventLog(RecordedProgress()) as log:
-        source, tokens = open_job(job, pool, log, here=True)
-        Orchestrator(job, source, tokens, pool, "cpu", log).run()
-    pool.close()
-    (task,) = [task for task in pool.tasks if isinstance(task, Distill)]
-    return task, [task for task in pool.tasks if isinstance(task, Original)]
+    worker.run(first)
+    key = first.training.key()
+    one = held.get(key, unread)
+    worker.run(second)
+    assert held.get(key, unread) is one
+    worker.run(other)
+    with pytest.raises(AssertionError):
+        held.get(key, unread)
+    assert read == ["again"]
+    worker.close()
 
 
-def forget(workspace: Workspace) -> None:
+def forgotten(workspace: Workspace) -> None:
     """Removes what is known of the training."""
-    for kind in (EPOCH, Distill.kind):
+    for kind in (Replica.kind, Epoch.kind, Distill.kind):
         for info in list(workspace.store.list(f"{COMMITS}/{kind}/")):
             workspace.store.delete(info.key)
-
-
-def untimed(record: DistillRecord) -> dict[str, object]:
-    return record.model_dump(exclude={"timing"})
 
 
 def test_windows_that_are_trained_on_are_not_held_out(model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
@@ -261,6 +395,22 @@ def test_nothing_to_train_is_refused(model: Path, texts: dict[str, Any]) -> None
     nothing = {"factors": False, "scales": False, "norms": False}
     with pytest.raises(ManifestError, match="expected one to train"):
         parse_manifest(document_of(model, texts, **nothing), name="tiny.json", base=None)
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"rounds": 2}, "rounds: 2: expected 1 unless there are replicas"),
+        ({"replicas": 97}, "97 replicas in 1 rounds an epoch: expected at most 96 parts"),
+        ({"replicas": 2, "rounds": 49}, "2 replicas in 49 rounds an epoch: expected at most 96 parts"),
+        ({"replicas": 0}, "replicas"),
+    ],
+)
+def test_replicas_without_effect_or_work_are_refused(
+    training: dict[str, int], message: str, model: Path, texts: dict[str, Any]
+) -> None:
+    with pytest.raises(ManifestError, match=message):
+        parse_manifest(document_of(model, texts, **training), name="tiny.json", base=None)
 
 
 def test_relative_texts_are_relative_to_the_manifest(model: Path, texts: dict[str, Any]) -> None:
@@ -288,12 +438,76 @@ def test_the_plan_knows_what_training_takes(model: Path, texts: dict[str, Any], 
         return make_plan(parse_manifest(document_of(model, texts, **training), name="tiny.json", base=None).job, source)
 
     plan = plan_of(**TRAINING)
-    task, _ = tasks_of(model, texts, tmp_path)
-    student = read_student(TaskContext(torch.device("cpu"), threads=1), task, task.workspace())
-    trained = sum(parameter.numel() for parameter, _ in student.trained(task.options).values())
+    pool = Watching()
+    run_on(pool, model, texts, tmp_path, **TRAINING)
+    (task,) = (task for task in pool.tasks if isinstance(task, Distill))
+    spec = task.training
+    student = read_student(TaskContext(torch.device("cpu"), threads=1), spec, task.workspace())
+    trained = sum(parameter.numel() for parameter, _ in student.trained(spec.options).values())
     assert plan.distillation.parameters == trained
     longer = plan_of(**{**TRAINING, "epochs": 4})
     assert longer.flops - plan.flops == longer.distillation.flops - plan.distillation.flops > 0
     assert plan_of(**{**TRAINING, "batch": 64}).distillation.peak_bytes > plan.distillation.peak_bytes
     assert plan_of(**{**TRAINING, "factors": False}).distillation.parameters < trained
     assert plan.largest == "distillation"
+
+
+class Counting(Watching):
+    """Counts products in float32 of the tasks that have to do with training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0.0
+
+    def submit(self, worker: int, task: Task[object]) -> int:
+        if not isinstance(task, (Original, Replica, Epoch)):
+            return super().submit(worker, task)
+        tickets: list[int] = []
+        work = counted(lambda: tickets.append(super(Counting, self).submit(worker, task)))
+        self.flops += work.products32
+        return tickets[0]
+
+
+CASES = {"one": TRAINING, "replicas": REPLICATED, "no factors": {**TRAINING, "epochs": 1, "factors": False}}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_computes_what_is_planned(case: str, model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
+    pool = Counting()
+    run_on(pool, model, texts, tmp_path, **CASES[case])
+    job = parse_manifest(document_of(model, texts, **CASES[case]), name="tiny.json", base=None).job
+    plan = make_plan(job, open_model(model.as_uri())).distillation
+    assert plan is not None
+    assert plan.flops == pytest.approx(pool.flops, rel=0.02)
+
+
+class Weighing(Watching):
+    """Knows the bytes of the tensors of every state, by the digest of its blob."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def submit(self, worker: int, task: Task[object]) -> int:
+        ticket = super().submit(worker, task)
+        if isinstance(task, (Replica, Epoch)):
+            record = task.lookup(task.workspace())
+            assert record is not None
+            tensors = task.workspace().get_tensors(record.state)
+            self.bytes[record.state.sha256] = sum(tensor.nbytes for tensor in tensors.values())
+        return ticket
+
+
+@pytest.mark.parametrize("case", ["one", "replicas"])
+def test_states_are_as_large_as_is_planned(case: str, model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
+    pool = Weighing()
+    run_on(pool, model, texts, tmp_path, **CASES[case])
+    job = parse_manifest(document_of(model, texts, **CASES[case]), name="tiny.json", base=None).job
+    plan = make_plan(job, open_model(model.as_uri())).distillation
+    assert plan is not None
+    read = [blob for task in pool.tasks if isinstance(task, (Replica, Epoch)) for blob in task.states]
+    read += [task.before.state for task in pool.tasks if isinstance(task, Epoch) and task.before is not None]
+    read += [task.last.state for task in pool.tasks if isinstance(task, Distill) and task.last.best]
+    assert plan.state_written_bytes == sum(pool.bytes.values())
+    assert plan.state_read_bytes == sum(pool.bytes[blob.sha256] for blob in read)
+    assert plan.replicas == CASES[case].get("replicas", 1)

@@ -196,3 +196,20 @@ def test_nothing_is_said_without_rates(manifest: Path, source: ModelSource, tmp_
     measured = make_plan(job_of(manifest), source, str(path)).estimate
     assert measured is not None
     assert measured.gpu_hours == 0
+
+
+def test_replicas_share_a_training(manifest: Path, source: ModelSource) -> None:
+    """As many as there are workers take their share of the seconds; one more waits for its turn."""
+    text = "{source: {uri: calibration.txt}, sequences: 12}"
+
+    def seconds(workers: int, replicas: int) -> float:
+        stage = f"spec.distillation={{texts: [{text}], held_out: [{text}], training: {{replicas: {replicas}}}}}"
+        resources = f"spec.resources={{workers: {workers}, gpus_per_worker: 1}}"
+        estimate = found(manifest, source, resources, stage)
+        return estimate.stages["distill"] - NOMINAL["H100-80G"].task * -(-replicas // workers)
+
+    whole = seconds(1, 1)
+    assert seconds(2, 1) == pytest.approx(whole)
+    assert seconds(2, 2) == pytest.approx(whole / 2)
+    assert seconds(1, 2) == pytest.approx(whole)
+    assert seconds(2, 3) == pytest.approx(whole * 2 / 3)

@@ -660,6 +660,33 @@ def test_a_block_is_not_compressed_while_it_is_calibrated_again() -> None:
     assert cluster.given(0) is None
 
 
+def test_a_task_that_failed_because_another_job_has_finished_it_is_done() -> None:
+    """What it reads is then gone from the store."""
+    workspace = MemoryWorkspace()
+    record = workspace.records.pop((EMBED.kind, EMBED.key()))
+    graph = Graph(workspace)
+    node: Node[HiddenRecord] = graph.add(lambda: EMBED)
+    graph.open()
+    assert graph.assign(0) is node
+    workspace.records[EMBED.kind, EMBED.key()] = record
+    graph.failed(node)
+    assert node.done
+    assert node.value == record
+    assert graph.assign(0) is None
+
+
+def test_hidden_states_that_were_discarded_are_made_again_only_for_those_who_read_them() -> None:
+    workspace = MemoryWorkspace()
+    graph = Graph(workspace)
+    node: Node[HiddenRecord] = graph.add(lambda: EMBED)
+    graph.open()
+    graph.discard([node])
+    assert not workspace.blobs
+    assert graph.assign(0) is None
+    graph.add(lambda: EMBED.model_copy(update={"tokens": blob("other")}), reads=[node])
+    assert graph.assign(0) is node
+
+
 def test_a_value_that_is_not_there_yet_is_an_error() -> None:
     graph = Graph()
     node = graph.add(lambda: EMBED)

@@ -15,7 +15,7 @@ from counterweight.workers.calibration.statistics import Gathering, InputStatist
 from counterweight.workers.errors import RequestError
 from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.family import SharedInputGroup
-from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.parallel import OrderedPool, Overlapped, Shards, SideBySide
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.shards import RunningStatistics, run_shards
 from counterweight.workers.tasks.records import ModuleReport
@@ -45,15 +45,17 @@ def loaders(hidden: Sequence[Tensor]) -> list[Callable[[], Tensor]]:
 
 
 def calibrated(
-    block: Block, hidden: Sequence[Tensor], threads: int = 1
+    block: Block, hidden: Sequence[Tensor], threads: int = 1, shards: Shards | None = None
 ) -> tuple[dict[SharedInputGroup, InputStatistics], list[Tensor]]:
     pool = OrderedPool(threads)
     try:
         sums = RunningStatistics(block, dict.fromkeys(block.groups, Gathering()))
-        outputs = run_shards(block, loaders(hidden), lambda output: output, sums, pool)
+        outputs = run_shards(block, loaders(hidden), lambda output: output, sums, shards or SideBySide(pool))
         return sums.result(), outputs
     finally:
         pool.close()
+        if shards is not None:
+            shards.close()
 
 
 def inputs_of(block: Block, hidden: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -113,11 +115,11 @@ def test_statistics_are_those_of_every_sibling(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["llama", "mixtral"])
-def test_the_number_of_threads_changes_no_bit(case: str) -> None:
+def test_neither_threads_nor_overlapping_change_a_bit(case: str) -> None:
     block, hidden = block_of(case), shards(7)
     statistics, outputs = calibrated(block, hidden)
-    for threads in (2, 3):
-        other, others = calibrated(block, hidden, threads)
+    for threads, way in ((2, None), (3, None), (1, Overlapped())):
+        other, others = calibrated(block, hidden, threads, way)
         for group, found in statistics.items():
             assert torch.equal(other[group].gram, found.gram)
             assert other[group].tokens == found.tokens
@@ -134,7 +136,7 @@ def test_only_the_groups_that_are_asked_for_are_gathered() -> None:
     block = block_of("llama")
     asked = block.groups[1:2]
     sums = RunningStatistics(block, dict.fromkeys(asked, Gathering()))
-    run_shards(block, loaders(shards(1)), lambda output: None, sums, OrderedPool(1))
+    run_shards(block, loaders(shards(1)), lambda output: None, sums, SideBySide(OrderedPool(1)))
     assert tuple(sums.result()) == asked
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.parallel import AHEAD, OrderedPool, Overlapped, Shards, SideBySide
 from tests.patience import PATIENCE
 
 
@@ -99,3 +99,92 @@ def test_closing_ends_the_threads() -> None:
 def test_no_threads_are_refused(threads: int) -> None:
     with pytest.raises(ValueError, match=f"threads: {threads}: expected at least 1"):
         OrderedPool(threads)
+
+
+@pytest.fixture(params=["side by side", "overlapped"])
+def shards(request: pytest.FixtureRequest, pool: OrderedPool) -> Iterator[Shards]:
+    opened = SideBySide(pool) if request.param == "side by side" else Overlapped()
+    yield opened
+    opened.close()
+
+
+def test_shards_are_read_computed_taken_and_written_in_their_order(shards: Shards) -> None:
+    taken: list[int] = []
+
+    def slow(item: int) -> int:
+        time.sleep(0.01 if item % 3 == 0 else 0.0)
+        return item + 1
+
+    written = shards.run(range(12), slow, lambda entered: (entered, -entered), taken.append, slow)
+    assert taken == list(range(1, 13))
+    assert written == [-item for item in range(12)]
+    assert shards.run([], slow, lambda entered: (entered, entered), taken.append, slow) == []
+
+
+@pytest.mark.parametrize("where", ["read", "compute", "take", "write"])
+def test_a_failure_at_any_step_is_raised(where: str, shards: Shards) -> None:
+    def at(step: str) -> Callable[[int], int]:
+        def fail(item: int) -> int:
+            if step == where and item == 3:
+                raise KeyError(step)
+            return item
+
+        return fail
+
+    def compute(item: int) -> tuple[int, int]:
+        return (at("compute")(item),) * 2
+
+    with pytest.raises(KeyError, match=where):
+        shards.run(range(20), at("read"), compute, at("take"), at("write"))
+
+
+def test_others_read_and_write_while_one_computes() -> None:
+    """The third is read, and the first is being written, before the second is through."""
+    third_is_read, second_is_computed = threading.Event(), threading.Event()
+
+    def read(item: int) -> int:
+        if item == 2:
+            third_is_read.set()
+        return item
+
+    def compute(item: int) -> tuple[None, int]:
+        if item == 1:
+            assert third_is_read.wait(PATIENCE)
+            second_is_computed.set()
+        return None, item
+
+    def write(item: int) -> bool:
+        return item != 0 or second_is_computed.wait(PATIENCE)
+
+    overlapped = Overlapped()
+    assert overlapped.run(range(4), read, compute, lambda _: None, write) == [True] * 4
+    overlapped.close()
+
+
+def test_reading_and_writing_do_not_run_away() -> None:
+    """What was read and is not computed yet, and what was computed and is not written yet, is in memory."""
+    read, computed, written = [], [], []
+
+    def compute(item: int) -> tuple[None, int]:
+        time.sleep(0.002)
+        assert len(read) <= len(computed) + AHEAD + 1
+        assert len(computed) <= len(written) + AHEAD + 1
+        computed.append(item)
+        return None, item
+
+    def reading(item: int) -> int:
+        read.append(item)
+        return item
+
+    overlapped = Overlapped()
+    overlapped.run(range(20), reading, compute, lambda _: None, written.append)
+    overlapped.close()
+    assert written == list(range(20))
+
+
+def test_overlapping_ends_its_threads() -> None:
+    before = threading.active_count()
+    overlapped = Overlapped()
+    overlapped.run(range(5), int, lambda item: (item, item), lambda _: None, str)
+    overlapped.close()
+    assert threading.active_count() == before

@@ -25,9 +25,9 @@ FILES: Mapping[str, str] = {".jsonl": "json", ".json": "json", ".csv": "csv", ".
 
 def pieces_of(source: TextSource | StandardLibrarySource | DatasetSource, field: str) -> Iterator[str]:
     """The text from its beginning, in pieces of any size; RequestError, naming `field` of the manifest, where it is none."""
-    if isinstance(source, StandardLibrarySource):
+    if source.kind == "standard_library":
         return standard_library_pieces(source.part, source.content)
-    return _file(source, field) if isinstance(source, TextSource) else _dataset(source, field)
+    return _file(source, field) if source.kind == "text" else _dataset(source, field)
 
 
 def open_text(uri: str, field: str) -> tuple[ObjectStore, str, int]:

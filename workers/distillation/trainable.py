@@ -77,6 +77,8 @@ class TrainableLinear(nn.Module):
         first = self._first.low_rank
         if first is None or self.up is None or self.down is None:
             return None
+        if not self.up.requires_grad:
+            return first
         up, down = self.up.detach(), self.down.detach()
         if first.up_scale is not None:
             return stored(LowRank(up=up, down=down), first.code_bits)

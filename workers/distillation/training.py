@@ -1,4 +1,4 @@
-"""The training of a compressed model as a whole: steps, epochs, and which of them is kept."""
+"""The training of a compressed model as a whole: steps, parts of epochs, and which epoch is kept."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from counterweight.workers.distillation.checkpointed import Forward, accumulate
+from counterweight.workers.distillation.replicas import Part
 from counterweight.workers.distillation.trainable import TrainableLinear
 from counterweight.workers.methods.distillation import Distillation
 
@@ -19,6 +20,10 @@ Head = Callable[[Tensor], Tensor]
 
 FIRST, SECOND, DENOMINATOR = 0.9, 0.99, 1e-10
 """Adam's decay rates and the number that keeps its denominator from zero: KL's gradients are small."""
+
+MOMENTS = ("first", "second")
+RUNNING = ("value", "average", *MOMENTS)
+"""What steps change of each parameter: its value, the running average of that, Adam's moments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +95,9 @@ class Student:
 class State:
     """Where a training stands behind an epoch; with it alone it can be taken up again, to the same bits.
 
-    epoch: passes done. tensors: `<parameter>/<part>`, with parts `value`, `average`, `first` and `second` (Adam's moments) and
-    `best`, the value that is kept. best: the epoch whose factors these are, 0 for the start. divergences: for each epoch from 0
-    the KL of each held-out text, in nats a token. losses: of each epoch, the mean over the training tokens.
+    epoch: passes done. tensors: `<parameter>/<kind>`, with the kinds of `RUNNING` and `best`, the value that is kept. best: the
+    epoch whose values these are, 0 for the start. divergences: for each epoch from 0 the KL of each held-out text, in nats a
+    token. losses: of each epoch, the mean over the training tokens.
     """
 
     epoch: int
@@ -100,6 +105,11 @@ class State:
     best: int
     divergences: tuple[tuple[float, ...], ...]
     losses: tuple[float, ...]
+
+
+def running_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a state's tensors that steps change."""
+    return {name: tensor for name, tensor in tensors.items() if name.rpartition("/")[2] in RUNNING}
 
 
 def divergence(student: Student, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -135,50 +145,59 @@ def measured(student: Student, text: Text, batch: int) -> float:
 
 
 class Training:
-    """Epoch after epoch; `state` after each. texts: what is trained on; held_out: what decides which epoch is kept."""
+    """The model at work: parts of epochs, and the end of each. texts: what is trained on; held_out: what decides which epoch is
+    kept. Nothing that one call leaves in the student decides what the next one gives."""
 
     def __init__(self, student: Student, text: Text, held_out: Sequence[Text], options: Distillation) -> None:
-        self._student, self._text, self._held_out, self._options = student, text, held_out, options
+        self.student, self.options = student, options
+        self._text, self._held_out = text, held_out
         self._trained = student.trained(options)
         self._parameters = {name: parameter for name, (parameter, _) in self._trained.items()}
         student.watch(self._parameters.values())
         self._start = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        self._steps = -(-len(text.ids) // options.batch)
 
-    def begin(self) -> State:
-        """The state before the first epoch."""
+    def begin(self) -> dict[str, Tensor]:
+        """What the first part starts from: `<parameter>/<kind>`, for each kind of `RUNNING`."""
         tensors: dict[str, Tensor] = {}
         for name, value in self._start.items():
             zero = torch.zeros_like(value)
-            parts = {"value": value, "average": value, "first": zero, "second": zero, "best": value}
-            tensors |= {f"{name}/{part}": tensor.clone() for part, tensor in parts.items()}
-        return State(epoch=0, tensors=tensors, best=0, divergences=(self._divergences(),), losses=())
+            tensors |= {f"{name}/{kind}": zero if kind in MOMENTS else value for kind in RUNNING}
+        return tensors
 
-    def finished(self, state: State) -> bool:
-        """Whether another epoch is not worth it, or not asked for."""
-        return state.epoch >= self._options.epochs or state.epoch - state.best >= self._options.patience
+    def untrained(self) -> State:
+        """The state before the first epoch, with its measures."""
+        running = self.begin()
+        self._fill(running, "value", stored=False)
+        best = {f"{name}/best": value for name, value in self._start.items()}
+        return State(epoch=0, tensors={**running, **best}, best=0, divergences=(self._divergences(),), losses=())
 
-    def epoch(self, state: State) -> State:
-        """One pass over the training text, measured."""
-        tensors = {name: tensor.clone() for name, tensor in state.tensors.items()}
+    def train(self, running: Mapping[str, Tensor], part: Part) -> tuple[dict[str, Tensor], float]:
+        """One part of an epoch, from the tensors of `begin` or of other parts; what they are behind it, and the sum of its
+        sequences' losses."""
+        tensors = {name: tensor.clone() for name, tensor in running.items()}
         self._fill(tensors, "value", stored=False)
-        generator = torch.Generator().manual_seed((self._options.seed << 20) + state.epoch)
-        order = torch.randperm(len(self._text.ids), generator=generator)
-        loss = 0.0
-        for number, (ids, targets) in enumerate(self._text.batches(self._options.batch, order)):
-            loss += self._step(tensors, state.epoch * self._steps + number, ids, targets) * len(ids)
-        self._fill(tensors, "average", stored=True)
+        count, loss = len(self._text.ids), 0.0
+        step = part.first_step(count, self.options)
+        for ids, targets in self._text.batches(self.options.batch, part.sequences(count, self.options)):
+            loss += self._step(tensors, step, ids, targets) * len(ids)
+            step += 1
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        return tensors, loss
+
+    def close(self, before: State, running: Mapping[str, Tensor], loss: float) -> State:
+        """The state behind an epoch, measured. running: of its replicas, averaged; loss: the sum over all its sequences."""
+        self._fill(running, "average", stored=True)
         found = self._divergences()
-        best = state.best
-        if improves(found, state.divergences[best], state.divergences[0]):
-            best = state.epoch + 1
-            tensors |= {f"{name}/best": tensors[f"{name}/average"].clone() for name in self._parameters}
+        best, source, kind = before.best, before.tensors, "best"
+        if improves(found, before.divergences[best], before.divergences[0]):
+            best, source, kind = before.epoch + 1, running, "average"
         return State(
-            epoch=state.epoch + 1,
-            tensors=tensors,
+            epoch=before.epoch + 1,
+            tensors={**running, **{f"{name}/best": source[f"{name}/{kind}"] for name in self._parameters}},
             best=best,
-            divergences=(*state.divergences, found),
-            losses=(*state.losses, loss / len(self._text.ids)),
+            divergences=(*before.divergences, found),
+            losses=(*before.losses, loss / len(self._text.ids)),
         )
 
     def settle(self, state: State) -> None:
@@ -187,11 +206,12 @@ class Training:
 
     def _step(self, tensors: dict[str, Tensor], step: int, ids: Tensor, targets: Tensor) -> float:
         """One step of Adam, in place; the batch's divergence."""
-        student, options = self._student, self._options
+        student, options = self.student, self.options
         for parameter in self._parameters.values():
             parameter.grad = None
         loss = accumulate(student.blocks, lambda hidden: differentiated(student, hidden, targets), student.embed(ids))
-        share = schedule(step, self._steps * options.epochs, options.warmup)
+        steps = options.steps(len(self._text.ids)) * options.rounds * options.epochs
+        share = schedule(step, steps, options.warmup)
         with torch.no_grad():
             for name, (parameter, peak) in self._trained.items():
                 # An expert that no token of the batch has reached has no gradient.
@@ -208,16 +228,16 @@ class Training:
         return loss
 
     def _divergences(self) -> tuple[float, ...]:
-        return tuple(measured(self._student, text, self._options.batch) for text in self._held_out)
+        return tuple(measured(self.student, text, self.options.batch) for text in self._held_out)
 
-    def _fill(self, tensors: Mapping[str, Tensor], part: str, *, stored: bool) -> None:
+    def _fill(self, tensors: Mapping[str, Tensor], kind: str, *, stored: bool) -> None:
         """Sets what is trained; stored: to what is read back of it."""
-        self._student.unround()
+        self.student.unround()
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                parameter.copy_(tensors[f"{name}/{part}"])
+                parameter.copy_(tensors[f"{name}/{kind}"])
         if stored:
-            self._student.round()
+            self.student.round()
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

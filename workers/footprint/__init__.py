@@ -25,6 +25,7 @@ from counterweight.workers.footprint.weights import (
     with_running,
 )
 from counterweight.workers.matrix_bytes import DOUBLE, SINGLE, triangle
+from counterweight.workers.parallel import AHEAD
 
 __all__ = ["Footprint", "Group", "Load", "footprint"]
 
@@ -82,8 +83,8 @@ def footprint(load: Load) -> Footprint:
         phases["propagate"] = kept + back + load.threads * running(load, stored=True)
     host = 0
     if load.gpu:
-        # Hidden states as bytes and as a tensor, or what is written.
-        moved = max(2 * load.shard * load.hidden * load.compute, packing)
+        # Hidden states as bytes and as a tensor, of the shards that are read and written; or what is written.
+        moved = max(2 * AHEAD * 2 * load.shard * load.hidden * load.compute, packing)
         host = max(reading(load), scaled(load) + moved)
     return Footprint(
         weights=with_running(load, scaled(load)),

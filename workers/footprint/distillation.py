@@ -1,4 +1,4 @@
-"""Memory and arithmetic of training a compressed model as a whole, in float32. Torch-free."""
+"""Memory and traffic of training a compressed model as a whole, in float32. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from counterweight.workers.footprint.load import Group, Load
 from counterweight.workers.matrix_bytes import SINGLE
 from counterweight.workers.methods.distillation import Distillation
 
-STATES = 13
-"""Copies of what is trained: itself, its gradient, where it began, and two states of five tensors while an epoch runs."""
+RUNNING = 4
+"""Tensors of a state for each that is trained: its value, the average of that, two moments. Behind an epoch there is one more,
+the value that is kept."""
+
+STEPPED = 11
+"""Copies of what is trained while steps are taken: itself, its gradient, where it began, and the state before and now."""
+
+GATHERED = 15
+"""Likewise at the end of an epoch, while replicas are averaged: itself, where it began, what is kept, the mean, and the state
+that is read, as bytes and as tensors."""
 
 LOGITS = 6
 """Copies of one sequence's logits: of both models, their log-probabilities, their difference and its gradient."""
@@ -36,36 +44,37 @@ def trained_parameters(load: Load, options: Distillation) -> int:
         for name in group.recipe:
             rows, columns = group.linears[name]
             count += rows if options.scales else 0
-            count += _rank(group, name) * (rows + columns) if options.factors else 0
+            count += rank_of(group, name) * (rows + columns) if options.factors else 0
     return count
 
 
 def training_bytes(loads: Sequence[Load], options: Distillation, texts: Texts, vocabulary: int) -> int:
-    """Everything at the peak of a step: codes of all blocks (a byte each), what is kept of them, states of what is trained, the
-    ends of the model, the original's hidden states, what enters every block, and the graph of the widest block with its dense
-    weights, or the logits of one sequence."""
+    """Everything at a worker's peak: codes of all blocks (a byte each), what is kept of them, the ends of the model, the
+    original's hidden states; and either what steps need (states, what enters every block, and the graph of the widest block
+    with its dense weights, or the logits of one sequence), or the states that are averaged."""
     hidden = loads[0].hidden
     solved = [_solved(load) for load in loads]
     stored = sum(one + SINGLE * (load.parameters - one) for load, one in zip(loads, solved, strict=True))
-    states = STATES * SINGLE * sum(trained_parameters(load, options) for load in loads)
+    trained = SINGLE * sum(trained_parameters(load, options) for load in loads)
     ends = EMBEDDINGS * SINGLE * vocabulary * hidden
     targets = SINGLE * (texts.trained + texts.held_out) * texts.length * hidden
     tokens = options.batch * texts.length
     entered = SINGLE * tokens * hidden * len(loads)
     graph = max(_graph_bytes(load, tokens) for load in loads)
     logits = LOGITS * SINGLE * texts.length * vocabulary
-    return stored + states + ends + targets + entered + max(graph, logits)
+    return stored + ends + targets + max(STEPPED * trained + entered + max(graph, logits), GATHERED * trained)
 
 
-def training_flops(loads: Sequence[Load], options: Distillation, texts: Texts, vocabulary: int) -> int:
-    """At most, when every epoch is run. Once the original over all texts; in an epoch, over what is trained on, forward twice
-    (blocks are run again for their gradients), back to the inputs and to what is trained; over the held-out texts forward."""
-    head = vocabulary * loads[0].hidden
-    model = head + sum(_active(load) for load in loads)
-    branches = sum(trained_parameters(load, options) for load in loads)
-    trained, held_out = texts.trained * texts.length, texts.held_out * texts.length
-    epoch = trained * 2 * (3 * (model + branches) + branches) + held_out * 2 * (model + branches)
-    return (trained + held_out) * 2 * model + held_out * 2 * model + options.epochs * epoch
+def state_traffic(parameters: int, options: Distillation) -> tuple[int, int]:
+    """Bytes of states that all workers read and write together, when every epoch is run: in a round each replica reads all of
+    the round before, or the epoch's; the end of an epoch reads all of the last round and what was kept; what is kept in the end
+    is read once more."""
+    state, replicas = RUNNING * SINGLE * parameters, options.replicas
+    end = state + SINGLE * parameters
+    read = options.epochs * ((options.rounds - 1) * replicas**2 + replicas) * state
+    read += (options.epochs - 1) * (replicas + 1) * end + end
+    written = options.epochs * (options.parts * state + end)
+    return read, written
 
 
 def _graph_bytes(load: Load, tokens: int) -> int:
@@ -81,12 +90,7 @@ def _solved(load: Load) -> int:
     return sum(prod(group.linears[name]) for group in load.groups for name in group.recipe)
 
 
-def _active(load: Load) -> int:
-    """Weights of a block that a token meets, in the mean."""
-    return round(sum(group.share * prod(shape) for group in load.groups for shape in group.linears.values()))
-
-
-def _rank(group: Group, name: str) -> int:
+def rank_of(group: Group, name: str) -> int:
     """Rank of a linear's branch as far as it is known beforehand: a budget's or an energy's at most."""
     rows, columns = group.linears[name]
     rank = group.recipe[name].compensation.branch_rank

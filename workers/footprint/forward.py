@@ -6,6 +6,7 @@ from math import prod
 
 from counterweight.workers.footprint.load import Group, Load, moments
 from counterweight.workers.matrix_bytes import DECODE, DOUBLE, SINGLE
+from counterweight.workers.parallel import AHEAD
 
 
 def activations(load: Load) -> int:
@@ -13,6 +14,9 @@ def activations(load: Load) -> int:
     products = sum(moments(load, group, SINGLE) for group in load.groups)
     threads = min(load.threads, load.shards)
     waiting = products if load.shards > threads > 1 else 0
+    if load.gpu:
+        # Hidden states that were read for the next shards, and those that are being written.
+        waiting += AHEAD * (2 + load.paired) * load.shard * load.hidden * load.compute
     return threads * running(load, stored=False) + waiting
 
 

@@ -66,14 +66,21 @@ def reading(load: Load) -> int:
     """What is read, and rotated, at the peak; on the host."""
     if load.rotation is None:
         return load.source_bytes
+    return load.source_bytes + unscaled(load) + (0 if load.gpu else rotating(load))
+
+
+def rotating(load: Load) -> int:
+    """The widest weight while it is rotated, where the arithmetic is done."""
+    if load.rotation is None:
+        return 0
     widest = max((shape for group in load.groups for shape in group.linears.values()), key=prod, default=(0, 0))
-    return load.source_bytes + unscaled(load) + load.rotation.rotate_bytes(*widest)
+    return load.rotation.rotate_bytes(*widest)
 
 
 def loading(load: Load) -> int:
     """Reading the block and filling the one that runs, where the arithmetic is done."""
     if load.gpu:
-        return running(load)
+        return max(rotating(load), running(load))
     return max(reading(load), with_running(load, unscaled(load)))
 
 

@@ -15,6 +15,12 @@ R_co = TypeVar("R_co", covariant=True)
 Kept = TypeVar("Kept", bound=Record)
 
 
+def committed(workspace: Workspace, kind: str, key: str, record: type[Kept]) -> Kept | None:
+    """The record of finished work whose stored bytes are there; None where there is none."""
+    found = workspace.lookup(kind, key, record)
+    return found if found is not None and all(workspace.has(blob) for blob in found.stored) else None
+
+
 class Task(ABC, Generic[R_co]):
     """What one worker does at a time. R_co: what it gives back."""
 
@@ -34,6 +40,11 @@ class Task(ABC, Generic[R_co]):
     def patience(self) -> float:
         """Seconds after which it is taken to hang, see `workers.tasks.patience`."""
         return UNSTATED_SECONDS
+
+    @property
+    def trains(self) -> str | None:
+        """Key of the training whose model it works on, which then stays in its worker's memory; None: none."""
+        return None
 
     def lookup(self, workspace: Workspace) -> R_co | None:
         """The result, where somebody has finished the task before and its stored bytes are there; None otherwise. Hidden
@@ -64,8 +75,7 @@ class DurableTask(Task[Kept]):
         """The work itself."""
 
     def lookup(self, workspace: Workspace) -> Kept | None:
-        found: Kept | None = workspace.lookup(self.kind, self.key(), self.record)  # type: ignore[assignment]
-        return found if found is not None and all(workspace.has(blob) for blob in found.stored) else None
+        return committed(workspace, self.kind, self.key(), self.record)  # type: ignore[return-value]
 
     def run(self, context: TaskContext) -> Kept:
         """1. Somebody may have finished it. 2. Otherwise it is done here. 3. The record that was committed first holds."""

@@ -49,19 +49,24 @@ def rotate_block(
     heads: int,
     key_value_heads: int,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Hadamard]]:
     """A block's parameters after rotation, in `dtype`, and the linears that need their input transformed at inference.
 
     parameters: names relative to the block -> tensors of any float dtype; weights are [out, in]. The result has the same
     names and shapes; with `options.residual` the norms before linears multiply by one and the block maps x Q to y Q.
-    heads, key_value_heads: of the attention, as the config has them. Raises UnsupportedModelError for an unknown
+    heads, key_value_heads: of the attention, as the config has them. device: where they are rotated, one after the other; each
+    then lies where it lay, which is also the default. Raises UnsupportedModelError for an unknown
     model_type and for a residual rotation of a family that has none; ValueError when attention is not of that many heads.
     """
     family = family_of(model_type)
     if (problem := options.problem(family, model_type)) is not None:
         raise UnsupportedModelError(problem)
     block = _Block.of(family, parameters, options, heads, key_value_heads)
-    rotated = {name: block.rotated(name).to(dtype).contiguous() for name in parameters}
+    rotated = {
+        name: block.rotated(name, device or value.device).to(dtype).contiguous().to(value.device)
+        for name, value in parameters.items()
+    }
     modules = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
     online = {module: transform for module in modules if (transform := block.online(module)) is not None}
     return rotated, online
@@ -172,9 +177,9 @@ class _Block:
             value_rows=family.value_rows(written, key_value_heads, key_value_heads * head_dim),
         )
 
-    def rotated(self, name: str) -> Tensor:
-        """The parameter `name`, rotated, in float64."""
-        value = self.parameters[name].double()
+    def rotated(self, name: str, device: torch.device) -> Tensor:
+        """The parameter `name`, rotated, in float64 on `device`."""
+        value = self.parameters[name].to(device, torch.float64)
         module, _, kind = name.rpartition(".")
         if module in self.family.reads:
             return value if self.residual is None else torch.full_like(value, 1.0 - self.family.norm_offset)
@@ -194,7 +199,7 @@ class _Block:
         """weight [out, in] with its last axis in the coordinates that the input of `module` will have."""
         norm = self.family.norm_before(module)
         if self.residual is not None and norm in self.family.reads:
-            scale = self.parameters[f"{norm}.weight"].double() + self.family.norm_offset
+            scale = self.parameters[f"{norm}.weight"].to(weight) + self.family.norm_offset
             weight = self.residual.apply(weight * scale)
         if self.head is not None and module == self.family.output:
             weight = _by_head(weight, self.head)

@@ -103,6 +103,30 @@ def test_a_loop_may_be_left_by_a_call_and_closed_without_condition() -> None:
     assert parse(sass(*lines)).hot_loop == 22
 
 
+def turns(*lines: str, allowed: int) -> list[str]:
+    """A loop whose second turn begins while the products of the first may be under way, but for those that were waited for."""
+    return [
+        *lines,
+        "HGMMA.64x256x16.F32.BF16 R24, R152, gdesc[UR8], R24, gsb0",
+        f"WARPGROUP.DEPBAR.LE gsb0, 0x{allowed:x}",
+        "HGMMA.64x256x16.F32.BF16 R24, R156, gdesc[UR8], R24, gsb0",
+        f"WARPGROUP.DEPBAR.LE gsb0, 0x{allowed:x}",
+        *WORK,
+        "@P0 BRA 0x0",
+        "EXIT",
+    ]
+
+
+WRITES = ["HMUL2.BF16_V2 R155, R4, R5", "LDS.64 R156, [R2]", "LDS.128 R160, [R2]", "STS [R2], R152"]
+
+
+def test_registers_that_a_product_reads_are_not_written_before_it_is_waited_for() -> None:
+    assert parse(sass(*turns(*WRITES, allowed=0))).hazards == 0
+    assert parse(sass(*turns(*WRITES, allowed=1))).hazards == 1  # the second product is left under way
+    assert parse(sass(*turns(*WRITES, allowed=3))).hazards == 2
+    assert parse(sass(*turns("WARPGROUP.DEPBAR.LE gsb0, 0x0", *WRITES, allowed=3))).hazards == 0
+
+
 CASE = Case(
     name="some/kernel",
     kernel=None,
@@ -113,7 +137,7 @@ CASE = Case(
     required={90: ("HGMMA",)},
 )
 MEASURED = Measurement(
-    registers=100, stack=0, spills=0, shared=4096, hot_loop=80, opcodes=("HGMMA.64x16x16.F32", "EXIT")
+    registers=100, stack=0, spills=0, hazards=0, shared=4096, hot_loop=80, opcodes=("HGMMA.64x16x16.F32", "EXIT")
 )
 ALLOWED = Budget(registers=100, shared=4096, instructions_per_weight=2.5)
 

@@ -19,7 +19,7 @@ from counterweight.workers.distillation.training import (
     schedule,
 )
 from counterweight.workers.methods.distillation import Distillation
-from tests.workers.distillation.students import Tiny
+from tests.workers.distillation.students import Tiny, epoch, to_the_end
 
 OPTIONS: dict[str, Any] = {"epochs": 2, "factor_rate": 1e-3, "scale_rate": 1e-3, "average": 0.5}
 RUINOUS: dict[str, Any] = {"factor_rate": 10.0}
@@ -31,11 +31,7 @@ def training(tiny: Tiny, *, held_out: list[Text] | None = None, **options: Any) 
 
 
 def trained(**options: Any) -> State:
-    run = training(Tiny(), **options)
-    state = run.begin()
-    while not run.finished(state):
-        state = run.epoch(state)
-    return state
+    return to_the_end(training(Tiny(), **options))
 
 
 def parts_of(tiny: Tiny) -> dict[str, Tensor]:
@@ -84,9 +80,7 @@ def test_what_is_kept_is_measured_as_it_is_stored() -> None:
     tiny = Tiny()
     texts = [tiny.text(8, seed=1)]
     run = training(tiny, held_out=texts)
-    state = run.begin()
-    while not run.finished(state):
-        state = run.epoch(state)
+    state = to_the_end(run)
     run.settle(state)
     tiny.student.round()
     assert measured(tiny.student, texts[0], 4) == state.divergences[state.best][0]
@@ -96,9 +90,7 @@ def test_training_that_only_loses_keeps_the_start() -> None:
     tiny = Tiny()
     before = parts_of(tiny)
     run = training(tiny, **RUINOUS)
-    state = run.begin()
-    while not run.finished(state):
-        state = run.epoch(state)
+    state = to_the_end(run)
     assert state.best == 0
     run.settle(state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in parts_of(tiny).items())
@@ -116,10 +108,8 @@ def test_an_epoch_counts_only_where_no_text_gets_worse() -> None:
 def test_training_goes_on_from_a_state_to_the_same_bits() -> None:
     whole = trained(epochs=3, patience=3)
     run = training(Tiny(), epochs=3, patience=3)
-    state = run.epoch(run.begin())
-    again = training(Tiny(), epochs=3, patience=3)
-    while not again.finished(state):
-        state = again.epoch(state)
+    state = epoch(run, run.untrained())
+    state = to_the_end(training(Tiny(), epochs=3, patience=3), state)
     assert same(whole, state)
     assert (whole.best, whole.divergences, whole.losses) == (state.best, state.divergences, state.losses)
 
@@ -142,11 +132,13 @@ def test_the_same_training_gives_the_same_bits() -> None:
         {"average": 0.0},
         {"ridge": 1.0},
         {"seed": 1},
+        {"replicas": 2},
+        {"replicas": 2, "rounds": 3},
     ],
-    ids=lambda option: next(iter(option)),
+    ids=lambda option: list(option)[-1],
 )
 def test_every_option_counts(option: dict[str, Any]) -> None:
-    found, plain = trained(**option), trained()
+    found, plain = trained(**option), trained(**({"replicas": 2} if "rounds" in option else {}))
     assert found.tensors.keys() != plain.tensors.keys() or not same(found, plain)
 
 
@@ -157,7 +149,7 @@ def test_patience_ends_training_that_does_not_win() -> None:
 
 def test_a_strong_ridge_holds_the_factors() -> None:
     def moved(state: State) -> float:
-        begun = training(Tiny()).begin().tensors
+        begun = training(Tiny()).untrained().tensors
         return sum(
             float((tensor - begun[name]).square().sum())
             for name, tensor in state.tensors.items()
@@ -173,11 +165,11 @@ def test_the_average_is_that_of_the_steps() -> None:
     text = tiny.text(4)
     options = Distillation.model_validate({"epochs": 4, "batch": 4, "average": 0.3, "patience": 4})
     run = Training(tiny.student, text, [tiny.text(2, seed=1)], options)
-    state = run.begin()
+    state = run.untrained()
     name = next(name for name in state.tensors if name.endswith("/value")).removesuffix("/value")
     average: Tensor = state.tensors[f"{name}/value"]
     for step in range(4):
-        state = run.epoch(state)
+        state = epoch(run, state)
         decay = min(0.3, (step + 1) / (step + 11))
         average = decay * average + (1 - decay) * state.tensors[f"{name}/value"]
         torch.testing.assert_close(state.tensors[f"{name}/average"], average, rtol=1e-6, atol=1e-8)
@@ -190,7 +182,7 @@ def test_steps_are_those_of_torchs_adam() -> None:
         {"epochs": 1, "batch": 4, "factor_rate": 1e-3, "scale_rate": 1e-3, "average": 0.0, "warmup": 0.0}
     )
     run = Training(tiny.student, text, [tiny.text(2, seed=1)], options)
-    state = run.epoch(run.begin())
+    state = epoch(run, run.untrained())
 
     parameters = {name: parameter for name, (parameter, _) in other.student.trained(options).items()}
     optimizer = torch.optim.Adam(parameters.values(), betas=(0.9, 0.99), eps=1e-10)

@@ -1,6 +1,6 @@
 """Every option of a recipe changes what a job stores or how its result scores; one that could do nothing is refused.
 
-Options are found by walking the types of `Recipe`: a new one without an entry in `CHANGES` fails.
+Options are found by walking the types of `Recipe` and `Distillation`: a new one without an entry in `CHANGES` fails.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import pytest
 from pydantic import ValidationError
 
 from counterweight.workers.config import Config
+from counterweight.workers.methods.distillation import Distillation
 from counterweight.workers.recipe import Recipe
-from tests.inprocess import run_job
-from tests.models import checkpoint
+from tests.inprocess import local, run_job
+from tests.models import checkpoint, write_text
 
 Job = dict[str, Any]
-"""A recipe, with calibration's `propagate` beside it where it is not the default."""
+"""A recipe, with calibration's `propagate` beside it where it is not the default, and the `training` of a distillation."""
 
 
 def with_weights(quantizer: Job, /, **recipe: Any) -> Job:
@@ -51,6 +52,10 @@ AFFORDED = {
     },
 }
 EXCEPTED = {**RTN, "overrides": [{"match": "*.q_proj", "weights": {"bits": 8, "quantizer": {"kind": "rtn"}}}]}
+
+TRAINED = {**SVD, "training": {"epochs": 2, "batch": 3}}
+RUINOUS = {**SVD, "training": {"epochs": 4, "factor_rate": 10.0}}
+REPLICATED = {**SVD, "training": {"epochs": 2, "batch": 3, "replicas": 2}}
 
 QUANTIZER, SCALE, BRANCH = "weights.quantizer.", "weights.quantizer.scale.", "compensation."
 BUDGET = "residual.channels_per_chunk."
@@ -132,6 +137,20 @@ CHANGES: Mapping[str, tuple[Job, str, Any]] = {
     "Residual.candidates": (STORED, "residual.candidates", 3),
     "LatencyBudget.slowdown": (AFFORDED, BUDGET + "slowdown", 0.5),
     "LatencyBudget.device": (AFFORDED, BUDGET + "device", "RTX 4090"),
+    "Distillation.epochs": (TRAINED, "training.epochs", 3),
+    "Distillation.batch": (TRAINED, "training.batch", 2),
+    "Distillation.factors": (TRAINED, "training.factors", False),
+    "Distillation.scales": (TRAINED, "training.scales", False),
+    "Distillation.norms": (TRAINED, "training.norms", False),
+    "Distillation.factor_rate": (TRAINED, "training.factor_rate", 1e-3),
+    "Distillation.scale_rate": (TRAINED, "training.scale_rate", 1e-3),
+    "Distillation.warmup": (TRAINED, "training.warmup", 0.5),
+    "Distillation.average": (TRAINED, "training.average", 0.0),
+    "Distillation.ridge": (TRAINED, "training.ridge", 1.0),
+    "Distillation.patience": (RUINOUS, "training.patience", 1),
+    "Distillation.seed": (TRAINED, "training.seed", 1),
+    "Distillation.replicas": (TRAINED, "training.replicas", 2),
+    "Distillation.rounds": (REPLICATED, "training.rounds", 3),
     "Bandwidths.dram": (AFFORDED, BUDGET + "device.dram", 200.0),
     "Bandwidths.pcie": (AFFORDED, BUDGET + "device.pcie", 90.0),
 }
@@ -204,6 +223,11 @@ class Jobs:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._done: dict[str, object] = {}
+        text = {"uri": write_text(directory / "trained.txt", 8000, seed=1).as_uri()}
+        self._texts = {
+            "texts": [{"source": text, "sequences": 24}],
+            "held_out": [{"source": text, "sequences": 4, "skip": 24}],
+        }
         # As many values as queries: smoothing reaches the input of o_proj.
         checkpoint("llama", directory / "model", num_hidden_layers=1, num_key_value_heads=4)
 
@@ -211,17 +235,20 @@ class Jobs:
         """Digests of the files of tensors, and the figures of the validation."""
         asked = json.dumps(job, sort_keys=True)
         if asked not in self._done:
-            recipe = {name: part for name, part in job.items() if name != "propagate"}
+            recipe = {name: part for name, part in job.items() if name not in ("propagate", "training")}
             published = run_job(
                 self._directory / "model",
                 self._directory / str(len(self._done)),
                 recipe,
                 calibration={"propagate": job.get("propagate", "original")},
                 validation={},
+                distillation={**self._texts, "training": job["training"]} if "training" in job else None,
             )
             document = published.document
             files = {name: entry.sha256 for name, entry in document.files.items() if name.endswith(".safetensors")}
-            self._done[asked] = files, document.compensated
+            report = json.loads((local(published) / "report" / "report.json").read_text())["distillation"]
+            trained = None if report is None else (report["kept"], report["divergences"])
+            self._done[asked] = files, document.compensated, trained
         return self._done[asked]
 
 
@@ -231,7 +258,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 
 
 def test_no_option_is_forgotten() -> None:
-    assert {*options(Recipe)} == {*CHANGES, *NO_CHANGE}
+    assert {*options(Recipe), *options(Distillation)} == {*CHANGES, *NO_CHANGE}
 
 
 @pytest.mark.parametrize("option", CHANGES)

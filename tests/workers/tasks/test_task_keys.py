@@ -13,11 +13,14 @@ from counterweight.workers.recipe import ModuleRecipe, Recipe
 from counterweight.workers.tasks import setting
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.compress import Compress
-from counterweight.workers.tasks.distill import Distill, StoredBlock
+from counterweight.workers.tasks.distill import Distill
 from counterweight.workers.tasks.embed import Embed
+from counterweight.workers.tasks.epoch import Epoch, EpochRecord
 from counterweight.workers.tasks.gains import Gains
 from counterweight.workers.tasks.original import Original
+from counterweight.workers.tasks.replica import Replica
 from counterweight.workers.tasks.setting import Setting
+from counterweight.workers.tasks.training import StoredBlock, TrainingSpec
 from counterweight.workers.workspace import Blob
 
 BLOBS = (Blob(sha256="1" * 64, size=1), Blob(sha256="2" * 64, size=2))
@@ -123,7 +126,7 @@ def test_other_inputs_are_other_statistics() -> None:
 
 FORMAT = ModuleFormat(bits=4, group_size=None, symmetric=True, activation_bits=4, rank=2)
 BLOCK = StoredBlock(index=0, checkpoint=BLOBS[0], adapter=BLOBS[1], formats={LINEAR: FORMAT})
-DISTILL = Distill(
+TRAINING = TrainingSpec(
     setting=SETTING,
     options=Distillation(),
     tensors={"a": "0" * 64},
@@ -134,12 +137,34 @@ DISTILL = Distill(
     trained=4,
     held_out=(2, 1),
 )
+FIRST = EpochRecord(state=BLOBS[0], best=1, divergences=((0.2,), (0.1,)), losses=(0.3,))
+
+
+def test_keys_of_a_training_are_those_of_the_revision_that_knew_no_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded then: a training that was finished, and epochs of one that was not, are found again."""
+    monkeypatch.setattr(setting, "numerics", lambda: {"counterweight": 2, "torch": "2", "transformers": "5"})
+    done = "2ea90f6eb7d56c3e4988d6cea1e62499c86817f7cb9d093d630bab070cd1b94a"
+    assert (Distill.kind, Distill(training=TRAINING, last=FIRST).key()) == ("distill", done)
+    epochs = [
+        "0f24d9910e97524ee94dadb7b06e05e7eed8b7497cb0edf436801138d1581c6d",
+        "28cd8cee47e1dc232a005275ce2f999851702184abaa8087293a90c48ce85135",
+    ]
+    found = [Epoch(training=TRAINING, before=before, states=BLOBS, loss=0.0).key() for before in (None, FIRST)]
+    assert (Epoch.kind, found) == ("distill-epoch", epochs)
+
+
+def test_parts_of_an_epoch_have_keys_of_their_own_whatever_state_they_are_handed() -> None:
+    part = Replica(training=TRAINING, epoch=1, round=0, replica=0, states=())
+    changes: list[dict[str, Any]] = [{}, {"epoch": 2}, {"round": 1}, {"replica": 1}]
+    assert len({part.model_copy(update=change).key() for change in changes}) == 4
+    assert part.model_copy(update={"states": BLOBS}).key() == part.key()
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"options": Distillation(seed=1)},
+        {"options": Distillation(replicas=2)},
         {"tensors": {"a": "1" * 64}},
         {"outside": BLOBS[::-1]},
         {"blocks": (BLOCK.model_copy(update={"adapter": BLOBS[0]}),)},
@@ -152,7 +177,7 @@ DISTILL = Distill(
     ids=lambda change: next(iter(change)),
 )
 def test_everything_that_decides_a_training_enters_its_key(change: dict[str, Any]) -> None:
-    assert DISTILL.model_copy(update=change).key() != DISTILL.key()
+    assert TRAINING.model_copy(update=change).key() != TRAINING.key()
 
 
 def test_what_the_original_makes_does_not_depend_on_the_recipes_coordinates() -> None:

@@ -12,6 +12,7 @@ from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, hadam
 from counterweight.workers.methods.transforms.transform import Transform
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from counterweight.kernels.hadamard import Hadamard
@@ -79,12 +80,17 @@ class Rotation(Transform):
         return None
 
     def block(
-        self, model_type: str, parameters: Mapping[str, Tensor], heads: int, key_value_heads: int
+        self,
+        model_type: str,
+        parameters: Mapping[str, Tensor],
+        heads: int,
+        key_value_heads: int,
+        device: torch.device | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Hadamard]]:
         """A block's parameters after rotation, float32, and the transforms of linears' inputs at inference: `rotate_block`."""
         from counterweight.workers.transforms.rotation import rotate_block
 
-        return rotate_block(model_type, parameters, self, heads=heads, key_value_heads=key_value_heads)
+        return rotate_block(model_type, parameters, self, heads=heads, key_value_heads=key_value_heads, device=device)
 
     def embedding(self, weight: Tensor) -> Tensor:
         """The embedding [vocabulary, hidden] as it writes the stream, float32 where it is another."""
