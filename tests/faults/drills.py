@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import threading
 import time
 import uuid
@@ -33,17 +32,18 @@ from counterweight.workers.storage.s3_client import S3Settings
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.workspace import PRUNES
 from tests.faultproxy import Fault, FaultProxy
+from tests.faults.strikes import MOMENTS, STRIKES, Strike, reached
 from tests.patience import PATIENCE
 from tests.pipeline.tiny import (
     Death,
     LocalPool,
     Run,
-    actor_pids,
     alive,
     files_of,
     job_of,
     local_path,
     run_local,
+    stored,
     until,
     write_job,
 )
@@ -58,9 +58,6 @@ VARIANTS = {
     "compressed": ("spec.calibration.propagate=compressed",),
     "rotated": ("spec.recipe.transforms=[{kind: rotation}]", "spec.recipe.activations={bits: 8}"),
 }
-
-MOMENTS = ("stage inventory", "block 0 started", "block 1 started", "stage assemble", "stage validate", "stage publish")
-"""Lines of a job's log, behind which its processes meet their fate."""
 
 STAYS = 100_000
 """Requests that meet a fault that does not go away by itself."""
@@ -96,15 +93,7 @@ class Faults:
         } | {name: partial(self._requests_fail, *one) for name, one in REQUEST_FAULTS.items()}
         if ceph is not None:
             self.local["storage killed and restarted"] = self._restarted
-        self.processes: dict[str, Drill] = {
-            "driver killed": partial(self._process, _kill_driver),
-            "driver and all around it killed": partial(self._process, _kill_group),
-            "driver terminated": partial(self._process, _terminate),
-            "worker killed": partial(self._process, _kill_worker),
-            "worker frozen": partial(self._process, _freeze_worker),
-            "raylet killed": partial(self._process, partial(_kill_named, "raylet")),
-            "head killed": partial(self._process, partial(_kill_named, "gcs_server")),
-        }
+        self.processes: dict[str, Drill] = {name: partial(self._process, strike) for name, strike in STRIKES.items()}
 
     @property
     def kinds(self) -> dict[str, Drill]:
@@ -247,7 +236,7 @@ class Faults:
 
     # -- processes --------------------------------------------------------------------------------------------------
 
-    def _process(self, act: Callable[[Run, Random], tuple[int, ...]], draw: Random) -> str:
+    def _process(self, strike: Strike, draw: Random) -> str:
         variant = draw.choice(list(VARIANTS))
         self._expected(variant)
         with self._directory() as output:
@@ -258,10 +247,10 @@ class Faults:
             below: list[int] = []
             expected: tuple[int, ...] = (0,)
             try:
-                if _reached(run, draw.choice(MOMENTS)):
+                if reached(run, draw.choice(MOMENTS)):
                     time.sleep(draw.choice((0.0, draw.uniform(0, 1))))
                     below = [pid for pid, _ in descendants(run.process.pid)]
-                    expected = act(run, draw)
+                    expected = strike(run, draw)
                 code, out, err = run.finish()
             finally:
                 if run.process.poll() is None:
@@ -308,71 +297,3 @@ class Faults:
         documents = [info.key for info in store.list() if info.key.rpartition("/")[2] == DOCUMENT]
         assert [store.uri_of(key).removesuffix(f"/{DOCUMENT}") for key in documents] == [artifact]
         verify(artifact)
-
-
-def stored(uri: str) -> dict[str, bytes]:
-    """As `files_of`, from any store."""
-    store = open_store(uri)
-    keys = [info.key for info in store.list()]
-    return {key: store.read(key) for key in keys if not key.startswith("report/") and key != DOCUMENT}
-
-
-def _reached(run: Run, text: str) -> bool:
-    """Whether the job gets there before it ends."""
-    deadline = time.monotonic() + PATIENCE
-    while text not in run.stderr:
-        if run.process.poll() is not None:
-            return False
-        assert time.monotonic() < deadline, f"no {text!r}: {run.stderr}"
-        time.sleep(0.005)
-    return True
-
-
-# What is done to a run's processes: gives back the exit codes that it may have beside 0.
-
-
-def _kill_driver(run: Run, draw: Random) -> tuple[int, ...]:
-    os.kill(run.process.pid, signal.SIGKILL)
-    return (-signal.SIGKILL,)
-
-
-def _kill_group(run: Run, draw: Random) -> tuple[int, ...]:
-    run.kill()
-    return (-signal.SIGKILL,)
-
-
-def _terminate(run: Run, draw: Random) -> tuple[int, ...]:
-    os.kill(run.process.pid, draw.choice((signal.SIGTERM, signal.SIGINT)))
-    return (143, 130)
-
-
-def _kill_worker(run: Run, draw: Random) -> tuple[int, ...]:
-    _send(actor_pids(run.process.pid), signal.SIGKILL, draw)
-    return (4,)
-
-
-def _freeze_worker(run: Run, draw: Random) -> tuple[int, ...]:
-    _send(actor_pids(run.process.pid), signal.SIGSTOP, draw)
-    return (4,)
-
-
-def _kill_named(name: str, run: Run, draw: Random) -> tuple[int, ...]:
-    pids = [pid for pid, _ in descendants(run.process.pid) if name in _command(pid)]
-    _send(pids, signal.SIGKILL, draw)
-    return (4,)
-
-
-def _send(pids: list[int], number: int, draw: Random) -> None:
-    """To one of them; it may be over by now."""
-    if pids:
-        try:
-            os.kill(draw.choice(pids), number)
-        except ProcessLookupError:
-            return
-
-
-def _command(pid: int) -> str:
-    try:
-        return (Path("/proc") / str(pid) / "cmdline").read_text().partition("\0")[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return ""

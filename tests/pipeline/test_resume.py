@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from counterweight.pipeline.artifact import DOCUMENT
+from counterweight.pipeline.artifact import DOCUMENT, Published, verify
 from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.resume import Earlier, Finished, blocks_text, foreseen
@@ -22,7 +22,7 @@ from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.made_from import INPUTS
 from counterweight.workers.tasks.task import Task
 from tests.models import write_text
-from tests.pipeline.tiny import Events, LocalPool, files_of, job_of, local_path, run_local, write_job
+from tests.pipeline.tiny import Death, Events, LocalPool, files_of, job_of, local_path, run_local, write_job
 
 REASONS = "not reused: "
 
@@ -218,6 +218,21 @@ def test_never_takes_nothing_over_and_ends_in_the_same_bytes(folder: Path) -> No
     assert published.document.id == honest.document.id
 
 
+def test_a_run_that_shares_nothing_does_all_beside_one_that_publishes_the_same(folder: Path) -> None:
+    job = job_of(folder / "job.yaml", "spec.validation=")
+    other: list[Published] = []
+
+    def beside(worker: int, task: Task[Any]) -> None:
+        if isinstance(task, Compress) and not other:
+            other.append(run_local(job))
+
+    pool = LocalPool(1, fault=beside)
+    published = run_local(job, pool, resume=Resume.NEVER)
+    assert sum(isinstance(task, Compress) for _, task in pool.calls) == 3
+    assert published.document == other[0].document == verify(published.uri)
+    assert len(list((folder / "out").rglob(DOCUMENT))) == 1
+
+
 def test_nobody_finds_the_work_of_a_run_that_shares_none(folder: Path) -> None:
     shutil.rmtree(folder / "out")
 
@@ -241,11 +256,17 @@ def test_never_is_refused_where_the_artifact_is_published(folder: Path) -> None:
 
 
 def test_a_worker_that_dies_in_a_run_that_shares_none_costs_its_task(folder: Path) -> None:
-    from tests.end_to_end.test_faults import InBlock
+    doomed = {"block", "forward"}
 
-    pool = LocalPool(2, fault=InBlock(1))
+    def fault(worker: int, task: Task[Any]) -> Death | None:
+        if task.kind not in doomed:
+            return None
+        doomed.remove(task.kind)
+        return Death.AFTER
+
+    pool = LocalPool(2, fault=fault)
     published = run_local(job_of(folder / "job.yaml", "spec.validation="), pool, resume=Resume.NEVER)
-    assert pool.restarts
+    assert len(pool.restarts) == 2
     assert len(list((folder / "out").rglob(DOCUMENT))) == 1
     assert published.document.id
 
