@@ -62,11 +62,11 @@ def cluster(address: str | None, size: PoolSize) -> Iterator[None]:
         else:
             assert address is not None
             _connect(address)
-    try:
-        with reaper() if embedded(address) else nullcontext():
+    with reaper() if embedded(address) else nullcontext():
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 @cache
