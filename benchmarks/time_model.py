@@ -37,12 +37,14 @@ from counterweight.pipeline.resolve import block_recipe
 from counterweight.workers.arithmetic import arithmetic
 from counterweight.workers.calibration.statistics import NOTHING_ELSE, ShardMoments
 from counterweight.workers.context import DTYPES
+from counterweight.workers.footprint import footprint
 from counterweight.workers.matrix_flops import cholesky, eigh, product
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.records import Timing
 from counterweight.workers.tasks.setting import Device, Setting, shard_sequences
+from counterweight.workers.transfer import to_device, to_host
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Blob
 
@@ -136,7 +138,7 @@ def measured_rates(device: Device, size: int | None = None) -> Rates:
         elementwise=rate(x.numel(), lambda: torch.mul(x, x, out=buffer)),
         step=watch.mean(lambda: one.add_(1.0), times=1000),
         hash=rate(len(data), lambda: hashlib.sha256(data).digest(), host),
-        link=None if device == "cpu" else rate(half.nbytes, lambda: half.cpu().to(device)) * 2,
+        link=None if device == "cpu" else rate(half.nbytes, lambda: to_device(to_host(half), half.device)) * 2,
         storage=_storage_rate(data),
         start=START,
         task=TASK,
@@ -172,9 +174,11 @@ PHASES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """predicted: of each step. calibrating, compressing: measured seconds. timing: where they went, as a report has it."""
+    """predicted: of each step. peak: bytes, as the plan has it. calibrating, compressing: measured seconds. timing: where they
+    went, and the measured peak, as a report has it."""
 
     predicted: Mapping[str, float]
+    peak: int
     calibrating: float
     compressing: float
     timing: Timing
@@ -228,7 +232,11 @@ def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
     ended = watch.now()
     worker.close()
     return Compared(
-        predicted=predicted.steps, calibrating=between - started, compressing=ended - between, timing=record.timing
+        predicted=predicted.steps,
+        peak=footprint(load).peak,
+        calibrating=between - started,
+        compressing=ended - between,
+        timing=record.timing,
     )
 
 
@@ -282,6 +290,7 @@ def _work_of(cases: Mapping[str, Case], rates: Rates, device: Device) -> str:
     """Two tables: seconds of the tasks, and where they went."""
     tasks: list[list[str]] = []
     phases: list[list[str]] = []
+    peaks: list[list[str]] = []
     for name, case in cases.items():
         with tempfile.TemporaryDirectory() as scratch:
             found = compared(case, rates, Path(scratch), device)
@@ -291,12 +300,16 @@ def _work_of(cases: Mapping[str, Case], rates: Rates, device: Device) -> str:
         for phase, steps, measured in found.phases():
             phases.append([name, phase, steps, f"{measured:.2f}"])
             print(" ", *phases[-1], sep="  ", flush=True)
-        print(f"    peak of the device: {found.timing.device_peak_bytes / 2**30:.1f} GiB", flush=True)
+        if device == "cuda":
+            own, planned = found.timing.device_peak_bytes / 2**30, found.peak / 2**30
+            peaks.append([name, f"{planned:.2f}", f"{own:.2f}", f"{planned / own:.2f}"])
+            print(" ", *peaks[-1], sep="  ", flush=True)
     return "\n\n".join(
         [
             table(["block", "task", "predicted, s", "measured, s", "ratio"], tasks),
             "Where the seconds went; measured ones as they pass:",
             table(["block", "phase", "predicted, s", "measured, s"], phases),
+            *([table(["block", "planned peak of the GPU, GiB", "measured", "ratio"], peaks)] if peaks else []),
         ]
     )
 

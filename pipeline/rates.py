@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from counterweight.workers.config import Config, first_problem
 from counterweight.workers.errors import RequestError
 from counterweight.workers.matrix_flops import Work
+from counterweight.workers.parallel import READERS
 
 Rate = Annotated[float, Field(gt=0)]
 
@@ -65,6 +66,10 @@ class Rates(Config):
     def received(self, count: float) -> float:
         """Seconds for bytes that are read from storage and verified, one after the other as a worker's thread does it."""
         return count / self.storage + count / self.hash
+
+    def read(self, count: float) -> float:
+        """Seconds for tensors of a checkpoint, verified by several threads where a GPU's host has cores for them."""
+        return count / self.storage + count / self.hash / (1 if self.link is None else READERS)
 
     sent = received
     """Bytes that are hashed and written."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.statistics import Gathering
 from counterweight.workers.clock import Clock
-from counterweight.workers.context import DTYPES, TaskContext, put_hidden
+from counterweight.workers.context import DTYPES, TaskContext, get_hidden, put_hidden
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
 from counterweight.workers.loaded_block import LoadedBlock, load_block, smoothed
 from counterweight.workers.memory import release, trim
@@ -62,7 +62,7 @@ def streams(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> tupl
     """Loaders of the shards that enter the block, and of those that enter it in the original model where they differ."""
 
     def loader(blob: Blob) -> Load:
-        return lambda: workspace.get_tensors(blob)["hidden"].to(context.device)
+        return lambda: get_hidden(workspace, blob, context.device)
 
     return [loader(blob) for blob in spec.inputs], [loader(blob) for blob in spec.original_inputs]
 

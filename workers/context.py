@@ -12,6 +12,7 @@ from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.parallel import OrderedPool, Overlapped, Shards, SideBySide
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.setting import Setting
+from counterweight.workers.transfer import to_device, to_host
 from counterweight.workers.workspace import Blob, Workspace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,4 +48,9 @@ class TaskContext:
 
 def put_hidden(workspace: Workspace, hidden: Tensor) -> Blob:
     """Stores one shard of hidden states, which can be made again."""
-    return workspace.put_tensors({"hidden": hidden.cpu()}, durable=False)
+    return workspace.put_tensors({"hidden": to_host(hidden)}, durable=False)
+
+
+def get_hidden(workspace: Workspace, blob: Blob, device: torch.device) -> Tensor:
+    """One shard of hidden states [sequences, length, hidden], verified, on the device."""
+    return to_device(workspace.get_tensors(blob)["hidden"], device)

@@ -21,6 +21,10 @@ AHEAD = 2
 """Shards that are read while another one is computed, and as many that are written, where one thread computes. A worker hashes
 1.2 to 1.8 GB a second on one thread (`benchmarks/time_model.py`), a GPU runs a block over as many hidden states in less."""
 
+READERS = 4
+"""Requests for a checkpoint's tensors in flight, and threads that verify what came: in pieces of `checkpoint.ranges.MAX_READ`
+64 MiB are held beside the tensors."""
+
 T = TypeVar("T")
 In = TypeVar("In")
 Out = TypeVar("Out")

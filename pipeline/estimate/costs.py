@@ -76,7 +76,7 @@ def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates) -> BlockSeco
     else:
         waiting = (entered + left) / threads
     steps = {
-        "read": rates.received(load.source_bytes) + rates.moved(running),
+        "read": rates.read(load.source_bytes) + rates.moved(running),
         "rotate": rates.seconds(rotated)
         + (rates.moved(load.source_bytes + SINGLE * load.parameters) if rotated.total else 0),
         "prepare": rates.seconds(arithmetic.prepare + rotated * -1.0),

@@ -109,9 +109,7 @@ def _replicas(costs: Costs) -> list[Simulated]:
 
 def _inventory(costs: Costs) -> list[Simulated]:
     parts = [sum(map(costs.bytes_of, names)) for names in batches(costs.source)]
-    return [
-        Simulated(f"inventory {place}", {"inventory": costs.rates.received(size)}) for place, size in enumerate(parts)
-    ]
+    return [Simulated(f"inventory {place}", {"inventory": costs.rates.read(size)}) for place, size in enumerate(parts)]
 
 
 def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> None:
@@ -128,7 +126,7 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> None:
     table = costs.bytes_of(costs.source.layout.names.embedding)
     embed = Simulated(
         "embedding",
-        {"embed": rates.received(table) + rates.moved(table + hidden) + rates.sent(hidden)},
+        {"embed": rates.read(table) + rates.moved(table + hidden) + rates.sent(hidden)},
         shards,
     )
 
@@ -160,7 +158,7 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> None:
 
 def _carried(costs: Costs, name: str) -> float:
     size = costs.bytes_of(name)
-    return costs.rates.received(size) + costs.rates.sent(size) + size / costs.rates.hash
+    return costs.rates.read(size) + costs.rates.sent(size) + size / costs.rates.hash
 
 
 def _assemble(costs: Costs, dispatcher: Dispatcher, pool: SimulatedPool) -> None:
@@ -172,9 +170,7 @@ def _assemble(costs: Costs, dispatcher: Dispatcher, pool: SimulatedPool) -> None
     if branches:
         dispatcher.run_all([Simulated("adapter", {"join": rates.received(branches) + rates.sent(branches)})])
         files.append(branches)
-    dispatcher.run_all(
-        [Simulated(f"check {place}", {"check": rates.received(size)}) for place, size in enumerate(files)]
-    )
+    dispatcher.run_all([Simulated(f"check {place}", {"check": rates.received(size)}) for place, size in enumerate(files)])
 
 
 def windows_of_workers(job: CompressionJob, workers: int) -> list[range]:
@@ -195,7 +191,7 @@ def _window(job: CompressionJob) -> int:
 def _validation(costs: Costs, workers: int) -> list[Simulated]:
     """Every task reads the whole model and the artifact, and runs its windows under each of the models in float32."""
     models = 3 if any(block.branch for block in costs.blocks) else 2
-    read = costs.rates.received(sum(map(costs.bytes_of, costs.source.tensors)) + costs.stored)
+    read = costs.rates.read(sum(map(costs.bytes_of, costs.source.tensors)) + costs.stored)
     read += costs.rates.moved(4 * costs.source.parameters)
     read += sum(block.read_back for block in costs.blocks) * (models - 1)
     token = sum(block.evaluated for block in costs.blocks) + costs.rates.seconds(_judging(costs))

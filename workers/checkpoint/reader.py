@@ -33,12 +33,10 @@ from counterweight.workers.checkpoint.layout import INDEX, read_layout
 from counterweight.workers.checkpoint.ranges import MAX_READ, Read, plan_reads
 from counterweight.workers.checkpoint.refusal import refusal, show
 from counterweight.workers.errors import CheckpointError, IntegrityError, ObjectNotFoundError
+from counterweight.workers.parallel import READERS
 from counterweight.workers.storage import ObjectStore
 
-# Requests in flight. With pieces of `ranges.MAX_READ` this bounds what is held beside the tensors to 64 MiB.
-CONCURRENCY = 4
-
-BATCH_BYTES = CONCURRENCY * MAX_READ
+BATCH_BYTES = READERS * MAX_READ
 """Of codes that are held at once, where no single encoded weight has more."""
 
 COPYABLE_FILES = (
@@ -193,7 +191,7 @@ class Checkpoint:
     def inspect(self, names: Iterable[str]) -> dict[str, TensorDigest]:
         """Digest and finiteness of each tensor, by name, from one pass over its bytes.
 
-        Bounded memory: `CONCURRENCY` pieces of at most `ranges.MAX_READ` bytes are held, and no tensor; of encoded weights
+        Bounded memory: `READERS` pieces of at most `ranges.MAX_READ` bytes are held, and no tensor; of encoded weights
         as many bytes of codes (or one weight that is larger) and what they decode to.
         """
         entries = [self.entry(name) for name in dict.fromkeys(names)]
@@ -279,7 +277,7 @@ class Checkpoint:
 
 def _in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
     """Results in the order of `items`; the first failure cancels what has not begun."""
-    with ThreadPoolExecutor(CONCURRENCY) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         yield from pool.map(work, items)
 
 
