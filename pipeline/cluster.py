@@ -62,10 +62,11 @@ def cluster(address: str | None, size: PoolSize) -> Iterator[None]:
         else:
             assert address is not None
             _connect(address)
-    with reaper() if embedded(address) else nullcontext():
+    with reaper() if embedded(address) else nullcontext(lambda: None) as ending:
         try:
             yield
         finally:
+            ending()  # a node that is frozen would not let Ray go
             ray.shutdown()
 
 

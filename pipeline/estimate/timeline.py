@@ -170,7 +170,9 @@ def _assemble(costs: Costs, dispatcher: Dispatcher, pool: SimulatedPool) -> None
     if branches:
         dispatcher.run_all([Simulated("adapter", {"join": rates.received(branches) + rates.sent(branches)})])
         files.append(branches)
-    dispatcher.run_all([Simulated(f"check {place}", {"check": rates.received(size)}) for place, size in enumerate(files)])
+    dispatcher.run_all(
+        [Simulated(f"check {place}", {"check": rates.received(size)}) for place, size in enumerate(files)]
+    )
 
 
 def windows_of_workers(job: CompressionJob, workers: int) -> list[range]:
