@@ -101,9 +101,7 @@ class Earlier:
 
     def reasons(self, wanted: Mapping[int, Mapping[str, str]], *, alike: str = WAITS) -> list[str]:
         """Why these blocks are not reused, one line for each kind of difference. wanted: block -> what it would be made from.
-        alike: said of blocks that differ in nothing that is known. Empty where no block was ever finished here."""
-        if not self.finished:
-            return []
+        alike: said of blocks that differ in nothing that is known."""
         told = _Reasons()
         for index, parts in sorted(wanted.items()):
             same = [one.made_from for one in self.finished if one.index == index]
@@ -153,11 +151,13 @@ def blocks_text(indices: Sequence[int]) -> str:
 
 def foreseen(job: CompressionJob, source: ModelSource) -> list[str]:
     """What a plan can say: of weights, calibration tokens and hidden states it knows nothing."""
-    setting = setting_of(job, source, "cuda" if job.spec.resources.gpus_per_worker > 0 else "cpu")
-    wanted = {spec.index: parts_of(spec) for spec in outlines(job, source, setting, {}, "")}
     try:
         earlier = Earlier.of(open_store(job.spec.output.uri, waits=False), source.layout.blocks)
     except (RequestError, StorageError) as error:
         return [f"not known: {error}"]
+    if not earlier.finished:
+        return ["nothing: no block was finished before"]
+    setting = setting_of(job, source, "cuda" if job.spec.resources.gpus_per_worker > 0 else "cpu")
+    wanted = {spec.index: parts_of(spec) for spec in outlines(job, source, setting, {}, "")}
     alike = "finished before, and reused where weights and calibration tokens are the same"
-    return earlier.reasons(wanted, alike=alike) or ["nothing: no block was finished before"]
+    return earlier.reasons(wanted, alike=alike)

@@ -200,8 +200,11 @@ def _not_reused(job: Job, blocks: Blocks, outlined: Sequence[BlockSpec]) -> list
     missing = {index: node for index, node in enumerate(blocks.compress) if not node.reused}
     if job.resume is Resume.NEVER or not missing:
         return []
-    wanted = {index: parts_of(blocks.spec(index) if node.known else outlined[index]) for index, node in missing.items()}
-    return Earlier.of(job.workspace.store, len(blocks.compress)).reasons(wanted)
+    earlier = Earlier.of(job.workspace.store, len(blocks.compress))
+    if not earlier.finished:
+        return []
+    known = {index: blocks.spec(index) for index, node in missing.items() if node.known}
+    return earlier.reasons({index: parts_of(known.get(index, outlined[index])) for index in missing})
 
 
 def gather_parts(job: Job, blocks: Blocks, outside: Outside) -> Parts:
