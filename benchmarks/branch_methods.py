@@ -142,7 +142,7 @@ def corrected(
         factor_bits=None if bits == 16 else bits,
         refit="joint" if last == "branch" else "none",
     )
-    found = lrc(options, weights, weight, statistics, scale_dtype=STORED, factor_dtype=STORED)
+    (found,) = lrc(options, weights, [(weight, statistics)], scale_dtype=STORED, factor_dtype=STORED)
     return Replacement.of(found.weight, found.low_rank)
 
 

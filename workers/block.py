@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -24,6 +24,7 @@ from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
+from counterweight.workers.batches import batch_size, batches
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup
 from counterweight.workers.parallel import PARALLEL_WIDTH, OrderedPool
@@ -81,19 +82,22 @@ def compress(
     outliers: see `prepare`. codes: linear -> its codes, when they are chosen already.
     """
     jobs = list(_solves(weights, statistics, recipes, scale_dtypes, factor_dtypes))
-    if forgotten := recipes.keys() - {name for job in jobs for name in job.names}:
+    order = [name for job in jobs for name in job.names]
+    if forgotten := recipes.keys() - set(order):
         raise ValueError(f"no input statistics of {sorted(forgotten)}: expected those of every linear with a recipe")
-    results: dict[str, CompressedLinear] = {}
-    reports: list[ModuleReport] = []
+    gpu = any(weight.is_cuda for weight in weights.values())
+    together = batches(
+        jobs, lambda job: job.key, lambda job: batch_size(job.recipe, job.shapes, gpu=gpu) if job.alone else 1
+    )
+    found: dict[str, tuple[CompressedLinear, ModuleReport]] = {}
     one = partial(_solve, weights, statistics, outliers or {}, codes or {})
     side_by_side = any(weights[job.names[0]].shape[1] >= PARALLEL_WIDTH for job in jobs)
-    for job, solved in zip(jobs, pool.map(one, jobs) if side_by_side else map(one, jobs), strict=True):
-        if job.last and not job.alone:
-            del statistics[job.group]
-        for name, linear, report in solved:
-            results[name] = linear
-            reports.append(report)
-    return results, reports
+    for batch, solved in zip(together, pool.map(one, together) if side_by_side else map(one, together), strict=True):
+        for job in batch:
+            if job.last and not job.alone:
+                del statistics[job.group]
+        found.update(solved)
+    return {name: found[name][0] for name in order}, [found[name][1] for name in order]
 
 
 def install(
@@ -142,11 +146,17 @@ class _Job:
 
     group: SharedInputGroup
     names: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
     alone: bool
     last: bool
     recipe: ModuleRecipe
     scale_dtype: torch.dtype
     factor_dtype: torch.dtype
+
+    @property
+    def key(self) -> Hashable:
+        """What is equal in the jobs that are done in one call."""
+        return self.recipe, self.shapes, self.alone, self.scale_dtype, self.factor_dtype
 
 
 def _solves(
@@ -164,6 +174,7 @@ def _solves(
             yield _Job(
                 group=group,
                 names=names,
+                shapes=tuple((int(weights[name].shape[0]), int(weights[name].shape[1])) for name in names),
                 alone=len(solves) == 1,
                 last=names is solves[-1],
                 recipe=recipes[names[0]],
@@ -177,27 +188,29 @@ def _solve(
     gathered: MutableMapping[SharedInputGroup, InputStatistics],
     outliers: Mapping[str, Tensor],
     codes: Mapping[str, StoredWeight],
-    job: _Job,
-) -> list[tuple[str, CompressedLinear, ModuleReport]]:
+    jobs: Sequence[_Job],
+) -> dict[str, tuple[CompressedLinear, ModuleReport]]:
     started = time.perf_counter()
-    recipe = job.recipe
-    statistics = gathered.pop(job.group) if job.alone else gathered[job.group]
-    layers = [
-        LayerState(
-            weight=weights[name].to(statistics.gram.device).float(),
-            statistics=statistics,
-            scale_dtype=job.scale_dtype,
-            factor_dtype=job.factor_dtype,
-            outliers=outliers.get(name),
-            codes=codes.get(name),
-        )
-        for name in job.names
-    ]
-    done = [(layer, layer.errors()) for layer in solve(recipe, layers)]
-    seconds = (time.perf_counter() - started) / len(job.names)
-    solved = []
-    for name, (layer, (error_quantized, error_compensated)) in zip(job.names, done, strict=True):
-        part, branch, residual = layer.stored, layer.branch, layer.residual
+    layers: list[LayerState] = []
+    for job in jobs:
+        statistics = gathered.pop(job.group) if job.alone else gathered[job.group]
+        layers += [
+            LayerState(
+                weight=weights[name].to(statistics.gram.device).float(),
+                statistics=statistics,
+                scale_dtype=job.scale_dtype,
+                factor_dtype=job.factor_dtype,
+                outliers=outliers.get(name),
+                codes=codes.get(name),
+            )
+            for name in job.names
+        ]
+    done = [(layer, layer.errors()) for layer in solve(jobs[0].recipe, layers)]
+    names = [name for job in jobs for name in job.names]
+    seconds = (time.perf_counter() - started) / len(names)
+    solved = {}
+    for name, (layer, (error_quantized, error_compensated)) in zip(names, done, strict=True):
+        part, branch, residual, statistics = layer.stored, layer.branch, layer.residual, layer.statistics
         linear = CompressedLinear(weight=part, low_rank=branch, activations=statistics.activations, residual=residual)
         report = ModuleReport(
             name=name,
@@ -216,7 +229,7 @@ def _solve(
             fallbacks=tuple(FallbackReport(step=item.step, cause=item.cause) for item in layer.fallbacks),
             seconds=seconds,
         )
-        solved.append((name, linear, report))
+        solved[name] = (linear, report)
     return solved
 
 
