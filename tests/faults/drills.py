@@ -165,25 +165,31 @@ class Faults:
         self._expected(variant)
         wait_for, seconds = draw.randrange(len(self._requests[variant])), draw.uniform(0.5, 4)
         ports: list[int] = []
-        over = threading.Event()
+        ended, back, over = threading.Event(), threading.Event(), threading.Event()
 
         def absence() -> None:
             proxy = FaultProxy(self._server.endpoint)
             with proxy:
                 ports.append(int(proxy.endpoint.rpartition(":")[2]))
-                while len(proxy.requests) < wait_for and not over.wait(0.01):
+                while len(proxy.requests) < wait_for and not ended.wait(0.01):
                     pass
             time.sleep(seconds)
             with FaultProxy(self._server.endpoint, ports[0]):
+                back.set()
                 over.wait(PATIENCE)
+
+        def healed() -> None:
+            ended.set()
+            back.wait(PATIENCE)
 
         thread = threading.Thread(target=absence)
         thread.start()
         try:
             until(lambda: bool(ports))
             with self._led_to(f"http://127.0.0.1:{ports[0]}") as output:
-                return self._ends(variant, output, LocalPool(draw.choice((1, 2))))
+                return self._ends(variant, output, LocalPool(draw.choice((1, 2))), healed=healed)
         finally:
+            ended.set()
             over.set()
             thread.join()
 
