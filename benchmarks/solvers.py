@@ -98,7 +98,8 @@ def layer(rows: int, columns: int, activations: int | None, seed: int = 0) -> La
     """A random weight behind an input with channels of unequal strength."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(columns + columns // 4, columns, generator=generator) * torch.rand(columns, generator=generator)
-    quantizing = None if activations is None else activation_format(recipe(activations).activations)
+    asked = recipe(activations).activations
+    quantizing = None if asked is None else activation_format(asked)
     statistics = InputStatistics.of(x, Gathering(activations=quantizing))
     return LayerState(
         weight=torch.randn(rows, columns, generator=generator) / columns**0.5,
@@ -139,14 +140,14 @@ def widths_table(found: Mapping[int, Mapping[str, tuple[Seconds, float]]], at: M
             rows.append([str(width), name, *cells, f"{100 * (seconds.cpu / base - 1):+.0f} %"])
     widest = max(found)
     for width in LARGER:
-        base = {}
+        predicted: dict[str, float] = {}
         for name, part in recipes(width).items():
             seconds, measured = found[widest][name]
             least = floor(work_of(part, [(width, width)]), at)
-            base[name] = least * seconds.cpu / measured
-            over = base[name] / base["GPTQ, A4" if "A4" in name else "GPTQ"] - 1
+            predicted[name] = least * seconds.cpu / measured
+            over = predicted[name] / predicted["GPTQ, A4" if "A4" in name else "GPTQ"] - 1
             cells = [
-                f"({base[name]:.0f})",
+                f"({predicted[name]:.0f})",
                 "",
                 f"{least:.1f}",
                 f"({seconds.cpu / measured:.2f})",
