@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 MINUTES ?= 60
+SEEDS ?= 0:500
 
-.PHONY: demo test fuzz arithmetic arithmetic-short quality-check lint types layers check clean
+.PHONY: demo test fuzz faults arithmetic arithmetic-short quality-check lint types layers check clean
 
 demo: $(INSTALLED)
 	@$(BIN)/counterweight run manifests/demo.yaml
@@ -20,6 +21,11 @@ test: $(INSTALLED)
 # a short form of it. A failure names its target and seed: `python -m tests.fuzz --target NAME --seed N` makes it again.
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
+# Driver, workers, Ray's processes and storage killed, frozen, refusing, slow or wrong, at moments that seeds choose; the suite
+# has a short form of it. What fails is named: `python -m tests.faults --kind "KIND" --seeds N:N+1` makes it again.
+faults: $(INSTALLED)
+	$(BIN)/python -m tests.faults --seeds $(SEEDS)
 
 # The tests that compare numbers, under the arithmetic of other processors and with other numbers of threads.
 arithmetic: $(INSTALLED)

@@ -16,7 +16,8 @@ from torch import Tensor
 from counterweight.kernels.formats import LowRank
 from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.calibration.statistics import InputStatistics
-from counterweight.workers.compensation.lrc import energy, initial_problem, lrc, squared_error, updated_branch
+from counterweight.workers.compensation.lrc import initial_problem, lrc, updated_branch
+from counterweight.workers.compensation.objective import energy, squared_error
 from counterweight.workers.compensation.regression import factors, root_of, spectrum, stored
 from counterweight.workers.methods.compensations import LRC, SVD
 from counterweight.workers.methods.compensations.rank import CountRank
@@ -142,7 +143,7 @@ def corrected(
         factor_bits=None if bits == 16 else bits,
         refit="joint" if last == "branch" else "none",
     )
-    found = lrc(options, weights, weight, statistics, scale_dtype=STORED, factor_dtype=STORED)
+    (found,) = lrc(options, weights, [(weight, statistics)], scale_dtype=STORED, factor_dtype=STORED)
     return Replacement.of(found.weight, found.low_rank)
 
 

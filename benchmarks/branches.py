@@ -42,7 +42,8 @@ from torch import Tensor
 
 from counterweight.pipeline.allocation import Candidate, allocate
 from counterweight.workers.calibration.statistics import InputStatistics
-from counterweight.workers.compensation.lrc import energy, initial_problem
+from counterweight.workers.compensation.lrc import initial_problem
+from counterweight.workers.compensation.objective import energy
 from counterweight.workers.compensation.regression import spectrum
 from counterweight.workers.methods.activations import Activations
 from counterweight.workers.methods.compensations import LRC

@@ -61,10 +61,12 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A model's blocks in the graph. compress: one node a block. calibrate: of all blocks, where they are calibrated apart."""
+    """A model's blocks in the graph. compress: one node a block. calibrate: of all blocks, where they are calibrated apart.
+    spec: what a block is made from, once its node is known."""
 
     compress: tuple[Node[BlockRecord], ...]
     calibrate: tuple[Node[HiddenRecord], ...]
+    spec: Callable[[int], BlockSpec]
 
     @property
     def records(self) -> list[BlockRecord]:
@@ -155,7 +157,9 @@ def add_blocks(
         else:
             added = graph.add(make, reads=(compresses[-1] if compresses else embedded,), after=after)
         compresses.append(added)
-    return Blocks(tuple(compresses), tuple(node for own in ends[1:] for node in own))
+    return Blocks(
+        tuple(compresses), tuple(node for own in ends[1:] for node in own), lambda index: compress(index).block
+    )
 
 
 FILLED = 100

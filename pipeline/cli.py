@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.signals import terminable
 from counterweight.pipeline.units import bytes_text
 
@@ -59,6 +60,13 @@ def run(
     address: Annotated[
         str | None, typer.Option(help="auto, local or ray://host:port; default: an embedded Ray.", show_default=False)
     ] = None,
+    resume: Annotated[
+        Resume,
+        typer.Option(
+            help="Of work that earlier runs have finished in this output: take over what is the same; refuse to begin "
+            "without any; or do everything anew."
+        ),
+    ] = Resume.AUTO,
     as_json: AsJson = False,
 ) -> None:
     """Run a job to the end; the last line of stdout is the artifact's URI (with --json: its `uri`)."""
@@ -76,7 +84,7 @@ def run(
     with make_progress(sys.stderr) as progress:
         # Ray's threads print what they think of dead workers; stdout holds the result and nothing else.
         with redirect_stdout(sys.stderr):
-            published = run_job(job, progress, address=address)
+            published = run_job(job, progress, address=address, resume=resume)
         progress.on(Summary(_summary(published.document, published.uri)))
     if as_json:
         _print_json({"uri": published.uri, **published.document.model_dump(mode="json")})
@@ -110,14 +118,16 @@ def plan(
         from counterweight.pipeline.model_source import open_model
         from counterweight.pipeline.plan import make_plan
         from counterweight.pipeline.preflight import check_apart
+        from counterweight.pipeline.resume import foreseen
 
         source = open_model(job.spec.model.uri)  # which imports transformers
     check_apart(job.spec.output.uri, source.uri)
     made = make_plan(job, source, device)
+    reused = foreseen(job, source)
     unknown = job.spec.resources.gpus_per_worker > 0 and device is None
     fits = "not known: name the workers' GPU with --device" if unknown else "nothing"
     if as_json:
-        _print_json(made.model_dump(mode="json"))
+        _print_json({**made.model_dump(mode="json"), "reuse": reused})
         return
     peak = f"{bytes_text(made.peak_bytes_per_worker)} ({made.largest})"
     sums = {name: sum(block.phases[name] for block in made.blocks) for name in made.blocks[0].phases}
@@ -139,6 +149,7 @@ def plan(
             *([] if made.estimate is None else made.estimate.rows()),
             ("headers read", bytes_text(made.header_bytes_read)),
             ("divided", "; ".join(made.divided) or "nothing"),
+            *(("reuse", line) for line in reused),
             ("does not fit", "; ".join(made.problems) or fits),
         ],
     )

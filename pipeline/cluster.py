@@ -62,11 +62,12 @@ def cluster(address: str | None, size: PoolSize) -> Iterator[None]:
         else:
             assert address is not None
             _connect(address)
-    try:
-        with reaper() if embedded(address) else nullcontext():
+    with reaper() if embedded(address) else nullcontext(lambda: None) as ending:
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ending()  # a node that is frozen would not let Ray go
+            ray.shutdown()
 
 
 @cache

@@ -11,6 +11,7 @@ from counterweight.pipeline.events import Event, TaskFinished, TaskRetried, Task
 from counterweight.pipeline.graph import Graph, Node
 from counterweight.pipeline.policies import Failure, RetryPolicy, Verdict, describe
 from counterweight.pipeline.pool import Outcome, WorkerPool
+from counterweight.pipeline.silence import Running, Silence
 from counterweight.workers.errors import CounterweightError, WorkerError
 from counterweight.workers.tasks.task import Task
 
@@ -38,10 +39,16 @@ class Dispatcher:
     """
 
     def __init__(
-        self, pool: WorkerPool, policy: RetryPolicy, emit: Callable[[Event], None], graph: Graph | None = None
+        self,
+        pool: WorkerPool,
+        policy: RetryPolicy,
+        emit: Callable[[Event], None],
+        graph: Graph | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool, self._policy, self._emit = pool, policy, emit
-        self._running: dict[int, tuple[Task[object], float]] = {}
+        self._clock, self._silence = clock, Silence(clock)
+        self._running: dict[int, Running] = {}
         self._nodes: dict[str, Node[object]] = {}
         self._tries: dict[str, int] = {}
         self.graph = graph or Graph()
@@ -50,12 +57,20 @@ class Dispatcher:
     def start(self, worker: int, task: Task[object]) -> None:
         """Starts a task on an idle worker."""
         self._tries[task.name] = self._tries.get(task.name, 0) + 1
-        self._running[self._pool.submit(worker, task)] = (task, time.perf_counter())
+        self._running[self._pool.submit(worker, task)] = Running(task, worker, self._clock())
+        self._silence.broken()
         self._emit(TaskStarted(task.name, task.kind, worker, task.block_index))
 
-    def collect(self) -> list[Finished]:
-        """What finished within `WAIT_SECONDS`. Raises the task's error when it is final."""
-        return [self._settle(outcome) for outcome in self._pool.wait(WAIT_SECONDS)]
+    def collect(self, awaited: Sequence[Node[object]] = ()) -> list[Finished]:
+        """What finished within `WAIT_SECONDS`. Raises the task's error when it is final, and WorkerError when nothing has for
+        longer than it may take. awaited: nodes that it is done for, told then."""
+        found = [self._settle(outcome) for outcome in self._pool.wait(WAIT_SECONDS)]
+        if found:
+            self._silence.broken()
+        else:
+            names = [_place(node) for node in awaited if not node.done]
+            self._silence.check(list(self._running.values()), self._pool.idle(), names)
+        return found
 
     def run(
         self,
@@ -68,8 +83,8 @@ class Dispatcher:
         while not all(node.done for node in wanted):
             if not self._running and self._pool.idle():
                 waiting = next(node for node in wanted if not node.done)
-                raise WorkerError(f"node {waiting.place}: nothing runs and nothing that it waits for can start")
-            for found in self.collect():
+                raise WorkerError(f"{_place(waiting)}: nothing runs and nothing that it waits for can start")
+            for found in self.collect(list(wanted)):
                 node = self._nodes.pop(found.task.name)
                 if found.worker_died:
                     self.graph.lost(found.worker)
@@ -103,9 +118,10 @@ class Dispatcher:
             self.start(worker, task)
 
     def _settle(self, outcome: Outcome) -> Finished:
-        task, since = self._running.pop(outcome.ticket)
+        started = self._running.pop(outcome.ticket)
+        task = started.task
         if outcome.error is None:
-            seconds = time.perf_counter() - since
+            seconds = self._clock() - started.since
             self._emit(TaskFinished(task.name, task.kind, outcome.worker, seconds, task.block_index))
             return Finished(task, outcome.worker, value=outcome.value)
         tries = self._tries[task.name]
@@ -115,6 +131,11 @@ class Dispatcher:
         cause = describe(outcome.error)
         self._emit(TaskRetried(task.name, outcome.worker, tries, self._policy.attempts, cause, outcome.worker_died))
         return Finished(task, outcome.worker, retry=True, worker_died=outcome.worker_died)
+
+
+def _place(node: Node[R]) -> str:
+    """A node, for people: its task's name once that is made."""
+    return f"node {node.place}" if node.task is None else node.task.name
 
 
 def _giving(task: Task[R]) -> Callable[[], Task[R]]:

@@ -23,7 +23,12 @@ def inventory(source: ModelSource, dispatcher: Dispatcher) -> dict[str, str]:
     """
     parts = batches(source)
     tasks = [
-        Inspect(source=source.uri, names=batch, part=f"{number + 1} of {len(parts)}")
+        Inspect(
+            source=source.uri,
+            names=batch,
+            part=f"{number + 1} of {len(parts)}",
+            bytes=sum(source.checkpoint.entry(name).length for name in batch),
+        )
         for number, batch in enumerate(parts)
     ]
     found: dict[str, TensorDigest] = {}

@@ -6,6 +6,7 @@ the driver can be killed anywhere and started again, and finds its way by the sa
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -33,8 +34,9 @@ from counterweight.pipeline.inventory import inventory
 from counterweight.pipeline.manifest import CompressionJob, canonical
 from counterweight.pipeline.manifest.job import JobSpec
 from counterweight.pipeline.model_source import ModelSource
-from counterweight.pipeline.policies import RetryPolicy
+from counterweight.pipeline.policies import Resume, RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
+from counterweight.pipeline.resume import outlines, setting_of
 from counterweight.pipeline.stages import (
     Job,
     Stopwatch,
@@ -47,11 +49,11 @@ from counterweight.pipeline.stages import (
 )
 from counterweight.pipeline.tokens import Tokens
 from counterweight.pipeline.validate import Windows, check_gates
-from counterweight.workers.errors import GateError
+from counterweight.workers.errors import GateError, RequestError
 from counterweight.workers.keys import digest, versions
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED
-from counterweight.workers.tasks.setting import Device, Setting
+from counterweight.workers.tasks.setting import Device
 from counterweight.workers.workspace import WORK, Workspace
 
 SOFTWARE = ("counterweight", "torch", "transformers", "ray", "safetensors", "pydantic")
@@ -68,21 +70,16 @@ class Orchestrator:
         pool: WorkerPool,
         device: Device,
         log: EventLog,
+        resume: Resume = Resume.AUTO,
     ) -> None:
-        self._job, self._source, self._tokens, self._log = job, source, tokens, log
+        self._job, self._source, self._tokens, self._log, self._resume = job, source, tokens, log, resume
         self._store = open_store(job.spec.output.uri)
-        self._workspace = Workspace(self._store)
+        alone = resume is Resume.NEVER
+        self._workspace = Workspace(self._store, trusting=not alone)
         self._threads = pool.threads
         self._dispatcher = Dispatcher(pool, RetryPolicy(), log.emit, Graph(self._workspace))
         self._watch = Stopwatch(log)
-        self._setting = Setting(
-            source=source.uri,
-            config=source.checkpoint.config,
-            workspace=job.spec.output.uri,
-            compute_dtype=job.spec.calibration.compute_dtype,
-            device=device,
-            rotation=job.spec.recipe.rotation,
-        )
+        self._setting = setting_of(job, source, device, run=uuid.uuid4().hex if alone else "")
 
     def run(self) -> Published:
         """To the end. Raises what is final: a wrong request, a failed gate, failing surroundings."""
@@ -98,6 +95,11 @@ class Orchestrator:
         artifact = Artifact(self._store, self._job.metadata.name, self._identity(digests, tokens))
         self._log.emit(JobAdmitted(artifact.id))
         if (published := artifact.published()) is not None:
+            if self._resume is Resume.NEVER:
+                raise RequestError(
+                    f"--resume never: {published.uri} is published already, and what is made anew would be written over "
+                    "it: expected another spec.output.uri or metadata.name"
+                )
             repair_pointer(artifact, published.document)
             blocks = self._source.layout.blocks
             self._log.note(f"already published: all {blocks} blocks are reused, nothing is left to do")
@@ -111,12 +113,15 @@ class Orchestrator:
             log=self._log,
             digests=digests,
             threads=self._threads,
+            resume=self._resume,
         )
         self._watch.stage("blocks")
-        model = add_model(job, add_embedding(job, tokens), tokens)
+        unseen = 0 if tokens.unseen is None else tokens.unseen.sequences
+        outlined = outlines(self._job, self._source, self._setting, digests, tokens.calibration.digest, unseen)
+        model = add_model(job, add_embedding(job, tokens), tokens, outlined)
         outside = add_outside(job)
         texts = add_texts(job, tokens)
-        compress_blocks(job, model)
+        compress_blocks(job, model, outlined)
         parts = gather_parts(job, model, outside)
         trained: Trained | None = None
         if texts is not None:
@@ -145,7 +150,7 @@ class Orchestrator:
         validation = tokens.validation
         everything: dict[str, object] = {
             "job": canonical(self._job).decode(),
-            "setting": self._setting.determines(),
+            "setting": setting_of(self._job, self._source, self._setting.device).determines(),
             "versions": versions((self._job.spec.recipe, self._job.spec.distillation)),
             "software": _software(),
             "tensors": dict(digests),

@@ -13,6 +13,17 @@ STALE = timedelta(days=7)
 """Age at which what nobody used cannot belong to a job that runs: no run of a job is longer."""
 
 
+class Resume(Enum):
+    """What a run takes over of what earlier runs have finished in its output."""
+
+    AUTO = "auto"
+    """What it can."""
+    REQUIRED = "required"
+    """At least one block, or it is refused."""
+    NEVER = "never"
+    """Nothing: all work is done anew, and no other run, earlier or beside it, shares any of it."""
+
+
 class Verdict(Enum):
     """What to do about a failed task."""
 

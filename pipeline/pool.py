@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -9,6 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from counterweight.workers.tasks.setting import Device
     from counterweight.workers.tasks.task import Task
+
+
+START_SECONDS = float(os.environ.get("COUNTERWEIGHT_START_SECONDS", "300"))
+"""How long a job goes on without any worker: a loaded machine takes as long to import torch, a cluster to add a node."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ one, on a node that comes back or that an autoscaler adds, while the job goes on
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from counterweight.pipeline.cluster import unreachable
-from counterweight.pipeline.pool import Outcome, PoolSize
+from counterweight.pipeline.pool import START_SECONDS, Outcome, PoolSize
 from counterweight.workers.errors import CounterweightError, WorkerError
 from counterweight.workers.identity import Identity, Token, WorkerReport
 from counterweight.workers.process import WorkerProcess
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from counterweight.workers.tasks.task import Task
-
-START_SECONDS = float(os.environ.get("COUNTERWEIGHT_START_SECONDS", "300"))
-"""How long a job goes on without any worker: a loaded machine takes as long to import torch, a cluster to add a node."""
 
 STARTS = 3
 """Processes in a row that may die before their first answer, until a worker is given up."""

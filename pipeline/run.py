@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from counterweight.pipeline.cluster import cluster, embedded
 from counterweight.pipeline.events import EventLog
 from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.pool import PoolSize, threads_per_worker
 from counterweight.pipeline.preflight import look
 from counterweight.pipeline.ray_pool import RayPool
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
     from counterweight.workers.tasks.setting import Device
 
 
-def run_job(job: CompressionJob, progress: Progress, *, address: str | None = None) -> Published:
-    """Runs a job to its end on an embedded Ray, or on the one at `address`.
+def run_job(
+    job: CompressionJob, progress: Progress, *, address: str | None = None, resume: Resume = Resume.AUTO
+) -> Published:
+    """Runs a job to its end on an embedded Ray, or on the one at `address`. resume: what it takes over of earlier runs.
 
     Raises RequestError (the manifest, the model, the texts, an object store without an atomic create), GateError,
     SurroundingsError; nothing is published then.
@@ -46,7 +49,7 @@ def run_job(job: CompressionJob, progress: Progress, *, address: str | None = No
                     from counterweight.pipeline.orchestrator import Orchestrator
                 source, tokens = open_job(job, pool, log, here=embedded(address), ready=ready)
                 device = _device(pool.first().device, size.device, log)
-                return Orchestrator(job, source, tokens, pool, device, log).run()
+                return Orchestrator(job, source, tokens, pool, device, log, resume).run()
             finally:
                 pool.close()
 

@@ -20,10 +20,12 @@ from counterweight.pipeline.graph import Node
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.plan import make_plan
-from counterweight.pipeline.resolve import block_recipe
+from counterweight.pipeline.policies import Resume
+from counterweight.pipeline.resume import Earlier, parts_of
 from counterweight.pipeline.tokens import Tokens
 from counterweight.pipeline.validate import Windows, validate
 from counterweight.workers.calibration.tokens import TokenSet
+from counterweight.workers.errors import RequestError
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.embed import Embed
 from counterweight.workers.tasks.pass_through import PassThrough, PassThroughRecord
@@ -64,6 +66,7 @@ class Job:
     digests: Mapping[str, str]
     threads: int
     """Of a worker."""
+    resume: Resume = Resume.AUTO
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +93,13 @@ def add_embedding(job: Job, tokens: Tokens) -> Node[HiddenRecord]:
     return job.dispatcher.graph.add(lambda: task)
 
 
-def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens) -> Blocks:
-    """The nodes of all blocks, compressed as the recipe says. embedded: what `add_embedding` makes of the tokens."""
+def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: Sequence[BlockSpec]) -> Blocks:
+    """The nodes of all blocks, compressed as the recipe says. embedded: what `add_embedding` makes of the tokens. outlined:
+    each block without what enters it."""
     spec, source = job.job.spec, job.source
-    recipes: list[BlockRecipe] = [block_recipe(source, index, spec.recipe) for index in range(source.layout.blocks)]
+    recipes: list[BlockRecipe] = [block.recipe for block in outlined]
     propagate = spec.calibration.propagate
     plan = make_plan(job.job, source)
-    solved, unseen = (shard_count(each) for each in (tokens.calibration, tokens.unseen))
 
     def spec_of(
         index: int,
@@ -105,17 +108,16 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens) -> Blocks:
         original_inputs: tuple[Blob, ...],
         propagate: Literal["original", "compressed"],
     ) -> BlockSpec:
-        return BlockSpec(
-            setting=job.setting,
-            index=index,
-            tensors={name: job.digests[name] for name in source.block_tensors(index)},
-            inputs=inputs,
-            original_inputs=original_inputs,
-            recipe=recipe,
-            propagate=propagate,
-            experts=spec.calibration.experts_among(recipe),
-            passes=plan.blocks[index].passes,
-            held_out_from=solved if unseen else None,
+        return outlined[index].model_copy(
+            update={
+                "inputs": inputs,
+                "original_inputs": original_inputs,
+                "recipe": recipe,
+                "propagate": propagate,
+                "passes": plan.blocks[index].passes,
+                "flops": plan.blocks[index].flops,
+                "bytes": plan.blocks[index].source_bytes,
+            }
         )
 
     budget = None
@@ -133,7 +135,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens) -> Blocks:
         propagate=propagate,
         budget=budget,
         stretches=stretches(
-            solved + unseen,
+            sum(shard_count(each) for each in (tokens.calibration, tokens.unseen)),
             source.layout.blocks,
             job.dispatcher.workers,
             job.threads,
@@ -172,13 +174,20 @@ def add_outside(job: Job) -> Outside:
     return Outside(carried([names.embedding]), carried(last), carried_beside, entries)
 
 
-def compress_blocks(job: Job, blocks: Blocks) -> list[BlockRecord]:
-    """Runs what earlier jobs have not finished; the records of all blocks."""
+def compress_blocks(job: Job, blocks: Blocks, outlined: Sequence[BlockSpec]) -> list[BlockRecord]:
+    """Runs what earlier jobs have not finished; the records of all blocks. outlined: as for `add_model`. RequestError where
+    earlier work is asked for and there is none."""
     job.dispatcher.graph.open()
     count, reused = len(blocks.compress), blocks.reused
+    reasons = _not_reused(job, blocks, outlined)
+    if job.resume is Resume.REQUIRED and not reused:
+        why = "; ".join(reasons) or "no block was ever finished in this output"
+        raise RequestError(f"--resume required: none of {count} blocks can be reused: {why}")
     job.log.emit(Planned(count, len(reused)))
     if reused:
         job.log.note(f"resuming: {len(reused)} of {count} blocks were finished before and are reused")
+    for reason in reasons:
+        job.log.note(f"not reused: {reason}")
     for record in reused:
         job.log.emit(block_done(record, reused=True))
 
@@ -189,6 +198,18 @@ def compress_blocks(job: Job, blocks: Blocks) -> list[BlockRecord]:
                 job.log.emit(FellBack(module.name, fallback.step, fallback.cause))
 
     return job.dispatcher.run(blocks.compress, finished)
+
+
+def _not_reused(job: Job, blocks: Blocks, outlined: Sequence[BlockSpec]) -> list[str]:
+    """Why blocks have to be compressed, a line for each kind of difference to what earlier jobs have finished."""
+    missing = {index: node for index, node in enumerate(blocks.compress) if not node.reused}
+    if job.resume is Resume.NEVER or not missing:
+        return []
+    earlier = Earlier.of(job.workspace.store, len(blocks.compress))
+    if not earlier.finished:
+        return []
+    known = {index: blocks.spec(index) for index, node in missing.items() if node.known}
+    return earlier.reasons({index: parts_of(known.get(index, outlined[index])) for index in missing})
 
 
 def gather_parts(job: Job, blocks: Blocks, outside: Outside) -> Parts:

@@ -59,6 +59,7 @@ def validate(
             tokens=tokens,
             start=share.start,
             stop=share.stop,
+            written=True,
         )
         for share in shares(windows, length, workers)
     ]

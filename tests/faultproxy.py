@@ -34,6 +34,7 @@ class Fault(enum.Enum):
     STALLED = enum.auto()  # half of the answer's body, and then nothing
     WHOLE = enum.auto()  # the server is not told of the Range (one that checks signatures of it will refuse)
     FLIPPED = enum.auto()  # the last bit of the answer's body is wrong
+    SLOW = enum.auto()  # the answer comes two seconds late
 
 
 _REFUSALS = {
@@ -49,6 +50,7 @@ class _Rule:
     method: str
     containing: str
     remaining: int
+    skipped: int
 
 
 class FaultProxy:
@@ -80,10 +82,10 @@ class FaultProxy:
         with self._lock:
             self._rules, self._hold, self.requests, self.ranges, self.most_at_once = [], None, [], [], 0
 
-    def inject(self, fault: Fault, method: str, *, times: int, containing: str = "") -> None:
-        """Breaks the next `times` requests of `method` whose target contains a text."""
+    def inject(self, fault: Fault, method: str, *, times: int, containing: str = "", skipped: int = 0) -> None:
+        """Breaks the next `times` requests of `method` whose target contains a text, when so many have passed."""
         with self._lock:
-            self._rules.append(_Rule(fault, method, containing, times))
+            self._rules.append(_Rule(fault, method, containing, times, skipped))
 
     def hold_until(self, number: int, method: str, *, containing: str) -> None:
         """Keeps the first requests of this kind waiting until so many are under way, for two seconds at
@@ -153,6 +155,9 @@ class FaultProxy:
                 self.ranges.append(span.decode() if span is not None else None)
             for rule in self._rules:
                 if rule.remaining and rule.method == method and rule.containing in target:
+                    if rule.skipped:
+                        rule.skipped -= 1
+                        continue
                     rule.remaining -= 1
                     return rule.fault
         return None
@@ -181,6 +186,8 @@ class FaultProxy:
         if fault is Fault.LOST_REPLY:
             _reset(client)
             return
+        if fault is Fault.SLOW:
+            self._closed.wait(2)
         half = len(reply_body) // 2
         if fault is Fault.TRUNCATED:
             reply_body = reply_body[:half]

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -24,6 +24,7 @@ from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
+from counterweight.workers.batches import batch_size, batches
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.held_out import Rows
 from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup
@@ -84,19 +85,22 @@ def compress(
     the result by.
     """
     jobs = list(_solves(weights, statistics, recipes, scale_dtypes, factor_dtypes))
-    if forgotten := recipes.keys() - {name for job in jobs for name in job.names}:
+    order = [name for job in jobs for name in job.names]
+    if forgotten := recipes.keys() - set(order):
         raise ValueError(f"no input statistics of {sorted(forgotten)}: expected those of every linear with a recipe")
-    results: dict[str, CompressedLinear] = {}
-    reports: list[ModuleReport] = []
+    gpu = any(weight.is_cuda for weight in weights.values())
+    together = batches(
+        jobs, lambda job: job.key, lambda job: batch_size(job.recipe, job.shapes, gpu=gpu) if job.alone else 1
+    )
+    found: dict[str, tuple[CompressedLinear, ModuleReport]] = {}
     one = partial(_solve, weights, statistics, outliers or {}, codes or {}, held_out or {})
     side_by_side = any(weights[job.names[0]].shape[1] >= PARALLEL_WIDTH for job in jobs)
-    for job, solved in zip(jobs, pool.map(one, jobs) if side_by_side else map(one, jobs), strict=True):
-        if job.last and not job.alone:
-            del statistics[job.group]
-        for name, linear, report in solved:
-            results[name] = linear
-            reports.append(report)
-    return results, reports
+    for batch, solved in zip(together, pool.map(one, together) if side_by_side else map(one, together), strict=True):
+        for job in batch:
+            if job.last and not job.alone:
+                del statistics[job.group]
+        found.update(solved)
+    return {name: found[name][0] for name in order}, [found[name][1] for name in order]
 
 
 def install(
@@ -145,11 +149,17 @@ class _Job:
 
     group: SharedInputGroup
     names: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
     alone: bool
     last: bool
     recipe: ModuleRecipe
     scale_dtype: torch.dtype
     factor_dtype: torch.dtype
+
+    @property
+    def key(self) -> Hashable:
+        """What is equal in the jobs that are done in one call."""
+        return self.recipe, self.shapes, self.alone, self.scale_dtype, self.factor_dtype
 
 
 def _solves(
@@ -167,6 +177,7 @@ def _solves(
             yield _Job(
                 group=group,
                 names=names,
+                shapes=tuple((int(weights[name].shape[0]), int(weights[name].shape[1])) for name in names),
                 alone=len(solves) == 1,
                 last=names is solves[-1],
                 recipe=recipes[names[0]],
@@ -181,30 +192,33 @@ def _solve(
     outliers: Mapping[str, Tensor],
     codes: Mapping[str, StoredWeight],
     held_out: Mapping[SharedInputGroup, Rows],
-    job: _Job,
-) -> list[tuple[str, CompressedLinear, ModuleReport]]:
+    jobs: Sequence[_Job],
+) -> dict[str, tuple[CompressedLinear, ModuleReport]]:
     started = time.perf_counter()
-    recipe = job.recipe
-    statistics = gathered.pop(job.group) if job.alone else gathered[job.group]
-    layers = [
-        LayerState(
-            weight=weights[name].to(statistics.gram.device).float(),
-            statistics=statistics,
-            scale_dtype=job.scale_dtype,
-            factor_dtype=job.factor_dtype,
-            outliers=outliers.get(name),
-            codes=codes.get(name),
-        )
-        for name in job.names
-    ]
-    rows = held_out.get(job.group)
-    done = [(layer, layer.errors(), _judged(layer, rows)) for layer in solve(recipe, layers)]
-    seconds = (time.perf_counter() - started) / len(job.names)
-    lack = statistics.starvation
-    starved = () if lack is None else (FallbackReport(step=STARVED, cause=lack.cause),)
-    solved = []
-    for name, (layer, (error_quantized, error_compensated), judged) in zip(job.names, done, strict=True):
-        part, branch, residual = layer.stored, layer.branch, layer.residual
+    layers: list[LayerState] = []
+    for job in jobs:
+        statistics = gathered.pop(job.group) if job.alone else gathered[job.group]
+        layers += [
+            LayerState(
+                weight=weights[name].to(statistics.gram.device).float(),
+                statistics=statistics,
+                scale_dtype=job.scale_dtype,
+                factor_dtype=job.factor_dtype,
+                outliers=outliers.get(name),
+                codes=codes.get(name),
+            )
+            for name in job.names
+        ]
+    names = [name for job in jobs for name in job.names]
+    rows = [held_out.get(job.group) for job in jobs for _ in job.names]
+    solved_layers = solve(jobs[0].recipe, layers)
+    done = [(layer, layer.errors(), _judged(layer, own)) for layer, own in zip(solved_layers, rows, strict=True)]
+    seconds = (time.perf_counter() - started) / len(names)
+    solved = {}
+    for name, (layer, (error_quantized, error_compensated), judged) in zip(names, done, strict=True):
+        part, branch, residual, statistics = layer.stored, layer.branch, layer.residual, layer.statistics
+        lack = statistics.starvation
+        starved = () if lack is None else (FallbackReport(step=STARVED, cause=lack.cause),)
         linear = CompressedLinear(weight=part, low_rank=branch, activations=statistics.activations, residual=residual)
         report = ModuleReport(
             name=name,
@@ -224,7 +238,7 @@ def _solve(
             fallbacks=(*starved, *(FallbackReport(step=item.step, cause=item.cause) for item in layer.fallbacks)),
             seconds=seconds,
         )
-        solved.append((name, linear, report))
+        solved[name] = (linear, report)
     return solved
 
 

@@ -237,4 +237,4 @@ def _open_file(store: ObjectStore, key: str) -> Checkpoint:
     size = store.size(key)
     length = header_length(store.read_range(key, 0, min(LENGTH_BYTES, size)), file=key, file_size=size)
     header = parse_header(store.read_range(key, LENGTH_BYTES, length), file=key, file_size=size)
-    return Checkpoint(store, config={}, entries=header.entries, bytes_read=LENGTH_BYTES + length)
+    return Checkpoint(store, config={}, entries=header.entries, bytes_read=LENGTH_BYTES + length, ours=True)

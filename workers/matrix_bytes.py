@@ -5,6 +5,8 @@ Torch-free, so that a plan can ask. What goes in is counted by whoever holds it;
 
 from __future__ import annotations
 
+from counterweight.workers import matrix_flops
+
 SINGLE, DOUBLE = 4, 8
 """Of an element in float32 and in float64."""
 
@@ -39,9 +41,9 @@ def root(size: int, tokens: float) -> int:
 
 
 def right_divide(rows: int, size: int) -> int:
-    """[rows, size] times the inverse of a damped [size, size] matrix, float64: the damped copy, its factor, a copy
-    of the right side and the solution."""
-    return DOUBLE * size * size + cholesky(size) + 2 * DOUBLE * rows * size
+    """[rows, size] times the inverse of a damped [size, size] matrix, float64: the damped copy, its factor, LAPACK's own
+    copy of that and the solution."""
+    return DOUBLE * size * size + 2 * cholesky(size) + DOUBLE * rows * size
 
 
 def spectrum(rows: int, columns: int) -> int:
@@ -52,6 +54,30 @@ def spectrum(rows: int, columns: int) -> int:
         return found
     # The product with the right vectors, its orthonormal columns and their triangle.
     return max(found, 3 * DOUBLE * columns * columns + 2 * DOUBLE * rows * columns)
+
+
+def range_finder(rows: int, columns: int, rank: int, *, metric: bool) -> int:
+    """Leading directions of [rows, columns] float64 by the range finder. metric: whether a Gram matrix stands behind."""
+    count = matrix_flops.range_columns(rank)
+    # In float32, what is multiplied; it may be multiplied out first.
+    single = SINGLE * (rows * columns + columns * columns * metric)
+    formed = 0
+    if matrix_flops.squares_first(rows, columns, rank, metric=metric):
+        formed = SINGLE * (rows * rows + rows * columns * metric)
+    # The basis, its image and what both become, two steps of a filter; and a block on its way through the factors.
+    return single + max(
+        formed, SINGLE * rows * rows * bool(formed) + 6 * DOUBLE * rows * count + 2 * SINGLE * columns * count
+    )
+
+
+def directions(rows: int, columns: int, rank: int | None, tokens: float) -> int:
+    """Leading directions of a matrix [rows, columns] behind a root of the metric of `tokens` rows, both float64 and given, as
+    `compensation.regression.directions` finds them. rank: None where the spectrum decides it."""
+    if rank is not None and matrix_flops.finds_range(rows, columns, rank, metric=True):
+        return range_finder(rows, columns, rank, metric=True)
+    # The root; behind it the matrix, and its spectrum.
+    whitened = DOUBLE * rows * columns
+    return max(root(columns, tokens), DOUBLE * columns * columns + whitened, whitened + spectrum(rows, columns))
 
 
 def trace(rows: int, columns: int) -> int:

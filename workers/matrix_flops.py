@@ -136,9 +136,86 @@ def spectrum(rows: int, columns: int) -> Work:
     return found if rows <= columns else found + product64(rows, columns, columns) + qr(rows, columns)
 
 
+RANGE_PRODUCTS = 16
+"""Products with M G M^T that the range finder takes: see `compensation.range_finder`."""
+RANGE_DEGREE = 5
+"""Of its filters at most."""
+RANGE_LEAST = 512
+"""Rows and columns from which the range finder is taken. Below, the whole spectrum takes less than a second."""
+
+
+def range_columns(rank: int) -> int:
+    """Columns of the range finder's basis: the rank, and an oversampling."""
+    return rank + max(16, rank // 8)
+
+
+def squares_first(rows: int, columns: int, rank: int, *, metric: bool) -> bool:
+    """Whether the range finder takes M G M^T as one matrix: less than its factors in turn where the rank is large."""
+    count = range_columns(rank)
+    formed = _through(rows, columns, rows, metric) + product(rows, rows, count) * RANGE_PRODUCTS
+    return formed.total < (_through(rows, columns, count, metric, back=True) * RANGE_PRODUCTS).total
+
+
+def finds_range(rows: int, columns: int, rank: int, *, metric: bool) -> bool:
+    """Whether the range finder is taken for `rank` leading directions of M G^(1/2), M [rows, columns]: where they are few and
+    it is less work than the whole spectrum. metric: whether there is a G."""
+    if min(rows, columns) < RANGE_LEAST or rank > min(rows, columns) // 4:
+        return False
+    return range_finder(rows, columns, rank, metric=metric).total < exact(rows, columns, definite=metric or None).total
+
+
+def range_finder(rows: int, columns: int, rank: int, *, metric: bool) -> Work:
+    """`rank` leading directions by the range finder, with filters of the highest degree: a spectrum of wide range takes more
+    of lower degree, between which the basis is made orthonormal."""
+    count, filters = range_columns(rank), (RANGE_PRODUCTS - 1) // RANGE_DEGREE
+    if squares_first(rows, columns, rank, metric=metric):
+        products = _through(rows, columns, rows, metric) + product(rows, rows, count) * RANGE_PRODUCTS
+    else:
+        products = _through(rows, columns, count, metric, back=True) * RANGE_PRODUCTS
+    turned = product64(count, rows, count) + eigh(count) + product64(rows, count, count) * 2
+    return (
+        products
+        + qr(rows, count) * (filters + 1)
+        + turned * (filters + 1)
+        + elementwise(4 * rows * count * RANGE_PRODUCTS)
+    )
+
+
+def _through(rows: int, columns: int, count: int, metric: bool, back: bool = False) -> Work:
+    """M G times [columns, count]; back: behind M^T times [rows, count]."""
+    found = product(rows, columns, count) * (1 + back)
+    return found + product(columns, columns, count) if metric else found
+
+
+def exact(rows: int, columns: int, *, definite: bool | None) -> Work:
+    """The whole spectrum of M G^(1/2), with the root of G; definite: of G, None where there is none."""
+    found = spectrum(rows, columns)
+    return found if definite is None else found + root(columns, definite=definite) + product64(rows, columns, columns)
+
+
+def directions(rows: int, columns: int, rank: int | None, *, definite: bool | None) -> Work:
+    """The leading directions of M G^(1/2), as `compensation.regression.directions` finds them. rank: None where the spectrum
+    decides it."""
+    if rank is not None and finds_range(rows, columns, rank, metric=definite is not None):
+        return range_finder(rows, columns, rank, metric=definite is not None)
+    return exact(rows, columns, definite=definite)
+
+
 def trace(rows: int, columns: int) -> Work:
     """tr(A G B^T) of float32 matrices [rows, columns] and a Gram matrix G."""
     return product(rows, columns, columns) + elementwise(2 * rows * columns)
+
+
+def branch_terms(rows: int, columns: int, rank: int) -> Work:
+    """What a branch of this rank adds to the error of a layer whose streams differ, through its small factors, in float32."""
+    # What it reads of three streams; of what two terms make of it, and of itself.
+    read = product(rank, columns, columns) * 3 + product(rank, columns, rows) * 2 + product(rank, columns, rank)
+    return read + product(rank, rows, rank)
+
+
+def branch_terms64(rows: int, columns: int, rank: int) -> Work:
+    """The same in float64."""
+    return Work(products64=branch_terms(rows, columns, rank).products32)
 
 
 def hadamard(elements: float, size: int) -> Work:

@@ -17,6 +17,7 @@ from counterweight.workers.interchange.peft import factor_tensors
 from counterweight.workers.interchange.residual_store import residual_tensors
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
+from counterweight.workers.tasks.made_from import made_from
 from counterweight.workers.tasks.records import LedgerEntry, ModuleReport, Timing
 from counterweight.workers.workspace import Workspace
 
@@ -84,6 +85,7 @@ def write_block(
         kept_bits=kept_bits,
         ledger=tuple(ledger),
         timing=timing,
+        made_from=made_from(spec),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -13,12 +13,14 @@ from counterweight.kernels.formats import LowRank
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
+from counterweight.workers.batches import batch_size
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.compensation.aser import without_channels
-from counterweight.workers.compensation.lrc import energy, squared_error
+from counterweight.workers.compensation.objective import energy, squared_errors
 from counterweight.workers.compensation.regression import root_of, spectrum
 from counterweight.workers.methods.compensations import NoCompensation
-from counterweight.workers.quantization.result import Fallback
+from counterweight.workers.quantization.inputs import one_batch
+from counterweight.workers.quantization.result import Fallback, QuantizationResult
 from counterweight.workers.recipe import ModuleRecipe
 
 
@@ -56,13 +58,10 @@ class LayerState:
     def errors(self) -> tuple[float | None, float | None]:
         """E||W t - W' y - L x||^2 / E||W t||^2 over the calibration tokens, without and with the branch; None when no token
         reached the layer."""
-        codes, unit = self.stored.dequantize(), energy(self.weight, self.statistics)
-
-        def relative(branch: LowRank | None) -> float | None:
-            return squared_error(self.weight, codes, branch, self.statistics) / unit if unit > 0 else None
-
-        plain = relative(None)
-        return plain, plain if self.branch is None else relative(self.branch)
+        unit, plain, compensated = squared_errors(self.weight, self.stored.dequantize(), self.branch, self.statistics)
+        if not unit > 0:
+            return None, None
+        return plain / unit, (plain if compensated is None else compensated) / unit
 
     def errors_on(self, x: Tensor, original: Tensor | None = None) -> tuple[float | None, float | None]:
         """The same over other tokens, given by rows. x: what enters the layer [tokens, in], of any float dtype; original: what
@@ -82,12 +81,14 @@ class LayerState:
 
 
 def solve(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[LayerState]:
-    """`layers`, which read one input and share `recipe` and dtypes, with codes (unless they have them), branch and store.
+    """`layers`, which share `recipe` and dtypes, with codes (unless they have them), branch and store.
 
-    Raises ValueError as the methods do.
+    Neighbours with the same statistics read one input: where rows are independent, their codes are chosen as one matrix's,
+    because they share a Hessian. Several such matrices must have one shape: their codes are chosen in one batch, each with the
+    bits that it gets alone. Raises ValueError as the methods do.
     """
     if recipe.compensation.joint:
-        solved = [_jointly(recipe, layer) for layer in layers]
+        solved = _jointly(recipe, layers)
     else:
         coded = _quantized(recipe, layers) if all(layer.codes is None for layer in layers) else layers
         solved = [_compensated(recipe, layer) for layer in coded]
@@ -119,24 +120,38 @@ def gains(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[Tensor]:
 
 
 def _quantized(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[LayerState]:
-    """With codes, all of them chosen in one solve."""
-    first = layers[0]
-    stacked = torch.cat([layer.weight for layer in layers])
-    # Codes pay for what they do to their own input, which is the quantized one.
-    metric = InputStatistics(gram=first.statistics.product("yy"), tokens=first.statistics.tokens)
-    sizes = [layer.weight.shape[0] for layer in layers]
-    targets = recipe.weights.target(stacked, first.statistics).split(sizes)
-    target = torch.cat([_without_outliers(layer, own) for layer, own in zip(layers, targets, strict=True)])
-    foreseen = recipe.compensation.foresee(metric, first.weight.shape[0])
-    found = recipe.weights.quantize(target, foreseen, scale_dtype=first.scale_dtype)
-    ends = list(accumulate(sizes))
+    """With codes, all of them chosen in one call."""
+    by_input = [list(own) for _, own in groupby(layers, key=lambda layer: id(layer.statistics))]
+    stacks = by_input if recipe.weights.rows_are_independent else [[layer] for layer in layers]
+    targets = one_batch([_target(recipe, stack) for stack in stacks])
+    metrics = [_metric(recipe, stack[0]) for stack in stacks]
+    found = recipe.weights.quantize_batch(targets, metrics, scale_dtype=layers[0].scale_dtype)
+    return [layer for stack, own in zip(stacks, found, strict=True) for layer in _with_codes(stack, own)]
+
+
+def _target(recipe: ModuleRecipe, stack: Sequence[LayerState]) -> Tensor:
+    """What the codes of layers that read one input are to reproduce, [sum of out, in]."""
+    stacked = torch.cat([layer.weight for layer in stack])
+    targets = recipe.weights.target(stacked, stack[0].statistics).split([layer.weight.shape[0] for layer in stack])
+    return torch.cat([_without_outliers(layer, own) for layer, own in zip(stack, targets, strict=True)])
+
+
+def _metric(recipe: ModuleRecipe, layer: LayerState) -> InputStatistics:
+    """What the codes of a layer, and of those that share its input, pay for: what they do to the quantized input."""
+    seen = InputStatistics(gram=layer.statistics.product("yy"), tokens=layer.statistics.tokens)
+    return recipe.compensation.foresee(seen, layer.weight.shape[0])
+
+
+def _with_codes(stack: Sequence[LayerState], found: QuantizationResult) -> list[LayerState]:
+    """Each layer with its rows of the codes that were chosen for all."""
+    sizes = [layer.weight.shape[0] for layer in stack]
     return [
         replace(
             layer,
             codes=found.weight.rows(slice(end - size, end)),
             fallbacks=(*layer.fallbacks, *found.fallbacks),
         )
-        for layer, size, end in zip(layers, sizes, ends, strict=True)
+        for layer, size, end in zip(stack, sizes, accumulate(sizes), strict=True)
     ]
 
 
@@ -150,13 +165,22 @@ def _compensated(recipe: ModuleRecipe, layer: LayerState) -> LayerState:
     return replace(layer, branch=fitted.low_rank, fallbacks=(*layer.fallbacks, *fitted.fallbacks))
 
 
-def _jointly(recipe: ModuleRecipe, layer: LayerState) -> LayerState:
-    """With codes and branch that are fitted to each other."""
-    fitted = recipe.compensation.solve(
-        recipe.weights,
-        layer.weight,
-        layer.statistics,
-        scale_dtype=layer.scale_dtype,
-        factor_dtype=layer.factor_dtype,
-    )
-    return replace(layer, codes=fitted.weight, branch=fitted.low_rank, fallbacks=fitted.fallbacks)
+def _jointly(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[LayerState]:
+    """With codes and branch that are fitted to each other, for layers of one shape, as many at a time as memory allows."""
+    first = layers[0]
+    rows, columns = first.weight.shape
+    most = batch_size(recipe, [(rows, columns)], gpu=first.weight.is_cuda)
+    solved = []
+    for start in range(0, len(layers), most):
+        some = layers[start : start + most]
+        fitted = recipe.compensation.solve(
+            recipe.weights,
+            [(layer.weight, layer.statistics) for layer in some],
+            scale_dtype=first.scale_dtype,
+            factor_dtype=first.factor_dtype,
+        )
+        solved += [
+            replace(layer, codes=found.weight, branch=found.low_rank, fallbacks=found.fallbacks)
+            for layer, found in zip(some, fitted, strict=True)
+        ]
+    return solved

@@ -162,7 +162,7 @@ class Assembler:
         anew; what differs once is read again, because a bit may have turned on the way."""
         suspects = [path for path in self._files if path.endswith(".safetensors")]
         for _ in range(2):
-            tasks = [Checksum(self._artifact.uri, path) for path in suspects]
+            tasks = [Checksum(self._artifact.uri, path, self._files[path].size) for path in suspects]
             found = self._dispatcher.run_all(tasks)
             suspects = [
                 path for path, sha256 in zip(suspects, found, strict=True) if sha256 != self._files[path].sha256

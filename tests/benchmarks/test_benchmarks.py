@@ -63,6 +63,13 @@ def test_gram() -> None:
     assert len(rows(ran("gram", "--tokens", 128, "--widths", 64, 96))) == 2
 
 
+def test_solvers() -> None:
+    printed = ran("solvers", "--widths", 128, 256, "--experts", 4)
+    # Experts, twice (as they are found, and in the whole); five solves at two widths and at those extrapolated; Mixtral.
+    assert len(rows(printed)) >= 2 + 2 + 5 * 2 + 5 * 2
+    assert "Mixtral-8x7B" in printed
+
+
 def test_stock_floor(place: Path) -> None:
     assert '"products"' in ran("stock_floor", place / "job" / "model", 32, 16)
 

@@ -18,7 +18,7 @@ from counterweight.workers.storage import open_store
 from counterweight.workers.storage.s3_client import S3Settings
 from counterweight.workers.tasks.task import Task
 from tests.faultproxy import Fault, FaultProxy
-from tests.pipeline.tiny import Death, LocalPool, files_of, job_of, local_path, run_local, write_job
+from tests.pipeline.tiny import Death, LocalPool, files_of, job_of, local_path, run_local, stored, write_job
 from tests.servers import S3Server, ceph_server, moto_server
 
 BUCKET = "counterweight-end-to-end"
@@ -52,13 +52,6 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[[S3Server], str]:
         return f"s3://{BUCKET}/{uuid.uuid4().hex}"
 
     return connect_to
-
-
-def stored(uri: str) -> dict[str, bytes]:
-    """As `files_of`, from any store."""
-    store = open_store(uri)
-    keys = [info.key for info in store.list()]
-    return {key: store.read(key) for key in keys if not key.startswith("report/") and key != DOCUMENT}
 
 
 def test_s3_and_a_directory_get_the_same_artifact(

@@ -41,8 +41,8 @@ def experts(recipe: Mapping[str, Any], hidden: int, intermediate: int, count: in
     return Measured(case="mixtral", recipe=recipe, config=sizes, **{"sequences": 2, "length": 64, **more})
 
 
-def svd(whitening: str, **more: Any) -> dict[str, Any]:
-    return {**RTN, "compensation": {"kind": "svd", "whitening": whitening, "rank": {"fraction": 0.1}}, **more}
+def svd(fraction: float) -> dict[str, Any]:
+    return {**RTN, "compensation": {"kind": "svd", "rank": {"fraction": fraction}}}
 
 
 def lrc(fraction: float, iterations: int) -> dict[str, Any]:
@@ -95,20 +95,24 @@ CASES: Mapping[str, Case] = {
         "forward",
     ),
     "sums": (experts(RTN, 128, 1024, 48), "forward"),
-    "experts, in passes": (experts(GPTQ, 256, 1024, 32, share=0.5), "forward"),
+    "experts, in passes": (experts(GPTQ, 256, 1024, 32, share=0.5), "solve"),
     "experts, quantized, in passes": (
-        experts({**GPTQ, "activations": {"bits": 4}}, 512, 512, 48, share=0.2),
+        experts({**GPTQ, "activations": {"bits": 4}}, 512, 512, 48, share=0.25),
         "forward",
     ),
     "experts, in passes, compressed": (
         experts(GPTQ, 256, 1024, 40, share=0.5, compute="bfloat16", propagate="compressed"),
-        "forward",
+        "solve",
     ),
     "GPTQ": (few(GPTQ, 256, 4096), "solve"),
     "GPTQ, rows": (few(GPTQ, 1024, 2048), "solve"),
     "sign": (few({"weights": {"format": "sign"}}, 768, 3072), "solve"),
     "RTN, weighted": (few(WEIGHTED, 1024, 4096, dtype="float32"), "solve"),
-    "SVD, few tokens": (few(svd("full"), 512, 1536), "solve"),
+    "SVD, few tokens": (few(svd(0.3), 512, 1536), "solve"),
+    "SVD, few ranks": (
+        few({**svd(0.05), "keep": ["lm_head", "*.self_attn.*", "*.up_proj", "*.gate_proj"]}, 1024, 3072),
+        "solve",
+    ),
     "LRC": (few(lrc(0.1, 1), 512, 1536), "solve"),
     "residual store": (few({**RTN, "residual": {"selection": "static"}}, 1024, 4096), "solve"),
     "regressed": (few({**REGRESSED, "keep": ALL_BUT_UP}, 768, 3072, propagate="compressed"), "solve"),

@@ -397,6 +397,29 @@ def test_json_of_every_command_parses(command: Command, published: tuple[Path, s
     assert json.loads(command("schema").out)["properties"]["kind"]["const"] == "CompressionJob"
 
 
+def test_a_run_says_what_it_takes_over(command: Command, job: Path) -> None:
+    ran = command("run", job, "--resume", "required")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.errors == [
+        "error: --resume required: none of 2 blocks can be reused: no block was ever finished in this output"
+    ]
+    ran = command("run", job, "--resume", "sometimes")
+    assert (ran.code, ran.out) == (2, "")
+    assert "'sometimes'" in ran.errors[0]
+    assert command("run", job, "--resume", "never").code == 0
+    assert "reuse" in command("plan", job).out
+    ran = command("run", job, "--resume", "never")
+    assert ran.code == 2
+    assert "is published already" in ran.errors[0]
+    assert "block 1 done (2/2)" in command("run", job, "--set", "spec.recipe.weights.bits=3").err
+    ran = command("run", job, "--set", "spec.recipe.weights.bits=2")
+    assert "note: not reused: blocks 0 to 1: recipe.weights: not the same" in ran.err
+    plan = command("plan", job, "--set", "spec.recipe.weights.bits=2").out
+    assert (
+        "reuse            blocks 0 to 1: finished before, and reused where weights and calibration tokens are" in plan
+    )
+
+
 def test_facts_for_people(command: Command, published: tuple[Path, str], tmp_path: Path) -> None:
     manifest, uri = published
     plan = command("plan", manifest)

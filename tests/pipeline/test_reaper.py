@@ -54,3 +54,34 @@ def test_of_a_driver_that_ends_in_peace_nobody_is_ended() -> None:
     finally:
         for pid in agents:
             os.kill(pid, signal.SIGKILL)
+
+
+def test_a_shutdown_that_waits_for_a_frozen_process_of_ray_is_cut_short() -> None:
+    code = """
+import shutil, signal, subprocess, time
+from counterweight.pipeline.reaper import LOOK_SECONDS, reaper
+with reaper() as ending:
+    daemon = subprocess.Popen(["ray::Daemon", "600"], executable=shutil.which("sleep"))
+    own = subprocess.Popen(["sleep", "600"])
+    time.sleep(LOOK_SECONDS + 2)
+    daemon.send_signal(signal.SIGSTOP)
+    ending()
+    print(daemon.wait())
+print(own.poll())
+own.kill()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+    assert ran.stdout.split() == [str(-signal.SIGKILL), "None"]
+
+
+def test_a_process_of_ray_is_ended_whichever_way_its_driver_ends() -> None:
+    code = """
+import shutil, subprocess, time
+from counterweight.pipeline.reaper import LOOK_SECONDS, reaper
+with reaper():
+    agent = subprocess.Popen(["ray::Agent", "600"], executable=shutil.which("sleep"))
+    time.sleep(LOOK_SECONDS + 2)
+print(agent.wait(20))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+    assert int(ran.stdout) == -signal.SIGKILL

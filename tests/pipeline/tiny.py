@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from counterweight.pipeline.artifact import Published
+from counterweight.pipeline.artifact import DOCUMENT, Published
 from counterweight.pipeline.events import (
     BlockDone,
     Event,
@@ -34,11 +34,13 @@ from counterweight.pipeline.events import (
 from counterweight.pipeline.manifest import CompressionJob, load_manifest
 from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.orchestrator import Orchestrator
+from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.pool import Outcome
 from counterweight.pipeline.progress import Progress
 from counterweight.pipeline.tokens import read_tokens
 from counterweight.workers.errors import WorkerError
 from counterweight.workers.identity import Identity, WorkerReport
+from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.worker import Worker
 from tests.models import Case, checkpoint, write_text
@@ -197,13 +199,18 @@ class Events(Progress):
                 self.seen.append(("finish", tuple(lines)))
 
 
-def run_local(job: CompressionJob, pool: LocalPool | None = None, progress: Progress | None = None) -> Published:
+def run_local(
+    job: CompressionJob,
+    pool: LocalPool | None = None,
+    progress: Progress | None = None,
+    resume: Resume = Resume.AUTO,
+) -> Published:
     """Runs a job in this process; closes the pool."""
     pool = LocalPool() if pool is None else pool
     try:
         source = open_model(job.spec.model.uri)
         with EventLog(Events() if progress is None else progress) as log:
-            return Orchestrator(job, source, read_tokens(job, source.tokenizer()), pool, "cpu", log).run()
+            return Orchestrator(job, source, read_tokens(job, source.tokenizer()), pool, "cpu", log, resume).run()
     finally:
         pool.close()
 
@@ -212,6 +219,13 @@ def files_of(root: Path) -> dict[str, bytes]:
     """Relative path -> bytes, of an artifact: what follows from its id, without times (report/*, artifact.json)."""
     found = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     return {name: data for name, data in found.items() if not name.startswith("report/") and name != "artifact.json"}
+
+
+def stored(uri: str) -> dict[str, bytes]:
+    """As `files_of`, from any store."""
+    store = open_store(uri)
+    keys = [info.key for info in store.list()]
+    return {key: store.read(key) for key in keys if not key.startswith("report/") and key != DOCUMENT}
 
 
 def local_path(uri: str) -> Path:

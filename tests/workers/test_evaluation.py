@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from counterweight import load_model
 from counterweight.pipeline.artifact import REPORT, REPORT_PAGE
-from counterweight.workers.errors import IntegrityError
+from counterweight.workers.errors import CheckpointError, CounterweightError, IntegrityError
 from counterweight.workers.ledger import LEDGER
 from counterweight.workers.metrics import METRICS
 from counterweight.workers.storage import sha256_hex
@@ -215,6 +216,30 @@ def test_another_ledger_than_the_keys_is_refused(made: Made, worker: Worker, tmp
     spec = evaluate_spec(made, tmp_path, token_ids(2, LENGTH))
     with pytest.raises(IntegrityError, match=LEDGER):
         worker.run(spec.model_copy(update={"artifact": made.artifacts["plain"].as_uri()}))
+
+
+@pytest.mark.parametrize(("written", "kind"), [(False, CheckpointError), (True, IntegrityError)])
+def test_an_artifact_that_the_job_wrote_is_damaged_and_not_wrong(
+    made: Made, worker: Worker, tmp_path: Path, written: bool, kind: type[CounterweightError]
+) -> None:
+    shutil.copytree(made.artifacts["plain"], tmp_path / "artifact")
+    (tmp_path / "artifact" / "config.json").write_text("{")
+    spec = evaluate_spec(made, tmp_path, token_ids(2, LENGTH), artifact="plain")
+    changed = {"artifact": (tmp_path / "artifact").as_uri(), "written": written}
+    with pytest.raises(CounterweightError, match=r"config\.json") as caught:
+        worker.run(spec.model_copy(update=changed))
+    assert type(caught.value) is kind
+
+
+def test_a_tensor_of_an_artifact_that_rotted_is_damage(made: Made, worker: Worker, tmp_path: Path) -> None:
+    shutil.copytree(made.artifacts["plain"], tmp_path / "artifact")
+    path = next((tmp_path / "artifact").glob("model-00001-*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    spec = evaluate_spec(made, tmp_path, token_ids(2, LENGTH), artifact="plain")
+    with pytest.raises(IntegrityError, match=r"sha256 .*: not the bytes that were written"):
+        worker.run(spec.model_copy(update={"artifact": (tmp_path / "artifact").as_uri()}))
 
 
 def test_what_is_measured_determines_the_key(made: Made, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def test_nothing_is_solved_on_them_and_every_linear_is_judged_by_them(
     whole = spec_of(site, recipe, experts=experts)
     spec = whole.model_copy(update={"held_out_from": 2})
     found, plain = content(run(Compress(block=spec))), content(run(Compress(block=whole.before(2))))
+    assert found.pop("made_from") != plain.pop("made_from")
     judged = [module.pop("held_out") for module in found["modules"]]
     assert [module.pop("held_out") for module in plain["modules"]] == [None] * len(judged)
     assert found == plain

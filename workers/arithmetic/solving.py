@@ -1,37 +1,49 @@
-"""Arithmetic of the solves of a block's linears; those that are solved together are counted as one matrix."""
+"""Arithmetic of the solves of a block's linears; those that are solved together are counted as one matrix, and the steps of a
+batch once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from counterweight.workers import matrix_flops
 from counterweight.workers.footprint.experts import summed_tokens
 from counterweight.workers.footprint.forward import LIMIT
 from counterweight.workers.footprint.load import Group, Load, streams
+from counterweight.workers.footprint.solves import Solve, batched
 from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, product, product64
-from counterweight.workers.recipe import ModuleRecipe, solved_together
+from counterweight.workers.recipe import ModuleRecipe
 
 
 def solving(load: Load) -> Work:
     """Of all groups."""
-    return sum((_group(load, group) for group in load.groups), NOTHING)
+    solves = sum((_batch(load, batch) for batch in batched(load)), NOTHING)
+    return solves + sum((_gains(load, group) for group in load.groups), NOTHING)
 
 
-def _group(load: Load, group: Group) -> Work:
-    work = NOTHING
-    if not group.recipe:
-        return work
-    tokens, count = summed_tokens(load, group), streams(load, group)
-    original = load.paired and group.share == 1
-    for together in solved_together(group.recipe, {name: rows for name, (rows, _) in group.linears.items()}):
-        part, shapes = group.recipe[together[0]], [group.linears[name] for name in together]
-        work += solve(part, shapes, tokens, streams=count, original=original)
-        for rows, columns in shapes:
-            work += _judging_rows(part, rows, columns, min(LIMIT, load.unseen * group.share))
-    for name, part in group.recipe.items():
-        if part.budget_bits is not None:
-            work += gains(part, *group.linears[name], tokens)
-    return work
+def _batch(load: Load, batch: Sequence[Solve]) -> Work:
+    """Of solves that are done in one call, whose steps over columns are taken by many of their matrices at once."""
+    first, count = batch[0], len(batch)
+    loops = len(first.shapes) if first.part.compensation.joint else 1  # of one alone, as `solve` counts them
+    each = [
+        solve(
+            one.part,
+            one.shapes,
+            summed_tokens(load, one.group),
+            streams=streams(load, one.group),
+            original=load.paired and one.group.share == 1,
+        )
+        for one in batch
+    ]
+    judged = sum((_judging_rows(load, one) for one in batch), NOTHING)
+    return replace(sum(each, judged), steps=each[0].steps / loops * first.loops(count, gpu=load.gpu))
+
+
+def _gains(load: Load, group: Group) -> Work:
+    """Of sharing out a budget of ranks."""
+    asked = [name for name, part in group.recipe.items() if part.budget_bits is not None]
+    tokens = summed_tokens(load, group)
+    return sum((gains(group.recipe[name], *group.linears[name], tokens) for name in asked), NOTHING)
 
 
 def solve(
@@ -67,15 +79,18 @@ def gains(part: ModuleRecipe, rows: int, columns: int, tokens: float) -> Work:
     return problem + whitened * 2 + matrix_flops.spectrum(rows, columns) + elementwise(2 * rows * columns)
 
 
-def _judging_rows(part: ModuleRecipe, rows: int, columns: int, tokens: float) -> Work:
-    """The errors of a solved linear on tokens that it was not solved on: the output, the codes', and the branch's."""
+def _judging_rows(load: Load, one: Solve) -> Work:
+    """The errors of solved linears on tokens that they were not solved on: the output, the codes', and the branch's."""
+    tokens, part, work = min(LIMIT, load.unseen * one.group.share), one.part, NOTHING
     if not tokens:
-        return NOTHING
+        return work
     rank = part.compensation.branch_rank
-    branch = NOTHING if rank is None else product(rows, rank.at_most(rows, columns), columns)
-    terms = 2 + (rank is not None)
-    quantized = NOTHING if part.activations is None else part.activations.quantize_flops(tokens * columns)
-    return product(tokens, columns, rows) * terms + branch + quantized + elementwise(2 * rows * columns)
+    for rows, columns in one.shapes:
+        branch = NOTHING if rank is None else product(rows, rank.at_most(rows, columns), columns)
+        quantized = NOTHING if part.activations is None else part.activations.quantize_flops(tokens * columns)
+        work += product(tokens, columns, rows) * (2 + (rank is not None)) + branch + quantized
+        work += elementwise(2 * rows * columns)
+    return work
 
 
 def _left(rows: int, columns: int) -> Work:
@@ -86,16 +101,19 @@ def _left(rows: int, columns: int) -> Work:
 def _judging(part: ModuleRecipe, rows: int, columns: int, streams: int) -> Work:
     """The errors of a solved linear without and with its branch, over the energy of its output; and the store of what is left.
 
-    An error is one square where codes and weight see one stream, otherwise every product of two of its terms."""
+    An error is one square where codes and weight see one stream, otherwise three terms and those of the branch."""
     rank, entries = part.compensation.branch_rank, rows * columns
-    plain, branched = (1, 1) if streams == 1 else (4, 9)
-    # The energy and the codes, read back; the error, whose terms are negated and, in one stream, added.
+    # The energy and the codes, read back; the error.
     trace = matrix_flops.trace(rows, columns)
-    work = trace * (1 + plain) + elementwise(entries * (4 if streams == 1 else 2))
+    work = trace * 2 + elementwise(4 * entries) if streams == 1 else trace * 3 + elementwise(3 * entries)
     branch = NOTHING
     if rank is not None:
-        branch = product(rows, rank.at_most(rows, columns), columns)
-        work += branch + trace * branched + elementwise(entries * (5 if streams == 1 else 2))
+        most = rank.at_most(rows, columns)
+        branch = product(rows, most, columns)
+        if streams == 1:
+            work += branch + trace + elementwise(entries)
+        else:
+            work += matrix_flops.branch_terms(rows, columns, most)
     if part.residual is not None:
         work += _left(rows, columns) + branch + part.residual.store_flops(rows, columns)
     return work

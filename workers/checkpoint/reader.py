@@ -66,8 +66,8 @@ class Checkpoint:
     config: config.json as parsed. asks_for_code: it named code of its repository, which is left out. names: of the tensors that
     it holds. An encoded weight (`block_scaled`, `mxfp4`) is one tensor, in bfloat16: reading decodes it; digests, finiteness,
     dtype and shape are those of what it decodes to. parts: tensors that hold such a weight under other names -> what they are.
-    bytes_read: bytes requested from the store so far. Picklable when the store is; reads run in threads of their own, but one
-    `Checkpoint` is for one caller at a time.
+    bytes_read: bytes requested from the store so far. ours: it is of an artifact, whose bytes nobody changes. Picklable when
+    the store is; reads run in threads of their own, but one `Checkpoint` is for one caller at a time.
 
     Every method raises `CheckpointError`, naming file and tensor, where the checkpoint is not what it should
     be, and `StorageError` as the store does.
@@ -82,8 +82,9 @@ class Checkpoint:
         bytes_read: int,
         encoding: Encoding | None = None,
         asks_for_code: bool = False,
+        ours: bool = False,
     ) -> None:
-        self._store = store
+        self._store, self._ours = store, ours
         self._encoding = encoding
         self._encoded = {} if encoding is None else encoding.weights(entries)
         self._entries = {**entries, **{name: weight.decoded for name, weight in self._encoded.items()}}
@@ -118,6 +119,7 @@ class Checkpoint:
                 bytes_read=layout.bytes_read + header_bytes,
                 encoding=layout.encoding,
                 asks_for_code=layout.asks_for_code,
+                ours=quantized,
             )
 
     def entry(self, name: str) -> TensorEntry:
@@ -250,6 +252,8 @@ class Checkpoint:
         if second == expected:
             return tensor
         problem = f"{entry.file}: tensor {show(entry.name)}: sha256 {second}, expected {expected}"
+        if second == first and self._ours:
+            raise IntegrityError(f"{self._store.uri}: {problem}: not the bytes that were written")
         if second == first:
             raise CheckpointError(f"{self._store.uri}: {problem}: the source changed while the job ran")
         raise IntegrityError(f"{self._store.uri}: {problem}: two reads gave different bytes")

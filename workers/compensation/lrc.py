@@ -21,6 +21,7 @@ it. So the whitened SVD of plain codes' error is solved too unless `start_wins`,
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +30,12 @@ from torch import Tensor
 from counterweight.kernels.formats import LowRank
 from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.calibration.statistics import InputStatistics
-from counterweight.workers.compensation.regression import factors, root_of, spectrum, stored
+from counterweight.workers.compensation.objective import squared_error
+from counterweight.workers.compensation.regression import directions, factors, root_of, stored
 from counterweight.workers.methods.compensations import LRC, SVD
 from counterweight.workers.methods.compensations.rank import CountRank, Rank
 from counterweight.workers.methods.weights.stored import StoredWeights
-from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
+from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics, one_batch
 from counterweight.workers.quantization.result import Fallback, QuantizationResult
 from counterweight.workers.quantization.target import damped, right_divide
 
@@ -50,34 +52,56 @@ class LRCResult:
 def lrc(
     options: LRC,
     weights: StoredWeights,
-    weight: Tensor,
-    statistics: InputStatistics,
+    layers: Sequence[tuple[Tensor, InputStatistics]],
     *,
     scale_dtype: torch.dtype,
     factor_dtype: torch.dtype,
-) -> LRCResult:
-    """Codes and branch for `weight` [out, in]; closed forms in float64. Raises ValueError as `weights` does, and for a rank
-    that the layer is too small for. A layer that saw no token gets plain SVD of what its rounding left."""
+) -> list[LRCResult]:
+    """Codes and branch of each of `layers`: weights [out, in], of one shape, with statistics of their inputs; closed forms in
+    float64. Whenever a layer needs codes, those of all are chosen in one batch, of each those that it gets alone. Raises
+    ValueError as `weights` does, and for a rank that a layer is too small for. A layer that saw no token gets plain SVD of
+    what its rounding left."""
+    metrics = [InputStatistics(gram=seen.product("yy"), tokens=seen.tokens) for _, seen in layers]
+    fits = [_fit(options, weights, *layer, factor_dtype) for layer in layers]
+    results: dict[int, LRCResult] = {}
+    targets = {place: next(fit) for place, fit in enumerate(fits)}
+    while targets:
+        places, asked = list(targets), one_batch(list(targets.values()))
+        targets.clear()
+        found = weights.quantize_batch(asked, [metrics[place] for place in places], scale_dtype=scale_dtype)
+        del asked
+        for place, codes in zip(places, found, strict=True):
+            try:
+                targets[place] = fits[place].send(codes)
+            except StopIteration as end:
+                results[place] = end.value
+    return [results[place] for place in range(len(layers))]
+
+
+def _fit(
+    options: LRC, weights: StoredWeights, weight: Tensor, statistics: InputStatistics, dtype: torch.dtype
+) -> Generator[Tensor, QuantizationResult, LRCResult]:
+    """Of one layer: yields a target [out, in] float32 whenever it needs codes, and is sent them."""
     matrix = checked_matrix("weight", weight).double()
     checked_statistics(statistics, matrix.shape[1])
-    metric = InputStatistics(gram=statistics.product("yy"), tokens=statistics.tokens)
-    start = initial_branch(matrix, statistics, options.rank, options.damping, factor_dtype)
+    start = initial_branch(matrix, statistics, options.rank, options.damping, dtype)
     branch = start if options.refits else stored(start, options.factor_bits)
     for _ in range(options.iterations):
-        target = weights.target(matrix, statistics, branch.product(torch.float64))
-        solved = weights.quantize(target.float(), metric, scale_dtype=scale_dtype)
+        solved = yield weights.target(matrix, statistics, branch.product(torch.float64)).float()
         codes = solved.weight.dequantize().double()
         rounding = matrix - branch.product(torch.float64) - codes
         if options.refits:
-            branch = updated_branch(options, matrix, codes, statistics, branch.rank, factor_dtype)
+            branch = updated_branch(options, matrix, codes, statistics, branch.rank, dtype)
+        del codes
     if options.refits:
         branch = stored(branch, options.factor_bits)
     found = LRCResult(weight=solved.weight, low_rank=branch, fallbacks=solved.fallbacks)
-    if statistics.tokens and not start_wins(matrix, rounding, start, statistics):
-        plain = weights.quantize(weights.target(matrix, statistics).float(), metric, scale_dtype=scale_dtype)
-        whitened = SVD(rank=CountRank(count=branch.rank), factor_bits=options.factor_bits)
-        found = _better(matrix, statistics, found, _behind(plain, matrix, statistics, whitened, factor_dtype))
-    return found
+    if not statistics.tokens or start_wins(matrix, rounding, start, statistics):
+        return found
+    del rounding
+    plain = yield weights.target(matrix, statistics).float()
+    whitened = SVD(rank=CountRank(count=branch.rank), factor_bits=options.factor_bits)
+    return _better(matrix, statistics, found, _behind(plain, matrix, statistics, whitened, dtype))
 
 
 def start_wins(weight: Tensor, rounding: Tensor, start: LowRank, statistics: InputStatistics) -> bool:
@@ -86,9 +110,13 @@ def start_wins(weight: Tensor, rounding: Tensor, start: LowRank, statistics: Inp
     the r largest add up to at most sum s and, by Cauchy-Schwarz, to sqrt(r sum s^2)."""
     crossed = statistics.product("xy")
     lost = statistics.gram - crossed - crossed.T + statistics.product("yy")
-    rest = weight - start.product(torch.float64)
-    gain: float = _trace(weight, lost, weight) - _trace(rest, lost, rest)
-    squares = rounding @ statistics.product("yy") @ rounding.T
+    up, down = start.factors(torch.float64)
+    # tr(W D W^T) - tr((W - L) D (W - L)^T), by way of the small factor.
+    read = down @ lost
+    gain: float = 2 * float(((read @ weight.T).T * up).sum()) - float(((read @ down.T) * (up.T @ up)).sum())
+    # A bound does with float32.
+    single = rounding.float()
+    squares = single @ statistics.product("yy").float() @ single.T
     most: float = min(float(squares.trace()), start.rank**0.5 * float(squares.norm()))
     return gain >= most
 
@@ -120,21 +148,26 @@ def initial_branch(
     weight: Tensor, statistics: InputStatistics, rank: Rank, damping: float, dtype: torch.dtype
 ) -> LowRank:
     """Init-LRC for `weight` [out, in] float64; `rank` by energy counts the singular values of W E[x' x'^T]^(1/2)."""
-    rows, columns = weight.shape
-    matrix, root = initial_problem(weight, statistics, damping)
-    values, vectors = spectrum(matrix @ root)
-    return factors(vectors[:, : rank.resolve(rows, columns, values)], matrix, dtype)
+    matrix, gram = _initial_metric(weight, statistics, damping)
+    _, vectors = directions(matrix, gram, rank)
+    return factors(vectors, matrix, dtype)
 
 
 def initial_problem(weight: Tensor, statistics: InputStatistics, damping: float) -> tuple[Tensor, Tensor]:
     """M [out, in] and a root R [in, in] of the metric, whose product's singular vectors are Init-LRC's; float64."""
+    matrix, gram = _initial_metric(weight, statistics, damping)
+    return matrix, root_of(gram)
+
+
+def _initial_metric(weight: Tensor, statistics: InputStatistics, damping: float) -> tuple[Tensor, Tensor]:
+    """The same M, and the metric itself."""
     if statistics.tokens == 0:
         return weight, torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
     unseen = remainder(statistics, "xx", damping)
     matrix = weight
     if "t" in statistics.streams:
         matrix = right_divide(weight @ remainder(statistics, "tx", damping), unseen, damping)
-    return matrix, root_of(unseen)
+    return matrix, unseen
 
 
 def remainder(statistics: InputStatistics, streams: str, damping: float) -> Tensor:
@@ -157,34 +190,10 @@ def updated_branch(
     """
     matrix, gram = weight - codes, statistics.gram
     if options.refit == "joint" and statistics.tokens:
-        moved = weight @ (statistics.product("tx") - gram) - codes @ (statistics.product("yx") - gram)
+        moved = codes @ (gram - statistics.product("yx"))
+        if "t" in statistics.streams:
+            moved += weight @ (statistics.product("tx") - gram)
         matrix = matrix + right_divide(moved, gram, options.damping)
-    root = root_of(damped(gram, options.damping)) if statistics.tokens else torch.eye(len(gram)).to(gram)
-    _, vectors = spectrum(matrix @ root)
-    return factors(vectors[:, :rank], matrix, dtype)
-
-
-def energy(weight: Tensor, statistics: InputStatistics) -> float:
-    """E||W t||^2 times the tokens: the square of the original output, summed over them."""
-    return _trace(weight, statistics.product("tt"), weight)
-
-
-def squared_error(weight: Tensor, codes: Tensor, branch: LowRank | None, statistics: InputStatistics) -> float:
-    """E||W t - Q y - L x||^2 times the tokens, both matrices [out, in]."""
-    parts = {"t": weight, "y": -codes}
-    if branch is not None:
-        parts["x"] = -branch.product(weight.dtype)
-    if statistics.streams == {"x"}:
-        # One stream: the sum is one square, without the rounding of differences.
-        total = sum(parts.values(), torch.zeros_like(weight))
-        left = _trace(total, statistics.gram, total)
-    else:
-        left = sum(
-            _trace(one, statistics.product(a + b), other) for a, one in parts.items() for b, other in parts.items()
-        )
-    return max(left, 0.0)
-
-
-def _trace(first: Tensor, gram: Tensor, second: Tensor) -> float:
-    """tr(A G B^T), in the matrices' dtype but for the sum."""
-    return float(((first @ gram.to(first.dtype)) * second).sum(dtype=torch.float64))
+    metric = damped(gram, options.damping) if statistics.tokens else torch.eye(len(gram)).to(gram)
+    _, vectors = directions(matrix, metric, CountRank(count=rank))
+    return factors(vectors, matrix, dtype)

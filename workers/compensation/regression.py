@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.formats import LowRank
+from counterweight.workers.compensation.range_finder import leading
+from counterweight.workers.matrix_flops import finds_range
+from counterweight.workers.methods.compensations.rank import Rank
 
 
 def root_of(gram: Tensor) -> Tensor:
@@ -61,13 +64,6 @@ def _coded(rows: Tensor, bits: Literal[4, 8]) -> tuple[Tensor, Tensor]:
     return (rows / step).round_().clamp_(-highest, highest).to(torch.int8), step.squeeze(1)
 
 
-def times(matrix: Tensor, root: Tensor | None) -> Tensor:
-    """`matrix` times the metric's root, in any of its three forms."""
-    if root is None:
-        return matrix
-    return matrix * root if root.ndim == 1 else matrix @ root
-
-
 def spectrum(whitened: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values, descending, and as many left singular vectors as columns, by way of the smaller Gram matrix."""
     rows, columns = whitened.shape
@@ -77,6 +73,22 @@ def spectrum(whitened: Tensor) -> tuple[Tensor, Tensor]:
     squares, right = torch.linalg.eigh(whitened.T @ whitened)
     # QR keeps the columns orthonormal where dividing by a singular value of nearly zero would not.
     return squares.clamp_min(0).sqrt().flip(0), torch.linalg.qr(whitened @ right.flip(1)).Q
+
+
+def directions(matrix: Tensor, gram: Tensor | None, rank: Rank) -> tuple[Tensor, Tensor]:
+    """Singular values, descending, and the leading left singular vectors [out, r] of matrix gram^(1/2), r as `rank` asks.
+
+    matrix: [out, in]; gram: [in, in], semidefinite, None for the identity; both float64. Where the rank is known ahead and
+    small, only these are computed, within the error bound of `range_finder`. Raises ValueError for a rank that the matrix is
+    too small for.
+    """
+    rows, columns = matrix.shape
+    if rank.known_ahead:
+        count = rank.resolve(rows, columns, matrix.new_empty(0))
+        if finds_range(rows, columns, count, metric=gram is not None):
+            return leading(matrix, gram, count)
+    values, vectors = spectrum(matrix if gram is None else matrix @ root_of(gram))
+    return values, vectors[:, : rank.resolve(rows, columns, values)]
 
 
 def factors(left: Tensor, residual: Tensor, dtype: torch.dtype) -> LowRank:

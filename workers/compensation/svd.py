@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from counterweight.workers.calibration.statistics import InputStatistics
-from counterweight.workers.compensation.regression import factors, root_of, spectrum, stored, times
+from counterweight.workers.compensation.regression import directions, factors, stored
 from counterweight.workers.compensation.result import CompensationResult
 from counterweight.workers.methods.compensations import SVD
 from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
@@ -53,35 +53,33 @@ def svd(
     absent, not finite or of another width, and for a rank that the layer is too small for.
     """
     residual = checked_matrix("residual", residual_target).double()
-    rows, columns = residual.shape
-    root, fallbacks = _root(options, columns, statistics)
-    whitened = times(residual, root)
-    energy = whitened.square().sum()
-    if not bool(energy > 0):
+    scales, gram, fallbacks = _metric(options, residual.shape[1], statistics)
+    values, vectors = directions(residual if scales is None else residual * scales, gram, options.rank)
+    if not bool(values[0] > 0):
         cause = "the residual is zero on every input that was seen: no branch"
         return CompensationResult(
             low_rank=None,
             fallbacks=(*fallbacks, Fallback(step="svd.residual", cause=cause)),
         )
-    values, vectors = spectrum(whitened)
-    directions = vectors[:, : options.rank.resolve(rows, columns, values)]
-    low_rank = stored(factors(directions, residual, dtype), options.factor_bits)
+    low_rank = stored(factors(vectors, residual, dtype), options.factor_bits)
     return CompensationResult(low_rank=low_rank, fallbacks=fallbacks)
 
 
-def _root(options: SVD, columns: int, statistics: InputStatistics | None) -> tuple[Tensor | None, tuple[Fallback, ...]]:
-    """A root R of the metric, G = R R^T: [in, in], its diagonal [in], or None for the identity."""
+def _metric(
+    options: SVD, columns: int, statistics: InputStatistics | None
+) -> tuple[Tensor | None, Tensor | None, tuple[Fallback, ...]]:
+    """The metric: where it is diagonal, the root of its diagonal [in]; otherwise G [in, in]; neither for the identity."""
     if options.whitening == "none":
-        return None, ()
+        return None, None, ()
     gram = checked_statistics(statistics, columns).mean_gram()
     power = gram.diagonal()
     if not bool((power > 0).any()):
-        return None, (Fallback(step="svd.tokens", cause="no calibration token arrived: plain residual"),)
+        return None, None, (Fallback(step="svd.tokens", cause="no calibration token arrived: plain residual"),)
     if options.whitening == "magnitude":
-        return _magnitude(statistics), ()
+        return _magnitude(statistics), None, ()
     if options.whitening == "diagonal":
-        return (power + options.damping * power.mean()).sqrt(), ()
-    return root_of(damped(gram, options.damping)), ()
+        return (power + options.damping * power.mean()).sqrt(), None, ()
+    return None, damped(gram, options.damping), ()
 
 
 def _magnitude(statistics: InputStatistics | None) -> Tensor:

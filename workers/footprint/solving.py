@@ -8,81 +8,82 @@ from math import prod
 
 from counterweight.workers import matrix_bytes
 from counterweight.workers.footprint.experts import summed_tokens
-from counterweight.workers.footprint.load import Group, Load, moments, squares, streams
+from counterweight.workers.footprint.load import Load, moments, squares, streams
+from counterweight.workers.footprint.solves import Solve, batched
 from counterweight.workers.footprint.weights import scaled
 from counterweight.workers.matrix_bytes import DECODE, DOUBLE, SINGLE
 from counterweight.workers.parallel import PARALLEL_WIDTH
-from counterweight.workers.recipe import ModuleRecipe, solved_together
+from counterweight.workers.recipe import ModuleRecipe
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """A solve of linears of one group. peak: beside the statistics; left: what stays of it; packed: the group's statistics as
-    they were gathered, which an `alone` solve takes and otherwise the `last` one ends; squares: the same as it is solved
-    with."""
+    """Solves that are done in one call. peak: beside the statistics; left: what stays of them; taken, ended: the inputs'
+    statistics as they were gathered, which solves that are `alone` take and otherwise the `last` one ends; squares: the same
+    as they are solved with."""
 
     peak: int
     left: int
-    packed: int
+    taken: int
+    ended: int
     squares: int
-    alone: bool
-    last: bool
 
 
 def solving(load: Load) -> tuple[int, int]:
     """Statistics and solves that run side by side at their peak, with what was solved before; and what all solves leave."""
-    groups = [_jobs(load, group) for group in load.groups]
-    jobs = [job for own in groups for job in own]
+    jobs = [_job(load, batch) for batch in batched(load)]
     side_by_side = load.threads if any(group.width >= PARALLEL_WIDTH for group in load.groups if group.recipe) else 1
-    waiting = sum(own[0].packed for own in groups if own)
+    waiting = sum(moments(load, group, DOUBLE) for group in load.groups if group.recipe)
     peak = waiting
     solved = 0
     for place, first in enumerate(jobs):
         running = jobs[place : place + side_by_side]
-        taken = sum(job.packed for job in running if job.alone)
-        peak = max(peak, solved + waiting - taken + sum(job.squares + max(job.packed, job.peak) for job in running))
+        held = sum(job.squares + max(job.taken or job.ended, job.peak) for job in running)
+        peak = max(peak, solved + waiting - sum(job.taken for job in running) + held)
         solved += first.left
-        waiting -= first.packed if first.last else 0
+        waiting -= first.ended
     return peak, solved
 
 
-def _jobs(load: Load, group: Group) -> list[_Job]:
-    """Solves of a group's linears."""
-    found: list[_Job] = []
-    solves = list(solved_together(group.recipe, {name: rows for name, (rows, _) in group.linears.items()}))
-    for together in solves:
-        part = group.recipe[together[0]]
-        shapes = [group.linears[name] for name in together]
-        tokens = summed_tokens(load, group)
-        left = sum(_left(part, rows, columns, load.source_bytes / load.parameters) for rows, columns in shapes)
-        copies = 0 if scaled(load) == SINGLE * load.parameters and not load.gpu else SINGLE * sum(map(prod, shapes))
-        found.append(
-            _Job(
-                peak=copies + _solve(part, shapes, tokens, streams(load, group)),
-                left=left,
-                packed=moments(load, group, DOUBLE),
-                squares=squares(load, group),
-                alone=len(solves) == 1,
-                last=together is solves[-1],
-            )
-        )
-    return found
+def _job(load: Load, batch: Sequence[Solve]) -> _Job:
+    """What solves that are done in one call take and leave."""
+    first, count = batch[0], len(batch)
+    tokens = min(summed_tokens(load, solve.group) for solve in batch)
+    left = sum(_left(first.part, *shape, load.source_bytes / load.parameters) for shape in first.shapes)
+    in_place = scaled(load) == SINGLE * load.parameters and not load.gpu
+    copies = 0 if in_place else SINGLE * sum(map(prod, first.shapes))
+    packed = [moments(load, solve.group, DOUBLE) for solve in batch]
+    return _Job(
+        peak=count * copies
+        + _solve(
+            first.part, first.shapes, tokens, streams(load, first.group), count, first.at_once(count, gpu=load.gpu)
+        ),
+        left=count * left,
+        taken=sum(packed) if first.alone else 0,
+        ended=sum(packed) if first.last else 0,
+        squares=sum(squares(load, solve.group) for solve in batch),
+    )
 
 
-def _solve(part: ModuleRecipe, shapes: Sequence[tuple[int, int]], tokens: float, streams: int) -> int:
-    """Peak of one call of `solve`, beside its weights."""
+def _solve(
+    part: ModuleRecipe, shapes: Sequence[tuple[int, int]], tokens: float, streams: int, count: int, at_once: int
+) -> int:
+    """Peak of one call of `solve` for `count` inputs, beside its weights. at_once: see `Solve.at_once`."""
     columns = shapes[0][1]
     rows = sum(rows for rows, _ in shapes)
     judging = max(_judging(part, one, columns, streams) for one, _ in shapes)
     if part.compensation.joint:
-        return max(judging, *(part.compensation.solve_bytes(part.weights, one, columns, tokens) for one, _ in shapes))
-    stacked = SINGLE * rows * columns
+        return max(judging, part.compensation.solve_bytes(part.weights, shapes[0][0], columns, tokens, at_once))
+    stacked = SINGLE * rows * columns * count
     taken = stacked if part.compensation.needs_rows else 0
     foreseen = part.compensation.foresee_bytes(columns)
-    quantizing = max(part.weights.quantize_bytes(rows, columns) + foreseen // 4, foreseen)
+    kept = count * foreseen // 4
+    quantizing = max(part.weights.quantize_bytes(rows, columns, count) + kept, kept + foreseen - foreseen // 4)
+    # Targets of several inputs, and the same put together.
+    quantizing = max(quantizing, stacked if count > 1 else 0)
     target = part.weights.target_bytes(rows, columns)
     aimed = stacked if target else 0
-    codes = 2 * rows * columns
+    codes = 2 * rows * columns * count
     compensating = max(SINGLE * one * columns + part.compensation.fit_bytes(one, columns, tokens) for one, _ in shapes)
     return stacked + max(target, taken + aimed + max(quantizing, codes + max(judging, compensating)))
 

@@ -35,9 +35,10 @@ class ScaleSearch(Method):
     def fit(
         self, weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype, importance: Tensor | None = None
     ) -> Grid:
-        """The grid of `weight` [out, in] float32, its scales rounded to `scale_dtype`.
+        """The grid of `weight` [..., out, in] float32, its scales rounded to `scale_dtype`; of several weights each as it is
+        alone.
 
-        importance: [in] float32, non-negative; None: all columns are alike. ValueError for groups that do not tile the
+        importance: [..., in] float32, non-negative; None: all columns are alike. ValueError for groups that do not tile the
         weight and for a scale that does not fit its dtype.
         """
 

@@ -16,6 +16,9 @@ make up for, hence the importance of column j in the search for scales.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -23,7 +26,8 @@ from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers import GPTQ
 from counterweight.workers.quantization.columns import Columns, Metric
-from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
+from counterweight.workers.quantization.grid import Grid
+from counterweight.workers.quantization.inputs import checked_matrices, checked_statistics
 from counterweight.workers.quantization.result import Fallback, QuantizationResult
 
 _DAMPING_ATTEMPTS = 4  # the damping that was asked for, then three times ten times more
@@ -31,18 +35,65 @@ _DAMPING_STEP = 10.0
 
 
 def gptq(
-    options: GPTQ, weight: Tensor, statistics: InputStatistics | None, format: WeightFormat, scale_dtype: torch.dtype
-) -> QuantizationResult:
-    """Codes of `weight` [out, in] with the smallest ||(W - Q) X||^2 that this greedy order finds.
+    options: GPTQ,
+    weights: Tensor,
+    statistics: Sequence[InputStatistics | None],
+    format: WeightFormat,
+    scale_dtype: torch.dtype,
+) -> list[QuantizationResult]:
+    """Codes of each of `weights` [batch, out, in] with the smallest ||(W - Q) X||^2 that this greedy order finds.
 
-    Rows are independent, so layers that share an input may be stacked along `out`. Factorization in float64, the
-    loop over columns in float32. Recorded fallbacks: no token (round to nearest), columns whose input was always
-    zero (rounded to nearest), damping raised, no Cholesky factor at any damping (round to nearest). Raises ValueError
-    for a weight that is not a finite matrix, that groups do not tile, or whose scales do not fit `scale_dtype`, and for
-    statistics that are absent, not finite or of another width.
+    statistics: of each one's own input. Each weight gets the codes that it gets alone. Rows are independent, so layers that
+    share an input may be stacked along `out`. Factorization in float64, the loop over columns in float32. Recorded fallbacks:
+    no token (round to nearest), columns whose input was always zero (rounded to nearest), damping raised, no Cholesky factor
+    at any damping (round to nearest). Raises ValueError for a weight that is not a finite matrix, that groups do not tile, or
+    whose scales do not fit `scale_dtype`, and for statistics that are absent, not finite or of another width.
     """
-    matrix = checked_matrix("weight", weight)
-    hessian = checked_statistics(statistics, matrix.shape[1]).mean_gram()
+    matrices = checked_matrices("weight", weights)
+    orderings = [_ordering(options, checked_statistics(seen, matrices.shape[2])) for seen in statistics]
+    importance = torch.stack([ordering.importance for ordering in orderings])
+    grids = options.scale.fit(matrices, format, scale_dtype, importance).unbind()
+    codes = _codes(options, matrices, grids, orderings)
+    return [
+        QuantizationResult(
+            weight=grid.round(matrix) if own is None else grid.with_codes(own), fallbacks=ordering.fallbacks
+        )
+        for matrix, grid, ordering, own in zip(matrices, grids, orderings, codes, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ordering:
+    """What a weight's input says of its columns. order: the one to be rounded first, second, ... [in]; importance: of each in
+    the search for scales, [in] float32, all alike without a metric, where columns are rounded to nearest."""
+
+    order: Tensor
+    metric: Metric | None
+    importance: Tensor
+    fallbacks: tuple[Fallback, ...]
+
+
+def _codes(
+    options: GPTQ, matrices: Tensor, grids: Sequence[Grid], orderings: Sequence[_Ordering]
+) -> list[Tensor | None]:
+    """Codes [out, in] int8 of the weights that have a metric, which go through the loop over columns together."""
+    found: list[Tensor | None] = [None] * len(matrices)
+    metrics = {place: ordering.metric for place, ordering in enumerate(orderings) if ordering.metric is not None}
+    if not metrics:
+        return found
+    columns = Columns(
+        [matrices[place] for place in metrics],
+        [grids[place] for place in metrics],
+        [orderings[place].order for place in metrics],
+    )
+    rounded = columns.rounded(list(metrics.values()), options.refinement, options.block_size)
+    for place, own in zip(metrics, columns.restore(rounded), strict=True):
+        found[place] = own
+    return found
+
+
+def _ordering(options: GPTQ, statistics: InputStatistics) -> _Ordering:
+    hessian = statistics.mean_gram()
     power = hessian.diagonal().clone()
     order = power.argsort(descending=True, stable=True)
     if not options.act_order:
@@ -50,25 +101,29 @@ def gptq(
     dead = int((power <= 0).sum())
     if dead == len(power):
         no_token = Fallback(step="gptq.tokens", cause="no calibration token arrived: rounded to nearest")
-        return _round(options, matrix, format, scale_dtype, no_token)
+        return _Ordering(order=order, metric=None, importance=torch.ones_like(power).float(), fallbacks=(no_token,))
     fallbacks: list[Fallback] = []
     if dead:
         cause = f"{dead} of {len(power)} columns: no input but zero was seen: rounded to nearest"
         fallbacks.append(Fallback(step="gptq.dead_columns", cause=cause))
     hessian = hessian[order]
     hessian = hessian[:, order]
-    metric = _factorize(options.damping, hessian, fallbacks)
-    if metric is None:
-        return _round(options, matrix, format, scale_dtype, *fallbacks)
-    importance = torch.empty_like(power).index_copy_(0, order, metric.root.diagonal().square()).float()
-    grid = options.scale.fit(matrix, format, scale_dtype, importance)
-    columns = Columns(matrix, grid, order)
-    codes = columns.rounded(metric, options.refinement, options.block_size)
-    return QuantizationResult(weight=grid.with_codes(columns.restore(codes)), fallbacks=tuple(fallbacks))
+    root = _factorize(options.damping, hessian, fallbacks)
+    if root is None:
+        return _Ordering(
+            order=order, metric=None, importance=torch.ones_like(power).float(), fallbacks=tuple(fallbacks)
+        )
+    scales = root.diagonal().clone()
+    importance = torch.empty_like(power).index_copy_(0, order, scales.square()).float()
+    feed = root.div_(scales).float()
+    del root
+    pull = hessian.div_(hessian.diagonal().clone()).float()
+    metric = Metric(feed=feed, pull=pull)
+    return _Ordering(order=order, metric=metric, importance=importance, fallbacks=tuple(fallbacks))
 
 
-def _factorize(damping_asked: float, hessian: Tensor, fallbacks: list[Fallback]) -> Metric | None:
-    """The metric of a `hessian` in rounding order, which is damped in place; None when no damping makes it positive definite in
+def _factorize(damping_asked: float, hessian: Tensor, fallbacks: list[Fallback]) -> Tensor | None:
+    """U with U U^T = `hessian` in rounding order, which is damped in place; None when no damping makes it positive definite in
     float64."""
     power = hessian.diagonal().clone()
     typical = power[power > 0].median()
@@ -76,19 +131,13 @@ def _factorize(damping_asked: float, hessian: Tensor, fallbacks: list[Fallback])
         damping = damping_asked * _DAMPING_STEP**attempt
         hessian.diagonal().copy_(power + typical * damping)
         # Reversed order turns the lower factor that LAPACK computes into the upper one.
-        root, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not int(failed):
             if attempt:
                 cause = f"no Cholesky factor at {damping_asked:g}: raised to {damping:g}"
                 fallbacks.append(Fallback(step="gptq.damping", cause=cause))
-            return Metric(hessian=hessian, root=root.flip(0, 1))
+            root: Tensor = lower.flip(0, 1)
+            return root
     cause = f"no Cholesky factor up to a damping of {damping:g}: rounded to nearest"
     fallbacks.append(Fallback(step="gptq.cholesky", cause=cause))
     return None
-
-
-def _round(
-    options: GPTQ, weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype, *fallbacks: Fallback
-) -> QuantizationResult:
-    grid = options.scale.fit(weight, format, scale_dtype, None)
-    return QuantizationResult(weight=grid.round(weight), fallbacks=fallbacks)

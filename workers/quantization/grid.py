@@ -19,14 +19,22 @@ from counterweight.workers.methods.scales import STRIDE, MeanSquare
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Scales and zero points of a weight, as the checkpoint will store them.
+    """Scales and zero points of a weight, as the checkpoint will store them, or of several weights of one shape.
 
-    scale: [out, groups] in the stored dtype, never zero. zero_point: [out, groups] int8, None when symmetric.
+    scale: [..., out, groups] in the stored dtype, never zero. zero_point: [..., out, groups] int8, None when symmetric.
     """
 
     format: WeightFormat
     scale: Tensor
     zero_point: Tensor | None
+
+    def unbind(self) -> list[Grid]:
+        """The grids [out, groups] of a batch [batch, out, groups]."""
+        zeros = (None,) * len(self.scale) if self.zero_point is None else self.zero_point.unbind()
+        return [
+            Grid(format=self.format, scale=scale, zero_point=zero)
+            for scale, zero in zip(self.scale.unbind(), zeros, strict=True)
+        ]
 
     def round(self, weight: Tensor) -> UniformWeight:
         """Each entry of `weight` [out, in] float32 to its nearest grid value."""
@@ -55,7 +63,7 @@ def nearest(weight: Tensor, format: WeightFormat) -> Tensor:
 
 def covering_grid(weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype) -> Grid:
     """The grid that spans the whole range of each group; see `ScaleSearch.fit`."""
-    groups = weight.unflatten(1, (-1, format.columns_per_group(weight.shape[1])))
+    groups = weight.unflatten(-1, (-1, format.columns_per_group(weight.shape[-1])))
     return _grid(*_cover(*_range(groups, format), format, scale_dtype), format)
 
 
@@ -63,17 +71,31 @@ def searched_grid(
     search: MeanSquare, weight: Tensor, format: WeightFormat, scale_dtype: torch.dtype, importance: Tensor | None
 ) -> Grid:
     """The grid with the least error of rounding and clipping; see `ScaleSearch.fit`."""
-    width = format.columns_per_group(weight.shape[1])
-    counts = None
+    *batch, rows, columns = weight.shape
+    width = format.columns_per_group(columns)
+    batched = weight.reshape(-1, rows, columns)
+    counts: list[Tensor] | list[None] = [None] * len(batched)
     if search.weighted and importance is not None:
-        # Only ratios matter; a mean of one keeps float32 sums in range whatever the units of the input.
-        mean = importance.mean().clamp_min(torch.finfo(torch.float32).tiny)
-        counts = (importance / mean).unflatten(0, (-1, width))
-    parts = [
-        _search(search, rows.unflatten(1, (-1, width)), counts, format, scale_dtype)
-        for rows in weight.split(max(1, _chunk_elements(weight.device) // weight.shape[1]))
-    ]
-    return _grid(torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts]), format)
+        counts = [_counts(own, width) for own in importance.reshape(-1, columns)]
+    rows_at_once = max(1, _chunk_elements(weight.device) // columns)
+    weights_at_once = max(1, rows_at_once // rows)
+    found = []
+    for start in range(0, len(batched), weights_at_once):
+        own = [one for one in counts[start : start + weights_at_once] if one is not None]
+        parts = [
+            _search(search, part.unflatten(-1, (-1, width)), torch.stack(own) if own else None, format, scale_dtype)
+            for part in batched[start : start + weights_at_once].split(rows_at_once, dim=1)
+        ]
+        found.append([torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)])
+    scale, zero = (torch.cat(tensors).reshape(*batch, rows, -1, 1) for tensors in zip(*found, strict=True))
+    return _grid(scale, zero, format)
+
+
+def _counts(importance: Tensor, width: int) -> Tensor:
+    """How much each column counts, [1, groups, width]. Only ratios matter; a mean of one keeps float32 sums in range whatever
+    the units of the input."""
+    mean = importance.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return (importance / mean).view(1, -1, width)
 
 
 def _search(
@@ -83,7 +105,8 @@ def _search(
     format: WeightFormat,
     scale_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Scale (stored dtype) and zero point (float32) of `groups` [rows, groups, columns], each [rows, groups, 1]."""
+    """Scale (stored dtype) and zero point (float32) of `groups` [batch, rows, groups, columns], each [batch, rows, groups, 1].
+    counts: how much each column counts, [batch, 1, groups, columns]."""
     low, high = _range(groups, format)
     workspace = torch.empty_like(groups), torch.empty_like(groups)
 
@@ -119,7 +142,7 @@ def _error(
     format: WeightFormat,
     workspace: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """What rounding `groups` to this grid costs each group, [rows, groups, 1]."""
+    """What rounding `groups` to this grid costs each group, [batch, rows, groups, 1]."""
     exact, error = workspace
     step = scale.float()
     torch.div(groups, step, out=exact)
@@ -156,7 +179,7 @@ def _cover(low: Tensor, high: Tensor, format: WeightFormat, scale_dtype: torch.d
 
 
 def _grid(scale: Tensor, zero: Tensor, format: WeightFormat) -> Grid:
-    """A grid from `_cover`'s tensors [out, groups, 1]; ValueError when a scale does not fit its dtype."""
+    """A grid from `_cover`'s tensors [..., out, groups, 1]; ValueError when a scale does not fit its dtype."""
     if not bool(torch.isfinite(scale).all()):
         raise ValueError(f"weight: a scale exceeds the range of {scale.dtype}, in which it would be stored")
     return Grid(

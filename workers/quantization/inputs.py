@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,12 +27,22 @@ def check_activations(what: str, tensor: Tensor) -> None:
 
 def checked_matrix(name: str, matrix: Tensor) -> Tensor:
     """`matrix` in float32; ValueError with its name unless it is finite, [out, in], with at least one row and column."""
-    if matrix.ndim != 2 or matrix.numel() == 0 or not matrix.is_floating_point():
-        kind = str(matrix.dtype).removeprefix("torch.")
-        raise ValueError(f"{name}: {kind} {list(matrix.shape)}: expected a floating-point matrix [out, in]")
-    if not all_finite(matrix):
+    return checked_matrices(name, matrix.unsqueeze(0)).squeeze(0)
+
+
+def checked_matrices(name: str, matrices: Tensor) -> Tensor:
+    """`matrices` [batch, out, in] in float32, each as `checked_matrix` wants it."""
+    if matrices.ndim != 3 or matrices.numel() == 0 or not matrices.is_floating_point():
+        kind = str(matrices.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: {kind} {list(matrices.shape[1:])}: expected a floating-point matrix [out, in]")
+    if not all_finite(matrices):
         raise ValueError(f"{name}: holds NaN or infinity: expected finite values")
-    return matrix.float()
+    return matrices.float()
+
+
+def one_batch(matrices: Sequence[Tensor]) -> Tensor:
+    """[batch, out, in] of matrices of one shape, without a copy of a single one."""
+    return matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(list(matrices))
 
 
 def checked_statistics(statistics: InputStatistics | None, columns: int) -> InputStatistics:

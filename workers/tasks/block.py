@@ -12,6 +12,7 @@ from counterweight.workers.config import Config
 from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.keys import digest, versions
 from counterweight.workers.recipe import ModuleRecipe
+from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.records import LedgerEntry, ModuleReport, Timing
 from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.workspace import Blob, Record, Workspace
@@ -36,6 +37,8 @@ class BlockSpec(Config):
     propagate: Literal["original", "compressed"]
     experts: ExpertCalibration | None = None
     """How a sparse block's are calibrated; null in a dense one, and where they are solved on their own tokens alone."""
+    tokens: str = ""
+    """sha256 of the calibration tokens, which decide the block's inputs; for people."""
     passes: tuple[tuple[str, ...], ...] = ()
     """Linears that are solved after each pass over the shards, which gathers the statistics of their inputs alone: what takes
     less memory, and no part of the result. Those of one input are in one pass, and those of one expert. Empty: all are."""
@@ -52,6 +55,10 @@ class BlockSpec(Config):
     def every_token(self) -> bool:
         """Whether experts are calibrated on all tokens, and not on those that the router sends them."""
         return self.experts is not None and self.experts.every_token
+
+    flops: int = 0
+    """Floating-point operations of its tasks, and the bytes of its weights: for `Task.patience`, no part of the result."""
+    bytes: int = 0
 
     @property
     def lends(self) -> bool:
@@ -110,6 +117,11 @@ class BlockTask(Config):
     def block_index(self) -> int:
         return self.block.index
 
+    @property
+    def patience(self) -> float:
+        hidden = sum(blob.size for blob in (*self.block.inputs, *self.block.original_inputs))
+        return patience(bytes=self.block.bytes + 2 * hidden, flops=self.block.flops, device=self.block.setting.device)
+
     def workspace(self) -> Workspace:
         return self.block.setting.open_workspace()
 
@@ -139,6 +151,8 @@ class BlockRecord(Record):
     """Bits of the block's tensors that were carried over: norms, biases, routers, kept linears."""
     ledger: tuple[LedgerEntry, ...]
     timing: Timing
+    made_from: Mapping[str, str] = Field(default_factory=dict)
+    """Parts of the key, see `workers.tasks.made_from`; empty in records that are older than it."""
 
     @property
     def stored(self) -> tuple[Blob, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.models.layout import ModelLayout
+from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ class Describe(Task[ModelLayout]):
     @property
     def name(self) -> str:
         return "architecture"
+
+    @property
+    def patience(self) -> float:
+        return patience()
 
     def run(self, context: TaskContext) -> ModelLayout:
         from counterweight.workers.models.block_builder import BlockBuilder

@@ -65,6 +65,10 @@ class Distill(Config, DurableTask[DistillRecord]):
         return "distillation"
 
     @property
+    def patience(self) -> float:
+        return self.training.patience
+
+    @property
     def trains(self) -> str | None:
         return self.training.key()
 

@@ -60,6 +60,10 @@ class Epoch(Config, DurableTask[EpochRecord]):
         return f"end of distillation's epoch {self.epoch}"
 
     @property
+    def patience(self) -> float:
+        return self.training.patience
+
+    @property
     def trains(self) -> str | None:
         return self.training.key()
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from counterweight.workers.config import Config
+from counterweight.workers.errors import CheckpointError, IntegrityError
 from counterweight.workers.keys import digest
 from counterweight.workers.metrics import METRICS
 from counterweight.workers.storage import open_store
+from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.records import Timing
 from counterweight.workers.tasks.setting import Setting, shard_sequences
 from counterweight.workers.tasks.task import DurableTask
@@ -59,6 +61,8 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
     tokens: Blob
     start: int
     stop: int
+    written: bool = False
+    """Whether the job itself has written the artifact: what is wrong with it nobody has asked for."""
 
     def key(self) -> str:
         shared = {**self.setting.determines(), "compute_dtype": "float32"}
@@ -80,6 +84,12 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
     def name(self) -> str:
         return f"validation of windows {self.start} to {self.stop - 1}"
 
+    @property
+    def patience(self) -> float:
+        parameters, tokens = self.setting.parameters, self.tokens.size // 4  # of all windows, which are int32
+        flops = 2 * parameters * tokens * len(VARIANTS)
+        return patience(bytes=8 * parameters, flops=flops, device=self.setting.device)
+
     def workspace(self) -> Workspace:
         return self.setting.open_workspace()
 
@@ -96,7 +106,12 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
 
         clock = Clock(context.device)
         checkpoint, builder = context.source(self.setting)
-        model = CompressedModel.open(open_store(self.artifact), ledger_sha256=self.ledger)
+        try:
+            model = CompressedModel.open(open_store(self.artifact), ledger_sha256=self.ledger)
+        except CheckpointError as error:
+            if not self.written:
+                raise
+            raise IntegrityError(f"{error}: not what was written") from error
         variants = variants_of(model)
         measured = list(dict.fromkeys(variants.values()))
         ids = workspace.get_tensors(self.tokens)["input_ids"][self.start : self.stop].long().to(context.device)

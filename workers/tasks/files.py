@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.storage import open_store, stream_sha256
 from counterweight.workers.storage.base import Written
+from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.workspace import Blob, Workspace
 
@@ -32,6 +33,10 @@ class Join(Task[Written]):
     def name(self) -> str:
         return self.what
 
+    @property
+    def patience(self) -> float:
+        return patience(bytes=2 * sum(blob.size for blob, _ in self.parts))
+
     def run(self, context: TaskContext) -> Written:
         from counterweight.workers.join import join_tensors
 
@@ -40,12 +45,17 @@ class Join(Task[Written]):
 
 @dataclass(frozen=True)
 class Checksum(Task[str]):
-    """sha256 of the bytes of the object `path` below the root URI `root`, in bounded memory."""
+    """sha256 of the bytes of the object `path` below the root URI `root`, in bounded memory. size: how many they should be."""
 
     kind: ClassVar[str] = "checksum"
 
     root: str
     path: str
+    size: int = 0
+
+    @property
+    def patience(self) -> float:
+        return patience(bytes=self.size)
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from counterweight.workers.checkpoint.digest import TensorDigest
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.storage import open_store
+from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -17,17 +18,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspect(Task[dict[str, TensorDigest]]):
-    """Reads each byte of these tensors once, in bounded memory. source: root URI. part: of how many, for people."""
+    """Reads each byte of these tensors once, in bounded memory. source: root URI. part: of how many, for people. bytes: of
+    all."""
 
     kind: ClassVar[str] = "inspect"
 
     source: str
     names: Sequence[str]
     part: str = "1 of 1"
+    bytes: int = 0
 
     @property
     def name(self) -> str:
         return f"inventory {self.part}"
+
+    @property
+    def patience(self) -> float:
+        return patience(bytes=self.bytes)
 
     def run(self, context: TaskContext) -> dict[str, TensorDigest]:
         return Checkpoint.open(open_store(self.source)).inspect(self.names)

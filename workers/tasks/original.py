@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
 from counterweight.workers.keys import digest
+from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.records import HiddenRecord
 from counterweight.workers.tasks.setting import Setting, shard_sequences
 from counterweight.workers.tasks.task import DurableTask
@@ -38,6 +39,11 @@ class Original(Config, DurableTask[HiddenRecord]):
     @property
     def name(self) -> str:
         return f"original on sequences {self.start} to {self.stop - 1}"
+
+    @property
+    def patience(self) -> float:
+        parameters, tokens = self.setting.parameters, self.tokens.size // 4  # of all sequences, which are int32
+        return patience(bytes=4 * parameters, flops=2 * parameters * tokens, device=self.setting.device)
 
     def workspace(self) -> Workspace:
         return self.setting.open_workspace()

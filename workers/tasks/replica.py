@@ -53,6 +53,10 @@ class Replica(Config, DurableTask[ReplicaRecord]):
         return f"distillation, epoch {self.epoch}{where}"
 
     @property
+    def patience(self) -> float:
+        return self.training.patience
+
+    @property
     def trains(self) -> str | None:
         return self.training.key()
 

@@ -44,10 +44,14 @@ class Setting(Config):
     """Where the arithmetic was asked to run: bits differ between kinds of device, so results do not mix."""
     rotation: Rotation | None = None
     """Coordinates in which the model is compressed; null: its own."""
+    parameters: int = 0
+    """Of the source model, for `Task.patience`; no part of a result."""
+    run: str = ""
+    """Nonce of a run that shares no work with any other; empty for all that do. It enters keys and no result."""
 
     def open_workspace(self) -> Workspace:
         """Where the job's results are kept."""
-        return Workspace(open_store(self.workspace))
+        return Workspace(open_store(self.workspace), trusting=not self.run)
 
     def determines(self) -> dict[str, object]:
         """The part of a key that all tasks share."""
@@ -60,4 +64,5 @@ class Setting(Config):
             "shard_tokens": SHARD_TOKENS,
             "rotation": None if self.rotation is None else self.rotation.model_dump(mode="json"),
             "versions": versions(self.rotation),
+            **({"run": self.run} if self.run else {}),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
+from counterweight.workers.tasks.patience import UNSTATED_SECONDS
 from counterweight.workers.workspace import Record, Workspace
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ class Task(ABC, Generic[R_co]):
     def block_index(self) -> int | None:
         """The transformer block that the task works on, for people; None: none or several."""
         return None
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which it is taken to hang, see `workers.tasks.patience`."""
+        return UNSTATED_SECONDS
 
     @property
     def trains(self) -> str | None:

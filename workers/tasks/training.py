@@ -8,6 +8,7 @@ from counterweight.workers.config import Config
 from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.keys import digest, versions
 from counterweight.workers.methods.distillation import Distillation
+from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.workspace import Blob
 
@@ -45,6 +46,13 @@ class TrainingSpec(Config):
     """Sequences that are trained on."""
     held_out: tuple[int, ...]
     """Sequences of each held-out text."""
+
+    @property
+    def patience(self) -> float:
+        """Of the longest of its tasks: one epoch on one worker; see `Task.patience`. A token costs a forward and a backward
+        pass, and the forward pass again where blocks are recomputed."""
+        parameters, tokens = self.setting.parameters, self.tokens.size // 4  # int32
+        return patience(bytes=8 * parameters, flops=8 * parameters * tokens, device=self.setting.device)
 
     def key(self) -> str:
         """Digest of everything that determines what is stored in the end, and with it every state on the way."""

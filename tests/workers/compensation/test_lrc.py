@@ -12,7 +12,8 @@ from torch import Tensor
 from counterweight.kernels.formats import ActivationFormat, LowRank
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
-from counterweight.workers.compensation.lrc import LRCResult, energy, initial_branch, lrc, squared_error, updated_branch
+from counterweight.workers.compensation.lrc import LRCResult, initial_branch, lrc, updated_branch
+from counterweight.workers.compensation.objective import energy, squared_error
 from counterweight.workers.compensation.regression import stored
 from counterweight.workers.methods.compensations import LRC
 from counterweight.workers.methods.compensations.rank import CountRank, EnergyRank, FractionRank
@@ -49,14 +50,14 @@ class Problem:
         return float(left.square().sum() / exact.square().sum())
 
     def solve(self, quantizer: Quantizer | None = None, **options: object) -> LRCResult:
-        return lrc(
+        (found,) = lrc(
             LRC.model_validate({"rank": RANK, **options}),
             Weights(bits=3, quantizer=quantizer or GPTQ()),
-            self.weight,
-            self.statistics,
+            [(self.weight, self.statistics)],
             scale_dtype=torch.float32,
             factor_dtype=torch.float32,
         )
+        return found
 
 
 def dense(branch: LowRank) -> Tensor:
@@ -237,11 +238,10 @@ def test_ranks_of_every_kind(rank: object, expected: int) -> None:
 def test_a_layer_that_saw_no_token_still_gets_codes_and_a_branch() -> None:
     problem = Problem()
     nothing = InputStatistics(gram=torch.zeros(COLUMNS, COLUMNS, dtype=torch.float64), tokens=0)
-    found = lrc(
+    (found,) = lrc(
         LRC(rank=RANK),
         Weights(bits=8),
-        problem.weight,
-        nothing,
+        [(problem.weight, nothing)],
         scale_dtype=torch.float32,
         factor_dtype=torch.float32,
     )

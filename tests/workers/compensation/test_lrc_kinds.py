@@ -22,11 +22,10 @@ FLOOR = 1e-9
 
 def joint(layer: Layer, rank: int) -> tuple[float, float]:
     """Relative errors of LRC on the tokens that were seen and on others."""
-    found = lrc(
+    (found,) = lrc(
         LRC(rank=CountRank(count=rank)),
         WEIGHTS,
-        layer.weight,
-        layer.statistics,
+        [(layer.weight, layer.statistics)],
         scale_dtype=torch.float32,
         factor_dtype=torch.float32,
     )

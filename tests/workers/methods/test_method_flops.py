@@ -170,7 +170,7 @@ def test_a_branch_that_is_fitted_with_the_codes(
     expect(gain, lambda: method.gain_problem(matrix.double(), statistics))
     expect(
         method.solve_flops(codes, rows, columns, tokens, original=original, activations=Activations(bits=bits)),
-        lambda: method.solve(codes, matrix, statistics, scale_dtype=torch.float16, factor_dtype=torch.bfloat16),
+        lambda: method.solve(codes, [(matrix, statistics)], scale_dtype=torch.float16, factor_dtype=torch.bfloat16),
     )
 
 

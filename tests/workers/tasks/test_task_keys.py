@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from counterweight.workers.formats import ModuleFormat
+from counterweight.workers.methods.compensations import SVD
 from counterweight.workers.methods.distillation import Distillation
 from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.recipe import ModuleRecipe, Recipe
@@ -57,6 +58,7 @@ def spec(recipe: ModuleRecipe | None = None, **changes: Any) -> BlockSpec:
 def test_keys_are_those_of_the_revision_before_tasks_were_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded then, with these versions: finished work of users is found again."""
     monkeypatch.setattr(setting, "numerics", lambda: {"counterweight": 2, "torch": "2", "transformers": "5"})
+    monkeypatch.setattr(SVD, "VERSION", 1)
     embed = Embed(setting=SETTING, tokens=BLOBS[0], tensor=("e", "3" * 64))
     assert embed.key() == "eae75e8488f5038edc0a6e68f9f9c2d2074323a5f291bedc4542421593606512"
     assert spec().calibrate_key() == "d1cdb2663f047bb2536bb9775a40034518f7482ac62bf90048520b3ef3ae9f43"

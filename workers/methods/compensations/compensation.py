@@ -108,13 +108,13 @@ class Compensation(Method):
     def solve(
         self,
         weights: StoredWeights,
-        weight: Tensor,
-        statistics: InputStatistics,
+        layers: Sequence[tuple[Tensor, InputStatistics]],
         *,
         scale_dtype: torch.dtype,
         factor_dtype: torch.dtype,
-    ) -> LRCResult:
-        """Codes and branch of `weight` [out, in] float32 where they are `joint`; TypeError elsewhere."""
+    ) -> list[LRCResult]:
+        """Codes and branch of each of `layers` where they are `joint`; TypeError elsewhere. layers: weights [out, in] float32,
+        of one shape, with the statistics of their inputs; each gets what it gets alone."""
         raise TypeError(f"{type(self).__name__}: expected a compensation that is joint")
 
     def foresee_bytes(self, columns: int) -> int:
@@ -127,9 +127,9 @@ class Compensation(Method):
         del rows, columns, tokens
         return 0
 
-    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int, tokens: float) -> int:
-        """Memory of `solve` at its peak, beside a weight [rows, columns] float32, where codes and branch are `joint`."""
-        del weights, rows, columns, tokens
+    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int, tokens: float, batch: int = 1) -> int:
+        """Memory of `solve` at its peak for `batch` layers, beside their weights [rows, columns] float32, if `joint`."""
+        del weights, rows, columns, tokens, batch
         return 0
 
     def foresee_flops(self, rows: int, columns: int) -> Work:

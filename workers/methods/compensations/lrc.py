@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -30,7 +31,7 @@ class LRC(Branch):
     calibration tokens is smaller.
     """
 
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
     joint: ClassVar[bool] = True
 
     kind: Literal["lrc"] = "lrc"
@@ -69,45 +70,50 @@ class LRC(Branch):
     def solve(
         self,
         weights: StoredWeights,
-        weight: Tensor,
-        statistics: InputStatistics,
+        layers: Sequence[tuple[Tensor, InputStatistics]],
         *,
         scale_dtype: torch.dtype,
         factor_dtype: torch.dtype,
-    ) -> LRCResult:
+    ) -> list[LRCResult]:
         from counterweight.workers.compensation.lrc import lrc
 
-        return lrc(self, weights, weight, statistics, scale_dtype=scale_dtype, factor_dtype=factor_dtype)
+        return lrc(self, weights, layers, scale_dtype=scale_dtype, factor_dtype=factor_dtype)
 
-    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int, tokens: float) -> int:
+    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int, tokens: float, batch: int = 1) -> int:
         square, entries = matrix_bytes.DOUBLE * columns * columns, matrix_bytes.DOUBLE * rows * columns
-        vectors = matrix_bytes.spectrum(rows, columns)
-        # Of the input, what its quantization loses: the prediction, the rest, and the same made symmetric; and its root.
+        single, rank = matrix_bytes.SINGLE * rows * columns, self.rank.at_most(rows, columns)
+        # Codes and what rounding left before, in a further iteration.
+        again = entries + rows * columns if self.iterations > 1 else 0
+        # Of the input, what its quantization loses: the prediction, the rest, and the same made symmetric; its directions.
         rest = max(matrix_bytes.right_divide(columns, columns), 4 * square)
-        initial = max(rest, square + matrix_bytes.root(columns, tokens))
-        # The weight in float64, behind a root of the metric.
-        directions = square + entries + vectors
-        # The target, in float64 and in float32.
-        held = entries + matrix_bytes.SINGLE * rows * columns
-        # The codes before, in a further iteration.
-        again = entries if self.iterations > 1 else 0
-        quantizing = held + again + max(weights.target_bytes(rows, columns), weights.quantize_bytes(rows, columns))
-        # What the codes leave: the products, their regression, its root.
-        refitting = held + again + 2 * entries + max(matrix_bytes.right_divide(rows, columns), directions)
-        # Whether plain codes can win: what quantizing the input loses, behind the weight and what the start leaves of it.
-        deciding = 2 * entries + max(2 * square + entries, 2 * square)
-        # Plain codes and their branch, beside the joint ones; then both branches' products and errors.
-        plain = entries + max(
-            matrix_bytes.SINGLE * rows * columns + weights.quantize_bytes(rows, columns),
-            matrix_bytes.SINGLE * rows * columns + self._behind.fit_bytes(rows, columns, tokens),
-        )
-        comparing = 5 * entries
-        return entries + max(initial, directions, quantizing, refitting, deciding, plain, comparing)
+        known = rank if self.rank.known_ahead else None
+        initial = max(rest, square + matrix_bytes.directions(rows, columns, known, tokens))
+        # The target: the branch, what it leaves.
+        aiming = again + entries + max(entries, weights.target_bytes(rows, columns))
+        # What the codes leave: the codes, their rounding and the matrix to be fitted; what is regressed and the sum with that;
+        # or its directions, in a metric that is definite.
+        regressing = entries + max(matrix_bytes.right_divide(rows, columns), 2 * entries)
+        refitting = again + 3 * entries
+        refitting += max(regressing, square + matrix_bytes.directions(rows, columns, rank, columns))
+        # Whether plain codes can win: what quantizing the input loses, and in float32 the metric and the rounding.
+        deciding = entries + 2 * square + max(square, single + matrix_bytes.SINGLE * (columns**2 + rows**2))
+        # Behind plain codes; then both branches' products and errors.
+        plain = single + self._behind.fit_bytes(rows, columns, tokens)
+        # In turn; meanwhile the others wait with their weights, and their targets or codes.
+        alone = entries + max(initial, aiming, refitting, deciding, plain, 5 * entries) + (batch - 1) * (again + single)
+        # Together: the targets, and the same put together.
+        both = single * batch if batch > 1 else 0
+        quantizing = batch * (again + single) + max(both, weights.quantize_bytes(rows, columns, batch))
+        return (batch - 1) * entries + max(alone, entries + quantizing)
 
     def gain_flops(self, rows: int, columns: int, tokens: float, *, original: bool) -> Work:
+        root = matrix_flops.root(columns, definite=tokens >= columns)
+        return self._metric_flops(rows, columns, original=original) + root
+
+    def _metric_flops(self, rows: int, columns: int, *, original: bool) -> Work:
         # What a damped y predicts of x, for the metric; with another original input also what it predicts of that.
         remainder = right_divide(columns, columns) + product64(columns, columns, columns) + elementwise(columns**2)
-        metric = remainder + matrix_flops.root(columns, definite=tokens >= columns) + elementwise(2 * columns**2)
+        metric = remainder + elementwise(2 * columns**2)
         if not original:
             return metric
         return metric + remainder + product64(rows, columns, columns) + right_divide(rows, columns)
@@ -123,31 +129,38 @@ class LRC(Branch):
         activations: Activations | None,
     ) -> Work:
         entries, square, rank = rows * columns, columns**2, self.rank.at_most(rows, columns)
-        # A matrix behind a root of its metric, its leading directions, and its projection on them.
-        whitened = product64(rows, columns, columns)
-        branch = whitened + matrix_flops.spectrum(rows, columns) + product64(rank, rows, columns)
+        whitened, projected = product64(rows, columns, columns), product64(rank, rows, columns)
+        known = rank if self.rank.known_ahead else None
         # Beside the branch, which is multiplied out for the target and for what rounding leaves.
         codes = weights.target_flops(rows, columns, branch=True) + weights.quantize_flops(rows, columns)
         codes += product(rows, rank, columns) * 2 + elementwise(4 * entries)
         # What the codes leave: its products with what the input is not, and their regression.
-        moved = whitened * 2 + right_divide(rows, columns) + elementwise(2 * (square + entries))
+        moved = (
+            whitened * (1 + original) + right_divide(rows, columns) + elementwise((1 + original) * (square + entries))
+        )
         refit = NOTHING
         if self.refits:
-            refit = (moved if self.refit == "joint" else NOTHING) + matrix_flops.root(columns, definite=True) + branch
+            refit = (moved if self.refit == "joint" else NOTHING) + projected
+            refit += matrix_flops.directions(rows, columns, rank, definite=True)
         # The check of the Gram matrix and the one of the weight, which its target has too.
         checks = elementwise(square + entries)
-        initial = checks + self.gain_flops(rows, columns, tokens, original=original) + branch
-        # What the start takes off, behind the weight and what it leaves of it; and the Gram matrix of what rounding leaves.
-        deciding = product(rows, rank, columns) + whitened * 3 + product64(rows, columns, rows)
+        initial = checks + self._metric_flops(rows, columns, original=original) + projected
+        initial += matrix_flops.directions(rows, columns, known, definite=tokens >= columns)
+        # What the start takes off, through its small factor; and the Gram matrix of what rounding leaves.
+        gain = product64(rank, columns, columns) + product64(rank, columns, rows + rank) + product64(rank, rows, rank)
+        deciding = gain + product(rows, columns, columns) + product(rows, columns, rows)
         found = initial + (codes + refit) * self.iterations + deciding + elementwise(3 * square + 5 * entries)
         if activations is not None and activations.bits <= weights.code_bits:
             # Where the input has no more bits than the codes the start is taken to win: in W4 A4 of the reference model it does
             # for 42 linears of 42, in W4 A6 for 3, in W4 A8 for none.
             return found
         plain = weights.target_flops(rows, columns) + weights.quantize_flops(rows, columns) + elementwise(2 * entries)
-        # Every product of two terms of both errors; one, where there is one stream.
-        terms = 1 if activations is None and not original else 9
-        errors = (whitened + elementwise(2 * entries)) * terms + product(rows, rank, columns) + elementwise(2 * entries)
+        # Both errors: their terms; in one stream the energy and, with the branch multiplied out, both squares.
+        errors = (whitened + elementwise(2 * entries)) * 3
+        if activations is None and not original:
+            errors += product(rows, rank, columns) + elementwise(2 * entries)
+        else:
+            errors += matrix_flops.branch_terms64(rows, columns, rank)
         return found + plain + self._behind.fit_flops(rows, columns, tokens) + errors * 2
 
     @property

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class SVD(Branch):
     """Truncated singular value decomposition of the (whitened) residual."""
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     kind: Literal["svd"] = "svd"
     whitening: Literal["none", "magnitude", "diagonal", "full"] = "full"
@@ -85,8 +85,13 @@ class SVD(Branch):
 
     def fit_bytes(self, rows: int, columns: int, tokens: float) -> int:
         square, entries = matrix_bytes.DOUBLE * columns * columns, matrix_bytes.DOUBLE * rows * columns
+        rank, full = self.rank.at_most(rows, columns), self.whitening == "full"
+        if self.rank.known_ahead and matrix_flops.finds_range(rows, columns, rank, metric=full):
+            # In float64: the residual, and behind a diagonal metric; or the mean Gram matrix, and the same damped.
+            held = entries + (square if full else 0 if self.whitening == "none" else entries)
+            return max(held + matrix_bytes.range_finder(rows, columns, rank, metric=full), entries + 2 * square * full)
         vectors = matrix_bytes.spectrum(rows, columns)
-        # In float64: the residual; behind the metric; its energy, and then its spectrum.
+        # In float64: the residual; behind the metric; its spectrum.
         fitting = 2 * entries + max(vectors, entries)
         if self.whitening == "none":
             return entries + max(vectors, entries)
@@ -103,13 +108,12 @@ class SVD(Branch):
 
     def fit_flops(self, rows: int, columns: int, tokens: float) -> Work:
         entries, rank = rows * columns, self.rank.at_most(rows, columns)
-        # The check of the residual and its energy; the projection on the leading directions.
-        fitting = matrix_flops.spectrum(rows, columns) + product64(rank, rows, columns) + elementwise(3 * entries)
+        definite = self.damping > 0 or tokens >= columns if self.whitening == "full" else None
+        found = matrix_flops.directions(rows, columns, rank if self.rank.known_ahead else None, definite=definite)
+        # The check of the residual; the projection on the leading directions, both factors scaled.
+        fitting = found + product64(rank, rows, columns) + elementwise(entries + rank * (rows + 2 * columns))
         if self.whitening == "none":
             return fitting
         # The check and the mean of the Gram matrix.
         metric = elementwise(2 * columns**2)
-        if self.whitening != "full":
-            return fitting + metric + elementwise(entries)
-        root = matrix_flops.root(columns, definite=self.damping > 0 or tokens >= columns)
-        return fitting + metric + root + product64(rows, columns, columns)
+        return fitting + metric + elementwise(0 if self.whitening == "full" else entries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -75,40 +76,40 @@ class GPTQ(Quantizer):
             return super().aim(weight, statistics, branch)
         return regressed(weight, statistics, branch, share=share, damping=self.damping)
 
-    def quantize(
+    def quantize_batch(
         self,
-        weight: Tensor,
-        statistics: InputStatistics | None,
+        weights: Tensor,
+        statistics: Sequence[InputStatistics | None],
         format: WeightFormat,
         *,
         scale_dtype: torch.dtype,
-    ) -> QuantizationResult:
+    ) -> list[QuantizationResult]:
         """See `workers.quantization.gptq`."""
         from counterweight.workers.quantization.gptq import gptq
 
-        return gptq(self, weight, statistics, format, scale_dtype)
+        return gptq(self, weights, statistics, format, scale_dtype)
 
-    def quantize_bytes(self, rows: int, columns: int) -> int:
-        """Memory at the peak, beside the weight [rows, columns] float32 and the statistics."""
+    def quantize_bytes(self, rows: int, columns: int, batch: int = 1) -> int:
         square, entries = columns * columns, rows * columns
-        # The Hessian in rounding order, the same reversed, its factor.
-        factorizing = 2 * matrix_bytes.DOUBLE * square + matrix_bytes.cholesky(columns)
-        # Hessian and root in float64, and one of them in float32. The columns, and with the codes either aims and errors
-        # (feedback) or new codes and errors (descent).
-        metric = (2 * matrix_bytes.DOUBLE + matrix_bytes.SINGLE) * square
-        return max(factorizing, metric + 4 * matrix_bytes.SINGLE * entries)
+        # Each weight's metric, root and Hessian divided by their diagonals, in float32.
+        metric = 2 * matrix_bytes.SINGLE * square
+        # One Hessian in rounding order, the same reversed, its factor.
+        factorizing = 2 * matrix_bytes.DOUBLE * square + matrix_bytes.cholesky(columns) + (batch - 1) * metric
+        # The columns, and with the codes either aims and errors (feedback) or new codes and errors (descent).
+        return max(factorizing, batch * (metric + 4 * matrix_bytes.SINGLE * entries))
 
     def quantize_flops(self, rows: int, columns: int, *, symmetric: bool) -> Work:
         """Every pass that is asked for; descent ends before at a fixed point."""
-        square, entries = columns**2, rows * columns
+        square, entries, block = columns**2, rows * columns, min(self.block_size, columns)
         # The check and the mean of the Gram matrix; root and Hessian divided by their diagonals.
         metric = cholesky(columns) + elementwise(4 * square)
         scales = self.scale.fit_flops(entries, symmetric=symmetric)
-        # Each column takes the errors of those before it: half of a product. Divided, rounded, clamped, and what is left.
-        feedback = product(rows, columns, columns) * 0.5 + elementwise(5 * entries)
-        # Slopes: a whole product, and within a block what its columns have changed for each other.
-        slopes = product(rows, columns, columns) + product(rows, columns, min(self.block_size, columns)) * 0.5
-        descent = slopes + elementwise(8 * entries)
+        # Within a block each column changes those behind it, entry by entry.
+        within = elementwise(entries * block)
+        # Each column takes the errors of the blocks before it: half of a product. Divided, rounded, clamped, and what is left.
+        feedback = within + product(rows, columns, columns - block) * 0.5 + elementwise(5 * entries)
+        # Slopes: a whole product.
+        descent = within + product(rows, columns, columns) + elementwise(8 * entries)
         # Of a column: divided, rounded, clamped, what is left, fed back; in descent two subtractions more.
         launched = steps(columns * (5 + 7 * self.refinement))
         return metric + scales + feedback + elementwise(3 * entries) + descent * self.refinement + launched

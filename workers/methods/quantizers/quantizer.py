@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Method
@@ -45,7 +46,6 @@ class Quantizer(Method):
         del statistics
         return weight if branch is None else weight - branch
 
-    @abstractmethod
     def quantize(
         self,
         weight: Tensor,
@@ -55,10 +55,23 @@ class Quantizer(Method):
         scale_dtype: torch.dtype,
     ) -> QuantizationResult:
         """Codes of `weight` [out, in] float32 on a grid of `format`. statistics: of what they will be multiplied by."""
+        (found,) = self.quantize_batch(weight.unsqueeze(0), [statistics], format, scale_dtype=scale_dtype)
+        return found
 
     @abstractmethod
-    def quantize_bytes(self, rows: int, columns: int) -> int:
-        """Memory of `quantize` at its peak, beside the weight [rows, columns] float32 and the statistics."""
+    def quantize_batch(
+        self,
+        weights: Tensor,
+        statistics: Sequence[InputStatistics | None],
+        format: WeightFormat,
+        *,
+        scale_dtype: torch.dtype,
+    ) -> list[QuantizationResult]:
+        """Codes of `weights` [batch, out, in] float32, of each those that it has alone. statistics: of each one's input."""
+
+    @abstractmethod
+    def quantize_bytes(self, rows: int, columns: int, batch: int = 1) -> int:
+        """Memory of `quantize_batch` at its peak, beside the weights [batch, rows, columns] float32 and the statistics."""
 
     @abstractmethod
     def quantize_flops(self, rows: int, columns: int, *, symmetric: bool) -> Work:

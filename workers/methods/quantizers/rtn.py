@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -39,23 +40,22 @@ class RTN(Quantizer):
         default = AbsoluteMaximum().kind
         return None if self.scale.kind == default else f"quantizer.scale.kind: {self.scale.kind}: expected {default}"
 
-    def quantize(
+    def quantize_batch(
         self,
-        weight: Tensor,
-        statistics: InputStatistics | None,
+        weights: Tensor,
+        statistics: Sequence[InputStatistics | None],
         format: WeightFormat,
         *,
         scale_dtype: torch.dtype,
-    ) -> QuantizationResult:
+    ) -> list[QuantizationResult]:
         """See `workers.quantization.rtn`."""
         from counterweight.workers.quantization.rtn import rtn
 
-        return rtn(self, weight, statistics, format, scale_dtype)
+        return rtn(self, weights, statistics, format, scale_dtype)
 
-    def quantize_bytes(self, rows: int, columns: int) -> int:
-        """Memory at the peak, beside the weight [rows, columns] float32."""
+    def quantize_bytes(self, rows: int, columns: int, batch: int = 1) -> int:
         gram = matrix_bytes.DOUBLE * columns * columns if self.scale.looks_at_importance else 0
-        return gram + (matrix_bytes.SINGLE + 1) * rows * columns  # codes in float32, then in int8
+        return gram + (matrix_bytes.SINGLE + batch) * rows * columns  # one's codes in float32, all in int8
 
     def quantize_flops(self, rows: int, columns: int, *, symmetric: bool) -> Work:
         # The check and the mean of the Gram matrix; the weight's own check, and its codes.

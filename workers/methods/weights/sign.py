@@ -11,6 +11,7 @@ decomposition is needed for one direction. m_j is 1, or E[x_j^2] of the layer's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from counterweight.workers import matrix_bytes
@@ -70,16 +71,23 @@ class SignWeights(StoredWeights, Method):
     def looks_at_input(self) -> bool:
         return self.weighted
 
-    def quantize(
-        self, target: Tensor, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
-    ) -> QuantizationResult:
+    def quantize_batch(
+        self, targets: Tensor, statistics: Sequence[InputStatistics | None], *, scale_dtype: torch.dtype
+    ) -> list[QuantizationResult]:
         """ValueError for a target that is not a finite matrix, for scales that do not fit `scale_dtype`, and for statistics
         that are absent or of another width when channels are weighted. Without a token channels count alike, which is
         recorded."""
-        from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics
+        from counterweight.workers.quantization.inputs import checked_matrices
+
+        matrices = checked_matrices("weight", targets)
+        return [self._stored(matrix, seen, scale_dtype) for matrix, seen in zip(matrices, statistics, strict=True)]
+
+    def _stored(
+        self, matrix: Tensor, statistics: InputStatistics | None, scale_dtype: torch.dtype
+    ) -> QuantizationResult:
+        from counterweight.workers.quantization.inputs import checked_statistics
         from counterweight.workers.quantization.result import Fallback, QuantizationResult
 
-        matrix = checked_matrix("weight", target)
         importance: Tensor | None = None
         fallbacks: tuple[Fallback, ...] = ()
         if self.weighted:
@@ -90,7 +98,8 @@ class SignWeights(StoredWeights, Method):
                 fallbacks = (Fallback(step="sign.weighted", cause=cause),)
         return QuantizationResult(weight=nearest_signs(matrix, importance, scale_dtype), fallbacks=fallbacks)
 
-    def quantize_bytes(self, rows: int, columns: int) -> int:
+    def quantize_bytes(self, rows: int, columns: int, batch: int = 1) -> int:
+        del batch  # one after the other, and what is left of each is small
         # The mean Gram matrix whose diagonal is looked at; magnitudes in float64, before and behind their weights.
         gram = matrix_bytes.DOUBLE * columns * columns if self.weighted else 0
         return gram + 2 * matrix_bytes.DOUBLE * rows * columns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
@@ -69,11 +70,18 @@ class StoredWeights(Config):
         del statistics
         return weight if branch is None else weight - branch
 
-    @abstractmethod
     def quantize(
         self, target: Tensor, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
     ) -> QuantizationResult:
         """`target` [out, in] float32 as it is stored. statistics: of what the codes will be multiplied by."""
+        (found,) = self.quantize_batch(target.unsqueeze(0), [statistics], scale_dtype=scale_dtype)
+        return found
+
+    @abstractmethod
+    def quantize_batch(
+        self, targets: Tensor, statistics: Sequence[InputStatistics | None], *, scale_dtype: torch.dtype
+    ) -> list[QuantizationResult]:
+        """`targets` [batch, out, in] float32 as they are stored, each as it is alone. statistics: of each one's input."""
 
     def target_bytes(self, rows: int, columns: int) -> int:
         """Memory of `target` at its peak, beside its arguments; what stays is [rows, columns] float32. Nothing, where the
@@ -82,8 +90,8 @@ class StoredWeights(Config):
         return 0
 
     @abstractmethod
-    def quantize_bytes(self, rows: int, columns: int) -> int:
-        """Memory of `quantize` at its peak for a target [rows, columns], beside its arguments."""
+    def quantize_bytes(self, rows: int, columns: int, batch: int = 1) -> int:
+        """Memory of `quantize_batch` at its peak for targets [batch, rows, columns], beside its arguments."""
 
     def target_flops(self, rows: int, columns: int, *, branch: bool = False) -> Work:
         """Arithmetic of `target`; branch: whether there is one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -67,10 +68,10 @@ class Weights(WeightFormat, StoredWeights):
     def target(self, weight: Tensor, statistics: InputStatistics, branch: Tensor | None = None) -> Tensor:
         return self.quantizer.aim(weight, statistics, branch)
 
-    def quantize(
-        self, target: Tensor, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
-    ) -> QuantizationResult:
-        return self.quantizer.quantize(target, statistics, self.grid(), scale_dtype=scale_dtype)
+    def quantize_batch(
+        self, targets: Tensor, statistics: Sequence[InputStatistics | None], *, scale_dtype: torch.dtype
+    ) -> list[QuantizationResult]:
+        return self.quantizer.quantize_batch(targets, statistics, self.grid(), scale_dtype=scale_dtype)
 
     def nearest(self, weight: Tensor) -> Tensor:
         from counterweight.workers.quantization.grid import nearest
@@ -84,8 +85,8 @@ class Weights(WeightFormat, StoredWeights):
         # The products; the regression beside them; what is left of the weight, scaled twice, and the sum.
         return entries + max(matrix_bytes.right_divide(rows, columns), 4 * entries)
 
-    def quantize_bytes(self, rows: int, columns: int) -> int:
-        return self.quantizer.quantize_bytes(rows, columns)
+    def quantize_bytes(self, rows: int, columns: int, batch: int = 1) -> int:
+        return self.quantizer.quantize_bytes(rows, columns, batch)
 
     def target_flops(self, rows: int, columns: int, *, branch: bool = False) -> Work:
         entries = rows * columns

@@ -1,0 +1,42 @@
+"""The short form of `make faults`: one seed of each kind whose workers are in this process. Those of processes are in
+`tests/end_to_end/test_faults.py`, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+
+from tests.faults.__main__ import made
+from tests.faults.drills import Faults
+
+KINDS = [
+    "worker dies before its work",
+    "worker dies behind its commit",
+    "disk full",
+    "storage away",
+    "refused with 503",
+    "connection reset",
+    "acknowledgement lost",
+    "body cut off",
+    "bit turned",
+    "slow",
+]
+
+ENDS = {"same bytes", "exit 4, then same bytes"}
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
+    with made(tmp_path_factory.mktemp("faults"), "moto") as found:
+        yield found
+
+
+@pytest.mark.parametrize("seed", range(len(KINDS)))
+def test_a_disturbed_job_ends_in_the_same_bytes(faults: Faults, seed: int) -> None:
+    assert faults.local[KINDS[seed]](Random(seed)) in ENDS
+
+
+def test_every_kind_is_in_the_short_form(faults: Faults) -> None:
+    assert list(faults.local) == KINDS

@@ -1,0 +1,118 @@
+"""The range finder's stated error bound, against the exact decomposition in float64, over kinds of spectra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from counterweight.workers import matrix_flops
+from counterweight.workers.compensation.range_finder import CAPTURED, LEFT, ROUNDING, leading
+from counterweight.workers.compensation.regression import directions
+from counterweight.workers.methods.compensations.rank import CountRank, EnergyRank
+from tests.flop_counter import counted, deviations
+
+SIZE = 512
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rotated(values: Tensor) -> Tensor:
+    """A symmetric matrix with these eigenvalues."""
+    basis = torch.linalg.qr(draw(len(values), len(values), seed=1)).Q
+    return (basis * values) @ basis.T
+
+
+INDEX = torch.arange(1, SIZE + 1, dtype=torch.float64)
+
+GRAMS: Mapping[str, Callable[[], Tensor | None]] = {
+    "identity": lambda: None,
+    "decaying": lambda: rotated(1 / INDEX),
+    "fast decaying": lambda: rotated(torch.exp(-INDEX / 8)),
+    "outliers": lambda: rotated(torch.where(INDEX <= 4, 1e4, 1.0)),
+    "ill-conditioned": lambda: rotated(10 ** (-12 * INDEX / SIZE)),
+    "of few tokens": lambda: draw(SIZE, 200, seed=2) @ draw(SIZE, 200, seed=2).T,
+}
+MATRICES: Mapping[str, Callable[[], Tensor]] = {
+    "of independent entries": lambda: draw(SIZE, SIZE),
+    "flat": lambda: torch.linalg.qr(draw(SIZE, SIZE)).Q,
+    "linear": lambda: rotated(1 - INDEX / (SIZE + 1)),
+    "clustered": lambda: rotated(torch.where(INDEX <= 64, 1.0, torch.where(INDEX <= 128, 0.99, 0.01))),
+    "decaying": lambda: rotated(INDEX**-0.5),
+    "wide": lambda: draw(SIZE, SIZE)[:300],
+    "of low rank": lambda: draw(SIZE, 20) @ draw(20, SIZE, seed=3),
+}
+
+
+def energies(matrix: Tensor, gram: Tensor | None, vectors: Tensor) -> tuple[float, float, float]:
+    """What orthonormal `vectors` hold of ||A||_F^2, A = matrix gram^(1/2); the most that as many can hold; all of it."""
+    square = matrix @ matrix.T if gram is None else matrix @ gram @ matrix.T
+    values = torch.linalg.eigvalsh(square).clamp_min(0)
+    held = torch.trace(vectors.T @ square @ vectors)
+    return float(held), float(values[-vectors.shape[1] :].sum()), float(values.sum())
+
+
+@pytest.mark.parametrize("rank", [32, 51, 128])
+@pytest.mark.parametrize("metric", GRAMS)
+@pytest.mark.parametrize("kind", MATRICES)
+def test_holds_what_the_exact_decomposition_holds(kind: str, metric: str, rank: int) -> None:
+    matrix, gram = MATRICES[kind](), GRAMS[metric]()
+    values, vectors = leading(matrix, gram, rank)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12)
+    held, most, total = energies(matrix, gram, vectors)
+    assert held >= (1 - CAPTURED) * most
+    assert total - held <= (1 + LEFT) * (total - most) + ROUNDING * total
+    assert float(values.square().sum()) == pytest.approx(held, rel=1e-5)
+    assert bool((values.diff() <= 0).all())
+
+
+def test_a_bound_that_a_plain_random_projection_breaks() -> None:
+    """So that the test above says something: a range without filters."""
+    matrix = MATRICES["of independent entries"]()
+    vectors = torch.linalg.qr(matrix @ matrix.T @ draw(SIZE, 32)).Q
+    held, most, _ = energies(matrix, None, vectors)
+    assert held < (1 - 100 * CAPTURED) * most
+
+
+def test_has_the_same_bits_again() -> None:
+    matrix, gram = draw(SIZE, 256), draw(256, 256) @ draw(256, 256).T
+    first, again = leading(matrix, gram, 16), leading(matrix, gram, 16)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_nothing_is_a_range_of_nothing() -> None:
+    values, vectors = leading(torch.zeros(64, 96, dtype=torch.float64), None, 4)
+    assert not bool(values.any())
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(4, dtype=torch.float64))
+
+
+def test_is_taken_where_the_rank_is_small_and_known_and_nowhere_else() -> None:
+    wide = matrix_flops.RANGE_LEAST
+    assert matrix_flops.finds_range(4096, 4096, 32, metric=True)
+    assert matrix_flops.finds_range(4096, 4096, 410, metric=True)
+    assert matrix_flops.finds_range(wide, wide, 8, metric=False)
+    assert not matrix_flops.finds_range(wide - 1, 4096, 8, metric=True)
+    assert not matrix_flops.finds_range(4096, 4096, 1025, metric=True)
+    matrix = draw(wide, wide)
+    few, _ = directions(matrix, None, CountRank(count=8))
+    whole, vectors = directions(matrix, None, EnergyRank(energy=0.1))
+    assert len(few) == 8
+    assert len(whole) == wide
+    held = whole.cumsum(0)[vectors.shape[1] - 1]
+    assert held >= 0.1 * whole.sum() > held - whole[vectors.shape[1] - 1]
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(512, 512, 32), (512, 640, 100), (1024, 512, 16)])
+@pytest.mark.parametrize("metric", [True, False])
+def test_computes_what_is_planned(rows: int, columns: int, rank: int, metric: bool) -> None:
+    """Of a spectrum without outliers; the basis may be made orthonormal once more than the plan says."""
+    matrix, gram = draw(rows, columns), torch.eye(columns, dtype=torch.float64) if metric else None
+    executed = counted(lambda: leading(matrix, gram, rank))
+    planned = matrix_flops.range_finder(rows, columns, rank, metric=metric)
+    off = deviations(planned, executed, exact=0.01, entries=0.3)
+    assert not off.keys() & {"products32"}
+    assert all(share < 0.4 for share in off.values())

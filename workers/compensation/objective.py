@@ -1,0 +1,61 @@
+"""The output error of a solved layer, E||W t - Q y - L x||^2, from second moments: t what enters the layer in the original
+model, x here, y = Q(x), as in `lrc`.
+
+Streams that are one are taken together. A term is a trace tr(A G B^T); cross terms come twice, and the branch's are taken
+through its small factors, so that a layer costs three products with Gram matrices, not one for each two of its terms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from counterweight.kernels.formats import LowRank
+from counterweight.workers.calibration.statistics import InputStatistics
+
+
+def energy(weight: Tensor, statistics: InputStatistics) -> float:
+    """E||W t||^2 times the tokens: the square of the original output, summed over them. weight: [out, in]."""
+    return _trace(weight, statistics.product("tt"), weight)
+
+
+def squared_error(weight: Tensor, codes: Tensor, branch: LowRank | None, statistics: InputStatistics) -> float:
+    """E||W t - Q y - L x||^2 times the tokens, both matrices [out, in]."""
+    _, plain, compensated = squared_errors(weight, codes, branch, statistics)
+    return plain if compensated is None else compensated
+
+
+def squared_errors(
+    weight: Tensor, codes: Tensor, branch: LowRank | None, statistics: InputStatistics
+) -> tuple[float, float, float | None]:
+    """`energy`, and `squared_error` without and with the branch, None where there is none; in the matrices' dtype but for the
+    sums."""
+    if statistics.streams == {"x"}:
+        # One stream: the sum is one square, without the rounding of differences.
+        left, gram = weight - codes, statistics.gram
+        unit, plain = energy(weight, statistics), max(_trace(left, gram, left), 0.0)
+        if branch is None:
+            return unit, plain, None
+        rest = left - branch.product(weight.dtype)
+        return unit, plain, max(_trace(rest, gram, rest), 0.0)
+    unit = energy(weight, statistics)
+    crossed = _trace(weight, statistics.product("ty"), codes)
+    plain = unit - 2 * crossed + _trace(codes, statistics.product("yy"), codes)
+    if branch is None:
+        return unit, max(plain, 0.0), None
+    up, down = branch.factors(weight.dtype)
+    # What the branch reads of t, y and x.
+    read = [down @ statistics.product(f"x{stream}").to(weight.dtype) for stream in "tyx"]
+    shared = read[0] @ weight.T - read[1] @ codes.T
+    gained = 2 * _dot(shared.T, up) - _dot(read[2] @ down.T, up.T @ up)
+    return unit, max(plain, 0.0), max(plain - gained, 0.0)
+
+
+def _trace(first: Tensor, gram: Tensor, second: Tensor) -> float:
+    """tr(A G B^T)."""
+    return _dot(first @ gram.to(first.dtype), second)
+
+
+def _dot(first: Tensor, second: Tensor) -> float:
+    """The sum of the products of entries, in float64."""
+    return float((first * second).sum(dtype=torch.float64))
