@@ -128,7 +128,9 @@ class UniformWeight(StoredWeight):
         return y if bias is None else y + bias
 
     def _multiplies_codes(self, x: Tensor) -> bool:
-        """Whether `_product_of_few` is the faster way, and possible."""
+        """Whether `_product_of_few` is the faster way, and possible: it has no gradient."""
+        if torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad):
+            return False
         columns = self.codes.shape[1]
         few = x.numel() <= DECODED_TOKENS * columns
         # torch's kernel reads codes in vectors; below 32 of them at a time it was seen to crash.

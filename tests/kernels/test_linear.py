@@ -108,6 +108,21 @@ def test_a_decoded_token_gets_what_it_would_get_among_many(
     assert "_by_group" in vars(layer.weight)
 
 
+def test_a_few_tokens_have_gradients() -> None:
+    """Of the input, as an expert that few tokens reach needs in training; and of a scale that is trained."""
+    scale = (random(40, 1, seed=9).abs() + 0.1).requires_grad_()
+    codes = (random(40, 64) * 3).round().clamp(-8, 7).to(torch.int8)
+    weight = UniformWeight(codes=codes, scale=scale, zero_point=None, bits=4, group_size=None)
+    token = random(1, 1, 64, seed=5).requires_grad_()
+    weight.linear(token).sum().backward()
+    dense = weight.dequantize().detach()
+    assert token.grad is not None
+    assert torch.allclose(token.grad, dense.sum(0), rtol=1e-4)
+    weight.linear(token.detach()).sum().backward()
+    assert scale.grad is not None
+    assert torch.allclose(scale.grad, 2 * (codes.float() @ token.detach().flatten()).unsqueeze(1), rtol=1e-4)
+
+
 @pytest.mark.parametrize("weight", [WEIGHT, replace(WEIGHT, zero_point=None)], ids=["zero points", "groups of 4"])
 def test_what_cannot_be_multiplied_as_it_is_is_dequantized(weight: UniformWeight) -> None:
     layer = CompensatedLinear(weight)
