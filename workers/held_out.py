@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from counterweight.workers.models.block_builder import Block
 
 LIMIT = 1024
-"""Rows of each input that are kept at most, evenly spaced."""
+"""Rows of each input that are kept at most, evenly spaced in each shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,13 @@ class HeldOutRows:
         return sum(sample.bytes for sample in kept)
 
     def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None) -> Rows:
-        """Of one shard, [tokens, in]."""
-        flat = rows.reshape(-1, rows.shape[-1])
-        return Rows(flat, None if original is None else original.reshape(flat.shape))
+        """Of one shard [..., in], no more than the limit."""
+        flat, step = rows.reshape(-1, rows.shape[-1]), 1
+        while len(flat) > LIMIT * step:
+            step *= 2
+        # Copies, because a slice would keep the whole shard's rows of every group in memory.
+        kept = None if original is None else original.reshape(flat.shape)[::step].clone()
+        return Rows(flat[::step].clone(), kept)
 
     def add(self, found: dict[SharedInputGroup, Rows], given: list[Tensor]) -> None:
         """Takes a shard's rows out of `found`, and the tokens that experts were given out of `given`."""

@@ -9,7 +9,7 @@ the source's tensors, and what is written, on the host.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from counterweight.workers.footprint.experts import feeding, kept_bytes
 from counterweight.workers.footprint.forward import activations, running, tuning, unseen_bytes
@@ -73,6 +73,11 @@ def footprint(load: Load) -> Footprint:
         peak, own = solving(one)
         held = weights - left + solved
         phases["forward"] = max(phases["forward"], held + rows + _forward(one, statistics[place], first=place == 0))
+        if load.held_out and place == 0:
+            # The shards that are held out follow the others, beside whose sums they run.
+            further = replace(load.solving(()), shard=min(load.shard, load.unseen))
+            running_on = statistics[0] + load.threads * running(further, stored=False)
+            phases["forward"] = max(phases["forward"], held + rows + running_on)
         if rows:
             # Put together in the first pass, which has them twice.
             feed = max(rows, feeding(one)) if place == 0 else feeding(one)
