@@ -72,14 +72,14 @@ CASES: Mapping[str, Case] = {
         "forward",
     ),
     "sums": (experts(RTN, 128, 1024, 48), "forward"),
-    "experts, in passes": (experts(GPTQ, 256, 1024, 32, share=0.5), "solve"),
+    "experts, in passes": (experts(GPTQ, 256, 1024, 32, share=0.5), "forward"),
     "experts, quantized, in passes": (
         experts({**GPTQ, "activations": {"bits": 4}}, 512, 512, 48, share=0.25),
         "forward",
     ),
     "experts, in passes, compressed": (
         experts(GPTQ, 256, 1024, 40, share=0.5, compute="bfloat16", propagate="compressed"),
-        "solve",
+        "forward",
     ),
     "GPTQ": (few(GPTQ, 256, 4096), "solve"),
     "GPTQ, rows": (few(GPTQ, 1024, 2048), "solve"),
