@@ -74,7 +74,7 @@ CASES: Mapping[str, Case] = {
     "sums": (experts(RTN, 128, 1024, 48), "forward"),
     "experts, in passes": (experts(GPTQ, 256, 1024, 32, share=0.5), "forward"),
     "experts, quantized, in passes": (
-        experts({**GPTQ, "activations": {"bits": 4}}, 512, 512, 48, share=0.25),
+        experts({**GPTQ, "activations": {"bits": 4}}, 512, 512, 48, share=0.22),
         "forward",
     ),
     "experts, in passes, compressed": (
@@ -85,7 +85,7 @@ CASES: Mapping[str, Case] = {
     "GPTQ, rows": (few(GPTQ, 1024, 2048), "solve"),
     "sign": (few({"weights": {"format": "sign"}}, 768, 3072), "solve"),
     "RTN, weighted": (few(WEIGHTED, 1024, 4096, dtype="float32"), "solve"),
-    "SVD, few tokens": (few(svd(0.3), 512, 1536), "solve"),
+    "SVD, few tokens": (few(svd(0.3), 512, 1792), "solve"),
     "SVD, few ranks": (
         few({**svd(0.05), "keep": ["lm_head", "*.self_attn.*", "*.up_proj", "*.gate_proj"]}, 1024, 3072),
         "solve",
