@@ -50,7 +50,7 @@ def decode_tile(
     own operands, and waits for all others on the spot. WHOLE: in_features is blocks * BLOCK.
     """
     dtype: tl.constexpr = values.dtype.element_ty
-    LATE: tl.constexpr = WAIT and not GROUPED  # the scale of a group is waited for with its product
+    LATE: tl.constexpr = WAIT and not GROUPED  # a group's product is scaled at once, and is over by then
     w_rows = first_row + tl.arange(0, BN)
     ks = tl.arange(0, BLOCK)
     x_at = values + x_rows[None, :] * in_features + ks[:, None]
