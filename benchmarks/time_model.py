@@ -28,7 +28,7 @@ from torch import Tensor
 from true_shapes import make, narrowed, shapes
 
 from counterweight.pipeline.estimate import block_seconds
-from counterweight.pipeline.estimate.costs import ENDING
+from counterweight.pipeline.estimate.costs import BEGINNING, ENDING, STREAMED
 from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import open_model
@@ -164,10 +164,10 @@ def _storage_rate(data: bytes) -> float:
 
 
 PHASES: Mapping[str, tuple[str, ...]] = {
-    "load": ("read", "rotate", "prepare"),
-    "forward": ("hidden states", "forward", "statistics"),
-    "solve": ("tune", "solve"),
-    "write": ("write",),
+    "load": BEGINNING,
+    "forward": STREAMED,
+    "solve": ENDING[:-1],
+    "write": ENDING[-1:],
 }
 """Phase of a task's account -> steps of the model."""
 

@@ -12,10 +12,10 @@ from typing import TypeVar
 from counterweight.workers.matrix_bytes import DOUBLE, SINGLE
 from counterweight.workers.recipe import ModuleRecipe
 
-BATCH_BYTES = {False: 64 << 20, True: 2 << 30}
-"""On a GPU or not -> bytes that a batch of more than one may take. 64 experts of 256 x 128 take 64 MiB; what does not fit
-caches of a few MiB is no faster in a larger batch. On a GPU a batch shares out what it costs to start operations; 8 experts'
-gates and ups, of 768 x 2048 each, take 1.1 GiB."""
+BATCH_BYTES = {False: 32 << 20, True: 2 << 30}
+"""On a GPU or not -> bytes that a batch of more than one may take. 32 experts of 256 x 128 take 32 MiB, and 64 of them are no
+faster; what does not fit caches of a few MiB is no faster in a larger batch. On a GPU a batch shares out what it costs to start
+operations; 8 experts' gates and ups, of 768 x 2048 each, take 1.1 GiB."""
 
 Solve = TypeVar("Solve")
 

@@ -1,7 +1,8 @@
 """Tensors between the host and a GPU, through pinned memory.
 
-Pageable memory is copied by the driver piece by piece: 2.1 GB/s were measured on an H200's host, where pinned memory moves at
-the bus's rate (`benchmarks/time_model.py --device cuda`). torch keeps pinned memory for the next tensor of that size.
+Pageable memory is copied by the driver piece by piece: 2.1 GB/s were measured on an H200's host, whose pinned memory kernels
+read at up to 41 GB/s (`benchmarks/results/2026-11-26-rates-h200.md`, `2026-11-26-kernels-prompts.md`). torch keeps pinned
+memory for the next tensor of that size.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def settled(values, WAIT: tl.constexpr):
-    """The values, which what makes a product's left operand begins with. WAIT: known only when no product is under way."""
+    """The values, that a product's left operand is computed from. WAIT: known only when no product is under way."""
     if WAIT:
         PACK: tl.constexpr = 32 // values.dtype.primitive_bitwidth
         return tl.inline_asm_elementwise(

@@ -50,6 +50,7 @@ def decode_tile(
     own operands, and waits for all others on the spot. WHOLE: in_features is blocks * BLOCK.
     """
     dtype: tl.constexpr = values.dtype.element_ty
+    LATE: tl.constexpr = WAIT and not GROUPED  # a group's product is scaled at once, and is over by then
     w_rows = first_row + tl.arange(0, BN)
     ks = tl.arange(0, BLOCK)
     x_at = values + x_rows[None, :] * in_features + ks[:, None]
@@ -67,7 +68,7 @@ def decode_tile(
             next_factor = tl.load(scale + following).to(tl.float32)
             if offset is not None:
                 next_zero = tl.load(offset + following)
-        codes = _centred(low, high, zero, w_rows, blocks * BLOCK, block, BITS, BN, BLOCK, dtype, COMPUTE, ASM, WAIT)
+        codes = _centred(low, high, zero, w_rows, blocks * BLOCK, block, BITS, BN, BLOCK, dtype, COMPUTE, ASM, LATE)
         k = block * BLOCK
         x = tl.load(x_at + k) if WHOLE else tl.load(x_at + k, mask=(k + ks < in_features)[:, None], other=0.0)
         if GROUPED:
@@ -160,7 +161,7 @@ def _centred(
     else:
         WIDTH: tl.constexpr = 32 // CODES
         pair = tl.arange(0, CODES // 2)[None, None, :]
-        fields = settled(tl.load(low + at), WAIT)[:, :, None] >> (pair * WIDTH)
+        fields = tl.load(low + at)[:, :, None] >> (pair * WIDTH)
         top = None
         if BITS == 3:
             # The two bytes of top bits to the two halves, two bits up; then bit `pair` of each half is shifted to bit 2.
@@ -184,7 +185,7 @@ def _centred(
                 shift = tl.full((BN, 1, 1), MINUS + HALF * 0x10001, tl.int32)
             else:
                 shift = (zero.to(tl.int32) * 0x10001 + MINUS)[:, None, None]
-            even, odd = _sums(numbers, shift, dtype, COMPUTE, ASM)
+            even, odd = _sums(numbers, settled(shift, WAIT), dtype, COMPUTE, ASM)
         return tl.reshape(tl.join(even, odd), (BN, BK))
 
 

@@ -18,6 +18,7 @@ from counterweight.workers.interchange.compressed_tensors import read_weight
 from counterweight.workers.interchange.peft import read_branch
 from counterweight.workers.loaded_block import load_block
 from counterweight.workers.models.block_builder import Block
+from counterweight.workers.parallel import Overlapped
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
@@ -126,15 +127,20 @@ def test_embedding_cuts_shards_of_a_fixed_number_of_tokens(site: Site, make: Mak
 
 @pytest.mark.parametrize("case", ["llama-tied-biased", "mixtral"])
 @pytest.mark.parametrize("propagate", ["original", "compressed"])
-def test_threads_change_no_bit(case: str, propagate: Any, tmp_path: Path, make: MakeWorker) -> None:
+def test_neither_threads_nor_overlapping_change_a_bit(
+    case: str, propagate: Any, tmp_path: Path, make: MakeWorker
+) -> None:
+    """Overlapping: how a GPU's worker goes through shards, here on a CPU."""
     checkpoint(case, tmp_path / "model", torch.bfloat16)
     found: list[dict[str, Any]] = []
-    for threads in (1, 2):
-        site = Site(source=tmp_path / "model", work=tmp_path / f"work{threads}")
+    for threads, overlapping in ((1, False), (2, False), (1, True)):
+        site = Site(source=tmp_path / "model", work=tmp_path / f"work{threads}{overlapping}")
         worker = make(threads)
+        if overlapping:
+            worker.context.shards = Overlapped()
         inputs = embedded(worker, site, sequences=SHARD + 2, length=LENGTH)
         found.append(content(worker.run(Compress(block=site.block(0, inputs, GPTQ, propagate)))))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 def test_two_halves_on_one_worker_are_the_whole_on_another(site: Site, make: MakeWorker, tmp_path: Path) -> None:

@@ -30,15 +30,15 @@ def squared_errors(
 ) -> tuple[float, float, float | None]:
     """`energy`, and `squared_error` without and with the branch, None where there is none; in the matrices' dtype but for the
     sums."""
+    unit = energy(weight, statistics)
     if statistics.streams == {"x"}:
         # One stream: the sum is one square, without the rounding of differences.
         left, gram = weight - codes, statistics.gram
-        unit, plain = energy(weight, statistics), max(_trace(left, gram, left), 0.0)
+        plain = max(_trace(left, gram, left), 0.0)
         if branch is None:
             return unit, plain, None
         rest = left - branch.product(weight.dtype)
         return unit, plain, max(_trace(rest, gram, rest), 0.0)
-    unit = energy(weight, statistics)
     crossed = _trace(weight, statistics.product("ty"), codes)
     plain = unit - 2 * crossed + _trace(codes, statistics.product("yy"), codes)
     if branch is None:

@@ -34,7 +34,8 @@ def clipped(weight: Tensor, format: WeightFormat, seed: int = 1) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_clipping_it_is_round_to_nearest(format: WeightFormat, dtype: torch.dtype) -> None:
     weight = weight_of()
-    found, expected = fake_quantize(weight, format, dtype).stored(), rtn(RTN(), weight, None, format, dtype).weight
+    (rounded,) = rtn(RTN(), weight.unsqueeze(0), [None], format, dtype)
+    found, expected = fake_quantize(weight, format, dtype).stored(), rounded.weight
     assert torch.equal(found.codes, expected.codes)
     assert torch.equal(found.scale, expected.scale)
     assert found.scale.dtype is dtype
