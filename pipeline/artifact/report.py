@@ -17,6 +17,7 @@ from counterweight.workers.metrics import METRICS, Metric
 from counterweight.workers.tasks.block import BlockRecord
 from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED, VARIANTS, WindowMetrics
 from counterweight.workers.tasks.records import ModuleReport, Timing
+from counterweight.workers.tasks.setting import ModelDtype
 
 if TYPE_CHECKING:
     from counterweight.workers.calibration.source import CalibrationSource
@@ -141,6 +142,8 @@ class Report(Judged):
     quantized: Quality | None
     compensated: Quality | None
     compensated_prefill: Quality | None = None
+    validation_dtype: ModelDtype = "float32"
+    """Type that all models computed in when they were judged."""
     routers: Mapping[str, Mapping[int, float]] = Field(default_factory=dict)
     """Variant -> sparse block -> share of the validation's tokens that its router sends to the same experts as the original's;
     empty for dense models, without validation, and in reports that are older."""

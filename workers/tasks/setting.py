@@ -24,7 +24,12 @@ IRRELEVANT_CONFIG = ("_name_or_path", "transformers_version", "architectures", "
 """Fields of config.json that cannot change a block's result."""
 
 ComputeDtype = Literal["float32", "bfloat16"]
-ITEMSIZE: Mapping[ComputeDtype, int] = {"float32": 4, "bfloat16": 2}
+"""Types that blocks are calibrated in."""
+
+ModelDtype = Literal["float32", "bfloat16", "float16"]
+"""Types that a whole model runs in, when it is judged."""
+
+ITEMSIZE: Mapping[ModelDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an activation."""
 
 Device = Literal["cpu", "cuda"]
@@ -52,6 +57,10 @@ class Setting(Config):
     def open_workspace(self) -> Workspace:
         """Where the job's results are kept."""
         return Workspace(open_store(self.workspace), trusting=not self.run)
+
+    def uncompressed(self) -> Setting:
+        """The setting of what is computed with the model as it is, in its own coordinates."""
+        return self.model_copy(update={"rotation": None})
 
     def determines(self) -> dict[str, object]:
         """The part of a key that all tasks share."""
