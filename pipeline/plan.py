@@ -36,13 +36,13 @@ from counterweight.pipeline.units import bytes_text
 from counterweight.workers.arithmetic import Arithmetic, arithmetic
 from counterweight.workers.arithmetic.distillation import training_flops
 from counterweight.workers.config import Config
+from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.footprint import Load, footprint
 from counterweight.workers.footprint.distillation import Texts, state_traffic, trained_parameters, training_bytes
 from counterweight.workers.footprint.division import Passes, divided
 from counterweight.workers.footprint.load import factors, packed
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.recipe import ModuleRecipe
-from counterweight.workers.tasks.setting import ITEMSIZE
 
 
 class BlockPlan(Config):

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ConfigDict, Field
 
 from counterweight.workers.config import Config
+from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.errors import RequestError
 from counterweight.workers.metrics import METRICS, Metric
 from counterweight.workers.tasks.block import BlockRecord
 from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED, VARIANTS, WindowMetrics
 from counterweight.workers.tasks.records import ModuleReport, Timing
-from counterweight.workers.tasks.setting import ModelDtype
 
 if TYPE_CHECKING:
     from counterweight.workers.calibration.source import CalibrationSource

@@ -19,10 +19,11 @@ from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.rates import Rates
 from counterweight.pipeline.validate import shares
+from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.matrix_flops import Work, elementwise, product
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.records import HiddenRecord
-from counterweight.workers.tasks.setting import ITEMSIZE, shard_sequences
+from counterweight.workers.tasks.setting import shard_sequences
 from counterweight.workers.workspace import Blob
 
 WINDOWS = 160

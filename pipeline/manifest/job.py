@@ -15,10 +15,10 @@ from pydantic import (
 
 from counterweight.pipeline.manifest.calibration import Calibration, Section, Tokens
 from counterweight.workers.calibration.experts import ExpertCalibration
+from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.methods.distillation import Distillation
 from counterweight.workers.metrics import METRICS
 from counterweight.workers.recipe import Recipe
-from counterweight.workers.tasks.setting import ModelDtype
 
 MAX_URI = 2000  # characters
 SMALLEST_SHARE = 0.01  # of a GPU; Ray counts in units of 0.0001

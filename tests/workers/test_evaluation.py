@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from counterweight import load_model
 from counterweight.pipeline.artifact import REPORT, REPORT_PAGE
+from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.errors import CheckpointError, CounterweightError, IntegrityError, RequestError
 from counterweight.workers.ledger import LEDGER
 from counterweight.workers.methods.transforms import Rotation
@@ -34,7 +35,7 @@ from counterweight.workers.tasks.evaluate import (
     WindowMetrics,
 )
 from counterweight.workers.tasks.original import Original
-from counterweight.workers.tasks.setting import ModelDtype, shard_sequences
+from counterweight.workers.tasks.setting import shard_sequences
 from counterweight.workers.worker import Worker
 from tests.inprocess import local, run_job
 from tests.models import checkpoint, token_ids

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
+from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.keys import digest
 from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.records import HiddenRecord
-from counterweight.workers.tasks.setting import ModelDtype, Setting, shard_sequences
+from counterweight.workers.tasks.setting import Setting, shard_sequences
 from counterweight.workers.tasks.task import DurableTask
 from counterweight.workers.workspace import Blob, Workspace
 

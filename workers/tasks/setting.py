@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from counterweight.workers.config import Config
+from counterweight.workers.dtypes import ComputeDtype
 from counterweight.workers.keys import numerics, versions
 from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.storage import open_store
@@ -22,15 +23,6 @@ def shard_sequences(length: int) -> int:
 
 IRRELEVANT_CONFIG = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 """Fields of config.json that cannot change a block's result."""
-
-ComputeDtype = Literal["float32", "bfloat16"]
-"""Types that blocks are calibrated in."""
-
-ModelDtype = Literal["float32", "bfloat16", "float16"]
-"""Types that a whole model runs in, when it is judged."""
-
-ITEMSIZE: Mapping[ModelDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of an activation."""
 
 Device = Literal["cpu", "cuda"]
 
