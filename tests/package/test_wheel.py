@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
 from tests.servers import absent
 
 ROOT = Path(__file__).parent.parent.parent
@@ -85,7 +86,7 @@ def test_a_job_runs_there_from_another_directory(python: Path, tmp_path: Path) -
 
 def pip(interpreter: str, *arguments: str) -> None:
     command = [interpreter, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     if done.returncode != 0:
         absent(f"pip {arguments[0]} failed: {done.stderr.strip()[-500:]}")
 
@@ -94,7 +95,7 @@ def ran(command: list[str], directory: Path) -> str:
     """stdout of a command that has to succeed, run as from a user's shell: nothing leads it to the checkout."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=280, check=False
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -176,7 +176,9 @@ def test_a_killed_worker_is_noticed_and_replaced_and_the_other_works_on(pool: Ra
         outcomes = pool.wait(0.2)
         for outcome in outcomes:
             # Of its next process nobody has heard yet.
-            assert (outcome.worker in pool.idle()) != outcome.worker_died, "a process that has not answered is given a task"
+            assert (outcome.worker in pool.idle()) != outcome.worker_died, (
+                "a process that has not answered is given a task"
+            )
         found += outcomes
     (dead,) = [outcome for outcome in found if outcome.worker_died]
     (alive,) = [outcome for outcome in found if not outcome.worker_died]

@@ -51,7 +51,7 @@ class Driver:
         assert int(self.process.stdout.readline()) == -signal.SIGKILL
 
     def wait_for_a_look(self) -> None:
-        """Until the reaper has looked at the descendants that there are now. It gives the processor up when a look is over: that
+        """Until the reaper has looked at those that are there now. It gives the processor up when a look is over: that
         of one that may have begun before, and that of a whole one, are counted by the kernel."""
         before = _switches(self.reaper)
         until(lambda: _switches(self.reaper) >= before + 2)
