@@ -59,7 +59,7 @@ def _freeze_worker(run: Run, draw: Random) -> tuple[int, ...]:
 
 def _strike(name: str, number: int, run: Run, draw: Random) -> tuple[int, ...]:
     """One of Ray's own processes."""
-    _send([pid for pid, _ in descendants(run.process.pid) if name in command(pid)], number, draw)
+    _send([pid for pid, _ in descendants(run.process.pid) if name in _command(pid)], number, draw)
     return (4,)
 
 
@@ -72,8 +72,7 @@ def _send(pids: list[int], number: int, draw: Random) -> None:
             return
 
 
-def command(pid: int) -> str:
-    """The program that a process runs; empty when it is over."""
+def _command(pid: int) -> str:
     try:
         return (Path("/proc") / str(pid) / "cmdline").read_text().partition("\0")[0]
     except (FileNotFoundError, ProcessLookupError):
