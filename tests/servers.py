@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
-from urllib.error import URLError
 
 import boto3
 import pytest
@@ -100,7 +99,7 @@ def _moto_endpoint(process: subprocess.Popen[bytes], log: int) -> str:
         printed = os.pread(log, 1 << 16, 0).decode()
         if "http://127.0.0.1:" in printed:
             endpoint = "http://127.0.0.1:" + printed.split("http://127.0.0.1:")[1].split()[0]
-            with contextlib.suppress(URLError), urllib.request.urlopen(f"{endpoint}/moto-api/", timeout=5):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{endpoint}/moto-api/", timeout=5):
                 return endpoint
     raise RuntimeError(f"moto did not start: {os.pread(log, 1 << 16, 0).decode()}")
 
