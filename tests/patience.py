@@ -20,7 +20,7 @@ def of_children() -> float:
 
 
 def cpu_seconds(run: Callable[[], object], below: float, clock: Callable[[], float] = time.process_time) -> float:
-    """CPU seconds that `run` takes, of this process if no other clock is given: the least of up to `TRIES`, because others share
+    """CPU seconds that `run` takes, of this process if no other clock is given: the least of up to `TRIES`. Others share
     the processor's caches and cores, and a first call may import. None follows one that is below a limit."""
     least = float("inf")
     for _ in range(TRIES):
