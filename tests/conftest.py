@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import sys
 from pathlib import Path
 
@@ -29,7 +28,6 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """No test draws other numbers because of those that ran before it."""
-    random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 
