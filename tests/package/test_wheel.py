@@ -22,8 +22,9 @@ HUB_KERNELS = "kernels==0.17.2"
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("wheel")
-    # A copy: setuptools builds in the tree, and takes what an earlier build left there for sources.
-    sources = shutil.copytree(ROOT, place / "sources", symlinks=True, ignore=shutil.ignore_patterns(".*", "build"))
+    # A copy: setuptools builds in the tree, and takes what an earlier build left there for sources. Compiled files come and go
+    # while other tests run.
+    sources = shutil.copytree(ROOT, place / "sources", symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "__pycache__"))
     pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", str(place), str(sources))
     (built,) = place.glob("counterweight-*.whl")
     return built
