@@ -24,7 +24,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("wheel")
     # A copy: setuptools builds in the tree, and takes what an earlier build left there for sources. Compiled files come and go
     # while other tests run.
-    sources = shutil.copytree(ROOT, place / "sources", symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "__pycache__"))
+    sources = shutil.copytree(
+        ROOT, place / "sources", symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "__pycache__")
+    )
     pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", str(place), str(sources))
     (built,) = place.glob("counterweight-*.whl")
     return built
