@@ -81,7 +81,7 @@ Connect = Callable[[S3Server], str]
 def moto_server() -> Iterator[S3Server]:
     """moto in a process of its own: what it holds in memory is not the test's."""
     with tempfile.TemporaryFile() as log:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+        command = [sys.executable, "-I", str(Path(__file__).with_name("atomic_moto.py"))]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             endpoint = _moto_endpoint(process, log.fileno())
