@@ -48,6 +48,8 @@ def run_job(
                 from counterweight.pipeline.opening import open_job
                 from counterweight.pipeline.orchestrator import Orchestrator
             source, tokens = open_job(job, pool, log, here=place.here, ready=ready)
+            if not place.ray:
+                log.note(f"workers: {size.workers} of this machine, without Ray")
             device = _device(pool.first().device, size.device, log)
             return Orchestrator(job, source, tokens, pool, device, log, resume).run()
 
@@ -58,7 +60,6 @@ def _pool(place: Place, size: PoolSize, output: ObjectStore, log: EventLog) -> I
     if not place.ray:
         from counterweight.pipeline.forked_pool import ForkedPool
 
-        log.note(f"workers: {size.workers} of this machine, without Ray")
         forked = ForkedPool(size, note=log.note)
         try:
             yield forked

@@ -353,7 +353,8 @@ def test_an_interrupt_is_130_and_one_line(command: Command, job: Path, monkeypat
     ran = command("run", job)
     assert ran.code == 130
     assert [line for line in ran.err.splitlines() if not line.startswith("stage ")] == [
-        "interrupted: finished blocks are kept; run the same command again to resume"
+        "note: workers: 1 of this machine, without Ray",
+        "interrupted: finished blocks are kept; run the same command again to resume",
     ]
 
 
