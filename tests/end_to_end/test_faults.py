@@ -461,7 +461,8 @@ def test_a_frozen_worker_costs_its_task_and_no_more(
 ) -> None:
     run, held, (victim, _) = both_in_a_block(long_manifest, undisturbed, tmp_path, driver)
     os.kill(victim, signal.SIGSTOP)
-    run.wait_for(f"(process {victim}) has not answered")
+    # By the pool, or by Ray, whose connection breaks a little earlier.
+    run.wait_for(f"(process {victim})")
     for block in held:
         block.release()
     code, out, err = run.finish()
