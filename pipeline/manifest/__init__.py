@@ -1,5 +1,6 @@
 """The manifest: what a user asks for, typed, checked at the border, published as a JSON Schema."""
 
+from counterweight.pipeline.manifest.identity import job_id
 from counterweight.pipeline.manifest.job import (
     Calibration,
     CompressionJob,
@@ -28,6 +29,7 @@ __all__ = [
     "Resources",
     "Validation",
     "canonical",
+    "job_id",
     "job_schema",
     "load_manifest",
     "parse_manifest",

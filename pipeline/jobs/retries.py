@@ -1,0 +1,33 @@
+"""Is an attempt at a job repeated, and when?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from counterweight.pipeline.jobs.states import Cause
+
+BUDGETS = MappingProxyType({Cause.SURROUNDINGS: 3, Cause.KILLED: 2, Cause.LAPSED: 5, Cause.RELEASED: 1000})
+"""Repetitions of one job for each cause. Surroundings mend, and a run has waited for its storage for ten minutes by then. A
+process that was killed probably needs more memory than there is. Drivers die with their machines, and machines that are
+taken back give their jobs back first, which is no failure: its budget is there against an endless loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobRetries:
+    """A budget per cause: a job whose storage was away twice has not used up what it has for drivers that die. Causes without a
+    budget are final: a wrong request stays wrong. first, most: seconds before the first repetition, doubled each time."""
+
+    budgets: Mapping[Cause, int] = field(default_factory=lambda: BUDGETS)
+    first: float = 10.0
+    most: float = 600.0
+
+    def delay(self, cause: Cause, failures: Mapping[Cause, int]) -> float | None:
+        """Seconds until the next try, or None when there is none. failures: those before this one."""
+        before = failures.get(cause, 0)
+        if before >= self.budgets.get(cause, 0):
+            return None
+        if cause is Cause.RELEASED:
+            return 0.0
+        return float(min(self.first * 2**before, self.most))
