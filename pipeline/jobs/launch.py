@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import secrets
 import shlex
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 
 from counterweight.pipeline.crash import folders
-from counterweight.workers.errors import SurroundingsError
+from counterweight.pipeline.redaction import redacted
+from counterweight.workers.errors import RequestError, SurroundingsError
 
-DASHBOARD = "RAY_API_SERVER_ADDRESS"
-"""Ray's own environment variable for the address of its Job Submission."""
+ANSWER_SECONDS = 60.0
+"""That Ray may take to accept a job; it took up to two."""
+
+MAX_CAUSE = 500
+"""Characters of what Ray says when it does not: it sends tracebacks."""
 
 
 def launch(store: str, id: str, *, dashboard: str | None, python: str | None = None) -> str:
@@ -22,7 +31,7 @@ def launch(store: str, id: str, *, dashboard: str | None, python: str | None = N
 
     dashboard: http://host:port of Ray's Job Submission; None: a detached process of this machine, with an embedded Ray for each
     job. python: interpreter on the cluster; None: this one. No environment is sent: credentials are the cluster's own. Raises
-    SurroundingsError.
+    RequestError, SurroundingsError.
     """
     if dashboard is not None:
         return _submitted(dashboard, _command(python or sys.executable, store, id, ("--address", "auto")), id)
@@ -34,19 +43,49 @@ def _command(python: str, store: str, id: str, arguments: Sequence[str] = ()) ->
 
 
 def _submitted(dashboard: str, command: Sequence[str], id: str) -> str:
-    from ray.job_submission import JobSubmissionClient
-
+    """Through the REST API of Ray's Job Submission; Ray's own client for it wants the whole of `ray[default]`."""
+    asked = {
+        "entrypoint": shlex.join(command),
+        # Ray refuses a name twice, and a job may need a further driver when its first one died.
+        "submission_id": f"counterweight-{id}-{secrets.token_hex(3)}",
+        "metadata": {"counterweight_job": id},
+    }
+    place = redacted(dashboard)
+    if not dashboard.startswith(("http://", "https://")):
+        raise RequestError(f"address of Ray's Job Submission: {place!r}: expected http://host:port")
+    request = urllib.request.Request(
+        f"{dashboard.rstrip('/')}/api/jobs/",
+        data=json.dumps(asked).encode(),
+        headers={"Content-Type": "application/json", **_authorization()},
+    )
     try:
-        name: str = JobSubmissionClient(dashboard).submit_job(
-            entrypoint=shlex.join(command),
-            # Ray refuses a name twice, and a job may need a further driver when its first one died.
-            submission_id=f"counterweight-{id}-{secrets.token_hex(3)}",
-            metadata={"counterweight_job": id},
-        )
-    except (RuntimeError, ConnectionError, OSError) as error:
-        cause = " ".join(str(error).split())[:500]
-        raise SurroundingsError(f"Ray's Job Submission at {dashboard}: {cause}") from error
-    return f"Ray job {name} at {dashboard}"
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+            name = json.load(answer)["submission_id"]
+    except urllib.error.HTTPError as error:
+        said = error.read(4096).decode(errors="replace")
+        raise _failed(place, f"{error.code} {said}") from error
+    except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+        raise _failed(place, f"{type(error).__name__}: {error}") from error
+    return f"Ray job {name} at {place}"
+
+
+def _failed(place: str, cause: str) -> SurroundingsError:
+    line = redacted(" ".join(cause.split()))[:MAX_CAUSE]
+    return SurroundingsError(
+        f"Ray's Job Submission at {place}: {line}; the job is queued: submit it again to start a driver"
+    )
+
+
+def _authorization() -> dict[str, str]:
+    """Ray's own token, from where Ray looks for it, for clusters that ask for one."""
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    if not token:
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+        try:
+            token = path.read_text().strip()
+        except OSError:  # the cluster says so when it wants one
+            return {}
+    return {"Authorization": f"Bearer {token}"}
 
 
 def _detached(command: Sequence[str], id: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -11,6 +12,7 @@ from counterweight.pipeline.manifest import CompressionJob, job_id
 from counterweight.pipeline.manifest.problems import Path, problem
 from counterweight.pipeline.redaction import redacted
 from counterweight.workers.config import Config
+from counterweight.workers.errors import RequestError
 
 HIGHEST_PRIORITY = 100
 
@@ -55,8 +57,10 @@ def record_of(
     batch: BatchPart | None = None,
     again: int = 0,
 ) -> JobRecord:
-    """The record of a manifest. again: 0, or which further time it is asked for. ManifestError for a manifest that holds what
-    looks like a credential."""
+    """The record of a manifest. again: 0, or which further time it is asked for. RequestError for no tenant's name,
+    ManifestError for a manifest that holds what looks like a credential."""
+    if re.fullmatch(TENANT, tenant) is None:
+        raise RequestError(f"tenant {tenant[:100]!r}: expected 1 to 63 letters, digits, '-', '_' and '.'")
     document = json.loads(job.model_dump_json())
     for path, text in _texts(document, ()):
         if redacted(text) != text:

@@ -1,0 +1,125 @@
+"""Jobs with real drivers, each with a Ray of its own: one is killed and another takes over; one is cancelled."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from counterweight.pipeline.jobs.states import Cause, State
+from counterweight.pipeline.jobs.store import JobStore
+from counterweight.pipeline.jobs.submit import submit_job
+from counterweight.pipeline.reaper import descendants
+from counterweight.workers.storage.file import FileStore
+from tests.pipeline.tiny import alive, files_of, job_of, local_path, run_local, until, write_job
+
+pytestmark = pytest.mark.end_to_end
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job that lasts: four blocks, many tokens."""
+    path = write_job(tmp_path_factory.mktemp("job"), layers=4)
+    path.write_text(path.read_text().replace("sequences: 12,", "sequences: 512,"))
+    text = path.parent / "calibration.txt"
+    text.write_text(" ".join([text.read_text()] * 40))
+    return path
+
+
+class Drivers:
+    """Processes that work on the jobs of a store."""
+
+    def __init__(self, root: Path) -> None:
+        self.jobs = JobStore(FileStore(root / "store"))
+        self._started: list[subprocess.Popen[bytes]] = []
+        self._log = (root / "drivers.log").open("ab")
+
+    def start(self, id: str) -> subprocess.Popen[bytes]:
+        """A driver that stays until the job is at its end."""
+        command = [*("-m", "counterweight.pipeline.cli", "work", "--store", self.jobs.store.uri, "--until", id)]
+        process = subprocess.Popen([sys.executable, *command], stderr=self._log, start_new_session=True)
+        self._started.append(process)
+        return process
+
+    def said(self, id: str) -> str:
+        infos = list(self.jobs.store.list(f"_logs/{id}/"))
+        return "".join(self.jobs.store.read(info.key).decode() for info in infos)
+
+    def stop(self) -> None:
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        self._log.close()
+
+
+@pytest.fixture
+def drivers(tmp_path: Path) -> Iterator[Drivers]:
+    drivers = Drivers(tmp_path)
+    yield drivers
+    drivers.stop()
+
+
+def records(output: Path) -> dict[str, Any]:
+    """Records of finished blocks: name -> when they were written."""
+    found = (output / "_work" / "commits" / "compress").glob("*.json")
+    return {path.name: path.stat().st_mtime_ns for path in found}
+
+
+def test_a_driver_that_is_killed_is_taken_over_and_the_bytes_are_those_of_an_undisturbed_run(
+    drivers: Drivers, manifest: Path, tmp_path: Path
+) -> None:
+    expected = files_of(local_path(run_local(job_of(manifest, f"spec.output.uri={tmp_path / 'expected'}")).uri))
+    job, _ = submit_job(drivers.jobs, job_of(manifest, f"spec.output.uri={tmp_path / 'out'}"))
+    first = drivers.start(job.id)
+    until(lambda: bool(records(tmp_path / "out")))
+    second = drivers.start(job.id)
+    until(lambda: drivers.jobs.get(job.id).state is State.RUNNING)
+    below = [pid for pid, _ in descendants(first.pid)]
+    assert below
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    until(lambda: not any(map(alive, below)))
+    before = records(tmp_path / "out")
+    assert second.wait() == 0
+    ended = drivers.jobs.get(job.id)
+    assert (ended.state, ended.failures) == (State.SUCCEEDED, {Cause.LAPSED: 1})
+    assert ended.ended is not None
+    assert ended.ended.artifact is not None
+    assert files_of(local_path(ended.ended.artifact)) == expected
+    assert before.keys() <= records(tmp_path / "out").keys()
+    leased = [dated.at for dated in ended.journal[:2]]
+    assert (leased[1] - leased[0]).total_seconds() > 0
+    assert json.loads((tmp_path / "store" / "_jobs" / job.id / "journal" / "0001.json").read_text())["kind"] == "leased"
+
+
+def test_a_cancel_ends_every_process_and_keeps_what_is_finished(
+    drivers: Drivers, manifest: Path, tmp_path: Path
+) -> None:
+    document = job_of(manifest, f"spec.output.uri={tmp_path / 'out'}")
+    job, _ = submit_job(drivers.jobs, document)
+    driver = drivers.start(job.id)
+    until(lambda: bool(records(tmp_path / "out")))
+    below = [pid for pid, _ in descendants(driver.pid)]
+    command = [sys.executable, "-m", "counterweight.pipeline.cli", "cancel", job.id]
+    subprocess.run([*command, "--store", drivers.jobs.store.uri], check=True)
+    driver.wait()
+    until(lambda: not any(map(alive, below)))
+    cancelled = drivers.jobs.get(job.id)
+    assert cancelled.state is State.CANCELLED, drivers.said(job.id)
+    before = records(tmp_path / "out")
+    assert before
+    again, created = submit_job(drivers.jobs, document, again=True)
+    assert created
+    assert drivers.start(again.id).wait() == 0
+    assert drivers.jobs.get(again.id).state is State.SUCCEEDED
+    after = records(tmp_path / "out")
+    assert {name: after[name] for name in before} == before
+    assert "reused" in drivers.said(again.id)
