@@ -36,9 +36,9 @@ Enough = Callable[[Sequence[Job]], bool]
 """Whether a driver has done what it is there for, by all jobs."""
 
 
-def until_ended(id: str) -> Enough:
-    """When this job is at its end."""
-    return lambda jobs: any(job.id == id and job.state.terminal for job in jobs)
+def until_ended(*ids: str) -> Enough:
+    """When these jobs are at their end."""
+    return lambda jobs: all(job.state.terminal for job in jobs if job.id in ids)
 
 
 def until_idle(jobs: Sequence[Job]) -> bool:

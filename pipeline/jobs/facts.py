@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from counterweight.pipeline.jobs.batch import Batch
 from counterweight.pipeline.jobs.job import Job
 from counterweight.pipeline.jobs.journal import ENTRY, Leased
+from counterweight.pipeline.jobs.pareto import Summary
 from counterweight.pipeline.jobs.states import State
+
+BATCH_HEADINGS = ("BATCH", "NAME", "STATE", "JOBS")
+PARETO_HEADINGS = ("JOB", "NAME", "STATE", "BITS", "PERPLEXITY", "KL", "FRONT")
 
 HEADINGS = ("JOB", "NAME", "STATE", "TENANT", "PRIORITY", "SUBMITTED", "LAST")
 
@@ -68,3 +73,50 @@ def counts(jobs: Sequence[Job]) -> dict[str, int]:
     """How many jobs are in each state that any is in."""
     found = Counter(job.state for job in jobs)
     return {state.value: found[state] for state in State if found[state]}
+
+
+def batch_facts(batch: Batch) -> dict[str, object]:
+    """As JSON."""
+    record = batch.record
+    return {
+        "id": batch.id,
+        "name": record.name,
+        "state": batch.state.value,
+        "concurrency": record.concurrency,
+        "max_failures": record.max_failures,
+        "counts": counts(batch.jobs),
+    }
+
+
+def batch_table(batches: Sequence[Batch]) -> list[Sequence[str]]:
+    """Headings and a row for each batch."""
+    return [BATCH_HEADINGS, *(_batch_row(batch) for batch in batches)]
+
+
+def _batch_row(batch: Batch) -> Sequence[str]:
+    told = ", ".join(f"{count} {state}" for state, count in counts(batch.jobs).items())
+    return (batch.id, batch.record.name, batch.state.value, told)
+
+
+def pareto_table(summary: Summary) -> list[Sequence[str]]:
+    """Headings and a row for each job of a batch."""
+    fronts = {"perplexity": summary.perplexity_front, "KL": summary.kl_front}
+    return [
+        PARETO_HEADINGS,
+        *(
+            (
+                point.job,
+                point.name,
+                point.state,
+                _figure(point.bits, ".3f"),
+                _figure(point.perplexity, ".3f"),
+                _figure(point.kl, ".4f"),
+                ", ".join(name for name, jobs in fronts.items() if point.job in jobs),
+            )
+            for point in summary.points
+        ),
+    ]
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from counterweight.pipeline.jobs.job import Dated, Job, fold
 from counterweight.pipeline.jobs.journal import ENTRY, Entry
-from counterweight.pipeline.jobs.queue import Entrant, Limits
+from counterweight.pipeline.jobs.queue import Entrant, Limits, in_order, startable
 from counterweight.pipeline.jobs.record import JOB_ID, JobRecord
 from counterweight.workers.config import first_problem
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError
@@ -102,7 +102,7 @@ class JobStore:
     def limits(self) -> Limits:
         """None of them where nobody has set any."""
         try:
-            return _parsed(_LIMITS, self.store.read(LIMITS), self.store.uri_of(LIMITS))
+            return parsed(_LIMITS, self.store.read(LIMITS), self.store.uri_of(LIMITS))
         except ObjectNotFoundError:
             return Limits()
 
@@ -142,11 +142,12 @@ class JobStore:
 
     def _remembered(self, key: str, known: dict[str, Parsed], kind: TypeAdapter[Parsed]) -> Parsed:
         if key not in known:
-            known[key] = _parsed(kind, self.store.read(key), self.store.uri_of(key))
+            known[key] = parsed(kind, self.store.read(key), self.store.uri_of(key))
         return known[key]
 
 
-def _parsed(kind: TypeAdapter[Parsed], data: bytes, uri: str) -> Parsed:
+def parsed(kind: TypeAdapter[Parsed], data: bytes, uri: str) -> Parsed:
+    """What an object holds; IntegrityError, naming it, where it is something else."""
     try:
         return kind.validate_json(data)
     except ValidationError as error:
@@ -164,3 +165,9 @@ def entrant_of(job: Job) -> Entrant:
         tenant=record.tenant,
         batch=record.batch,
     )
+
+
+def queue_of(jobs: Sequence[Job], limits: Limits) -> dict[str, list[str]]:
+    """Ids of the jobs that wait, in order, and of those that may start now."""
+    entrants = [entrant_of(job) for job in jobs]
+    return {"queue": [entrant.id for entrant in in_order(entrants)], "startable": startable(entrants, limits)}

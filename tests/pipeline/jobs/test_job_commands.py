@@ -156,13 +156,13 @@ class TestSubmit:
         )
         monkeypatch.setenv("COUNTERWEIGHT_STORE", str(tmp_path / "store"))
         said = command("submit", path, "--json").json
-        assert said["started"] == "process 1"
+        assert said["started"] == ["process 1"]
         assert started == [((tmp_path / "store").as_uri(), said["id"])]
         lease = take(jobs, said["id"], "a")
         assert lease is not None
-        assert command("submit", path, "--json").json["started"] is None
+        assert command("submit", path, "--json").json["started"] == []
         lease.end(Ended(cause=Cause.DONE, exit_code=0, artifact="file:///x"))
-        assert command("submit", path, "--json").json["started"] is None
+        assert command("submit", path, "--json").json["started"] == []
 
 
 class TestWatching:
@@ -218,7 +218,7 @@ class TestWatching:
                 main(["cancel", id])
 
         monkeypatch.setattr("counterweight.pipeline.jobs.commands.time.sleep", sleep)
-        assert command("logs", id, "-f").out.splitlines() == ["a line", "a line", "cancelled", "a line"]
+        assert command("logs", id, "-f").out.splitlines() == ["a line", "a line", f"{id}  cancelled", "a line"]
 
     @pytest.mark.parametrize("name", ["status", "logs", "cancel"])
     def test_a_job_that_is_not_there_is_exit_2(self, command: Command, id: str, name: str) -> None:
@@ -247,8 +247,8 @@ class TestWatching:
 
 
 def test_cancelling_says_how_the_job_stands(command: Command, id: str) -> None:
-    assert command("cancel", id).out.strip() == "cancelled"
-    assert command("cancel", id, "--json").json["state"] == "cancelled"
+    assert command("cancel", id).out.split() == [id, "cancelled"]
+    assert [job["state"] for job in command("cancel", id, "--json").json] == ["cancelled"]
 
 
 def test_limits_are_kept_in_the_store(command: Command, id: str) -> None:

@@ -9,7 +9,7 @@ from datetime import timedelta
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from counterweight.pipeline.jobs.limits import changed
@@ -18,6 +18,9 @@ from counterweight.pipeline.jobs.record import HIGHEST_PRIORITY, BatchPart
 from counterweight.pipeline.jobs.states import State
 from counterweight.workers.errors import RequestError
 from tests.pipeline.jobs.memory import EPOCH
+
+PATIENT = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+"""The machine may be busy."""
 
 BATCHES = (None, BatchPart(id="b", concurrency=1), BatchPart(id="c", concurrency=2, max_failures=1))
 
@@ -68,6 +71,7 @@ def bounded(every: Sequence[Entrant], allowed: Limits) -> list[tuple[int, int]]:
     return [(count, bound) for count, bound in found if bound is not None]
 
 
+@PATIENT
 @given(entrants, limits)
 def test_no_bound_is_exceeded_by_a_start(every: list[Entrant], allowed: Limits) -> None:
     """Where more are active already, because a bound was lowered, no further one starts."""
@@ -76,6 +80,7 @@ def test_no_bound_is_exceeded_by_a_start(every: list[Entrant], allowed: Limits) 
         assert is_ <= max(was, bound)
 
 
+@PATIENT
 @given(entrants, limits)
 def test_only_what_waits_starts_and_what_lost_its_driver_always_does(every: list[Entrant], allowed: Limits) -> None:
     chosen = startable(every, allowed)
@@ -84,6 +89,7 @@ def test_only_what_waits_starts_and_what_lost_its_driver_always_does(every: list
     assert {one.id for one in every if one.state is State.LAPSED} <= set(chosen)
 
 
+@PATIENT
 @given(entrants, limits)
 def test_nobody_is_passed_over_who_could_start(every: list[Entrant], allowed: Limits) -> None:
     """Whoever is left out is so because of a bound: with those before it, there was no place."""
@@ -97,6 +103,7 @@ def test_nobody_is_passed_over_who_could_start(every: list[Entrant], allowed: Li
         assert any(count > bound for count, bound in bounded(running, allowed))
 
 
+@PATIENT
 @given(entrants)
 def test_the_order_is_that_of_turns(every: list[Entrant]) -> None:
     ready = [one for one in in_order(every) if one.state is State.QUEUED]
@@ -105,6 +112,7 @@ def test_the_order_is_that_of_turns(every: list[Entrant]) -> None:
         assert first.priority + ahead >= second.priority
 
 
+@PATIENT
 @given(entrants, limits)
 def test_whoever_runs_within_the_bounds_is_not_crowded_and_beyond_them_is(
     every: list[Entrant], allowed: Limits
@@ -122,7 +130,7 @@ def test_whoever_runs_within_the_bounds_is_not_crowded_and_beyond_them_is(
             assert crowded(every, allowed, one.id) == any(b is not None and count > b for count, b in beyond)
 
 
-@settings(max_examples=50)
+@PATIENT
 @given(st.integers(1, 3), st.integers(-HIGHEST_PRIORITY, 0), st.data())
 def test_nobody_starves_under_an_endless_stream_of_more_important_jobs(
     concurrency: int, priority: int, data: st.DataObject
