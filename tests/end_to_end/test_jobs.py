@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from counterweight.pipeline.jobs.lease import cancel
 from counterweight.pipeline.jobs.states import Cause, State
 from counterweight.pipeline.jobs.store import JobStore
 from counterweight.pipeline.jobs.submit import submit_job
@@ -23,13 +24,17 @@ from tests.pipeline.tiny import alive, files_of, job_of, local_path, run_local, 
 pytestmark = pytest.mark.end_to_end
 
 
+SECRET = b"wJalrXUtnFEMI-K7MDENG"
+"""In the environment of every driver, under names that matter."""
+
+
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A job that lasts: four blocks, many tokens."""
+    """A job of which much is left when its first block is done."""
     path = write_job(tmp_path_factory.mktemp("job"), layers=4)
-    path.write_text(path.read_text().replace("sequences: 12,", "sequences: 512,"))
+    path.write_text(path.read_text().replace("sequences: 12,", "sequences: 256,"))
     text = path.parent / "calibration.txt"
-    text.write_text(" ".join([text.read_text()] * 40))
+    text.write_text(" ".join([text.read_text()] * 20))
     return path
 
 
@@ -44,7 +49,10 @@ class Drivers:
     def start(self, id: str) -> subprocess.Popen[bytes]:
         """A driver that stays until the job is at its end."""
         command = [*("-m", "counterweight.pipeline.cli", "work", "--store", self.jobs.store.uri, "--until", id)]
-        process = subprocess.Popen([sys.executable, *command], stderr=self._log, start_new_session=True)
+        secrets = dict.fromkeys(("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "COUNTERWEIGHT_PASSWORD"), SECRET.decode())
+        process = subprocess.Popen(
+            [sys.executable, *command], stderr=self._log, start_new_session=True, env={**os.environ, **secrets}
+        )
         self._started.append(process)
         return process
 
@@ -67,9 +75,32 @@ def drivers(tmp_path: Path) -> Iterator[Drivers]:
     drivers.stop()
 
 
+def run_of(driver: int) -> int:
+    """The process of `counterweight run` that a driver started."""
+    below = [pid for pid, _ in descendants(driver)]
+    (run,) = [pid for pid in below if int(_stat(pid)[1]) == driver and "run" in _command(pid)]
+    return run
+
+
+def _command(pid: int) -> list[str]:
+    return (Path("/proc") / str(pid) / "cmdline").read_text().split("\0")
+
+
+def _stat(pid: int) -> list[str]:
+    return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
+
+
+def pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a process that is stopped was sent a signal."""
+    for line in (Path("/proc") / str(pid) / "status").read_text().splitlines():
+        if line.startswith("ShdPnd:"):
+            return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    raise AssertionError("no ShdPnd in the status of a process")
+
+
 def records(output: Path) -> dict[str, Any]:
     """Records of finished blocks: name -> when they were written."""
-    found = (output / "_work" / "commits" / "compress").glob("*.json")
+    found = (output / "_work" / "commits" / "block").glob("*.json")
     return {path.name: path.stat().st_mtime_ns for path in found}
 
 
@@ -94,6 +125,9 @@ def test_a_driver_that_is_killed_is_taken_over_and_the_bytes_are_those_of_an_und
     assert ended.ended is not None
     assert ended.ended.artifact is not None
     assert files_of(local_path(ended.ended.artifact)) == expected
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRET not in path.read_bytes(), path
+    assert before
     assert before.keys() <= records(tmp_path / "out").keys()
     leased = [dated.at for dated in ended.journal[:2]]
     assert (leased[1] - leased[0]).total_seconds() > 0
@@ -107,9 +141,12 @@ def test_a_cancel_ends_every_process_and_keeps_what_is_finished(
     job, _ = submit_job(drivers.jobs, document)
     driver = drivers.start(job.id)
     until(lambda: bool(records(tmp_path / "out")))
+    run = run_of(driver.pid)
+    os.kill(run, signal.SIGSTOP)  # it does not finish before it is told
     below = [pid for pid, _ in descendants(driver.pid)]
-    command = [sys.executable, "-m", "counterweight.pipeline.cli", "cancel", job.id]
-    subprocess.run([*command, "--store", drivers.jobs.store.uri], check=True)
+    cancel(drivers.jobs, job.id)
+    until(lambda: pending(run, signal.SIGTERM))
+    os.kill(run, signal.SIGCONT)
     driver.wait()
     until(lambda: not any(map(alive, below)))
     cancelled = drivers.jobs.get(job.id)
