@@ -13,17 +13,17 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, TypeAdapter
 
 from counterweight.pipeline.jobs.job import Job
-from counterweight.pipeline.jobs.record import BatchPart
+from counterweight.pipeline.jobs.record import BatchPart, record_of
 from counterweight.pipeline.jobs.states import State
 from counterweight.pipeline.jobs.store import JobStore, parsed
-from counterweight.pipeline.jobs.submit import MAX_AGAIN, submit_job
+from counterweight.pipeline.jobs.submit import MAX_AGAIN, check_store
 from counterweight.pipeline.manifest import CompressionBatch, SubmittedJob, job_id
 from counterweight.workers.config import Config
 from counterweight.workers.errors import ObjectNotFoundError, RequestError
 from counterweight.workers.keys import digest
 
 BATCHES = "_batches"
-BATCH_ID = r"batch-[0-9a-f]{16}(-[1-9][0-9]{0,5})?"
+BATCH_ID = r"batch-[0-9a-f]{16}(-[1-9][0-9]{0,11})?"
 
 _ID = re.compile(BATCH_ID)
 _KEY = re.compile(rf"{BATCHES}/({BATCH_ID})/batch\.json")
@@ -82,25 +82,41 @@ def submit_batch(
 ) -> tuple[Batch, bool]:
     """Submits every job of a batch, then the batch. Whether this call made it: the same batch submitted twice is one, and a job
     that was submitted before, alone or in another batch, is that job. Raises as `submit_job`."""
-    spec = batch.spec
-    number = 0
-    identity = digest(
-        [batch.metadata.name, [job_id(member.job) for member in members], spec.concurrency, spec.max_failures]
-    )
-    id = f"batch-{identity[:16]}"
-    if again:
-        number = next(n for n in range(1, MAX_AGAIN) if not jobs.store.exists(_key(f"{id}-{n}")))
-        id = f"{id}-{number}"
-    part = BatchPart(id=id, concurrency=spec.concurrency, max_failures=spec.max_failures)
-    made = [
-        submit_job(jobs, member.job, tenant=tenant, priority=priority, batch=part, again=again)[0] for member in members
-    ]
+    free = (n for n in range(1, MAX_AGAIN) if not jobs.store.exists(_key(batch_id(batch, members, n))))
+    return put_batch(jobs, batch, members, next(free) if again else 0, tenant=tenant, priority=priority)
+
+
+def batch_id(batch: CompressionBatch, members: Sequence[SubmittedJob], number: int) -> str:
+    """Of its name, bounds and jobs. number: 0, or which further time it is asked for."""
+    bounds = [batch.spec.concurrency, batch.spec.max_failures]
+    identity = digest([batch.metadata.name, [job_id(member.job) for member in members], *bounds])[:16]
+    return f"batch-{identity}" + (f"-{number}" if number else "")
+
+
+def put_batch(
+    jobs: JobStore,
+    batch: CompressionBatch,
+    members: Sequence[SubmittedJob],
+    number: int,
+    *,
+    tenant: str = "default",
+    priority: int = 0,
+) -> tuple[Batch, bool]:
+    """`submit_batch` for the time of this number; done again, it adds what is missing and changes nothing."""
+    id = batch_id(batch, members, number)
+    part = BatchPart(id=id, concurrency=batch.spec.concurrency, max_failures=batch.spec.max_failures)
+    check_store(jobs)
+    records = [record_of(member.job, tenant=tenant, priority=priority, batch=part, again=number) for member in members]
+    for made in records:
+        jobs.submit(made)
     record = BatchRecord(
         id=id,
         name=batch.metadata.name,
-        members=tuple(Member(id=job.id, settings=member.settings) for job, member in zip(made, members, strict=True)),
-        concurrency=spec.concurrency,
-        max_failures=spec.max_failures,
+        members=tuple(
+            Member(id=made.id, settings=member.settings) for made, member in zip(records, members, strict=True)
+        ),
+        concurrency=batch.spec.concurrency,
+        max_failures=batch.spec.max_failures,
     )
     created = jobs.store.create(_key(id), record.model_dump_json(indent=1).encode())
     return get_batch(jobs, id), created

@@ -34,8 +34,9 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Say how a job or a batch stands and what happened to it; without an id, how many there are and which are next."""
-    from counterweight.pipeline.jobs.facts import batch_facts, counts, facts, history, rows, table
+    from counterweight.pipeline.jobs.facts import batch_facts, counts, facts, history, rows, schedule_facts, table
     from counterweight.pipeline.jobs.requests import batch_or_job
+    from counterweight.pipeline.jobs.schedule import Schedules, is_schedule
     from counterweight.pipeline.jobs.store import queue_of
 
     jobs = jobs_at(store)
@@ -47,6 +48,13 @@ def status(
             return
         told = [(state, str(count)) for state, count in counts(every).items()]
         print_rows(f"jobs in {jobs.store.uri}", [*told, ("queue", " ".join(queue["queue"]) or "empty")])
+        return
+    if is_schedule(id):
+        known = schedule_facts(Schedules(jobs).get(id), jobs.store.now())
+        if as_json:
+            print_json(known)
+        else:
+            print_rows(id, [(name, str(value)) for name, value in known.items() if name != "id"])
         return
     batch, job = batch_or_job(jobs, id)
     if batch is not None:
@@ -86,12 +94,20 @@ def logs(
 
 
 def cancel(id: AnyId, store: Store = None, as_json: AsJson = False) -> None:
-    """Stop a job, or all jobs of a batch; what they have finished is kept."""
-    from counterweight.pipeline.jobs.facts import facts
+    """Stop a job, or all jobs of a batch, keeping what they have finished; or a schedule, which then fires no more."""
+    from counterweight.pipeline.jobs.facts import facts, schedule_facts
     from counterweight.pipeline.jobs.lease import cancel as cancel_job
     from counterweight.pipeline.jobs.requests import members
+    from counterweight.pipeline.jobs.schedule import Schedules, is_schedule
 
     jobs = jobs_at(store)
+    if is_schedule(id):
+        stopped = schedule_facts(Schedules(jobs).stop(id), jobs.store.now())
+        if as_json:
+            print_json([stopped])
+        else:
+            typer.echo(f"{id}  {stopped['state']}")
+        return
     cancelled = [cancel_job(jobs, one) for one in members(jobs, id)]
     if as_json:
         print_json([facts(job) for job in cancelled])
@@ -107,13 +123,15 @@ def list_jobs(
     tenant: Annotated[str | None, typer.Option(help="Only those of this tenant.", show_default=False)] = None,
     batch: Annotated[str | None, typer.Option(help="Only those of this batch.", show_default=False)] = None,
     batches: Annotated[bool, typer.Option("--batches", help="List batches instead.")] = False,
+    schedules: Annotated[bool, typer.Option("--schedules", help="List schedules instead.")] = False,
     store: Store = None,
     as_json: AsJson = False,
 ) -> None:
     """List the jobs of a store, first submitted first."""
     from counterweight.pipeline.jobs.batch import all_batches
-    from counterweight.pipeline.jobs.facts import batch_facts, batch_table, facts, table
+    from counterweight.pipeline.jobs.facts import batch_facts, batch_table, facts, schedule_facts, schedule_table, table
     from counterweight.pipeline.jobs.requests import members
+    from counterweight.pipeline.jobs.schedule import Schedules
     from counterweight.pipeline.jobs.states import State
     from counterweight.workers.errors import RequestError
 
@@ -126,6 +144,13 @@ def list_jobs(
             print_json([batch_facts(one) for one in found])
         else:
             print_table(batch_table(found))
+        return
+    if schedules:
+        told = [schedule_facts(one, jobs.store.now()) for one in Schedules(jobs).all()]
+        if as_json:
+            print_json(told)
+        else:
+            print_table(schedule_table(told))
         return
     ids = None if batch is None else members(jobs, batch)
     chosen = [

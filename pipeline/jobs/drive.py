@@ -58,13 +58,15 @@ def holder_name() -> str:
 
 @dataclass
 class Driver:
-    """start: begins an attempt. note: told what people should see. pause: sleeps for so many seconds. beat: seconds between two
+    """start: begins an attempt. note: told what people should see. meanwhile: done every few seconds, whether or not there is
+    a job: schedules fire. pause: sleeps for so many seconds. beat: seconds between two
     beats. lapse: seconds without one after which others take over."""
 
     jobs: JobStore
     start: Starter
     note: Callable[[str], None]
     retries: JobRetries = field(default_factory=JobRetries)
+    meanwhile: Callable[[], None] = lambda: None
     pause: Callable[[float], None] = time.sleep
     beat: float = BEAT_SECONDS
     lapse: float = LAPSE_SECONDS
@@ -74,6 +76,7 @@ class Driver:
         """Until it is enough. A store that fails is waited for."""
         while True:
             try:
+                self.meanwhile()
                 jobs = self.jobs.all()
                 if enough(jobs):
                     return
@@ -148,6 +151,7 @@ class Driver:
             self.pause(self.beat)
             try:
                 found = lease.beat()
+                self.meanwhile()
             except SurroundingsError as error:
                 # The run has its own patience. Others who reach the store may take over, and the next beat will tell.
                 self.note(f"job {lease.id}: no beat: {error}")

@@ -89,12 +89,13 @@ def work(
         str | None, typer.Option(help="Ray for the jobs, as of `run`; default: an embedded one.", show_default=False)
     ] = None,
 ) -> None:
-    """Drive jobs: whichever may start, one after the other; and take over those whose driver died."""
+    """Drive jobs: whichever may start, one after the other; take over those whose driver died; and fire schedules."""
     from functools import partial
 
     from counterweight.pipeline.jobs.attempt import ProcessAttempt
     from counterweight.pipeline.jobs.drive import Driver, never, until_ended, until_idle
     from counterweight.pipeline.jobs.requests import members
+    from counterweight.pipeline.jobs.schedule import Schedules
     from counterweight.workers.errors import RequestError
 
     if until is not None and idle:
@@ -102,7 +103,9 @@ def work(
     jobs = jobs_at(store)
     ids = [] if until is None else members(jobs, until)
     start = partial(ProcessAttempt, arguments=() if address is None else ("--address", address))
-    driver = Driver(jobs, start, note=lambda text: typer.echo(text, err=True))
+    # Whoever stays fires the schedules of the store; whoever is there for some jobs alone does not.
+    fire = (lambda: None) if ids or idle else Schedules(jobs).tick
+    driver = Driver(jobs, start, note=lambda text: typer.echo(text, err=True), meanwhile=fire)
     driver.work(until_idle if idle else until_ended(*ids) if ids else never)
     codes = [ended.exit_code for id in ids if (ended := jobs.get(id).ended) is not None and ended.artifact is None]
     raise typer.Exit(next((code for code in codes if code), 0))

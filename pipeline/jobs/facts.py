@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 from counterweight.pipeline.jobs.batch import Batch
 from counterweight.pipeline.jobs.job import Job
 from counterweight.pipeline.jobs.journal import ENTRY, Leased
 from counterweight.pipeline.jobs.pareto import Summary
+from counterweight.pipeline.jobs.schedule import Schedule
 from counterweight.pipeline.jobs.states import State
 
 BATCH_HEADINGS = ("BATCH", "NAME", "STATE", "JOBS")
+SCHEDULE_HEADINGS = ("SCHEDULE", "NAME", "STATE", "WHEN", "TIME ZONE")
 PARETO_HEADINGS = ("JOB", "NAME", "STATE", "BITS", "PERPLEXITY", "KL", "FRONT")
 
 HEADINGS = ("JOB", "NAME", "STATE", "TENANT", "PRIORITY", "SUBMITTED", "LAST")
@@ -96,6 +99,26 @@ def batch_table(batches: Sequence[Batch]) -> list[Sequence[str]]:
 def _batch_row(batch: Batch) -> Sequence[str]:
     told = ", ".join(f"{count} {state}" for state, count in counts(batch.jobs).items())
     return (batch.id, batch.record.name, batch.state.value, told)
+
+
+def schedule_facts(schedule: Schedule, now: datetime) -> dict[str, object]:
+    """As JSON."""
+    record = schedule.record
+    return {
+        "id": record.id,
+        "name": record.batch.metadata.name,
+        "state": "stopped" if schedule.stopped else "scheduled",
+        "schedule": record.cron,
+        "timeZone": record.zone,
+        "next": [moment.isoformat() for moment in schedule.next(now)],
+        "fired": {moment.isoformat(): verdict.value for moment, verdict in schedule.fired.items()},
+    }
+
+
+def schedule_table(schedules: Sequence[Mapping[str, object]]) -> list[Sequence[str]]:
+    """Headings and a row for each schedule's facts."""
+    told = ("id", "name", "state", "schedule", "timeZone")
+    return [SCHEDULE_HEADINGS, *(tuple(str(one[name]) for name in told) for one in schedules)]
 
 
 def pareto_table(summary: Summary) -> list[Sequence[str]]:

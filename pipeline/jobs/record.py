@@ -16,8 +16,8 @@ from counterweight.workers.errors import RequestError
 
 HIGHEST_PRIORITY = 100
 
-JOB_ID = r"[0-9a-f]{16}(-[1-9][0-9]{0,5})?"
-"""The manifest's identity; behind a hyphen, which time it was asked for again."""
+JOB_ID = r"[0-9a-f]{16}(-[1-9][0-9]{0,11})?"
+"""The manifest's identity; behind a hyphen, which time it was asked for again, or by which firing of a schedule."""
 
 TENANT = r"[A-Za-z0-9]([-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?"
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from counterweight.pipeline.jobs.batch import Batch, get_batch, is_batch, submit_batch
-from counterweight.pipeline.jobs.facts import batch_facts, facts
+from counterweight.pipeline.jobs.facts import batch_facts, facts, schedule_facts
 from counterweight.pipeline.jobs.job import Job
+from counterweight.pipeline.jobs.schedule import Schedules
 from counterweight.pipeline.jobs.store import JobStore
 from counterweight.pipeline.jobs.submit import submit_job
 from counterweight.pipeline.manifest import Submission
+from counterweight.workers.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,11 @@ def submitted(
         (only,) = asked.jobs
         job, created = submit_job(jobs, only.job, tenant=tenant, priority=priority, again=again)
         return Submitted(job.id, created, _undriven([job]), facts(job))
+    if asked.batch.spec.schedule is not None:
+        if again:
+            raise RequestError("--again: a schedule submits its jobs again and again by itself: expected no --again")
+        schedule, created = Schedules(jobs).submit(asked.batch, asked.jobs, tenant=tenant, priority=priority)
+        return Submitted(schedule.record.id, created, 0, schedule_facts(schedule, jobs.store.now()))
     batch, created = submit_batch(jobs, asked.batch, asked.jobs, tenant=tenant, priority=priority, again=again)
     running = sum(job.live for job in batch.jobs)
     drivers = min(_undriven(batch.jobs), batch.record.concurrency - running)

@@ -31,8 +31,7 @@ def submit_job(
         return record_of(manifest, tenant=tenant, priority=priority, batch=batch, again=number)
 
     first = made(0)
-    if next(iter(jobs.store.list(f"{JOBS}/")), None) is None:
-        probe(jobs.store)  # once: everything rests on it
+    check_store(jobs)
     created = jobs.submit(first)
     if created or not again:
         return jobs.get(first.id), created
@@ -41,3 +40,9 @@ def submit_job(
         if jobs.submit(record):
             return jobs.get(record.id), True
     raise RequestError(f"job {first.id}: submitted {MAX_AGAIN} times: expected fewer")
+
+
+def check_store(jobs: JobStore) -> None:
+    """Probes a store before its first job: everything rests on its atomic create. RequestError, StorageError."""
+    if next(iter(jobs.store.list(f"{JOBS}/")), None) is None:
+        probe(jobs.store)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from enum import Enum
 from itertools import product
 from typing import Annotated, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import Field, JsonValue, StringConstraints, model_validator
+from cronsim import CronSim, CronSimError
+from pydantic import Field, JsonValue, StringConstraints, field_validator, model_validator
 
 from counterweight.pipeline.manifest.job import MAX_URI, Metadata, Section
 from counterweight.workers.keys import digest
@@ -30,6 +34,14 @@ _Settings = Annotated[
     dict[FieldPath, JsonValue],
     Field(min_length=1, max_length=64, json_schema_extra={"additionalProperties": True}),
 ]
+
+
+class Overlap(Enum):
+    """What a firing of a schedule does while jobs of the one before are not at their end."""
+
+    ALLOW = "allow"
+    SKIP = "skip"
+    REPLACE = "replace"
 
 
 class BatchSpec(Section):
@@ -55,6 +67,38 @@ class BatchSpec(Section):
     """Jobs of the batch that may run at once."""
     max_failures: Annotated[int, Field(ge=0, le=MAX_JOBS)] | None = None
     """Jobs that may fail before those that have not begun are cancelled; null: all are run."""
+
+    schedule: Annotated[str, Field(max_length=200)] | None = None
+    """When the batch is submitted, again and again: a cron expression of five fields, such as `0 2 * * *`; null: once, now."""
+    timeZone: Annotated[str, Field(max_length=64)] = "UTC"
+    """Time zone of the schedule, such as Europe/Zurich."""
+    missed_after_seconds: Annotated[int, Field(ge=60, le=2_592_000)] = 3600
+    """A firing that nobody was there for is made up for within so many seconds, one for all of them, and not later."""
+    overlap: Overlap = Overlap.SKIP
+    """What a firing does while jobs of the one before are not at their end: `skip`: nothing; `allow`: it starts too; `replace`:
+    it cancels those.
+    """
+
+    @field_validator("schedule")
+    @classmethod
+    def _is_cron(cls, value: str | None) -> str | None:
+        if value is not None:
+            if len(value.split()) != 5:
+                raise ValueError("expected five fields: minute, hour, day of month, month, day of week")
+            try:
+                next(CronSim(value, datetime(2000, 1, 1, tzinfo=UTC)))
+            except (CronSimError, StopIteration) as error:
+                raise ValueError(f"{error or 'never'}: expected a cron expression, such as 0 2 * * *") from error
+        return value
+
+    @field_validator("timeZone")
+    @classmethod
+    def _is_a_zone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+            raise ValueError("no such time zone: expected one of the IANA database, such as Europe/Zurich") from error
+        return value
 
     @model_validator(mode="after")
     def _excludes_are_of_the_matrix(self) -> BatchSpec:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from pydantic import Field, JsonValue
 
 from counterweight.pipeline.manifest.batch import (
     CompressionBatch,
@@ -26,15 +28,15 @@ from counterweight.pipeline.manifest.overrides import apply_overrides
 from counterweight.pipeline.manifest.problems import problem, show
 from counterweight.pipeline.manifest.schema import batch_schema
 from counterweight.pipeline.manifest.uris import resolve_uri
+from counterweight.workers.config import Config
 from counterweight.workers.errors import ManifestError, RequestError
 
 
-@dataclass(frozen=True, slots=True)
-class SubmittedJob:
+class SubmittedJob(Config):
     """A job, and under which settings of its batch it was made."""
 
     job: CompressionJob
-    settings: Settings
+    settings: Mapping[str, JsonValue] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def load_submission(location: str, changes: Sequence[str] = (), output: str | No
     each = [] if output is None else overrides({"spec.output.uri": output})
     if document.get("kind") != BATCH:
         job = parse_manifest(data, name=location, base=base, overrides=[*changes, *each]).job
-        return Submission((SubmittedJob(job, {}),), None)
+        return Submission((SubmittedJob(job=job),), None)
     changed = apply_overrides(document, changes)
     batch = validated(CompressionBatch, document, changed, batch_schema())
     jobs = tuple(
@@ -77,4 +79,5 @@ def _job(batch: CompressionBatch, index: int, base: str, settings: Settings, eac
     except ManifestError as error:
         raise ManifestError("\n".join(f"spec.jobs.{index}: {line}" for line in str(error).splitlines())) from error
     name = name_under(job.metadata.name, settings)
-    return SubmittedJob(job.model_copy(update={"metadata": job.metadata.model_copy(update={"name": name})}), settings)
+    renamed = job.model_copy(update={"metadata": job.metadata.model_copy(update={"name": name})})
+    return SubmittedJob(job=renamed, settings=settings)

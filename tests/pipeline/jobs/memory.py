@@ -49,10 +49,9 @@ class MemoryStore(ObjectStore):
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         with self._lock:
-            found = sorted(self.objects.items())
+            found = sorted(item for item in self.objects.items() if item[0].startswith(prefix))
         for key, (data, at) in found:
-            if key.startswith(prefix):
-                yield ObjectInfo(key=key, size=len(data), modified=at)
+            yield ObjectInfo(key=key, size=len(data), modified=at)
 
     def delete(self, key: str) -> None:
         self.objects.pop(key, None)
