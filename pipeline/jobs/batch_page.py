@@ -12,7 +12,7 @@ from counterweight.pipeline.artifact.report_html.markup import Markup, tag
 from counterweight.pipeline.artifact.report_html.page import POLICY
 from counterweight.pipeline.artifact.report_html.style import STYLE
 from counterweight.pipeline.artifact.report_html.svg import Area, Linear, drawing, level_axis, mark, rising_axis
-from counterweight.pipeline.artifact.report_html.tables import code, facts, section, table
+from counterweight.pipeline.artifact.report_html.tables import code, facts, legend, section, table
 from counterweight.pipeline.artifact.report_html.text import NONE, exact
 from counterweight.pipeline.jobs.pareto import Point, Summary
 from counterweight.workers.errors import RequestError
@@ -86,7 +86,8 @@ def _plot(summary: Summary, title: str, front: Sequence[str], measure: Measure) 
         tag("polyline", points=line, class_="axis", fill="none"),
         *dots,
     )
-    return section(f"{title} against bits per weight", picture)
+    samples = legend([("after", "on the Pareto front"), ("before", "dominated")], shapes=["dot", "dot"])
+    return section(f"{title} against bits per weight", samples, picture)
 
 
 def _scale(values: Sequence[float], start: float, end: float) -> Linear:

@@ -71,6 +71,7 @@ class Driver:
     beat: float = BEAT_SECONDS
     lapse: float = LAPSE_SECONDS
     holder: str = field(default_factory=holder_name)
+    _said: str = ""
 
     def work(self, enough: Enough) -> None:
         """Until it is enough. A store that fails is waited for."""
@@ -83,7 +84,7 @@ class Driver:
                 self._close(jobs)
                 lease = self._next(jobs)
             except SurroundingsError as error:
-                self.note(f"waiting: {error}")
+                self._say(f"waiting: {error}")
                 lease = None
             if lease is None:
                 self.pause(self.beat * random.uniform(0.5, 1.0))
@@ -154,12 +155,18 @@ class Driver:
                 self.meanwhile()
             except SurroundingsError as error:
                 # The run has its own patience. Others who reach the store may take over, and the next beat will tell.
-                self.note(f"job {lease.id}: no beat: {error}")
+                self._say(f"job {lease.id}: no beat: {error}")
                 continue
             if found is not Standing.HELD:
                 standing = found
                 attempt.terminate()
         return standing, ended
+
+    def _say(self, text: str) -> None:
+        """Notes what may be the case for hours, once."""
+        if text != self._said:
+            self._said = text
+            self.note(text)
 
     def _ended(self, job: Job, standing: Standing, ended: Exit) -> Ended:
         cause = cause_of(ended.code)
@@ -182,7 +189,7 @@ class Driver:
                 written = lease.end(ended)
                 break
             except SurroundingsError as error:
-                self.note(f"job {lease.id}: its end could not be written: {error}")
+                self._say(f"job {lease.id}: its end could not be written: {error}")
                 self.pause(self.beat)
         state = State.WAITING if ended.again else ended.cause.ends
         self.note(f"job {lease.id}: {state.value if written else 'its lease was lost'}: {ended.line}".rstrip(": "))

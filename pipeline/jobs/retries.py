@@ -8,10 +8,10 @@ from types import MappingProxyType
 
 from counterweight.pipeline.jobs.states import Cause
 
-BUDGETS = MappingProxyType({Cause.SURROUNDINGS: 3, Cause.KILLED: 2, Cause.LAPSED: 5, Cause.RELEASED: 1000})
+BUDGETS = MappingProxyType({Cause.SURROUNDINGS: 3, Cause.KILLED: 2, Cause.LAPSED: 5})
 """Repetitions of one job for each cause. Surroundings mend, and a run has waited for its storage for ten minutes by then. A
-process that was killed probably needs more memory than there is. Drivers die with their machines, and machines that are
-taken back give their jobs back first, which is no failure: its budget is there against an endless loop."""
+process that was killed probably needs more memory than there is. Drivers die with their machines; one that is asked to end
+gives its job back, which is no failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,4 @@ class JobRetries:
         before = failures.get(cause, 0)
         if before >= self.budgets.get(cause, 0):
             return None
-        if cause is Cause.RELEASED:
-            return 0.0
         return float(min(self.first * 2**before, self.most))

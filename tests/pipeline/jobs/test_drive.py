@@ -138,7 +138,6 @@ def test_budgets() -> None:
     for cause in (Cause.REQUEST, Cause.GATE, Cause.DEFECT, Cause.CANCELLED):
         assert retries.delay(cause, {}) is None
     assert [retries.delay(Cause.SURROUNDINGS, {Cause.SURROUNDINGS: n}) for n in range(4)] == [10, 20, 40, None]
-    assert retries.delay(Cause.RELEASED, {Cause.RELEASED: 50}) == 0
     assert JobRetries({Cause.SURROUNDINGS: 50}).delay(Cause.SURROUNDINGS, {Cause.SURROUNDINGS: 30}) == 600
 
 
