@@ -2,85 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-
 import pytest
 
 from counterweight.pipeline.jobs import facts
 from counterweight.pipeline.jobs.attempt import Exit
-from counterweight.pipeline.jobs.drive import Driver, until_ended, until_idle
+from counterweight.pipeline.jobs.drive import until_ended, until_idle
 from counterweight.pipeline.jobs.journal import Ended, Leased
 from counterweight.pipeline.jobs.lease import cancel, take
 from counterweight.pipeline.jobs.queue import Limits
 from counterweight.pipeline.jobs.record import BatchPart, JobRecord
 from counterweight.pipeline.jobs.retries import BUDGETS, JobRetries
 from counterweight.pipeline.jobs.states import Cause, State
-from counterweight.pipeline.jobs.store import JobStore
 from counterweight.pipeline.segments import SegmentWriter
 from counterweight.workers.errors import StorageError
-from tests.pipeline.jobs.memory import MemoryStore, record, submitted
-
-OK = Exit(0, artifact="file:///out/tiny/1")
-ANOTHER = Exit(4, "503 SlowDown")
-
-
-@dataclass
-class Scripted:
-    """An attempt that ends as it was told after so many looks, or 143 when it is asked to."""
-
-    end: Exit
-    looks: int = 1
-    asked: bool = False
-    closed: bool = False
-
-    def poll(self) -> Exit | None:
-        if self.asked:
-            return Exit(143, "terminated")
-        self.looks -= 1
-        return self.end if self.looks < 0 else None
-
-    def terminate(self) -> None:
-        self.asked = True
-
-    def close(self) -> None:
-        self.closed = True
-
-
-@dataclass
-class Theatre:
-    """A store, its jobs, and drivers whose pauses move the clock. ends: of the attempts that are started, in order; the last
-    one repeats. during: called in each pause."""
-
-    store: MemoryStore = field(default_factory=MemoryStore)
-    ends: list[Exit] = field(default_factory=lambda: [OK])
-    looks: int = 1
-    during: Callable[[], None] = lambda: None
-    attempts: list[tuple[str, Scripted]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def jobs(self) -> JobStore:
-        return JobStore(self.store)
-
-    def driver(self, name: str = "a") -> Driver:
-        return Driver(self.jobs, self.start, self.notes.append, pause=self.pause, beat=2.0, lapse=15.0, holder=name)
-
-    def start(self, record: JobRecord, log: SegmentWriter) -> Scripted:
-        attempt = Scripted(self.ends.pop(0) if len(self.ends) > 1 else self.ends[0], self.looks)
-        self.attempts.append((record.id, attempt))
-        log.append(b"begun\n")
-        log.end()
-        return attempt
-
-    def pause(self, seconds: float) -> None:
-        self.store.advance(seconds)
-        self.during()
-
-    def states(self) -> list[State]:
-        return [job.state for job in self.jobs.all()]
+from tests.pipeline.jobs.memory import record, submitted
+from tests.pipeline.jobs.theatre import ANOTHER, OK, Scripted, Theatre
 
 
 @pytest.fixture
@@ -288,66 +224,3 @@ def test_a_batch_of_which_too_many_fail_is_given_up(theatre: Theatre) -> None:
     theatre.ends = [Exit(3, "gate"), Exit(3, "gate"), OK]
     theatre.driver().work(until_idle)
     assert sorted(state.value for state in theatre.states()) == ["cancelled", "cancelled", "failed", "failed"]
-
-
-class TestManyDrivers:
-    """Threads in the place of machines: every one drives until nothing is left."""
-
-    def run(self, theatre: Theatre, drivers: int) -> None:
-        lock = threading.Lock()
-        guarded = [theatre.driver(f"driver {number}") for number in range(drivers)]
-
-        def pause(seconds: float) -> None:
-            with lock:
-                theatre.store.advance(0.01)
-            threading.Event().wait(0.001)
-
-        for driver in guarded:
-            driver.pause = pause
-        with ThreadPoolExecutor(drivers) as threads:
-            list(threads.map(lambda driver: driver.work(until_idle), guarded))
-
-    def test_run_each_job_once(self, theatre: Theatre) -> None:
-        submitted(theatre.jobs, *(f"job-{number}" for number in range(30)))
-        self.run(theatre, 6)
-        assert theatre.states() == [State.SUCCEEDED] * 30
-        assert len(theatre.attempts) == len({id for id, _ in theatre.attempts}) == 30
-
-    def test_never_run_more_than_may(self, theatre: Theatre) -> None:
-        names = [f"job-{number}" for number in range(20)]
-        for number, name in enumerate(names):
-            theatre.jobs.submit(record(name, tenant="ab"[number % 2], priority=number % 3))
-        theatre.jobs.set_limits(Limits(concurrency=3, per_tenant=2))
-        counted = Counting(theatre)
-        self.run(theatre, 6)
-        assert theatre.states() == [State.SUCCEEDED] * 20
-        assert counted.most <= 3
-        assert max(counted.most_of.values()) <= 2
-
-
-class Counting:
-    """Counts attempts that run at once, by the drivers' own starts and closes."""
-
-    def __init__(self, theatre: Theatre) -> None:
-        self.most, self.most_of = 0, dict.fromkeys("ab", 0)
-        self._running: list[str] = []
-        self._lock = threading.Lock()
-        self._start = theatre.start
-        theatre.start = self.start  # type: ignore[method-assign]
-
-    def start(self, record: JobRecord, log: SegmentWriter) -> Scripted:
-        attempt = self._start(record, log)
-        with self._lock:
-            self._running.append(record.tenant)
-            self.most = max(self.most, len(self._running))
-            for tenant in self.most_of:
-                self.most_of[tenant] = max(self.most_of[tenant], self._running.count(tenant))
-        close = attempt.close
-
-        def closed() -> None:
-            with self._lock:
-                self._running.remove(record.tenant)
-            close()
-
-        attempt.close = closed  # type: ignore[method-assign]
-        return attempt
