@@ -60,6 +60,7 @@ def without_secrets(text: str, environment: Mapping[str, str]) -> str:
 
 
 def folders() -> list[Path]:
+    """Where files for whoever mends something are written, the best first."""
     state = os.environ.get("XDG_STATE_HOME")
     own = [Path(state) / "counterweight"] if state and os.path.isabs(state) else []
     return [*own, Path(tempfile.gettempdir())]

@@ -4,6 +4,8 @@
     _jobs/<id>/job.json                 created once: manifest, tenant, priority (`record`)
     _jobs/<id>/journal/0001.json, ...   created once each, without gaps: leased, cancel, ended (`journal`)
     _jobs/<id>/beats/0001.json          written again by the holder of lease 1 as long as it lives (`lease`)
+    _batches/<id>/batch.json            created once: jobs that were asked for together (`batch`)
+    _schedules/<id>/...                 batches that are asked for again and again (`schedule`)
     _logs/<id>/0001/00001.log, ...      what `counterweight run` said under lease 1 (`pipeline.segments`)
 
 The journal is the only thing that decides. An entry is appended by creating the next number: of several writers one wins, and
