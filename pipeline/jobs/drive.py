@@ -178,7 +178,7 @@ class Driver:
             again=delay is not None,
             delay=delay or 0.0,
             exit_code=ended.code,
-            line=without_credentials(ended.line)[:MAX_LINE],
+            line="" if cause is Cause.DONE else without_credentials(ended.line)[:MAX_LINE],
             artifact=ended.artifact,
         )
 

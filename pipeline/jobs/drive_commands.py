@@ -80,7 +80,7 @@ def work(
         str | None,
         typer.Option(
             metavar="ID",
-            help="End when this job does, with its exit code, or when this batch does.",
+            help="End when this job or batch does, with its exit code.",
             show_default=False,
         ),
     ] = None,
@@ -107,8 +107,7 @@ def work(
     fire = (lambda: None) if ids or idle else Schedules(jobs).tick
     driver = Driver(jobs, start, note=lambda text: typer.echo(text, err=True), meanwhile=fire)
     driver.work(until_idle if idle else until_ended(*ids) if ids else never)
-    codes = [ended.exit_code for id in ids if (ended := jobs.get(id).ended) is not None and ended.artifact is None]
-    raise typer.Exit(next((code for code in codes if code), 0))
+    raise typer.Exit(max((jobs.get(id).exit_code for id in ids), default=0))
 
 
 def limits(

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from counterweight.pipeline.jobs.journal import Cancel, Ended, Entry, Leased
 from counterweight.pipeline.jobs.record import JobRecord
 from counterweight.pipeline.jobs.states import Cause, State
+from counterweight.workers.errors import SurroundingsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,14 @@ class Job:
         """How the last attempt ended; None while there is none or another one runs."""
         last = next((dated.entry for dated in reversed(self.journal) if not isinstance(dated.entry, Cancel)), None)
         return last if isinstance(last, Ended) else None
+
+    @property
+    def exit_code(self) -> int:
+        """For whoever waited for it: that of its run where it failed, 4 where there is none, 0 otherwise."""
+        if self.state is not State.FAILED or self.ended is None:
+            return 0
+        code = self.ended.exit_code
+        return code if code is not None and code > 0 else SurroundingsError.exit_code
 
     @property
     def holder(self) -> str | None:

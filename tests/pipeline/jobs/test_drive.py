@@ -63,7 +63,7 @@ def test_each_cause_has_a_budget_of_its_own(theatre: Theatre) -> None:
     theatre.ends = [ANOTHER, Exit(-9), ANOTHER, Exit(-9), ANOTHER, ANOTHER]
     theatre.driver().work(until_ended(id))
     job = theatre.jobs.get(id)
-    assert job.state is State.FAILED
+    assert (job.state, job.exit_code) == (State.FAILED, 4)
     assert job.failures == {Cause.SURROUNDINGS: BUDGETS[Cause.SURROUNDINGS], Cause.KILLED: BUDGETS[Cause.KILLED]}
     assert job.ended is not None
     assert (job.ended.cause, job.ended.line) == (Cause.SURROUNDINGS, "503 SlowDown")
@@ -133,6 +133,7 @@ def test_a_job_whose_drivers_die_again_and_again_is_at_its_end(theatre: Theatre)
     theatre.driver().work(until_ended(id))
     said = facts.facts(theatre.jobs.get(id))
     assert (said["state"], said["cause"], said["line"]) == ("failed", "lapsed", "6 of its drivers died")
+    assert theatre.jobs.get(id).exit_code == 4
     assert theatre.attempts == []
 
 
