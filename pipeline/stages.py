@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from counterweight.pipeline.allocation import budgeted, share_out
 from counterweight.pipeline.artifact import Artifact, FileEntry
 from counterweight.pipeline.artifact.assemble import Parts
@@ -20,11 +22,13 @@ from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.plan import make_plan
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.resume import Earlier, parts_of
-from counterweight.pipeline.validate import Windows, validate
+from counterweight.pipeline.tokens import Tokens
+from counterweight.pipeline.validate import Reference, Windows, add_originals, validate
 from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.errors import RequestError
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.embed import Embed
+from counterweight.workers.tasks.original import Original
 from counterweight.workers.tasks.pass_through import PassThrough, PassThroughRecord
 from counterweight.workers.tasks.records import HiddenRecord, LedgerEntry
 from counterweight.workers.tasks.setting import Setting, shard_sequences
@@ -77,20 +81,22 @@ class Outside:
     dropped: tuple[LedgerEntry, ...]
 
 
-def add_embedding(job: Job, calibration: TokenSet) -> Node[HiddenRecord]:
-    """The node that makes what enters block 0."""
+def add_embedding(job: Job, tokens: Tokens) -> Node[HiddenRecord]:
+    """The node that makes what enters block 0: of the calibration tokens, then of those that are held out."""
     embedding = job.source.layout.names.embedding
+    ids = [tokens.calibration.ids, *([] if tokens.unseen is None else [tokens.unseen.ids])]
     task = Embed(
         setting=job.setting,
-        tokens=stored_tokens(job, calibration),
+        tokens=stored_tokens(job, TokenSet(torch.cat(ids))),
         tensor=(embedding, job.digests[embedding]),
+        held_out=0 if tokens.unseen is None else tokens.unseen.sequences,
     )
     return job.dispatcher.graph.add(lambda: task)
 
 
-def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet, outlined: Sequence[BlockSpec]) -> Blocks:
-    """The nodes of all blocks, compressed as the recipe says. embedded: of the calibration tokens. outlined: each block without
-    what enters it."""
+def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: Sequence[BlockSpec]) -> Blocks:
+    """The nodes of all blocks, compressed as the recipe says. embedded: what `add_embedding` makes of the tokens. outlined:
+    each block without what enters it."""
     spec, source = job.job.spec, job.source
     recipes: list[BlockRecipe] = [block.recipe for block in outlined]
     propagate = spec.calibration.propagate
@@ -130,7 +136,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet, out
         propagate=propagate,
         budget=budget,
         stretches=stretches(
-            -(-calibration.sequences // shard_sequences(calibration.length)),
+            sum(shard_count(each) for each in (tokens.calibration, tokens.unseen)),
             source.layout.blocks,
             job.dispatcher.workers,
             job.threads,
@@ -214,22 +220,36 @@ def gather_parts(job: Job, blocks: Blocks, outside: Outside) -> Parts:
     return Parts(first, blocks.records, last, outside.dropped, *beside)
 
 
+def add_references(job: Job, tokens: Tokens) -> list[Reference]:
+    """The nodes of what the original makes of the windows of the validation; none without one."""
+    asked, windows = job.job.spec.validation, tokens.validation
+    if asked is None or windows is None:
+        return []
+    whole = Original(
+        setting=job.setting.uncompressed(),
+        tensors=job.digests,
+        tokens=stored_tokens(job, windows),
+        start=0,
+        stop=windows.sequences,
+        dtype=asked.compute_dtype,
+    )
+    return add_originals(job.dispatcher.graph, whole, windows.length, job.dispatcher.workers)
+
+
 def measure(
-    job: Job, artifact: Artifact, files: Mapping[str, FileEntry], validation: TokenSet
+    job: Job, references: Sequence[Reference], artifact: Artifact, files: Mapping[str, FileEntry]
 ) -> tuple[Windows, list[TaskReport]]:
     """The windows of the validation under every model, and what measuring them cost."""
-    return validate(
-        job.dispatcher,
-        job.setting,
-        job.digests,
-        artifact,
-        files,
-        stored_tokens(job, validation),
-        validation.sequences,
-        validation.length,
-        job.dispatcher.workers,
-        lambda done, total: job.log.emit(WindowsDone(done, total)),
-    )
+
+    def done(finished: int, total: int) -> None:
+        job.log.emit(WindowsDone(finished, total))
+
+    return validate(job.dispatcher, references, artifact, files, done)
+
+
+def shard_count(tokens: TokenSet | None) -> int:
+    """Shards of hidden states that a token set makes."""
+    return 0 if tokens is None else -(-tokens.sequences // shard_sequences(tokens.length))
 
 
 def stored_tokens(job: Job, tokens: TokenSet) -> Blob:
@@ -247,7 +267,7 @@ def block_done(record: BlockRecord, *, reused: bool) -> BlockDone:
         block=record.index,
         seconds=record.timing.total,
         peak_bytes=record.timing.host_peak_bytes,
-        error_quantized=mean([m.error_quantized for m in record.modules if m.error_quantized is not None]),
-        error_compensated=mean([m.error_compensated for m in record.modules if m.error_compensated is not None]),
+        error_quantized=mean([m.error_before for m in record.modules if m.error_before is not None]),
+        error_compensated=mean([m.error_after for m in record.modules if m.error_after is not None]),
         reused=reused,
     )

@@ -1,9 +1,9 @@
 """The manifest: what a user asks for, typed, checked at the border, published as a JSON Schema."""
 
 from counterweight.pipeline.manifest.batch import CompressionBatch
+from counterweight.pipeline.manifest.calibration import Calibration
 from counterweight.pipeline.manifest.identity import job_id
 from counterweight.pipeline.manifest.job import (
-    Calibration,
     CompressionJob,
     Gates,
     JobSpec,
