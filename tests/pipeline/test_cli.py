@@ -396,7 +396,9 @@ def test_json_of_every_command_parses(command: Command, published: tuple[Path, s
     assert pulled == {**checked, "destination": str(tmp_path / "pulled")}
     quality = json.loads(command("eval", uri, "--json", "--windows", 2).out)
     assert set(quality) == {"baseline", "quantized", "compensated"}
-    assert json.loads(command("schema").out)["properties"]["kind"]["const"] == "CompressionJob"
+    kinds = json.loads(command("schema").out)["$defs"]
+    for kind in ("CompressionJob", "CompressionBatch"):
+        assert kinds[kind]["properties"]["kind"]["const"] == kind
 
 
 def test_a_run_says_what_it_takes_over(command: Command, job: Path) -> None:
