@@ -14,6 +14,7 @@ import typer
 
 from counterweight.pipeline.jobs import commands as job_commands
 from counterweight.pipeline.policies import Resume
+from counterweight.pipeline.service import commands as service_commands
 from counterweight.pipeline.signals import terminable
 from counterweight.pipeline.terminal import absolute as _absolute
 from counterweight.pipeline.terminal import print_json as _print_json
@@ -270,6 +271,7 @@ def schema() -> None:
 
 
 job_commands.register(app)
+service_commands.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

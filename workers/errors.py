@@ -19,6 +19,10 @@ class RequestError(CounterweightError):
     exit_code = 2
 
 
+class UnknownIdError(RequestError):
+    """There is no job, batch or schedule of this id."""
+
+
 class ManifestError(RequestError):
     """A manifest (or an override of one) does not describe a job; each line names a field, its value and what is expected."""
 

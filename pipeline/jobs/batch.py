@@ -19,7 +19,7 @@ from counterweight.pipeline.jobs.store import JobStore, parsed
 from counterweight.pipeline.jobs.submit import MAX_AGAIN, check_store
 from counterweight.pipeline.manifest import CompressionBatch, SubmittedJob, job_id
 from counterweight.workers.config import Config
-from counterweight.workers.errors import ObjectNotFoundError, RequestError
+from counterweight.workers.errors import ObjectNotFoundError, UnknownIdError
 from counterweight.workers.keys import digest
 
 BATCHES = "_batches"
@@ -128,13 +128,15 @@ def is_batch(id: str) -> bool:
 
 
 def get_batch(jobs: JobStore, id: str) -> Batch:
-    """RequestError when there is no such batch; StorageError."""
+    """UnknownIdError when there is no such batch; StorageError."""
     if _ID.fullmatch(id) is None:
-        raise RequestError(f"batch {id[:100]!r}: expected batch- and 16 hex digits, as `submit` and `list` print them")
+        raise UnknownIdError(
+            f"batch {id[:100]!r}: expected batch- and 16 hex digits, as `submit` and `list` print them"
+        )
     try:
         record = parsed(_RECORD, jobs.store.read(_key(id)), jobs.store.uri_of(_key(id)))
     except ObjectNotFoundError as error:
-        raise RequestError(f"batch {id}: no such batch in {jobs.store.uri}") from error
+        raise UnknownIdError(f"batch {id}: no such batch in {jobs.store.uri}") from error
     return Batch(record, tuple(jobs.get(member.id) for member in record.members))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from counterweight.pipeline.artifact.report_html.markup import Markup, tag
+from counterweight.pipeline.artifact.report_html.markup import Markup, join, tag
 from counterweight.pipeline.artifact.report_html.page import POLICY
 from counterweight.pipeline.artifact.report_html.style import STYLE
 from counterweight.pipeline.artifact.report_html.svg import Area, Linear, drawing, level_axis, mark, rising_axis
@@ -45,11 +45,20 @@ def render_batch(summary: Summary) -> str:
             tag("h1", summary.name),
             facts([("id", code(summary.id)), ("state", summary.state), ("original", _perplexity(summary.original))]),
         ),
-        _plot(summary, "Perplexity", summary.perplexity_front, lambda point: point.perplexity),
-        _plot(summary, "KL divergence, nats a token", summary.kl_front, lambda point: point.kl),
-        section("Jobs", _table(summary)),
+        batch_sections(summary),
     )
     return f"<!DOCTYPE html>\n{tag('html', head, tag('body', body), lang='en')}\n"
+
+
+def batch_sections(summary: Summary) -> Markup:
+    """The plots and the table of jobs, for this page and that of the service."""
+    return join(
+        [
+            _plot(summary, "Perplexity", summary.perplexity_front, lambda point: point.perplexity),
+            _plot(summary, "KL divergence, nats a token", summary.kl_front, lambda point: point.kl),
+            section("Jobs", _table(summary)),
+        ]
+    )
 
 
 def _perplexity(value: float | None) -> Markup:

@@ -62,9 +62,10 @@ def front(points: Sequence[Point], measure: Callable[[Point], float | None]) -> 
     return tuple(job for _, _, job in sorted(kept))
 
 
-def summary(batch: Batch) -> Summary:
-    """The figures of all jobs that have published. StorageError when a report cannot be read."""
-    found = [measured(batch, index) for index in range(len(batch.jobs))]
+def summary(batch: Batch, readable: Callable[[str], bool] = lambda uri: True) -> Summary:
+    """The figures of all jobs that have published. readable: whether the artifact at a URI may be opened; one that may not has
+    no figures. StorageError when a report cannot be read."""
+    found = [measured(batch, index, readable) for index in range(len(batch.jobs))]
     points = tuple(point for point, _ in found)
     originals = {original for _, original in found if original is not None}
     return Summary(
@@ -78,12 +79,12 @@ def summary(batch: Batch) -> Summary:
     )
 
 
-def measured(batch: Batch, index: int) -> tuple[Point, float | None]:
+def measured(batch: Batch, index: int, readable: Callable[[str], bool]) -> tuple[Point, float | None]:
     """What a job of a batch measured, and the original's perplexity."""
     job, member = batch.jobs[index], batch.record.members[index]
     ended = job.ended
     point = Point(job.id, job.record.name, job.state.value, member.settings)
-    if ended is None or ended.artifact is None:
+    if ended is None or ended.artifact is None or not readable(ended.artifact):
         return point, None
     report = _report(ended.artifact)
     quality, baseline = _mapping(report.get("compensated")), _mapping(report.get("baseline"))

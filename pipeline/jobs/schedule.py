@@ -28,7 +28,7 @@ from counterweight.pipeline.jobs.submit import check_store
 from counterweight.pipeline.manifest import CompressionBatch, SubmittedJob
 from counterweight.pipeline.manifest.batch import Overlap
 from counterweight.workers.config import Config
-from counterweight.workers.errors import RequestError
+from counterweight.workers.errors import RequestError, UnknownIdError
 from counterweight.workers.keys import digest
 from counterweight.workers.storage import ObjectInfo
 
@@ -120,12 +120,12 @@ class Schedules:
         return self.get(record.id), created
 
     def get(self, id: str) -> Schedule:
-        """RequestError when there is no such schedule."""
+        """UnknownIdError when there is no such schedule."""
         if _ID.fullmatch(id) is None:
-            raise RequestError(f"schedule {id[:100]!r}: expected schedule- and 16 hex digits")
+            raise UnknownIdError(f"schedule {id[:100]!r}: expected schedule- and 16 hex digits")
         found = self._read(self.jobs.store.list(f"{SCHEDULES}/{id}/"))
         if not found:
-            raise RequestError(f"schedule {id}: no such schedule in {self.jobs.store.uri}")
+            raise UnknownIdError(f"schedule {id}: no such schedule in {self.jobs.store.uri}")
         return found[0]
 
     def all(self) -> list[Schedule]:

@@ -16,7 +16,7 @@ from counterweight.pipeline.jobs.journal import ENTRY, Entry
 from counterweight.pipeline.jobs.queue import Entrant, Limits, in_order, startable
 from counterweight.pipeline.jobs.record import JOB_ID, JobRecord
 from counterweight.workers.config import first_problem
-from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError
+from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, UnknownIdError
 from counterweight.workers.storage import ObjectInfo, ObjectStore, open_store
 
 JOBS = "_jobs"
@@ -66,12 +66,12 @@ class JobStore:
         return self.store.create(f"{JOBS}/{record.id}/job.json", record.model_dump_json(indent=1).encode())
 
     def get(self, id: str) -> Job:
-        """RequestError when there is no such job."""
+        """UnknownIdError when there is no such job."""
         if _ID.fullmatch(id) is None:
-            raise RequestError(f"job {id[:100]!r}: expected 16 hex digits, as `submit` and `list` print them")
+            raise UnknownIdError(f"job {id[:100]!r}: expected 16 hex digits, as `submit` and `list` print them")
         found = self._read(self.store.list(f"{JOBS}/{id}/"))
         if not found:
-            raise RequestError(f"job {id}: no such job in {self.store.uri}")
+            raise UnknownIdError(f"job {id}: no such job in {self.store.uri}")
         return found[0]
 
     def all(self) -> list[Job]:
@@ -82,7 +82,7 @@ class JobStore:
         """Appends an entry to a job's journal: the only writer of what changes. Its number, or None where it is not allowed.
 
         allowed: whether the entry makes sense for the job as it is; asked again whenever somebody else was faster. A job at its
-        end takes no entry. RequestError when there is no such job.
+        end takes no entry. UnknownIdError when there is no such job.
         """
         while True:
             job = self.get(id)

@@ -31,15 +31,21 @@ def submit_job(
         return record_of(manifest, tenant=tenant, priority=priority, batch=batch, again=number)
 
     first = made(0)
-    check_store(jobs)
-    created = jobs.submit(first)
+    job, created = put_job(jobs, first)
     if created or not again:
-        return jobs.get(first.id), created
+        return job, created
     for number in range(1, MAX_AGAIN):
         record = made(number)
         if jobs.submit(record):
             return jobs.get(record.id), True
     raise RequestError(f"job {first.id}: submitted {MAX_AGAIN} times: expected fewer")
+
+
+def put_job(jobs: JobStore, record: JobRecord) -> tuple[Job, bool]:
+    """The job of a record, and whether this call made it. RequestError for a store without an atomic create; StorageError."""
+    check_store(jobs)
+    created = jobs.submit(record)
+    return jobs.get(record.id), created
 
 
 def check_store(jobs: JobStore) -> None:

@@ -16,8 +16,8 @@ from counterweight.pipeline.manifest.job import (
 )
 from counterweight.pipeline.manifest.load import LoadedManifest, load_manifest, parse_manifest
 from counterweight.pipeline.manifest.schema import batch_schema, job_schema, schema_text
-from counterweight.pipeline.manifest.submission import Submission, SubmittedJob, load_submission
-from counterweight.pipeline.manifest.uris import resolve_uri
+from counterweight.pipeline.manifest.submission import Submission, SubmittedJob, load_submission, parse_bundle
+from counterweight.pipeline.manifest.uris import named_uris, resolve_uri
 
 __all__ = [
     "Calibration",
@@ -39,6 +39,8 @@ __all__ = [
     "job_schema",
     "load_manifest",
     "load_submission",
+    "named_uris",
+    "parse_bundle",
     "parse_manifest",
     "resolve_uri",
     "schema_text",

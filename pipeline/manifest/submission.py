@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from pydantic import Field, JsonValue
 
@@ -30,6 +32,9 @@ from counterweight.pipeline.manifest.schema import batch_schema
 from counterweight.pipeline.manifest.uris import resolve_uri
 from counterweight.workers.config import Config
 from counterweight.workers.errors import ManifestError, RequestError
+
+MAX_WORK = 8 << 20
+"""Jobs of a bundle times its bytes: each job's manifest is read anew, which takes about a second for so much."""
 
 
 class SubmittedJob(Config):
@@ -58,8 +63,37 @@ def load_submission(location: str, changes: Sequence[str] = (), output: str | No
         return Submission((SubmittedJob(job=job),), None)
     changed = apply_overrides(document, changes)
     batch = validated(CompressionBatch, document, changed, batch_schema())
+    return _submission(batch, partial(_read, base=base), each)
+
+
+def parse_bundle(data: bytes | str, name: str) -> Submission:
+    """A batch that comes with its manifests, because nobody is there who would read them: a mapping with `batch`, a
+    CompressionBatch, and `manifests`, in which each of its `spec.jobs` is the key of a CompressionJob with absolute URIs.
+    ManifestError with a line for each problem."""
+    document = parse_document(data, name)
+    batch, manifests = document.get("batch"), document.get("manifests")
+    if set(document) != {"batch", "manifests"} or not isinstance(batch, dict) or not isinstance(manifests, dict):
+        raise problem((), "expected a mapping with batch and manifests, both of them mappings")
+
+    def find(uri: str, changes: Sequence[str]) -> CompressionJob:
+        if uri not in manifests:
+            raise RequestError("expected a key of manifests")
+        return parse_manifest(json.dumps(manifests[uri]), name="manifest.json", base=None, overrides=changes).job
+
+    wanted = validated(CompressionBatch, batch, [], batch_schema())
+    count = len(wanted.spec.jobs) * len(combinations(wanted.spec))
+    if count * len(data) > MAX_WORK:
+        raise problem(("batch", "spec"), f"{count} jobs in {len(data)} bytes: expected at most {MAX_WORK} as a product")
+    return _submission(wanted, find, [])
+
+
+Find = Callable[[str, Sequence[str]], CompressionJob]
+"""The job that a batch names, under overrides. ManifestError for what describes none, RequestError for what is not there."""
+
+
+def _submission(batch: CompressionBatch, find: Find, each: Sequence[str]) -> Submission:
     jobs = tuple(
-        _job(batch, index, base, settings, each)
+        _job(batch, index, find, settings, each)
         for index in range(len(batch.spec.jobs))
         for settings in combinations(batch.spec)
     )
@@ -68,16 +102,18 @@ def load_submission(location: str, changes: Sequence[str] = (), output: str | No
     return Submission(jobs, batch)
 
 
-def _job(batch: CompressionBatch, index: int, base: str, settings: Settings, each: Sequence[str]) -> SubmittedJob:
+def _read(uri: str, changes: Sequence[str], *, base: str) -> CompressionJob:
+    return load_manifest(resolve_uri(uri, base), changes).job
+
+
+def _job(batch: CompressionBatch, index: int, find: Find, settings: Settings, each: Sequence[str]) -> SubmittedJob:
     uri = batch.spec.jobs[index]
     try:
-        location = resolve_uri(uri, base)
-    except RequestError as error:
-        raise problem(("spec", "jobs", index), f"{show(uri)}: {error}") from error
-    try:
-        job = load_manifest(location, [*overrides(settings), *each]).job
+        job = find(uri, [*overrides(settings), *each])
     except ManifestError as error:
         raise ManifestError("\n".join(f"spec.jobs.{index}: {line}" for line in str(error).splitlines())) from error
+    except RequestError as error:
+        raise problem(("spec", "jobs", index), f"{show(uri)}: {error}") from error
     name = name_under(job.metadata.name, settings)
     renamed = job.model_copy(update={"metadata": job.metadata.model_copy(update={"name": name})})
     return SubmittedJob(job=renamed, settings=settings)

@@ -81,6 +81,24 @@ def resolve_dataset_path(path: str, base: str | None) -> str:
 def resolve_uris(job: CompressionJob, base: str | None) -> tuple[CompressionJob, list[Complaint]]:
     """The job with absolute URIs, and what is wrong with those that cannot be made absolute."""
     resolver = _Resolver(base)
+    return _resolved(job, resolver), resolver.complaints
+
+
+def named_uris(job: CompressionJob) -> list[tuple[Path, str]]:
+    """Every place that a manifest with absolute URIs names, with its field: `file:`, `s3:` or, of the hub, `hf:`."""
+    resolver = _Resolver(None)
+    _resolved(job, resolver)
+    return [(path, _place(uri)) for path, uri in resolver.found]
+
+
+def _place(named: str) -> str:
+    """What a model's or text's URI, or a data set's path or hub name, is as a URI."""
+    if named.startswith("/"):
+        return _absolute_file(named)
+    return named if _SCHEME.match(named) else f"hf:{named}"
+
+
+def _resolved(job: CompressionJob, resolver: _Resolver) -> CompressionJob:
     spec = job.spec
     calibration, validation = spec.calibration, spec.validation
     model = resolver.apply(resolve_model_uri, spec.model.uri, ("spec", "model", "uri"))
@@ -106,24 +124,27 @@ def resolve_uris(job: CompressionJob, base: str | None) -> tuple[CompressionJob,
             "output": spec.output.model_copy(update={"uri": output}),
         }
     )
-    return job.model_copy(update={"spec": resolved}), resolver.complaints
+    return job.model_copy(update={"spec": resolved})
 
 
 class _Resolver:
-    """Resolves one URI after another and notes what is wrong where."""
+    """Resolves one URI after another, and notes where each leads and what is wrong where."""
 
     def __init__(self, base: str | None) -> None:
         self._base = base
         self.complaints: list[Complaint] = []
+        self.found: list[tuple[Path, str]] = []
 
     def apply(self, resolve: Callable[[str, str | None], str], uri: str, path: Path) -> str:
         try:
-            return resolve(uri, self._base)
+            resolved = resolve(uri, self._base)
         except RequestError as error:
             # The storage's errors name the URI themselves.
             cause = str(error).removeprefix(f"storage URI {uri!r}: ")
             self.complaints.append(Complaint(path=path, text=f"{show(uri)}: {cause[:200]}"))
-            return uri
+            resolved = uri
+        self.found.append((path, resolved))
+        return resolved
 
     def tokens(self, source: CalibrationSource, path: Path) -> CalibrationSource:
         if isinstance(source, StandardLibrarySource | ModelSamples):

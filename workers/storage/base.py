@@ -184,6 +184,11 @@ class ObjectStore(abc.ABC):
         `StorageError`.
         """
 
+    def presigned(self, key: str, seconds: int) -> str | None:
+        """A URL under which anybody may read the object for so many seconds, without credentials; None where the store has no
+        such thing, as `file:` has none. The object is not asked for."""
+        return None
+
     @abc.abstractmethod
     def size(self, key: str) -> int:
         """The object's size in bytes."""

@@ -152,6 +152,10 @@ class S3Store(ObjectStore):
             raise StorageError(f"read {uri}: the server ignored the range from byte {start}")
         return _Opened(answer["Body"], end, etag)
 
+    def presigned(self, key: str, seconds: int) -> str:
+        with s3_errors("presign", self.uri_of(key)):
+            return str(self._s3().generate_presigned_url("get_object", Params=self._at(key), ExpiresIn=seconds))
+
     def _head(self, key: str, operation: str) -> dict[str, Any]:
         uri = self.uri_of(key)
         try:
