@@ -122,7 +122,7 @@ def cancel_job(service: Context, principal: Submitter, id: Id) -> dict[str, obje
     return facts(cancel(service.jobs, id, f"by {principal.name}"))
 
 
-@router.get("/jobs/{id}/events", responses={200: STREAM, 204: OVER})
+@router.get("/jobs/{id}/events", response_class=Response, responses={200: STREAM, 204: OVER})
 def watch(service: Context, principal: Viewer, id: Id, last: LastEvent = None) -> Response:
     """Follow a job until it is at its end: `state` with its facts when its state changes, the events of its runs by their kind
     where its output is below the service's roots, and `end`."""
@@ -132,7 +132,7 @@ def watch(service: Context, principal: Viewer, id: Id, last: LastEvent = None) -
     return streamed(service, principal.name, job, EventSource(service, job, place_in(last)))
 
 
-@router.get("/jobs/{id}/logs", responses={200: STREAM, 204: OVER})
+@router.get("/jobs/{id}/logs", response_class=Response, responses={200: STREAM, 204: OVER})
 def logs(service: Context, principal: Viewer, id: Id, last: LastEvent = None) -> Response:
     """Follow what the runs of a job say: `line` with attempt and text, and `end`."""
     job = find_job(service, principal, id)

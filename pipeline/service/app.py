@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from counterweight.pipeline.service import api_artifacts, api_batches, api_jobs, health
+from counterweight.pipeline.service import api_artifacts, api_batches, api_jobs, health, pages
 from counterweight.pipeline.service.context import Service
 from counterweight.pipeline.service.headers import SecurityHeaders
 from counterweight.pipeline.service.problems import MEDIA_TYPE, Problem, Refused, answer, refusal_of
@@ -55,6 +55,7 @@ def make_app(service: Service, *, fires: bool = False) -> FastAPI:
         v1.include_router(part.router)
     app.include_router(v1)
     app.include_router(health.router, responses=refusals)
+    app.include_router(pages.router)
     for kind in (Refused, CounterweightError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _refuse)
     app.add_middleware(SecurityHeaders)
@@ -79,7 +80,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
     refused = refusal_of(error)
     if refused.problem.status >= 500:
         log.error("%s %s: %s: %s", request.method, request.url.path, type(error).__name__, error)
-    return answer(refused)
+    page = "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/v1")
+    return pages.refused_page(request, refused) if page else answer(refused)
 
 
 async def fire_schedules(service: Service) -> None:
