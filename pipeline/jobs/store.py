@@ -52,6 +52,8 @@ class JobStore:
 
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
+        self.checked = False
+        """Whether the store is known to create objects atomically (`submit.check_store`)."""
         self._records: dict[str, JobRecord] = {}
         self._entries: dict[str, Entry] = {}
 
@@ -63,7 +65,11 @@ class JobStore:
 
     def submit(self, record: JobRecord) -> bool:
         """Makes the job known. False when it is known already: then the earlier record stays."""
-        return self.store.create(f"{JOBS}/{record.id}/job.json", record.model_dump_json(indent=1).encode())
+        key = f"{JOBS}/{record.id}/job.json"
+        created = self.store.create(key, record.model_dump_json(indent=1).encode())
+        if created:
+            self._records[key] = record
+        return created
 
     def get(self, id: str) -> Job:
         """UnknownIdError when there is no such job."""
@@ -131,6 +137,8 @@ class JobStore:
         if not known:
             return []
         now = self.store.now()
+        if len(known) == 1:
+            return [self._job(known[0], now)]
         with ThreadPoolExecutor(REQUESTS, "jobs") as threads:
             return list(threads.map(lambda one: self._job(one, now), known))
 

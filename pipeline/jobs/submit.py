@@ -50,5 +50,6 @@ def put_job(jobs: JobStore, record: JobRecord) -> tuple[Job, bool]:
 
 def check_store(jobs: JobStore) -> None:
     """Probes a store before its first job: everything rests on its atomic create. RequestError, StorageError."""
-    if next(iter(jobs.store.list(f"{JOBS}/")), None) is None:
+    if not jobs.checked and next(iter(jobs.store.list(f"{JOBS}/")), None) is None:
         probe(jobs.store)
+    jobs.checked = True

@@ -55,11 +55,13 @@ def serve(
         raise RequestError(f"serve: no module {error.name}: expected pip install 'counterweight[service]'") from error
     jobs, known = jobs_at(store), _tokens(tokens)
 
+    from counterweight.pipeline.jobs.submit import check_store
     from counterweight.pipeline.service.app import make_app
     from counterweight.pipeline.service.context import Service
     from counterweight.pipeline.service.roots import Roots
     from counterweight.pipeline.service.throttle import Throttle
 
+    check_store(jobs)  # now, rather than while the first of many clients wait
     service = Service(jobs, known, Roots.parse(allow or []), Throttle(rate=rate, burst=burst))
     if not allow:
         typer.echo("no --allow: every submission will be refused, and no artifact given", err=True)

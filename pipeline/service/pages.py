@@ -223,6 +223,8 @@ def submitted(request: Request, service: Context, who: Person, form: Proven) -> 
             raise
         found = placed(text, list(refused.problem.errors)) or {0: [refused.problem.detail]}
         source = list(enumerate(text.split("\n"), 1))
-        values = {"kinds": list(MAKERS), "kind": kind, "text": text, "problems": found, "source": source}
-        return render(request, "submit.html", refused.problem.status, **values)
+        status = refused.problem.status
+        return render(
+            request, "submit.html", status, kinds=list(MAKERS), kind=kind, text=text, problems=found, source=source
+        )
     return RedirectResponse("/" if kind == "job" else PLACES[kind], 303)
