@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TYPE_CHECKING
 
 from counterweight.pipeline.cluster import cluster, embedded
@@ -47,9 +48,9 @@ def run_job(
                 with importing():
                     from counterweight.pipeline.opening import open_job
                     from counterweight.pipeline.orchestrator import Orchestrator
-                source, tokens = open_job(job, pool, log, here=embedded(address), ready=ready)
-                device = _device(pool.first().device, size.device, log)
-                return Orchestrator(job, source, tokens, pool, device, log, resume).run()
+                device = cache(lambda: _device(pool.first().device, size.device, log))
+                source, tokens = open_job(job, pool, log, here=embedded(address), ready=ready, device=device)
+                return Orchestrator(job, source, tokens, pool, device(), log, resume).run()
             finally:
                 pool.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 from counterweight.pipeline.allocation import budgeted, share_out
@@ -23,6 +24,7 @@ from counterweight.pipeline.resume import Earlier, parts_of
 from counterweight.pipeline.validate import Windows, validate
 from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.errors import RequestError
+from counterweight.workers.matrix_bytes import SINGLE
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.embed import Embed
 from counterweight.workers.tasks.pass_through import PassThrough, PassThroughRecord
@@ -80,12 +82,35 @@ class Outside:
 def add_embedding(job: Job, calibration: TokenSet) -> Node[HiddenRecord]:
     """The node that makes what enters block 0."""
     embedding = job.source.layout.names.embedding
+    cost = _cost(job, [embedding])
+    hidden = SINGLE * calibration.sequences * calibration.length * job.source.layout.hidden_size
     task = Embed(
         setting=job.setting,
         tokens=stored_tokens(job, calibration),
         tensor=(embedding, job.digests[embedding]),
+        bytes=cost.bytes + hidden,
+        flops=cost.flops,
     )
     return job.dispatcher.graph.add(lambda: task)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """Bytes that are read and written, floating-point operations; neither is exceeded."""
+
+    bytes: int
+    flops: int
+
+
+def _cost(job: Job, names: Sequence[str]) -> _Cost:
+    """Of carrying tensors over, rotated where the model is: in float32, each row by a matrix [hidden_size, hidden_size]."""
+    entries = [job.source.checkpoint.entry(name) for name in names]
+    elements = sum(prod(entry.shape) for entry in entries)
+    rotates = job.setting.rotation is not None
+    return _Cost(
+        bytes=sum(entry.length for entry in entries) + SINGLE * elements,
+        flops=2 * elements * job.source.layout.hidden_size if rotates else 0,
+    )
 
 
 def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet, outlined: Sequence[BlockSpec]) -> Blocks:
@@ -152,7 +177,14 @@ def add_outside(job: Job) -> Outside:
         last.append(names.embedding)  # rotated with the norm fused into it, it is the embedding no longer
 
     def carried(tensors: Sequence[str], reason: str = "") -> Node[PassThroughRecord]:
-        task = PassThrough(setting=job.setting, tensors={name: digests[name] for name in tensors}, reason=reason)
+        cost = _cost(job, tensors)
+        task = PassThrough(
+            setting=job.setting,
+            tensors={name: digests[name] for name in tensors},
+            reason=reason,
+            bytes=cost.bytes,
+            flops=cost.flops,
+        )
         return job.dispatcher.graph.add(lambda: task)
 
     entries = tuple(

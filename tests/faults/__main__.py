@@ -15,19 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
-from tests.faults.drills import BUCKET, Faults
+from tests.faults.drills import Drills
+from tests.faults.processes import ProcessDrills
+from tests.faults.site import BUCKET, NOTHING, Drill, Site
 from tests.servers import ceph_server, moto_server
 
 
 @contextmanager
-def made(root: Path, server: str) -> Iterator[Faults]:
-    """The drills on a server of this name."""
-    if server == "moto":
-        with moto_server() as running:
-            yield Faults(root, running.with_bucket(BUCKET))
-        return
-    with ceph_server(root / "ceph") as running:
-        yield Faults(root, running.with_bucket(BUCKET), root / "ceph")
+def made(root: Path, server: str) -> Iterator[tuple[dict[str, Drill], dict[str, Drill]]]:
+    """Name -> drill, on a server of this name: those whose workers are in this process, and those of processes."""
+    ceph = root / "ceph" if server == "ceph" else None
+    with moto_server() if ceph is None else ceph_server(ceph) as running:
+        site = Site(root, running.with_bucket(BUCKET))
+        yield Drills(site, ceph).kinds, ProcessDrills(site).kinds
 
 
 def main() -> int:
@@ -44,15 +44,15 @@ def main() -> int:
     ends: dict[str, Counter[str]] = {}
     failures: list[str] = []
     end = time.monotonic() + 60 * options.minutes
-    with tempfile.TemporaryDirectory(prefix="cw-") as root, made(Path(root), options.server) as faults:
-        kinds = faults.local if options.without_processes else faults.kinds
+    with tempfile.TemporaryDirectory(prefix="cw-") as root, made(Path(root), options.server) as (local, processes):
+        kinds = local if options.without_processes else local | processes
         names = [options.kind] if options.kind else list(kinds)
         for seed in range(first, last):
             if time.monotonic() > end:
                 break
             name = names[seed % len(names)]
             try:
-                ended = faults.kinds[name](Random(seed))
+                ended = kinds[name](Random(seed))
             except Exception:  # noqa: BLE001  whatever it is, it is what is looked for
                 ended = "FAILED"
                 failures.append(f"{name} {seed}")
@@ -61,7 +61,7 @@ def main() -> int:
             print(f"{seed} {name}: {ended}", flush=True)
     for name, counts in ends.items():
         print(f"{name}: {', '.join(f'{count} {ended}' for ended, count in sorted(counts.items()))}")
-    total = sum(map(Counter.total, ends.values()))
+    total = sum(counts.total() - counts[NOTHING] for counts in ends.values())
     print(f"{total} injections on {options.server}, {len(failures)} failures: {', '.join(failures)}")
     return 1 if failures else 0
 
