@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -25,6 +26,9 @@ LOOPBACK = "127.0.0.2"
 
 CONNECT_SECONDS = 5.0
 """How long a cluster may take to accept a connection."""
+
+HEAD_SECONDS = 5.0
+"""How long the cluster's head may refuse connections. Ray itself ends the process after a minute."""
 
 ATTEMPTS = 2
 """Starts of an embedded Ray: on a loaded machine its own deadlines pass."""
@@ -145,6 +149,29 @@ def unreachable(host: str, port: int) -> str:
     except OSError as error:
         return str(error.strerror or error)
     return ""
+
+
+class Head:
+    """Watches the cluster's head: Ray would end this process without a word of ours when it is gone."""
+
+    def __init__(self, ray: object) -> None:
+        from ray.util import client
+
+        address = "" if client.ray.is_connected() else str(ray.get_runtime_context().gcs_address)  # type: ignore[attr-defined]
+        self._host, _, self._port = address.rpartition(":")
+        self._seen = self._looked = time.monotonic()
+
+    def check(self) -> None:
+        """WorkerError when nobody has listened at its address for `HEAD_SECONDS`."""
+        now = time.monotonic()
+        if not self._host or now - self._looked < 1.0:
+            return
+        self._looked = now
+        problem = unreachable(self._host, int(self._port))
+        if not problem:
+            self._seen = now
+        elif now - self._seen > HEAD_SECONDS:
+            raise WorkerError(f"Ray's head at {self._host}:{self._port} is gone: {problem}")
 
 
 def _embedded_gpus(size: PoolSize) -> int:

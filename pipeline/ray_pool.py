@@ -7,15 +7,15 @@ one, on a node that comes back or that an autoscaler adds, while the job goes on
 
 from __future__ import annotations
 
-import math
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from counterweight.pipeline.cluster import unreachable
+from counterweight.pipeline.admission import Node, resources, shortage
+from counterweight.pipeline.awake import Awake
+from counterweight.pipeline.cluster import Head
 from counterweight.pipeline.pool import START_SECONDS, Outcome, PoolSize
 from counterweight.workers.errors import CounterweightError, WorkerError
 from counterweight.workers.identity import Identity, Token, WorkerReport
@@ -34,9 +34,6 @@ PULSE_SECONDS = 3.0
 
 SILENT_SECONDS = 15.0
 """Without an answer, after which a worker's task is given to another: a host that is frozen is noticed by nobody else."""
-
-HEAD_SECONDS = 5.0
-"""How long the cluster's head may refuse connections. Ray itself ends the process after a minute."""
 
 
 class State(Enum):
@@ -106,11 +103,14 @@ class RayPool:
         )
         self._size, self._token, self._expected, self._note = size, token, expected, note
         self.size, self.threads = size.workers, 1 if size.gpus else size.cpus
+        if missing := shortage(self._nodes(), size):
+            note(missing)
+        self._now = Awake()
         self._seats = [self._fresh() for _ in range(size.workers)]
         self._tickets = 0
-        self._alone = time.monotonic()
+        self._alone = self._now()
         """Since when no worker can be counted on."""
-        self._head = _Head(ray)
+        self._head = Head(ray)
 
     def first(self) -> WorkerReport:
         """Who the first worker is that answers; WorkerError when none does in time."""
@@ -130,7 +130,7 @@ class RayPool:
             raise ValueError(f"worker {worker}: is {seat.state.value}: expected an idle one")
         self._tickets += 1
         seat.answer, seat.ticket, seat.state = seat.actor.run.remote(task), self._tickets, State.BUSY
-        seat.heard = time.monotonic()
+        seat.heard = self._now()
         return self._tickets
 
     def wait(self, seconds: float) -> list[Outcome]:
@@ -223,7 +223,7 @@ class RayPool:
         return [outcome]
 
     def _rest(self, seat: Seat) -> None:
-        seat.answer, seat.state, seat.since = None, State.IDLE, time.monotonic()
+        seat.answer, seat.state, seat.since = None, State.IDLE, self._now()
 
     def _replace(self, worker: int, cause: str, *, deaths: int = 0) -> None:
         """Starts another process in the place of one that is gone; gives the worker up where these die before they answer."""
@@ -238,7 +238,7 @@ class RayPool:
 
     def _ask(self) -> None:
         """Busy workers whether they are there."""
-        now = time.monotonic()
+        now = self._now()
         for seat in self._seats:
             if seat.state in (State.BUSY, State.SILENT) and seat.pulse is None and now - seat.heard >= PULSE_SECONDS:
                 seat.pulse = seat.actor.pulse.remote()
@@ -249,7 +249,7 @@ class RayPool:
             waits: str = self._ray.get(reference)
         except self._ray.exceptions.RayError:
             return  # its task says so too
-        seat.heard = time.monotonic()
+        seat.heard = self._now()
         if waits and waits != seat.waits:
             self._note(f"worker {worker}: {waits}")
         seat.waits = waits
@@ -257,7 +257,7 @@ class RayPool:
     def _silences(self) -> list[Outcome]:
         """Of busy workers that have not answered for long."""
         found = []
-        now = time.monotonic()
+        now = self._now()
         for worker, seat in enumerate(self._seats):
             if seat.state is not State.BUSY or seat.pulse is None or now - seat.heard <= SILENT_SECONDS:
                 continue
@@ -271,7 +271,7 @@ class RayPool:
 
     def _give_up(self) -> None:
         """WorkerError when there is no worker, and was none for long or cannot be one."""
-        now = time.monotonic()
+        now = self._now()
         if any(seat.state.works for seat in self._seats):
             self._alone = now
             return
@@ -279,39 +279,11 @@ class RayPool:
         if not lost and now - self._alone <= START_SECONDS:
             return
         causes = {seat.cause for seat in self._seats if seat.cause}
-        why = f": {'; '.join(sorted(causes))}" if causes else f": {self._resources()}"
+        why = f": {'; '.join(sorted(causes))}" if causes else f": {resources(self._nodes(), self._size)}"
         raise WorkerError(f"none of {self.size} workers has answered for {now - self._alone:.0f} s{why}")
 
-    def _resources(self) -> str:
-        """What a worker asks for and what each node has."""
-        asked = f"each asks for {_amounts(self._size.cpus, self._size.gpus)}"
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        return (
-            f"{asked}; nodes have {', '.join(_amounts(n.get('CPU', 0), n.get('GPU', 0)) for n in nodes) or 'nothing'}"
-        )
-
-
-class _Head:
-    """Watches the cluster's head: Ray would end this process without a word of ours when it is gone."""
-
-    def __init__(self, ray: object) -> None:
-        from ray.util import client
-
-        address = "" if client.ray.is_connected() else str(ray.get_runtime_context().gcs_address)  # type: ignore[attr-defined]
-        self._host, _, self._port = address.rpartition(":")
-        self._seen = self._looked = time.monotonic()
-
-    def check(self) -> None:
-        """WorkerError when nobody has listened at its address for `HEAD_SECONDS`."""
-        now = time.monotonic()
-        if not self._host or now - self._looked < 1.0:
-            return
-        self._looked = now
-        problem = unreachable(self._host, int(self._port))
-        if not problem:
-            self._seen = now
-        elif now - self._seen > HEAD_SECONDS:
-            raise WorkerError(f"Ray's head at {self._host}:{self._port} is gone: {problem}")
+    def _nodes(self) -> list[Node]:
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
 
 def _raised(error: BaseException) -> BaseException:
@@ -334,7 +306,3 @@ def _line(error: BaseException) -> str:
     text = str(error).strip()
     detail = re.search(r"exit detail: ([^.]*)", " ".join(text.split()))
     return (text.splitlines() or [type(error).__name__])[0].rstrip(".:") + (f": {detail[1]}" if detail else "")
-
-
-def _amounts(cpus: float, gpus: float) -> str:
-    return f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus and not math.isclose(gpus, 0) else "")

@@ -31,6 +31,7 @@ from tests.pipeline.tiny import (
     alive,
     files_of,
     job_of,
+    lengthened,
     local_path,
     run_local,
     until,
@@ -285,13 +286,7 @@ def test_two_runs_of_one_job_at_once_publish_one_artifact(
 
 @pytest.fixture(scope="module")
 def long_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A job whose blocks take long enough to be met half done: four shards of hidden states each."""
-    manifest = write_job(tmp_path_factory.mktemp("long"), layers=3)
-    text = manifest.read_text().replace("sequences: 12, sequence_length: 32", "sequences: 512, sequence_length: 32")
-    words = (manifest.parent / "calibration.txt").read_text()
-    (manifest.parent / "calibration.txt").write_text(" ".join([words] * 40))
-    manifest.write_text(text)
-    return manifest
+    return lengthened(write_job(tmp_path_factory.mktemp("long"), layers=3))
 
 
 @pytest.fixture(scope="module")

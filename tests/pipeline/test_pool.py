@@ -244,7 +244,12 @@ def test_workers_that_do_not_see_the_storage_are_refused(ray_cluster: None, tmp_
 def test_a_worker_that_no_node_has_room_for_is_told(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has 64 CPUs here: Ray itself would wait for ever."""
     monkeypatch.setattr(module, "START_SECONDS", 3.0)
-    waiting = RayPool(PoolSize(workers=1, cpus=64, gpus=0.0))
+    notes: list[str] = []
+    waiting = RayPool(PoolSize(workers=1, cpus=64, gpus=0.0), note=notes.append)
+    assert notes == [
+        "the cluster has room for 0 of 1 workers: each asks for 64 CPU; nodes have 4 CPU and 4 GPU: others are waited for, "
+        "up to 300 s"
+    ]
     with pytest.raises(WorkerError, match=r"none of 1 workers .* each asks for 64 CPU; nodes have 4 CPU and 4 GPU$"):
         waiting.first()
     waiting.close()

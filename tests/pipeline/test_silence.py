@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from counterweight.pipeline.awake import AWAKE_SECONDS
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.events import EventLog
 from counterweight.pipeline.graph import Graph
 from counterweight.pipeline.opening import open_job
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.pool import START_SECONDS, Outcome
-from counterweight.pipeline.silence import AWAKE_SECONDS, Silence
+from counterweight.pipeline.silence import Silence
 from counterweight.workers.context import TaskContext
 from counterweight.workers.errors import WorkerError
 from counterweight.workers.tasks.block import BlockSpec
