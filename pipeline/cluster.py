@@ -21,8 +21,10 @@ from counterweight.workers.errors import WorkerError
 EMBEDDED_STORE_BYTES = 128 << 20
 """Ray's object store in the embedded cluster: tasks exchange records of kilobytes; tensors go through storage."""
 
-LOOPBACK = "127.0.0.2"
-"""Address of the embedded node. Ray 2.60 replaces 127.0.0.1 by an address that other machines can reach."""
+LOOPBACK, BESIDE = "127.0.0.1", "127.0.0.2"
+"""Addresses of the embedded node. On the first, Ray's processes accept connections from this machine alone, on any other from
+everywhere. But Ray 2.60 replaces the first by an address that others can reach, unless its environment has said when it was
+imported that there are no others."""
 
 CONNECT_SECONDS = 5.0
 """How long a cluster may take to accept a connection."""
@@ -58,7 +60,7 @@ def cluster(address: str | None, size: PoolSize) -> Iterator[None]:
     process's code of the package. An embedded cluster pretends to have the GPUs that are asked for: workers then compute on
     the CPU, and say so. Raises WorkerError when there is no cluster.
     """
-    with _environment({**ENVIRONMENT, **(_authentication() if embedded(address) else {})}), kept():
+    with _environment({**ENVIRONMENT, **(_private() if embedded(address) else {})}), kept():
         import ray  # which reads some of this environment when it is imported
 
         if embedded(address):
@@ -75,12 +77,17 @@ def cluster(address: str | None, size: PoolSize) -> Iterator[None]:
 
 
 @cache
-def _authentication() -> dict[str, str]:
-    """Lets only this process and its children talk to its clusters: a token that is in no file. Where somebody has imported Ray
-    before, it has read its environment, and uses the token of the user's home."""
+def _private() -> dict[str, str]:
+    """Lets only this process and its children talk to its clusters: a token that is in no file, no nodes but this one. Empty
+    where somebody has imported Ray before: it has read its environment, and uses the token of the user's home."""
     if "ray" in sys.modules:
         return {}
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # Where Ray has no clusters of several machines, everything is on loopback; there, they must be switched on.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
 
 
 def _start(size: PoolSize) -> None:
@@ -98,7 +105,7 @@ def _start(size: PoolSize) -> None:
                 object_store_memory=EMBEDDED_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _node_ip_address=LOOPBACK,
+                _node_ip_address=LOOPBACK if _private() else BESIDE,
             )
         except Exception as error:  # noqa: BLE001 - Ray raises the base class when its node is late
             cause = " ".join(str(error).split())

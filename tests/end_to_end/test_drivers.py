@@ -42,7 +42,7 @@ def runs() -> Iterator[list[Run]]:
             run.kill()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_three_drivers_at_any_offsets_publish_one_artifact(
     manifest: Path, undisturbed: tuple[Published, float], tmp_path: Path, seed: int
 ) -> None:
@@ -70,7 +70,7 @@ def everything(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("moment", ["stage inventory", "block 1 started", "stage assemble", "stage publish"])
+@pytest.mark.parametrize("moment", ["block 1 started", "stage assemble"])
 def test_a_driver_that_was_frozen_while_another_finished_the_job_changes_nothing(
     manifest: Path, undisturbed: tuple[Published, float], tmp_path: Path, runs: list[Run], moment: str
 ) -> None:

@@ -411,7 +411,7 @@ def test_a_head_that_is_gone_ends_the_job_in_one_line(long_manifest: Path, tmp_p
     code, out, err = run.finish()
     assert (code, out) == (4, ""), err
     assert time.monotonic() - started < 45, "Ray itself ends the process after a minute"
-    assert err.splitlines()[-1].startswith("error: Ray's head at 127.0.0.2:")
+    assert err.splitlines()[-1].startswith("error: Ray's head at 127.0.0.1:")
     until(lambda: not any(map(alive, commands)))
 
 
