@@ -13,6 +13,7 @@ from random import Random
 import pytest
 
 from counterweight.pipeline.artifact import DOCUMENT, Published, verify
+from counterweight.workers.storage import open_store
 from tests.pipeline.tiny import LocalPool, Run, files_of, job_of, local_path, run_local, write_job
 
 FROZEN_SECONDS = 30.0
@@ -63,10 +64,9 @@ def test_three_drivers_at_any_offsets_publish_one_artifact(
 
 
 def everything(root: Path) -> dict[str, bytes]:
-    """What is there but events, which each driver has of its own."""
-    found = (path for path in root.rglob("*") if path.is_file())
-    names = {path.relative_to(root).as_posix(): path for path in found}
-    return {name: path.read_bytes() for name, path in names.items() if "events" not in name}
+    """The objects that are there."""
+    store = open_store(root.as_uri())
+    return {info.key: store.read(info.key) for info in store.list()}
 
 
 @pytest.mark.end_to_end
