@@ -10,9 +10,10 @@ from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.pool import threads_per_worker
 from counterweight.pipeline.resolve import linears_of
+from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.footprint import Group, Load
 from counterweight.workers.recipe import ModuleRecipe
-from counterweight.workers.tasks.setting import ITEMSIZE, shard_sequences
+from counterweight.workers.tasks.setting import shard_sequences
 
 
 def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe]) -> Load:
@@ -49,6 +50,8 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mappin
         stretched=resources.workers > 1,
         threads=1 if resources.gpus_per_worker else threads,
         gpu=resources.gpus_per_worker > 0,
+        experts=calibration.experts_among(recipe),
+        held_out=calibration.held_out_sequences,
     )
 
 

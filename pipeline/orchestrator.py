@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
+from statistics import mean
 
 from counterweight.pipeline.artifact import Artifact, Published
 from counterweight.pipeline.artifact.assemble import Assembler, Parts
@@ -42,6 +43,7 @@ from counterweight.pipeline.stages import (
     add_embedding,
     add_model,
     add_outside,
+    add_references,
     compress_blocks,
     gather_parts,
     measure,
@@ -115,10 +117,12 @@ class Orchestrator:
             resume=self._resume,
         )
         self._watch.stage("blocks")
-        outlined = outlines(self._job, self._source, self._setting, digests, tokens.calibration.digest)
-        model = add_model(job, add_embedding(job, tokens.calibration), tokens.calibration, outlined)
+        unseen = 0 if tokens.unseen is None else tokens.unseen.sequences
+        outlined = outlines(self._job, self._source, self._setting, digests, tokens.calibration.digest, unseen)
+        model = add_model(job, add_embedding(job, tokens), tokens, outlined)
         outside = add_outside(job)
         texts = add_texts(job, tokens)
+        references = add_references(job, tokens)
         compress_blocks(job, model, outlined)
         parts = gather_parts(job, model, outside)
         trained: Trained | None = None
@@ -130,9 +134,9 @@ class Orchestrator:
         files = Assembler(artifact, self._source, self._workspace, self._dispatcher, parts).assemble()
         windows: Windows | None = None
         validations: list[TaskReport] = []
-        if tokens.validation is not None:
+        if references:
             self._watch.stage("validate")
-            windows, validations = measure(job, artifact, files, tokens.validation)
+            windows, validations = measure(job, references, artifact, files)
         self._watch.stage("publish")
         tasks = [*_task_reports(model), *(() if trained is None else trained.tasks), *validations]
         report = self._report(artifact, parts, digests, windows, tasks, None if trained is None else trained.report)
@@ -155,6 +159,10 @@ class Orchestrator:
             "calibration": tokens.calibration.digest,
             "validation": None if validation is None else validation.digest,
         }
+        if tokens.unseen is not None:
+            everything["held_out"] = tokens.unseen.digest
+        if self._source.layout.experts:
+            everything["experts"] = versions(self._job.spec.calibration.experts)
         if self._job.spec.distillation is not None:
             everything["distillation"] = [text.digest for text in (*tokens.trained, *tokens.held_out)]
         return digest(everything)[:16]
@@ -170,7 +178,8 @@ class Orchestrator:
     ) -> Report:
         spec, tokens = self._job.spec, self._tokens
         parameters = self._source.parameters
-        found = {variant: quality(measured) for variant, measured in (windows or {}).items()}
+        measured = windows or Windows()
+        found = {variant: quality(each) for variant, each in measured.metrics.items()}
         validation = None
         if spec.validation is not None and tokens.validation is not None:
             validation = tokens_report(spec.validation.text, tokens.validation)
@@ -185,13 +194,18 @@ class Orchestrator:
                 digest=digest(dict(digests)),
             ),
             recipe=_recipe(spec),
-            calibration=tokens_report(spec.calibration.source, tokens.calibration),
+            calibration=tokens_report(spec.calibration.source, tokens.calibration, tokens.unseen),
             validation=validation,
+            validation_dtype="float32" if spec.validation is None else spec.validation.compute_dtype,
             distillation=distillation,
             baseline=found.get(BASELINE),
             quantized=found.get(QUANTIZED),
             compensated=found.get(COMPENSATED),
             compensated_prefill=found.get(PREFILL),
+            routers={
+                variant: {block: mean(shares) for block, shares in blocks.items()}
+                for variant, blocks in measured.routers.items()
+            },
             bits_per_weight=bits_per_weight(parts.blocks, parts.kept_bits, parameters),
             modules=tuple(module for record in parts.blocks for module in record.modules),
             tasks=tuple(tasks),

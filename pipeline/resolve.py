@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
+from counterweight.pipeline.manifest import Validation
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.residual_tuner import afford
 from counterweight.workers.errors import CheckpointError, ManifestError
+from counterweight.workers.metrics import METRICS
 from counterweight.workers.recipe import ModuleRecipe, Recipe
 
 
@@ -45,6 +47,18 @@ def check_recipe(recipe: Recipe, source: ModelSource) -> None:
     """ManifestError for patterns that match no linear, and for a rotation that the family cannot take."""
     _check_overrides(recipe, source)
     _check_rotation(recipe, source)
+
+
+def check_gates_apply(validation: Validation | None, source: ModelSource) -> None:
+    """ManifestError for bounds on what a model without experts does not have."""
+    if validation is None or source.layout.experts:
+        return
+    for field, gates in (("gates", validation.gates), ("prefill_gates", validation.prefill_gates)):
+        for metric in METRICS:
+            if metric.sparse and getattr(gates, metric.gate, None) is not None:
+                raise ManifestError(
+                    f"spec.validation.{field}.{metric.gate}: expected null: {source.uri} has no experts"
+                )
 
 
 def check_block(source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe], propagate: str) -> None:

@@ -21,7 +21,7 @@ from counterweight.workers.errors import ObjectNotFoundError, RequestError, Stor
 from counterweight.workers.storage import ObjectStore, open_store
 from counterweight.workers.tasks.block import COMPRESS, BlockSpec
 from counterweight.workers.tasks.made_from import ALONE, INPUTS, change, differing, made_from
-from counterweight.workers.tasks.setting import Setting
+from counterweight.workers.tasks.setting import Setting, shard_sequences
 from counterweight.workers.workspace import COMMITS
 
 RECORDS_PER_BLOCK = 4
@@ -51,21 +51,33 @@ def setting_of(job: CompressionJob, source: ModelSource, device: str, run: str =
 
 
 def outlines(
-    job: CompressionJob, source: ModelSource, setting: Setting, digests: Mapping[str, str], tokens: str
+    job: CompressionJob,
+    source: ModelSource,
+    setting: Setting,
+    digests: Mapping[str, str],
+    tokens: str,
+    unseen: int | None = None,
 ) -> list[BlockSpec]:
     """Each block as it is known before anything has run: without hidden states, and with budgets in the place of ranks.
-    digests: source tensor -> sha256, or empty; tokens: sha256, or empty."""
+    digests: source tensor -> sha256, or empty; tokens: sha256, or empty; unseen: windows that are held out, None for as many as
+    the manifest asks for."""
+    calibration = job.spec.calibration
+    unseen = calibration.held_out_sequences if unseen is None else unseen
+    solved = -(-calibration.sequences // shard_sequences(calibration.sequence_length))
+    recipes = [block_recipe(source, index, job.spec.recipe) for index in range(source.layout.blocks)]
     return [
         BlockSpec(
             setting=setting,
             index=index,
             tensors={name: digests[name] for name in source.block_tensors(index)} if digests else {},
             inputs=(),
-            recipe=block_recipe(source, index, job.spec.recipe),
-            propagate=job.spec.calibration.propagate,
+            recipe=recipe,
+            propagate=calibration.propagate,
+            experts=calibration.experts_among(recipe),
             tokens=tokens,
+            held_out_from=solved if unseen else None,
         )
-        for index in range(source.layout.blocks)
+        for index, recipe in enumerate(recipes)
     ]
 
 

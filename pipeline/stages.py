@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Literal
+
+import torch
 
 from counterweight.pipeline.allocation import budgeted, share_out
 from counterweight.pipeline.artifact import Artifact, FileEntry
 from counterweight.pipeline.artifact.assemble import Parts
 from counterweight.pipeline.artifact.report import TaskReport
 from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks, stretches
+from counterweight.pipeline.carrying import carrying
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.events import BlockDone, EventLog, FellBack, Planned, StageEntered, WindowsDone
 from counterweight.pipeline.graph import Node
@@ -21,12 +23,14 @@ from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.plan import make_plan
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.resume import Earlier, parts_of
-from counterweight.pipeline.validate import Windows, validate
+from counterweight.pipeline.tokens import Tokens
+from counterweight.pipeline.validate import Reference, Windows, add_originals, validate
 from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.errors import RequestError
 from counterweight.workers.matrix_bytes import SINGLE
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.embed import Embed
+from counterweight.workers.tasks.original import Original
 from counterweight.workers.tasks.pass_through import PassThrough, PassThroughRecord
 from counterweight.workers.tasks.records import HiddenRecord, LedgerEntry
 from counterweight.workers.tasks.setting import Setting, shard_sequences
@@ -79,43 +83,26 @@ class Outside:
     dropped: tuple[LedgerEntry, ...]
 
 
-def add_embedding(job: Job, calibration: TokenSet) -> Node[HiddenRecord]:
-    """The node that makes what enters block 0."""
+def add_embedding(job: Job, tokens: Tokens) -> Node[HiddenRecord]:
+    """The node that makes what enters block 0: of the calibration tokens, then of those that are held out."""
     embedding = job.source.layout.names.embedding
-    cost = _cost(job, [embedding])
-    hidden = SINGLE * calibration.sequences * calibration.length * job.source.layout.hidden_size
+    ids = [tokens.calibration.ids, *([] if tokens.unseen is None else [tokens.unseen.ids])]
+    read = TokenSet(torch.cat(ids))
+    cost = carrying(job.source, [embedding], rotated=job.setting.rotation is not None)
     task = Embed(
         setting=job.setting,
-        tokens=stored_tokens(job, calibration),
+        tokens=stored_tokens(job, read),
         tensor=(embedding, job.digests[embedding]),
-        bytes=cost.bytes + hidden,
+        held_out=0 if tokens.unseen is None else tokens.unseen.sequences,
+        bytes=cost.bytes + SINGLE * read.sequences * read.length * job.source.layout.hidden_size,
         flops=cost.flops,
     )
     return job.dispatcher.graph.add(lambda: task)
 
 
-@dataclass(frozen=True, slots=True)
-class _Cost:
-    """Bytes that are read and written, floating-point operations; neither is exceeded."""
-
-    bytes: int
-    flops: int
-
-
-def _cost(job: Job, names: Sequence[str]) -> _Cost:
-    """Of carrying tensors over, rotated where the model is: in float32, each row by a matrix [hidden_size, hidden_size]."""
-    entries = [job.source.checkpoint.entry(name) for name in names]
-    elements = sum(prod(entry.shape) for entry in entries)
-    rotates = job.setting.rotation is not None
-    return _Cost(
-        bytes=sum(entry.length for entry in entries) + SINGLE * elements,
-        flops=2 * elements * job.source.layout.hidden_size if rotates else 0,
-    )
-
-
-def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet, outlined: Sequence[BlockSpec]) -> Blocks:
-    """The nodes of all blocks, compressed as the recipe says. embedded: of the calibration tokens. outlined: each block without
-    what enters it."""
+def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: Sequence[BlockSpec]) -> Blocks:
+    """The nodes of all blocks, compressed as the recipe says. embedded: what `add_embedding` makes of the tokens. outlined:
+    each block without what enters it."""
     spec, source = job.job.spec, job.source
     recipes: list[BlockRecipe] = [block.recipe for block in outlined]
     propagate = spec.calibration.propagate
@@ -155,7 +142,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], calibration: TokenSet, out
         propagate=propagate,
         budget=budget,
         stretches=stretches(
-            -(-calibration.sequences // shard_sequences(calibration.length)),
+            sum(shard_count(each) for each in (tokens.calibration, tokens.unseen)),
             source.layout.blocks,
             job.dispatcher.workers,
             job.threads,
@@ -177,7 +164,7 @@ def add_outside(job: Job) -> Outside:
         last.append(names.embedding)  # rotated with the norm fused into it, it is the embedding no longer
 
     def carried(tensors: Sequence[str], reason: str = "") -> Node[PassThroughRecord]:
-        cost = _cost(job, tensors)
+        cost = carrying(job.source, tensors, rotated=job.setting.rotation is not None)
         task = PassThrough(
             setting=job.setting,
             tensors={name: digests[name] for name in tensors},
@@ -246,22 +233,36 @@ def gather_parts(job: Job, blocks: Blocks, outside: Outside) -> Parts:
     return Parts(first, blocks.records, last, outside.dropped, *beside)
 
 
+def add_references(job: Job, tokens: Tokens) -> list[Reference]:
+    """The nodes of what the original makes of the windows of the validation; none without one."""
+    asked, windows = job.job.spec.validation, tokens.validation
+    if asked is None or windows is None:
+        return []
+    whole = Original(
+        setting=job.setting.uncompressed(),
+        tensors=job.digests,
+        tokens=stored_tokens(job, windows),
+        start=0,
+        stop=windows.sequences,
+        dtype=asked.compute_dtype,
+    )
+    return add_originals(job.dispatcher.graph, whole, windows.length, job.dispatcher.workers)
+
+
 def measure(
-    job: Job, artifact: Artifact, files: Mapping[str, FileEntry], validation: TokenSet
+    job: Job, references: Sequence[Reference], artifact: Artifact, files: Mapping[str, FileEntry]
 ) -> tuple[Windows, list[TaskReport]]:
     """The windows of the validation under every model, and what measuring them cost."""
-    return validate(
-        job.dispatcher,
-        job.setting,
-        job.digests,
-        artifact,
-        files,
-        stored_tokens(job, validation),
-        validation.sequences,
-        validation.length,
-        job.dispatcher.workers,
-        lambda done, total: job.log.emit(WindowsDone(done, total)),
-    )
+
+    def done(finished: int, total: int) -> None:
+        job.log.emit(WindowsDone(finished, total))
+
+    return validate(job.dispatcher, references, artifact, files, done)
+
+
+def shard_count(tokens: TokenSet | None) -> int:
+    """Shards of hidden states that a token set makes."""
+    return 0 if tokens is None else -(-tokens.sequences // shard_sequences(tokens.length))
 
 
 def stored_tokens(job: Job, tokens: TokenSet) -> Blob:
@@ -279,7 +280,7 @@ def block_done(record: BlockRecord, *, reused: bool) -> BlockDone:
         block=record.index,
         seconds=record.timing.total,
         peak_bytes=record.timing.host_peak_bytes,
-        error_quantized=mean([m.error_quantized for m in record.modules if m.error_quantized is not None]),
-        error_compensated=mean([m.error_compensated for m in record.modules if m.error_compensated is not None]),
+        error_quantized=mean([m.error_before for m in record.modules if m.error_before is not None]),
+        error_compensated=mean([m.error_after for m in record.modules if m.error_after is not None]),
         reused=reused,
     )

@@ -26,6 +26,7 @@ class Request:
     sequences: int | None
     sampling: Sampling = "consecutive"
     seed: int = 0
+    further: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,7 @@ def requests(job: CompressionJob) -> Iterator[Request]:
             sequences=calibration.sequences,
             sampling=calibration.sampling,
             seed=calibration.seed,
+            further=calibration.held_out_sequences,
         )
     if validation is not None:
         length = validation.sequence_length or calibration.sequence_length
@@ -83,6 +85,7 @@ def read_texts(job: CompressionJob, tokenizer: bytes | None) -> Texts:
                 sampling=asked.sampling,
                 seed=asked.seed,
                 field=asked.field,
+                further=asked.further,
             )
     finally:
         if running is not None:

@@ -15,10 +15,12 @@ from counterweight.workers.errors import RequestError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """The token sets of a job. validation: None when it asks for none. trained, held_out: texts of a distillation, none without
-    it. seconds: what reading all took."""
+    """The token sets of a job. unseen: windows of the calibration's source that nothing is solved on, None without any.
+    validation: None when it asks for none. trained, held_out: texts of a distillation, none without it. seconds: what reading
+    all took."""
 
     calibration: TokenSet
+    unseen: TokenSet | None = None
     validation: TokenSet | None
     trained: tuple[TokenSet, ...] = ()
     held_out: tuple[TokenSet, ...] = ()
@@ -27,6 +29,8 @@ class Tokens:
     def within(self, vocabulary: int) -> Tokens:
         """Itself; RequestError when an id is not below the model's `vocabulary`."""
         self.calibration.within(vocabulary, CALIBRATION)
+        if self.unseen is not None:
+            self.unseen.within(vocabulary, CALIBRATION)
         if self.validation is not None:
             self.validation.within(vocabulary, VALIDATION)
         for index, text in enumerate(self.trained):
@@ -53,8 +57,10 @@ def read_tokens(
     elif CALIBRATION not in found:
         raise ValueError("sampled: none: expected what the model wrote")
     trained, held_out = _distillation(job, found)
+    calibration, unseen = _divided(job, found[CALIBRATION])
     return Tokens(
-        calibration=found[CALIBRATION],
+        calibration=calibration,
+        unseen=unseen,
         validation=found.get(VALIDATION),
         trained=trained,
         held_out=held_out,
@@ -73,7 +79,21 @@ def _token_set(asked: Request, texts: Texts) -> TokenSet:
         sampling=asked.sampling,
         seed=asked.seed,
         field=asked.field,
+        further=asked.further,
     )
+
+
+def _divided(job: CompressionJob, found: TokenSet) -> tuple[TokenSet, TokenSet | None]:
+    """The windows that are solved on, and those that are held out; RequestError where the manifest names more than are left."""
+    asked, ids = job.spec.calibration, found.ids
+    further = len(ids) - asked.sequences
+    if asked.held_out is not None and further < asked.held_out:
+        raise RequestError(
+            f"spec.calibration.held_out: {asked.held_out}: the source has {further} windows beside those that are solved on"
+        )
+    if further < 1:
+        return found, None
+    return TokenSet(ids[: asked.sequences].contiguous()), TokenSet(ids[asked.sequences :].contiguous())
 
 
 def _distillation(

@@ -26,11 +26,12 @@ from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.batches import batch_size, batches
 from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.held_out import Rows
 from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup
 from counterweight.workers.parallel import PARALLEL_WIDTH, OrderedPool
 from counterweight.workers.recipe import ModuleRecipe, solved_together
 from counterweight.workers.solve import LayerState, solve
-from counterweight.workers.tasks.records import FallbackReport, ModuleReport
+from counterweight.workers.tasks.records import STARVED, FallbackReport, HeldOutErrors, ModuleReport
 
 if TYPE_CHECKING:
     from counterweight.kernels.gpu.host_memory import HostArena
@@ -73,13 +74,15 @@ def compress(
     factor_dtypes: Mapping[str, torch.dtype],
     outliers: Mapping[str, Tensor] | None = None,
     codes: Mapping[str, StoredWeight] | None = None,
+    held_out: Mapping[SharedInputGroup, Rows] | None = None,
     pool: OrderedPool,
 ) -> tuple[dict[str, CompressedLinear], list[ModuleReport]]:
     """Every linear that has a recipe, in table order.
 
     statistics: of each group among them; an entry is taken out when the group is solved. weights: linear -> weight [out, in],
     on any device. scale_dtypes, factor_dtypes: linear -> dtype in which its scales and the factors of its branch are stored.
-    outliers: see `prepare`. codes: linear -> its codes, when they are chosen already.
+    outliers: see `prepare`. codes: linear -> its codes, when they are chosen already. held_out: of tokens that reports judge
+    the result by.
     """
     jobs = list(_solves(weights, statistics, recipes, scale_dtypes, factor_dtypes))
     order = [name for job in jobs for name in job.names]
@@ -90,7 +93,7 @@ def compress(
         jobs, lambda job: job.key, lambda job: batch_size(job.recipe, job.shapes, gpu=gpu) if job.alone else 1
     )
     found: dict[str, tuple[CompressedLinear, ModuleReport]] = {}
-    one = partial(_solve, weights, statistics, outliers or {}, codes or {})
+    one = partial(_solve, weights, statistics, outliers or {}, codes or {}, held_out or {})
     side_by_side = any(weights[job.names[0]].shape[1] >= PARALLEL_WIDTH for job in jobs)
     for batch, solved in zip(together, pool.map(one, together) if side_by_side else map(one, together), strict=True):
         for job in batch:
@@ -188,6 +191,7 @@ def _solve(
     gathered: MutableMapping[SharedInputGroup, InputStatistics],
     outliers: Mapping[str, Tensor],
     codes: Mapping[str, StoredWeight],
+    held_out: Mapping[SharedInputGroup, Rows],
     jobs: Sequence[_Job],
 ) -> dict[str, tuple[CompressedLinear, ModuleReport]]:
     started = time.perf_counter()
@@ -205,12 +209,16 @@ def _solve(
             )
             for name in job.names
         ]
-    done = [(layer, layer.errors()) for layer in solve(jobs[0].recipe, layers)]
     names = [name for job in jobs for name in job.names]
+    rows = [held_out.get(job.group) for job in jobs for _ in job.names]
+    solved_layers = solve(jobs[0].recipe, layers)
+    done = [(layer, layer.errors(), _judged(layer, own)) for layer, own in zip(solved_layers, rows, strict=True)]
     seconds = (time.perf_counter() - started) / len(names)
     solved = {}
-    for name, (layer, (error_quantized, error_compensated)) in zip(names, done, strict=True):
+    for name, (layer, (error_quantized, error_compensated), judged) in zip(names, done, strict=True):
         part, branch, residual, statistics = layer.stored, layer.branch, layer.residual, layer.statistics
+        lack = statistics.starvation
+        starved = () if lack is None else (FallbackReport(step=STARVED, cause=lack.cause),)
         linear = CompressedLinear(weight=part, low_rank=branch, activations=statistics.activations, residual=residual)
         report = ModuleReport(
             name=name,
@@ -219,18 +227,27 @@ def _solve(
             bits=part.form.bits,
             group_size=part.form.group_size,
             rank=0 if branch is None else branch.rank,
-            tokens=statistics.tokens,
+            tokens=statistics.tokens if lack is None else lack.tokens,
             code_bits=part.code_bits,
             scale_bits=part.scale_bits,
             factor_bits=0 if branch is None else branch.bits,
             residual_bits=0 if residual is None else residual.bits_stored,
             error_quantized=error_quantized,
             error_compensated=error_compensated,
-            fallbacks=tuple(FallbackReport(step=item.step, cause=item.cause) for item in layer.fallbacks),
+            held_out=judged,
+            fallbacks=(*starved, *(FallbackReport(step=item.step, cause=item.cause) for item in layer.fallbacks)),
             seconds=seconds,
         )
         solved[name] = (linear, report)
     return solved
+
+
+def _judged(layer: LayerState, rows: Rows | None) -> HeldOutErrors | None:
+    """On tokens that it was not solved on; None without any."""
+    if rows is None:
+        return None
+    quantized, compensated = layer.errors_on(rows.x, rows.original)
+    return HeldOutErrors(tokens=len(rows.x), of_layer=rows.of_layer, quantized=quantized, compensated=compensated)
 
 
 def tensor_bits(tensor: Tensor) -> int:

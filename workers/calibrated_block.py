@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.statistics import Gathering
 from counterweight.workers.clock import Clock
 from counterweight.workers.context import DTYPES, TaskContext, get_hidden, put_hidden
+from counterweight.workers.coverage import feed, judged_by, row_sample
+from counterweight.workers.held_out import HeldOutRows, Rows
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
 from counterweight.workers.loaded_block import LoadedBlock, load_block, smoothed
 from counterweight.workers.memory import release, trim
@@ -18,7 +21,7 @@ from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import SharedInputGroup, is_expert
 from counterweight.workers.prepare import prepare
-from counterweight.workers.shards import Load, RunningStatistics, run_shards
+from counterweight.workers.shards import Load, Output, RunningStatistics, run_shards
 from counterweight.workers.solve import LayerState, gains
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.records import Timing
@@ -32,7 +35,9 @@ class CalibratedBlock:
     key: `BlockSpec.statistics_key` of these shards. gatherings: what solving needs of each group's input; sums: of those of the
     first of `BlockSpec.passes`. original: the block as it was, which makes the outputs; None where that is
     `loaded`, or where no outputs are to be made any more. outliers: linear -> channels of its input that ASER takes out of its
-    codes. outputs: hidden states behind the original block, none where nobody needs them.
+    codes. outputs: hidden states behind the original block, none where nobody needs them. experts: how a sparse block's are
+    calibrated. rows: tokens of its layer [tokens, hidden], for experts that saw too little and are solved in a further pass.
+    unseen: rows of the shards that are held out, of all groups; None without such shards.
     """
 
     key: str
@@ -43,19 +48,36 @@ class CalibratedBlock:
     outliers: Mapping[str, Tensor]
     outputs: tuple[Blob, ...]
     timing: Timing
+    experts: ExpertCalibration | None = None
+    rows: Tensor | None = None
+    unseen: HeldOutRows | None = None
     _statistics: PackedStatistics | None = None
 
     @property
     def statistics(self) -> PackedStatistics:
         """Of all shards, from the first time that it is asked for. RequestError for activations that are not finite."""
         if self._statistics is None:
-            self._statistics = self.sums.result()
+            self.rows = self.sums.take_rows()
+            self._statistics = self.fed(self.sums.result())
+            if len(self.sums.gatherings) == len(self.gatherings):
+                self.rows = None
         return self._statistics
+
+    def fed(self, statistics: PackedStatistics) -> PackedStatistics:
+        """The same of a pass; those of experts that saw too little are shrunk toward the layer's (`calibration.shrinkage`)."""
+        if self.rows is not None and self.experts is not None:
+            feed(self.loaded.block, statistics, self.gatherings, self.rows, self.experts)
+        return statistics
+
+    def held_out(self, statistics: PackedStatistics) -> dict[SharedInputGroup, Rows]:
+        """Rows of tokens that nothing is solved on, of the groups of these statistics."""
+        return {} if self.unseen is None else judged_by(self.loaded.block, statistics, self.unseen)
 
     @property
     def bytes(self) -> int:
         """Memory that it takes, on host and device together."""
-        return self.loaded.bytes + self.sums.bytes + (0 if self._statistics is None else self._statistics.bytes)
+        kept = (0 if self.rows is None else self.rows.nbytes) + (0 if self.unseen is None else self.unseen.bytes)
+        return self.loaded.bytes + self.sums.bytes + kept + (0 if self._statistics is None else self._statistics.bytes)
 
 
 def streams(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> tuple[list[Load], list[Load]]:
@@ -88,14 +110,14 @@ def calibrated(
     def emit(output: Tensor) -> Blob | None:
         return put_hidden(workspace, output) if _makes_outputs(spec) else None
 
-    block, nothing = begun.loaded.block, RunningStatistics(begun.loaded.block, {})
     if begun.original is None:
-        outputs = run_shards(block, inputs, emit, begun.sums, context.shards, originals)
+        outputs = look(context, spec, begun, workspace, emit, start=start)
     else:
         # What the original block makes is shared between recipes, so it comes from the block as it was.
+        nothing = RunningStatistics(begun.original, {})
         outputs = run_shards(begun.original, originals or inputs, emit, nothing, context.shards)
         begun.original = begun.original if more else None
-        run_shards(block, inputs, lambda _: None, begun.sums, context.shards, originals)
+        look(context, spec, begun, workspace, lambda _: None, start=start)
     clock.lap("forward")
     trim()
     begun.key = spec.statistics_key()
@@ -104,6 +126,26 @@ def calibrated(
         _ = begun.statistics  # now, so that an activation that is not finite is the calibration's error
     begun.timing = clock.timing()
     return begun
+
+
+def look(
+    context: TaskContext,
+    spec: BlockSpec,
+    held: CalibratedBlock,
+    workspace: Workspace,
+    emit: Callable[[Tensor], Output],
+    *,
+    start: int = 0,
+) -> list[Output]:
+    """Runs the block over its shards from `start` on: sums of those that are solved on, rows of those that are held out. What
+    `emit` makes of each output."""
+    inputs, originals = streams(context, spec, workspace)
+    seen = max(start, len(inputs) if spec.held_out_from is None else spec.held_out_from)
+    outputs = run_shards(held.loaded.block, inputs[start:seen], emit, held.sums, context.shards, originals[start:seen])
+    if held.unseen is not None and inputs[seen:]:
+        further = (inputs[seen:], emit, held.unseen, context.shards, originals[seen:])
+        outputs += run_shards(held.loaded.block, *further)
+    return outputs
 
 
 def _makes_outputs(spec: BlockSpec) -> bool:
@@ -130,11 +172,26 @@ def _begun(context: TaskContext, spec: BlockSpec, workspace: Workspace, clock: C
         loaded=loaded,
         original=original,
         gatherings=chosen.gatherings,
-        sums=RunningStatistics(loaded.block, of_pass(spec, 0, chosen.gatherings)),
+        sums=first_sums(spec, loaded.block, chosen.gatherings),
+        unseen=held_out_rows(spec, loaded.block, chosen.gatherings),
         outliers=chosen.outliers,
         outputs=(),
         timing=clock.timing(),
+        experts=spec.experts,
     )
+
+
+def first_sums(spec: BlockSpec, block: Block, gatherings: Mapping[SharedInputGroup, Gathering]) -> RunningStatistics:
+    """Those of the first pass over the shards, which keeps tokens for the starved experts of all passes."""
+    sample = row_sample(block, gatherings, spec.experts)
+    return RunningStatistics(block, of_pass(spec, 0, gatherings), every_token=spec.every_token, sample=sample)
+
+
+def held_out_rows(
+    spec: BlockSpec, block: Block, gatherings: Mapping[SharedInputGroup, Gathering]
+) -> HeldOutRows | None:
+    """What keeps rows of the shards that are held out; None without any."""
+    return None if spec.held_out_from is None else HeldOutRows(block, gatherings)
 
 
 def of_pass(
@@ -155,13 +212,13 @@ def gathered(
     yield held.statistics
     for place in range(1, len(spec.passes)):
         gatherings = of_pass(spec, place, held.gatherings)
-        sums = RunningStatistics(held.loaded.block, gatherings)
-        inputs, originals = streams(context, spec, workspace)
+        sums = RunningStatistics(held.loaded.block, gatherings, every_token=spec.every_token)
+        inputs, originals = streams(context, spec.solving, workspace)
         paired = any(not is_expert(group[0]) for group in gatherings)
         with held.loaded.block.asking(name for group in gatherings for name in group):
             run_shards(held.loaded.block, inputs, lambda _: None, sums, context.shards, originals if paired else ())
         trim()
-        yield sums.result()
+        yield held.fed(sums.result())
 
 
 def branch_gains(

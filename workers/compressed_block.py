@@ -9,7 +9,15 @@ import torch
 
 from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.block import CompressedLinear, compress, install
-from counterweight.workers.calibrated_block import CalibratedBlock, calibrated, gathered, of_pass, streams
+from counterweight.workers.calibrated_block import (
+    CalibratedBlock,
+    calibrated,
+    first_sums,
+    gathered,
+    held_out_rows,
+    look,
+    streams,
+)
 from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.clock import Clock
 from counterweight.workers.context import DTYPES, TaskContext, put_hidden
@@ -19,7 +27,6 @@ from counterweight.workers.memory import release, trim
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.families import family_of
 from counterweight.workers.shard import write_block
-from counterweight.workers.shards import RunningStatistics, run_shards
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.records import ModuleReport
 from counterweight.workers.tuning.lsi import LinearFormat, learned_scales
@@ -76,6 +83,7 @@ def solved(
         factor_dtypes=dtypes,
         outliers=held.outliers,
         codes=codes,
+        held_out=held.held_out(statistics),
         pool=context.pool,
     )
     loaded.let_go(own)
@@ -92,7 +100,7 @@ def tuned(
     if not tunings:
         return held, None
     (options,) = tunings
-    inputs, originals = streams(context, spec, workspace)
+    inputs, originals = streams(context, spec.solving, workspace)
     loaded = held.loaded
     groups = {name: group for group in loaded.block.groups for name in group}
     formats = {
@@ -111,9 +119,15 @@ def tuned(
     builder = context.source(spec.setting)[1]
     scales = learned_scales(family_of(builder.config.model_type), loaded.block.groups, loaded.parameters, found.norms)
     loaded = smoothed(context, builder, spec.index, loaded, scales, DTYPES[spec.setting.compute_dtype])
-    sums = RunningStatistics(loaded.block, of_pass(spec, 0, held.gatherings))
-    run_shards(loaded.block, inputs, lambda _: None, sums, context.shards, originals)
-    return replace(held, loaded=loaded, sums=sums, _statistics=None), dict(found.weights)
+    tuned = replace(
+        held,
+        loaded=loaded,
+        sums=first_sums(spec, loaded.block, held.gatherings),
+        unseen=held_out_rows(spec, loaded.block, held.gatherings),
+        _statistics=None,
+    )
+    look(context, spec, tuned, workspace, lambda _: None)
+    return tuned, dict(found.weights)
 
 
 def propagated(

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from counterweight.workers.models.block_builder import Block
+from counterweight.workers.models.experts import SeparateExperts
 from counterweight.workers.models.family import SharedInputGroup
 
 Take = Callable[[SharedInputGroup, Tensor], None]
 """Called with a group of linears and the input [..., in] that they share."""
+
+Look = Callable[[SeparateExperts, Tensor], None]
+"""Called with a sparse MLP's experts and the tokens [tokens, hidden] that they are about to see."""
 
 
 @contextmanager
@@ -30,3 +34,17 @@ def input_hooks(block: Block, groups: Iterable[SharedInputGroup], take: Take) ->
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def expert_hook(block: Block, look: Look) -> Iterator[None]:
+    """Calls `look` before the experts of a sparse block run, while the context is open."""
+    found = block.separate_experts()
+    if found is None:
+        yield
+        return
+    handle = found[1].register_forward_pre_hook(lambda experts, given: look(experts, experts.tokens(*given)))
+    try:
+        yield
+    finally:
+        handle.remove()

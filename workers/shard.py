@@ -41,6 +41,8 @@ def write_block(
     ledger: list[LedgerEntry] = []
     kept_bits = 0
     slices = builder.layout.sources(spec.index, spec.tensors)
+    reports = tuple(reports)
+    departures = {report.name: "; ".join(f"{f.step}: {f.cause}" for f in report.fallbacks) for report in reports}
     for parameter, part in slices.items():
         stored = builder.layout.disk_name(spec.index, parameter)
         module = parameter.removesuffix(".weight")
@@ -52,8 +54,15 @@ def write_block(
                 factors.update(factor_tensors(builder.layout.stock_name(name), linear.low_rank))
             residuals.update({} if linear.residual is None else residual_tensors(name, linear.residual))
             formats[name] = _format(linear)
-            shape = linear.weight.shape
-            ledger.append(LedgerEntry(source=part.source, shape=shape, fate="quantized", stored_as=tuple(packed)))
+            ledger.append(
+                LedgerEntry(
+                    source=part.source,
+                    shape=linear.weight.shape,
+                    fate="quantized",
+                    stored_as=tuple(packed),
+                    reason=departures.get(module, ""),
+                )
+            )
         else:
             kept = tensors[stored] = parameters[parameter].to(dtypes[parameter])
             kept_bits += tensor_bits(kept)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from torch import Tensor
 
 from counterweight.workers.calibration.packed import PackedStatistics
+from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, ShardMoments
 from counterweight.workers.errors import RequestError
-from counterweight.workers.hooks import input_hooks
-from counterweight.workers.models.family import SharedInputGroup, is_expert
+from counterweight.workers.hooks import expert_hook, input_hooks
+from counterweight.workers.models.family import SharedInputGroup, expert_of, is_expert
 from counterweight.workers.parallel import Shards
 from counterweight.workers.quantization.inputs import all_finite, check_activations
 
@@ -20,31 +21,77 @@ if TYPE_CHECKING:
     from counterweight.workers.models.block_builder import (
         Block,  # transformers, which who only reads reports does not need
     )
+    from counterweight.workers.models.experts import SeparateExperts
 
 Output = TypeVar("Output")
+Found = TypeVar("Found")
 
 Load = Callable[[], Tensor]
 """Reads one shard of hidden states [sequences, length, hidden]."""
 
 
+class Gatherer(Protocol[Found]):
+    """What looks at the rows that enter a block's linears, shard by shard.
+
+    gatherings: the groups of linears, and what is gathered of each. every_token: experts see all tokens, and not those that the
+    router sends them. sample: keeps some of the tokens that experts are given; None: none is kept.
+    """
+
+    gatherings: Mapping[SharedInputGroup, Gathering]
+    every_token: bool
+    sample: RowSample | None
+
+    def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None) -> Found:
+        """What one shard gives. rows: [..., in]; original: in the original model, where that differs. Threads call it."""
+        ...
+
+    def add(self, found: dict[SharedInputGroup, Found], given: list[Tensor]) -> None:
+        """Takes a shard's out of `found`, in the order of the shards, so that nothing of one stays while the next one runs.
+        given: the tokens that its experts were given, of which some are kept; taken out likewise."""
+        ...
+
+
 class RunningStatistics:
     """The moments of what entered each group of a block's linears so far: sums over shards, added in the shards' order."""
 
-    def __init__(self, block: Block, gatherings: Mapping[SharedInputGroup, Gathering]) -> None:
+    def __init__(
+        self,
+        block: Block,
+        gatherings: Mapping[SharedInputGroup, Gathering],
+        *,
+        every_token: bool = False,
+        sample: RowSample | None = None,
+    ) -> None:
         self.gatherings = gatherings
+        self.every_token = every_token
+        self.sample = sample
         self._sums = {group: _accumulator(block, group, gathering) for group, gathering in gatherings.items()}
 
     @property
     def bytes(self) -> int:
-        """Memory of the sums."""
-        return sum(accumulator.bytes for accumulator in self._sums.values())
+        """Memory of the sums, and of the tokens that are kept."""
+        kept = 0 if self.sample is None else self.sample.bytes
+        return kept + sum(accumulator.bytes for accumulator in self._sums.values())
 
-    def add(self, moments: dict[SharedInputGroup, ShardMoments]) -> None:
-        """Adds a shard's and takes them out of `moments`, so that nothing of a shard stays while the next one runs."""
+    def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None) -> ShardMoments:
+        """The moments of a shard's rows [..., in]."""
+        return ShardMoments.of(rows, self.gatherings[group], original)
+
+    def add(self, moments: dict[SharedInputGroup, ShardMoments], given: list[Tensor]) -> None:
+        """See `Gatherer`."""
+        while given:
+            rows = given.pop()
+            if self.sample is not None:
+                self.sample.add(rows)
         while moments:
             group, shard = moments.popitem()
             self._sums[group].add(shard)
             del shard
+
+    def take_rows(self) -> Tensor | None:
+        """The tokens that are kept, which are kept no longer; None without any."""
+        found, self.sample = self.sample, None
+        return None if found is None else found.rows()
 
     def result(self) -> PackedStatistics:
         """The statistics; nothing can be added after. A non-finite activation is a RequestError that names the group."""
@@ -59,11 +106,12 @@ def run_shards(
     block: Block,
     inputs: Sequence[Load],
     emit: Callable[[Tensor], Output],
-    sums: RunningStatistics,
+    gatherer: Gatherer[Found],
     shards: Shards,
     originals: Sequence[Load] = (),
 ) -> list[Output]:
-    """Runs the block over shards of its inputs and adds their moments to `sums`; what `emit` makes of each output.
+    """Runs the block over shards of its inputs and has `gatherer` look at what enters its linears; what `emit` makes of each
+    output.
 
     inputs: one callable per shard; the shards' number and order are part of the result. originals: likewise, what enters the
     block in the original model; empty when that is the same. emit: what to do with a shard's output (write it, drop it), that
@@ -74,36 +122,48 @@ def run_shards(
         replicas.put(block.replica())
 
     # A router may send other tokens to an expert than in the original model, so that rows have no partners.
-    partnered = [group for group in sums.gatherings if not is_expert(group[0])]
+    partnered = [group for group in gatherer.gatherings if not is_expert(group[0])]
+    routed = partnered if gatherer.every_token else list(gatherer.gatherings)
+    forced = [group for group in gatherer.gatherings if group not in routed]
 
     def read(loads: tuple[Load, Load | None]) -> tuple[Tensor, Tensor | None]:
         load, load_original = loads
         return load(), None if load_original is None else load_original()
 
-    def run(hidden: tuple[Tensor, Tensor | None]) -> tuple[dict[SharedInputGroup, ShardMoments], Tensor]:
+    def run(hidden: tuple[Tensor, Tensor | None]) -> tuple[tuple[dict[SharedInputGroup, Found], list[Tensor]], Tensor]:
         entered, original = hidden
         replica = replicas.get()
         meant: dict[SharedInputGroup, Tensor] = {}
-        moments: dict[SharedInputGroup, ShardMoments] = {}
+        found: dict[SharedInputGroup, Found] = {}
+        given: list[Tensor] = []
 
         def take(group: SharedInputGroup, rows: Tensor) -> None:
             check_activations(f"the input of {group[0]}", rows)
-            moments[group] = ShardMoments.of(rows, sums.gatherings[group], meant.get(group))
+            found[group] = gatherer.of(group, rows, meant.get(group))
+
+        def look(experts: SeparateExperts, tokens: Tensor) -> None:
+            if gatherer.sample is not None:
+                given.append(tokens)
+            with input_hooks(replica, forced, take):
+                for expert in sorted({expert_of(group[0]) for group in forced}):
+                    experts.run(expert, tokens)
 
         try:
             if original is not None:
                 with input_hooks(replica, partnered, meant.__setitem__):
                     output = replica.run(original)
-            with input_hooks(replica, sums.gatherings, take):
+            with input_hooks(replica, routed, take), expert_hook(replica, look):
                 seen = replica.run(entered)
             output = seen if original is None else output
             check_activations("the block's output", output)
-            return moments, output
+            return (found, given), output
         finally:
             replicas.put(replica)
 
     nothing: list[Load | None] = [None] * len(inputs)
-    return shards.run(list(zip(inputs, originals or nothing, strict=True)), read, run, sums.add, emit)
+    return shards.run(
+        list(zip(inputs, originals or nothing, strict=True)), read, run, lambda seen: gatherer.add(*seen), emit
+    )
 
 
 def _accumulator(block: Block, group: SharedInputGroup, gathering: Gathering) -> Accumulator:

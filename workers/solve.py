@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.formats import LowRank
+from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.batches import batch_size
@@ -61,6 +62,22 @@ class LayerState:
         if not unit > 0:
             return None, None
         return plain / unit, (plain if compensated is None else compensated) / unit
+
+    def errors_on(self, x: Tensor, original: Tensor | None = None) -> tuple[float | None, float | None]:
+        """The same over other tokens, given by rows. x: what enters the layer [tokens, in], of any float dtype; original: what
+        enters it in the original model, None where that is x."""
+        form, wide = self.statistics.activations, x.float()
+        y = wide if form is None else fake_quantize_activations(x, form).float()
+        wanted = (wide if original is None else original.float()) @ self.weight.T
+        left = wanted - y @ self.stored.dequantize().T
+        unit = float(wanted.square().sum(dtype=torch.float64))
+        if unit == 0:
+            return None, None
+        plain = float(left.square().sum(dtype=torch.float64)) / unit
+        if self.branch is None:
+            return plain, plain
+        left -= wide @ self.branch.product().T
+        return plain, float(left.square().sum(dtype=torch.float64)) / unit
 
 
 def solve(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[LayerState]:

@@ -7,11 +7,12 @@ codes, scales with zero points, low-rank factors, residual store, over the weigh
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ConfigDict, Field
 
 from counterweight.workers.config import Config
+from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.errors import RequestError
 from counterweight.workers.metrics import METRICS, Metric
 from counterweight.workers.tasks.block import BlockRecord
@@ -21,6 +22,9 @@ from counterweight.workers.tasks.records import ModuleReport, Timing
 if TYPE_CHECKING:
     from counterweight.workers.calibration.source import CalibrationSource
     from counterweight.workers.calibration.tokens import TokenSet
+
+
+T = TypeVar("T")
 
 
 class Quality(Config):
@@ -50,8 +54,8 @@ class Judged(Config):
         return {variant: quality for variant, quality in found.items() if quality is not None}
 
 
-def labelled(found: Mapping[str, Quality]) -> dict[str, Quality]:
-    """What people call each variant -> its quality, in order."""
+def labelled(found: Mapping[str, T]) -> dict[str, T]:
+    """What people call each variant -> what was found of it, in order."""
     labels = {BASELINE: "original", QUANTIZED: "quantized", COMPENSATED: "compensated"}
     if PREFILL in found:
         labels |= {COMPENSATED: "compensated, decoding", PREFILL: "compensated, prefill"}
@@ -93,12 +97,13 @@ class ModelReport(Config):
 
 
 class TokensReport(Config):
-    """A token set. digest: of its ids."""
+    """A token set. digest: of its ids. held_out: further windows, which nothing is solved on."""
 
     source: Mapping[str, object]
     sequences: int
     sequence_length: int
     digest: str
+    held_out: int = 0
 
 
 class DistillationReport(Config):
@@ -137,6 +142,11 @@ class Report(Judged):
     quantized: Quality | None
     compensated: Quality | None
     compensated_prefill: Quality | None = None
+    validation_dtype: ModelDtype = "float32"
+    """Type that all models computed in when they were judged."""
+    routers: Mapping[str, Mapping[int, float]] = Field(default_factory=dict)
+    """Variant -> sparse block -> share of the validation's tokens that its router sends to the same experts as the original's;
+    empty for dense models, without validation, and in reports that are older."""
     bits_per_weight: BitsPerWeight
     modules: tuple[ModuleReport, ...]
     tasks: tuple[TaskReport, ...]
@@ -145,20 +155,23 @@ class Report(Judged):
     software: Mapping[str, str]
 
 
-def tokens_report(source: CalibrationSource, tokens: TokenSet) -> TokensReport:
-    """A token set and where it came from."""
+def tokens_report(source: CalibrationSource, tokens: TokenSet, unseen: TokenSet | None = None) -> TokensReport:
+    """A token set and where it came from; unseen: further windows of it, which nothing is solved on."""
     return TokensReport(
         source=source.model_dump(mode="json"),
         sequences=tokens.sequences,
         sequence_length=tokens.length,
         digest=tokens.digest,
+        held_out=0 if unseen is None else unseen.sequences,
     )
 
 
 def quality(windows: Sequence[WindowMetrics]) -> Quality:
-    """Every metric over windows, in the order given. RequestError for one beyond any number (a perplexity of e^710)."""
+    """Every metric that the model has over windows, in the order given. RequestError for one beyond any number (a perplexity of
+    e^710)."""
+    measured = [metric for metric in METRICS if all(metric.name in window for window in windows)]
     try:
-        summary = {metric.name: metric.over_windows([window[metric.name] for window in windows]) for metric in METRICS}
+        summary = {metric.name: metric.over_windows([window[metric.name] for window in windows]) for metric in measured}
     except OverflowError as error:
         raise RequestError("validation: a metric is beyond float64: expected a model that predicts its text") from error
     return Quality.model_validate(summary)

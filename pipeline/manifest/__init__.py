@@ -1,7 +1,7 @@
 """The manifest: what a user asks for, typed, checked at the border, published as a JSON Schema."""
 
+from counterweight.pipeline.manifest.calibration import Calibration
 from counterweight.pipeline.manifest.job import (
-    Calibration,
     CompressionJob,
     Gates,
     JobSpec,

@@ -6,8 +6,6 @@ import json
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
-    BeforeValidator,
-    ConfigDict,
     Field,
     StringConstraints,
     create_model,
@@ -15,8 +13,9 @@ from pydantic import (
     model_validator,
 )
 
-from counterweight.workers.calibration.source import CalibrationSource, TokenSource
-from counterweight.workers.config import Config
+from counterweight.pipeline.manifest.calibration import Calibration, Section, Tokens
+from counterweight.workers.calibration.experts import ExpertCalibration
+from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.methods.distillation import Distillation
 from counterweight.workers.metrics import METRICS
 from counterweight.workers.recipe import Recipe
@@ -39,24 +38,6 @@ _LABEL_VALUE = StringConstraints(max_length=200)
 _URI = StringConstraints(min_length=1, max_length=MAX_URI)
 
 
-def _text_by_default(source: object) -> object:
-    # `text: {uri: ...}` reads as it is meant; the union itself needs a tag to give clear errors.
-    return {"kind": "text", **source} if isinstance(source, dict) and "kind" not in source else source
-
-
-Tokens = Annotated[TokenSource, BeforeValidator(_text_by_default)]
-"""A token source; without a `kind` it is a text."""
-
-CalibrationTokens = Annotated[CalibrationSource, BeforeValidator(_text_by_default)]
-"""Likewise, or the model itself."""
-
-
-class Section(Config):
-    """A mapping of the manifest. Strict: a quoted number is no number, and 1 is not true."""
-
-    model_config = ConfigDict(strict=True)
-
-
 class Metadata(Section):
     """What the job is called."""
 
@@ -77,29 +58,6 @@ class Model(Section):
     uri: Annotated[str, _URI]
     """A transformers checkpoint in safetensors: `file:`, `s3:`, `hf:owner/name[@revision]`, or a path
     relative to the manifest.
-    """
-
-
-class Calibration(Section):
-    """The tokens that statistics are gathered on, and how they pass through the model."""
-
-    source: CalibrationTokens
-    """Where the tokens come from; without a `kind`, a text."""
-    sequences: Annotated[int, Field(ge=1, le=1_000_000)] = 128
-    """Number of windows cut from the source."""
-    sequence_length: Annotated[int, Field(ge=2, le=1_048_576)] = 2048
-    """Tokens of a window."""
-    sampling: Literal["random", "consecutive"] = "random"
-    """`random`: windows at random places of the text; `consecutive`: side by side, from its start."""
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    """Seed of random sampling, of windows or by the model."""
-    propagate: Literal["original", "compressed"] = "original"
-    """`original`: every block sees the original model's activations, and all blocks are independent;
-    `compressed`: a block sees what the compressed blocks before it produce, one block after the other.
-    """
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type that the blocks compute in while activations are captured; statistics are summed in float32 or
-    wider.
     """
 
 
@@ -130,6 +88,10 @@ class Validation(Section):
     """Tokens of a window; null: the calibration's."""
     windows: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Number of windows, from the start of the text; null: all."""
+    compute_dtype: ModelDtype = "float32"
+    """Type that the original and the compressed model compute in. float32 shows what compression costs and nothing
+    else; bfloat16 is what a GPU is fast in; float16 shows what a model is worth that is served in it.
+    """
     gates: Gates = Field(default_factory=Gates)
     """Bounds for publication, on the compressed model while decoding: residual stores correct every token."""
     prefill_gates: Gates | None = None
@@ -284,6 +246,9 @@ def canonical(job: CompressionJob) -> bytes:
     if (stage := job.spec.distillation) is not None:
         # Only where it is asked for: jobs without it keep the identity that they had before there was any.
         spec["distillation"] = {"training": stage.training.determines(), "held_out": len(stage.held_out)}
+    if job.spec.calibration.experts == ExpertCalibration():
+        del spec["calibration"]["experts"]  # younger than artifacts of dense models, whose ids were made without it
+    del spec["calibration"]["held_out"]  # decides what errors are measured on, whose digest the caller adds
     if spec["validation"] is not None:
         spec["validation"]["sequence_length"] = job.spec.validation_sequence_length
         if spec["validation"]["prefill_gates"] is None:

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from counterweight.pipeline.manifest import load_manifest
+from tests.inprocess import local, run_job
+from tests.models import checkpoint
 from tests.patience import PATIENCE
 from tests.pipeline.tiny import job_of, run_local, write_job, write_text
 
@@ -174,6 +177,29 @@ def test_gpu_kernels() -> None:
     printed = ran("gpu_kernels", "--smoke")
     assert len([line for line in printed.splitlines() if NUMBER.search(line)]) > 5
     assert printed.endswith("it runs\n")
+
+
+def test_experts(tmp_path: Path) -> None:
+    """On a model that it trains itself, whose experts have more tokens of their own than they may use."""
+    checkpoint("mixtral", tmp_path, torch.bfloat16)  # for its tokenizer
+    texts = [write_text(tmp_path / name, 2000, seed=seed) for seed, name in enumerate(("seen.txt", "test.txt"))]
+    sizes = ("--sequences", 16, "--windows", 16, "--length", 16, "--strengths", 1, "--samples", 2)
+    printed = ran("experts", tmp_path, *texts, *sizes, "--train", 2)
+    assert "step 1: loss" in printed
+    assert len(rows(printed)) == 2 * 4
+
+
+def test_routers(tmp_path: Path) -> None:
+    checkpoint("mixtral", tmp_path / "model", torch.bfloat16)
+    recipe = {"weights": {"bits": 3, "group_size": 32}}
+    place = local(run_job(tmp_path / "model", tmp_path / "out", recipe))
+    texts = [write_text(tmp_path / name, 2000, seed=seed) for seed, name in enumerate(("seen.txt", "test.txt"))]
+    printed = ran("routers", *texts, place, "--sequences", 8, "--windows", 4, "--length", 16)
+    assert [row.split(" | ")[1] for row in rows(printed)] == [
+        "as they were",
+        "routers by least squares",
+        "routers by divergence",
+    ]
 
 
 def test_the_time_model_is_held_against_a_block() -> None:

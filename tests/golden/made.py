@@ -65,6 +65,8 @@ def make(golden: Golden, sources: Sources, output: Path, pool: InProcessPool | N
         "propagate": golden.propagate,
         "compute_dtype": golden.compute_dtype,
     }
+    if golden.experts is not None:
+        calibration["experts"] = dict(golden.experts)
     distillation = None
     if golden.training is not None:
         trained = golden.sequences * 7 // 8

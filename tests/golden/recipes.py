@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from counterweight.workers import keys
+from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.keys import digest, versions
 from counterweight.workers.methods.distillation import Distillation
 from counterweight.workers.recipe import Recipe
@@ -19,7 +20,8 @@ from tests.golden.sources import DIGESTS
 @dataclass(frozen=True, kw_only=True)
 class Golden:
     """A job. recipe: as in a manifest. training: of a distillation, on seven of eight sequences, for which the others are held
-    out; None for none. model: of `sources.MODELS`. sequences: of calibration, 256 to a shard.
+    out; None for none. experts: of calibration, None for the default. model: of `sources.MODELS`. sequences: of calibration,
+    256 to a shard.
 
     sways: kinds of values (see `made.Made`) in which a last bit that differs can grow: it lets an activation round the other
     way, which moves every statistic behind it, and training, compressed blocks before and branches hand that on.
@@ -27,6 +29,7 @@ class Golden:
 
     recipe: Mapping[str, Any]
     training: Mapping[str, Any] | None = None
+    experts: Mapping[str, Any] | None = None
     model: str = "dense"
     propagate: str = "original"
     compute_dtype: str = "float32"
@@ -38,13 +41,15 @@ class Golden:
         """Digest of the job: what was recorded for another one is no answer."""
         sources = [DIGESTS[self.model], DIGESTS["tokens"]]
         asked = [self.recipe, self.propagate, self.compute_dtype, self.sequences, sources]
-        return digest(asked if self.training is None else [*asked, self.training])[:16]
+        younger = [part for part in (self.training, self.experts) if part is not None]
+        return digest([*asked, *younger])[:16]
 
     @property
     def versions(self) -> dict[str, int]:
         """One of these must be raised when the bits change."""
         trained = None if self.training is None else Distillation.model_validate(self.training)
-        return {"NUMERICS": keys.NUMERICS, **versions((Recipe.model_validate(self.recipe), trained))}
+        sparse = ExpertCalibration() if self.model == "experts" else None
+        return {"NUMERICS": keys.NUMERICS, **versions((Recipe.model_validate(self.recipe), trained, sparse))}
 
 
 def _weights(bits: int = 4, group_size: int | None = 32, symmetric: bool = True, **quantizer: Any) -> dict[str, Any]:
@@ -249,6 +254,12 @@ RECIPES: Mapping[str, Golden] = {
         model="experts",
         propagate=COMPRESSED,
         sways=("codes", "scales", "errors"),
+    ),
+    "experts-starved": Golden(
+        recipe={"weights": _weights(), "activations": A8, "compensation": SVD4}, model="experts", sequences=4
+    ),
+    "experts-every-token": Golden(
+        recipe={"weights": _weights()}, model="experts", experts={"every_token": True}, sequences=8
     ),
     "experts-aser": Golden(
         recipe={

@@ -51,6 +51,8 @@ class Measured:
     sequences: int = 4
     length: int = 512
     propagate: str = "original"
+    experts: Mapping[str, Any] = field(default_factory=dict)
+    held_out: int = 0
     threads: int = 1
     share: float | None = None
 
@@ -75,6 +77,8 @@ class Measured:
                         "sequence_length": self.length,
                         "compute_dtype": self.compute,
                         "propagate": self.propagate,
+                        "experts": dict(self.experts),
+                        "held_out": self.held_out,
                     },
                     "recipe": self.recipe,
                     "resources": {"workers": 1, "cpus_per_worker": self.threads, **given},
@@ -114,25 +118,30 @@ def prepared(measured: Measured, root: Path) -> Prepared:
     )
     workspace = setting.open_workspace()
     recipe = block_recipe(source, 0, job.spec.recipe)
+    width = source.layout.hidden_size
+    inputs, originals = (_hidden(workspace, measured.sequences, measured, width, seed) for seed in (0, 1))
+    further, original_further = (_hidden(workspace, measured.held_out, measured, width, seed) for seed in (2, 3))
     paired = measured.propagate == "compressed" and any(part.regresses for part in recipe.values())
     spec = BlockSpec(
         setting=setting,
         index=0,
         tensors={name: source.checkpoint.digest(name) for name in source.block_tensors(0)},
-        inputs=_hidden(workspace, measured, source.layout.hidden_size, 0),
-        original_inputs=_hidden(workspace, measured, source.layout.hidden_size, 1) if paired else (),
+        inputs=(*inputs, *further),
+        original_inputs=(*originals, *original_further) if paired else (),
         recipe=recipe,
         propagate=job.spec.calibration.propagate,
+        experts=job.spec.calibration.experts_among(recipe),
         passes=plan.blocks[0].passes,
+        held_out_from=len(inputs) if measured.held_out else None,
     )
     return Prepared(task=Compress(block=spec), plan=plan.blocks[0])
 
 
-def _hidden(workspace: Workspace, measured: Measured, hidden: int, seed: int) -> tuple[Blob, ...]:
+def _hidden(workspace: Workspace, sequences: int, measured: Measured, hidden: int, seed: int) -> tuple[Blob, ...]:
     dtype = getattr(torch, measured.compute)
     generator = torch.Generator().manual_seed(seed)
     shards: list[Blob] = []
-    left = measured.sequences
+    left = sequences
     while left:
         count = min(left, shard_sequences(measured.length))
         shard = torch.randn(count, measured.length, hidden, generator=generator).to(dtype)

@@ -57,6 +57,7 @@ CASES: Mapping[str, Case] = {
     "activations, two threads": (many(RTN, 256, 2048, threads=2, sequences=48), "forward"),
     "activations, quantized": (many({**RTN, "activations": {"bits": 8}}, 256, 2048, sequences=32), "forward"),
     "activations, bfloat16": (many(RTN, 256, 3072, compute="bfloat16"), "forward"),
+    "held out": (many({**RTN, "activations": {"bits": 8}}, 256, 2048, held_out=16), "forward"),
     "thresholds": (many({**RTN, "residual": {}}, 256, 1024), "forward"),
     "attention": (
         Measured(case="gemma2", recipe=RTN, config=dense(256, 512, head_dim=16), sequences=2, length=1024),
@@ -68,6 +69,28 @@ CASES: Mapping[str, Case] = {
             recipe=RTN,
             config={**dense(256, 1024), "num_local_experts": 16, "num_experts_per_tok": 2},
             length=256,
+        ),
+        "forward",
+    ),
+    "experts below the floor": (
+        Measured(
+            case="mixtral",
+            recipe=RTN,
+            config={**dense(512, 128), "num_local_experts": 2, "num_experts_per_tok": 1},
+            sequences=224,
+            length=512,
+            experts={"floor": 64.0, "sample": 256.0},
+        ),
+        "starved",
+    ),
+    "every token through every expert": (
+        Measured(
+            case="mixtral",
+            recipe=RTN,
+            config={**dense(256, 1024), "num_local_experts": 8, "num_experts_per_tok": 1},
+            sequences=32,
+            length=256,
+            experts={"every_token": True},
         ),
         "forward",
     ),

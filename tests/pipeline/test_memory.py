@@ -42,7 +42,7 @@ def test_a_block_that_needs_more_is_divided_into_as_few_passes_as_fit(manifest: 
     whole = make_plan(job_of(manifest), source).blocks[0]
     assert whole.passes == ()
     counts = []
-    for share in (1.1, 0.8, 0.5):
+    for share in (1.1, 0.8, 0.4):
         budget = int(whole.peak_bytes * share)
         plan = make_plan(given(manifest, budget), source)
         assert plan.problems == ()

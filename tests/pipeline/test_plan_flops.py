@@ -56,7 +56,8 @@ def dense(recipe: Mapping[str, Any], **more: Any) -> Measured:
 
 def sparse(recipe: Mapping[str, Any], **more: Any) -> Measured:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return Measured(case="mixtral", recipe=recipe, config=sizes(128, 256, **experts), sequences=8, length=128, **more)
+    shape = {"sequences": 8, "length": 128, "experts": {"floor": 0.0}, **more}
+    return Measured(case="mixtral", recipe=recipe, config=sizes(128, 256, **experts), **shape)
 
 
 MLA = {"hidden_size": 128, "moe_intermediate_size": 128, "kv_lora_rank": 128, "q_lora_rank": 128, "v_head_dim": 32}
@@ -67,12 +68,19 @@ CASES: Mapping[str, Measured] = {
     "GPTQ": dense(GPTQ),
     "GPTQ, bfloat16": dense(GPTQ, compute="bfloat16"),
     "GPTQ, experts": sparse(GPTQ),
+    "GPTQ, experts all below the floor": sparse(GPTQ, experts={"floor": 64.0, "sample": 3.0}),
+    "GPTQ, every token through every expert": sparse(LRC, experts={"every_token": True}),
     "some kept": dense({**GPTQ, "keep": ["lm_head", "*.q_proj", "*.down_proj"]}),
     "clips": dense({**RTN, "activations": {"bits": 4, "clip": "search"}}),
     "sign": dense({"weights": {"format": "sign"}}),
     "two shards": dense(RTN, sequences=130),
     "latent attention": Measured(
-        case="deepseek_v3", recipe=RTN, config={**MLA, "first_k_dense_replace": 0}, sequences=4, length=128
+        case="deepseek_v3",
+        recipe=RTN,
+        config={**MLA, "first_k_dense_replace": 0},
+        sequences=4,
+        length=128,
+        experts={"floor": 0.0},
     ),
     "attention without a fused kernel": Measured(
         case="gemma2", recipe=GPTQ, config=sizes(128, 256, head_dim=32), sequences=4, length=128
@@ -86,6 +94,9 @@ CASES: Mapping[str, Measured] = {
     ),
     "propagation beside the original": dense(REGRESSED, propagate="compressed"),
     "LRC": dense(LRC),
+    "LRC, held out": dense(LRC, held_out=2),
+    "experts, held out": sparse(GPTQ, held_out=4),
+    "held out beside the original": dense(REGRESSED, propagate="compressed", held_out=2),
     "LRC, rotated, propagated": dense({**FINER_LRC, "transforms": [{"kind": "rotation"}]}, propagate="compressed"),
     "rotation across heads": dense({**RTN, "transforms": [{"kind": "rotation", "online_output": True}]}),
     "ASER": dense(ASER),

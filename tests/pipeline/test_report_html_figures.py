@@ -11,6 +11,7 @@ from statistics import median
 import pytest
 
 from counterweight.pipeline.artifact.report import Report
+from counterweight.workers.tasks.records import FallbackReport
 from tests.pipeline.report_documents import (
     BASELINE,
     BITS,
@@ -290,11 +291,19 @@ class TestCoverage:
         section = page(report(modules)).section("Calibration coverage")
         moe = "model.layers.0.block_sparse_moe.experts"
         assert section.rows() == [
-            [f"{moe}.0", "w1, w3, w2", "0", "128, 352"],
-            [f"{moe}.1", "w2", "200", "352"],
-            [f"{moe}.2", "w2", "300", "352"],
+            [f"{moe}.0", "w1, w3, w2", "0", "128, 352", "these alone"],
+            [f"{moe}.1", "w2", "200", "352", "these alone"],
+            [f"{moe}.2", "w2", "300", "352", "these alone"],
         ]
-        assert "5 modules saw fewer tokens than input columns, 3 of them none" in section.text
+        assert "5 modules saw too few tokens, 3 of them none. The statistics of 5 are singular" in section.text
+
+    def test_experts_that_were_fed_are_told_apart(self) -> None:
+        lack = [FallbackReport(step="experts.starved", cause="200 of 256 tokens")]
+        modules = [module("layers.0.mlp.experts.0.up_proj", tokens=200, fallbacks=lack), module("layers.0.mlp.up_proj")]
+        section = page(report(modules)).section("Calibration coverage")
+        assert section.rows() == [["layers.0.mlp.experts.0", "up_proj", "200", "128", "the layer's too"]]
+        assert "1 module saw too few tokens, 0 of them none. 1 were solved on tokens of their layer" in section.text
+        assert "singular" not in section.text
 
     def test_a_long_list_is_folded_but_whole(self) -> None:
         modules = [module(f"model.layers.{i}.mlp.up_proj", tokens=i) for i in range(50)]

@@ -9,13 +9,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.checkpoint.digest import tensor_digest
+from counterweight.workers.dtypes import ComputeDtype
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.recipe import ModuleRecipe, Recipe
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.embed import Embed
-from counterweight.workers.tasks.setting import ComputeDtype, Setting
+from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.workspace import Blob, Workspace
 from tests.models import EMBEDDING, read_config, read_tensors
 
@@ -73,6 +75,7 @@ class Site:
         inputs: tuple[Blob, ...],
         recipe: Mapping[str, Any] = RECIPE,
         propagate: Literal["original", "compressed"] = "original",
+        experts: ExpertCalibration | None = None,
     ) -> BlockSpec:
         """One block's task."""
         builder, digests = self.builder, self.digests
@@ -90,4 +93,5 @@ class Site:
             inputs=inputs,
             recipe=parts,
             propagate=propagate,
+            experts=experts,
         )

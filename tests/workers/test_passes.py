@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from counterweight.workers.calibrated_block import calibrated, gathered
+from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.errors import RequestError
 from counterweight.workers.models.family import is_expert
 from counterweight.workers.models.lent import LentLinear
@@ -33,12 +34,17 @@ def site_of(case: str, root: Path) -> Site:
     return Site(source=root / "model", work=root / "work")
 
 
-def spec_of(site: Site, recipe: Mapping[str, Any], propagate: Propagate = "original") -> BlockSpec:
+def spec_of(
+    site: Site,
+    recipe: Mapping[str, Any],
+    propagate: Propagate = "original",
+    experts: ExpertCalibration | None = None,
+) -> BlockSpec:
     """A block on three shards of noise."""
     generator = torch.Generator().manual_seed(0)
     shards = [torch.randn(2, 24, site.builder.hidden_size, generator=generator) for _ in range(3)]
     inputs = tuple(site.workspace.put_tensors({"hidden": shard}, durable=False) for shard in shards)
-    return site.block(0, inputs, recipe, propagate)
+    return site.block(0, inputs, recipe, propagate, experts)
 
 
 def in_passes(spec: BlockSpec, site: Site, together: int) -> BlockSpec:
@@ -90,6 +96,30 @@ def test_any_division_has_the_bits_of_none(
         divided = in_passes(spec, site, together)
         assert len(divided.passes) > 1
         assert divided.key() == spec.key(), "the division is no part of the result"
+        assert content(run(Compress(block=divided), threads)) == whole
+
+
+@pytest.mark.parametrize(
+    ("recipe", "experts"),
+    [
+        (GPTQ, ExpertCalibration(floor=64, sample=0.5)),
+        (LRC, ExpertCalibration(floor=64)),
+        (SMOOTHED, ExpertCalibration(floor=64)),
+        (GPTQ, ExpertCalibration(every_token=True)),
+    ],
+)
+def test_a_division_changes_nothing_of_what_starved_experts_are_solved_on(
+    recipe: Mapping[str, Any], experts: ExpertCalibration, tmp_path: Path
+) -> None:
+    """Though tokens of the layer are kept in the first pass, whose linears are the attention's alone."""
+    site = site_of("mixtral", tmp_path)
+    spec = spec_of(site, recipe, experts=experts)
+    whole = content(run(Compress(block=spec)))
+    starved = [module["name"] for module in whole["modules"] if module["fallbacks"]]
+    assert bool(starved) != experts.every_token
+    assert whole != content(run(Compress(block=spec_of(site, recipe))))
+    for together, threads in ((1, 1), (3, 2)):
+        divided = in_passes(spec, site, together)
         assert content(run(Compress(block=divided), threads)) == whole
 
 

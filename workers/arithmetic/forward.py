@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from counterweight.workers.arithmetic.preparing import curious, online_flops, scaled
+from counterweight.workers.footprint.experts import gathered_share, kept_rows, starving
 from counterweight.workers.footprint.load import Group, Load, streams
 from counterweight.workers.matrix_bytes import TRIANGLE_BLOCK
 from counterweight.workers.matrix_flops import NOTHING, Work, gram, product, steps
@@ -19,10 +20,10 @@ adding up."""
 
 def forward(load: Load) -> Work:
     """All passes through the block but those of training."""
-    once = run(load, load.tokens)
+    once = run(load, load.tokens + load.unseen)
     work = NOTHING
     for calibration in calibrations(load):
-        work += once * passes(calibration) + again(calibration)
+        work += once * passes(calibration) + again(calibration) + _beside(calibration)
         if curious(calibration):
             work += run(load, min(load.shard, load.tokens))
     if (options := tunes(load)) is not None:
@@ -101,13 +102,28 @@ def run(load: Load, tokens: float) -> Work:
     return work
 
 
+def _beside(load: Load) -> Work:
+    """What experts are run on beside what the router sends them, once."""
+    if load.experts is None:
+        return NOTHING
+    tokens: float = load.tokens if load.experts.every_token else 0
+    if any(starving(load, group) for group in load.groups):
+        tokens = kept_rows(load)
+    work = NOTHING
+    for group in load.groups:
+        for name, (rows, columns) in group.linears.items():
+            if is_expert(name):
+                work += product(tokens, columns, rows) + online_flops(load, name, tokens, columns)
+    return work
+
+
 def _branches(load: Load, group: Group) -> Work:
     """One pass through the low-rank branches of a group."""
     work = NOTHING
     for name, part in group.recipe.items():
         rank, (rows, columns) = part.compensation.branch_rank, group.linears[name]
         if rank is not None:
-            work += product(load.tokens * group.share, rank.at_most(rows, columns), rows + columns)
+            work += product((load.tokens + load.unseen) * group.share, rank.at_most(rows, columns), rows + columns)
     return work
 
 
@@ -115,7 +131,8 @@ def _moments(load: Load, group: Group) -> Work:
     """Products of a group's streams: a triangle of each with itself, a square of each two."""
     if not group.recipe:
         return NOTHING
-    count, tokens = streams(load, group), load.tokens * group.share
+    count, tokens = streams(load, group), load.tokens * gathered_share(load, group)
+    tokens += kept_rows(load) if starving(load, group) else 0
     pairs = count * (count - 1) // 2
     part = next(iter(group.recipe.values()))
     quantized = NOTHING if part.activations is None else part.activations.quantize_flops(tokens * group.width)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from counterweight.workers import matrix_flops
+from counterweight.workers.footprint.experts import summed_tokens
+from counterweight.workers.footprint.forward import LIMIT
 from counterweight.workers.footprint.load import Group, Load, streams
 from counterweight.workers.footprint.solves import Solve, batched
 from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, product, product64
@@ -27,19 +29,20 @@ def _batch(load: Load, batch: Sequence[Solve]) -> Work:
         solve(
             one.part,
             one.shapes,
-            load.tokens * one.group.share,
+            summed_tokens(load, one.group),
             streams=streams(load, one.group),
             original=load.paired and one.group.share == 1,
         )
         for one in batch
     ]
-    return replace(sum(each, NOTHING), steps=each[0].steps / loops * first.loops(count, gpu=load.gpu))
+    judged = sum((_judging_rows(load, one) for one in batch), NOTHING)
+    return replace(sum(each, judged), steps=each[0].steps / loops * first.loops(count, gpu=load.gpu))
 
 
 def _gains(load: Load, group: Group) -> Work:
     """Of sharing out a budget of ranks."""
     asked = [name for name, part in group.recipe.items() if part.budget_bits is not None]
-    tokens = load.tokens * group.share
+    tokens = summed_tokens(load, group)
     return sum((gains(group.recipe[name], *group.linears[name], tokens) for name in asked), NOTHING)
 
 
@@ -74,6 +77,20 @@ def gains(part: ModuleRecipe, rows: int, columns: int, tokens: float) -> Work:
     # Behind the metric's root, and the original output's energy.
     whitened = product64(rows, columns, columns)
     return problem + whitened * 2 + matrix_flops.spectrum(rows, columns) + elementwise(2 * rows * columns)
+
+
+def _judging_rows(load: Load, one: Solve) -> Work:
+    """The errors of solved linears on tokens that they were not solved on: the output, the codes', and the branch's."""
+    tokens, part, work = min(LIMIT, load.unseen * one.group.share), one.part, NOTHING
+    if not tokens:
+        return work
+    rank = part.compensation.branch_rank
+    for rows, columns in one.shapes:
+        branch = NOTHING if rank is None else product(rows, rank.at_most(rows, columns), columns)
+        quantized = NOTHING if part.activations is None else part.activations.quantize_flops(tokens * columns)
+        work += product(tokens, columns, rows) * (2 + (rank is not None)) + branch + quantized
+        work += elementwise(2 * rows * columns)
+    return work
 
 
 def _left(rows: int, columns: int) -> Work:

@@ -9,30 +9,30 @@ from counterweight.workers.models.family import SharedInputGroup
 
 
 class PackedStatistics(MutableMapping[SharedInputGroup, InputStatistics]):
-    """Statistics of groups of linears, held packed: for whoever looks one up, squares are made anew."""
+    """Statistics of groups of linears, held `packed`: for whoever looks one up, squares are made anew."""
 
     def __init__(self, packed: Mapping[SharedInputGroup, PackedMoments]) -> None:
-        self._packed = dict(packed)
+        self.packed = dict(packed)
 
     @property
     def bytes(self) -> int:
         """Memory of all of them, packed."""
-        return sum(moments.bytes for moments in self._packed.values())
+        return sum(moments.bytes for moments in self.packed.values())
 
     def __getitem__(self, group: SharedInputGroup) -> InputStatistics:
-        return self._packed[group].unpacked()
+        return self.packed[group].unpacked()
 
     def __setitem__(self, group: SharedInputGroup, statistics: InputStatistics) -> None:
-        self._packed[group] = PackedMoments.of(statistics)
+        self.packed[group] = PackedMoments.of(statistics)
 
     def __delitem__(self, group: SharedInputGroup) -> None:
-        del self._packed[group]
+        del self.packed[group]
 
     def __contains__(self, group: object) -> bool:
-        return group in self._packed
+        return group in self.packed
 
     def __iter__(self) -> Iterator[SharedInputGroup]:
-        return iter(self._packed)
+        return iter(self.packed)
 
     def __len__(self) -> int:
-        return len(self._packed)
+        return len(self.packed)

@@ -25,6 +25,7 @@ from torch import Tensor
 from counterweight.kernels.backend import runs_kernels
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.reference import fake_quantize_activations
+from counterweight.workers.calibration.experts import Starvation
 from counterweight.workers.calibration.thresholds import Thresholds
 from counterweight.workers.calibration.triangle import TRIANGLE_BLOCK, LowerTriangle
 
@@ -48,6 +49,7 @@ class InputStatistics:
 
     gram: xx. tokens: number of rows summed. others: the products of further streams, where they were gathered.
     absolute: sum |x|, [in] float64, where it was gathered; thresholds likewise, [in] float32. activations: how y was made of x.
+    starvation: of an expert's, that its own tokens were too few, and what was added to them, which `tokens` counts.
     """
 
     gram: Tensor
@@ -56,6 +58,7 @@ class InputStatistics:
     absolute: Tensor | None = None
     thresholds: Tensor | None = None
     activations: ActivationFormat | None = None
+    starvation: Starvation | None = None
 
     @property
     def gathering(self) -> Gathering:
@@ -111,6 +114,7 @@ class PackedMoments:
     absolute: Tensor | None
     thresholds: Tensor | None
     activations: ActivationFormat | None
+    starvation: Starvation | None = None
 
     @classmethod
     def of(cls, statistics: InputStatistics) -> PackedMoments:
@@ -123,7 +127,12 @@ class PackedMoments:
             absolute=statistics.absolute,
             thresholds=statistics.thresholds,
             activations=statistics.activations,
+            starvation=statistics.starvation,
         )
+
+    @property
+    def width(self) -> int:
+        return self.triangles["xx"].width
 
     @property
     def bytes(self) -> int:
@@ -141,6 +150,7 @@ class PackedMoments:
             absolute=self.absolute,
             thresholds=self.thresholds,
             activations=self.activations,
+            starvation=self.starvation,
         )
 
 

@@ -62,21 +62,30 @@ def token_set(
     sampling: Sampling,
     seed: int,
     field: str,
+    further: int = 0,
 ) -> TokenSet:
     """Windows of `length` tokens.
 
     tokenizer: the model's tokenizer.json; not needed for prepared tokens.
     sequences: how many windows; None for as many non-overlapping ones as there are. sampling: consecutive windows from
-    the start, or windows at random offsets (`random.Random(seed)`, overlaps possible).
+    the start, or windows at random offsets (`random.Random(seed)`, overlaps possible). further: behind these, so many windows
+    that share no token with them, or as many as there are.
     field: where the source stands in the manifest, for messages. RequestError when there is too little text or no
     tokenizer, or an id that no model has. Whether ids are the model's is for `TokenSet.within` to say.
     """
     if isinstance(source, TokensSource):
-        ids = _prepared(source, length, sequences, field)
+        ids = _prepared(source, length, sequences, field, further)
     else:
         with encoder(tokenizer, field) as running:
             found = windows(
-                source, running, length=length, sequences=sequences, sampling=sampling, seed=seed, field=field
+                source,
+                running,
+                length=length,
+                sequences=sequences,
+                sampling=sampling,
+                seed=seed,
+                field=field,
+                further=further,
             )
         ids = as_tensor(found)
     return checked(ids, field)
@@ -96,7 +105,7 @@ def checked(ids: Tensor, field: str) -> TokenSet:
     return TokenSet(ids.to(torch.int32).contiguous())
 
 
-def _prepared(source: TokensSource, length: int, sequences: int | None, field: str) -> Tensor:
+def _prepared(source: TokensSource, length: int, sequences: int | None, field: str, further: int) -> Tensor:
     store, key, size = open_text(source.uri, field)
     if size > MAX_PREPARED_BYTES:
         raise RequestError(f"{field}: {source.uri}: {size} bytes, expected at most {MAX_PREPARED_BYTES}")
@@ -110,4 +119,4 @@ def _prepared(source: TokensSource, length: int, sequences: int | None, field: s
     wanted = ids.shape[0] if sequences is None else sequences
     if ids.shape[0] < wanted or ids.shape[1] != length or ids.numel() == 0:
         raise RequestError(f"{field}: {source.uri}: input_ids {list(ids.shape)}: expected [{wanted}, {length}]")
-    return ids[:wanted]
+    return ids[: wanted + further]

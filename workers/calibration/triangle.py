@@ -54,10 +54,10 @@ class LowerTriangle:
             yield start, stop, self.entries[place : place + count].view(stop - start, stop)
             place += count
 
-    def add_(self, other: LowerTriangle) -> None:
-        """Adds another of the same width, of any float dtype."""
+    def add_(self, other: LowerTriangle, times: float = 1.0) -> None:
+        """Adds another of the same width, of any float dtype, so many times."""
         for (_, _, own), (_, _, theirs) in zip(self.strips(), other.strips(), strict=True):
-            own += theirs  # strip by strip: torch would make a copy of the whole in this dtype first
+            own.add_(theirs, alpha=times)  # strip by strip: torch would make a copy of the whole in this dtype first
 
     def square(self) -> Tensor:
         """The whole matrix [width, width], exactly symmetric."""

@@ -33,10 +33,12 @@ def windows(
     sampling: Sampling,
     seed: int,
     field: str,
+    further: int = 0,
 ) -> Windows:
-    """Windows of `length` tokens, see `tokens.token_set`. Consecutive ones read as much of the text as they need."""
+    """Windows of `length` tokens, see `tokens.token_set`. Consecutive ones read as much of the text as they need. further:
+    behind them, so many that share no token with them, or as many as the text has."""
     consecutive = sampling == "consecutive"
-    wanted = sequences * length if consecutive and sequences is not None else None
+    wanted = (sequences + further) * length if consecutive and sequences is not None else None
     stream = running.ids(lambda: pieces_of(source, field), wanted, field)
     available = len(stream) // length
     count = available if sequences is None else sequences
@@ -45,8 +47,21 @@ def windows(
             f"{field}: {len(stream)} tokens make {available} windows of {length}: expected at least {max(count, 1)}"
         )
     if consecutive:
-        starts = [index * length for index in range(count)]
+        starts = [index * length for index in range(min(count + further, available))]
     else:
         draw = random.Random(seed)
         starts = [draw.randrange(len(stream) - length + 1) for _ in range(count)]
+        starts += _apart(starts, further, len(stream), length)
     return [stream[start : start + length] for start in starts]
+
+
+def _apart(taken: list[int], wanted: int, tokens: int, length: int) -> list[int]:
+    """Where so many windows begin that overlap none of those that begin at `taken`, evenly spaced among all of their kind;
+    fewer where the text has fewer."""
+    places: list[int] = []
+    end = 0
+    for start in (*sorted(taken), tokens):
+        places += range(end, start - length + 1, length)
+        end = max(end, start + length)
+    count = min(wanted, len(places))
+    return [places[index * len(places) // count] for index in range(count)]

@@ -9,9 +9,10 @@ the source's tensors, and what is written, on the host.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from counterweight.workers.footprint.forward import activations, running, tuning
+from counterweight.workers.footprint.experts import feeding, kept_bytes
+from counterweight.workers.footprint.forward import activations, running, tuning, unseen_bytes
 from counterweight.workers.footprint.load import Group, Load, moments, packed
 from counterweight.workers.footprint.solving import solving
 from counterweight.workers.footprint.weights import (
@@ -60,25 +61,36 @@ class Footprint:
 def footprint(load: Load) -> Footprint:
     """The memory of a block's task; of one that is solved in several passes, that of the pass that takes most."""
     parts = [part for group in load.groups for part in group.recipe.values()]
-    weights = here(load, scaled(load))
+    weights = here(load, scaled(load)) + unseen_bytes(load)
     packing = sum(packed(group) for group in load.groups)
     passes = load.by_pass()
     statistics = [sum(moments(one, group, DOUBLE) for group in one.groups) for one in passes]
+    rows = kept_bytes(load)
+    stays = rows if len(passes) > 1 else 0
     phases = {"load": loading(load), "prepare": preparing(load), "forward": 0, "solve": 0}
     left = solved = solve = 0
     for place, one in enumerate(passes):
         peak, own = solving(one)
         held = weights - left + solved
-        phases["forward"] = max(phases["forward"], held + _forward(one, statistics[place], first=place == 0))
-        phases["solve"] = max(phases["solve"], held + peak)
+        phases["forward"] = max(phases["forward"], held + rows + _forward(one, statistics[place], first=place == 0))
+        if load.held_out and place == 0:
+            # The shards that are held out follow the others, beside whose sums they run.
+            further = replace(load.solving(()), shard=min(load.shard, load.unseen))
+            running_on = statistics[0] + load.threads * running(further, stored=False)
+            phases["forward"] = max(phases["forward"], held + rows + running_on)
+        if rows:
+            # Put together in the first pass, which has them twice.
+            feed = max(rows, feeding(one)) if place == 0 else feeding(one)
+            phases["starved"] = max(phases.get("starved", 0), held + rows + statistics[place] + feed)
+        phases["solve"] = max(phases["solve"], held + stays + peak)
         solve = max(solve, peak)
         left += let_go(load, one)
         solved += 0 if load.gpu else own
-    kept = weights - left
+    kept = weights - left + stays
     back = solved + (sum(solving(one)[1] for one in passes) if load.gpu else 0)
     phases["write"] = kept + solved + packing
     if any(part.tuning is not None for part in parts):
-        phases["tune"] = weights + statistics[0] + tuning(load)
+        phases["tune"] = weights + stays + statistics[0] + tuning(load)
     if load.compressed:
         phases["propagate"] = kept + back + load.threads * running(load, stored=True)
     host = 0

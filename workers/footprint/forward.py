@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from math import prod
 
+from counterweight.workers.footprint.experts import gathered_share, kept_rows
 from counterweight.workers.footprint.load import Group, Load, moments
 from counterweight.workers.matrix_bytes import DECODE, DOUBLE, SINGLE
 from counterweight.workers.parallel import AHEAD
+
+LIMIT = 1024  # `held_out.py` says the same, but imports torch
 
 
 def activations(load: Load) -> int:
@@ -25,20 +28,21 @@ def running(load: Load, *, stored: bool) -> int:
     gathered, and every linear is read back before it is multiplied."""
     token = load.compute * load.hidden
     # What entered, the residual stream, and what the norm made of it.
-    stream = 3 * token + (token if load.paired else 0)
+    stream = 3 * token + (token if load.paired else 0) + (token if kept_rows(load) and not stored else 0)
     peaks = [load.attention_bytes]
     products = 0
     for group in load.groups:
         before = products
         products += 0 if stored else moments(load, group, SINGLE)
-        tokens = load.shard * group.share
+        tokens = load.shard * (group.share if stored else gathered_share(load, group))
         rows = [rows for rows, _ in group.linears.values()]
         if group is load.groups[0]:
             # Queries, keys and values; while they get their positions, three more of the widest.
             inside = load.compute * (sum(rows) + 3 * max(rows))
         else:
-            # Of a gated pair: one behind its activation, the other, and their product.
-            inside = load.compute * (sum(rows) + (max(rows) if len(rows) > 1 else 0))
+            # Of a gated pair: one behind its activation, the other, and their product; of an expert's the first before it too.
+            more = 1 + group.of_expert if len(rows) > 1 else 0
+            inside = load.compute * (sum(rows) + more * max(rows))
         read = max((prod(shape) for shape in group.linears.values()), default=0) * DECODE if stored else 0
         peaks.append(round(tokens * inside) + products + read)
         if group.recipe and not stored:
@@ -60,6 +64,19 @@ def _gathered(load: Load, group: Group) -> tuple[int, int]:
     if part.residual is not None:
         multiplying += 2 * SINGLE + DOUBLE  # magnitudes, and sorted with their places
     return looking, multiplying
+
+
+def unseen_bytes(load: Load) -> int:
+    """Rows of what enters each group of linears on tokens that nothing is solved on, and of what experts are given."""
+    if not load.held_out:
+        return 0
+    sparse = load.hidden * min(LIMIT, load.unseen) if any(group.of_expert for group in load.groups) else 0
+    rows = 0
+    for group in load.groups:
+        if group.recipe:
+            kept = min(LIMIT, round(load.unseen * group.share))
+            rows += kept * group.width * (1 + (load.paired and group.share == 1))
+    return load.compute * (sparse + rows)
 
 
 def tuning(load: Load) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.matrix_bytes import DOUBLE, triangle
 from counterweight.workers.methods.transforms import Rotation
-from counterweight.workers.models.family import ModelFamily
+from counterweight.workers.models.family import ModelFamily, is_expert
 from counterweight.workers.recipe import ModuleRecipe
 
 
@@ -27,6 +28,10 @@ class Group:
         return next(iter(self.linears.values()))[1]
 
     @property
+    def of_expert(self) -> bool:
+        return is_expert(next(iter(self.linears)))
+
+    @property
     def outputs(self) -> int:
         return sum(rows for rows, _ in self.linears.values())
 
@@ -37,10 +42,11 @@ class Load:
 
     family: of the model; heads: its attention's, of queries. groups: in the order in which they run, the attention's first.
     source_bytes: the block's tensors as stored. parameters: of the block. compute: bytes of an activation. shard, shards:
-    tokens of a shard, and how many there are; length: of a sequence; sequences: all of them. hidden: width of the stream.
+    tokens of a shard, and how many there are; length: of a sequence; sequences: all that are solved on; held_out: further ones.
+    hidden: width of the stream.
     attention_bytes: of the scores of a shard, where attention keeps them. paired: whether blocks see the compressed ones'
     outputs and the solve looks at the original's; compressed: whether they see them. stretched: whether shards come a few at a
-    time. threads: that share shards and solves. gpu: whether the arithmetic is done on one. passes: see `BlockSpec`.
+    time. threads: that share shards and solves. gpu: whether the arithmetic is done on one. experts, passes: see `BlockSpec`.
     """
 
     family: ModelFamily
@@ -61,11 +67,19 @@ class Load:
     stretched: bool
     threads: int
     gpu: bool
+    experts: ExpertCalibration | None = None
     passes: tuple[tuple[str, ...], ...] = ()
+    held_out: int = 0
 
     @property
     def tokens(self) -> int:
+        """That are solved on."""
         return self.sequences * self.length
+
+    @property
+    def unseen(self) -> int:
+        """Tokens that are not."""
+        return self.held_out * self.length
 
     @property
     def lends(self) -> bool:

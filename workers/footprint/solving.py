@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from counterweight.workers import matrix_bytes
+from counterweight.workers.footprint.experts import summed_tokens
 from counterweight.workers.footprint.load import Load, moments, squares, streams
 from counterweight.workers.footprint.solves import Solve, batched
 from counterweight.workers.footprint.weights import scaled
@@ -47,7 +48,7 @@ def solving(load: Load) -> tuple[int, int]:
 def _job(load: Load, batch: Sequence[Solve]) -> _Job:
     """What solves that are done in one call take and leave."""
     first, count = batch[0], len(batch)
-    tokens = load.shard * load.shards * min(solve.group.share for solve in batch)
+    tokens = min(summed_tokens(load, solve.group) for solve in batch)
     left = sum(_left(first.part, *shape, load.source_bytes / load.parameters) for shape in first.shapes)
     in_place = scaled(load) == SINGLE * load.parameters and not load.gpu
     copies = 0 if in_place else SINGLE * sum(map(prod, first.shapes))

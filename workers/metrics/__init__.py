@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from counterweight.workers.metrics import kl, kl_p99, perplexity, top1_agreement
+from counterweight.workers.metrics import kl, kl_p99, perplexity, router_agreement, top1_agreement
 from counterweight.workers.metrics.metric import Comparison, Metric
 
 __all__ = ["METRICS", "Comparison", "Metric"]
@@ -12,5 +12,6 @@ METRICS: tuple[Metric, ...] = (
     kl.METRIC,
     kl_p99.METRIC,
     top1_agreement.METRIC,
+    router_agreement.METRIC,
 )
 """In the order in which people see them."""

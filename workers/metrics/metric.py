@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 class Comparison:
     """One window under two models. reference, own: log-probabilities of the next token under the original and under the model
-    that is judged, [length, vocabulary] float32. ids: the window's tokens, [length]."""
+    that is judged, [length, vocabulary] float32. ids: the window's tokens, [length]. routed: share of them that go to the same
+    experts under both, of each sparse block."""
 
-    def __init__(self, reference: Tensor, own: Tensor, ids: Tensor) -> None:
-        self.reference, self.own, self.ids = reference, own, ids
+    def __init__(self, reference: Tensor, own: Tensor, ids: Tensor, routed: Sequence[float] = ()) -> None:
+        self.reference, self.own, self.ids, self.routed = reference, own, ids, routed
 
     @cached_property
     def divergence(self) -> Tensor:
@@ -29,18 +30,20 @@ class Comparison:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
     """name: in records, reports and gates. label: with its unit, for a table. short: for a line. digits: a format. of_window:
-    its number for one window. over_windows: their summary. higher_is_better: whether it is. relative: whether a gate bounds its
-    multiple of the original's, as `<name>_ratio`, and not itself. description: of the gate.
+    its number for one window, None for a model that has none. over_windows: their summary. higher_is_better: whether it is.
+    relative: whether a gate bounds its multiple of the original's, as `<name>_ratio`, and not itself. sparse: whether only
+    models with experts have it. description: of the gate.
     """
 
     name: str
     label: str
     short: str
     digits: str
-    of_window: Callable[[Comparison], float]
+    of_window: Callable[[Comparison], float | None]
     over_windows: Callable[[Sequence[float]], float]
     higher_is_better: bool = False
     relative: bool = False
+    sparse: bool = False
     description: str
 
     @property

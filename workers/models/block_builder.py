@@ -256,19 +256,38 @@ class Block:
         """The modules of separate experts that are given the routing, by name; at most one."""
         return [(name, module) for name, module in self.layer.named_modules() if isinstance(module, LinearExperts)]
 
+    def separate_experts(self) -> tuple[str, SeparateExperts] | None:
+        """The module of a sparse MLP's experts with its name, however they are given their tokens; None in a dense block."""
+        named = self.layer.named_modules()
+        return next(((name, module) for name, module in named if isinstance(module, SeparateExperts)), None)
+
+    def routed(self) -> nn.Module | None:
+        """What a router sends its tokens to, experts on kernels too; None in a dense block."""
+        family = family_of(self.model_type)
+        named = dict(self.layer.named_modules())
+        return None if family.experts is None else named.get(family.experts.module)
+
+    @property
+    def experts_in_config(self) -> int:
+        """Experts of a sparse block; 0 in a model without."""
+        family = family_of(self.model_type)
+        return 0 if family.experts is None else int(getattr(self._base.config, family.experts.count_key))
+
     @contextmanager
     def asking(self, linears: Iterable[str]) -> Iterator[None]:
         """While it is open, experts with none of these linears are not run: what enters the others stays the same, the block's
         output does not."""
         names = [name.rsplit(".", 2)[:2] for name in linears]
-        modules = [(name, one) for name, one in self.layer.named_modules() if isinstance(one, SeparateExperts)]
-        for place, module in modules:
-            module.asked = frozenset(int(expert) for parent, expert in names if parent == place)
+        sparse = self.separate_experts()
+        if sparse is None:
+            yield
+            return
+        place, module = sparse
+        module.asked = frozenset(int(expert) for parent, expert in names if parent == place)
         try:
             yield
         finally:
-            for _, module in modules:
-                module.asked = None
+            module.asked = None
 
     def transform_input(self, name: str, transform: Hadamard) -> None:
         """Transforms what enters the linear `name`, for everyone who looks at its input later."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ class SeparateExperts(nn.Module):
                     }
                 ),
             )
-        self.experts = experts
+        self.experts, self.hidden = experts, hidden
 
     def running(self) -> list[int]:
         """The experts that are run, in order."""
@@ -51,6 +52,11 @@ class SeparateExperts(nn.Module):
         gate, up, down = (self.get_submodule(f"{expert}.{name}") for name in PROJECTIONS)
         output: Tensor = down(self.product(gate(x), up(x)))
         return output
+
+    @abstractmethod
+    def tokens(self, *arguments: Tensor) -> Tensor:
+        """What experts are given in a call with these `arguments`, [tokens, hidden]: each token once for a call that says which
+        experts see it, otherwise once for each expert that does, as that is given it."""
 
 
 class LinearExperts(SeparateExperts):
@@ -70,6 +76,9 @@ class LinearExperts(SeparateExperts):
             output.index_add_(0, token, weighted.to(output.dtype))
         return output
 
+    def tokens(self, *arguments: Tensor) -> Tensor:
+        return arguments[0]
+
 
 class SortedExperts(SeparateExperts):
     """Experts that are given their inputs, scaled by the router.
@@ -86,3 +95,7 @@ class SortedExperts(SeparateExperts):
             if token.numel() > 0:
                 output[expert, token] = self.run(expert, rows[expert, token]).to(output.dtype)
         return output.flatten(0, 1)
+
+    def tokens(self, *arguments: Tensor) -> Tensor:
+        (hidden_states,) = arguments
+        return hidden_states[hidden_states.any(-1)]

@@ -246,5 +246,10 @@ def is_expert(module: str) -> bool:
     return ".experts." in f".{module}."
 
 
+def expert_of(module: str) -> int:
+    """The expert to which a linear belongs, by its name in a block; ValueError for one that is not an expert's."""
+    return int(f".{module}".partition(".experts.")[2].partition(".")[0])
+
+
 def _matches(module: str, globs: Globs) -> bool:
     return any(fnmatchcase(module, glob) for glob in globs)

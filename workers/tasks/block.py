@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.config import Config
 from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.keys import digest, versions
@@ -34,11 +35,26 @@ class BlockSpec(Config):
     recipe: Mapping[str, ModuleRecipe]
     """Linear (name relative to the block) -> what applies to it; linears that are kept are absent."""
     propagate: Literal["original", "compressed"]
+    experts: ExpertCalibration | None = None
+    """How a sparse block's are calibrated; null in a dense one, and where they are solved on their own tokens alone."""
     tokens: str = ""
     """sha256 of the calibration tokens, which decide the block's inputs; for people."""
     passes: tuple[tuple[str, ...], ...] = ()
     """Linears that are solved after each pass over the shards, which gathers the statistics of their inputs alone: what takes
     less memory, and no part of the result. Those of one input are in one pass, and those of one expert. Empty: all are."""
+
+    held_out_from: int | None = None
+    """The first of the shards that nothing is solved on: what was is judged by them. null: all are solved on."""
+
+    @property
+    def solving(self) -> BlockSpec:
+        """The same on the shards that are solved on."""
+        return self if self.held_out_from is None else self.before(self.held_out_from)
+
+    @property
+    def every_token(self) -> bool:
+        """Whether experts are calibrated on all tokens, and not on those that the router sends them."""
+        return self.experts is not None and self.experts.every_token
 
     flops: int = 0
     """Floating-point operations of its tasks, and the bytes of its weights: for `Task.patience`, no part of the result."""
@@ -70,13 +86,20 @@ class BlockSpec(Config):
         recipe = {name: part.model_dump(mode="json") for name, part in self.recipe.items()}
         # Records made when both streams were one list are keyed with true.
         streams = "two" if self.original_inputs else False
-        return digest([COMPRESS, self.calibrate_key(), self.propagate, streams, recipe, versions(self.recipe)])
+        whole = [COMPRESS, self.calibrate_key(), self.propagate, streams, recipe, versions(self.recipe)]
+        return digest([*whole, *self._younger_key()])
 
     def statistics_key(self) -> str:
         """Key of what calibration leaves in a worker's memory: of tasks with equal keys one calibration is enough."""
         streams = len(self.original_inputs)
         gathers = {name: part.gathers() for name, part in self.recipe.items()}
-        return digest([self.calibrate_key(), self.propagate, streams, gathers, self.passes])
+        return digest([self.calibrate_key(), self.propagate, streams, gathers, self.passes, *self._younger_key()])
+
+    def _younger_key(self) -> list[object]:
+        """What a key has only where it is asked for: in a sparse block; and with shards that are held out."""
+        experts = [] if self.experts is None else [self.experts.model_dump(mode="json"), versions(self.experts)]
+        held_out = [] if self.held_out_from is None else [{"held out from": self.held_out_from}]
+        return [*experts, *held_out]
 
 
 class BlockTask(Config):

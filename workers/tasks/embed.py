@@ -30,6 +30,8 @@ class Embed(Config, DurableTask[HiddenRecord]):
     bytes: int = 0
     """Read and written, and floating-point operations of a rotation: for `Task.patience`, no part of the result."""
     flops: int = 0
+    held_out: int = 0
+    """The last sequences, that nothing is solved on: in shards of their own."""
 
     @property
     def name(self) -> str:
@@ -40,7 +42,8 @@ class Embed(Config, DurableTask[HiddenRecord]):
         return patience(bytes=self.bytes, flops=self.flops, device=self.setting.device)
 
     def key(self) -> str:
-        return digest([self.kind, self.setting.determines(), self.tokens.sha256, self.tensor[1]])
+        held_out = [self.held_out] if self.held_out else []
+        return digest([self.kind, self.setting.determines(), self.tokens.sha256, self.tensor[1], *held_out])
 
     def workspace(self) -> Workspace:
         return self.setting.open_workspace()
@@ -60,8 +63,11 @@ class Embed(Config, DurableTask[HiddenRecord]):
         module = builder.embedding(weight, context.device, DTYPES[self.setting.compute_dtype])
         ids = workspace.get_tensors(self.tokens)["input_ids"]
         clock.lap("load")
+        solved = len(ids) - self.held_out
+        together = shard_sequences(ids.shape[1])
+        parts = [*ids[:solved].split(together), *(ids[solved:].split(together) if self.held_out else ())]
         with torch.no_grad():
-            shards = [module(part.long().to(context.device)) for part in ids.split(shard_sequences(ids.shape[1]))]
+            shards = [module(part.long().to(context.device)) for part in parts]
         clock.lap("forward")
         outputs = tuple(put_hidden(workspace, shard) for shard in shards)
         clock.lap("write")

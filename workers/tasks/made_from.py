@@ -40,8 +40,10 @@ def made_from(spec: BlockSpec) -> dict[str, str]:
     recipe = {name: part.model_dump(mode="json") for name, part in spec.recipe.items()}
     for field in ModuleRecipe.model_fields:
         parts[f"recipe.{field}"] = _short({name: part[field] for name, part in recipe.items()})
-    for method, version in (versions(spec.recipe) | versions(setting.rotation)).items():
+    for method, version in versions((spec.recipe, setting.rotation, spec.experts)).items():
         parts[f"version of {method}"] = str(version)
+    parts["calibration.experts"] = "none" if spec.experts is None else _short(spec.experts.model_dump(mode="json"))
+    parts["calibration.held_out"] = "none" if spec.held_out_from is None else f"shards from {spec.held_out_from}"
     if spec.tensors:
         parts["weights"] = _short(dict(spec.tensors))
     if spec.tokens:

@@ -46,6 +46,10 @@ class LedgerEntry(Config):
     reason: str = ""
 
 
+STARVED = "experts.starved"
+"""Step of the fall-back of an expert's linear that was solved on tokens of its layer beside its own."""
+
+
 class FallbackReport(Config):
     """A departure from the recipe that was necessary, with its cause; never silent."""
 
@@ -53,12 +57,23 @@ class FallbackReport(Config):
     cause: str
 
 
+class HeldOutErrors(Config):
+    """Errors of a linear, as in `ModuleReport`, on tokens that nothing was solved on. tokens: how many. of_layer: of an expert
+    that sees hardly any, that the router sent them elsewhere. quantized, compensated: None when the layer makes zeros of them.
+    """
+
+    tokens: int
+    of_layer: bool = False
+    quantized: float | None
+    compensated: float | None
+
+
 class ModuleReport(Config):
     """What one linear layer cost and won.
 
-    error_quantized, error_compensated: squared error of the output over the calibration tokens, quantized inputs included,
-    relative to the original output, before and after the low-rank branch; None when no token reached the layer. Bits are of
-    storage, in sum over the layer.
+    error_quantized, error_compensated: squared error of the output over the tokens that the layer was solved on, quantized
+    inputs included, relative to the original output, before and after the low-rank branch; None when no token reached the
+    layer. held_out: the same on other tokens; None where there were none. Bits are of storage, in sum over the layer.
     """
 
     name: str
@@ -74,5 +89,16 @@ class ModuleReport(Config):
     residual_bits: int = 0
     error_quantized: float | None
     error_compensated: float | None
+    held_out: HeldOutErrors | None = None
     fallbacks: tuple[FallbackReport, ...] = ()
     seconds: float
+
+    @property
+    def error_before(self) -> float | None:
+        """Without the branch: on held-out tokens where there were any, and otherwise on those that were solved on."""
+        return self.error_quantized if self.held_out is None else self.held_out.quantized
+
+    @property
+    def error_after(self) -> float | None:
+        """Likewise with it."""
+        return self.error_compensated if self.held_out is None else self.held_out.compensated

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
+from counterweight.workers.dtypes import ComputeDtype
 from counterweight.workers.tasks.patience import patience
-from counterweight.workers.tasks.setting import ComputeDtype, Device
+from counterweight.workers.tasks.setting import Device
 from counterweight.workers.tasks.task import Task
 
 if TYPE_CHECKING:

@@ -55,20 +55,26 @@ def _starved(groups: Sequence[Starved]) -> list[Markup]:
         return [tag("p", "No module saw fewer tokens than it has input columns.")]
     modules = sum(len(group.modules) for group in groups)
     none = sum(len(group.modules) for group in groups if group.tokens == 0)
-    text = (
-        f"{count(modules, 'module')} saw fewer tokens than input columns, {none:,} of them none: their statistics are "
-        "singular, and what calibration did not see was not optimized."
-    )
+    fed = sum(len(group.modules) for group in groups if group.fed)
+    text = f"{count(modules, 'module')} saw too few tokens, {none:,} of them none."
+    if fed:
+        text += f" {fed:,} were solved on tokens of their layer beside their own."
+    if modules > fed:
+        text += (
+            f" The statistics of {modules - fed:,} are singular, with fewer tokens than input columns: what calibration did "
+            "not see was not optimized."
+        )
     rows = [
         (
             code(group.parent),
             ", ".join(group.modules),
             f"{group.tokens:,}",
             ", ".join(f"{columns:,}" for columns in group.columns),
+            "the layer's too" if group.fed else "these alone",
         )
         for group in groups
     ]
-    head = ["under", "modules", "tokens", "input columns"]
+    head = ["under", "modules", "tokens", "input columns", "solved on"]
     return [tag("h3", "Too few tokens"), tag("p", text, class_="warning"), *_capped(head, rows)]
 
 

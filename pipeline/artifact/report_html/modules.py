@@ -9,7 +9,7 @@ from statistics import mean, median
 
 from counterweight.pipeline.artifact.report_html.text import count
 from counterweight.workers.models.families import families
-from counterweight.workers.tasks.records import ModuleReport
+from counterweight.workers.tasks.records import STARVED, ModuleReport
 
 KINDS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 """The order of a block's linears on the page; kinds that are not listed follow as they come."""
@@ -92,10 +92,10 @@ def panels(modules: Iterable[ModuleReport]) -> list[Panel]:
     for module in modules:
         place = place_of(module.name)
         blocks = kinds.setdefault(place.kind, {})
-        if module.error_quantized is None or module.error_compensated is None:
+        if module.error_before is None or module.error_after is None:
             unmeasured[place.kind] = unmeasured.get(place.kind, 0) + 1
         else:
-            measured = (module.name, module.error_quantized, module.error_compensated)
+            measured = (module.name, module.error_before, module.error_after)
             blocks.setdefault(place.block, []).append(measured)
     return [
         Panel(
@@ -113,6 +113,13 @@ def panels(modules: Iterable[ModuleReport]) -> list[Panel]:
         )
         for kind in sorted(kinds, key=_rank)
     ]
+
+
+def measured_on(module: ModuleReport) -> str:
+    """The tokens that a module's errors are of."""
+    if module.held_out is None:
+        return "in-sample"
+    return f"{module.held_out.tokens:,} held out" + (", its layer's" if module.held_out.of_layer else "")
 
 
 def _rank(kind: str) -> tuple[bool, int]:
@@ -166,24 +173,27 @@ def expert_tokens(modules: Iterable[ModuleReport]) -> ExpertTokens | None:
 
 @dataclass(frozen=True, slots=True)
 class Starved:
-    """Modules under one parent that saw fewer tokens than they have input columns."""
+    """Modules under one parent that saw too few tokens. fed: they were solved on tokens of their layer beside their own."""
 
     parent: str
     modules: tuple[str, ...]
     tokens: int
     columns: tuple[int, ...]
+    fed: bool
 
 
 def starved(modules: Iterable[ModuleReport]) -> list[Starved]:
-    """Fewest tokens first. Below one token per column the Gram matrix is singular: some directions were never seen."""
-    found: dict[tuple[str, int], list[tuple[str, int]]] = {}
+    """Fewest tokens first: experts below their floor, and whatever saw less than one token per column, so that its Gram matrix
+    is singular and some directions were never seen."""
+    found: dict[tuple[str, int, bool], list[tuple[str, int]]] = {}
     for module in modules:
-        if module.tokens < module.columns:
+        fed = any(fallback.step == STARVED for fallback in module.fallbacks)
+        if fed or module.tokens < module.columns:
             parent, _, part = module.name.rpartition(".")
-            found.setdefault((parent, module.tokens), []).append((part, module.columns))
+            found.setdefault((parent, module.tokens, fed), []).append((part, module.columns))
     groups = [
-        Starved(parent, tuple(part for part, _ in parts), tokens, tuple(sorted({columns for _, columns in parts})))
-        for (parent, tokens), parts in found.items()
+        Starved(parent, tuple(part for part, _ in parts), tokens, tuple(sorted({columns for _, columns in parts})), fed)
+        for (parent, tokens, fed), parts in found.items()
     ]
     return sorted(groups, key=lambda group: group.tokens)
 

@@ -8,7 +8,7 @@ from counterweight.pipeline.artifact.report import Quality, Report, TokensReport
 from counterweight.pipeline.artifact.report_html import cost, quality
 from counterweight.pipeline.artifact.report_html.coverage import coverage_section, fallback_section
 from counterweight.pipeline.artifact.report_html.markup import Markup, tag
-from counterweight.pipeline.artifact.report_html.modules import middle
+from counterweight.pipeline.artifact.report_html.modules import measured_on, middle
 from counterweight.pipeline.artifact.report_html.style import STYLE
 from counterweight.pipeline.artifact.report_html.tables import code, facts, fold, section, table
 from counterweight.pipeline.artifact.report_html.text import NONE, count, percent, recipe_line
@@ -81,10 +81,10 @@ def _tiles(report: Report) -> list[Markup]:
         tiles.append(_tile("gap closed", percent(closed), "of the perplexity that quantization cost"))
     bits = report.bits_per_weight
     tiles.append(_tile("bits per weight", f"{bits.total:.3f}", f"all in; {bits.model:.3f} over the whole model"))
-    before = middle([m.error_quantized for m in report.modules if m.error_quantized is not None])
-    after = middle([m.error_compensated for m in report.modules if m.error_compensated is not None])
+    before = middle([m.error_before for m in report.modules if m.error_before is not None])
+    after = middle([m.error_after for m in report.modules if m.error_after is not None])
     if len(tiles) < 4 and before is not None and after is not None:
-        note = "median relative output error"
+        note = "median relative output error" + ("" if report.calibration.held_out else ", in-sample")
         if quality.has_branches(report):
             note += f", {before:.2e} without compensation"
         tiles.append(_tile("output error", f"{after:.2e}", note))
@@ -136,6 +136,8 @@ def _tokens(tokens: TokensReport) -> Markup:
     source = [(str(name), code(_value(value))) for name, value in sorted(tokens.source.items()) if value is not None]
     total = tokens.sequences * tokens.sequence_length
     windows = f"{count(tokens.sequences, 'window')} of {count(tokens.sequence_length, 'token')}: {total:,} in all"
+    if tokens.held_out:
+        windows += f"; {count(tokens.held_out, 'further window')} held out"
     return facts([*source, ("windows", windows), ("digest", code(tokens.digest))])
 
 
@@ -170,6 +172,7 @@ def _module_table(modules: tuple[ModuleReport, ...]) -> Markup:
         "bits per weight",
         "error before",
         "after",
+        "measured on",
         "seconds",
     ]
     rows = [
@@ -181,8 +184,9 @@ def _module_table(modules: tuple[ModuleReport, ...]) -> Markup:
             str(m.rank),
             str(m.tokens),
             f"{(m.code_bits + m.scale_bits + m.factor_bits + m.residual_bits) / max(m.rows * m.columns, 1):.4f}",
-            _error(m.error_quantized),
-            _error(m.error_compensated),
+            _error(m.error_before),
+            _error(m.error_after),
+            measured_on(m),
             f"{m.seconds:.2f}",
         )
         for m in modules

@@ -73,8 +73,20 @@ def result_section(report: Report) -> Markup:
             ),
             class_="pair",
         ),
+        *_routers(report),
         tag("p", _measured(report), class_="soft"),
     )
+
+
+def _routers(report: Report) -> list[Markup]:
+    """How often routers choose as the original's do, block by block."""
+    shown = list(labelled(report.routers).items())[1:]  # the original agrees with itself
+    shown = shown if has_compensation(report) else shown[:1]
+    if not shown:
+        return []
+    rows = [(f"block {block}", *(_share(found[block]) for _, found in shown)) for block in shown[0][1]]
+    about = "Share of tokens whose router chooses the same experts as the original's, which sees the original's activations."
+    return [tag("h3", "Routers"), tag("p", about), table(["", *(label for label, _ in shown)], rows)]
 
 
 def _shown(metric: Metric, value: float | None) -> str:
@@ -118,8 +130,8 @@ def _measured(report: Report) -> str:
             f"{count(report.validation.sequences, 'window')} of {count(report.validation.sequence_length, 'token')}"
         )
     text = (
-        f"Measured side by side on {windows}, in float32. The quantized column was measured without compensation, "
-        "not estimated. KL and agreement compare next-token distributions with the original's."
+        f"Measured side by side on {windows}, in {report.validation_dtype}. The quantized column was measured without "
+        "compensation, not estimated. KL and agreement compare next-token distributions with the original's."
     )
     if report.compensated_prefill is None:
         return text
@@ -141,7 +153,8 @@ def error_section(report: Report) -> Markup:
             title, tag("p", "No error was measured: no calibration token reached any module.", class_="warning")
         )
     compensated = has_branches(report)
-    notes = [f"Relative output error {ERROR}; lower is better. All plots share one logarithmic axis."]
+    notes = [f"Relative output error {ERROR}; lower is better. {_tokens_of_errors(report)}"]
+    notes.append("All plots share one logarithmic axis.")
     if any(panel.several for panel in found):
         notes.append(
             "Where a block has several modules of a kind (experts), a bar runs from the smallest to the largest error "
@@ -164,6 +177,18 @@ def error_section(report: Report) -> Markup:
         tag("h3", "By kind"),
         _kinds(found, compensated),
     )
+
+
+def _tokens_of_errors(report: Report) -> str:
+    """What errors are measured on: those of the tokens that a layer was solved on are too good to be true."""
+    inside = sum(module.held_out is None for module in report.modules)
+    if inside == len(report.modules):
+        return "In-sample: measured on the tokens that layers were solved on, so that others have larger ones."
+    text = f"Measured on {count(report.calibration.held_out, 'window')} that nothing was solved on."
+    layers = sum(module.held_out is not None and module.held_out.of_layer for module in report.modules)
+    if layers:
+        text += f" Of experts that see hardly any of their tokens on those of their layer: {count(layers, 'module')}."
+    return text + (f" In-sample, of {count(inside, 'module')}: no such token reached them." if inside else "")
 
 
 def _error_legend(found: tuple[Panel, ...], compensated: bool) -> Markup:

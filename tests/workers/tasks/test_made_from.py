@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from counterweight.workers import keys
+from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.methods.quantizers import GPTQ
 from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.recipe import ModuleRecipe, Recipe
@@ -68,6 +69,11 @@ CHANGES: dict[str, tuple[Callable[[], BlockSpec], str]] = {
     "calibration.propagate": (
         changed(propagate="compressed"),
         "calibration.propagate: original before, compressed now",
+    ),
+    "calibration.experts": (changed(experts=ExpertCalibration()), "calibration.experts: not the same"),
+    "calibration.held_out": (
+        changed(held_out_from=1),
+        "calibration.held_out: none before, shards from 1 now",
     ),
     "recipe.weights": (
         changed(recipe=recipe(weights={"bits": 3, "quantizer": {"kind": "rtn"}})),
