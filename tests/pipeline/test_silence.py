@@ -226,7 +226,7 @@ def test_tasks_of_a_job_know_their_sizes(overrides: Sequence[str], tmp_path: Pat
     pool = LocalPool()
     run_local(job_of(write_job(tmp_path, layers=1), *overrides), pool)
     tasks = [task for _, task in pool.calls]
-    assert {task.kind for task in tasks} == {
+    assert {task.kind for task in tasks} >= {
         "inspect",
         "embed",
         "forward",
