@@ -78,7 +78,7 @@ class Nodes:
 @contextmanager
 def nodes(network: Network | None = None) -> Iterator[Nodes]:
     """None yet; those that are started are stopped at the end. The environment must say RAY_AUTH_MODE=disabled."""
-    folder = Path(tempfile.mkdtemp(prefix="cw-", dir="/tmp"))  # of sockets, whose paths must be short
+    folder = Path(tempfile.mkdtemp(prefix="cw-"))  # of sockets, whose paths must be short
     made = Nodes(folder, network)
     try:
         yield made

@@ -13,7 +13,7 @@ from counterweight.pipeline.reaper import descendants
 from counterweight.workers.storage import open_store
 from counterweight.workers.storage.probe import PROBES
 from tests.faults.site import NOTHING, SAME, Drill, Site
-from tests.faults.strikes import STRIKES, Strike, moments, reached
+from tests.faults.strikes import LAST, STRIKES, Strike, moments, reached
 from tests.faults.variants import VARIANTS
 from tests.pipeline.tiny import Run, alive, run_local, until
 
@@ -35,8 +35,9 @@ class ProcessDrills:
             below: list[int] = []
             expected: tuple[int, ...] = ()
             try:
-                if reached(run, draw.choice(moments(variant))):
-                    time.sleep(draw.choice((0.0, draw.uniform(0, 1))))
+                moment, pause = draw.choice(moments(variant)), draw.choice((0.0, draw.uniform(0, 1)))
+                if reached(run, moment):
+                    time.sleep(0.0 if moment == LAST else pause)
                     below = [pid for pid, _ in descendants(run.process.pid)]
                     expected = strike(run, draw, lambda: run_local(job))
                 code, out, err = run.finish()
