@@ -15,14 +15,10 @@ from tests.faults.variants import TRAINED
 from tests.patience import PATIENCE
 from tests.pipeline.tiny import Run, actor_pids
 
-_MOMENTS = (
-    "stage inventory",
-    "block 0 started",
-    "block 1 started",
-    "stage assemble",
-    "stage validate",
-    "stage publish",
-)
+LAST = "stage publish"
+"""The moment behind which a job is over at once."""
+
+_MOMENTS = ("stage inventory", "block 0 started", "block 1 started", "stage assemble", "stage validate", LAST)
 
 Beside = Callable[[], object]
 """Runs the same job to its end, in this process."""
