@@ -8,8 +8,7 @@ import os
 import secrets
 import socket
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
 
@@ -32,8 +31,8 @@ CONNECT_SECONDS = 5.0
 HEAD_SECONDS = 5.0
 """How long the cluster's head may refuse connections. Ray itself ends the process after a minute."""
 
-ATTEMPTS = 2
-"""Starts of an embedded Ray: on a loaded machine its own deadlines pass."""
+ATTEMPTS = 4
+"""Starts of an embedded Ray: on a loaded machine its own deadlines pass, of which one is thirty seconds whatever it is told."""
 
 ENVIRONMENT = {
     # Ray reads these from the environment only: no usage report, and no merging of our log lines.
@@ -159,25 +158,29 @@ def unreachable(host: str, port: int) -> str:
 
 
 class Head:
-    """Watches the cluster's head: Ray would end this process without a word of ours when it is gone."""
+    """Watches the cluster's head: Ray would end this process without a word of ours when it is gone. clock: seconds."""
 
-    def __init__(self, ray: object) -> None:
+    def __init__(self, ray: object, clock: Callable[[], float]) -> None:
         from ray.util import client
 
         address = "" if client.ray.is_connected() else str(ray.get_runtime_context().gcs_address)  # type: ignore[attr-defined]
         self._host, _, self._port = address.rpartition(":")
-        self._seen = self._looked = time.monotonic()
+        self._clock, self._looked = clock, clock()
+        self._missed: float | None = None
+        """When nobody listened there for the first time since somebody did."""
 
     def check(self) -> None:
-        """WorkerError when nobody has listened at its address for `HEAD_SECONDS`."""
-        now = time.monotonic()
+        """WorkerError when nobody has listened at its address for `HEAD_SECONDS`, in two looks at least."""
+        now = self._clock()
         if not self._host or now - self._looked < 1.0:
             return
         self._looked = now
         problem = unreachable(self._host, int(self._port))
         if not problem:
-            self._seen = now
-        elif now - self._seen > HEAD_SECONDS:
+            self._missed = None
+        elif self._missed is None:
+            self._missed = now
+        elif now - self._missed > HEAD_SECONDS:
             raise WorkerError(f"Ray's head at {self._host}:{self._port} is gone: {problem}")
 
 

@@ -20,6 +20,8 @@ from tests.pipeline.tiny import until
 HEAD = 0
 """The node that is started first, and does no work."""
 
+STARTS = 3
+
 
 class Nodes:
     """Nodes 0, 1, ..., each on a host of `network`; without one all on addresses of the loopback interface."""
@@ -27,10 +29,21 @@ class Nodes:
     def __init__(self, folder: Path, network: Network | None) -> None:
         self._folder, self._network = folder, network
         self._groups = dict[int, subprocess.Popen[bytes]]()
-        self.head = f"{self._address(HEAD)}:{_free_port()}"
+        self.head = ""
 
     def start(self, number: int, cpus: int = 1) -> None:
-        """The first has to be `HEAD`."""
+        """The first has to be `HEAD`. A node that does not come up is started again: its ports were free when they were chosen,
+        and may be somebody else's by now."""
+        for _ in range(STARTS):
+            if number == HEAD:
+                self.head = f"{self._address(HEAD)}:{_free_port()}"
+            process = self._started(number, cpus)
+            until(lambda: "Ray runtime started" in self._log(number) or process.poll() is not None)  # noqa: B023
+            if process.poll() is None:
+                return
+        raise AssertionError(f"node {number} did not start {STARTS} times: {self._log(number)}")
+
+    def _started(self, number: int, cpus: int) -> subprocess.Popen[bytes]:
         port = self.head.rpartition(":")[2]
         role = (
             ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={self._folder}"]
@@ -45,10 +58,9 @@ class Nodes:
         ]
         log = (self._folder / f"node-{number}.log").open("wb")
         environment = {**os.environ, **ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
-        self._groups[number] = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
-        until(lambda: "Ray runtime started" in self._log(number))
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        self._groups[number] = process
+        return process
 
     def kill(self, number: int) -> None:
         """With everything that runs on it."""

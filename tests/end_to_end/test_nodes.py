@@ -11,6 +11,7 @@ import pytest
 import counterweight
 from tests.nodes import HEAD, Nodes, nodes, two_workers
 from tests.patience import PATIENCE
+from tests.pipeline.held_block import HeldBlock, shards_of
 from tests.pipeline.tiny import Run, files_of, job_of, lengthened, local_path, run_local, write_job
 
 pytestmark = pytest.mark.end_to_end
@@ -26,17 +27,21 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
 def test_a_node_that_is_lost_for_good_costs_its_share_and_nothing_else(cluster: Nodes, tmp_path: Path) -> None:
     manifest = lengthened(write_job(tmp_path, layers=4))
     expected = files_of(local_path(run_local(job_of(manifest, f"spec.output.uri={tmp_path / 'expected'}")).uri))
+    held = [HeldBlock(tmp_path / "out", shard) for shard in shards_of(tmp_path / "expected")[:2]]
     for number in (HEAD, 1, 2):
         cluster.start(number)
     run = Run(manifest, "--address", cluster.head, *two_workers())
     try:
-        run.wait_for("block 0 started", seconds=2 * PATIENCE)
+        run.wait_until(lambda: all(block.reached() for block in held), seconds=2 * PATIENCE)  # on each node a worker
         cluster.kill(2)
+        for block in held:
+            block.release()
         code, out, err = run.finish(seconds=2 * PATIENCE)
     finally:
         if run.process.poll() is None:
             run.kill()
     assert code == 0, err
+    assert ": try 1 of 3 failed: worker " in err
     assert files_of(local_path(out.strip())) == expected
 
 

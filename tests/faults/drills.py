@@ -23,11 +23,11 @@ from counterweight.workers.errors import CounterweightError
 from counterweight.workers.storage.s3_client import S3Settings
 from counterweight.workers.tasks.task import Task
 from tests.disks import can_mount, small_disk
-from tests.faultproxy import Fault, FaultProxy
+from tests.faultproxy import Fault, FaultProxy, reserved_port
 from tests.faults.site import NOTHING, SAME, Drill, Site
 from tests.faults.variants import VARIANTS
 from tests.patience import PATIENCE
-from tests.pipeline.tiny import Death, LocalPool, run_local, until
+from tests.pipeline.tiny import Death, LocalPool, run_local
 from tests.servers import kill_ceph, start_ceph
 
 STAYS = 100_000
@@ -123,17 +123,15 @@ class Drills:
         variant = draw.choice(list(VARIANTS))
         plain = self._site.undisturbed(variant)
         wait_for, seconds = draw.randrange(len(plain.requests)), draw.uniform(0.5, 4)
-        ports: list[int] = []
-        ended, back, over = threading.Event(), threading.Event(), threading.Event()
+        listening, ended, back, over = (threading.Event() for _ in range(4))
 
-        def absence() -> None:
-            proxy = FaultProxy(self._site.server.endpoint)
-            with proxy:
-                ports.append(int(proxy.endpoint.rpartition(":")[2]))
+        def absence(port: int) -> None:
+            with FaultProxy(self._site.server.endpoint, port) as proxy:
+                listening.set()
                 while len(proxy.requests) < wait_for and not ended.wait(0.01):
                     pass
             time.sleep(seconds)
-            with FaultProxy(self._site.server.endpoint, ports[0]):
+            with FaultProxy(self._site.server.endpoint, port):
                 back.set()
                 over.wait(PATIENCE)
 
@@ -141,16 +139,17 @@ class Drills:
             ended.set()
             back.wait(PATIENCE)
 
-        thread = threading.Thread(target=absence)
-        thread.start()
-        try:
-            until(lambda: bool(ports))
-            with self._site.led_to(f"http://127.0.0.1:{ports[0]}") as output:
-                return self._ends(variant, output, LocalPool(draw.choice((1, 2))), healed=healed)
-        finally:
-            ended.set()
-            over.set()
-            thread.join()
+        with reserved_port() as port:
+            thread = threading.Thread(target=absence, args=(port,))
+            thread.start()
+            try:
+                assert listening.wait(PATIENCE)
+                with self._site.led_to(f"http://127.0.0.1:{port}") as output:
+                    return self._ends(variant, output, LocalPool(draw.choice((1, 2))), healed=healed)
+            finally:
+                ended.set()
+                over.set()
+                thread.join()
 
     def _restarted(self, draw: Random) -> str:
         """The storage is killed, as a power cut would, and started again at once."""

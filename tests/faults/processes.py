@@ -49,7 +49,7 @@ class ProcessDrills:
             errors = [line for line in err.splitlines() if line.startswith("error: ")]
             assert len(errors) == (code == 4), err
             assert (len(out.splitlines()) == 1) == (code == 0), out
-            until(lambda: not any(map(alive, below)), seconds=60)
+            until(lambda: not any(map(alive, below)))
             published = run_local(job)  # from what is there
             if code >= 0:
                 assert not [info for info in open_store(output).list(f"{PROBES}/") if info.key.endswith("/seen")]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 
-from tests.fuzz.costs import metered
+from tests.fuzz.costs import MAX_BYTES, MAX_CPU, metered
 from tests.fuzz.targets import Fuzz
+from tests.patience import cpu_seconds
 
 SEEDS = {"tokenizer": 25, "dataset": 12, "artifact": 25, "stream": 60, "text": 200, "manifest": 150}
 """How many of a target's; of the others `USUAL`."""
@@ -28,12 +30,17 @@ def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Fuzz:
     return made
 
 
+def _attack(fuzz: Fuzz, name: str, seed: int) -> None:
+    fuzz.targets[name](random.Random(seed))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_hostile_inputs_are_refused_or_right(fuzz: Fuzz, name: str) -> None:
     for seed in range(SEEDS.get(name, USUAL)):
+        attack = partial(_attack, fuzz, name, seed)
         with metered() as cost:
-            fuzz.targets[name](random.Random(seed))
-        cost.check()
+            assert cpu_seconds(attack, below=MAX_CPU) < MAX_CPU, seed
+        assert cost.bytes < MAX_BYTES, seed
 
 
 @pytest.mark.parametrize(("name", "seed"), REGRESSIONS)
