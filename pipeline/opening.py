@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.event_store import EventStore
@@ -21,15 +21,23 @@ from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.storage import ObjectStore
 from counterweight.workers.tasks.describe import Describe
 from counterweight.workers.tasks.sample import Sample
+from counterweight.workers.tasks.setting import Device
 
 
 def open_job(
-    job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool, ready: Ready | None = None
+    job: CompressionJob,
+    pool: WorkerPool,
+    log: EventLog,
+    *,
+    here: bool,
+    ready: Ready | None = None,
+    device: Callable[[], Device] = lambda: "cpu",
 ) -> tuple[ModelSource, Tokens]:
     """The model, checked against its architecture and the recipe, and the tokens; the output, checked for what we need of it.
 
     What the architecture is a worker says: it needs transformers anyway, this process would load it for that alone.
     here: the workers run on this machine, so they must fit into it. ready: what `look` found, where the job has been looked at.
+    device: says what workers compute on, when one of them has answered.
     Raises RequestError and its kinds, SurroundingsError.
     """
     ready = ready or look(job)
@@ -52,7 +60,7 @@ def open_job(
         raise RequestError("spec.resources: " + "; ".join(plan.problems))
     _note_positions(job, source, log)
     sampled = isinstance(job.spec.calibration.source, ModelSamples)
-    drawn = _sampled(job, source, dispatcher) if sampled else None
+    drawn = _sampled(job, source, dispatcher, device()) if sampled else None
     tokens = read_tokens(job, None, drawn, ready.texts)
     return source, tokens.within(source.layout.vocabulary)
 
@@ -79,7 +87,7 @@ def _sweep(store: ObjectStore, log: EventLog) -> None:
         log.note(f"removed {swept} unfinished writes older than {STALE.days} days")
 
 
-def _sampled(job: CompressionJob, source: ModelSource, dispatcher: Dispatcher) -> TokenSet:
+def _sampled(job: CompressionJob, source: ModelSource, dispatcher: Dispatcher, device: Device) -> TokenSet:
     """What the model writes by itself, drawn by one worker."""
     calibration = job.spec.calibration
     assert isinstance(calibration.source, ModelSamples)
@@ -90,6 +98,8 @@ def _sampled(job: CompressionJob, source: ModelSource, dispatcher: Dispatcher) -
         length=calibration.sequence_length,
         temperature=calibration.source.temperature,
         seed=calibration.seed,
+        parameters=source.parameters,
+        device=device,
     )
     (rows,) = dispatcher.run_all([task])
     return TokenSet.of(rows)

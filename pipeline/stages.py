@@ -14,6 +14,7 @@ from counterweight.pipeline.artifact import Artifact, FileEntry
 from counterweight.pipeline.artifact.assemble import Parts
 from counterweight.pipeline.artifact.report import TaskReport
 from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks, stretches
+from counterweight.pipeline.carrying import carrying
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.events import BlockDone, EventLog, FellBack, Planned, StageEntered, WindowsDone
 from counterweight.pipeline.graph import Node
@@ -26,6 +27,7 @@ from counterweight.pipeline.tokens import Tokens
 from counterweight.pipeline.validate import Reference, Windows, add_originals, validate
 from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.errors import RequestError
+from counterweight.workers.matrix_bytes import SINGLE
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.embed import Embed
 from counterweight.workers.tasks.original import Original
@@ -85,11 +87,15 @@ def add_embedding(job: Job, tokens: Tokens) -> Node[HiddenRecord]:
     """The node that makes what enters block 0: of the calibration tokens, then of those that are held out."""
     embedding = job.source.layout.names.embedding
     ids = [tokens.calibration.ids, *([] if tokens.unseen is None else [tokens.unseen.ids])]
+    read = TokenSet(torch.cat(ids))
+    cost = carrying(job.source, [embedding], rotated=job.setting.rotation is not None)
     task = Embed(
         setting=job.setting,
-        tokens=stored_tokens(job, TokenSet(torch.cat(ids))),
+        tokens=stored_tokens(job, read),
         tensor=(embedding, job.digests[embedding]),
         held_out=0 if tokens.unseen is None else tokens.unseen.sequences,
+        bytes=cost.bytes + SINGLE * read.sequences * read.length * job.source.layout.hidden_size,
+        flops=cost.flops,
     )
     return job.dispatcher.graph.add(lambda: task)
 
@@ -158,7 +164,14 @@ def add_outside(job: Job) -> Outside:
         last.append(names.embedding)  # rotated with the norm fused into it, it is the embedding no longer
 
     def carried(tensors: Sequence[str], reason: str = "") -> Node[PassThroughRecord]:
-        task = PassThrough(setting=job.setting, tensors={name: digests[name] for name in tensors}, reason=reason)
+        cost = carrying(job.source, tensors, rotated=job.setting.rotation is not None)
+        task = PassThrough(
+            setting=job.setting,
+            tensors={name: digests[name] for name in tensors},
+            reason=reason,
+            bytes=cost.bytes,
+            flops=cost.flops,
+        )
         return job.dispatcher.graph.add(lambda: task)
 
     entries = tuple(

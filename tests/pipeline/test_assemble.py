@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from counterweight.pipeline.artifact import DOCUMENT, LATEST, read_document, resolve, verify
+from counterweight.pipeline.artifact import DOCUMENT, LATEST, Artifact, read_document, resolve, verify
 from counterweight.pipeline.artifact.assemble import Parts
+from counterweight.pipeline.artifact.publish import publish
+from counterweight.pipeline.artifact.report import Report
 from counterweight.workers.checkpoint.digest import tensor_digest
 from counterweight.workers.errors import GateError, IntegrityError
 from counterweight.workers.ledger import Ledger
@@ -260,6 +262,20 @@ def test_a_run_that_finds_an_older_artifact_does_not_turn_the_pointer_back(manif
     pointer.write_text(json.dumps(later))
     assert run_local(older).existing
     assert resolve((tmp_path / "tiny").as_uri())[1].id == newer.document.id
+
+
+def test_a_driver_that_comes_long_after_another_has_published_does_not_turn_it_back_either(
+    manifest: Path, tmp_path: Path
+) -> None:
+    """As one does that was frozen before it published."""
+    older = run_local(job_of(manifest, f"spec.output.uri={tmp_path}", "spec.validation="))
+    newer = run_local(job_of(manifest, f"spec.output.uri={tmp_path}", "spec.validation=", "spec.calibration.seed=1"))
+    root = local_path(older.uri)
+    report = Report.model_validate_json((root / "report" / "report.json").read_bytes())
+    files = {path: entry for path, entry in older.document.files.items() if not path.startswith("report/")}
+    artifact = Artifact(open_store(tmp_path.as_uri()), "tiny", older.document.id)
+    assert publish(artifact, report, files, ledger_of(root)).document == older.document
+    assert resolve((tmp_path / "tiny").as_uri())[1] == newer.document
 
 
 def test_two_writers_never_mix_their_reports(manifest: Path, tmp_path: Path) -> None:

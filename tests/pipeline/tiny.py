@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from enum import Enum
@@ -71,6 +71,17 @@ def write_job(root: Path, *, case: str | Case = "llama", layers: int = 3, manife
     path = root / "job.yaml"
     path.write_text(manifest)
     return path
+
+
+def lengthened(manifest: Path) -> Path:
+    """The same, with a text of forty times the length: blocks take long enough to be met half done, over several shards of
+    hidden states each."""
+    text = manifest.parent / "calibration.txt"
+    text.write_text(" ".join([text.read_text()] * 40))
+    manifest.write_text(
+        manifest.read_text().replace("sequences: 12, sequence_length: 32", "sequences: 512, sequence_length: 32")
+    )
+    return manifest
 
 
 def job_of(path: Path, *overrides: str) -> CompressionJob:
@@ -273,8 +284,9 @@ def _notice_interrupts() -> None:
 class Run:
     """`counterweight run` as a process of its own, in a session of its own, watched through its stderr."""
 
-    def __init__(self, manifest: Path, *arguments: str) -> None:
-        command = [sys.executable, "-m", "counterweight.pipeline.cli", "run", str(manifest), *arguments]
+    def __init__(self, manifest: Path, *arguments: str, within: Sequence[str] = ()) -> None:
+        """within: what the command begins with, that another one runs it in a place of its own."""
+        command = [*within, sys.executable, "-m", "counterweight.pipeline.cli", "run", str(manifest), *arguments]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self.process = subprocess.Popen(
             command,
