@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.event_store import EventStore
 from counterweight.pipeline.events import EventLog, JobStarted
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource, open_model
-from counterweight.pipeline.plan import make_plan
+from counterweight.pipeline.plan import Plan, make_plan
 from counterweight.pipeline.policies import STALE, RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
 from counterweight.pipeline.preflight import Ready, look
@@ -24,10 +25,17 @@ from counterweight.workers.tasks.describe import Describe
 from counterweight.workers.tasks.sample import Sample
 
 
-def open_job(
-    job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool, ready: Ready | None = None
-) -> tuple[ModelSource, Tokens]:
-    """The model, checked against its architecture and the recipe, and the tokens; the output, checked for what we need of it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """What a job runs on: its model, its tokens, and the plan, which is made once."""
+
+    source: ModelSource
+    tokens: Tokens
+    plan: Plan
+
+
+def open_job(job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool, ready: Ready | None = None) -> Opened:
+    """The model, checked against its architecture and the recipe, tokens and plan; the output, checked for what we need of it.
 
     What the architecture is a worker says: it needs transformers anyway, this process would load it for that alone.
     here: the workers run on this machine, so they must fit into it. ready: what `look` found, where the job has been looked at.
@@ -55,7 +63,7 @@ def open_job(
     sampled = isinstance(job.spec.calibration.source, ModelSamples)
     drawn = _sampled(job, source, dispatcher) if sampled else None
     tokens = read_tokens(job, None, drawn, ready.texts)
-    return source, tokens.within(source.layout.vocabulary)
+    return Opened(source=source, tokens=tokens.within(source.layout.vocabulary), plan=plan)
 
 
 def _note_positions(job: CompressionJob, source: ModelSource, log: EventLog) -> None:

@@ -159,7 +159,7 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     on_gpu = job.spec.resources.gpus_per_worker > 0
     passes = f" in {len(largest.passes)} passes over the tokens" if len(largest.passes) > 1 else ""
     most, where = largest.peak_bytes + held, f"block {largest.index}{passes}, {largest.peak_phase}"
-    training = _distillation_plan(job, source)
+    training = _distillation_plan(job, source, [block.load for block in costed])
     if training is not None and training.peak_bytes > most:
         most, where = training.peak_bytes, "distillation"
     states_read, states_written = (
@@ -232,7 +232,7 @@ def _held_bytes(job: CompressionJob, blocks: Sequence[BlockPlan]) -> int:
     return min(HOLD_BYTES, sum(block.calibrated_bytes for block in sharing))
 
 
-def _distillation_plan(job: CompressionJob, source: ModelSource) -> DistillationPlan | None:
+def _distillation_plan(job: CompressionJob, source: ModelSource, loads: Sequence[Load]) -> DistillationPlan | None:
     stage = job.spec.distillation
     if stage is None:
         return None
@@ -241,10 +241,6 @@ def _distillation_plan(job: CompressionJob, source: ModelSource) -> Distillation
         held_out=sum(share.sequences for share in stage.held_out),
         length=job.spec.calibration.sequence_length,
     )
-    loads = [
-        load_of(job, source, index, block_recipe(source, index, job.spec.recipe))
-        for index in range(source.layout.blocks)
-    ]
     parameters = sum(trained_parameters(load, stage.training) for load in loads)
     read, written = state_traffic(parameters, stage.training)
     return DistillationPlan(

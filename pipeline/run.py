@@ -47,9 +47,9 @@ def run_job(
                 with importing():
                     from counterweight.pipeline.opening import open_job
                     from counterweight.pipeline.orchestrator import Orchestrator
-                source, tokens = open_job(job, pool, log, here=embedded(address), ready=ready)
+                opened = open_job(job, pool, log, here=embedded(address), ready=ready)
                 device = _device(pool.first().device, size.device, log)
-                return Orchestrator(job, source, tokens, pool, device, log, resume).run()
+                return Orchestrator(job, opened, pool, device, log, resume).run()
             finally:
                 pool.close()
 

@@ -113,8 +113,8 @@ def run_job(
     pool = InProcessPool(workers, threads, hold_bytes)
     try:
         with EventLog(progress or RecordedProgress()) as log:
-            source, tokens = open_job(job, pool, log, here=True)
-            return Orchestrator(job, source, tokens, pool, "cpu", log).run()
+            opened = open_job(job, pool, log, here=True)
+            return Orchestrator(job, opened, pool, "cpu", log).run()
     finally:
         pool.close()
 
