@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from counterweight.pipeline.dispatch import Dispatcher
@@ -34,11 +34,20 @@ class Opened:
     plan: Plan
 
 
-def open_job(job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool, ready: Ready | None = None) -> Opened:
+def open_job(
+    job: CompressionJob,
+    pool: WorkerPool,
+    log: EventLog,
+    *,
+    here: bool,
+    ready: Ready | None = None,
+    gpu_bytes: Callable[[], int] = lambda: 0,
+) -> Opened:
     """The model, checked against its architecture and the recipe, tokens and plan; the output, checked for what we need of it.
 
     What the architecture is a worker says: it needs transformers anyway, this process would load it for that alone.
     here: the workers run on this machine, so they must fit into it. ready: what `look` found, where the job has been looked at.
+    gpu_bytes: memory of a worker's GPU, asked when one has answered; 0: not known.
     Raises RequestError and its kinds, SurroundingsError.
     """
     ready = ready or look(job)
@@ -55,7 +64,7 @@ def open_job(job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool
     if source.checkpoint.asks_for_code:
         model_type = source.layout.model_type
         log.note(f"config.json: auto_map: code of the repository is never run; transformers' own runs {model_type}")
-    plan = make_plan(job, source)
+    plan = make_plan(job, source, gpu_bytes=gpu_bytes())
     # Of workers elsewhere nothing is known but what the manifest says.
     if plan.problems and (here or job.spec.resources.memory_per_worker is not None):
         raise RequestError("spec.resources: " + "; ".join(plan.problems))

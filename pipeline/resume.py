@@ -76,6 +76,7 @@ def outlines(
             experts=calibration.experts_among(block.recipe),
             tokens=tokens,
             passes=block.passes,
+            batch_bytes=block.batch_bytes,
             held_out_from=solved if unseen else None,
             flops=block.flops,
             bytes=block.source_bytes,

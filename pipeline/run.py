@@ -47,7 +47,9 @@ def run_job(
                 with importing():
                     from counterweight.pipeline.opening import open_job
                     from counterweight.pipeline.orchestrator import Orchestrator
-                opened = open_job(job, pool, log, here=embedded(address), ready=ready)
+                opened = open_job(
+                    job, pool, log, here=embedded(address), ready=ready, gpu_bytes=lambda: pool.first().gpu_bytes
+                )
                 device = _device(pool.first().device, size.device, log)
                 return Orchestrator(job, opened, pool, device, log, resume).run()
             finally:
