@@ -108,7 +108,12 @@ def statistics(own: Tensor, layer: Tensor, kept: Tensor, options: ExpertCalibrat
 
 @torch.no_grad()
 def errors(
-    experts: LinearExperts, seen: Routed, test: Routed, chosen: Sequence[int], own: int | None, options: Sequence[float]
+    experts: LinearExperts,
+    seen: Routed,
+    test: Routed,
+    chosen: Sequence[int],
+    own: int | None,
+    options: Sequence[Sequence[float]],
 ) -> dict[tuple[str, str], list[tuple[float, float]]]:
     """(linear, rule) -> errors of each chosen expert on its own test tokens and on all. own: of its tokens, all for None."""
     strengths, samples = options
@@ -117,7 +122,7 @@ def errors(
         mine = seen.of(expert)
         mine = mine if own is None else mine[:: max(1, len(mine) // own)][:own]
         for name in ("up_proj", "down_proj"):
-            weight = experts.get_submodule(f"{expert}.{name}").weight
+            weight = experts.get_parameter(f"{expert}.{name}.weight")
             entering = Entering(experts, expert, name)
             mine_in, layer, judged = (
                 entering(mine),
@@ -127,10 +132,13 @@ def errors(
             for rule, how in rules(strengths, samples):
                 sample = RowSample(1 if how is None else how.rows_of(seen.rows.shape[1]))
                 sample.add(seen.rows)
-                gathered = statistics(mine_in, layer, entering(sample.rows()), how)
+                kept = sample.rows()
+                assert kept is not None, "rows were added"
+                gathered = statistics(mine_in, layer, entering(kept), how)
                 if rule == BOUND:
                     gathered = InputStatistics.of(judged[1])
-                found.setdefault((name, rule), []).append(tuple(error(weight, gathered, x) for x in judged))
+                own_error, all_error = (error(weight, gathered, x) for x in judged)
+                found.setdefault((name, rule), []).append((own_error, all_error))
     return found
 
 

@@ -21,7 +21,7 @@ import torch
 from common import machine, record, table, versions
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from counterweight import load_model
 from counterweight.pipeline.artifact import open_artifact
@@ -41,7 +41,8 @@ def least_squares(weight: Tensor, x: Tensor, logits: Tensor) -> Tensor:
     missing = logits.double() - wide @ weight.double().T
     missing -= missing.mean(-1, keepdim=True)
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    return weight + torch.linalg.solve(damped, wide.T @ missing).T.to(weight.dtype)
+    solution: Tensor = torch.linalg.solve(damped, wide.T @ missing)
+    return weight + solution.T.to(weight.dtype)
 
 
 def divergence(weight: Tensor, x: Tensor, logits: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def watched(model: nn.Module, blocks: range) -> Iterator[dict[int, list[tuple[Te
 
     def look(block: int, module: nn.Module, given: tuple[Tensor, ...]) -> None:
         x = given[0].flatten(0, -2).float()
-        seen[block].append((x, x @ module.weight.float().T))
+        seen[block].append((x, x @ module.get_parameter("weight").float().T))
         if len(blocks) == 1:
             raise Enough
 
@@ -94,23 +95,23 @@ class Enough(Exception):
     """What was asked for has been seen."""
 
 
-def looked_at(model: nn.Module, ids: Tensor, blocks: range) -> dict[int, tuple[Tensor, Tensor]]:
+def looked_at(model: PreTrainedModel, ids: Tensor, blocks: range) -> dict[int, tuple[Tensor, Tensor]]:
     """Block -> inputs and logits of its router on these windows."""
     with torch.no_grad(), watched(model, blocks) as seen:
         for batch in ids.split(AT_A_TIME):
             with suppress(Enough):
-                model.model(batch)
+                model.base_model(batch)
     return {
         block: (torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])) for block, found in seen.items()
     }
 
 
 @torch.no_grad()
-def fit(model: nn.Module, ids: Tensor, wanted: Mapping[int, tuple[Tensor, Tensor]], how: Fit) -> None:
+def fit(model: PreTrainedModel, ids: Tensor, wanted: Mapping[int, tuple[Tensor, Tensor]], how: Fit) -> None:
     """Replaces the routers one after the other, because the one before decides what the next one reads."""
     for block, router in enumerate(routers(model)):
-        x = looked_at(model, ids, range(block, block + 1))[block][0]
-        router.weight.copy_(how(router.weight, x, wanted[block][1]))
+        x, weight = looked_at(model, ids, range(block, block + 1))[block][0], router.get_parameter("weight")
+        weight.copy_(how(weight, x, wanted[block][1]))
 
 
 @dataclass(frozen=True)
@@ -118,15 +119,16 @@ class Bench:
     """original: in float32. test: windows of tokens. wanted, reference: see `looked_at`, of the original on calibration and on
     test windows."""
 
-    original: nn.Module
+    original: PreTrainedModel
     test: Tensor
     wanted: Mapping[int, tuple[Tensor, Tensor]]
     reference: Mapping[int, tuple[Tensor, Tensor]]
 
     @torch.no_grad()
-    def judged(self, model: nn.Module) -> list[str]:
+    def judged(self, model: PreTrainedModel) -> list[str]:
         """Perplexity, KL from the original, mean agreement and that of each block."""
-        active, losses, divergences = self.original.config.num_experts_per_tok, [], []
+        active: int = self.original.config.num_experts_per_tok
+        losses, divergences = [], []
         every = routers(model)
         with watched(model, range(len(every))) as seen:
             for batch in self.test.split(AT_A_TIME):

@@ -28,8 +28,7 @@ from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.tasks.block import BlockRecord
 from counterweight.workers.tasks.distill import Distill, DistillRecord
 from counterweight.workers.tasks.epoch import Epoch, EpochRecord, epoch_key
-from counterweight.workers.tasks.original import Original
-from counterweight.workers.tasks.records import HiddenRecord
+from counterweight.workers.tasks.original import Original, OriginalRecord
 from counterweight.workers.tasks.replica import Replica, ReplicaRecord
 from counterweight.workers.tasks.setting import shard_sequences
 from counterweight.workers.tasks.task import committed
@@ -46,7 +45,7 @@ class Texts:
     texts: Tokens
     stage: DistillationStage
     tokens: Blob
-    originals: tuple[Node[HiddenRecord], ...]
+    originals: tuple[Node[OriginalRecord], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +180,7 @@ def _spec(job: Job, texts: Texts, blocks: Blocks, outside: Outside) -> TrainingS
         outside=(outside.first.value.checkpoint, outside.last.value.checkpoint),
         blocks=tuple(_stored(record) for record in blocks.records),
         tokens=texts.tokens,
-        targets=tuple(blob for node in texts.originals for blob in node.hidden_states),
+        targets=tuple(blob for node in texts.originals for blob in node.value.outputs),
         trained=texts.stage.trained,
         held_out=tuple(text.sequences for text in texts.texts.held_out),
     )

@@ -21,6 +21,7 @@ from counterweight.workers.ledger import LEDGER
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.evaluate import Evaluate
 from counterweight.workers.tasks.inspect import Inspect
+from counterweight.workers.tasks.original import Original
 from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Workspace
@@ -68,7 +69,7 @@ def evaluate_artifact(
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch).as_uri()
         blob = Workspace(open_store(place)).put_tensors({"input_ids": tokens.ids})
-        task = Evaluate(
+        original = Original(
             setting=Setting(
                 source=source.uri,
                 config=source.checkpoint.config,
@@ -77,14 +78,15 @@ def evaluate_artifact(
                 device="cuda" if device == "cuda" else "cpu",
             ),
             tensors=digests,
-            artifact=store.uri,
-            ledger=document.files[LEDGER].sha256,
             tokens=blob,
             start=0,
             stop=tokens.sequences,
+            dtype=report.validation_dtype,
         )
-        record = worker.run(task)
-    return {variant: quality(found) for variant, found in record.windows.items()}
+        found = worker.run(original)
+        ledger = document.files[LEDGER].sha256
+        record = worker.run(Evaluate(original=original, found=found, artifact=store.uri, ledger=ledger))
+    return {variant: quality(windows) for variant, windows in record.windows.items()}
 
 
 def _text(text: str | None, report: Report) -> TokenSource:

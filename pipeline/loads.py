@@ -11,9 +11,10 @@ from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.pool import threads_per_worker
 from counterweight.pipeline.resolve import linears_of
 from counterweight.workers.batches import BATCH_BYTES
+from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.footprint import Group, Load
 from counterweight.workers.recipe import ModuleRecipe
-from counterweight.workers.tasks.setting import ITEMSIZE, shard_sequences
+from counterweight.workers.tasks.setting import shard_sequences
 
 
 def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe]) -> Load:

@@ -43,6 +43,7 @@ from counterweight.pipeline.stages import (
     add_embedding,
     add_model,
     add_outside,
+    add_references,
     compress_blocks,
     gather_parts,
     measure,
@@ -123,6 +124,7 @@ class Orchestrator:
         model = add_model(job, add_embedding(job, tokens), tokens, outlined)
         outside = add_outside(job)
         texts = add_texts(job, tokens)
+        references = add_references(job, tokens)
         compress_blocks(job, model, outlined)
         parts = gather_parts(job, model, outside)
         trained: Trained | None = None
@@ -134,9 +136,9 @@ class Orchestrator:
         files = Assembler(artifact, self._source, self._workspace, self._dispatcher, parts).assemble()
         windows: Windows | None = None
         validations: list[TaskReport] = []
-        if tokens.validation is not None:
+        if references:
             self._watch.stage("validate")
-            windows, validations = measure(job, artifact, files, tokens.validation)
+            windows, validations = measure(job, references, artifact, files)
         self._watch.stage("publish")
         tasks = [*_task_reports(model), *(() if trained is None else trained.tasks), *validations]
         report = self._report(artifact, parts, digests, windows, tasks, None if trained is None else trained.report)
@@ -196,6 +198,7 @@ class Orchestrator:
             recipe=_recipe(spec),
             calibration=tokens_report(spec.calibration.source, tokens.calibration, tokens.unseen),
             validation=validation,
+            validation_dtype="float32" if spec.validation is None else spec.validation.compute_dtype,
             distillation=distillation,
             baseline=found.get(BASELINE),
             quantized=found.get(QUANTIZED),

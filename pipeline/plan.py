@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 
-from counterweight.pipeline.estimate import Costs, Estimate, block_seconds, estimate, evaluations
+from counterweight.pipeline.estimate import (
+    Costs,
+    Estimate,
+    block_seconds,
+    estimate,
+    evaluations,
+    judged,
+    reference_bytes,
+)
 from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.memory import PROCESS_BYTES, Memory, misfits, worker_memory
@@ -28,13 +36,13 @@ from counterweight.pipeline.units import bytes_text
 from counterweight.workers.arithmetic import Arithmetic, arithmetic
 from counterweight.workers.arithmetic.distillation import training_flops
 from counterweight.workers.config import Config
+from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.footprint import Load, footprint
 from counterweight.workers.footprint.distillation import Texts, state_traffic, trained_parameters, training_bytes
 from counterweight.workers.footprint.division import fitted
 from counterweight.workers.footprint.load import factors, packed
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.recipe import ModuleRecipe
-from counterweight.workers.tasks.setting import ITEMSIZE
 
 
 class BlockPlan(Config):
@@ -166,6 +174,7 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     states_read, states_written = (
         (0, 0) if training is None else (training.state_read_bytes, training.state_written_bytes)
     )
+    reference = reference_bytes(job, source.layout.hidden_size)
     peak = most + (0 if on_gpu else PROCESS_BYTES)
     host = PROCESS_BYTES + max(block.host_bytes for block in blocks) if on_gpu else peak
     rates = None if device is None else rates_of(device)
@@ -184,13 +193,14 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         peak_bytes_per_worker=peak,
         host_bytes_per_worker=host,
         largest=where,
-        # The source by inventory and blocks, what was written by its check, and both by every task of the validation.
+        # The source by inventory and blocks, what was written by its check, and both once more by every worker that validates.
         storage_read_bytes=total * 2
         + boundary * len(blocks)
         + artifact
         + evaluations(job) * (total + artifact)
+        + reference
         + states_read,
-        storage_written_bytes=2 * artifact + boundary * (len(blocks) + 1) + states_written,
+        storage_written_bytes=2 * artifact + boundary * (len(blocks) + 1) + reference + states_written,
         flops=sum(block.flops for block in blocks) + (0 if training is None else training.flops),
         distillation=training,
         header_bytes_read=source.checkpoint.bytes_read,
@@ -209,7 +219,9 @@ def _estimate(
     rates: Rates,
 ) -> Estimate:
     """How long the job takes at these rates; blocks that are alike are priced once."""
-    prices = {id(block.load): block_seconds(block.load, block.arithmetic, rates) for block in blocks}
+    prices = {
+        id(block.load): block_seconds(block.load, block.arithmetic, rates, judged=judged(job)) for block in blocks
+    }
     resources = job.spec.resources
     costs = Costs(
         job=job,

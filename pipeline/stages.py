@@ -23,11 +23,12 @@ from counterweight.pipeline.plan import Plan
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.resume import Earlier, parts_of
 from counterweight.pipeline.tokens import Tokens
-from counterweight.pipeline.validate import Windows, validate
+from counterweight.pipeline.validate import Reference, Windows, add_originals, validate
 from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.errors import RequestError
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.embed import Embed
+from counterweight.workers.tasks.original import Original
 from counterweight.workers.tasks.pass_through import PassThrough, PassThroughRecord
 from counterweight.workers.tasks.records import HiddenRecord, LedgerEntry
 from counterweight.workers.tasks.setting import Setting, shard_sequences
@@ -216,22 +217,31 @@ def gather_parts(job: Job, blocks: Blocks, outside: Outside) -> Parts:
     return Parts(first, blocks.records, last, outside.dropped, *beside)
 
 
+def add_references(job: Job, tokens: Tokens) -> list[Reference]:
+    """The nodes of what the original makes of the windows of the validation; none without one."""
+    asked, windows = job.job.spec.validation, tokens.validation
+    if asked is None or windows is None:
+        return []
+    whole = Original(
+        setting=job.setting.uncompressed(),
+        tensors=job.digests,
+        tokens=stored_tokens(job, windows),
+        start=0,
+        stop=windows.sequences,
+        dtype=asked.compute_dtype,
+    )
+    return add_originals(job.dispatcher.graph, whole, windows.length, job.dispatcher.workers)
+
+
 def measure(
-    job: Job, artifact: Artifact, files: Mapping[str, FileEntry], validation: TokenSet
+    job: Job, references: Sequence[Reference], artifact: Artifact, files: Mapping[str, FileEntry]
 ) -> tuple[Windows, list[TaskReport]]:
     """The windows of the validation under every model, and what measuring them cost."""
-    return validate(
-        job.dispatcher,
-        job.setting,
-        job.digests,
-        artifact,
-        files,
-        stored_tokens(job, validation),
-        validation.sequences,
-        validation.length,
-        job.dispatcher.workers,
-        lambda done, total: job.log.emit(WindowsDone(done, total)),
-    )
+
+    def done(finished: int, total: int) -> None:
+        job.log.emit(WindowsDone(finished, total))
+
+    return validate(job.dispatcher, references, artifact, files, done)
 
 
 def shard_count(tokens: TokenSet | None) -> int:

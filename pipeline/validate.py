@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from counterweight.pipeline.artifact import Artifact, FileEntry
 from counterweight.pipeline.artifact.report import Quality, TaskReport
 from counterweight.pipeline.dispatch import Dispatcher
+from counterweight.pipeline.graph import Graph, Node
 from counterweight.pipeline.manifest import Gates, Validation
 from counterweight.workers.errors import GateError
 from counterweight.workers.ledger import LEDGER
 from counterweight.workers.metrics import METRICS, Metric
 from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, Evaluate, EvaluateRecord, WindowMetrics
-from counterweight.workers.tasks.setting import Setting, shard_sequences
-from counterweight.workers.workspace import Blob
+from counterweight.workers.tasks.original import Original, OriginalRecord
+from counterweight.workers.tasks.setting import shard_sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,45 +35,65 @@ class Windows:
                 self.routers.setdefault(variant, {}).setdefault(block, []).extend(shares)
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Some of the windows, and what the original makes of them."""
+
+    task: Original
+    node: Node[OriginalRecord]
+
+
+def add_originals(graph: Graph, whole: Original, length: int, workers: int) -> list[Reference]:
+    """The nodes of what the original makes of each worker's windows, of `length` tokens. Nothing in them is a recipe's: workers
+    that wait for a block run them, and another recipe on this model and text finds them done. whole: of all windows."""
+    found = []
+    for share in shares(whole.stop, length, workers):
+        task = whole.model_copy(update={"start": share.start, "stop": share.stop})
+        found.append(Reference(task, graph.add(partial(_same, task))))
+    return found
+
+
+def _same(task: Original) -> Original:
+    return task
+
+
 def validate(
     dispatcher: Dispatcher,
-    setting: Setting,
-    digests: Mapping[str, str],
+    references: Sequence[Reference],
     artifact: Artifact,
     files: Mapping[str, FileEntry],
-    tokens: Blob,
-    windows: int,
-    length: int,
-    workers: int,
     done: Callable[[int, int], None],
 ) -> tuple[Windows, list[TaskReport]]:
-    """Measures the assembled files, as they lie in the store, against the original on `windows` windows of `length` tokens.
+    """Measures the assembled files, as they lie in the store, against what the original makes of the windows.
 
-    Every worker reads the model once, for its share of the windows. A window's numbers do not depend on how many
+    Every worker reads original and artifact once, for its share of the windows. A window's numbers do not depend on how many
     workers there are, and they are put together in order, so neither do the means. done(finished tasks, all tasks).
     """
-    tasks = [
-        Evaluate(
-            setting=setting,
-            tensors=digests,
+
+    def judged(reference: Reference) -> Evaluate:
+        return Evaluate(
+            original=reference.task,
+            found=reference.node.value,
             artifact=artifact.uri,
             ledger=files[LEDGER].sha256,
-            tokens=tokens,
-            start=share.start,
-            stop=share.stop,
             written=True,
         )
-        for share in shares(windows, length, workers)
+
+    originals = [reference.node for reference in references]
+    nodes = [
+        dispatcher.graph.add(partial(judged, reference), reads=(reference.node,), after=(reference.node,))
+        for reference in references
     ]
-    records = dispatcher.run_all(tasks, lambda count: done(count, len(tasks)))
+
+    def finished(_: Node[EvaluateRecord]) -> None:
+        done(sum(node.done for node in nodes), len(nodes))
+
     merged = Windows()
-    for record in records:
+    for record in dispatcher.run(nodes, finished):
         merged.add(record)
-    reports = [
-        TaskReport(name=task.name, reused=False, timing=record.timing)
-        for task, record in zip(tasks, records, strict=True)
-    ]
-    return merged, reports
+    reports = [(node.made().name, node.reused, node.value.timing) for node in originals]
+    reports += [(node.made().name, node.reused, node.value.timing) for node in nodes]
+    return merged, [TaskReport(name=name, reused=reused, timing=timing) for name, reused, timing in reports]
 
 
 def shares(windows: int, length: int, workers: int) -> list[range]:

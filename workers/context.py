@@ -15,7 +15,7 @@ from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.transfer import to_device, to_host
 from counterweight.workers.workspace import Blob, Workspace
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TaskContext:

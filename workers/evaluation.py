@@ -1,7 +1,7 @@
 """Validation of an artifact on a range of windows, block by block.
 
-The original, the quantized model (without branches and residual stores) and the compensated one (decoding, and in prefill)
-advance together, one block of each in memory at a time, on the same tokens, in float32. What is claimed without compensation
+The quantized model (without branches and residual stores) and the compensated one (decoding, and in prefill) advance together,
+one block of each in memory at a time, on the tokens that the original has run on before. What is claimed without compensation
 is measured without it. A window's numbers depend on its batch alone, so whole batches can be spread over workers and put
 together in order.
 """
@@ -9,7 +9,8 @@ together in order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
 import torch
@@ -21,34 +22,51 @@ from counterweight.workers.compressed import CompressedModel
 from counterweight.workers.errors import RequestError
 from counterweight.workers.metrics import METRICS, Comparison
 from counterweight.workers.models.block_builder import Block
-from counterweight.workers.models.routing import Agreement, watched
+from counterweight.workers.models.routing import watched
 from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED, WindowMetrics
 
 Blocks = Callable[[int], Mapping[str, Block]]
 """Index -> the block under each variant."""
 
+Chosen = Sequence[Tensor | None]
+"""The experts of the tokens of each batch, [tokens, experts] bool; None in a dense block."""
+
 
 def advance(
     hidden: Mapping[str, Sequence[Tensor]],
-    blocks: Blocks,
-    count: int,
+    blocks: Iterable[Mapping[str, Block]],
     pool: OrderedPool,
-    agreement: Agreement | None = None,
+    routed: Callable[[int, str, Chosen], None],
 ) -> dict[str, list[Tensor]]:
-    """Runs each variant's hidden states (a list of batches) through its own blocks. agreement: takes in what routers choose."""
+    """Runs each variant's hidden states (a list of batches) through its own blocks. routed: told of each block and variant what
+    its router chose."""
     current = {variant: list(batches) for variant, batches in hidden.items()}
-    for index in range(count):
-        variants = blocks(index)
-        chosen: dict[str, list[Tensor | None]] = {}
+    for index, variants in enumerate(blocks):
         for variant, batches in current.items():
-            length = batches[0].shape[1]
             with watched(variants[variant]) as router:
                 done = list(pool.map(router.run, batches))
-            current[variant], chosen[variant] = [output for output, _ in done], [routes for _, routes in done]
-        if agreement is not None:
-            agreement.add(index, BASELINE, chosen, length)
+            current[variant] = [output for output, _ in done]
+            routed(index, variant, [chosen for _, chosen in done])
+        del variants  # before the next one is loaded
     return current
+
+
+def in_turn(blocks: Blocks, count: int, *, ahead: bool) -> Iterator[Mapping[str, Block]]:
+    """Every block. ahead: another thread loads the next one while one is computed with, so that two are in memory."""
+    if not ahead:
+        yield from map(blocks, range(count))
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="next block") as reader:
+        following = reader.submit(blocks, 0)
+        for index in range(1, count + 1):
+            found = following.result()
+            if index < count:
+                following = reader.submit(blocks, index)
+            else:
+                del following
+            yield found
+            del found
 
 
 def variants_of(model: CompressedModel) -> dict[str, str]:
@@ -60,10 +78,10 @@ def variants_of(model: CompressedModel) -> dict[str, str]:
 
 
 def compressed_blocks(
-    model: CompressedModel, index: int, variants: Iterable[str], device: torch.device
+    model: CompressedModel, index: int, variants: Iterable[str], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Block]:
     """Block `index` of an artifact, as each variant runs it."""
-    block, linears = model.block(index, device, torch.float32)
+    block, linears = model.block(index, device, dtype)
     blocks: dict[str, Block] = {}
     for variant in variants:
         blocks[variant] = block.replica()
@@ -74,29 +92,33 @@ def compressed_blocks(
 @torch.no_grad()
 def measure(
     hidden: Mapping[str, Sequence[Tensor]],
+    original: Callable[[int], Tensor],
     tokens: Sequence[Tensor],
     heads: Mapping[str, nn.Module],
     pool: OrderedPool,
-    agreement: Agreement | None = None,
+    routed: Mapping[str, Mapping[int, Sequence[float]]],
 ) -> dict[str, list[WindowMetrics]]:
-    """Metrics per window from the last hidden states; heads: variant -> its own. agreement: of the routers on the way there."""
+    """Metrics of each window under the original and under each variant, from what enters their final norms.
+
+    hidden: variant -> batches [windows, length, hidden]; original: batch -> likewise. heads: of the original and of each
+    variant. routed: variant, the original too -> sparse block -> share of each window's tokens that go where the original
+    sends them.
+    """
     firsts = [0, *accumulate(len(batch) for batch in tokens)]
 
     def one(batch: int) -> dict[str, list[WindowMetrics]]:
-        found: dict[str, list[WindowMetrics]] = {variant: [] for variant in hidden}
-        for row, ids in enumerate(tokens[batch]):
-            reference = _log_probabilities(heads[BASELINE], hidden[BASELINE][batch][row])
-            for variant in hidden:
-                own = (
-                    reference
-                    if variant == BASELINE
-                    else _log_probabilities(heads[variant], hidden[variant][batch][row])
-                )
-                routed = () if agreement is None else agreement.of(variant, firsts[batch] + row)
-                found[variant].append(_window(variant, reference, own, ids, routed))
+        found: dict[str, list[WindowMetrics]] = {BASELINE: [], **{variant: [] for variant in hidden}}
+        for row, (ids, before) in enumerate(zip(tokens[batch], original(batch), strict=True)):
+            reference = _log_probabilities(heads[BASELINE], before)
+            for variant, windows in found.items():
+                own = reference
+                if variant != BASELINE:
+                    own = _log_probabilities(heads[variant], hidden[variant][batch][row])
+                agreed = [shares[firsts[batch] + row] for shares in routed.get(variant, {}).values()]
+                windows.append(_window(variant, reference, own, ids, agreed))
         return found
 
-    merged: dict[str, list[WindowMetrics]] = {variant: [] for variant in hidden}
+    merged: dict[str, list[WindowMetrics]] = {BASELINE: [], **{variant: [] for variant in hidden}}
     for found in pool.map(one, range(len(tokens))):
         for variant, windows in found.items():
             merged[variant] += windows

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ConfigDict, Field
 
 from counterweight.workers.config import Config
+from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.errors import RequestError
 from counterweight.workers.metrics import METRICS, Metric
 from counterweight.workers.tasks.block import BlockRecord
@@ -141,6 +142,8 @@ class Report(Judged):
     quantized: Quality | None
     compensated: Quality | None
     compensated_prefill: Quality | None = None
+    validation_dtype: ModelDtype = "float32"
+    """Type that all models computed in when they were judged."""
     routers: Mapping[str, Mapping[int, float]] = Field(default_factory=dict)
     """Variant -> sparse block -> share of the validation's tokens that its router sends to the same experts as the original's;
     empty for dense models, without validation, and in reports that are older."""

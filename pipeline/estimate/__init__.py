@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from counterweight.pipeline.estimate.costs import BlockSeconds, block_seconds
-from counterweight.pipeline.estimate.timeline import Costs, timeline, windows_of_workers
+from counterweight.pipeline.estimate.timeline import Costs, judged, timeline, window_tokens, windows_of_workers
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.units import seconds_text
 from counterweight.workers.config import Config
 
-__all__ = ["BlockSeconds", "Costs", "Estimate", "block_seconds", "estimate", "evaluations"]
+__all__ = ["BlockSeconds", "Costs", "Estimate", "block_seconds", "estimate", "evaluations", "judged", "reference_bytes"]
 
 
 SHOWN = 0.01
@@ -79,6 +79,13 @@ def estimate(costs: Costs, workers: int, threads: int, gpus: float) -> Estimate:
         idle=found.idle,
         steps=found.steps,
     )
+
+
+def reference_bytes(job: CompressionJob, hidden: int) -> int:
+    """What the original makes of the windows of the validation, which is written by one task and read by another. hidden: width
+    of the stream."""
+    windows = sum(map(len, windows_of_workers(job, 1)))
+    return windows * window_tokens(job) * hidden * judged(job)
 
 
 def evaluations(job: CompressionJob) -> int:

@@ -34,7 +34,7 @@ DEQUANTIZED = 6
 class BlockSeconds:
     """steps: name -> seconds, over all shards. shards: how many there are. stored: bytes that become of the block; branch: of
     these the factors of its branches. evaluated: seconds of one token of the validation in this block under one model, in
-    float32. read_back: of making its stored weights dense."""
+    the dtype of the validation. read_back: of making its stored weights dense."""
 
     steps: Mapping[str, float]
     shards: int
@@ -56,8 +56,8 @@ class BlockSeconds:
         return {name: self.steps[name] for name in ENDING}
 
 
-def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates) -> BlockSeconds:
-    """Of a block's tasks on one worker."""
+def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates, *, judged: int = 4) -> BlockSeconds:
+    """Of a block's tasks on one worker. judged: bytes of an activation when the model is validated."""
     threads = min(load.threads, load.shards)
     side_by_side = load.threads if any(group.width >= PARALLEL_WIDTH for group in load.groups if group.recipe) else 1
     branch = sum(factors(group) for group in load.groups)
@@ -94,7 +94,7 @@ def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates) -> BlockSeco
         shards=load.shards - (-load.held_out // shard_sequences(load.length)),
         stored=round(stored),
         branch=round(branch),
-        evaluated=rates.seconds(run(load, load.tokens)) / load.tokens,
+        evaluated=rates.seconds(run(load, load.tokens), itemsize=judged) / load.tokens,
         read_back=rates.seconds(elementwise(DEQUANTIZED * solved)),
     )
 

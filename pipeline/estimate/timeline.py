@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from counterweight.pipeline.allocation import budgeted
@@ -11,16 +12,18 @@ from counterweight.pipeline.blocks import BlockRecipe, Budget, add_blocks, stret
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.estimate.costs import BlockSeconds
 from counterweight.pipeline.estimate.pool import Simulated, SimulatedPool
-from counterweight.pipeline.graph import Graph
+from counterweight.pipeline.graph import Graph, Node
 from counterweight.pipeline.inventory import batches
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.rates import Rates
 from counterweight.pipeline.validate import shares
+from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.matrix_flops import Work, elementwise, product
 from counterweight.workers.tasks.block import BlockSpec
-from counterweight.workers.tasks.setting import ITEMSIZE, shard_sequences
+from counterweight.workers.tasks.records import HiddenRecord
+from counterweight.workers.tasks.setting import shard_sequences
 from counterweight.workers.workspace import Blob
 
 WINDOWS = 160
@@ -43,6 +46,11 @@ class Costs:
     blocks: Sequence[BlockSeconds]
     calibrated: Sequence[int]
     distillation: Sequence[float]
+
+    @property
+    def judged(self) -> int:
+        """Bytes of an activation in the validation."""
+        return judged(self.job)
 
     @property
     def stored(self) -> int:
@@ -90,12 +98,17 @@ def timeline(costs: Costs, workers: int, threads: int) -> Timeline:
         idle[name] = workers * stages[name] - (sum(pool.steps.values()) - busy)
 
     stage("inventory", lambda: dispatcher.run_all(_inventory(costs)))
-    stage("blocks", lambda: _run_blocks(costs, dispatcher, threads))
+    references: list[Node[HiddenRecord]] = []
+    stage("blocks", lambda: _run_blocks(costs, dispatcher, threads, references))
     if costs.distillation:
         stage("distill", lambda: dispatcher.run_all(_replicas(costs)))
     stage("assemble", lambda: _assemble(costs, dispatcher, pool))
     if validation:
-        stage("validate", lambda: dispatcher.run_all(validation))
+        nodes = [
+            dispatcher.graph.add(partial(_same, task), reads=(before,), after=(before,))
+            for task, before in zip(validation, references, strict=True)
+        ]
+        stage("validate", lambda: dispatcher.run(nodes))
     return Timeline(stages=stages, idle=idle, steps=dict(pool.steps))
 
 
@@ -112,8 +125,13 @@ def _inventory(costs: Costs) -> list[Simulated]:
     return [Simulated(f"inventory {place}", {"inventory": costs.rates.read(size)}) for place, size in enumerate(parts)]
 
 
-def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> None:
-    """The nodes that `stages.add_model` and `add_outside` add, and these alone."""
+def _same(task: Simulated) -> Simulated:
+    return task
+
+
+def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int, references: list[Node[HiddenRecord]]) -> None:
+    """The nodes that `stages.add_model`, `add_outside` and `add_references` add, and these alone. references: takes in the
+    last, which may run on."""
     spec, rates, graph = costs.job.spec, costs.rates, dispatcher.graph
     calibration, propagate = spec.calibration, spec.calibration.propagate
     together, held_out = shard_sequences(calibration.sequence_length), calibration.held_out_sequences
@@ -153,8 +171,11 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> None:
         budget=budget,
         stretches=stretches(shards, len(costs.blocks), dispatcher.workers, threads),
     )
+    kept = [Simulated(f"kept {name}", {"carry over": _carried(costs, name)}) for name in costs.outside]
+    outside = [graph.add(partial(_same, task)) for task in kept]
+    references += [graph.add(partial(_same, task)) for task in _originals(costs, dispatcher.workers)]
     dispatcher.run(blocks.compress)
-    dispatcher.run_all([Simulated(f"kept {name}", {"carry over": _carried(costs, name)}) for name in costs.outside])
+    dispatcher.run(outside)
 
 
 def _carried(costs: Costs, name: str) -> float:
@@ -176,35 +197,71 @@ def _assemble(costs: Costs, dispatcher: Dispatcher, pool: SimulatedPool) -> None
     )
 
 
+def judged(job: CompressionJob) -> int:
+    """Bytes of an activation in the validation; without one, as if it were in float32."""
+    validation = job.spec.validation
+    return ITEMSIZE["float32" if validation is None else validation.compute_dtype]
+
+
 def windows_of_workers(job: CompressionJob, workers: int) -> list[range]:
     """Windows of each task of the validation; none without one."""
     validation = job.spec.validation
     if validation is None:
         return []
-    return shares(validation.windows or WINDOWS, _window(job), workers)
+    return shares(validation.windows or WINDOWS, window_tokens(job), workers)
 
 
-def _window(job: CompressionJob) -> int:
+def window_tokens(job: CompressionJob) -> int:
     """Tokens of a window of the validation."""
     validation = job.spec.validation
     own = None if validation is None else validation.sequence_length
     return own or job.spec.calibration.sequence_length
 
 
+def _originals(costs: Costs, workers: int) -> list[Simulated]:
+    """Each reads the whole model and runs its windows under it; on a GPU the next block is read beside."""
+    read = costs.rates.read(sum(map(costs.bytes_of, costs.source.tensors)))
+    read += costs.rates.moved(costs.judged * costs.source.parameters)
+    return [
+        Simulated(f"original {share.start}", _validated(costs, read, share, 1, costs.rates.sent(_left(costs, share))))
+        for share in windows_of_workers(costs.job, workers)
+    ]
+
+
 def _validation(costs: Costs, workers: int) -> list[Simulated]:
-    """Every task reads the whole model and the artifact, and runs its windows under each of the models in float32."""
-    models = 3 if any(block.branch for block in costs.blocks) else 2
-    read = costs.rates.read(sum(map(costs.bytes_of, costs.source.tensors)) + costs.stored)
-    read += costs.rates.moved(4 * costs.source.parameters)
-    read += sum(block.read_back for block in costs.blocks) * (models - 1)
-    token = sum(block.evaluated for block in costs.blocks) + costs.rates.seconds(_judging(costs))
+    """Each reads the whole artifact, runs its windows under the models that are in it, and compares them with the original."""
+    models = 2 if any(block.branch for block in costs.blocks) else 1
+    read = costs.rates.read(costs.stored) + sum(block.read_back for block in costs.blocks) * models
+    read += costs.rates.moved(costs.judged * costs.source.parameters)
+    token = costs.rates.seconds(_judging(costs), itemsize=costs.judged) * (models + 1)
     return [
         Simulated(
             f"validation {share.start}",
-            {"read for validation": read, "validate": token * models * len(share) * _window(costs.job)},
+            _validated(
+                costs,
+                read,
+                share,
+                models,
+                costs.rates.received(_left(costs, share)) + token * len(share) * window_tokens(costs.job),
+            ),
         )
         for share in windows_of_workers(costs.job, workers)
     ]
+
+
+def _validated(costs: Costs, read: float, share: range, models: int, behind: float) -> dict[str, float]:
+    """Steps of a task of the validation. read: seconds for all blocks; behind: what comes after them."""
+    running = sum(block.evaluated for block in costs.blocks) * models * len(share) * window_tokens(costs.job)
+    if costs.rates.link is not None:
+        read = max(
+            read / len(costs.blocks), read - running
+        )  # the first block, and what takes longer than the arithmetic
+    return {"read for validation": read, "validate": running + behind}
+
+
+def _left(costs: Costs, share: range) -> int:
+    """Bytes of what enters the final norm of the original."""
+    return len(share) * window_tokens(costs.job) * costs.source.layout.hidden_size * costs.judged
 
 
 def _judging(costs: Costs) -> Work:

@@ -15,6 +15,7 @@ from pydantic import (
 
 from counterweight.pipeline.manifest.calibration import Calibration, Section, Tokens
 from counterweight.workers.calibration.experts import ExpertCalibration
+from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.methods.distillation import Distillation
 from counterweight.workers.metrics import METRICS
 from counterweight.workers.recipe import Recipe
@@ -87,6 +88,10 @@ class Validation(Section):
     """Tokens of a window; null: the calibration's."""
     windows: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Number of windows, from the start of the text; null: all."""
+    compute_dtype: ModelDtype = "float32"
+    """Type that the original and the compressed model compute in. float32 shows what compression costs and nothing
+    else; bfloat16 is what a GPU is fast in; float16 shows what a model is worth that is served in it.
+    """
     gates: Gates = Field(default_factory=Gates)
     """Bounds for publication, on the compressed model while decoding: residual stores correct every token."""
     prefill_gates: Gates | None = None

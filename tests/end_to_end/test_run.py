@@ -73,6 +73,7 @@ def test_nothing_but_the_artifact_and_durable_work_is_left(first: tuple[int, str
     }
     files = {name for name in stored if "." in name}
     assert files == {DOCUMENT, *document.files}
-    # Hidden states are thrown away: what stays are block shards, factors, kept tensors, tokens, the embedding's output.
+    # Hidden states are thrown away: what stays are block shards, factors, kept tensors, tokens, the embedding's output (of what
+    # is solved on and of what is held out), and what the original made of the validation, for another recipe.
     blobs = list((output / "_work" / "blobs").iterdir())
-    assert len(blobs) == 3 + 3 + 2 + 2 + 1
+    assert len(blobs) == 3 + 3 + 2 + 2 + 2 + 1

@@ -124,7 +124,7 @@ def passes_of(
     passes: list[int] = []
     counted = lambda *arguments: passes.append(1) or run_shards(*arguments)  # noqa: E731
     monkeypatch.setattr(calibrated_block, "run_shards", counted)
-    published = run_job(model, output, recipe, **options)
+    published = run_job(model, output, recipe, calibration={"held_out": 0}, **options)
     store, _ = open_artifact(published.uri)
     return len(passes), store.read("model-00002-of-00006.safetensors")
 

@@ -200,7 +200,8 @@ def test_all_that_the_recipe_asks_in_vain_is_listed(manifest: Path, source: Mode
 def test_the_plans_storage_traffic_is_near_what_a_job_writes(
     manifest: Path, tmp_path: Path, source: ModelSource
 ) -> None:
-    job = job_of(manifest, f"spec.output.uri={tmp_path}", "spec.recipe.compensation={kind: none}")
+    settings = ("spec.recipe.compensation={kind: none}", "spec.validation.windows=4")
+    job = job_of(manifest, f"spec.output.uri={tmp_path}", *settings)
     plan = make_plan(job, source)
     published = run_local(job)
     shards = sum(path.stat().st_size for path in local_path(published.uri).glob("*.safetensors"))

@@ -413,6 +413,7 @@ def test_no_figure_of_a_report_is_left_out() -> None:
         *("tasks", "stages", "schema_version", "name", "id", "created", "recipe", "software"),
         "distillation",  # in test_distillation
         "routers",  # in test_routers
+        "validation_dtype",
     }
     assert set(ModuleReport.model_fields) == {
         *("error_quantized", "error_compensated", "code_bits", "scale_bits", "factor_bits", "residual_bits"),

@@ -107,6 +107,7 @@ class TestEscaping:
         benign = report(modules, tasks)
         dump = _poisoned(benign.model_dump())
         dump["recipe"][PAYLOAD] = PAYLOAD
+        dump["validation_dtype"] = benign.validation_dtype
         hostile = Report.model_validate(dump)
         root = page(hostile)
         assert {n.tag for n in root.walk()} <= {n.tag for n in page(report(mixtral())).walk()} | {"h3", "figure"}
@@ -135,6 +136,14 @@ def _poisoned(value: Any, *, keys: bool = False) -> Any:
     if isinstance(value, list | tuple):
         return [_poisoned(item) for item in value]
     return value + PAYLOAD if isinstance(value, str) and PAYLOAD not in value else value
+
+
+class TestQuality:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_says_what_the_models_computed_in(self, dtype: str) -> None:
+        made = report().model_copy(update={"validation_dtype": dtype})
+        text = page(made).all("body")[0].text
+        assert re.search(rf"side by side on \d+ windows of \d+ tokens, in {dtype}\.", text)
 
 
 class TestHeadline:

@@ -11,6 +11,7 @@ from counterweight.workers.calibration.source import TextSource
 from counterweight.workers.errors import GateError
 from counterweight.workers.metrics import METRICS
 from counterweight.workers.tasks.evaluate import Evaluate
+from counterweight.workers.tasks.original import Original
 from counterweight.workers.tasks.setting import shard_sequences
 from tests.pipeline.tiny import Events, LocalPool, job_of, local_path, run_local, write_job
 
@@ -125,7 +126,10 @@ def test_the_windows_are_shared_out_without_gap_or_overlap_and_the_figures_do_no
     for workers in (1, 2, 3, 9):
         pool, events = LocalPool(workers), Events()
         published = run_local(job_of(manifest, f"spec.output.uri={tmp_path / str(workers)}", *long), pool, events)
-        specs = [task for _, task in pool.calls if isinstance(task, Evaluate)]
+        specs = [task.original for _, task in pool.calls if isinstance(task, Evaluate)]
+        assert sorted(specs, key=lambda s: s.start) == sorted(
+            (task for _, task in pool.calls if isinstance(task, Original)), key=lambda s: s.start
+        )
         windows = [number for spec in sorted(specs, key=lambda s: s.start) for number in range(spec.start, spec.stop)]
         assert windows == list(range(7))
         assert len(specs) == min(workers, 2)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.checkpoint.digest import tensor_digest
+from counterweight.workers.dtypes import ComputeDtype
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.recipe import ModuleRecipe, Recipe
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.embed import Embed
-from counterweight.workers.tasks.setting import ComputeDtype, Setting
+from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.workspace import Blob, Workspace
 from tests.models import EMBEDDING, read_config, read_tensors
 

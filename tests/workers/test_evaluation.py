@@ -13,13 +13,16 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from counterweight import load_model
 from counterweight.pipeline.artifact import REPORT, REPORT_PAGE
-from counterweight.workers.errors import CheckpointError, CounterweightError, IntegrityError
+from counterweight.workers.dtypes import ModelDtype
+from counterweight.workers.errors import CheckpointError, CounterweightError, IntegrityError, RequestError
 from counterweight.workers.ledger import LEDGER
+from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.metrics import METRICS
 from counterweight.workers.storage import sha256_hex
 from counterweight.workers.tasks.evaluate import (
@@ -31,6 +34,7 @@ from counterweight.workers.tasks.evaluate import (
     EvaluateRecord,
     WindowMetrics,
 )
+from counterweight.workers.tasks.original import Original
 from counterweight.workers.tasks.setting import shard_sequences
 from counterweight.workers.worker import Worker
 from tests.inprocess import local, run_job
@@ -69,18 +73,31 @@ def worker() -> Iterator[Worker]:
     opened.close()
 
 
-def evaluate_spec(made: Made, work: Path, ids: Tensor, *, artifact: str = "compensated") -> Evaluate:
+def original_spec(made: Made, work: Path, ids: Tensor, dtype: ModelDtype = "float32") -> Original:
     site = Site(source=made.source, work=work)
-    root = made.artifacts[artifact]
-    return Evaluate(
+    return Original(
         setting=site.setting,
         tensors=site.digests,
-        artifact=root.as_uri(),
-        ledger=sha256_hex((root / LEDGER).read_bytes()),
         tokens=site.put_tokens(ids),
         start=0,
         stop=len(ids),
+        dtype=dtype,
     )
+
+
+def judged(worker: Worker, made: Made, original: Original, *, artifact: str = "compensated") -> Evaluate:
+    """What is to be run when the original has."""
+    root = made.artifacts[artifact]
+    return Evaluate(
+        original=original,
+        found=worker.run(original),
+        artifact=root.as_uri(),
+        ledger=sha256_hex((root / LEDGER).read_bytes()),
+    )
+
+
+def evaluate_spec(worker: Worker, made: Made, work: Path, ids: Tensor, *, artifact: str = "compensated") -> Evaluate:
+    return judged(worker, made, original_spec(made, work, ids), artifact=artifact)
 
 
 def log_probabilities(model: Any, ids: Tensor) -> Tensor:
@@ -113,7 +130,7 @@ def assert_close(found: Sequence[WindowMetrics], expected: Sequence[WindowMetric
 @pytest.fixture(scope="module")
 def found(made: Made, tmp_path_factory: pytest.TempPathFactory) -> EvaluateRecord:
     worker = Worker("cpu", 1)
-    return worker.run(evaluate_spec(made, tmp_path_factory.mktemp("work"), token_ids(WINDOWS, LENGTH)))
+    return worker.run(evaluate_spec(worker, made, tmp_path_factory.mktemp("work"), token_ids(WINDOWS, LENGTH)))
 
 
 def test_the_baseline_is_what_transformers_measures(made: Made, found: EvaluateRecord) -> None:
@@ -148,23 +165,24 @@ def test_divergence_is_never_negative_and_compensation_lowers_it(found: Evaluate
     assert 0 < means[COMPENSATED] < means[QUANTIZED]
 
 
-def parts_of(worker: Worker, spec: Evaluate, bounds: Sequence[int]) -> dict[str, list[WindowMetrics]]:
-    """What several specs find, put together."""
+def parts_of(worker: Worker, made: Made, whole: Original, bounds: Sequence[int]) -> dict[str, list[WindowMetrics]]:
+    """What several workers find, put together."""
     merged: dict[str, list[WindowMetrics]] = {}
-    for start, stop in pairwise([spec.start, *bounds, spec.stop]):
-        for variant, windows in worker.run(spec.model_copy(update={"start": start, "stop": stop})).windows.items():
+    for start, stop in pairwise([whole.start, *bounds, whole.stop]):
+        spec = judged(worker, made, whole.model_copy(update={"start": start, "stop": stop}))
+        for variant, windows in worker.run(spec).windows.items():
             merged.setdefault(variant, []).extend(windows)
     return merged
 
 
 def test_a_window_does_not_depend_on_its_share(made: Made, worker: Worker, tmp_path: Path) -> None:
     batch = shard_sequences(1024)
-    spec = evaluate_spec(made, tmp_path, token_ids(2 * batch + 1, 1024))
-    whole = worker.run(spec).windows
-    assert parts_of(worker, spec, [batch, 2 * batch]) == {variant: list(windows) for variant, windows in whole.items()}
-    for variant, windows in parts_of(
-        worker, spec, [batch - 1]
-    ).items():  # a batch is cut: up to the last bits of float32
+    original = original_spec(made, tmp_path, token_ids(2 * batch + 1, 1024))
+    whole = worker.run(judged(worker, made, original)).windows
+    parts = parts_of(worker, made, original, [batch, 2 * batch])
+    assert parts == {variant: list(windows) for variant, windows in whole.items()}
+    # A batch is cut: up to the last bits of float32.
+    for variant, windows in parts_of(worker, made, original, [batch - 1]).items():
         assert_close(windows, whole[variant])
 
 
@@ -189,23 +207,24 @@ def test_the_number_of_workers_changes_no_figure(tmp_path: Path) -> None:
 
 def test_threads_change_no_bit(made: Made, worker: Worker, tmp_path: Path) -> None:
     ids = token_ids(shard_sequences(1024) + 2, 1024)
-    alone = Worker("cpu", 1).run(evaluate_spec(made, tmp_path / "alone", ids))
-    assert worker.run(evaluate_spec(made, tmp_path / "two", ids)).windows == alone.windows
+    one = Worker("cpu", 1)
+    alone = one.run(evaluate_spec(one, made, tmp_path / "alone", ids))
+    assert worker.run(evaluate_spec(worker, made, tmp_path / "two", ids)).windows == alone.windows
 
 
 def test_what_is_one_model_is_measured_once(made: Made, worker: Worker, tmp_path: Path) -> None:
     """Without compensation, the compensated model; with a residual store and no branch, the model in prefill."""
-    plain = worker.run(evaluate_spec(made, tmp_path, token_ids(2, LENGTH), artifact="plain")).windows
+    plain = worker.run(evaluate_spec(worker, made, tmp_path, token_ids(2, LENGTH), artifact="plain")).windows
     assert set(plain) == {BASELINE, QUANTIZED, COMPENSATED}
     assert plain[COMPENSATED] == plain[QUANTIZED]
-    store = worker.run(evaluate_spec(made, tmp_path, token_ids(2, LENGTH), artifact="store")).windows
+    store = worker.run(evaluate_spec(worker, made, tmp_path, token_ids(2, LENGTH), artifact="store")).windows
     assert set(store) == {BASELINE, QUANTIZED, COMPENSATED, PREFILL}
     assert store[PREFILL] == store[QUANTIZED]
     assert store[COMPENSATED] != store[QUANTIZED]
 
 
 def test_a_finished_evaluation_is_looked_up(made: Made, worker: Worker, tmp_path: Path) -> None:
-    spec = evaluate_spec(made, tmp_path, token_ids(2, LENGTH))
+    spec = evaluate_spec(worker, made, tmp_path, token_ids(2, LENGTH))
     done = worker.run(spec)
     elsewhere = spec.model_copy(update={"artifact": (tmp_path / "nothing here").as_uri()})
     assert worker.run(elsewhere) == done
@@ -213,7 +232,7 @@ def test_a_finished_evaluation_is_looked_up(made: Made, worker: Worker, tmp_path
 
 def test_another_ledger_than_the_keys_is_refused(made: Made, worker: Worker, tmp_path: Path) -> None:
     """Otherwise a record would be found under the key of an artifact that it was not measured on."""
-    spec = evaluate_spec(made, tmp_path, token_ids(2, LENGTH))
+    spec = evaluate_spec(worker, made, tmp_path, token_ids(2, LENGTH))
     with pytest.raises(IntegrityError, match=LEDGER):
         worker.run(spec.model_copy(update={"artifact": made.artifacts["plain"].as_uri()}))
 
@@ -224,7 +243,7 @@ def test_an_artifact_that_the_job_wrote_is_damaged_and_not_wrong(
 ) -> None:
     shutil.copytree(made.artifacts["plain"], tmp_path / "artifact")
     (tmp_path / "artifact" / "config.json").write_text("{")
-    spec = evaluate_spec(made, tmp_path, token_ids(2, LENGTH), artifact="plain")
+    spec = evaluate_spec(worker, made, tmp_path, token_ids(2, LENGTH), artifact="plain")
     changed = {"artifact": (tmp_path / "artifact").as_uri(), "written": written}
     with pytest.raises(CounterweightError, match=r"config\.json") as caught:
         worker.run(spec.model_copy(update=changed))
@@ -237,23 +256,92 @@ def test_a_tensor_of_an_artifact_that_rotted_is_damage(made: Made, worker: Worke
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    spec = evaluate_spec(made, tmp_path, token_ids(2, LENGTH), artifact="plain")
+    spec = evaluate_spec(worker, made, tmp_path, token_ids(2, LENGTH), artifact="plain")
     with pytest.raises(IntegrityError, match=r"sha256 .*: not the bytes that were written"):
         worker.run(spec.model_copy(update={"artifact": (tmp_path / "artifact").as_uri()}))
 
 
-def test_what_is_measured_determines_the_key(made: Made, tmp_path: Path) -> None:
-    spec = evaluate_spec(made, tmp_path, token_ids(2, LENGTH))
-    setting = spec.setting
-    changed = [
-        spec,
-        spec.model_copy(update={"tokens": evaluate_spec(made, tmp_path, token_ids(2, LENGTH, seed=1)).tokens}),
-        spec.model_copy(update={"stop": 1}),
-        spec.model_copy(update={"start": 1}),
-        spec.model_copy(update={"ledger": "0" * 64}),
-        spec.model_copy(update={"tensors": {**spec.tensors, "model.norm.weight": "0" * 64}}),
+def test_what_is_measured_determines_the_key(made: Made, worker: Worker, tmp_path: Path) -> None:
+    spec = evaluate_spec(worker, made, tmp_path, token_ids(2, LENGTH))
+    original = spec.original
+    other = original_spec(made, tmp_path, token_ids(2, LENGTH, seed=1))
+    changes: list[dict[str, object]] = [
+        {},
+        {"tokens": other.tokens},
+        {"stop": 1},
+        {"start": 1},
+        {"dtype": "bfloat16"},
+        {"tensors": {**original.tensors, "model.norm.weight": "0" * 64}},
     ]
+    changed = [spec.model_copy(update={"original": original.model_copy(update=change)}) for change in changes]
+    changed.append(spec.model_copy(update={"ledger": "0" * 64}))
     assert len({one.key() for one in changed}) == len(changed)
-    # It is always measured in float32.
-    bfloat16 = setting.model_copy(update={"compute_dtype": "bfloat16"})
-    assert spec.model_copy(update={"setting": bfloat16}).key() == spec.key()
+    # Neither in the calibration's dtype nor in the recipe's coordinates.
+    setting = original.setting.model_copy(update={"compute_dtype": "bfloat16", "rotation": Rotation()})
+    assert original.model_copy(update={"setting": setting}).key() == original.key()
+
+
+def test_the_original_runs_once_for_all_recipes(made: Made, worker: Worker, tmp_path: Path) -> None:
+    """Its key knows nothing of an artifact; without its weights at hand the second recipe finds what the first has made."""
+    original = original_spec(made, tmp_path, token_ids(2, LENGTH))
+    first = worker.run(original)
+    gone = original.model_copy(update={"setting": original.setting.model_copy(update={"source": "file:///nothing"})})
+    assert worker.run(gone) == first
+    assert judged(worker, made, original, artifact="plain").found == first
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("bfloat16", 2e-2), ("float16", 2e-3)])
+def test_a_model_is_judged_in_the_dtype_that_is_asked_for(
+    made: Made, worker: Worker, found: EvaluateRecord, tmp_path: Path, dtype: ModelDtype, near: float
+) -> None:
+    """As transformers has it in that dtype, and as it is in float32, to what the dtype resolves."""
+    ids = token_ids(WINDOWS, LENGTH)
+    spec = judged(worker, made, original_spec(made, tmp_path, ids, dtype))
+    windows = worker.run(spec).windows
+    model = AutoModelForCausalLM.from_pretrained(made.source, dtype=getattr(torch, dtype)).eval()
+    reference = log_probabilities(model, ids)
+    for one, other in zip(windows[BASELINE], expected_metrics(reference, reference, ids), strict=True):
+        assert one["perplexity"] == pytest.approx(other["perplexity"], rel=near)
+    for variant, exact in found.windows.items():
+        for one, other in zip(windows[variant], exact, strict=True):
+            assert one["perplexity"] == pytest.approx(other["perplexity"], rel=near)
+            assert one["perplexity"] != other["perplexity"]
+
+
+def test_weights_beyond_float16_do_not_pass_in_float16(made: Made, worker: Worker, tmp_path: Path) -> None:
+    """What a server in float16 would answer with NaN; in float32 it is a number."""
+    source = tmp_path / "large"
+    shutil.copytree(made.source, source)
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1e6
+    save_file(tensors, path)
+    large = Made(source, made.artifacts)
+    for dtype in ("float32", "float16"):
+        spec = judged(worker, large, original_spec(large, tmp_path / dtype, token_ids(2, LENGTH), dtype))
+        if dtype == "float32":
+            worker.run(spec)
+        else:
+            with pytest.raises(RequestError, match="expected finite logits"):
+                worker.run(spec)
+
+
+def test_routers_are_compared_across_tasks(worker: Worker, tmp_path: Path) -> None:
+    """What the original's routers chose is read back from the store: agreement beside transformers' own choices."""
+    checkpoint("mixtral", tmp_path / "model", torch.bfloat16, num_local_experts=9)
+    artifact = local(run_job(tmp_path / "model", tmp_path / "plain", RECIPES["plain"]))
+    made, ids = Made(tmp_path / "model", {"plain": artifact}), token_ids(3, LENGTH)
+    record = worker.run(evaluate_spec(worker, made, tmp_path / "work", ids, artifact="plain"))
+
+    def chosen(model: Any) -> list[Tensor]:
+        with torch.no_grad():
+            logits = model(ids, output_router_logits=True).router_logits
+        return [each.topk(2).indices.sort().values.unflatten(0, ids.shape) for each in logits]
+
+    original = chosen(AutoModelForCausalLM.from_pretrained(made.source, dtype=torch.float32).eval())
+    own = chosen(load_model(artifact.as_uri(), dtype=torch.float32))
+    for block, (before, after) in enumerate(zip(original, own, strict=True)):
+        shares = (before == after).all(-1).double().mean(-1)
+        assert record.routers[QUANTIZED][block] == pytest.approx(shares.tolist())
+        assert record.routers[BASELINE][block] == (1.0,) * len(ids)
+    assert min(min(found) for found in record.routers[QUANTIZED].values()) < 1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -52,20 +53,25 @@ class Router:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
-    """Share of a window's tokens that a variant's router sends to the same experts as the original's. windows: variant -> block
-    -> of each window, in order; sparse blocks alone."""
+class Routes:
+    """Which experts a model's routers send tokens to. packed: sparse block -> [tokens, ceil(experts / 8)] uint8, a bit for each
+    expert, the first in the highest."""
 
-    windows: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+    packed: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, block: int, original: str, chosen: Mapping[str, Sequence[Tensor | None]], length: int) -> None:
-        """Takes in a block. chosen: variant, the `original` among them -> of each batch; length: tokens of a window."""
-        for variant, batches in chosen.items():
-            for own, reference in zip(batches, chosen[original], strict=True):
-                if own is not None and reference is not None:
-                    same = (own == reference).all(-1).double().unflatten(0, (-1, length)).mean(-1)
-                    self.windows.setdefault(variant, {}).setdefault(block, []).extend(same.tolist())
+    def add(self, block: int, chosen: Sequence[Tensor | None]) -> None:
+        """Takes in a block. chosen: of each batch [tokens, experts] bool; a dense block's is left out."""
+        found = [batch.cpu().numpy() for batch in chosen if batch is not None]
+        if found:
+            self.packed[block] = torch.from_numpy(numpy.packbits(numpy.concatenate(found), axis=1))
 
-    def of(self, variant: str, window: int) -> tuple[float, ...]:
-        """Of each sparse block in one window."""
-        return tuple(found[window] for found in self.windows.get(variant, {}).values())
+    def agreement(self, block: int, chosen: Sequence[Tensor | None], length: int) -> list[float]:
+        """Share of each window's tokens that another model, whose choices are given, sends to the same experts. length:
+        tokens of a window. Empty for a dense block."""
+        own = Routes()
+        own.add(block, chosen)
+        if block not in own.packed:
+            return []
+        same = (own.packed[block] == self.packed[block]).all(-1)
+        shares: list[float] = same.double().unflatten(0, (-1, length)).mean(-1).tolist()
+        return shares

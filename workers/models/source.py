@@ -27,6 +27,13 @@ def outside(
     return {names.head: tensors[names.embedding], **tensors} if builder.tied else tensors
 
 
+def read_head(checkpoint: Checkpoint, builder: BlockBuilder, sha256: Mapping[str, str]) -> dict[str, Tensor]:
+    """Final norm and lm_head under their names. sha256: the digests of (at least) these tensors."""
+    names = builder.names
+    wanted = [names.norm, names.embedding if builder.tied else names.head]
+    return head_of(checkpoint.read_many(wanted, sha256={name: sha256[name] for name in wanted}), names)
+
+
 def head_of(tensors: Mapping[str, Tensor], names: TextNames) -> dict[str, Tensor]:
     """Final norm and lm_head among source tensors; of a tied model the embedding is the lm_head."""
     head = names.head if names.head in tensors else names.embedding

@@ -12,17 +12,17 @@ from counterweight.workers.errors import CheckpointError, IntegrityError
 from counterweight.workers.keys import digest
 from counterweight.workers.metrics import METRICS
 from counterweight.workers.storage import open_store
+from counterweight.workers.tasks.original import Original, OriginalRecord
 from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.records import Timing
-from counterweight.workers.tasks.setting import Setting, shard_sequences
+from counterweight.workers.tasks.setting import shard_sequences
 from counterweight.workers.tasks.task import DurableTask
-from counterweight.workers.workspace import Blob, Record, Workspace
+from counterweight.workers.workspace import Record, Workspace
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from counterweight.workers.context import TaskContext
-    from counterweight.workers.models.block_builder import Block, BlockBuilder
+    from counterweight.workers.evaluation import Chosen
+    from counterweight.workers.models.block_builder import Block
 
 BASELINE, QUANTIZED, COMPENSATED, PREFILL = "baseline", "quantized", "compensated", "compensated_prefill"
 VARIANTS = (BASELINE, QUANTIZED, COMPENSATED, PREFILL)
@@ -45,67 +45,53 @@ class EvaluateRecord(Record):
 
 
 class Evaluate(Config, DurableTask[EvaluateRecord]):
-    """Metrics of windows [start, stop) of a token set, under every variant of an artifact and under the model that it was made
-    from."""
+    """Metrics of windows [start, stop) of a token set, under every variant of an artifact, beside what the model that it was
+    made from has made of them."""
 
     kind: ClassVar[str] = "evaluate"
     record: ClassVar[type[EvaluateRecord]] = EvaluateRecord
 
-    setting: Setting
-    tensors: Mapping[str, str]
-    """Every source tensor -> sha256."""
+    original: Original
+    """What the original was run on, in which dtype: all variants are on the same tokens, in the same dtype."""
+    found: OriginalRecord
+    """What it made of them."""
     artifact: str
     """Root URI of the artifact's files."""
     ledger: str
     """sha256 of the artifact's ledger, which holds the digest of every stored tensor."""
-    tokens: Blob
-    start: int
-    stop: int
     written: bool = False
     """Whether the job itself has written the artifact: what is wrong with it nobody has asked for."""
 
     def key(self) -> str:
-        shared = {**self.setting.determines(), "compute_dtype": "float32"}
-        return digest(
-            [
-                self.kind,
-                [metric.name for metric in METRICS],
-                VARIANTS,
-                shared,
-                dict(self.tensors),
-                self.ledger,
-                self.tokens.sha256,
-                self.start,
-                self.stop,
-            ]
-        )
+        return digest([self.kind, [metric.name for metric in METRICS], VARIANTS, self.original.key(), self.ledger])
 
     @property
     def name(self) -> str:
-        return f"validation of windows {self.start} to {self.stop - 1}"
+        return f"validation of windows {self.original.start} to {self.original.stop - 1}"
 
     @property
     def patience(self) -> float:
-        parameters, tokens = self.setting.parameters, self.tokens.size // 4  # of all windows, which are int32
-        flops = 2 * parameters * tokens * len(VARIANTS)
-        return patience(bytes=8 * parameters, flops=flops, device=self.setting.device)
+        setting, tokens = self.original.setting, self.original.tokens.size // 4  # of all windows, which are int32
+        flops = 2 * setting.parameters * tokens * (len(VARIANTS) - 1)
+        return patience(bytes=4 * setting.parameters, flops=flops, device=setting.device)
 
     def workspace(self) -> Workspace:
-        return self.setting.open_workspace()
+        return self.original.workspace()
 
     def compute(self, context: TaskContext, workspace: Workspace) -> EvaluateRecord:
         import torch
 
         from counterweight.workers.clock import Clock
         from counterweight.workers.compressed import CompressedModel
-        from counterweight.workers.evaluation import advance, compressed_blocks, measure, variants_of
-        from counterweight.workers.loaded_block import load_block
+        from counterweight.workers.context import DTYPES, get_hidden
+        from counterweight.workers.evaluation import advance, compressed_blocks, in_turn, measure, variants_of
         from counterweight.workers.memory import release
-        from counterweight.workers.models.routing import Agreement
-        from counterweight.workers.models.source import outside
+        from counterweight.workers.models.routing import Routes
+        from counterweight.workers.models.source import read_head
 
-        clock = Clock(context.device)
-        checkpoint, builder = context.source(self.setting)
+        asked, clock = self.original, Clock(context.device)
+        device, dtype = context.device, DTYPES[asked.dtype]
+        checkpoint, builder = context.source(asked.setting)
         try:
             model = CompressedModel.open(open_store(self.artifact), ledger_sha256=self.ledger)
         except CheckpointError as error:
@@ -113,42 +99,48 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
                 raise
             raise IntegrityError(f"{error}: not what was written") from error
         variants = variants_of(model)
-        measured = list(dict.fromkeys(variants.values()))
-        ids = workspace.get_tensors(self.tokens)["input_ids"][self.start : self.stop].long().to(context.device)
+        measured = [variant for variant in dict.fromkeys(variants.values()) if variant != BASELINE]
+        ids = workspace.get_tensors(asked.tokens)["input_ids"][asked.start : asked.stop].long().to(device)
         batches = ids.split(shard_sequences(ids.shape[1]))
-        original = outside(checkpoint, builder, self.tensors)
-        plain = self.setting.model_copy(update={"rotation": None})
-
-        def ends(one: BlockBuilder, embedding: Tensor, head: Mapping[str, Tensor]) -> tuple[list[Tensor], nn.Module]:
-            embed = one.embedding(embedding, context.device, torch.float32)
-            with torch.no_grad():
-                return [embed(batch) for batch in batches], one.head(head, context.device, torch.float32)
-
         # The compressed model may live in other coordinates than the original, its variants share theirs.
-        of_compressed = ends(model.builder, model.embedding(), model.head())
-        of_original = ends(builder, original[builder.names.embedding], original)
-        of_variant = dict.fromkeys(measured, of_compressed) | {BASELINE: of_original}
+        embed = model.builder.embedding(model.embedding(), device, dtype)
+        with torch.no_grad():
+            first = [embed(batch) for batch in batches]
+        own_head = model.builder.head(model.head(), device, dtype)
+        original_head = builder.head(read_head(checkpoint, builder, asked.tensors), device, dtype)
 
         def blocks(index: int) -> dict[str, Block]:
-            release(context.device)
-            found = compressed_blocks(model, index, measured[1:], context.device)
-            names = {part.source for part in builder.layout.sources(index, self.tensors).values()}
-            digests = {name: self.tensors[name] for name in names}
-            return {BASELINE: load_block(context, plain, index, digests, torch.float32).block, **found}
+            release(device)
+            return compressed_blocks(model, index, measured, device, dtype)
 
-        first = {variant: hidden for variant, (hidden, _) in of_variant.items()}
-        agreement = Agreement()
-        hidden = advance(first, blocks, builder.blocks, context.pool, agreement)
-        heads = {variant: head for variant, (_, head) in of_variant.items()}
-        windows = measure(hidden, batches, heads, context.pool, agreement)
+        packed = {} if self.found.routed is None else workspace.get_tensors(self.found.routed)
+        routes = Routes({int(block): choices for block, choices in packed.items()})
+        agreed: dict[str, dict[int, list[float]]] = {
+            BASELINE: {block: [1.0] * len(ids) for block in sorted(routes.packed)}
+        }
+
+        def routed(index: int, variant: str, chosen: Chosen) -> None:
+            if shares := routes.agreement(index, chosen, ids.shape[1]):
+                agreed.setdefault(variant, {})[index] = shares
+
+        turn = in_turn(blocks, builder.blocks, ahead=device.type != "cpu")
+        hidden = advance(dict.fromkeys(measured, first), turn, context.pool, routed)
+        windows = measure(
+            hidden,
+            lambda batch: get_hidden(workspace, self.found.outputs[batch], device),
+            batches,
+            {BASELINE: original_head, **dict.fromkeys(measured, own_head)},
+            context.pool,
+            agreed,
+        )
         clock.lap("forward")
         record = EvaluateRecord(
             windows={variant: tuple(windows[same]) for variant, same in variants.items()},
             routers={
-                variant: {block: tuple(found) for block, found in agreement.windows.get(same, {}).items()}
+                variant: {block: tuple(shares) for block, shares in agreed.get(same, {}).items()}
                 for variant, same in variants.items()
             },
             timing=clock.timing(),
         )
-        release(context.device)
+        release(device)
         return record

@@ -1,4 +1,4 @@
-"""What the original model makes of sequences: the hidden states that enter its final norm."""
+"""What the original model makes of sequences: what enters its final norm, and where its routers send tokens."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
+from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.keys import digest
 from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.records import HiddenRecord
@@ -15,14 +16,25 @@ from counterweight.workers.workspace import Blob, Workspace
 
 if TYPE_CHECKING:
     from counterweight.workers.context import TaskContext
+    from counterweight.workers.evaluation import Chosen
 
 
-class Original(Config, DurableTask[HiddenRecord]):
-    """Sequences [start, stop) of a token set through all blocks of the source model, in its own coordinates and in float32; one
-    block is in memory at a time."""
+class OriginalRecord(HiddenRecord):
+    """outputs: what enters the final norm, one blob per shard. routed: of a sparse model, see `Routes`: block -> packed."""
+
+    routed: Blob | None = None
+
+    @property
+    def hidden_states(self) -> tuple[Blob, ...]:
+        return (*self.outputs, *(() if self.routed is None else (self.routed,)))
+
+
+class Original(Config, DurableTask[OriginalRecord]):
+    """Sequences [start, stop) of a token set through all blocks of the source model, in its own coordinates; one block is in
+    memory at a time, on a GPU two. Whatever is compressed and how: every recipe that is judged on these tokens shares it."""
 
     kind: ClassVar[str] = "original"
-    record: ClassVar[type[HiddenRecord]] = HiddenRecord
+    record: ClassVar[type[OriginalRecord]] = OriginalRecord
 
     setting: Setting
     tensors: Mapping[str, str]
@@ -31,14 +43,16 @@ class Original(Config, DurableTask[HiddenRecord]):
     """A safetensors blob with `input_ids` [sequences, length] int32."""
     start: int
     stop: int
+    dtype: ModelDtype = "float32"
+    """Type that the model computes in."""
 
     def key(self) -> str:
-        shared = self._plain().determines()
-        return digest([self.kind, shared, dict(self.tensors), self.tokens.sha256, self.start, self.stop])
+        shared = {**self.setting.uncompressed().determines(), "compute_dtype": self.dtype}
+        return digest([self.kind, shared, "routed", dict(self.tensors), self.tokens.sha256, self.start, self.stop])
 
     @property
     def name(self) -> str:
-        return f"original on sequences {self.start} to {self.stop - 1}"
+        return f"original on sequences {self.start} to {self.stop - 1} of {self.tokens.sha256[:8]}"
 
     @property
     def patience(self) -> float:
@@ -48,35 +62,40 @@ class Original(Config, DurableTask[HiddenRecord]):
     def workspace(self) -> Workspace:
         return self.setting.open_workspace()
 
-    def compute(self, context: TaskContext, workspace: Workspace) -> HiddenRecord:
+    def compute(self, context: TaskContext, workspace: Workspace) -> OriginalRecord:
         import torch
 
         from counterweight.workers.clock import Clock
-        from counterweight.workers.context import put_hidden
-        from counterweight.workers.evaluation import advance
+        from counterweight.workers.context import DTYPES, put_hidden
+        from counterweight.workers.evaluation import advance, in_turn
         from counterweight.workers.loaded_block import load_block
         from counterweight.workers.memory import release
         from counterweight.workers.models.block_builder import Block
+        from counterweight.workers.models.routing import Routes
 
-        clock = Clock(context.device)
+        clock, dtype = Clock(context.device), DTYPES[self.dtype]
         checkpoint, builder = context.source(self.setting)
         name = builder.names.embedding
-        embed = builder.embedding(checkpoint.read(name, sha256=self.tensors[name]), context.device, torch.float32)
+        embed = builder.embedding(checkpoint.read(name, sha256=self.tensors[name]), context.device, dtype)
         ids = workspace.get_tensors(self.tokens)["input_ids"][self.start : self.stop].long().to(context.device)
         with torch.no_grad():
             hidden = [embed(batch) for batch in ids.split(shard_sequences(ids.shape[1]))]
+        setting, routes = self.setting.uncompressed(), Routes()
 
         def blocks(index: int) -> dict[str, Block]:
             release(context.device)
             names = {part.source for part in builder.layout.sources(index, self.tensors).values()}
             digests = {name: self.tensors[name] for name in names}
-            return {self.kind: load_block(context, self._plain(), index, digests, torch.float32).block}
+            return {self.kind: load_block(context, setting, index, digests, dtype).block}
 
-        found = advance({self.kind: hidden}, blocks, builder.blocks, context.pool)[self.kind]
+        def routed(index: int, _: str, chosen: Chosen) -> None:
+            routes.add(index, chosen)
+
+        turn = in_turn(blocks, builder.blocks, ahead=context.device.type != "cpu")
+        found = advance({self.kind: hidden}, turn, context.pool, routed)[self.kind]
         clock.lap("forward")
         outputs = tuple(put_hidden(workspace, batch) for batch in found)
+        packed = {str(block): choices for block, choices in routes.packed.items()}
+        stored = workspace.put_tensors(packed, durable=False) if packed else None
         clock.lap("write")
-        return HiddenRecord(outputs=outputs, timing=clock.timing())
-
-    def _plain(self) -> Setting:
-        return self.setting.model_copy(update={"rotation": None, "compute_dtype": "float32"})
+        return OriginalRecord(outputs=outputs, routed=stored, timing=clock.timing())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
-from counterweight.workers.tasks.setting import ComputeDtype
+from counterweight.workers.dtypes import ComputeDtype
 from counterweight.workers.tasks.task import Task
 
 if TYPE_CHECKING:

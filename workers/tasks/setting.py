@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from counterweight.workers.config import Config
+from counterweight.workers.dtypes import ComputeDtype
 from counterweight.workers.keys import numerics, versions
 from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.storage import open_store
@@ -22,10 +23,6 @@ def shard_sequences(length: int) -> int:
 
 IRRELEVANT_CONFIG = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 """Fields of config.json that cannot change a block's result."""
-
-ComputeDtype = Literal["float32", "bfloat16"]
-ITEMSIZE: Mapping[ComputeDtype, int] = {"float32": 4, "bfloat16": 2}
-"""Bytes of an activation."""
 
 Device = Literal["cpu", "cuda"]
 
@@ -52,6 +49,10 @@ class Setting(Config):
     def open_workspace(self) -> Workspace:
         """Where the job's results are kept."""
         return Workspace(open_store(self.workspace), trusting=not self.run)
+
+    def uncompressed(self) -> Setting:
+        """The setting of what is computed with the model as it is, in its own coordinates."""
+        return self.model_copy(update={"rotation": None})
 
     def determines(self) -> dict[str, object]:
         """The part of a key that all tasks share."""

@@ -130,8 +130,8 @@ def _measured(report: Report) -> str:
             f"{count(report.validation.sequences, 'window')} of {count(report.validation.sequence_length, 'token')}"
         )
     text = (
-        f"Measured side by side on {windows}, in float32. The quantized column was measured without compensation, "
-        "not estimated. KL and agreement compare next-token distributions with the original's."
+        f"Measured side by side on {windows}, in {report.validation_dtype}. The quantized column was measured without "
+        "compensation, not estimated. KL and agreement compare next-token distributions with the original's."
     )
     if report.compensated_prefill is None:
         return text
