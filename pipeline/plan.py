@@ -185,7 +185,7 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         model_type=str(source.checkpoint.config["model_type"]),
         parameters=source.parameters,
         quantized=sum(
-            prod(block.linears[stored_name(source, block.index, n)]) for block in blocks for n in block.recipe
+            prod(group.linears[name]) for block in costed for group in block.load.groups for name in group.recipe
         ),
         source_bytes=total,
         tokens=tokens,
