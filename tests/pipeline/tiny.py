@@ -287,15 +287,19 @@ class Run:
     @property
     def stderr(self) -> str:
         """What has been written so far."""
-        return os.pread(self._log.fileno(), 1 << 20, 0).decode()
+        return os.pread(self._log.fileno(), 1 << 20, 0).decode(errors="replace")  # the last character may be half there
+
+    def wait_until(self, condition: Callable[[], bool], *, seconds: float = PATIENCE) -> None:
+        """Until a condition holds, which it must before the process ends."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"ended with {self.process.poll()}: {self.stderr}"
+            assert time.monotonic() < deadline, f"waited for {seconds} s: {self.stderr}"
+            time.sleep(0.02)
 
     def wait_for(self, text: str, *, seconds: float = PATIENCE) -> None:
         """Until stderr holds a text, which it must before the process ends."""
-        deadline = time.monotonic() + seconds
-        while text not in self.stderr:
-            assert self.process.poll() is None, f"ended with {self.process.poll()}: {self.stderr}"
-            assert time.monotonic() < deadline, f"no {text!r} in {seconds} s: {self.stderr}"
-            time.sleep(0.005)
+        self.wait_until(lambda: text in self.stderr, seconds=seconds)
 
     def finish(self, *, seconds: float = PATIENCE) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
@@ -318,5 +322,5 @@ def alive(pid: int) -> bool:
     """Whether a process runs."""
     try:
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
