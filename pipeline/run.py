@@ -49,10 +49,11 @@ def run_job(
                 from counterweight.pipeline.opening import open_job
                 from counterweight.pipeline.orchestrator import Orchestrator
             device = cache(lambda: _device(pool.first().device, size.device, log))
-            source, tokens = open_job(job, pool, log, here=place.here, ready=ready, device=device)
+            memory = cache(lambda: pool.first().gpu_bytes)
+            opened = open_job(job, pool, log, here=place.here, ready=ready, device=device, gpu_bytes=memory)
             if not place.ray:
                 log.note(f"workers: {size.workers} of this machine, without Ray")
-            return Orchestrator(job, source, tokens, pool, device(), log, resume).run()
+            return Orchestrator(job, opened, pool, device(), log, resume).run()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from counterweight.pipeline.events import BlockDone, EventLog, FellBack, Planned
 from counterweight.pipeline.graph import Node
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
-from counterweight.pipeline.plan import make_plan
+from counterweight.pipeline.plan import Plan
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.resume import Earlier, parts_of
 from counterweight.pipeline.tokens import Tokens
@@ -62,6 +62,7 @@ class Job:
 
     job: CompressionJob
     source: ModelSource
+    plan: Plan
     setting: Setting
     workspace: Workspace
     dispatcher: Dispatcher
@@ -106,7 +107,6 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
     spec, source = job.job.spec, job.source
     recipes: list[BlockRecipe] = [block.recipe for block in outlined]
     propagate = spec.calibration.propagate
-    plan = make_plan(job.job, source)
 
     def spec_of(
         index: int,
@@ -121,9 +121,6 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
                 "original_inputs": original_inputs,
                 "recipe": recipe,
                 "propagate": propagate,
-                "passes": plan.blocks[index].passes,
-                "flops": plan.blocks[index].flops,
-                "bytes": plan.blocks[index].source_bytes,
             }
         )
 
@@ -132,7 +129,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
         budget = Budget(
             blocks=shares,
             share=lambda gains: share_out(source, recipes, gains),
-            bytes=[block.calibrated_bytes for block in plan.blocks],
+            bytes=[block.calibrated_bytes for block in job.plan.blocks],
         )
     return add_blocks(
         job.dispatcher.graph,

@@ -114,8 +114,8 @@ def run_job(
     pool = InProcessPool(workers, threads, hold_bytes) if pool is None else pool
     try:
         with EventLog(progress or RecordedProgress()) as log:
-            source, tokens = open_job(job, pool, log, here=True)
-            return Orchestrator(job, source, tokens, pool, "cpu", log).run()
+            opened = open_job(job, pool, log, here=True)
+            return Orchestrator(job, opened, pool, "cpu", log).run()
     finally:
         pool.close()
 

@@ -46,7 +46,7 @@ def _address(digits: str) -> str:
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[int]]:
     """A driver and its cluster, in processes of their own: here somebody may have imported Ray before."""
-    run = Run(lengthened(write_job(tmp_path_factory.mktemp("job"), layers=1)))
+    run = Run(lengthened(write_job(tmp_path_factory.mktemp("job"), layers=1)), "--address", "local")
     try:
         run.wait_for("stage blocks")
         os.kill(run.process.pid, signal.SIGSTOP)  # or the job might be over before it was looked at
@@ -75,7 +75,7 @@ def test_a_secret_that_is_in_no_file_is_asked_for(processes: set[int]) -> None:
 @pytest.mark.end_to_end
 def test_a_ray_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/proc/nowhere")
-    code, out, err = Run(write_job(tmp_path, layers=1)).finish()
+    code, out, err = Run(write_job(tmp_path, layers=1), "--address", "local").finish()
     assert (code, out) == (4, ""), err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: Ray did not start on this machine in 2 attempts: ")

@@ -34,7 +34,9 @@ from counterweight.pipeline.events import (
 from counterweight.pipeline.forked_pool import NAME as FORK
 from counterweight.pipeline.manifest import CompressionJob, load_manifest
 from counterweight.pipeline.model_source import open_model
+from counterweight.pipeline.opening import Opened
 from counterweight.pipeline.orchestrator import Orchestrator
+from counterweight.pipeline.plan import make_plan
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.pool import Outcome
 from counterweight.pipeline.progress import Progress
@@ -222,7 +224,8 @@ def run_local(
     try:
         source = open_model(job.spec.model.uri)
         with EventLog(Events() if progress is None else progress) as log:
-            return Orchestrator(job, source, read_tokens(job, source.tokenizer()), pool, "cpu", log, resume).run()
+            opened = Opened(source=source, tokens=read_tokens(job, source.tokenizer()), plan=make_plan(job, source))
+            return Orchestrator(job, opened, pool, "cpu", log, resume).run()
     finally:
         pool.close()
 
