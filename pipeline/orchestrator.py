@@ -143,7 +143,7 @@ class Orchestrator:
         tasks = [*_task_reports(model), *(() if trained is None else trained.tasks), *validations]
         report = self._report(artifact, parts, digests, windows, tasks, None if trained is None else trained.report)
         self._gate(artifact, report)
-        published = publish(artifact, report, files, parts.ledger)
+        published = publish(artifact, report, files, parts.ledger())
         leftovers = () if trained is None else trained.discardable
         for blob in dict.fromkeys([*model.discardable, *leftovers]):
             self._workspace.discard(blob)

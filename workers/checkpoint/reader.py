@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from counterweight.workers.checkpoint.beside import SideFile, beside
 from counterweight.workers.checkpoint.buffers import Bytes, allocate, check_booleans
 from counterweight.workers.checkpoint.digest import Inspector, TensorDigest, tensor_digest
 from counterweight.workers.checkpoint.encoding import EncodedWeight, Encoding
@@ -39,23 +40,6 @@ from counterweight.workers.storage import ObjectStore
 
 BATCH_BYTES = READERS * MAX_READ
 """Of codes that are held at once, where no single encoded weight has more."""
-
-COPYABLE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)
-"""Files beside the weights that an artifact carries over unchanged."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -86,6 +70,7 @@ class Checkpoint:
         ours: bool = False,
     ) -> None:
         self._store, self._ours = store, ours
+        self._shards = frozenset(entry.file for entry in entries.values())
         self._encoding = encoding
         self._encoded = {} if encoding is None else encoding.weights(entries)
         self._entries = {**entries, **{name: weight.decoded for name, weight in self._encoded.items()}}
@@ -233,9 +218,9 @@ class Checkpoint:
                 raise CheckpointError(f"{self._store.uri}: no sha256 recorded for tensor {show(entry.name)}")
         return entries
 
-    def copyable_files(self) -> list[str]:
-        """Those of `COPYABLE_FILES` that exist: tokenizer, processors of images and the generation settings."""
-        return [key for key in COPYABLE_FILES if self._store.exists(key)]
+    def beside(self) -> list[SideFile]:
+        """What becomes of the files beside the weights."""
+        return beside(self._store, self._shards)
 
     def _load(self, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
         tensors = self._load_stored([entry for entry in entries if entry.name not in self._encoded])
