@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from counterweight.pipeline.artifact import DOCUMENT, LATEST, Artifact, read_document, resolve, verify
 from counterweight.pipeline.artifact.assemble import Parts
+from counterweight.pipeline.artifact.card import CARD
 from counterweight.pipeline.artifact.publish import publish
 from counterweight.pipeline.artifact.report import Report
 from counterweight.workers.checkpoint.beside import SideFile
@@ -96,7 +97,7 @@ def test_every_file_beside_the_weights_is_carried_over_or_named_in_the_ledger(tm
     weights = {"config.json", "model.safetensors"}
     assert set(fates) == {path.name for path in model.iterdir()} - weights
     for name, fate in fates.items():
-        assert (root / name).exists() == (fate == "carried")
+        assert (root / name).exists() == (fate == "carried" or name == CARD)
         if fate == "carried":
             assert (root / name).read_bytes() == (model / name).read_bytes()
     assert fates["LICENSE"] == fates["vocab.txt"] == "carried"
@@ -224,7 +225,7 @@ def test_the_document_is_written_behind_its_files_and_the_pointer_last(
     files, (document, pointer), discarded = names[: end - 1], names[end - 1 : end + 1], names[end + 1 :]
     assert document == DOCUMENT
     assert pointer == f"tiny/{LATEST}"
-    assert files[-2:] == ["report/report.json", "report/report.html"]
+    assert files[-3:] == ["report/report.json", "report/report.html", "README.md"]
     # The adapter is the workers' to write.
     assert set(files) == set(published.document.files) - {"compensation/adapter_model.safetensors"}
     # Hidden states behind the blocks are thrown away when the artifact is visible.
