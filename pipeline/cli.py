@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from counterweight.pipeline.jobs import commands as job_commands
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.signals import terminable
+from counterweight.pipeline.terminal import absolute as _absolute
+from counterweight.pipeline.terminal import print_json as _print_json
+from counterweight.pipeline.terminal import print_rows as _print_rows
 from counterweight.pipeline.units import bytes_text
 
 if TYPE_CHECKING:
@@ -259,6 +263,9 @@ def schema() -> None:
     typer.echo(schema_text(), nl=False)
 
 
+job_commands.register(app)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0 done; 2 the request is wrong; 3 a gate failed; 4 the surroundings
     failed and a retry makes sense; 70 a defect of ours; 130 interrupted, 143 terminated. Errors are lines on stderr, without a
@@ -301,17 +308,6 @@ def entry() -> None:
     os._exit(code)
 
 
-def _absolute(uri: str) -> str:
-    """A path or URI given on the command line; paths are relative to the working directory."""
-    from counterweight.pipeline.manifest import resolve_uri
-    from counterweight.workers.errors import RequestError
-
-    try:
-        return uri if uri.startswith("hf:") else resolve_uri(uri, Path.cwd().as_uri())
-    except RequestError as error:
-        raise RequestError(f"{uri!r}: {error}") from error
-
-
 def _each_file(path: str, size: int) -> None:
     typer.echo(f"{path}  {bytes_text(size)}", err=True)
 
@@ -334,17 +330,6 @@ def _summary(document: ArtifactDocument, uri: str) -> list[tuple[str, str]]:
     rows.append(("bits per weight", f"{bits.total:.3f} all in ({parts})"))
     rows.append(("report", f"{uri}/report/report.html"))
     return rows
-
-
-def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    typer.echo(title)
-    for name, value in rows:
-        typer.echo(f"  {name.ljust(width)}  {value}")
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2, sort_keys=True))
 
 
 if __name__ == "__main__":

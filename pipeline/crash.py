@@ -38,7 +38,7 @@ def report_crash(error: BaseException, arguments: Sequence[str]) -> str:
     what = f"{type(error).__name__}: {said}" if said else type(error).__name__
     text = without_secrets(_text(error, arguments), os.environ)
     where = "no crash file could be written"
-    for folder in _folders():
+    for folder in folders():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor, path = tempfile.mkstemp(prefix=time.strftime("crash-%Y%m%d-%H%M%S-"), suffix=".txt", dir=folder)
@@ -59,7 +59,8 @@ def without_secrets(text: str, environment: Mapping[str, str]) -> str:
     return _QUERY.sub(r"\1?***", _USER.sub("***@", text))
 
 
-def _folders() -> list[Path]:
+def folders() -> list[Path]:
+    """Where files for whoever mends something are written, the best first."""
     state = os.environ.get("XDG_STATE_HOME")
     own = [Path(state) / "counterweight"] if state and os.path.isabs(state) else []
     return [*own, Path(tempfile.gettempdir())]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.event_store import EventStore
 from counterweight.pipeline.events import EventLog, JobStarted
-from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.manifest import CompressionJob, job_id
 from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.pipeline.plan import make_plan
 from counterweight.pipeline.policies import STALE, RetryPolicy
@@ -17,7 +17,6 @@ from counterweight.pipeline.tokens import Tokens, read_tokens
 from counterweight.workers.calibration.source import ModelSamples
 from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.errors import RequestError, StorageError
-from counterweight.workers.keys import digest
 from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.storage import ObjectStore
 from counterweight.workers.tasks.describe import Describe
@@ -66,11 +65,6 @@ def _note_positions(job: CompressionJob, source: ModelSource, log: EventLog) -> 
             f"spec.calibration.sequence_length: {length}: more than the {known} positions of the model "
             "(config.json: max_position_embeddings): what it does behind them is calibrated on too"
         )
-
-
-def job_id(job: CompressionJob) -> str:
-    """Of the manifest, with every default written out: the same job submitted again has the same."""
-    return digest([job.metadata.name, job.spec.model_dump(mode="json")])[:16]
 
 
 def _sweep(store: ObjectStore, log: EventLog) -> None:

@@ -27,6 +27,9 @@ from datetime import datetime, timedelta
 
 from counterweight.pipeline.artifact import DOCUMENT, LATEST
 from counterweight.pipeline.event_store import EVENTS
+from counterweight.pipeline.jobs.batch import BATCHES
+from counterweight.pipeline.jobs.schedule import SCHEDULES
+from counterweight.pipeline.jobs.store import JOBS, LOGS
 from counterweight.workers.checkpoint.strict_json import parse_object
 from counterweight.workers.errors import (
     CheckpointError,
@@ -66,6 +69,10 @@ _PLACES = [
         ("failed reports", rf"({WORK}/failed/[^/]+/)report\.(?:json|html)"),
         ("probes", rf"({re.escape(PROBES)}/[0-9a-f]{{32}}/)(?:once|plain|race-[0-9]+)"),
         (_KEPT, rf"[a-z0-9-]{{1,63}}/{re.escape(LATEST)}"),
+        (
+            _KEPT,
+            rf"(?:{JOBS}|{LOGS}|{BATCHES}|{SCHEDULES})/.+",
+        ),  # jobs are few and small, and who asks for an old one wants to know
         (_ARTIFACTS, r"([a-z0-9-]{1,63}/[0-9a-f]{16}/).+"),
     )
 ]

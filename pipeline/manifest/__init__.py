@@ -1,6 +1,8 @@
 """The manifest: what a user asks for, typed, checked at the border, published as a JSON Schema."""
 
+from counterweight.pipeline.manifest.batch import CompressionBatch
 from counterweight.pipeline.manifest.calibration import Calibration
+from counterweight.pipeline.manifest.identity import job_id
 from counterweight.pipeline.manifest.job import (
     CompressionJob,
     Gates,
@@ -13,11 +15,13 @@ from counterweight.pipeline.manifest.job import (
     canonical,
 )
 from counterweight.pipeline.manifest.load import LoadedManifest, load_manifest, parse_manifest
-from counterweight.pipeline.manifest.schema import job_schema, schema_text
+from counterweight.pipeline.manifest.schema import batch_schema, job_schema, schema_text
+from counterweight.pipeline.manifest.submission import Submission, SubmittedJob, load_submission
 from counterweight.pipeline.manifest.uris import resolve_uri
 
 __all__ = [
     "Calibration",
+    "CompressionBatch",
     "CompressionJob",
     "Gates",
     "JobSpec",
@@ -26,10 +30,15 @@ __all__ = [
     "Model",
     "Output",
     "Resources",
+    "Submission",
+    "SubmittedJob",
     "Validation",
+    "batch_schema",
     "canonical",
+    "job_id",
     "job_schema",
     "load_manifest",
+    "load_submission",
     "parse_manifest",
     "resolve_uri",
     "schema_text",

@@ -9,13 +9,14 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import TypeVar
 from urllib.parse import unquote
 
 from pydantic import ValidationError
 
 from counterweight.pipeline.manifest.document import MAX_BYTES, parse_json, parse_yaml, too_large
 from counterweight.pipeline.manifest.explain import MAX_EXPLAINED, Complaint, explain
-from counterweight.pipeline.manifest.job import CompressionJob
+from counterweight.pipeline.manifest.job import CompressionJob, Section
 from counterweight.pipeline.manifest.overrides import apply_overrides
 from counterweight.pipeline.manifest.problems import Path, path_text, problem, refusal, show, source_text
 from counterweight.pipeline.manifest.schema import job_schema
@@ -23,6 +24,10 @@ from counterweight.pipeline.manifest.uris import resolve_uris
 from counterweight.workers.errors import ManifestError, ObjectNotFoundError, RequestError, StorageError
 from counterweight.workers.storage import open_store, split_uri
 from counterweight.workers.storage.names import file_root
+
+BATCH = "CompressionBatch"
+
+AnyManifest = TypeVar("AnyManifest", bound=Section)
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
@@ -47,16 +52,21 @@ def load_manifest(location: str, overrides: Sequence[str] = ()) -> LoadedManifes
     Raises `ManifestError`, with one line for each problem, when there is no such manifest or it describes no
     job, and `StorageError` when the store cannot be read at the moment.
     """
+    data, base = read_manifest(location)
+    return parse_manifest(data, name=location, base=base, overrides=overrides)
+
+
+def read_manifest(location: str) -> tuple[bytes, str]:
+    """The text of the file or object at `location`, and the URI of the directory that its URIs are relative to. ManifestError,
+    StorageError."""
     scheme = _SCHEME.match(location)
     if scheme is None:
-        data, base = _read_file(FilePath(location), location)
-    elif scheme[1] == "file":
-        data, base = _read_file(_local_path(location), location)
-    elif scheme[1] == "s3":
-        data, base = _read_object(location)
-    else:
-        raise ManifestError(f"{source_text(location)}: expected a path, a file: or an s3: URI of a manifest")
-    return parse_manifest(data, name=location, base=base, overrides=overrides)
+        return _read_file(FilePath(location), location)
+    if scheme[1] == "file":
+        return _read_file(_local_path(location), location)
+    if scheme[1] == "s3":
+        return _read_object(location)
+    raise ManifestError(f"{source_text(location)}: expected a path, a file: or an s3: URI of a manifest")
 
 
 def parse_manifest(data: bytes | str, *, name: str, base: str | None, overrides: Sequence[str] = ()) -> LoadedManifest:
@@ -67,24 +77,36 @@ def parse_manifest(data: bytes | str, *, name: str, base: str | None, overrides:
 
     Raises `ManifestError` with one line for each problem.
     """
-    parse = parse_json if name.endswith(".json") else parse_yaml
-    document = parse(data, name=source_text(name))
-    if not isinstance(document, dict):
-        raise problem((), f"{show(document)}: expected a mapping with apiVersion, kind, metadata and spec")
+    document = parse_document(data, name)
     changed = apply_overrides(document, overrides)
-    job, complaints = resolve_uris(_validated(document, changed), base)
+    if document.get("kind") == BATCH:
+        raise problem(("kind",), f"{BATCH!r}: expected 'CompressionJob': a batch is for `counterweight submit`")
+    job, complaints = resolve_uris(validated(CompressionJob, document, changed, job_schema()), base)
     if complaints:
         raise refusal([_line(complaint, changed) for complaint in complaints])
     return LoadedManifest(job=job, base=base)
 
 
-def _validated(document: dict[str, object], changed: Sequence[Path]) -> CompressionJob:
+def parse_document(data: bytes | str, name: str) -> dict[str, object]:
+    """The mapping that a manifest's text is, of whatever kind. ManifestError."""
+    parse = parse_json if name.endswith(".json") else parse_yaml
+    document = parse(data, name=source_text(name))
+    if not isinstance(document, dict):
+        raise problem((), f"{show(document)}: expected a mapping with apiVersion, kind, metadata and spec")
+    return document
+
+
+def validated(
+    kind: type[AnyManifest], document: dict[str, object], changed: Sequence[Path], schema: dict[str, object]
+) -> AnyManifest:
+    """The document as a manifest of a kind, whose JSON Schema explains what is wrong. changed: paths that were overridden.
+    ManifestError with one line for each problem."""
     try:
         # Strict mode takes a list for a tuple only from JSON: in Python the two differ, in a manifest they
         # cannot.
-        return CompressionJob.model_validate_json(json.dumps(document, allow_nan=False), strict=True)
+        return kind.model_validate_json(json.dumps(document, allow_nan=False), strict=True)
     except ValidationError as error:
-        complaints = explain(error, document, job_schema())
+        complaints = explain(error, document, schema)
         unexplained = max(0, error.error_count() - MAX_EXPLAINED)
         raise refusal([_line(complaint, changed) for complaint in complaints], unexplained) from error
 

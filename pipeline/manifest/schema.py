@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from pydantic import BaseModel
+
+from counterweight.pipeline.manifest.batch import CompressionBatch
 from counterweight.pipeline.manifest.job import CompressionJob
 from counterweight.workers.calibration.source import TextSource
 
@@ -15,17 +18,50 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 def job_schema() -> dict[str, object]:
     """The JSON Schema (draft 2020-12) of a `CompressionJob`; a fresh copy, the caller's to change."""
-    copy: dict[str, object] = json.loads(schema_text())
+    return _copy(CompressionJob)
+
+
+def batch_schema() -> dict[str, object]:
+    """Likewise, of a `CompressionBatch`."""
+    return _copy(CompressionBatch)
+
+
+def schema_text() -> str:
+    """The JSON Schema of all kinds of manifests, as `manifests/schema.json` holds it."""
+    schema = {
+        "$schema": DIALECT,
+        "description": "A manifest: a job or a batch of jobs.",
+        # By its kind, so that an editor explains a manifest by its own schema and not by both.
+        "if": {"properties": {"kind": {"const": "CompressionBatch"}}, "required": ["kind"]},
+        "then": {"$ref": "#/$defs/CompressionBatch"},
+        "else": {"$ref": "#/$defs/CompressionJob"},
+        "$defs": _definitions(CompressionJob, CompressionBatch),
+    }
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def _copy(kind: type[BaseModel]) -> dict[str, object]:
+    copy: dict[str, object] = json.loads(_schema_of(kind))
     return copy
 
 
 @cache
-def schema_text() -> str:
-    """`job_schema` as `manifests/schema.json` holds it."""
-    schema = {"$schema": DIALECT, **CompressionJob.model_json_schema()}
+def _schema_of(kind: type[BaseModel]) -> str:
+    schema = {"$schema": DIALECT, **kind.model_json_schema()}
     _require_tags(schema)
     _tidy(schema)
     return json.dumps(schema, indent=2) + "\n"
+
+
+def _definitions(*kinds: type[BaseModel]) -> dict[str, object]:
+    """Those of several kinds, the kinds themselves included; what they share is the same."""
+    found: dict[str, object] = {}
+    for kind in kinds:
+        schema: dict[str, Any] = _copy(kind)
+        found |= schema.pop("$defs")
+        del schema["$schema"]
+        found[kind.__name__] = schema
+    return dict(sorted(found.items()))
 
 
 def _require_tags(schema: dict[str, Any]) -> None:

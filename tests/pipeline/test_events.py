@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from counterweight.pipeline import event_store, events
-from counterweight.pipeline.event_store import EventStore, line_of, redacted
+from counterweight.pipeline import event_store, events, segments
+from counterweight.pipeline.event_store import EventStore, line_of
 from counterweight.pipeline.events import (
     Event,
     EventLog,
@@ -23,6 +23,7 @@ from counterweight.pipeline.events import (
     TaskRetried,
     TaskStarted,
 )
+from counterweight.pipeline.redaction import redacted
 from counterweight.workers.errors import GateError, StorageError
 from counterweight.workers.storage import open_store
 from counterweight.workers.storage.file import FileStore
@@ -135,7 +136,7 @@ class TestStore:
         store.end()
 
     def test_segments_are_full_before_the_next_begins(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(event_store, "SEGMENT_BYTES", 400)
+        monkeypatch.setattr(segments, "SEGMENT_BYTES", 400)
         store = opened(tmp_path)
         for number in range(40):
             store.on(Note(f"number {number:03}"))
@@ -148,8 +149,8 @@ class TestStore:
     def test_objects_are_bounded_and_the_end_is_told_all_the_same(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(event_store, "SEGMENT_BYTES", 400)
-        monkeypatch.setattr(event_store, "MAX_SEGMENTS", 3)
+        monkeypatch.setattr(segments, "SEGMENT_BYTES", 400)
+        monkeypatch.setattr(segments, "MAX_SEGMENTS", 3)
         store = opened(tmp_path)
         for number in range(1000):
             store.on(Note(f"number {number:03}"))
@@ -198,7 +199,7 @@ class TestStore:
         store = opened(tmp_path, notes, seconds=0.01)
         store.on(Note("one"))
         assert tried.wait(PATIENCE)
-        until(lambda: store._problem is not None)
+        until(lambda: store._segments._problem is not None)
         for number in range(5):
             store.on(Note(str(number)))
         assert notes == ["events of the job could not be stored: write https://***@host/k: 503 SlowDown"]

@@ -131,6 +131,16 @@ def test_nothing_that_is_younger_than_the_age_goes(root: Path) -> None:
     assert keys(root) == set()
 
 
+def test_jobs_batches_and_logs_are_known_and_stay_however_old(root: Path) -> None:
+    id = ID.replace("-", "0")
+    kept = {
+        put(root, key, age=OLD)
+        for key in (f"_jobs/{id}/job.json", "_jobs/limits.json", f"_logs/{id}/0001/00001.log", "_batches/b/batch.json")
+    }
+    assert ran(root).left == ()
+    assert keys(root) == kept
+
+
 def test_a_list_that_may_still_be_in_use_stays_even_at_age_0(root: Path) -> None:
     young = put(root, f"{PRUNES}/{ID}{ID}", age=LAPSE - timedelta(minutes=1))
     ran(root, timedelta(0))
