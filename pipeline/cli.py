@@ -62,7 +62,13 @@ def run(
     set_: Overrides = None,
     output: Annotated[str | None, typer.Option(help="Replaces spec.output.uri.", show_default=False)] = None,
     address: Annotated[
-        str | None, typer.Option(help="auto, local or ray://host:port; default: an embedded Ray.", show_default=False)
+        str | None,
+        typer.Option(
+            envvar="RAY_ADDRESS",
+            help="auto or ray://host:port: a Ray that runs; local: one of the job's own; none: no Ray, workers are forks of "
+            "this process. Default: none for a single worker on a CPU, else local.",
+            show_default=False,
+        ),
     ] = None,
     resume: Annotated[
         Resume,

@@ -26,8 +26,8 @@ LOOPBACK = "127.0.0.2"
 CONNECT_SECONDS = 5.0
 """How long a cluster may take to accept a connection."""
 
-ATTEMPTS = 2
-"""Starts of an embedded Ray: on a loaded machine its own deadlines pass."""
+ATTEMPTS = 4
+"""Starts of an embedded Ray: on a loaded machine its own deadlines pass, of which one is thirty seconds whatever it is told."""
 
 ENVIRONMENT = {
     # Ray reads these from the environment only: no usage report, and no merging of our log lines.

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from counterweight.workers.identity import WorkerReport
     from counterweight.workers.tasks.setting import Device
     from counterweight.workers.tasks.task import Task
 
 
 START_SECONDS = float(os.environ.get("COUNTERWEIGHT_START_SECONDS", "300"))
 """How long a job goes on without any worker: a loaded machine takes as long to import torch, a cluster to add a node."""
+
+
+STARTS = 3
+"""Processes in a row that may die before their first answer, until a worker is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,13 @@ class WorkerPool(Protocol):
 
     def close(self) -> None:
         """Ends the workers."""
+
+
+class StartedPool(WorkerPool, Protocol):
+    """A pool of processes, which say who they are."""
+
+    def first(self) -> WorkerReport:
+        """Who the first worker is that answers; WorkerError when none does in time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from counterweight.pipeline.cluster import unreachable
-from counterweight.pipeline.pool import START_SECONDS, Outcome, PoolSize
+from counterweight.pipeline.pool import START_SECONDS, STARTS, Outcome, PoolSize
 from counterweight.workers.errors import CounterweightError, WorkerError
 from counterweight.workers.identity import Identity, Token, WorkerReport
 from counterweight.workers.process import WorkerProcess
@@ -26,14 +26,15 @@ if TYPE_CHECKING:
 
     from counterweight.workers.tasks.task import Task
 
-STARTS = 3
-"""Processes in a row that may die before their first answer, until a worker is given up."""
-
 PULSE_SECONDS = 3.0
 """Between questions to a busy worker whether it is still there."""
 
 SILENT_SECONDS = 15.0
-"""Without an answer, after which a worker's task is given to another: a host that is frozen is noticed by nobody else."""
+"""Without an answer to such a question, after which a worker's task is given to another: a host that is frozen is noticed by
+nobody else."""
+
+LATE_SECONDS = 1.0
+"""That an answer may take which has arrived in this process already: it may have been stopped itself."""
 
 HEAD_SECONDS = 5.0
 """How long the cluster's head may refuse connections. Ray itself ends the process after a minute."""
@@ -59,13 +60,14 @@ class State(Enum):
 @dataclass(slots=True)
 class Seat:
     """A worker's place in the pool. actor: the process that has it now. answer: what is awaited of it: who it is, or the task
-    with this ticket. pulse: a question that is not answered yet; heard: when one was last."""
+    with this ticket. pulse: a question that is not answered yet; asked: when. heard: when one was answered last."""
 
     actor: ActorHandle
     answer: object
     state: State = State.STARTING
     ticket: int = 0
     pulse: object = None
+    asked: float = 0.0
     heard: float = 0.0
     since: float = 0.0
     """When it became idle."""
@@ -86,7 +88,7 @@ class RayPool:
     """Workers as Ray actors. Create inside `cluster(...)`.
 
     token: what every worker has to find in the job's storage. expected: what code and libraries it has to have; None: any.
-    note: told, in a line, of workers that are late, lost or back.
+    note: told, in a line, of workers that are late, lost or back. clock: seconds, never going back.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class RayPool:
         token: Token | None = None,
         expected: Identity | None = None,
         note: Callable[[str], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         import ray
 
@@ -104,13 +107,13 @@ class RayPool:
         self._class = ray.remote(WorkerProcess).options(
             num_cpus=size.cpus, num_gpus=size.gpus, max_restarts=0, max_task_retries=0, max_concurrency=2
         )
-        self._size, self._token, self._expected, self._note = size, token, expected, note
+        self._size, self._token, self._expected, self._note, self._clock = size, token, expected, note, clock
         self.size, self.threads = size.workers, 1 if size.gpus else size.cpus
         self._seats = [self._fresh() for _ in range(size.workers)]
         self._tickets = 0
-        self._alone = time.monotonic()
+        self._alone = clock()
         """Since when no worker can be counted on."""
-        self._head = _Head(ray)
+        self._head = _Head(ray, clock)
 
     def first(self) -> WorkerReport:
         """Who the first worker is that answers; WorkerError when none does in time."""
@@ -130,7 +133,7 @@ class RayPool:
             raise ValueError(f"worker {worker}: is {seat.state.value}: expected an idle one")
         self._tickets += 1
         seat.answer, seat.ticket, seat.state = seat.actor.run.remote(task), self._tickets, State.BUSY
-        seat.heard = time.monotonic()
+        seat.heard = self._clock()
         return self._tickets
 
     def wait(self, seconds: float) -> list[Outcome]:
@@ -223,7 +226,7 @@ class RayPool:
         return [outcome]
 
     def _rest(self, seat: Seat) -> None:
-        seat.answer, seat.state, seat.since = None, State.IDLE, time.monotonic()
+        seat.answer, seat.state, seat.since = None, State.IDLE, self._clock()
 
     def _replace(self, worker: int, cause: str, *, deaths: int = 0) -> None:
         """Starts another process in the place of one that is gone; gives the worker up where these die before they answer."""
@@ -238,10 +241,10 @@ class RayPool:
 
     def _ask(self) -> None:
         """Busy workers whether they are there."""
-        now = time.monotonic()
+        now = self._clock()
         for seat in self._seats:
             if seat.state in (State.BUSY, State.SILENT) and seat.pulse is None and now - seat.heard >= PULSE_SECONDS:
-                seat.pulse = seat.actor.pulse.remote()
+                seat.pulse, seat.asked = seat.actor.pulse.remote(), now
 
     def _heard(self, worker: int, reference: object) -> None:
         seat = self._seats[worker]
@@ -249,20 +252,20 @@ class RayPool:
             waits: str = self._ray.get(reference)
         except self._ray.exceptions.RayError:
             return  # its task says so too
-        seat.heard = time.monotonic()
+        seat.heard = self._clock()
         if waits and waits != seat.waits:
             self._note(f"worker {worker}: {waits}")
         seat.waits = waits
 
     def _silences(self) -> list[Outcome]:
-        """Of busy workers that have not answered for long."""
+        """Of busy workers that were asked long ago and have not answered. What counts is the time since the question: this
+        process may have been busy itself, and asked nobody."""
         found = []
-        now = time.monotonic()
+        now = self._clock()
         for worker, seat in enumerate(self._seats):
-            if seat.state is not State.BUSY or seat.pulse is None or now - seat.heard <= SILENT_SECONDS:
+            if seat.state is not State.BUSY or seat.pulse is None or now - seat.asked <= SILENT_SECONDS:
                 continue
-            # This process may have been busy itself, and the answer may lie there.
-            answered, _ = self._ray.wait([seat.pulse], timeout=0)
+            answered, _ = self._ray.wait([seat.pulse], timeout=LATE_SECONDS)
             if not answered:
                 seat.state = State.SILENT
                 error = WorkerError(f"worker {worker}{seat.place} has not answered for {SILENT_SECONDS:.0f} s")
@@ -271,7 +274,7 @@ class RayPool:
 
     def _give_up(self) -> None:
         """WorkerError when there is no worker, and was none for long or cannot be one."""
-        now = time.monotonic()
+        now = self._clock()
         if any(seat.state.works for seat in self._seats):
             self._alone = now
             return
@@ -294,23 +297,27 @@ class RayPool:
 class _Head:
     """Watches the cluster's head: Ray would end this process without a word of ours when it is gone."""
 
-    def __init__(self, ray: object) -> None:
+    def __init__(self, ray: object, clock: Callable[[], float]) -> None:
         from ray.util import client
 
         address = "" if client.ray.is_connected() else str(ray.get_runtime_context().gcs_address)  # type: ignore[attr-defined]
         self._host, _, self._port = address.rpartition(":")
-        self._seen = self._looked = time.monotonic()
+        self._clock, self._looked = clock, clock()
+        self._missed: float | None = None
+        """When nobody listened there for the first time since somebody did."""
 
     def check(self) -> None:
-        """WorkerError when nobody has listened at its address for `HEAD_SECONDS`."""
-        now = time.monotonic()
+        """WorkerError when nobody has listened at its address for `HEAD_SECONDS`, in two looks at least."""
+        now = self._clock()
         if not self._host or now - self._looked < 1.0:
             return
         self._looked = now
         problem = unreachable(self._host, int(self._port))
         if not problem:
-            self._seen = now
-        elif now - self._seen > HEAD_SECONDS:
+            self._missed = None
+        elif self._missed is None:
+            self._missed = now
+        elif now - self._missed > HEAD_SECONDS:
             raise WorkerError(f"Ray's head at {self._host}:{self._port} is gone: {problem}")
 
 

@@ -93,6 +93,8 @@ def _watch(driver: int) -> None:
         known |= descendants(driver)
         known = _left(known)
         ended = bool(select.select([0], [], [], LOOK_SECONDS)[0])
+    # A driver that speaks is still there, and so are its descendants that are younger than the last look.
+    known |= descendants(driver)
     word = os.read(0, 1)
     if word == ENDING:
         if not select.select([0], [], [], SHUTDOWN_SECONDS)[0]:

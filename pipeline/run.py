@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from counterweight.pipeline.cluster import cluster, embedded
+from counterweight.pipeline.cluster import cluster
 from counterweight.pipeline.events import EventLog
 from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.place import Place
 from counterweight.pipeline.policies import Resume
-from counterweight.pipeline.pool import PoolSize, threads_per_worker
+from counterweight.pipeline.pool import PoolSize, StartedPool, threads_per_worker
 from counterweight.pipeline.preflight import look
 from counterweight.pipeline.ray_pool import RayPool
 from counterweight.workers.errors import CounterweightError
@@ -31,27 +32,46 @@ if TYPE_CHECKING:
 def run_job(
     job: CompressionJob, progress: Progress, *, address: str | None = None, resume: Resume = Resume.AUTO
 ) -> Published:
-    """Runs a job to its end on an embedded Ray, or on the one at `address`. resume: what it takes over of earlier runs.
+    """Runs a job to its end, on workers as `address` says (see `Place`). resume: what it takes over of earlier runs.
 
     Raises RequestError (the manifest, the model, the texts, an object store without an atomic create), GateError,
     SurroundingsError; nothing is published then.
     """
-    size = pool_size(job, address)
+    place = Place.of(job, address)
+    size = pool_size(job, place)
     with EventLog(progress) as log, _told(log):
         ready = look(job)  # what is wrong with a model or a text is known before anything is started for it
-        with cluster(address, size), _shown(ready.output) as token:
-            pool = RayPool(size, token=token, expected=identity(), note=log.note)
-            try:
-                # Workers load torch and transformers now, and so does this process with torch. Not while Ray starts: an
-                # import holds the interpreter that starts it.
-                with importing():
-                    from counterweight.pipeline.opening import open_job
-                    from counterweight.pipeline.orchestrator import Orchestrator
-                source, tokens = open_job(job, pool, log, here=embedded(address), ready=ready)
-                device = _device(pool.first().device, size.device, log)
-                return Orchestrator(job, source, tokens, pool, device, log, resume).run()
-            finally:
-                pool.close()
+        with _pool(place, size, ready.output, log) as pool:
+            # Ray's workers load torch and transformers now, and so does this process with torch. Not while Ray starts: an
+            # import holds the interpreter that starts it.
+            with importing():
+                from counterweight.pipeline.opening import open_job
+                from counterweight.pipeline.orchestrator import Orchestrator
+            source, tokens = open_job(job, pool, log, here=place.here, ready=ready)
+            if not place.ray:
+                log.note(f"workers: {size.workers} of this machine, without Ray")
+            device = _device(pool.first().device, size.device, log)
+            return Orchestrator(job, source, tokens, pool, device, log, resume).run()
+
+
+@contextmanager
+def _pool(place: Place, size: PoolSize, output: ObjectStore, log: EventLog) -> Iterator[StartedPool]:
+    """The workers of a job, which end with the context."""
+    if not place.ray:
+        from counterweight.pipeline.forked_pool import ForkedPool
+
+        forked = ForkedPool(size, note=log.note)
+        try:
+            yield forked
+        finally:
+            forked.close()
+        return
+    with cluster(place.address, size), _shown(output) as token:
+        pool = RayPool(size, token=token, expected=identity(), note=log.note)
+        try:
+            yield pool
+        finally:
+            pool.close()
 
 
 @contextmanager
@@ -77,10 +97,10 @@ def _shown(output: ObjectStore) -> Iterator[Token]:
             output.delete(token.key)
 
 
-def pool_size(job: CompressionJob, address: str | None) -> PoolSize:
-    """Workers as the manifest asks; on an embedded cluster they share this machine's CPUs unless it says otherwise."""
+def pool_size(job: CompressionJob, place: Place) -> PoolSize:
+    """Workers as the manifest asks; on this machine they share its CPUs unless it says otherwise."""
     resources = job.spec.resources
-    available = sorted(os.sched_getaffinity(0)) if embedded(address) else [0]
+    available = sorted(os.sched_getaffinity(0)) if place.here else [0]
     cpus = threads_per_worker(resources.cpus_per_worker, resources.workers, available=available)
     return PoolSize(workers=resources.workers, cpus=cpus, gpus=resources.gpus_per_worker)
 

@@ -53,6 +53,20 @@ class _Rule:
     skipped: int
 
 
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port of the loopback interface where nobody listens, and that the kernel gives to nobody else meanwhile; who asks for
+    this one (`FaultProxy` with a port) gets it."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+HOLD_SECONDS = 20.0
+"""That requests are held at most: less than the read timeout of clients."""
+
+
 class FaultProxy:
     """Listens on a free port of the loopback interface while its block runs; one thread per connection."""
 
@@ -88,9 +102,15 @@ class FaultProxy:
             self._rules.append(_Rule(fault, method, containing, times, skipped))
 
     def hold_until(self, number: int, method: str, *, containing: str) -> None:
-        """Keeps the first requests of this kind waiting until so many are under way, for two seconds at
-        most."""
-        self._hold = (number, method, containing)
+        """Keeps the first requests of this kind waiting until so many are under way, or are let go."""
+        with self._lock:
+            self._hold = (number, method, containing)
+
+    def let_go(self) -> None:
+        """Of those that are held."""
+        with self._arrived:
+            self._hold = None
+            self._arrived.notify_all()
 
     @property
     def held(self) -> int:
@@ -112,6 +132,8 @@ class FaultProxy:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closed.set()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # a close alone would wait for one more connection
         self._listener.close()
 
     def _accept(self) -> None:
@@ -133,15 +155,17 @@ class FaultProxy:
 
     @contextlib.contextmanager
     def _held(self, method: str, target: str) -> Iterator[None]:
-        if self._hold is None or self._hold[1] != method or self._hold[2] not in target:
+        with self._lock:
+            hold = self._hold
+        if hold is None or hold[1] != method or hold[2] not in target:
             yield
             return
-        number = self._hold[0]
+        number = hold[0]
         with self._arrived:
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
             self._arrived.notify_all()
-            self._arrived.wait_for(lambda: self.most_at_once >= number, timeout=2)
+            self._arrived.wait_for(lambda: self._hold is None or self.most_at_once >= number, timeout=HOLD_SECONDS)
         try:
             yield
         finally:

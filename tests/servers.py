@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
-from urllib.error import URLError
 
 import boto3
 import pytest
@@ -82,7 +81,7 @@ Connect = Callable[[S3Server], str]
 def moto_server() -> Iterator[S3Server]:
     """moto in a process of its own: what it holds in memory is not the test's."""
     with tempfile.TemporaryFile() as log:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+        command = [sys.executable, "-I", str(Path(__file__).with_name("atomic_moto.py"))]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             endpoint = _moto_endpoint(process, log.fileno())
@@ -100,7 +99,7 @@ def _moto_endpoint(process: subprocess.Popen[bytes], log: int) -> str:
         printed = os.pread(log, 1 << 16, 0).decode()
         if "http://127.0.0.1:" in printed:
             endpoint = "http://127.0.0.1:" + printed.split("http://127.0.0.1:")[1].split()[0]
-            with contextlib.suppress(URLError), urllib.request.urlopen(f"{endpoint}/moto-api/", timeout=5):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{endpoint}/moto-api/", timeout=5):
                 return endpoint
     raise RuntimeError(f"moto did not start: {os.pread(log, 1 << 16, 0).decode()}")
 

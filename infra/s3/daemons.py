@@ -91,7 +91,7 @@ def http_status(port: int, path: str) -> int:
         connection.close()
 
 
-def run_tool(command: Sequence[str | Path], *, seconds: float = 60) -> str:
+def run_tool(command: Sequence[str | Path], *, seconds: float = 300) -> str:
     """Runs a tool to its end and returns its standard output; raises `StartError` when it fails."""
     words = [str(word) for word in command]
     try:
@@ -106,7 +106,7 @@ def run_tool(command: Sequence[str | Path], *, seconds: float = 60) -> str:
 def succeeds(command: Sequence[str | Path]) -> bool:
     """Whether a tool ends with success; what it prints is not looked at."""
     try:
-        run_tool(command, seconds=20)
+        run_tool(command, seconds=60)
     except StartError:
         return False
     return True

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from counterweight.kernels.backend import Kernels
 from counterweight.pipeline.artifact import open_artifact
+from counterweight.pipeline.artifact.auto import mark, register
 from counterweight.workers.block import install
 from counterweight.workers.checkpoint.strict_json import parse_object
 from counterweight.workers.compressed import CompressedModel
@@ -17,6 +18,8 @@ from counterweight.workers.errors import CheckpointError
 
 if TYPE_CHECKING:
     from counterweight.kernels.gpu.host_memory import HostArena
+
+register()  # whoever loads artifacts may do so by transformers' own names
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_GENERATION_VALUES = 100_000
@@ -73,6 +76,7 @@ def load_model(
             shell.generation_config = GenerationConfig.from_dict(fields)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise CheckpointError(f"{store.uri_of(GENERATION_CONFIG)}: transformers refuses it: {error}") from error
+    mark(shell)
     return shell.eval()
 
 

@@ -14,7 +14,8 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from cronsim import CronSim, CronSimError
 from pydantic import Field, JsonValue, StringConstraints, field_validator, model_validator
 
-from counterweight.pipeline.manifest.job import MAX_URI, Metadata, Section
+from counterweight.pipeline.manifest.calibration import Section
+from counterweight.pipeline.manifest.job import MAX_URI, Metadata
 from counterweight.workers.keys import digest
 
 MAX_JOBS = 1000

@@ -14,9 +14,10 @@ from urllib.parse import unquote
 
 from pydantic import ValidationError
 
+from counterweight.pipeline.manifest.calibration import Section
 from counterweight.pipeline.manifest.document import MAX_BYTES, parse_json, parse_yaml, too_large
 from counterweight.pipeline.manifest.explain import MAX_EXPLAINED, Complaint, explain
-from counterweight.pipeline.manifest.job import CompressionJob, Section
+from counterweight.pipeline.manifest.job import CompressionJob
 from counterweight.pipeline.manifest.overrides import apply_overrides
 from counterweight.pipeline.manifest.problems import Path, path_text, problem, refusal, show, source_text
 from counterweight.pipeline.manifest.schema import job_schema

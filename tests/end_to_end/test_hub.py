@@ -20,6 +20,8 @@ from tests.models import checkpoint, write_text
 from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
+PATIENT = {f"HF_HUB_{what}_TIMEOUT": str(int(PATIENCE)) for what in ("ETAG", "DOWNLOAD")}
+"""The hub here is on this machine, which may be busy; the client would wait for ten seconds."""
 NAME, COMMIT = "owner/tiny", "1" * 40
 
 
@@ -99,7 +101,7 @@ def plan(tmp_path: Path, endpoint: str, model: str = f"hf:{NAME}") -> subprocess
     return subprocess.run(
         [sys.executable, "-m", "counterweight.pipeline.cli", "plan", str(manifest), "--json"],
         cwd=ROOT,
-        env={**environment, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")},
+        env={**environment, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), **PATIENT},
         capture_output=True,
         text=True,
         timeout=PATIENCE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -15,9 +16,12 @@ from pathlib import Path
 import pytest
 
 from tests.patience import PATIENCE
+from tests.pipeline.held_block import HeldBlock, shards_of
 from tests.pipeline.tiny import Run, files_of, job_of, local_path, run_local, until, write_job
 
 pytestmark = pytest.mark.end_to_end
+
+STARTS = 3
 
 
 def free_port() -> int:
@@ -30,10 +34,21 @@ class Nodes:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._groups = folder, dict[int, subprocess.Popen[bytes]]()
-        self.head = f"127.0.0.2:{free_port()}"
+        self.head = ""
 
     def start(self, number: int) -> None:
-        """The node on 127.0.0.<number> with one CPU; number 2 is the head, without any."""
+        """The node on 127.0.0.<number> with one CPU; number 2 is the head, without any. A node that does not come up is started
+        again: its ports were free when they were chosen, and may be somebody else's by now."""
+        for _ in range(STARTS):
+            if number == 2:
+                self.head = f"127.0.0.2:{free_port()}"
+            process = self._started(number)
+            until(lambda: "Ray runtime started" in self.log(number) or process.poll() is not None)  # noqa: B023
+            if process.poll() is None:
+                return
+        raise AssertionError(f"node {number} did not start {STARTS} times: {self.log(number)}")
+
+    def _started(self, number: int) -> subprocess.Popen[bytes]:
         port = self.head.rpartition(":")[2]
         role = (
             ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
@@ -48,10 +63,9 @@ class Nodes:
         ]
         log = (self._folder / f"node-{number}.log").open("wb")
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        self._groups[number] = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
-        until(lambda: "Ray runtime started" in self.log(number))
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        self._groups[number] = process
+        return process
 
     def log(self, number: int) -> str:
         return (self._folder / f"node-{number}.log").read_text()
@@ -62,7 +76,8 @@ class Nodes:
 
     def stop(self) -> None:
         for process in self._groups.values():
-            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # one that did not start
+                os.killpg(process.pid, signal.SIGTERM)
         for process in self._groups.values():
             try:
                 process.wait(30)
@@ -87,18 +102,22 @@ def test_a_node_that_is_lost_for_good_costs_its_share_and_nothing_else(nodes: No
     (tmp_path / "calibration.txt").write_text(" ".join([words] * 40))
     manifest.write_text(text)
     expected = files_of(local_path(run_local(job_of(manifest, f"spec.output.uri={tmp_path / 'expected'}")).uri))
+    held = [HeldBlock(tmp_path / "out", shard) for shard in shards_of(tmp_path / "expected")[:2]]
     for number in (2, 3, 4):
         nodes.start(number)
     two = ["--set", "spec.resources={workers: 2, cpus_per_worker: 1}"]
     run = Run(manifest, "--address", nodes.head, *two)
     try:
-        run.wait_for("block 0 started", seconds=2 * PATIENCE)
+        run.wait_until(lambda: all(block.reached() for block in held), seconds=2 * PATIENCE)  # on each node a worker
         nodes.kill(4)
+        for block in held:
+            block.release()
         code, out, err = run.finish(seconds=2 * PATIENCE)
     finally:
         if run.process.poll() is None:
             run.kill()
     assert code == 0, err
+    assert ": try 1 of 3 failed: worker " in err
     assert files_of(local_path(out.strip())) == expected
 
 

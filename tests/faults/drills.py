@@ -31,7 +31,7 @@ from counterweight.workers.storage.probe import PROBES
 from counterweight.workers.storage.s3_client import S3Settings
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.workspace import PRUNES
-from tests.faultproxy import Fault, FaultProxy
+from tests.faultproxy import Fault, FaultProxy, reserved_port
 from tests.faults.strikes import MOMENTS, STRIKES, Strike, reached
 from tests.patience import PATIENCE
 from tests.pipeline.tiny import (
@@ -164,17 +164,15 @@ class Faults:
         variant = draw.choice(list(VARIANTS))
         self._expected(variant)
         wait_for, seconds = draw.randrange(len(self._requests[variant])), draw.uniform(0.5, 4)
-        ports: list[int] = []
-        ended, back, over = threading.Event(), threading.Event(), threading.Event()
+        listening, ended, back, over = (threading.Event() for _ in range(4))
 
-        def absence() -> None:
-            proxy = FaultProxy(self._server.endpoint)
-            with proxy:
-                ports.append(int(proxy.endpoint.rpartition(":")[2]))
+        def absence(port: int) -> None:
+            with FaultProxy(self._server.endpoint, port) as proxy:
+                listening.set()
                 while len(proxy.requests) < wait_for and not ended.wait(0.01):
                     pass
             time.sleep(seconds)
-            with FaultProxy(self._server.endpoint, ports[0]):
+            with FaultProxy(self._server.endpoint, port):
                 back.set()
                 over.wait(PATIENCE)
 
@@ -182,16 +180,17 @@ class Faults:
             ended.set()
             back.wait(PATIENCE)
 
-        thread = threading.Thread(target=absence)
-        thread.start()
-        try:
-            until(lambda: bool(ports))
-            with self._led_to(f"http://127.0.0.1:{ports[0]}") as output:
-                return self._ends(variant, output, LocalPool(draw.choice((1, 2))), healed=healed)
-        finally:
-            ended.set()
-            over.set()
-            thread.join()
+        with reserved_port() as port:
+            thread = threading.Thread(target=absence, args=(port,))
+            thread.start()
+            try:
+                assert listening.wait(PATIENCE)
+                with self._led_to(f"http://127.0.0.1:{port}") as output:
+                    return self._ends(variant, output, LocalPool(draw.choice((1, 2))), healed=healed)
+            finally:
+                ended.set()
+                over.set()
+                thread.join()
 
     def _restarted(self, draw: Random) -> str:
         """The storage is killed, as a power cut would, and started again at once."""
@@ -266,7 +265,7 @@ class Faults:
             errors = [line for line in err.splitlines() if line.startswith("error: ")]
             assert len(errors) == (code == 4), err
             assert (len(out.splitlines()) == 1) == (code == 0), out
-            until(lambda: not any(map(alive, below)), seconds=60)
+            until(lambda: not any(map(alive, below)))
             published = run_local(self._job(variant, output))  # from what is there
             assert stored(published.uri) == self._expected(variant), "other bytes"
             if code >= 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
 from tests.servers import absent
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,8 +22,11 @@ HUB_KERNELS = "kernels==0.17.2"
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("wheel")
-    # A copy: setuptools builds in the tree, and takes what an earlier build left there for sources.
-    sources = shutil.copytree(ROOT, place / "sources", symlinks=True, ignore=shutil.ignore_patterns(".*", "build"))
+    # A copy: setuptools builds in the tree, and takes what an earlier build left there for sources. Compiled files come and go
+    # while other tests run.
+    sources = shutil.copytree(
+        ROOT, place / "sources", symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "__pycache__")
+    )
     pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", str(place), str(sources))
     (built,) = place.glob("counterweight-*.whl")
     return built
@@ -85,7 +89,7 @@ def test_a_job_runs_there_from_another_directory(python: Path, tmp_path: Path) -
 
 def pip(interpreter: str, *arguments: str) -> None:
     command = [interpreter, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     if done.returncode != 0:
         absent(f"pip {arguments[0]} failed: {done.stderr.strip()[-500:]}")
 
@@ -94,7 +98,7 @@ def ran(command: list[str], directory: Path) -> str:
     """stdout of a command that has to succeed, run as from a user's shell: nothing leads it to the checkout."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=280, check=False
+        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

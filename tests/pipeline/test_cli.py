@@ -29,6 +29,7 @@ from counterweight.pipeline.units import duration
 from counterweight.workers.errors import GateError, StorageError
 from counterweight.workers.storage.file import FileStore
 from tests.models import read_tensors
+from tests.patience import cpu_seconds, of_children
 from tests.pipeline.tiny import LocalPool, files_of, local_path, write_job
 
 
@@ -352,7 +353,8 @@ def test_an_interrupt_is_130_and_one_line(command: Command, job: Path, monkeypat
     ran = command("run", job)
     assert ran.code == 130
     assert [line for line in ran.err.splitlines() if not line.startswith("stage ")] == [
-        "interrupted: finished blocks are kept; run the same command again to resume"
+        "note: workers: 1 of this machine, without Ray",
+        "interrupted: finished blocks are kept; run the same command again to resume",
     ]
 
 
@@ -394,7 +396,9 @@ def test_json_of_every_command_parses(command: Command, published: tuple[Path, s
     assert pulled == {**checked, "destination": str(tmp_path / "pulled")}
     quality = json.loads(command("eval", uri, "--json", "--windows", 2).out)
     assert set(quality) == {"baseline", "quantized", "compensated"}
-    assert json.loads(command("schema").out)["properties"]["kind"]["const"] == "CompressionJob"
+    kinds = json.loads(command("schema").out)["$defs"]
+    for kind in ("CompressionJob", "CompressionBatch"):
+        assert kinds[kind]["properties"]["kind"]["const"] == kind
 
 
 def test_a_run_says_what_it_takes_over(command: Command, job: Path) -> None:
@@ -630,20 +634,14 @@ def test_a_prune_of_a_damaged_or_failing_store_is_exit_4_in_one_line(
 
 def test_help_comes_at_once() -> None:
     """Well under half a second: nothing heavy is imported. The CPU time is compared, because the machine may be busy."""
-    seconds: list[float] = []
-    for _ in range(5):
-        before = _children_seconds()
+
+    def ask() -> None:
         ran = subprocess.run(
             [sys.executable, "-m", "counterweight.pipeline.cli", "--help"], capture_output=True, text=True, check=True
         )
-        seconds.append(_children_seconds() - before)
         assert "pull" in ran.stdout
-    assert sorted(seconds)[2] < 0.5
 
-
-def _children_seconds() -> float:
-    times = os.times()
-    return times.children_user + times.children_system
+    assert cpu_seconds(ask, below=0.5, clock=of_children) < 0.5
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -662,11 +660,10 @@ def test_a_wrong_manifest_is_refused_before_anything_slow_is_imported(job: Path)
         "import sys; from counterweight.pipeline.cli import main; code = main(sys.argv[1:]); "
         "print(code, 'transformers' in sys.modules, 'ray' in sys.modules)"
     )
-    started = time.monotonic()
     ran = subprocess.run(
         [sys.executable, "-c", code, "run", str(job), "--set", "spec.recipe.weights.bits=9"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert ran.stdout.split() == ["2", "False", "False"], f"{ran.stderr} after {time.monotonic() - started:.1f} s"
+    assert ran.stdout.split() == ["2", "False", "False"], ran.stderr

@@ -61,7 +61,13 @@ def stored(root: Path) -> list[list[dict[str, Any]]]:
     """The events of each run of the only job, in the order of the runs' names."""
     runs = sorted(root.glob("_work/events/*/*"))
     assert len({run.parent for run in runs}) <= 1
-    return [[json.loads(line) for path in sorted(run.iterdir()) for line in path.open()] for run in runs]
+    # Another file is one that is being written, and may be gone by now.
+    return [[json.loads(line) for path in sorted(run.glob("*.jsonl")) for line in path.open()] for run in runs]
+
+
+def last_kinds(root: Path) -> list[str]:
+    """Of the last event of each run."""
+    return [run[-1]["kind"] for run in stored(root) if run]
 
 
 def behind(runs: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
@@ -70,9 +76,15 @@ def behind(runs: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
     return [run[1:] for run in runs]
 
 
+def patient(root: Path, notes: list[str] | None = None, seconds: float = 5.0, patience: float = PATIENCE) -> EventStore:
+    """A store of events that has at its end the time that it needs."""
+    told = ([] if notes is None else notes).append
+    return EventStore(open_store(root.as_uri()), "job", told, seconds=seconds, patience=patience)
+
+
 def opened(root: Path, notes: list[str] | None = None, **options: float) -> EventStore:
-    """A store of events of a job that has been admitted."""
-    store = EventStore(open_store(root.as_uri()), "job", ([] if notes is None else notes).append, **options)
+    """One of a job that has been admitted."""
+    store = patient(root, notes, **options)
     store.on(ADMITTED)
     return store
 
@@ -163,14 +175,14 @@ class TestStore:
 
     @pytest.mark.parametrize(("refused", "kinds"), [(True, []), (False, ["note", "job_failed"])])
     def test_a_request_that_is_refused_leaves_nothing(self, tmp_path: Path, refused: bool, kinds: list[str]) -> None:
-        store = EventStore(open_store(tmp_path.as_uri()), "job", [].append, seconds=0.01)
+        store = patient(tmp_path, seconds=0.01)
         store.on(Note("before"))
         store.on(JobFailed("SomeError", "text", refused=refused))
         store.end()
         assert [line["kind"] for run in stored(tmp_path) for line in run] == kinds
 
     def test_what_came_before_a_job_was_admitted_is_told_with_it(self, tmp_path: Path) -> None:
-        store = EventStore(open_store(tmp_path.as_uri()), "job", [].append)
+        store = patient(tmp_path)
         store.on(Note("before"))
         store.on(ADMITTED)
         store.end()
@@ -243,6 +255,8 @@ def test_credentials_do_not_reach_the_store(text: str, expected: str) -> None:
 def test_a_whole_job_leaves_its_events(tmp_path: Path) -> None:
     checkpoint("llama", tmp_path / "model", num_hidden_layers=2)
     published = run_job(tmp_path / "model", tmp_path, RECIPE, validation={})
+    # A job waits some seconds for its events to be stored, and no longer.
+    until(lambda: last_kinds(tmp_path / "artifacts") == ["artifact_published"])
     (lines,) = stored(tmp_path / "artifacts")
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
     assert lines[0]["kind"] == "job_started"
@@ -264,10 +278,9 @@ def test_a_job_that_runs_again_is_the_same_job_and_says_so_when_it_fails(tmp_pat
     for _ in range(2):
         with pytest.raises(GateError):
             run_job(tmp_path / "model", tmp_path, RECIPE, validation={"gates": {"kl": 1e-9}})
+    until(lambda: last_kinds(tmp_path / "artifacts") == ["job_failed"] * 2)
     runs = stored(tmp_path / "artifacts")
-    assert len(runs) == 2
     for lines in runs:
-        assert lines[-1]["kind"] == "job_failed"
         assert lines[-1]["error"] == "GateError"
 
 

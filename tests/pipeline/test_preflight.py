@@ -17,6 +17,7 @@ from counterweight.pipeline.preflight import check_apart, look
 from counterweight.workers.errors import RequestError
 from tests.inprocess import RecordedProgress, run_job
 from tests.models import checkpoint
+from tests.patience import PATIENCE
 from tests.pipeline.tiny import job_of, write_job
 
 # The command in this process, then what it has loaded: the last line of stdout.
@@ -92,7 +93,7 @@ def test_a_wrong_request_costs_neither_ray_nor_torch(honest: Path, tmp_path: Pat
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     code, loaded = json.loads(ran.stdout.splitlines()[-1])
     (line,) = ran.stderr.splitlines()

@@ -16,13 +16,14 @@ import torch
 from counterweight.pipeline.artifact import verify
 from counterweight.pipeline.prune import KINDS, Collector, Pruned, Tally, blob_names, prune
 from counterweight.workers.errors import CounterweightError, IntegrityError, RequestError, StorageError
+from counterweight.workers.ledger import LEDGER
 from counterweight.workers.storage import ObjectInfo, open_store
 from counterweight.workers.storage.file import FileStore
 from counterweight.workers.storage.names import TEMPORARY_PREFIX
 from counterweight.workers.tasks.embed import Embed
 from counterweight.workers.tasks.records import HiddenRecord, Timing
 from counterweight.workers.workspace import LAPSE, PRUNES, Blob, Record, Workspace
-from tests.pipeline.tiny import Events, LocalPool, files_of, job_of, local_path, run_local, write_job
+from tests.pipeline.tiny import Events, LocalPool, files_of, job_of, local_path, run_local, until, write_job
 from tests.servers import S3Server, moto_server
 
 AGE = timedelta(days=7)
@@ -453,6 +454,9 @@ def test_an_artifact_folder_that_a_job_takes_up_again_is_spared(template: Path, 
     set_all(local_path(first.uri), OLD)
     met: list[str] = []
 
+    def claimed() -> bool:
+        return time.time() - (local_path(first.uri) / LEDGER).stat().st_mtime < 3600
+
     class Meeting(FileStore):
         """Before its first delete of a prune that has looked twice, the job begins to assemble."""
 
@@ -460,7 +464,7 @@ def test_an_artifact_folder_that_a_job_takes_up_again_is_spared(template: Path, 
             if key.startswith("tiny/") and not met:
                 met.append(key)
                 threads.submit(lambda: results.append(run_local(job)))
-                time.sleep(1.0)
+                until(claimed)
             super().delete(key)
 
     results: list[object] = []

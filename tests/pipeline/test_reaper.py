@@ -6,82 +6,131 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from counterweight.pipeline.reaper import descendants
+from tests.patience import PATIENCE
 from tests.pipeline.tiny import alive, until
 
+# A driver with a child that has a child. It tells their ids, ends the first of them when it is told to, and then itself.
 DRIVER = """
-import subprocess, sys, time
+import subprocess, sys
 from counterweight.pipeline.reaper import reaper
+CHILD = "import subprocess, time; print(subprocess.Popen(['sleep', '3600']).pid, flush=True); time.sleep(3600)"
 with reaper():
-    # An agent whose parent ends, so that it is nobody's child any more when the driver is killed.
-    agent = "[sys.executable, '-c', 'import time; time.sleep(600)']"
-    code = f"import subprocess, sys, time; subprocess.Popen({agent}); time.sleep(8)"
-    own = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    time.sleep(float(sys.argv[1]))
+    child = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, start_new_session=True)
+    print(child.pid, int(child.stdout.readline()), flush=True)
+    if sys.stdin.readline().strip() == "orphan":
+        child.kill()
+        print(child.wait(), flush=True)
+        sys.stdin.readline()
 """
 
 
-def started(seconds: float) -> tuple[subprocess.Popen[bytes], set[int]]:
-    """A driver that ends by itself after so long, and its descendants but for the reaper."""
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(seconds)])
+class Driver:
+    """Runs `DRIVER`. child, grandchild, reaper: process ids of its descendants."""
 
-    def agents() -> set[int]:
-        lines = {pid: (Path("/proc") / str(pid) / "cmdline").read_text() for pid, _ in descendants(driver.pid)}
-        return {pid for pid, line in lines.items() if "reaper" not in line and "sleep" in line}
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        self.child, self.grandchild = map(int, self.process.stdout.readline().split())
+        (self.reaper,) = {pid for pid, _ in descendants(self.process.pid)} - {self.child, self.grandchild}
 
-    until(lambda: len(agents()) == 2)
-    return driver, agents()
+    def orphan(self) -> None:
+        """Ends the child, so that the grandchild is nobody's descendant."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print("orphan", file=self.process.stdin, flush=True)
+        assert int(self.process.stdout.readline()) == -signal.SIGKILL
+
+    def wait_for_a_look(self) -> None:
+        """Until the reaper has looked at those that are there now. It gives the processor up when a look is over: that
+        of one that may have begun before, and that of a whole one, are counted by the kernel."""
+        before = _switches(self.reaper)
+        until(lambda: _switches(self.reaper) >= before + 2)
 
 
-def test_descendants_of_a_killed_driver_are_ended() -> None:
-    driver, agents = started(600)
-    until(lambda: sum(alive(pid) for pid in agents) == 1)  # the orphan
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    until(lambda: not any(map(alive, agents)), seconds=30)
+def _switches(pid: int) -> int:
+    """How often a process has given the processor up of its own."""
+    status = (Path("/proc") / str(pid) / "status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("voluntary_ctxt_switches:")]
+    return int(line.split()[1])
 
 
-def test_of_a_driver_that_ends_in_peace_nobody_is_ended() -> None:
-    driver, agents = started(1)
-    try:
-        assert driver.wait() == 0
-        with pytest.raises(AssertionError, match="waited too long"):
-            until(lambda: not any(map(alive, agents)), seconds=4)
-    finally:
-        for pid in agents:
+@pytest.fixture
+def driver() -> Iterator[Driver]:
+    started = Driver()
+    yield started
+    for pid in (started.process.pid, started.child, started.grandchild):
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    started.process.wait()
+
+
+def test_descendants_of_a_killed_driver_are_ended(driver: Driver) -> None:
+    driver.wait_for_a_look()
+    os.kill(driver.process.pid, signal.SIGKILL)
+    driver.process.wait()
+    until(lambda: not alive(driver.child) and not alive(driver.grandchild))
+
+
+def test_an_orphan_of_a_killed_driver_is_ended_too(driver: Driver) -> None:
+    driver.wait_for_a_look()
+    driver.orphan()
+    assert alive(driver.grandchild)
+    os.kill(driver.process.pid, signal.SIGKILL)
+    driver.process.wait()
+    until(lambda: not alive(driver.grandchild))
+
+
+def test_of_a_driver_that_ends_in_peace_nobody_is_ended(driver: Driver) -> None:
+    driver.wait_for_a_look()
+    assert driver.process.stdin is not None
+    driver.process.stdin.close()
+    assert driver.process.wait() == 0
+    assert not alive(driver.reaper), "the driver waits for it, so what it ends is over or about to be"
+    time.sleep(1.0)
+    assert alive(driver.child)
+    assert alive(driver.grandchild)
 
 
 def test_a_shutdown_that_waits_for_a_frozen_process_of_ray_is_cut_short() -> None:
+    """However young the process is."""
     code = """
-import shutil, signal, subprocess, time
-from counterweight.pipeline.reaper import LOOK_SECONDS, reaper
+import shutil, signal, subprocess
+from counterweight.pipeline.reaper import reaper
 with reaper() as ending:
-    daemon = subprocess.Popen(["ray::Daemon", "600"], executable=shutil.which("sleep"))
-    own = subprocess.Popen(["sleep", "600"])
-    time.sleep(LOOK_SECONDS + 2)
+    daemon = subprocess.Popen(["ray::Daemon", "3600"], executable=shutil.which("sleep"))
+    own = subprocess.Popen(["sleep", "3600"])
     daemon.send_signal(signal.SIGSTOP)
     ending()
     print(daemon.wait())
 print(own.poll())
 own.kill()
 """
-    ran = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=300, check=True)
-    assert ran.stdout.split() == [str(-signal.SIGKILL), "None"]
+    assert ran(code) == [str(-signal.SIGKILL), "None"]
 
 
 def test_a_process_of_ray_is_ended_whichever_way_its_driver_ends() -> None:
     code = """
-import shutil, subprocess, time
-from counterweight.pipeline.reaper import LOOK_SECONDS, reaper
+import shutil, subprocess
+from counterweight.pipeline.reaper import reaper
 with reaper():
-    agent = subprocess.Popen(["ray::Agent", "600"], executable=shutil.which("sleep"))
-    time.sleep(LOOK_SECONDS + 2)
-print(agent.wait(20))
+    agent = subprocess.Popen(["ray::Agent", "3600"], executable=shutil.which("sleep"))
+print(agent.wait())
 """
-    ran = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=300, check=True)
-    assert int(ran.stdout) == -signal.SIGKILL
+    assert ran(code) == [str(-signal.SIGKILL)]
+
+
+def ran(code: str) -> list[str]:
+    """The words that a process prints."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=PATIENCE, check=True)
+    return done.stdout.split()

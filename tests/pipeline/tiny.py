@@ -31,6 +31,7 @@ from counterweight.pipeline.events import (
     TaskStarted,
     WindowsDone,
 )
+from counterweight.pipeline.forked_pool import NAME as FORK
 from counterweight.pipeline.manifest import CompressionJob, load_manifest
 from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.orchestrator import Orchestrator
@@ -242,21 +243,26 @@ def until(condition: Callable[[], bool], *, seconds: float = PATIENCE) -> None:
 
 
 def actor_pids(driver: int) -> list[int]:
-    """Processes of the workers that Ray runs for a driver: those two generations below it, in order of their ids."""
+    """Processes of a driver's workers, in order of their ids: two generations below it where Ray runs them, else its forks."""
     parents: dict[int, int] = {}
     names: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
             continue
         try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            names[int(entry.name)] = (entry / "cmdline").read_text().partition("\0")[0]
+            name, _, rest = (entry / "stat").read_text().rpartition(")")
+            fields = rest.split()
+            forked = name.endswith(f"({FORK}")
+            names[int(entry.name)] = FORK if forked else (entry / "cmdline").read_text().partition("\0")[0]
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended while we looked
         if fields[0] != "Z":
             parents[int(entry.name)] = int(fields[1])
     return sorted(
-        pid for pid, parent in parents.items() if parents.get(parent) == driver and names[pid].startswith("ray::Worker")
+        pid
+        for pid, parent in parents.items()
+        if (parents.get(parent) == driver and names[pid].startswith("ray::Worker"))
+        or (parent == driver and names[pid] == FORK)
     )
 
 
@@ -284,15 +290,19 @@ class Run:
     @property
     def stderr(self) -> str:
         """What has been written so far."""
-        return os.pread(self._log.fileno(), 1 << 20, 0).decode()
+        return os.pread(self._log.fileno(), 1 << 20, 0).decode(errors="replace")  # the last character may be half there
+
+    def wait_until(self, condition: Callable[[], bool], *, seconds: float = PATIENCE) -> None:
+        """Until a condition holds, which it must before the process ends."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"ended with {self.process.poll()}: {self.stderr}"
+            assert time.monotonic() < deadline, f"waited for {seconds} s: {self.stderr}"
+            time.sleep(0.02)
 
     def wait_for(self, text: str, *, seconds: float = PATIENCE) -> None:
         """Until stderr holds a text, which it must before the process ends."""
-        deadline = time.monotonic() + seconds
-        while text not in self.stderr:
-            assert self.process.poll() is None, f"ended with {self.process.poll()}: {self.stderr}"
-            assert time.monotonic() < deadline, f"no {text!r} in {seconds} s: {self.stderr}"
-            time.sleep(0.005)
+        self.wait_until(lambda: text in self.stderr, seconds=seconds)
 
     def finish(self, *, seconds: float = PATIENCE) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
@@ -315,5 +325,5 @@ def alive(pid: int) -> bool:
     """Whether a process runs."""
     try:
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False

@@ -103,7 +103,7 @@ spec:
   output: {{uri: out}}
 """
     overrides = [f"{path.replace('__', '.')}={value}" for path, value in changes.items()]
-    return parse_manifest(document, name="job.yaml", base="file:///work", overrides=overrides).job
+    return parse_manifest(document, name="job.yaml", base="file:///jobs", overrides=overrides).job
 
 
 def record(

@@ -76,8 +76,8 @@ def test_success_is_the_artifact_of_its_document(started: STARTED, jobs: JobStor
 
 
 def test_it_is_the_run_command_on_the_recorded_manifest(started: STARTED) -> None:
-    attempt = started('echo "$@" >&2; grep -o file:///work/model "$4" >&2', arguments=("--address", "auto"))
-    assert ended(attempt).line == "file:///work/model"
+    attempt = started('echo "$@" >&2; grep -o file:///jobs/model "$4" >&2', arguments=("--address", "auto"))
+    assert ended(attempt).line == "file:///jobs/model"
     attempt = started('echo "$@" >&2', arguments=("--address", "auto"))
     words = ended(attempt).line.split()
     assert words[:3] == ["-m", "counterweight.pipeline.cli", "run"]

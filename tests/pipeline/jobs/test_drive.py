@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from counterweight.pipeline.jobs import facts
 from counterweight.pipeline.jobs.attempt import Exit
 from counterweight.pipeline.jobs.drive import until_ended, until_idle
-from counterweight.pipeline.jobs.journal import Ended, Leased
+from counterweight.pipeline.jobs.job import Job
+from counterweight.pipeline.jobs.journal import Ended, Entry, Leased
 from counterweight.pipeline.jobs.lease import cancel, take
 from counterweight.pipeline.jobs.queue import Limits
 from counterweight.pipeline.jobs.record import BatchPart, JobRecord
@@ -225,3 +228,23 @@ def test_a_batch_of_which_too_many_fail_is_given_up(theatre: Theatre) -> None:
     theatre.ends = [Exit(3, "gate"), Exit(3, "gate"), OK]
     theatre.driver().work(until_idle)
     assert sorted(state.value for state in theatre.states()) == ["cancelled", "cancelled", "failed", "failed"]
+
+
+def test_whoever_finds_more_running_than_may_gives_its_job_back_before_it_starts(
+    theatre: Theatre, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its look and its lease another driver took the only place for another job."""
+    first, second = submitted(theatre.jobs, "first", "second")
+    theatre.jobs.set_limits(Limits(concurrency=1))
+    driver = theatre.driver()
+    append, taken = driver.jobs.append, list[object]()
+
+    def late(id: str, entry: Entry, allowed: Callable[[Job], bool]) -> int | None:
+        if not taken:
+            taken.append(take(theatre.jobs, second if id == first else first, "b", seconds=1e9))
+        return append(id, entry, allowed)
+
+    monkeypatch.setattr(driver.jobs, "append", late)
+    driver.work(lambda jobs: bool(theatre.attempts) or any(Cause.RELEASED in job.failures for job in jobs))
+    assert theatre.attempts == []
+    assert sorted(state.value for state in theatre.states()) == ["queued", "running"]

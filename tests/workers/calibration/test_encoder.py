@@ -220,7 +220,7 @@ def test_a_hostile_tokenizer_is_one_line_and_costs_little(case: str) -> None:
     else:
         assert case in ("backtracking", "pieces without unk", "precompiled", "unigram without unk")
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
-    assert after.ru_maxrss < 2 << 20  # KiB
+    assert after.ru_maxrss < max(2 << 20, before.ru_maxrss + 1)  # KiB; an earlier child may have had more
 
 
 def test_a_tokenizer_of_great_size_is_not_even_given() -> None:

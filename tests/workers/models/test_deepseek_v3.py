@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from typing import Any
 
@@ -32,6 +31,7 @@ from tests.models import (
     read_tensors,
     token_ids,
 )
+from tests.patience import cpu_seconds
 
 CPU = torch.device("cpu")
 BIAS = "mlp.gate.e_score_correction_bias"
@@ -228,13 +228,14 @@ HOSTILE: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("change", HOSTILE, ids=str)
 def test_a_hostile_config_is_refused_or_harmless(change: dict[str, Any]) -> None:
-    started = time.process_time()
-    with suppress(CheckpointError, UnsupportedModelError):
-        builder = BlockBuilder({**BASE, **DEEPSEEK, "model_type": "deepseek_v3", **change})
-        expected = builder.layout.expected([])
-        found = logits(builder, {name: torch.zeros(shape) for name, shape in expected.items()})
-        assert found.shape == (2, 32, builder.vocabulary)
-    assert time.process_time() - started < 10.0
+    def refused_or_harmless() -> None:
+        with suppress(CheckpointError, UnsupportedModelError):
+            builder = BlockBuilder({**BASE, **DEEPSEEK, "model_type": "deepseek_v3", **change})
+            expected = builder.layout.expected([])
+            found = logits(builder, {name: torch.zeros(shape) for name, shape in expected.items()})
+            assert found.shape == (2, 32, builder.vocabulary)
+
+    assert cpu_seconds(refused_or_harmless, below=10.0) < 10.0
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,7 @@ def test_what_a_killed_writer_leaves_is_swept(store: ObjectStore) -> None:
     store.write("a", b"data")
     abandoned = store.open_writer("b")
     abandoned.write(bytes(6 * MIB))  # more than a part: an upload is open
+    until_size(store, 5 * MIB)  # and nothing of it is under way
     assert keys(store) == ["a"]
     # Servers tell the beginning of an upload in whole seconds.
     assert store.abort_stale_writes(timedelta(seconds=-60)) == 1

@@ -263,7 +263,7 @@ store = open_store({store.uri!r})
 writer = store.open_writer("a/big")
 writer.write(bytes(1 << 20))
 print("written", flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from counterweight.workers.storage import open_store, outages
 from counterweight.workers.storage.outages import OUTAGES, Patience
 from counterweight.workers.storage.s3 import S3Store
 from counterweight.workers.storage.s3_client import PATIENCE, S3Settings
-from tests.faultproxy import Fault, FaultProxy
+from tests.faultproxy import Fault, FaultProxy, reserved_port
 from tests.pipeline.tiny import until
 from tests.servers import Connect, S3Server
 
@@ -35,6 +34,10 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     OUTAGES._waiting.clear()
 
 
+LONG = 800.0
+"""Seconds that no server here is away for."""
+
+
 def patient(seconds: float) -> S3Settings:
     return S3Settings(total_max_attempts=1, outage_seconds=seconds, part_size=5 << 20)
 
@@ -45,7 +48,7 @@ def test_every_operation_waits_until_the_server_answers(
     proxied: Proxied, told: list[str], fault: Fault, operation: str
 ) -> None:
     proxy, make = proxied
-    store = make(patient(60))
+    store = make(patient(LONG))
     store.write("a", b"data")
     for method in ("PUT", "GET", "POST", "HEAD"):
         proxy.inject(fault, method, times=8)
@@ -62,7 +65,7 @@ def test_every_operation_waits_until_the_server_answers(
     else:
         store.write("b", bytes(11 << 20))
     assert len(told) >= 1
-    assert all("is away (" in text and "up to 60 s" in text for text in told)
+    assert all("is away (" in text and f"up to {LONG:.0f} s" in text for text in told)
     assert OUTAGES.now == "" or operation in ("copy", "parts")
     proxy.reset()
     assert store.exists("a")
@@ -70,15 +73,15 @@ def test_every_operation_waits_until_the_server_answers(
         assert store.exists("b")
 
 
-def test_patience_ends(proxied: Proxied, told: list[str]) -> None:
+def test_patience_ends(proxied: Proxied, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock by which a tenth of a second passes with each request."""
     proxy, make = proxied
+    monkeypatch.setattr(outages, "time", SimpleNamespace(monotonic=lambda: 0.1 * proxy.count("PUT")))
     proxy.inject(Fault.UNAVAILABLE, "PUT", times=10_000)
-    started = time.monotonic()
     with pytest.raises(StorageError, match=r"write s3://.*: 503 SlowDown"):
-        make(patient(0.5)).write("a", b"data")
-    assert time.monotonic() - started > 0.4
+        make(patient(0.45)).write("a", b"data")
     assert len(told) == 1
-    assert proxy.count("PUT") > 3
+    assert proxy.count("PUT") == 6  # the first, and those of the 0.45 s behind it
 
 
 def test_an_answer_is_final_however_large_the_patience(proxied: Proxied, told: list[str]) -> None:
@@ -92,21 +95,20 @@ def test_an_answer_is_final_however_large_the_patience(proxied: Proxied, told: l
 
 def test_a_server_that_comes_back_is_found(moto: S3Server, connect: Connect, told: list[str]) -> None:
     """Nobody listens at first: the request is there before the server is."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    root = connect(moto.behind(f"http://127.0.0.1:{port}"))
     answers: list[bytes] = []
 
     def work() -> None:
-        store = S3Store(root, patient(120))
+        store = S3Store(root, patient(LONG))
         store.write("a", b"data")
         answers.append(store.read("a"))
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    until(lambda: "EndpointConnectionError" in OUTAGES.now)
-    with FaultProxy(moto.endpoint, port=port):
-        thread.join(120)
+    with reserved_port() as port:
+        root = connect(moto.behind(f"http://127.0.0.1:{port}"))
+        thread = threading.Thread(target=work)
+        thread.start()
+        until(lambda: "EndpointConnectionError" in OUTAGES.now)
+        with FaultProxy(moto.endpoint, port=port):
+            thread.join(LONG)
     assert answers == [b"data"]
     assert len(told) == 1
 
