@@ -28,7 +28,9 @@ def keys(path: Path) -> tuple[str, str]:
         profile = parser["default"]
         return profile["aws_access_key_id"], profile["aws_secret_access_key"]
     except (OSError, configparser.Error, KeyError) as error:
-        raise StartError(f"{path}: {error}: expected [default] with aws_access_key_id and aws_secret_access_key") from error
+        raise StartError(
+            f"{path}: {error}: expected [default] with aws_access_key_id and aws_secret_access_key"
+        ) from error
 
 
 def admit(directory: Path, access: str, secret: str) -> None:
@@ -48,7 +50,9 @@ def admit(directory: Path, access: str, secret: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="An S3 server for a laptop.")
     parser.add_argument("--directory", type=Path, required=True, help="data, logs and process ids")
-    parser.add_argument("--credentials", type=Path, required=True, help="file with the user's keys, as AWS's tools read it")
+    parser.add_argument(
+        "--credentials", type=Path, required=True, help="file with the user's keys, as AWS's tools read it"
+    )
     parser.add_argument("--host", default="0.0.0.0", help="address to listen on, at the first start")
     parser.add_argument("--port", type=int, default=9000, help="of the endpoint, at the first start")
     arguments = parser.parse_args()

@@ -1,11 +1,11 @@
 # A bucket for artifacts, jobs and work, and identities that may do with it what the code does, and no more.
 
 terraform {
-  required_version = ">= 1.6"
+  required_version = ">= 1.7"
   required_providers {
     aws = {
       source  = "hashicorp/aws"
-      version = "~> 6.0"
+      version = ">= 5.70, < 7.0"
     }
   }
 }
@@ -35,7 +35,8 @@ module "policy" {
 }
 
 resource "aws_s3_bucket" "this" {
-  bucket = var.bucket # force_destroy stays off: a bucket with artifacts in it is not destroyed
+  bucket        = var.bucket
+  force_destroy = false # a bucket with objects in it is not destroyed
 }
 
 resource "aws_s3_bucket_public_access_block" "this" {
@@ -106,28 +107,20 @@ resource "aws_s3_bucket_lifecycle_configuration" "this" {
   }
 }
 
-data "aws_iam_policy_document" "encrypted" {
-  statement {
-    sid       = "OnlyEncryptedConnections"
-    effect    = "Deny"
-    actions   = ["s3:*"]
-    resources = [aws_s3_bucket.this.arn, "${aws_s3_bucket.this.arn}/*"]
-    principals {
-      type        = "*"
-      identifiers = ["*"]
-    }
-    condition {
-      test     = "Bool"
-      variable = "aws:SecureTransport"
-      values   = ["false"]
-    }
-  }
-}
-
 resource "aws_s3_bucket_policy" "this" {
   bucket     = aws_s3_bucket.this.id
-  policy     = data.aws_iam_policy_document.encrypted.json
   depends_on = [aws_s3_bucket_public_access_block.this]
+  policy = jsonencode({
+    Version = "2012-10-17"
+    Statement = [{
+      Sid       = "OnlyEncryptedConnections"
+      Effect    = "Deny"
+      Principal = "*"
+      Action    = "s3:*"
+      Resource  = [aws_s3_bucket.this.arn, "${aws_s3_bucket.this.arn}/*"]
+      Condition = { Bool = { "aws:SecureTransport" = "false" } }
+    }]
+  })
 }
 
 resource "aws_iam_role" "this" {

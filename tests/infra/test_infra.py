@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_command_lines_that_are_not_ours_are_found(wrong: str) -> None:
 
 def test_the_rayjob_sets_fields_that_its_manifest_has() -> None:
     words = commands()["kubernetes: RayJob"]
-    overrides = [value for option, value in zip(words, words[1:], strict=False) if option == "--set"]
+    overrides = [value for option, value in pairwise(words) if option == "--set"]
     job = load_manifest(str(ROOT / "manifests" / Path(words[1]).name), overrides).job
     group = of_kind("RayCluster")["spec"]["workerGroupSpecs"][0]
     assert job.spec.resources.workers <= group["maxReplicas"]
@@ -104,7 +105,9 @@ def _variables() -> set[str]:
         for name, rest in instructions(path):
             found |= {word.split("=")[0] for word in rest.split()} if name == "ENV" else set()
     texts = [path.read_text() for path in (*PAGES, *YAML_FILES)]
-    found |= {name for text in texts for name in re.findall(r"\b(?:COUNTERWEIGHT|AWS|HF|RAY)_[A-Z0-9_]*[A-Z0-9]\b", text)}
+    found |= {
+        name for text in texts for name in re.findall(r"\b(?:COUNTERWEIGHT|AWS|HF|RAY)_[A-Z0-9_]*[A-Z0-9]\b", text)
+    }
     return found - {"RAY_HEAD_IP"}  # which Ray sets
 
 
@@ -144,7 +147,9 @@ def test_what_the_image_copies_is_let_through_and_nothing_else() -> None:
     kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     assert "**" in (ROOT / ".dockerignore").read_text().splitlines()
     links = [path.readlink().name for path in (ROOT / "counterweight").iterdir() if path.is_symlink()]
-    copied = [word for path in CONTAINERFILES for name, rest in instructions(path) if name == "COPY" for word in rest.split()]
+    copied = [
+        word for path in CONTAINERFILES for name, rest in instructions(path) if name == "COPY" for word in rest.split()
+    ]
     named = [word for word in copied if word.startswith("infra/")]
     for needed in ["counterweight", "pyproject.toml", "constraints.txt", "README.md", "LICENSE", *links, *named]:
         assert any(Path(needed).match(pattern) for pattern in kept), needed
@@ -160,7 +165,10 @@ def test_every_image_has_a_version() -> None:
             tagged.append(f"{image['name']}:{image['newTag']}")
     assert not named, "no kustomization gives it a tag"
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert all(re.fullmatch(rf"(?:registry\.example/)?counterweight(?:-s3)?:{re.escape(version)}(?:-cpu|-cuda)?", tag) for tag in tagged)
+    assert all(
+        re.fullmatch(rf"(?:registry\.example/)?counterweight(?:-s3)?:{re.escape(version)}(?:-cpu|-cuda)?", tag)
+        for tag in tagged
+    )
 
 
 @pytest.mark.parametrize("name", pods())
@@ -227,6 +235,8 @@ def test_schedules_are_the_drivers_and_secrets_are_nowhere() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_of_the_pages_lead_somewhere(page: Path) -> None:
+def test_what_the_pages_name_exists(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text())
     assert not [target for target in targets if not (page.parent / target).exists()]
+    named = re.findall(r"`((?:tests|infra|docs|workers|pipeline)/[\w./-]+)`", page.read_text())
+    assert not [path for path in named if not (ROOT / path).exists()]

@@ -2,7 +2,7 @@
 # `terraform test` runs anywhere.
 
 terraform {
-  required_version = ">= 1.6"
+  required_version = ">= 1.7"
 }
 
 variable "bucket" {
