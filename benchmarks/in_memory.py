@@ -69,9 +69,9 @@ class Model:
         """Perplexity of these blocks on each text, and KL from the original."""
         found = []
         for text in self.texts:
-            hidden = advance({TRIAL: text.hidden}, lambda index: {TRIAL: blocks[index]}, len(blocks), POOL)
-            both = {BASELINE: text.original, **hidden}
-            windows = measure(both, text.tokens, dict.fromkeys(both, self.head), POOL)[TRIAL]
+            hidden = advance({TRIAL: text.hidden}, ({TRIAL: block} for block in blocks), POOL, lambda *_: None)
+            heads = dict.fromkeys((BASELINE, TRIAL), self.head)
+            windows = measure(hidden, text.original.__getitem__, text.tokens, heads, POOL, {})[TRIAL]
             for metric, digits in ((perplexity.METRIC, ".2f"), (kl.METRIC, ".5f")):
                 found.append(f"{metric.over_windows([window[metric.name] for window in windows]):{digits}}")
         return found
@@ -119,7 +119,7 @@ def opened(uri: str, recipe: Recipe, calibration: str, tests: Sequence[str], siz
     stages = staged(source, recipe, rotation, inputs, hidden[0])
     texts = []
     for ids, own in zip(tokens, hidden, strict=True):
-        original = advance({BASELINE: own}, lambda index: {BASELINE: stages[index].block}, len(stages), POOL)
+        original = advance({BASELINE: own}, ({BASELINE: stage.block} for stage in stages), POOL, lambda *_: None)
         texts.append(Text(tokens=ids, hidden=own, original=original[BASELINE]))
     return Model(stages=stages, head=builder.head(ends, CPU, torch.float32), texts=texts)
 

@@ -47,11 +47,14 @@ def publish(artifact: Artifact, report: Report, files: Mapping[str, FileEntry], 
         software=report.software,
         files=everything,
     )
-    store.create(artifact.key(DOCUMENT), document.model_dump_json(indent=1).encode())
+    first = store.create(artifact.key(DOCUMENT), document.model_dump_json(indent=1).encode())
     published = artifact.published()
     if published is None:
         raise IntegrityError(f"{artifact.uri}: {DOCUMENT} was written and is gone")
-    _point(artifact, published.document)
+    if first:
+        _point(artifact, published.document)
+    else:  # another driver was faster, perhaps by hours where this one was stopped: newer artifacts may be there by now
+        repair_pointer(artifact, published.document)
     return Published(published.uri, published.document, existing=False)
 
 

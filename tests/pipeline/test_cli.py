@@ -52,6 +52,7 @@ Command = Callable[..., Ran]
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs the command in this process, its workers too."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # not to forks
     monkeypatch.setattr("counterweight.pipeline.run.cluster", lambda address, size: nullcontext())
     monkeypatch.setattr("counterweight.pipeline.run.RayPool", lambda size, **_: LocalPool(size.workers))
 
@@ -83,7 +84,7 @@ def published(template: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("counterweight.pipeline.run.cluster", lambda address, size: nullcontext())
         patch.setattr("counterweight.pipeline.run.RayPool", lambda size, **_: LocalPool(size.workers))
-        assert main(["run", str(template / "job.yaml"), "--output", str(output)]) == 0
+        assert main(["run", str(template / "job.yaml"), "--output", str(output), "--address", "local"]) == 0
     (document,) = output.glob("tiny/*/artifact.json")
     return template / "job.yaml", document.parent.as_uri()
 
@@ -353,7 +354,6 @@ def test_an_interrupt_is_130_and_one_line(command: Command, job: Path, monkeypat
     ran = command("run", job)
     assert ran.code == 130
     assert [line for line in ran.err.splitlines() if not line.startswith("stage ")] == [
-        "note: workers: 1 of this machine, without Ray",
         "interrupted: finished blocks are kept; run the same command again to resume",
     ]
 
@@ -510,7 +510,8 @@ def test_workers_and_gpus_are_what_the_manifest_asks_for(
     assert {task["timing"]["device"] for task in json.loads(report.read_text())["tasks"]} == {"cpu"}
 
 
-def test_the_address_reaches_ray(command: Command, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_option", [True, False])
+def test_the_address_reaches_ray(command: Command, job: Path, monkeypatch: pytest.MonkeyPatch, by_option: bool) -> None:
     addresses: list[str | None] = []
 
     def connect(address: str | None, size: PoolSize) -> nullcontext[None]:
@@ -520,9 +521,12 @@ def test_the_address_reaches_ray(command: Command, job: Path, monkeypatch: pytes
     monkeypatch.setattr("counterweight.pipeline.run.cluster", connect)
     # More workers than fit here: they run elsewhere. One stands for all of them.
     monkeypatch.setattr("counterweight.pipeline.run.RayPool", lambda size, **_: LocalPool(1))
-    ran = command("run", job, "--address", "ray://10.0.0.1:10001", "--set", "spec.resources.workers=9999")
+    address = "ray://10.0.0.1:10001"
+    monkeypatch.setenv("RAY_ADDRESS", "local" if by_option else address)
+    option = ["--address", address] if by_option else []
+    ran = command("run", job, *option, "--set", "spec.resources.workers=9999")
     assert ran.code == 0, ran.err
-    assert addresses == ["ray://10.0.0.1:10001"]
+    assert addresses == [address]
 
 
 # -- prune ----------------------------------------------------------------------------------------------------------
