@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 MINUTES ?= 60
 SEEDS ?= 0:500
 
-.PHONY: demo test fuzz faults arithmetic arithmetic-short quality-check lint types layers check clean
+.PHONY: demo test fuzz faults arithmetic arithmetic-short quality-check lint types layers check sbom clean
 
 demo: $(INSTALLED)
 	@$(BIN)/counterweight run manifests/demo.yaml
@@ -50,6 +50,12 @@ layers: $(INSTALLED)
 	$(BIN)/lint-imports
 
 check: lint types layers test
+
+# The software bill of materials of the environment (CycloneDX 1.6); an image carries its own (infra/image).
+sbom: $(INSTALLED)
+	@test -x build/sbom/bin/cyclonedx-py || $(PYTHON) -m venv build/sbom
+	@build/sbom/bin/pip install --quiet --disable-pip-version-check 'cyclonedx-bom==7.5.0'
+	build/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file build/sbom.cdx.json $(BIN)/python
 
 # The environment; made again when what it should hold changes.
 $(INSTALLED): pyproject.toml constraints.txt

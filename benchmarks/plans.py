@@ -2,7 +2,7 @@
 
     python benchmarks/plans.py [MODEL ...] [--device H100-80G] [--record]
 
-Nothing is measured: the rates are those of `pipeline/rates.py`, nominal for GPUs. Calibrated on 512 x 2048 tokens in bfloat16,
+Nothing is measured: the rates are those of `pipeline/rates.py`. Calibrated on 512 x 2048 tokens in bfloat16,
 validated on 160 windows of 2048 tokens, read and written at the rate of storage that is told.
 """
 
@@ -21,7 +21,7 @@ from counterweight.pipeline.estimate import Estimate
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.pipeline.plan import Plan, make_plan
-from counterweight.pipeline.rates import NOMINAL, Rates
+from counterweight.pipeline.rates import GPUS, Rates
 from counterweight.pipeline.units import bytes_text, seconds_text
 
 RECIPES: Mapping[str, Mapping[str, Any]] = {
@@ -93,7 +93,7 @@ def rows_of(model: str, source: ModelSource, recipe: Mapping[str, Any], device: 
     for workers in WORKERS:
         plan = make_plan(job_of(model, source.uri, recipe, workers), source, device)
         if plan.estimate is None:
-            raise ValueError(f"--device: {device}: expected one of {', '.join(NOMINAL)}")
+            raise ValueError(f"--device: {device}: expected one of {', '.join(GPUS)}")
         found.append(row(model, plan, plan.estimate))
         print(*found[-1], sep=" | ", flush=True)
     return found
@@ -117,17 +117,17 @@ def body_of(models: Sequence[str], device: str) -> str:
     header = ["model", "workers", "time", "target", "GPU-hours", "efficiency", "peak of a GPU", "read / written"]
     header += ["workers' time", "stages"]
     tables = [f"## {name}\n\n{table(header, rows)}" for name, rows in parts.items()]
-    return "\n\n".join([*tables, described(NOMINAL[device])])
+    return "\n\n".join([*tables, described(GPUS[device])])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help=f"of {', '.join(shapes())}; default: all")
-    parser.add_argument("--device", default="H100-80G", choices=list(NOMINAL))
+    parser.add_argument("--device", default="H100-80G", choices=list(GPUS))
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
     body = body_of(arguments.models or list(shapes()), arguments.device)
-    about = f"{versions('transformers')}. A model, not a measurement: nominal rates, 512 x 2048 tokens, 160 windows."
+    about = f"{versions('transformers')}. A model, not a measurement: 512 x 2048 tokens, 160 windows."
     print(body)
     if arguments.record:
         print(record("plans", f"Plans of published models' shapes on {arguments.device}", body, about))

@@ -184,8 +184,8 @@ class Bench:
         from counterweight.pipeline.orchestrator import Orchestrator
 
         with EventLog() as log:
-            source, tokens = open_job(job, self.pool, log, here=True)
-            return Orchestrator(job, source, tokens, self.pool, "cpu", log).run()
+            opened = open_job(job, self.pool, log, here=True)
+            return Orchestrator(job, opened, self.pool, "cpu", log).run()
 
     def figures(self, job: CompressionJob, published: Published, *, second: bool) -> Figures:
         """What the job's validation found on the first text, and what the artifact does on the second."""

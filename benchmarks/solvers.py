@@ -1,5 +1,5 @@
 """Solvers at width: each step's time, its floor (operations at this machine's measured rates) and the ratio of the two; experts
-in a batch and one by one; and what the counts say of Mixtral-8x7B on a GPU whose nominal rates are given.
+in a batch and one by one; and what the counts say of Mixtral-8x7B on a GPU at the rates that a plan has of it.
 
     python benchmarks/solvers.py [--widths 1024 2048 4096] [--experts 64] [--record]
 
@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from common import machine, record, table, versions
 
+from counterweight.pipeline.rates import GPUS
 from counterweight.workers.arithmetic.solving import solve as solve_work
 from counterweight.workers.calibration.clipping import activation_format
 from counterweight.workers.calibration.statistics import Gathering, InputStatistics
@@ -28,9 +29,9 @@ from counterweight.workers.solve import LayerState, solve
 WEIGHTS = {"bits": 4, "group_size": 128}
 LARGER = (8192, 14336)
 MIXTRAL = {"layers": 32, "experts": 8, "hidden": 4096, "intermediate": 14336, "key_value": 1024}
-H200 = {"products32": 60e12, "products64": 60e12, "factorizations": 5e12, "elementwise": 0.4e12}
-"""Operations per second by kind. Inputs, not measurements: nominal float32 and float64 (tensor cores) products of 67e12 at
-about 90 %; factorizations and operations on entries as guesses, the latter from 4.8 TB/s and 12 bytes an operation."""
+KINDS = ("products32", "products64", "factorizations", "elementwise")
+H200 = {kind: float(getattr(GPUS["H200-141G"], kind)) for kind in KINDS}
+"""Operations per second by kind, as a plan has them."""
 
 
 @dataclass(frozen=True)
@@ -202,14 +203,14 @@ def main() -> None:
     at = rates(max(arguments.widths) // 2)
     found = {width: at_width(width, at) for width in arguments.widths}
     measured = ", ".join(f"{kind} {rate / 1e9:.1f}" for kind, rate in at.items())
-    nominal = ", ".join(f"{kind} {rate / 1e12:.1f}" for kind, rate in H200.items())
+    taken = ", ".join(f"{kind} {rate / 1e12:.1f}" for kind, rate in H200.items())
     body = "\n\n".join(
         [
             experts,
             f"Measured rates, 1e9 operations per second: {measured}.",
             widths_table(found, at),
             "In brackets: extrapolated, the floor times the ratio at the widest measured width.",
-            f"Predicted, not measured. One H200; rates that are inputs, 1e12 operations per second: {nominal}.",
+            f"Predicted, not measured. One H200; rates that are inputs, 1e12 operations per second: {taken}.",
             mixtral_table(),
         ]
     )

@@ -134,7 +134,7 @@ def plan(
         source = open_model(job.spec.model.uri)  # which imports transformers
     check_apart(job.spec.output.uri, source.uri)
     made = make_plan(job, source, device)
-    reused = foreseen(job, source)
+    reused = foreseen(job, source, made)
     unknown = job.spec.resources.gpus_per_worker > 0 and device is None
     fits = "not known: name the workers' GPU with --device" if unknown else "nothing"
     if as_json:

@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
 
@@ -20,11 +20,16 @@ from counterweight.workers.errors import WorkerError
 EMBEDDED_STORE_BYTES = 128 << 20
 """Ray's object store in the embedded cluster: tasks exchange records of kilobytes; tensors go through storage."""
 
-LOOPBACK = "127.0.0.2"
-"""Address of the embedded node. Ray 2.60 replaces 127.0.0.1 by an address that other machines can reach."""
+LOOPBACK, BESIDE = "127.0.0.1", "127.0.0.2"
+"""Addresses of the embedded node. On the first, Ray's processes accept connections from this machine alone, on any other from
+everywhere. But Ray 2.60 replaces the first by an address that others can reach, unless its environment has said when it was
+imported that there are no others."""
 
 CONNECT_SECONDS = 5.0
 """How long a cluster may take to accept a connection."""
+
+HEAD_SECONDS = 5.0
+"""How long the cluster's head may refuse connections. Ray itself ends the process after a minute."""
 
 ATTEMPTS = 4
 """Starts of an embedded Ray: on a loaded machine its own deadlines pass, of which one is thirty seconds whatever it is told."""
@@ -54,7 +59,7 @@ def cluster(address: str | None, size: PoolSize) -> Iterator[None]:
     process's code of the package. An embedded cluster pretends to have the GPUs that are asked for: workers then compute on
     the CPU, and say so. Raises WorkerError when there is no cluster.
     """
-    with _environment({**ENVIRONMENT, **(_authentication() if embedded(address) else {})}), kept():
+    with _environment({**ENVIRONMENT, **(_private() if embedded(address) else {})}), kept():
         import ray  # which reads some of this environment when it is imported
 
         if embedded(address):
@@ -71,12 +76,17 @@ def cluster(address: str | None, size: PoolSize) -> Iterator[None]:
 
 
 @cache
-def _authentication() -> dict[str, str]:
-    """Lets only this process and its children talk to its clusters: a token that is in no file. Where somebody has imported Ray
-    before, it has read its environment, and uses the token of the user's home."""
+def _private() -> dict[str, str]:
+    """Lets only this process and its children talk to its clusters: a token that is in no file, no nodes but this one. Empty
+    where somebody has imported Ray before: it has read its environment, and uses the token of the user's home."""
     if "ray" in sys.modules:
         return {}
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # Where Ray has no clusters of several machines, everything is on loopback; there, they must be switched on.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
 
 
 def _start(size: PoolSize) -> None:
@@ -94,7 +104,7 @@ def _start(size: PoolSize) -> None:
                 object_store_memory=EMBEDDED_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _node_ip_address=LOOPBACK,
+                _node_ip_address=LOOPBACK if _private() else BESIDE,
             )
         except Exception as error:  # noqa: BLE001 - Ray raises the base class when its node is late
             cause = " ".join(str(error).split())
@@ -145,6 +155,33 @@ def unreachable(host: str, port: int) -> str:
     except OSError as error:
         return str(error.strerror or error)
     return ""
+
+
+class Head:
+    """Watches the cluster's head: Ray would end this process without a word of ours when it is gone. clock: seconds."""
+
+    def __init__(self, ray: object, clock: Callable[[], float]) -> None:
+        from ray.util import client
+
+        address = "" if client.ray.is_connected() else str(ray.get_runtime_context().gcs_address)  # type: ignore[attr-defined]
+        self._host, _, self._port = address.rpartition(":")
+        self._clock, self._looked = clock, clock()
+        self._missed: float | None = None
+        """When nobody listened there for the first time since somebody did."""
+
+    def check(self) -> None:
+        """WorkerError when nobody has listened at its address for `HEAD_SECONDS`, in two looks at least."""
+        now = self._clock()
+        if not self._host or now - self._looked < 1.0:
+            return
+        self._looked = now
+        problem = unreachable(self._host, int(self._port))
+        if not problem:
+            self._missed = None
+        elif self._missed is None:
+            self._missed = now
+        elif now - self._missed > HEAD_SECONDS:
+            raise WorkerError(f"Ray's head at {self._host}:{self._port} is gone: {problem}")
 
 
 def _embedded_gpus(size: PoolSize) -> int:

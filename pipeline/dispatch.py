@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from counterweight.pipeline.events import Event, TaskFinished, TaskRetried, TaskStarted
-from counterweight.pipeline.graph import Graph, Node
+from counterweight.pipeline.graph import Graph, Node, giving
 from counterweight.pipeline.policies import Failure, RetryPolicy, Verdict, describe
 from counterweight.pipeline.pool import Outcome, WorkerPool
 from counterweight.pipeline.silence import Running, Silence
@@ -105,7 +105,7 @@ class Dispatcher:
     ) -> list[R]:
         """Runs independent tasks on any workers; their values in the tasks' order. done: called with the number of
         finished tasks after each."""
-        nodes = [self.graph.add(_giving(task)) for task in tasks]
+        nodes = [self.graph.add(giving(task)) for task in tasks]
         return self.run(nodes, lambda _: done(sum(node.done for node in nodes)))
 
     def _start_some(self) -> None:
@@ -136,10 +136,6 @@ class Dispatcher:
 def _place(node: Node[R]) -> str:
     """A node, for people: its task's name once that is made."""
     return f"node {node.place}" if node.task is None else node.task.name
-
-
-def _giving(task: Task[R]) -> Callable[[], Task[R]]:
-    return lambda: task
 
 
 def _named(task: Task[object], error: BaseException, tries: int) -> BaseException:

@@ -7,7 +7,6 @@ job ends then, when its task's patience is over).
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import pickle
@@ -26,6 +25,7 @@ from multiprocessing.connection import wait as wait_for
 from multiprocessing.context import ForkProcess
 from typing import IO, TYPE_CHECKING
 
+from counterweight.pipeline.child import call_me, die_with
 from counterweight.pipeline.pool import STARTS, Outcome, PoolSize
 from counterweight.workers.errors import CounterweightError, WorkerError
 from counterweight.workers.process import WorkerProcess, importing
@@ -39,8 +39,6 @@ NAME = "worker"
 
 END_SECONDS = 5.0
 """That a process that was killed may take to be gone."""
-
-_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,11 +217,8 @@ def _of_its_own(printed: int, parent: int) -> None:
     """Undoes what a fork has of its parent: signals that the parent handles for both, its terminal; and dies with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    libc.prctl(_PR_SET_NAME, NAME.encode())
-    if os.getppid() != parent:  # it died before it was asked about
-        os._exit(1)
+    die_with(parent)
+    call_me(NAME)
     os.dup2(printed, 1)
     os.dup2(printed, 2)
     sys.stdout = sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115

@@ -101,6 +101,11 @@ class Node(Generic[R_co]):
         return self.task
 
 
+def giving(task: Task[R]) -> Callable[[], Task[R]]:
+    """A node's `make` for a task that there is already."""
+    return lambda: task
+
+
 class Graph:
     """All tasks of a job. workspace: where results and hidden states lie; hold_bytes: of statistics that a worker holds beside
     those that it works on."""

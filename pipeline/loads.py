@@ -10,6 +10,7 @@ from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.pool import threads_per_worker
 from counterweight.pipeline.resolve import linears_of
+from counterweight.workers.batches import BATCH_BYTES
 from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.footprint import Group, Load
 from counterweight.workers.recipe import ModuleRecipe
@@ -31,6 +32,7 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mappin
     threads = threads_per_worker(
         resources.cpus_per_worker, resources.workers, available=sorted(os.sched_getaffinity(0))
     )
+    gpu = resources.gpus_per_worker > 0
     return Load(
         family=layout.family,
         heads=layout.heads,
@@ -48,8 +50,9 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mappin
         compressed=compressed,
         rotation=job.spec.recipe.rotation,
         stretched=resources.workers > 1,
-        threads=1 if resources.gpus_per_worker else threads,
-        gpu=resources.gpus_per_worker > 0,
+        threads=1 if gpu else threads,
+        gpu=gpu,
+        batch_bytes=BATCH_BYTES[gpu],
         experts=calibration.experts_among(recipe),
         held_out=calibration.held_out_sequences,
     )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from counterweight.pipeline.devices import memory_of
+from counterweight.pipeline.devices import USABLE, memory_of
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.units import bytes_text
 
@@ -22,9 +22,10 @@ class Memory:
     whose: str
 
 
-def worker_memory(job: CompressionJob, device: str | None) -> Memory | None:
+def worker_memory(job: CompressionJob, device: str | None, gpu_bytes: int = 0) -> Memory | None:
     """What blocks are divided for: the manifest's word or the GPU that is named, whichever is less; without both, the share of
-    this machine of a worker without GPUs. None: nothing is known of a GPU that nobody names."""
+    this machine of a worker without GPUs. gpu_bytes: of the GPU that a worker has, 0 where nobody knows. None: nothing is known
+    of a GPU."""
     resources = job.spec.resources
     found: list[Memory] = []
     if (asked := resources.memory_bytes) is not None:
@@ -33,6 +34,9 @@ def worker_memory(job: CompressionJob, device: str | None) -> Memory | None:
     if device is not None:
         own = int(memory_of(device) * min(1.0, resources.gpus_per_worker or 1.0))
         found.append(Memory(own, f"a worker has {bytes_text(own)} of {device}"))
+    if gpu_bytes and resources.gpus_per_worker:
+        own = int(gpu_bytes * USABLE * min(1.0, resources.gpus_per_worker))
+        found.append(Memory(own, f"a worker has {bytes_text(own)} of its GPU"))
     if not found and resources.gpus_per_worker == 0:
         machine = _machine_bytes()
         found.append(Memory(machine // resources.workers - PROCESS_BYTES, f"this machine has {bytes_text(machine)}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from counterweight.workers.calibration.encoder import MAX_TOKENIZER_BYTES
+from counterweight.workers.checkpoint.beside import beside
 from counterweight.workers.checkpoint.layout import read_layout
 from counterweight.workers.errors import CheckpointError, ObjectNotFoundError, RequestError, StorageError
 from counterweight.workers.models.config_values import check_layers, check_values
@@ -14,7 +15,10 @@ from counterweight.workers.storage import ObjectStore
 HUB = "hf:"
 TOKENIZER = "tokenizer.json"
 
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+HUB_FILES = [
+    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+]
 """What a snapshot of a hub repository consists of; never pickles, never code."""
 
 
@@ -28,6 +32,9 @@ def check_files(store: ObjectStore) -> None:
         if layout.weight_map is not None:
             check_layers(layout.config, layout.weight_map)
         store.size(layout.shards[0])
+        for entry in beside(store, layout.shards):
+            if entry.fate == "carried":
+                store.size(entry.name)  # a link that leads out of the folder is refused before anything is begun
     except ObjectNotFoundError as error:
         raise CheckpointError(f"{store.uri}: {error}: expected every file that the index names") from error
     except CheckpointError as error:

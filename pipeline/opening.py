@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.event_store import EventStore
 from counterweight.pipeline.events import EventLog, JobStarted
 from counterweight.pipeline.manifest import CompressionJob, job_id
 from counterweight.pipeline.model_source import ModelSource, open_model
-from counterweight.pipeline.plan import make_plan
+from counterweight.pipeline.plan import Plan, make_plan
 from counterweight.pipeline.policies import STALE, RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
 from counterweight.pipeline.preflight import Ready, look
@@ -21,15 +22,33 @@ from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.storage import ObjectStore
 from counterweight.workers.tasks.describe import Describe
 from counterweight.workers.tasks.sample import Sample
+from counterweight.workers.tasks.setting import Device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """What a job runs on: its model, its tokens, and the plan, which is made once."""
+
+    source: ModelSource
+    tokens: Tokens
+    plan: Plan
 
 
 def open_job(
-    job: CompressionJob, pool: WorkerPool, log: EventLog, *, here: bool, ready: Ready | None = None
-) -> tuple[ModelSource, Tokens]:
-    """The model, checked against its architecture and the recipe, and the tokens; the output, checked for what we need of it.
+    job: CompressionJob,
+    pool: WorkerPool,
+    log: EventLog,
+    *,
+    here: bool,
+    ready: Ready | None = None,
+    device: Callable[[], Device] = lambda: "cpu",
+    gpu_bytes: Callable[[], int] = lambda: 0,
+) -> Opened:
+    """The model, checked against its architecture and the recipe, tokens and plan; the output, checked for what we need of it.
 
     What the architecture is a worker says: it needs transformers anyway, this process would load it for that alone.
     here: the workers run on this machine, so they must fit into it. ready: what `look` found, where the job has been looked at.
+    device: what workers compute on, and gpu_bytes: memory of a worker's GPU, 0 for not known; asked when one has answered.
     Raises RequestError and its kinds, SurroundingsError.
     """
     ready = ready or look(job)
@@ -46,15 +65,15 @@ def open_job(
     if source.checkpoint.asks_for_code:
         model_type = source.layout.model_type
         log.note(f"config.json: auto_map: code of the repository is never run; transformers' own runs {model_type}")
-    plan = make_plan(job, source)
+    plan = make_plan(job, source, gpu_bytes=gpu_bytes())
     # Of workers elsewhere nothing is known but what the manifest says.
     if plan.problems and (here or job.spec.resources.memory_per_worker is not None):
         raise RequestError("spec.resources: " + "; ".join(plan.problems))
     _note_positions(job, source, log)
     sampled = isinstance(job.spec.calibration.source, ModelSamples)
-    drawn = _sampled(job, source, dispatcher) if sampled else None
+    drawn = _sampled(job, source, dispatcher, device()) if sampled else None
     tokens = read_tokens(job, None, drawn, ready.texts)
-    return source, tokens.within(source.layout.vocabulary)
+    return Opened(source=source, tokens=tokens.within(source.layout.vocabulary), plan=plan)
 
 
 def _note_positions(job: CompressionJob, source: ModelSource, log: EventLog) -> None:
@@ -79,7 +98,7 @@ def _sweep(store: ObjectStore, log: EventLog) -> None:
         log.note(f"removed {swept} unfinished writes older than {STALE.days} days")
 
 
-def _sampled(job: CompressionJob, source: ModelSource, dispatcher: Dispatcher) -> TokenSet:
+def _sampled(job: CompressionJob, source: ModelSource, dispatcher: Dispatcher, device: Device) -> TokenSet:
     """What the model writes by itself, drawn by one worker."""
     calibration = job.spec.calibration
     assert isinstance(calibration.source, ModelSamples)
@@ -90,6 +109,8 @@ def _sampled(job: CompressionJob, source: ModelSource, dispatcher: Dispatcher) -
         length=calibration.sequence_length,
         temperature=calibration.source.temperature,
         seed=calibration.seed,
+        parameters=source.parameters,
+        device=device,
     )
     (rows,) = dispatcher.run_all([task])
     return TokenSet.of(rows)

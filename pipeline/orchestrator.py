@@ -33,7 +33,7 @@ from counterweight.pipeline.graph import Graph
 from counterweight.pipeline.inventory import inventory
 from counterweight.pipeline.manifest import CompressionJob, canonical
 from counterweight.pipeline.manifest.job import JobSpec
-from counterweight.pipeline.model_source import ModelSource
+from counterweight.pipeline.opening import Opened
 from counterweight.pipeline.policies import Resume, RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
 from counterweight.pipeline.resume import outlines, setting_of
@@ -66,21 +66,21 @@ class Orchestrator:
     def __init__(
         self,
         job: CompressionJob,
-        source: ModelSource,
-        tokens: Tokens,
+        opened: Opened,
         pool: WorkerPool,
         device: Device,
         log: EventLog,
         resume: Resume = Resume.AUTO,
     ) -> None:
-        self._job, self._source, self._tokens, self._log, self._resume = job, source, tokens, log, resume
+        self._job, self._log, self._resume = job, log, resume
+        self._source, self._tokens, self._plan = opened.source, opened.tokens, opened.plan
         self._store = open_store(job.spec.output.uri)
         alone = resume is Resume.NEVER
         self._workspace = Workspace(self._store, trusting=not alone)
         self._threads = pool.threads
         self._dispatcher = Dispatcher(pool, RetryPolicy(), log.emit, Graph(self._workspace))
         self._watch = Stopwatch(log)
-        self._setting = setting_of(job, source, device, run=uuid.uuid4().hex if alone else "")
+        self._setting = setting_of(job, self._source, device, run=uuid.uuid4().hex if alone else "")
 
     def run(self) -> Published:
         """To the end. Raises what is final: a wrong request, a failed gate, failing surroundings."""
@@ -108,6 +108,7 @@ class Orchestrator:
         job = Job(
             job=self._job,
             source=self._source,
+            plan=self._plan,
             setting=self._setting,
             workspace=self._workspace,
             dispatcher=self._dispatcher,
@@ -118,7 +119,8 @@ class Orchestrator:
         )
         self._watch.stage("blocks")
         unseen = 0 if tokens.unseen is None else tokens.unseen.sequences
-        outlined = outlines(self._job, self._source, self._setting, digests, tokens.calibration.digest, unseen)
+        calibration = tokens.calibration.digest
+        outlined = outlines(self._job, self._source, self._plan, self._setting, digests, calibration, unseen)
         model = add_model(job, add_embedding(job, tokens), tokens, outlined)
         outside = add_outside(job)
         texts = add_texts(job, tokens)
@@ -141,7 +143,7 @@ class Orchestrator:
         tasks = [*_task_reports(model), *(() if trained is None else trained.tasks), *validations]
         report = self._report(artifact, parts, digests, windows, tasks, None if trained is None else trained.report)
         self._gate(artifact, report)
-        published = publish(artifact, report, files, parts.ledger)
+        published = publish(artifact, report, files, parts.ledger())
         leftovers = () if trained is None else trained.discardable
         for blob in dict.fromkeys([*model.discardable, *leftovers]):
             self._workspace.discard(blob)

@@ -6,7 +6,7 @@ Sizes are estimates with the same shape as the truth: every term is named, and t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 
@@ -39,7 +39,7 @@ from counterweight.workers.config import Config
 from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.footprint import Load, footprint
 from counterweight.workers.footprint.distillation import Texts, state_traffic, trained_parameters, training_bytes
-from counterweight.workers.footprint.division import Passes, divided
+from counterweight.workers.footprint.division import fitted
 from counterweight.workers.footprint.load import factors, packed
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.recipe import ModuleRecipe
@@ -66,6 +66,8 @@ class BlockPlan(Config):
     """What calibration leaves in memory: weights, as they were read and as they run, and the sums of the statistics."""
     passes: tuple[tuple[str, ...], ...]
     """Linears that are solved after each pass over the calibration tokens; empty: all after one."""
+    batch_bytes: int
+    """That solves of one shape may take together."""
     undivided_bytes: int
     """`peak_bytes` if all were solved after one."""
     prepare_flops: int
@@ -142,19 +144,19 @@ class Plan(Config):
     problems: tuple[str, ...]
 
 
-def make_plan(job: CompressionJob, source: ModelSource, device: str | None = None) -> Plan:
-    """The plan of a job. device: a name of `devices.MEMORY` or a file of rates, RequestError for another. ManifestError for
+def make_plan(job: CompressionJob, source: ModelSource, device: str | None = None, *, gpu_bytes: int = 0) -> Plan:
+    """The plan of a job. device: a name of `devices.MEMORY` or a file of rates, RequestError for another. gpu_bytes: memory of
+    the GPU that workers have, for which blocks are divided where none is named; 0: not known. ManifestError for
     what the recipe asks and the model cannot give (a rank above a layer's size, a group size that does not divide a width, an
     override that matches nothing)."""
     check_recipe(job.spec.recipe, source)
     check_gates_apply(job.spec.validation, source)
     gpu = None if device is None or device.endswith(MEASURED) else device
-    memory = worker_memory(job, gpu)
-    costed = tuple(_block_plans(job, source, None))
+    memory = worker_memory(job, gpu, gpu_bytes)
+    resolved = tuple(_resolved(job, source))
+    held = _held_bytes(job, resolved)
+    costed = tuple(_costed(source, resolved, None if memory is None else memory.bytes - held))
     blocks = tuple(block.plan for block in costed)
-    if memory is not None and max(block.peak_bytes for block in blocks) + _held_bytes(job, blocks) > memory.bytes:
-        costed = tuple(_block_plans(job, source, memory.bytes - _held_bytes(job, blocks)))
-        blocks = tuple(block.plan for block in costed)
     calibration = job.spec.calibration
     tokens, unseen = (
         count * calibration.sequence_length for count in (calibration.sequences, calibration.held_out_sequences)
@@ -162,12 +164,11 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     boundary = (tokens + unseen) * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
     total = sum(_bytes(source, name) for name in source.tensors)
     artifact = _artifact_bytes(source, costed)
-    held = _held_bytes(job, blocks)
     largest = max(blocks, key=lambda block: block.peak_bytes)
     on_gpu = job.spec.resources.gpus_per_worker > 0
     passes = f" in {len(largest.passes)} passes over the tokens" if len(largest.passes) > 1 else ""
     most, where = largest.peak_bytes + held, f"block {largest.index}{passes}, {largest.peak_phase}"
-    training = _distillation_plan(job, source)
+    training = _distillation_plan(job, source, [block.load for block in costed])
     if training is not None and training.peak_bytes > most:
         most, where = training.peak_bytes, "distillation"
     states_read, states_written = (
@@ -184,7 +185,7 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         model_type=str(source.checkpoint.config["model_type"]),
         parameters=source.parameters,
         quantized=sum(
-            prod(block.linears[stored_name(source, block.index, n)]) for block in blocks for n in block.recipe
+            prod(group.linears[name]) for block in costed for group in block.load.groups for name in group.recipe
         ),
         source_bytes=total,
         tokens=tokens,
@@ -236,15 +237,17 @@ def _estimate(
     return estimate(costs, resources.workers, blocks[0].load.threads, resources.gpus_per_worker)
 
 
-def _held_bytes(job: CompressionJob, blocks: Sequence[BlockPlan]) -> int:
+def _held_bytes(job: CompressionJob, blocks: Sequence[_Resolved]) -> int:
     """What a worker keeps at most, beside the block that it works on, of blocks that wait for a budget to be shared out."""
     if job.spec.calibration.propagate != "original":
         return 0
     sharing = [block for block in blocks if any(part.budget_bits is not None for part in block.recipe.values())]
-    return min(HOLD_BYTES, sum(block.calibrated_bytes for block in sharing))
+    alike = {id(block.load): block.load for block in sharing}
+    sizes = {key: footprint(load).calibrated for key, load in alike.items()}
+    return min(HOLD_BYTES, sum(sizes[id(block.load)] for block in sharing))
 
 
-def _distillation_plan(job: CompressionJob, source: ModelSource) -> DistillationPlan | None:
+def _distillation_plan(job: CompressionJob, source: ModelSource, loads: Sequence[Load]) -> DistillationPlan | None:
     stage = job.spec.distillation
     if stage is None:
         return None
@@ -253,10 +256,6 @@ def _distillation_plan(job: CompressionJob, source: ModelSource) -> Distillation
         held_out=sum(share.sequences for share in stage.held_out),
         length=job.spec.calibration.sequence_length,
     )
-    loads = [
-        load_of(job, source, index, block_recipe(source, index, job.spec.recipe))
-        for index in range(source.layout.blocks)
-    ]
     parameters = sum(trained_parameters(load, stage.training) for load in loads)
     read, written = state_traffic(parameters, stage.training)
     return DistillationPlan(
@@ -270,6 +269,15 @@ def _distillation_plan(job: CompressionJob, source: ModelSource) -> Distillation
 
 
 @dataclass(frozen=True, slots=True)
+class _Resolved:
+    """A block's recipe, and what its task works on: one object for neighbours that are alike."""
+
+    index: int
+    recipe: Mapping[str, ModuleRecipe]
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
 class _Costed:
     """A block's plan and what it was made from."""
 
@@ -278,21 +286,24 @@ class _Costed:
     arithmetic: Arithmetic
 
 
-def _block_plans(job: CompressionJob, source: ModelSource, budget: int | None) -> Iterator[_Costed]:
-    """Of all blocks; of neighbours that are alike, the costs are worked out once. budget: bytes of a worker for a task, into
-    which blocks are divided."""
+def _resolved(job: CompressionJob, source: ModelSource) -> Iterator[_Resolved]:
     before: Load | None = None
-    passes: Passes = ()
     for index in range(source.layout.blocks):
         recipe = block_recipe(source, index, job.spec.recipe)
         check_block(source, index, recipe, job.spec.calibration.propagate)
         load = load_of(job, source, index, recipe)
-        if load != before:
-            before, passes = load, ()
-            whole = found = footprint(load)
-            if budget is not None:
-                passes, found = divided(load, budget)
-            done = replace(load, passes=passes)
+        before = before if load == before else load
+        yield _Resolved(index, recipe, before)
+
+
+def _costed(source: ModelSource, blocks: Sequence[_Resolved], budget: int | None) -> Iterator[_Costed]:
+    """Of all blocks. budget: bytes of a worker for a task, into which blocks are divided."""
+    before: Load | None = None
+    for block in blocks:
+        load, index, recipe = block.load, block.index, block.recipe
+        if load is not before:
+            before, whole = load, footprint(load)
+            done, found = (load, whole) if budget is None else fitted(load, budget)
             computed = arithmetic(done)
         plan = BlockPlan(
             index=index,
@@ -306,8 +317,9 @@ def _block_plans(job: CompressionJob, source: ModelSource, budget: int | None) -
             peak_bytes=found.peak,
             peak_phase=found.largest,
             host_bytes=found.host,
-            calibrated_bytes=found.weights + found.statistics,
-            passes=passes,
+            calibrated_bytes=found.calibrated,
+            passes=done.passes,
+            batch_bytes=done.batch_bytes,
             undivided_bytes=whole.peak,
             prepare_flops=computed.prepare.total,
             forward_flops=computed.forward.total,

@@ -1,13 +1,14 @@
 """How fast a worker's device, its host and its storage are: the figures behind a plan's seconds, as data.
 
-Of GPUs they are nominal: peaks as the makers' data sheets have them (dense, without sparsity), times the share of a peak that
-is taken to be reached. Nothing here has been measured on these GPUs. Of a machine's CPU they are measured, by
-`benchmarks/time_model.py --rates FILE`, and a plan is given that file in a device's place.
+Of GPUs they are peaks as the makers' data sheets have them (dense, without sparsity), times the share that is reached: measured
+for Hopper on an H200 (`HOPPER`), taken for all others (`TAKEN`). Links, hosts and storage are taken. Of a machine at hand all
+are measured, by `benchmarks/time_model.py --rates FILE`, and a plan is given that file in a device's place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -75,16 +76,12 @@ class Rates(Config):
     """Bytes that are hashed and written."""
 
 
-ATTAINED, FACTORED, DECOMPOSED = 0.6, 0.1, 0.01
-"""Share of a peak that large products reach; of float64's peak, what Cholesky and QR reach, and what eigenvalues and singular
-values reach. Taken, not measured."""
-
 ENTRY_BYTES = 12
 """Memory that an operation on a float32 entry reads and writes: two read, one written."""
 
-STEP, START, TASK = 6e-6, 30.0, 0.01
-"""Seconds: of an operation of torch, started from Python; of a process that imports torch and transformers and opens a GPU; and
-from a task's end to the next one's beginning, by way of the driver."""
+START, TASK = 30.0, 0.01
+"""Seconds: of a process that imports torch and transformers and opens a GPU; and from a task's end to the next one's beginning,
+by way of the driver."""
 
 HASH = 1.4e9
 """Bytes per second of one thread of a server's CPU (Zen 4), rounded: as `benchmarks/time_model.py --rates` finds it."""
@@ -93,22 +90,67 @@ STORAGE = 2.5e9
 """Bytes per second of a worker: about a link of 25 Gbit/s, or a share of an NVMe drive."""
 
 
-def _nominal(bits16: float, float32: float, float64: float, memory: float, link: float) -> Rates:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """Of a data sheet's peaks, what each kind of work reaches: products and Gram matrices of the peak of their dtype;
+    factorizations and decompositions of float64's; elementwise of the memory's rate. step: as in `Rates`. source: where that
+    comes from."""
+
+    source: str
+    products16: float
+    products32: float
+    grams16: float
+    grams32: float
+    products64: float
+    factorizations: float
+    decompositions: float
+    elementwise: float
+    step: float
+
+
+TAKEN = Shares(
+    source="60% of which are taken to be reached by products",
+    products16=0.6,
+    products32=0.6,
+    grams16=0.6,
+    grams32=0.6,
+    products64=0.6,
+    factorizations=0.1,
+    decompositions=0.01,
+    elementwise=1.0,
+    step=6e-6,
+)
+
+HOPPER = Shares(
+    source="with the shares of them that an H200 reached (benchmarks/results/2026-11-26-rates-h200.md)",
+    products16=0.660,
+    products32=0.745,
+    grams16=0.166,
+    grams32=0.519,
+    products64=0.939,
+    factorizations=0.158,
+    decompositions=0.0846,
+    elementwise=0.95,
+    step=9.56e-6,
+)
+
+
+def _rates(bits16: float, float32: float, float64: float, memory: float, link: float, shares: Shares = TAKEN) -> Rates:
     """From a data sheet. bits16, float32, float64: TFLOP/s, with tensor cores for 16 bits and, where there are any, for
     float64. memory, link: GB/s."""
-    wide = float64 * 1e12
+    half, single, double = bits16 * 1e12, float32 * 1e12, float64 * 1e12
+    peaks = f"{bits16:g}, {float32:g}, {float64:g} TFLOP/s in 16, 32, 64 bits, {memory:g} GB/s"
     return Rates(
-        source=f"nominal: data sheet ({bits16:g}, {float32:g}, {float64:g} TFLOP/s in 16, 32, 64 bits, {memory:g} GB/s), "
-        f"of which {ATTAINED:.0%} are reached by products",
-        products16=bits16 * 1e12 * ATTAINED,
-        products32=float32 * 1e12 * ATTAINED,
-        grams16=bits16 * 1e12 * ATTAINED,
-        grams32=float32 * 1e12 * ATTAINED,
-        products64=wide * ATTAINED,
-        factorizations=wide * FACTORED,
-        decompositions=wide * DECOMPOSED,
-        elementwise=memory * 1e9 / ENTRY_BYTES,
-        step=STEP,
+        source=f"data sheet ({peaks}), {shares.source}",
+        products16=half * shares.products16,
+        products32=single * shares.products32,
+        grams16=half * shares.grams16,
+        grams32=single * shares.grams32,
+        products64=double * shares.products64,
+        factorizations=double * shares.factorizations,
+        decompositions=double * shares.decompositions,
+        elementwise=memory * 1e9 / ENTRY_BYTES * shares.elementwise,
+        step=shares.step,
         link=link * 1e9,
         storage=STORAGE,
         start=START,
@@ -117,17 +159,17 @@ def _nominal(bits16: float, float32: float, float64: float, memory: float, link:
     )
 
 
-NOMINAL: Mapping[str, Rates] = {
-    "A10-24G": _nominal(125, 31.2, 0.49, 600, 25),
-    "A100-40G": _nominal(312, 19.5, 19.5, 1555, 25),
-    "A100-80G": _nominal(312, 19.5, 19.5, 2039, 25),
-    "B200-180G": _nominal(2250, 75, 37, 8000, 50),
-    "H100-80G": _nominal(989, 67, 67, 3350, 50),
-    "H200-141G": _nominal(989, 67, 67, 4800, 50),
-    "L4-24G": _nominal(121, 30.3, 0.47, 300, 25),
-    "L40S-48G": _nominal(362, 91.6, 1.4, 864, 25),
-    "RTX4090-24G": _nominal(165, 82.6, 1.29, 1008, 25),
-    "RTX5090-32G": _nominal(209, 104.8, 1.64, 1792, 50),
+GPUS: Mapping[str, Rates] = {
+    "A10-24G": _rates(125, 31.2, 0.49, 600, 25),
+    "A100-40G": _rates(312, 19.5, 19.5, 1555, 25),
+    "A100-80G": _rates(312, 19.5, 19.5, 2039, 25),
+    "B200-180G": _rates(2250, 75, 37, 8000, 50),
+    "H100-80G": _rates(989, 67, 67, 3350, 50, HOPPER),
+    "H200-141G": _rates(989, 67, 67, 4800, 50, HOPPER),
+    "L4-24G": _rates(121, 30.3, 0.47, 300, 25),
+    "L40S-48G": _rates(362, 91.6, 1.4, 864, 25),
+    "RTX4090-24G": _rates(165, 82.6, 1.29, 1008, 25),
+    "RTX5090-32G": _rates(209, 104.8, 1.64, 1792, 50),
 }
 """GPU -> its rates; SXM modules where there are any. Names as in `devices.MEMORY`."""
 
@@ -139,7 +181,7 @@ def rates_of(device: str) -> Rates | None:
     """Of a GPU by name, or from a file of measured ones; None where nothing is known. RequestError for a file that holds
     none."""
     if not device.endswith(MEASURED):
-        return NOMINAL.get(device)
+        return GPUS.get(device)
     try:
         return Rates.model_validate_json(Path(device).read_bytes())
     except OSError as error:

@@ -7,7 +7,6 @@ one, on a node that comes back or that an autoscaler adds, while the job goes on
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable
@@ -15,7 +14,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from counterweight.pipeline.cluster import unreachable
+from counterweight.pipeline.admission import Node, resources, shortage
+from counterweight.pipeline.awake import Awake
+from counterweight.pipeline.cluster import Head
 from counterweight.pipeline.pool import START_SECONDS, STARTS, Outcome, PoolSize
 from counterweight.workers.errors import CounterweightError, WorkerError
 from counterweight.workers.identity import Identity, Token, WorkerReport
@@ -35,9 +36,6 @@ nobody else."""
 
 LATE_SECONDS = 1.0
 """That an answer may take which has arrived in this process already: it may have been stopped itself."""
-
-HEAD_SECONDS = 5.0
-"""How long the cluster's head may refuse connections. Ray itself ends the process after a minute."""
 
 
 class State(Enum):
@@ -107,13 +105,16 @@ class RayPool:
         self._class = ray.remote(WorkerProcess).options(
             num_cpus=size.cpus, num_gpus=size.gpus, max_restarts=0, max_task_retries=0, max_concurrency=2
         )
-        self._size, self._token, self._expected, self._note, self._clock = size, token, expected, note, clock
+        self._size, self._token, self._expected, self._note = size, token, expected, note
+        self._clock = Awake(clock)
         self.size, self.threads = size.workers, 1 if size.gpus else size.cpus
+        if missing := shortage(self._nodes(), size):
+            note(missing)
         self._seats = [self._fresh() for _ in range(size.workers)]
         self._tickets = 0
-        self._alone = clock()
+        self._alone = self._clock()
         """Since when no worker can be counted on."""
-        self._head = _Head(ray, clock)
+        self._head = Head(ray, self._clock)
 
     def first(self) -> WorkerReport:
         """Who the first worker is that answers; WorkerError when none does in time."""
@@ -282,43 +283,11 @@ class RayPool:
         if not lost and now - self._alone <= START_SECONDS:
             return
         causes = {seat.cause for seat in self._seats if seat.cause}
-        why = f": {'; '.join(sorted(causes))}" if causes else f": {self._resources()}"
+        why = f": {'; '.join(sorted(causes))}" if causes else f": {resources(self._nodes(), self._size)}"
         raise WorkerError(f"none of {self.size} workers has answered for {now - self._alone:.0f} s{why}")
 
-    def _resources(self) -> str:
-        """What a worker asks for and what each node has."""
-        asked = f"each asks for {_amounts(self._size.cpus, self._size.gpus)}"
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        return (
-            f"{asked}; nodes have {', '.join(_amounts(n.get('CPU', 0), n.get('GPU', 0)) for n in nodes) or 'nothing'}"
-        )
-
-
-class _Head:
-    """Watches the cluster's head: Ray would end this process without a word of ours when it is gone."""
-
-    def __init__(self, ray: object, clock: Callable[[], float]) -> None:
-        from ray.util import client
-
-        address = "" if client.ray.is_connected() else str(ray.get_runtime_context().gcs_address)  # type: ignore[attr-defined]
-        self._host, _, self._port = address.rpartition(":")
-        self._clock, self._looked = clock, clock()
-        self._missed: float | None = None
-        """When nobody listened there for the first time since somebody did."""
-
-    def check(self) -> None:
-        """WorkerError when nobody has listened at its address for `HEAD_SECONDS`, in two looks at least."""
-        now = self._clock()
-        if not self._host or now - self._looked < 1.0:
-            return
-        self._looked = now
-        problem = unreachable(self._host, int(self._port))
-        if not problem:
-            self._missed = None
-        elif self._missed is None:
-            self._missed = now
-        elif now - self._missed > HEAD_SECONDS:
-            raise WorkerError(f"Ray's head at {self._host}:{self._port} is gone: {problem}")
+    def _nodes(self) -> list[Node]:
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
 
 def _raised(error: BaseException) -> BaseException:
@@ -341,7 +310,3 @@ def _line(error: BaseException) -> str:
     text = str(error).strip()
     detail = re.search(r"exit detail: ([^.]*)", " ".join(text.split()))
     return (text.splitlines() or [type(error).__name__])[0].rstrip(".:") + (f": {detail[1]}" if detail else "")
-
-
-def _amounts(cpus: float, gpus: float) -> str:
-    return f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus and not math.isclose(gpus, 0) else "")

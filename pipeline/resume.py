@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
-from counterweight.pipeline.resolve import block_recipe
+from counterweight.pipeline.plan import Plan
 from counterweight.workers.errors import ObjectNotFoundError, RequestError, StorageError
 from counterweight.workers.storage import ObjectStore, open_store
 from counterweight.workers.tasks.block import COMPRESS, BlockSpec
@@ -53,31 +53,35 @@ def setting_of(job: CompressionJob, source: ModelSource, device: str, run: str =
 def outlines(
     job: CompressionJob,
     source: ModelSource,
+    plan: Plan,
     setting: Setting,
     digests: Mapping[str, str],
     tokens: str,
     unseen: int | None = None,
 ) -> list[BlockSpec]:
     """Each block as it is known before anything has run: without hidden states, and with budgets in the place of ranks.
-    digests: source tensor -> sha256, or empty; tokens: sha256, or empty; unseen: windows that are held out, None for as many as
-    the manifest asks for."""
+    plan: of the job, which has resolved its recipe; digests: source tensor -> sha256, or empty; tokens: sha256, or empty;
+    unseen: windows that are held out, None for as many as the manifest asks for."""
     calibration = job.spec.calibration
     unseen = calibration.held_out_sequences if unseen is None else unseen
     solved = -(-calibration.sequences // shard_sequences(calibration.sequence_length))
-    recipes = [block_recipe(source, index, job.spec.recipe) for index in range(source.layout.blocks)]
     return [
         BlockSpec(
             setting=setting,
-            index=index,
-            tensors={name: digests[name] for name in source.block_tensors(index)} if digests else {},
+            index=block.index,
+            tensors={name: digests[name] for name in source.block_tensors(block.index)} if digests else {},
             inputs=(),
-            recipe=recipe,
+            recipe=block.recipe,
             propagate=calibration.propagate,
-            experts=calibration.experts_among(recipe),
+            experts=calibration.experts_among(block.recipe),
             tokens=tokens,
+            passes=block.passes,
+            batch_bytes=block.batch_bytes,
             held_out_from=solved if unseen else None,
+            flops=block.flops,
+            bytes=block.source_bytes,
         )
-        for index, recipe in enumerate(recipes)
+        for block in plan.blocks
     ]
 
 
@@ -161,7 +165,7 @@ def blocks_text(indices: Sequence[int]) -> str:
     return f"block{'s' if len(indices) > 1 else ''} {', '.join(spans)}"
 
 
-def foreseen(job: CompressionJob, source: ModelSource) -> list[str]:
+def foreseen(job: CompressionJob, source: ModelSource, plan: Plan) -> list[str]:
     """What a plan can say: of weights, calibration tokens and hidden states it knows nothing."""
     try:
         earlier = Earlier.of(open_store(job.spec.output.uri, waits=False), source.layout.blocks)
@@ -170,6 +174,6 @@ def foreseen(job: CompressionJob, source: ModelSource) -> list[str]:
     if not earlier.finished:
         return ["nothing: no block was finished before"]
     setting = setting_of(job, source, "cuda" if job.spec.resources.gpus_per_worker > 0 else "cpu")
-    wanted = {spec.index: parts_of(spec) for spec in outlines(job, source, setting, {}, "")}
+    wanted = {spec.index: parts_of(spec) for spec in outlines(job, source, plan, setting, {}, "")}
     alike = "finished before, and reused where weights and calibration tokens are the same"
     return earlier.reasons(wanted, alike=alike)

@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TYPE_CHECKING
 
 from counterweight.pipeline.cluster import cluster
@@ -47,11 +48,12 @@ def run_job(
             with importing():
                 from counterweight.pipeline.opening import open_job
                 from counterweight.pipeline.orchestrator import Orchestrator
-            source, tokens = open_job(job, pool, log, here=place.here, ready=ready)
+            device = cache(lambda: _device(pool.first().device, size.device, log))
+            memory = cache(lambda: pool.first().gpu_bytes)
+            opened = open_job(job, pool, log, here=place.here, ready=ready, device=device, gpu_bytes=memory)
             if not place.ray:
                 log.note(f"workers: {size.workers} of this machine, without Ray")
-            device = _device(pool.first().device, size.device, log)
-            return Orchestrator(job, source, tokens, pool, device, log, resume).run()
+            return Orchestrator(job, opened, pool, device(), log, resume).run()
 
 
 @contextmanager

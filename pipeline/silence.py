@@ -10,14 +10,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from counterweight.pipeline.awake import Awake
 from counterweight.pipeline.pool import START_SECONDS
 from counterweight.pipeline.units import seconds_text
 from counterweight.workers.errors import WorkerError
 from counterweight.workers.tasks.patience import BASE_SECONDS
 from counterweight.workers.tasks.task import Task
-
-AWAKE_SECONDS = 10.0
-"""Longest step between two looks that counts: beyond it this process was stopped itself, and nobody could be heard."""
 
 SHOWN = 5
 """Tasks and workers that the error names."""
@@ -36,27 +34,24 @@ class Silence:
     """How long no task has been started and none has come back. clock: seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._looked = clock()
-        self._silent = 0.0
+        self._clock, self._awake = clock, Awake(clock)
+        self._since = self._awake()
 
     def broken(self) -> None:
         """Something has happened."""
-        self._looked, self._silent = self._clock(), 0.0
+        self._since = self._awake()
 
     def check(self, running: Sequence[Running], idle: Sequence[int], awaited: Sequence[str]) -> None:
         """WorkerError when it lasts longer than the most patient of the running tasks says; without any, longer than workers
         may take to start. awaited: names of what whoever runs the tasks waits for."""
-        now = self._clock()
-        self._silent += min(now - self._looked, AWAKE_SECONDS)
-        self._looked = now
+        now, silent = self._clock(), self._awake() - self._since
         bound = max((one.task.patience for one in running), default=BASE_SECONDS + START_SECONDS)
-        if self._silent <= bound:
+        if silent <= bound:
             return
         states = {one.worker: f"on {one.task.name} for {seconds_text(now - one.since)}" for one in running}
         states |= dict.fromkeys((worker for worker in idle if worker not in states), "idle")
         raise WorkerError(
-            f"no task has begun or come back for {seconds_text(self._silent)}, and {seconds_text(bound)} is the most that it "
+            f"no task has begun or come back for {seconds_text(silent)}, and {seconds_text(bound)} is the most that it "
             f"may take: {_workers(states)}; waited for: {_some(awaited)}"
         )
 

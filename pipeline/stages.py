@@ -14,18 +14,20 @@ from counterweight.pipeline.artifact import Artifact, FileEntry
 from counterweight.pipeline.artifact.assemble import Parts
 from counterweight.pipeline.artifact.report import TaskReport
 from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks, stretches
+from counterweight.pipeline.carrying import carrying
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.events import BlockDone, EventLog, FellBack, Planned, StageEntered, WindowsDone
 from counterweight.pipeline.graph import Node
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
-from counterweight.pipeline.plan import make_plan
+from counterweight.pipeline.plan import Plan
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.resume import Earlier, parts_of
 from counterweight.pipeline.tokens import Tokens
 from counterweight.pipeline.validate import Reference, Windows, add_originals, validate
 from counterweight.workers.calibration.tokens import TokenSet
 from counterweight.workers.errors import RequestError
+from counterweight.workers.matrix_bytes import SINGLE
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.embed import Embed
 from counterweight.workers.tasks.original import Original
@@ -60,6 +62,7 @@ class Job:
 
     job: CompressionJob
     source: ModelSource
+    plan: Plan
     setting: Setting
     workspace: Workspace
     dispatcher: Dispatcher
@@ -85,11 +88,15 @@ def add_embedding(job: Job, tokens: Tokens) -> Node[HiddenRecord]:
     """The node that makes what enters block 0: of the calibration tokens, then of those that are held out."""
     embedding = job.source.layout.names.embedding
     ids = [tokens.calibration.ids, *([] if tokens.unseen is None else [tokens.unseen.ids])]
+    read = TokenSet(torch.cat(ids))
+    cost = carrying(job.source, [embedding], rotated=job.setting.rotation is not None)
     task = Embed(
         setting=job.setting,
-        tokens=stored_tokens(job, TokenSet(torch.cat(ids))),
+        tokens=stored_tokens(job, read),
         tensor=(embedding, job.digests[embedding]),
         held_out=0 if tokens.unseen is None else tokens.unseen.sequences,
+        bytes=cost.bytes + SINGLE * read.sequences * read.length * job.source.layout.hidden_size,
+        flops=cost.flops,
     )
     return job.dispatcher.graph.add(lambda: task)
 
@@ -100,7 +107,6 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
     spec, source = job.job.spec, job.source
     recipes: list[BlockRecipe] = [block.recipe for block in outlined]
     propagate = spec.calibration.propagate
-    plan = make_plan(job.job, source)
 
     def spec_of(
         index: int,
@@ -115,9 +121,6 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
                 "original_inputs": original_inputs,
                 "recipe": recipe,
                 "propagate": propagate,
-                "passes": plan.blocks[index].passes,
-                "flops": plan.blocks[index].flops,
-                "bytes": plan.blocks[index].source_bytes,
             }
         )
 
@@ -126,7 +129,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
         budget = Budget(
             blocks=shares,
             share=lambda gains: share_out(source, recipes, gains),
-            bytes=[block.calibrated_bytes for block in plan.blocks],
+            bytes=[block.calibrated_bytes for block in job.plan.blocks],
         )
     return add_blocks(
         job.dispatcher.graph,
@@ -158,7 +161,14 @@ def add_outside(job: Job) -> Outside:
         last.append(names.embedding)  # rotated with the norm fused into it, it is the embedding no longer
 
     def carried(tensors: Sequence[str], reason: str = "") -> Node[PassThroughRecord]:
-        task = PassThrough(setting=job.setting, tensors={name: digests[name] for name in tensors}, reason=reason)
+        cost = carrying(job.source, tensors, rotated=job.setting.rotation is not None)
+        task = PassThrough(
+            setting=job.setting,
+            tensors={name: digests[name] for name in tensors},
+            reason=reason,
+            bytes=cost.bytes,
+            flops=cost.flops,
+        )
         return job.dispatcher.graph.add(lambda: task)
 
     entries = tuple(

@@ -9,7 +9,7 @@ from functools import partial
 from counterweight.pipeline.artifact import Artifact, FileEntry
 from counterweight.pipeline.artifact.report import Quality, TaskReport
 from counterweight.pipeline.dispatch import Dispatcher
-from counterweight.pipeline.graph import Graph, Node
+from counterweight.pipeline.graph import Graph, Node, giving
 from counterweight.pipeline.manifest import Gates, Validation
 from counterweight.workers.errors import GateError
 from counterweight.workers.ledger import LEDGER
@@ -49,12 +49,8 @@ def add_originals(graph: Graph, whole: Original, length: int, workers: int) -> l
     found = []
     for share in shares(whole.stop, length, workers):
         task = whole.model_copy(update={"start": share.start, "stop": share.stop})
-        found.append(Reference(task, graph.add(partial(_same, task))))
+        found.append(Reference(task, graph.add(giving(task))))
     return found
-
-
-def _same(task: Original) -> Original:
-    return task
 
 
 def validate(

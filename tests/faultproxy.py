@@ -84,6 +84,7 @@ class FaultProxy:
         self._arrived = threading.Condition(self._lock)
         self.requests: list[str] = []  # "METHOD target" of each, in order
         self.ranges: list[str | None] = []  # the Range of each GET, in order
+        self.broken = 0  # requests that met a fault
         self.signed: list[str] = []  # the Authorization of each
         self.most_at_once = 0  # of the requests that hold_until names
 
@@ -183,6 +184,7 @@ class FaultProxy:
                         rule.skipped -= 1
                         continue
                     rule.remaining -= 1
+                    self.broken += 1
                     return rule.fault
         return None
 

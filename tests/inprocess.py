@@ -90,11 +90,12 @@ def run_job(
     threads: int = 1,
     hold_bytes: int = HOLD_BYTES,
     progress: Progress | None = None,
+    pool: InProcessPool | None = None,
 ) -> Published:
     """Compresses the checkpoint in `model`, made by `tests.models`; artifacts go below `output`.
 
     calibration, validation: what is not the default of these tests; no validation: published unjudged. distillation: as the
-    manifest has it.
+    manifest has it. pool: in the place of one of `workers` with `threads` each.
     """
     output.mkdir(parents=True, exist_ok=True)
     text = write_text(output / "text.txt", 20_000).as_uri()
@@ -110,11 +111,11 @@ def run_job(
         spec["distillation"] = distillation
     document = {"apiVersion": "counterweight/v1", "kind": "CompressionJob", "metadata": {"name": "tiny"}, "spec": spec}
     job = parse_manifest(json.dumps(document), name="tiny.json", base=output.as_uri()).job
-    pool = InProcessPool(workers, threads, hold_bytes)
+    pool = InProcessPool(workers, threads, hold_bytes) if pool is None else pool
     try:
         with EventLog(progress or RecordedProgress()) as log:
-            source, tokens = open_job(job, pool, log, here=True)
-            return Orchestrator(job, source, tokens, pool, "cpu", log).run()
+            opened = open_job(job, pool, log, here=True)
+            return Orchestrator(job, opened, pool, "cpu", log).run()
     finally:
         pool.close()
 

@@ -24,7 +24,7 @@ from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
-from counterweight.workers.batches import batch_size, batches
+from counterweight.workers.batches import BATCH_BYTES, batch_size, batches
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.held_out import Rows
 from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup
@@ -75,6 +75,7 @@ def compress(
     outliers: Mapping[str, Tensor] | None = None,
     codes: Mapping[str, StoredWeight] | None = None,
     held_out: Mapping[SharedInputGroup, Rows] | None = None,
+    batch_bytes: int = BATCH_BYTES[False],
     pool: OrderedPool,
 ) -> tuple[dict[str, CompressedLinear], list[ModuleReport]]:
     """Every linear that has a recipe, in table order.
@@ -82,18 +83,17 @@ def compress(
     statistics: of each group among them; an entry is taken out when the group is solved. weights: linear -> weight [out, in],
     on any device. scale_dtypes, factor_dtypes: linear -> dtype in which its scales and the factors of its branch are stored.
     outliers: see `prepare`. codes: linear -> its codes, when they are chosen already. held_out: of tokens that reports judge
-    the result by.
+    the result by. batch_bytes: that solves of one shape may take together, which changes no bit.
     """
     jobs = list(_solves(weights, statistics, recipes, scale_dtypes, factor_dtypes))
     order = [name for job in jobs for name in job.names]
     if forgotten := recipes.keys() - set(order):
         raise ValueError(f"no input statistics of {sorted(forgotten)}: expected those of every linear with a recipe")
-    gpu = any(weight.is_cuda for weight in weights.values())
     together = batches(
-        jobs, lambda job: job.key, lambda job: batch_size(job.recipe, job.shapes, gpu=gpu) if job.alone else 1
+        jobs, lambda job: job.key, lambda job: batch_size(job.recipe, job.shapes, batch_bytes) if job.alone else 1
     )
     found: dict[str, tuple[CompressedLinear, ModuleReport]] = {}
-    one = partial(_solve, weights, statistics, outliers or {}, codes or {}, held_out or {})
+    one = partial(_solve, weights, statistics, outliers or {}, codes or {}, held_out or {}, batch_bytes)
     side_by_side = any(weights[job.names[0]].shape[1] >= PARALLEL_WIDTH for job in jobs)
     for batch, solved in zip(together, pool.map(one, together) if side_by_side else map(one, together), strict=True):
         for job in batch:
@@ -192,6 +192,7 @@ def _solve(
     outliers: Mapping[str, Tensor],
     codes: Mapping[str, StoredWeight],
     held_out: Mapping[SharedInputGroup, Rows],
+    batch_bytes: int,
     jobs: Sequence[_Job],
 ) -> dict[str, tuple[CompressedLinear, ModuleReport]]:
     started = time.perf_counter()
@@ -211,7 +212,7 @@ def _solve(
         ]
     names = [name for job in jobs for name in job.names]
     rows = [held_out.get(job.group) for job in jobs for _ in job.names]
-    solved_layers = solve(jobs[0].recipe, layers)
+    solved_layers = solve(jobs[0].recipe, layers, batch_bytes)
     done = [(layer, layer.errors(), _judged(layer, own)) for layer, own in zip(solved_layers, rows, strict=True)]
     seconds = (time.perf_counter() - started) / len(names)
     solved = {}

@@ -84,6 +84,7 @@ def solved(
         outliers=held.outliers,
         codes=codes,
         held_out=held.held_out(statistics),
+        batch_bytes=spec.batch_bytes,
         pool=context.pool,
     )
     loaded.let_go(own)

@@ -53,13 +53,14 @@ class Token:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReport:
     """What a worker says of itself when it first answers. device: the kind that it computes on. host, pid: where it runs.
-    storage: why it does not see the job's storage; empty when it does."""
+    storage: why it does not see the job's storage; empty when it does. gpu_bytes: memory of its GPU; 0 without one."""
 
     device: str
     identity: Identity
     host: str
     pid: int
     storage: str = ""
+    gpu_bytes: int = 0
 
     @property
     def place(self) -> str:
@@ -86,10 +87,12 @@ def code_digest(package: Path) -> str:
     return digest.hexdigest()
 
 
-def report(device: str, token: Token | None) -> WorkerReport:
-    """Of this process. token: what it should find in the job's storage."""
+def report(device: str, token: Token | None, gpu_bytes: int = 0) -> WorkerReport:
+    """Of this process. token: what it should find in the job's storage. gpu_bytes: see `WorkerReport`."""
     host, pid = socket.gethostname(), os.getpid()
-    return WorkerReport(device=device, identity=identity(), host=host, pid=pid, storage=_sight(token))
+    return WorkerReport(
+        device=device, identity=identity(), host=host, pid=pid, storage=_sight(token), gpu_bytes=gpu_bytes
+    )
 
 
 def _sight(token: Token | None) -> str:

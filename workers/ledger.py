@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from counterweight.workers.checkpoint.beside import SideFile
 from counterweight.workers.config import Config
 from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.tasks.records import LedgerEntry
@@ -15,13 +16,15 @@ ADAPTER_CONFIG = "compensation/adapter_config.json"
 
 
 class Ledger(Config):
-    """The account of an artifact's tensors.
+    """The account of an artifact's tensors, and of the source's files.
 
-    entries: what became of each source tensor. formats: quantized linear -> how it is stored. tensors: every stored
-    tensor (checkpoint, adapter and residual store) -> sha256 of its dtype, shape and bytes.
+    entries: what became of each source tensor. files: of each file beside the source's weights. formats: quantized linear ->
+    how it is stored. tensors: every stored tensor (checkpoint, adapter and residual store) -> sha256 of its dtype, shape and
+    bytes.
     """
 
     schema_version: int = 1
     entries: tuple[LedgerEntry, ...]
     formats: Mapping[str, ModuleFormat]
     tensors: Mapping[str, str]
+    files: tuple[SideFile, ...] = ()

@@ -15,6 +15,7 @@ from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import SharedInputGroup, is_expert
 from counterweight.workers.models.lent import LentLinear
+from counterweight.workers.models.source import read_parameters
 from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.transforms.smoothing import fold
 
@@ -60,11 +61,10 @@ def load_block(
     """A source block on the device, every tensor verified, in the setting's coordinates. lent: see `LoadedBlock`."""
     checkpoint, builder = context.source(setting)
     slices = builder.layout.sources(index, checkpoint.names)
-    tensors = checkpoint.read_many(digests, sha256=digests)
-    absent = {part.source for part in slices.values()} - tensors.keys()
+    absent = {part.source for part in slices.values()} - digests.keys()
     if absent:
         raise CheckpointError(f"block {index}: the task lists no digest for {sorted(absent)[:3]}")
-    parameters = {name: part.of(tensors[part.source]).contiguous() for name, part in slices.items()}
+    parameters = read_parameters(checkpoint, slices, digests)
     dtypes = {name: tensor.dtype for name, tensor in parameters.items()}
     online: dict[str, Hadamard] = {}
     if setting.rotation is not None:

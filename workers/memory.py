@@ -38,6 +38,11 @@ def device_peak_bytes(device: torch.device) -> int:
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
 
 
+def gpu_bytes(device: torch.device) -> int:
+    """Memory of the whole GPU; 0 on a CPU."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0
+
+
 def settle() -> None:
     """Takes everything that is imported by now out of the garbage collector's sight, so that `release` looks at the
     objects of one task and not at those of torch and transformers (150 ms against a few)."""

@@ -44,7 +44,7 @@ class WorkerProcess:
         """Who this worker is. token: what it should find in the job's storage."""
         from counterweight.workers.identity import report
 
-        return report(self._worker.ready(), token)
+        return report(self._worker.ready(), token, self._worker.gpu_bytes)
 
     def pulse(self) -> str:
         """What the task beside waits for, for people. A process that is stopped, or whose host is, does not answer."""

@@ -13,7 +13,7 @@ from counterweight.kernels.formats import LowRank
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
-from counterweight.workers.batches import batch_size
+from counterweight.workers.batches import BATCH_BYTES, batch_size
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.compensation.aser import without_channels
 from counterweight.workers.compensation.objective import energy, squared_errors
@@ -80,15 +80,17 @@ class LayerState:
         return plain, float(left.square().sum(dtype=torch.float64)) / unit
 
 
-def solve(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[LayerState]:
+def solve(
+    recipe: ModuleRecipe, layers: Sequence[LayerState], batch_bytes: int = BATCH_BYTES[False]
+) -> list[LayerState]:
     """`layers`, which share `recipe` and dtypes, with codes (unless they have them), branch and store.
 
     Neighbours with the same statistics read one input: where rows are independent, their codes are chosen as one matrix's,
     because they share a Hessian. Several such matrices must have one shape: their codes are chosen in one batch, each with the
-    bits that it gets alone. Raises ValueError as the methods do.
+    bits that it gets alone. batch_bytes: that codes with their branches may take together. Raises ValueError as the methods do.
     """
     if recipe.compensation.joint:
-        solved = _jointly(recipe, layers)
+        solved = _jointly(recipe, layers, batch_bytes)
     else:
         coded = _quantized(recipe, layers) if all(layer.codes is None for layer in layers) else layers
         solved = [_compensated(recipe, layer) for layer in coded]
@@ -165,11 +167,11 @@ def _compensated(recipe: ModuleRecipe, layer: LayerState) -> LayerState:
     return replace(layer, branch=fitted.low_rank, fallbacks=(*layer.fallbacks, *fitted.fallbacks))
 
 
-def _jointly(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[LayerState]:
-    """With codes and branch that are fitted to each other, for layers of one shape, as many at a time as memory allows."""
+def _jointly(recipe: ModuleRecipe, layers: Sequence[LayerState], batch_bytes: int) -> list[LayerState]:
+    """With codes and branch that are fitted to each other, for layers of one shape, `batch_bytes` of them at a time."""
     first = layers[0]
     rows, columns = first.weight.shape
-    most = batch_size(recipe, [(rows, columns)], gpu=first.weight.is_cuda)
+    most = batch_size(recipe, [(rows, columns)], batch_bytes)
     solved = []
     for start in range(0, len(layers), most):
         some = layers[start : start + most]

@@ -8,7 +8,7 @@ import torch
 
 from counterweight.workers.context import TaskContext
 from counterweight.workers.held_blocks import HOLD_BYTES
-from counterweight.workers.memory import release, settle
+from counterweight.workers.memory import gpu_bytes, release, settle
 from counterweight.workers.tasks.setting import Device
 from counterweight.workers.tasks.task import Task
 
@@ -35,6 +35,11 @@ class Worker:
     def ready(self) -> str:
         """The kind of device this worker computes on."""
         return self.context.device.type
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Memory of its GPU; 0 without one."""
+        return gpu_bytes(self.context.device)
 
     def run(self, task: Task[R]) -> R:
         """What the task gives back, or its error."""

@@ -37,8 +37,8 @@ START_SECONDS = 300.0
 """That a daemon may take on a loaded machine; on an idle one it takes two."""
 
 
-def configuration(directory: Path, fsid: str, monitor_port: int, port: int) -> str:
-    """The text of ceph.conf for one of everything."""
+def configuration(directory: Path, fsid: str, monitor_port: int, port: int, host: str) -> str:
+    """The text of ceph.conf for one of everything. host: where the gateway listens; the rest is on loopback."""
     options = {
         "fsid": fsid,
         # Nothing inside is reachable from outside the machine, and keys would only slow the start.
@@ -76,13 +76,14 @@ def configuration(directory: Path, fsid: str, monitor_port: int, port: int) -> s
         "log file": f"{directory}/log/$name.log",
         # Nothing here expires, and the thread would delay the stop by ten seconds.
         "rgw enable lc threads": "false",
-        "rgw frontends": f"beast endpoint=127.0.0.1:{port}",
+        "rgw frontends": f"beast endpoint={host}:{port}",
     }
     return "[global]\n" + "".join(f"{name} = {value}\n" for name, value in options.items())
 
 
-def start(directory: Path, port: int | None) -> dict[str, str]:
-    """Starts what does not run yet, and waits until the gateway answers; returns what a client needs."""
+def start(directory: Path, port: int | None, host: str = "127.0.0.1") -> dict[str, str]:
+    """Starts what does not run yet, and waits until the gateway answers; returns what a client needs. port, host: of the S3
+    endpoint, at the first start."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
         raise StartError(f"not installed: {', '.join(missing)} (Debian: ceph-mon ceph-osd radosgw ceph-common)")
@@ -92,7 +93,7 @@ def start(directory: Path, port: int | None) -> dict[str, str]:
     else:
         monitor_port, rgw_port = free_ports(2)
         ports = {"monitor": monitor_port, "rgw": port or rgw_port}
-        _prepare(directory, ports)
+        _prepare(directory, ports, host)
     conf = directory / "ceph.conf"
     ceph: list[str | Path] = ["ceph", "-c", conf, "--connect-timeout", "10"]
     start_daemon(directory, "mon", ["ceph-mon", "-f", "-c", conf, "-i", "a"], {})
@@ -135,14 +136,14 @@ def stop(directory: Path) -> None:
     stop_daemons(directory)
 
 
-def _prepare(directory: Path, ports: dict[str, int]) -> None:
+def _prepare(directory: Path, ports: dict[str, int], host: str) -> None:
     stop_daemons(directory)
     for name in ("mon", "osd", "rgw", "run", "log"):
         if (directory / name).exists():
             shutil.rmtree(directory / name)
         (directory / name).mkdir(parents=True)
     fsid = str(uuid.uuid4())
-    (directory / "ceph.conf").write_text(configuration(directory, fsid, ports["monitor"], ports["rgw"]))
+    (directory / "ceph.conf").write_text(configuration(directory, fsid, ports["monitor"], ports["rgw"], host))
     (directory / "keyring").write_text("")
     monmap = directory / "monmap"
     address = f"[v1:127.0.0.1:{ports['monitor']}]"

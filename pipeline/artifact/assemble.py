@@ -16,6 +16,7 @@ from counterweight.pipeline.artifact.document import CONFIG, INDEX, FileEntry, j
 from counterweight.pipeline.artifact.reader import Artifact
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.model_source import ModelSource
+from counterweight.workers.checkpoint.beside import SideFile
 from counterweight.workers.errors import IntegrityError
 from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.interchange.compressed_tensors import artifact_config
@@ -46,9 +47,8 @@ class Parts:
         """Everything outside the blocks."""
         return (self.first, self.last, *([] if self.beside is None else [self.beside]))
 
-    @property
-    def ledger(self) -> Ledger:
-        """The account of every source tensor and every stored one."""
+    def ledger(self, files: Sequence[SideFile] = ()) -> Ledger:
+        """The account of every source tensor and every stored one. files: of those beside the source's weights."""
         entries = [entry for record in self.kept for entry in record.ledger] + [*self.dropped]
         formats: dict[str, ModuleFormat] = {}
         tensors = {name: sha256 for record in self.kept for name, sha256 in record.tensors.items()}
@@ -56,7 +56,7 @@ class Parts:
             entries += record.ledger
             formats |= record.formats
             tensors |= {**record.tensors, **record.factors, **record.residuals}
-        return Ledger(entries=tuple(entries), formats=formats, tensors=tensors)
+        return Ledger(entries=tuple(entries), formats=formats, tensors=tensors, files=tuple(files))
 
     @property
     def kept_bits(self) -> int:
@@ -91,13 +91,14 @@ class Assembler:
 
         1. Every source tensor stands in the ledger exactly as often as it should: at least once, and quantized where the
            recipe said so (the block task has seen to that); anything else is an error.
-        2. ledger.json.
+        2. ledger.json, in which every file beside the weights stands, too.
         3. Shards are copied under the names that transformers expects; the index follows.
         4. Factors are joined into one adapter file, residual stores into another.
         5. Workers read what was copied and joined, and compare it with what the tasks had written.
-        6. config.json; tokenizer files as they are.
+        6. config.json; tokenizer, templates, licence and what else is carried over, as they are.
         """
-        ledger = self._parts.ledger
+        beside = self._source.checkpoint.beside()
+        ledger = self._parts.ledger(beside)
         self._check_account(ledger)
         self._claim(ledger.model_dump_json(indent=1).encode())
         self._shards()
@@ -109,8 +110,9 @@ class Assembler:
         untied = layout.names.head in ledger.tensors
         source = published_config(self._source.checkpoint.config, layout, untied=untied)
         self._write(CONFIG, json_bytes(artifact_config(source, self._stock_formats(ledger), linears, layout.family)))
-        for name in self._source.checkpoint.copyable_files():
-            self._carry(name)
+        for entry in beside:
+            if entry.fate == "carried":
+                self._carry(entry.name)
         return dict(self._files)
 
     def _check_account(self, ledger: Ledger) -> None:

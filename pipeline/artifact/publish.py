@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from counterweight.pipeline.artifact.card import CARD, card
 from counterweight.pipeline.artifact.document import (
+    CONFIG,
     DOCUMENT,
     LATEST,
     REPORT,
@@ -19,6 +21,7 @@ from counterweight.pipeline.artifact.reader import Artifact, Published
 from counterweight.pipeline.artifact.report import Report
 from counterweight.pipeline.artifact.report_html import render
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
+from counterweight.workers.interchange.compressed_tensors import QUANT_METHOD
 from counterweight.workers.ledger import Ledger
 from counterweight.workers.storage import sha256_hex
 
@@ -30,7 +33,9 @@ def publish(artifact: Artifact, report: Report, files: Mapping[str, FileEntry], 
     report = Report.model_validate_json(text)
     page = _create_or_adopt(artifact, REPORT_PAGE, render(report).encode())
     everything = dict(files)
-    for path, data in ((REPORT, text), (REPORT_PAGE, page)):
+    about = card(report, files, stock=_is_stock(artifact)).encode()
+    store.write(artifact.key(CARD), about)
+    for path, data in ((REPORT, text), (REPORT_PAGE, page), (CARD, about)):
         everything[path] = FileEntry(size=len(data), sha256=sha256_hex(data))
     document = ArtifactDocument(
         name=artifact.name,
@@ -47,12 +52,21 @@ def publish(artifact: Artifact, report: Report, files: Mapping[str, FileEntry], 
         software=report.software,
         files=everything,
     )
-    store.create(artifact.key(DOCUMENT), document.model_dump_json(indent=1).encode())
+    first = store.create(artifact.key(DOCUMENT), document.model_dump_json(indent=1).encode())
     published = artifact.published()
     if published is None:
         raise IntegrityError(f"{artifact.uri}: {DOCUMENT} was written and is gone")
-    _point(artifact, published.document)
+    if first:
+        _point(artifact, published.document)
+    else:  # another driver was faster, perhaps by hours where this one was stopped: newer artifacts may be there by now
+        repair_pointer(artifact, published.document)
     return Published(published.uri, published.document, existing=False)
+
+
+def _is_stock(artifact: Artifact) -> bool:
+    """Whether stock transformers reads the weights."""
+    config = json.loads(artifact.store.read(artifact.key(CONFIG)))
+    return bool(config["quantization_config"]["quant_method"] != QUANT_METHOD)
 
 
 def repair_pointer(artifact: Artifact, document: ArtifactDocument) -> None:

@@ -49,6 +49,10 @@ class Simulated(Task[HiddenRecord]):
     def name(self) -> str:
         return self.label
 
+    @property
+    def patience(self) -> float:
+        return sum(self.steps.values())
+
     def run(self, context: TaskContext) -> HiddenRecord:
         raise NotImplementedError("a simulated task is for a simulated pool")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from counterweight.pipeline.allocation import budgeted
@@ -12,7 +11,7 @@ from counterweight.pipeline.blocks import BlockRecipe, Budget, add_blocks, stret
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.estimate.costs import BlockSeconds
 from counterweight.pipeline.estimate.pool import Simulated, SimulatedPool
-from counterweight.pipeline.graph import Graph, Node
+from counterweight.pipeline.graph import Graph, Node, giving
 from counterweight.pipeline.inventory import batches
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
@@ -105,7 +104,7 @@ def timeline(costs: Costs, workers: int, threads: int) -> Timeline:
     stage("assemble", lambda: _assemble(costs, dispatcher, pool))
     if validation:
         nodes = [
-            dispatcher.graph.add(partial(_same, task), reads=(before,), after=(before,))
+            dispatcher.graph.add(giving(task), reads=(before,), after=(before,))
             for task, before in zip(validation, references, strict=True)
         ]
         stage("validate", lambda: dispatcher.run(nodes))
@@ -123,10 +122,6 @@ def _replicas(costs: Costs) -> list[Simulated]:
 def _inventory(costs: Costs) -> list[Simulated]:
     parts = [sum(map(costs.bytes_of, names)) for names in batches(costs.source)]
     return [Simulated(f"inventory {place}", {"inventory": costs.rates.read(size)}) for place, size in enumerate(parts)]
-
-
-def _same(task: Simulated) -> Simulated:
-    return task
 
 
 def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int, references: list[Node[HiddenRecord]]) -> None:
@@ -172,8 +167,8 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int, references: 
         stretches=stretches(shards, len(costs.blocks), dispatcher.workers, threads),
     )
     kept = [Simulated(f"kept {name}", {"carry over": _carried(costs, name)}) for name in costs.outside]
-    outside = [graph.add(partial(_same, task)) for task in kept]
-    references += [graph.add(partial(_same, task)) for task in _originals(costs, dispatcher.workers)]
+    outside = [graph.add(giving(task)) for task in kept]
+    references += [graph.add(giving(task)) for task in _originals(costs, dispatcher.workers)]
     dispatcher.run(blocks.compress)
     dispatcher.run(outside)
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from counterweight.pipeline.child import die_with
 from counterweight.pipeline.crash import without_secrets
 from counterweight.pipeline.jobs.journal import MAX_LINE
 from counterweight.pipeline.jobs.record import JobRecord
@@ -26,8 +26,6 @@ GRACE_SECONDS = 30.0
 
 FLUSH_SECONDS = 2.0
 """Between two writes of a log, for whoever follows it."""
-
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +78,7 @@ class ProcessAttempt:
             stdout=self._out,
             stderr=self._err,
             start_new_session=True,  # a signal to this process's group is for this process
-            preexec_fn=_dies_with_its_parent(os.getpid()),
+            preexec_fn=partial(die_with, os.getpid()),
         )
 
     def poll(self) -> Exit | None:
@@ -137,15 +135,3 @@ def _read(file: BinaryIO, start: int) -> bytes:
 def without_credentials(text: str) -> str:
     """A line as others may read it: without what looks like a credential, and without those of this process's environment."""
     return without_secrets(redacted(text), os.environ)
-
-
-def _dies_with_its_parent(parent: int) -> Callable[[], None]:
-    """What a child does before it begins, so that the system kills it when this process ends in whatever way."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def prepare() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended meanwhile
-            os._exit(1)
-
-    return prepare

@@ -70,6 +70,11 @@ def test_solvers() -> None:
     assert "Mixtral-8x7B" in printed
 
 
+def test_lrc_floor() -> None:
+    printed = ran("lrc_floor", "--widths", 1024)
+    assert [row.split(" | ")[0] for row in rows(printed)] == ["| one CPU thread", "| H200"]
+
+
 def test_stock_floor(place: Path) -> None:
     assert '"products"' in ran("stock_floor", place / "job" / "model", 32, 16)
 
@@ -171,6 +176,13 @@ def test_speed(place: Path) -> None:
 def test_pairs(place: Path) -> None:
     sizes = ("--before", ROOT, "--manifest", place / "job" / "job.yaml", "--repeats", 1)
     assert "Median of the pairs' ratios" in ran("pairs", *sizes)
+
+
+@pytest.mark.end_to_end
+def test_workers(place: Path) -> None:
+    printed = ran("workers", "--manifest", place / "job" / "job.yaml", "--repeats", 1)
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows(printed)][-1] == "all"
+    assert "| blocks | " in printed
 
 
 def test_gpu_kernels() -> None:

@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +16,14 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from counterweight.pipeline.devices import memory_of
+from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.plan import Plan, make_plan
+from counterweight.pipeline.units import bytes_text
+from counterweight.workers.footprint import footprint
+from counterweight.workers.footprint.solves import batched
 from counterweight.workers.models.block_builder import BlockBuilder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -118,6 +124,41 @@ def test_time_grows_with_layers_and_the_peak_does_not(true_shapes: ModuleType, t
     one, two, three = (plan.estimate.seconds for plan in plans if plan.estimate is not None)
     assert three - two == pytest.approx(two - one, rel=0.02)
     assert len({plan.peak_bytes_per_worker for plan in plans}) == 1
+
+
+def test_batches_on_a_gpu_take_what_its_memory_leaves(true_shapes: ModuleType, tmp_path: Path) -> None:
+    """Eight down projections of Mixtral's width, of which the batches of a GPU of unknown memory hold one."""
+    source = open_model(true_shapes.make(true_shapes.shapes()["Mixtral-8x7B"].with_layers(1), tmp_path).as_uri())
+    seconds: list[float] = []
+    for memory, together in ((memory_of("H100-80G"), 8), (48 << 30, 2), (20 << 30, 1)):
+        asked = job(tmp_path, memory_per_worker=f"{memory >> 20}MiB")
+        plan = make_plan(asked, source, "H100-80G")
+        (block,) = plan.blocks
+        load = replace(load_of(asked, source, 0, block.recipe), passes=block.passes, batch_bytes=block.batch_bytes)
+        assert footprint(load).peak == block.peak_bytes <= memory
+        calls = [len(call) for one in load.by_pass() for call in batched(one) if call[0].shapes == ((4096, 14336),)]
+        assert max(calls) == together
+        assert plan.estimate is not None
+        seconds.append(plan.estimate.steps["solve"])
+    assert seconds[0] < 0.6 * seconds[1] < 0.6 * 0.6 * seconds[2]
+
+
+def test_what_is_too_little_for_a_block_is_refused_with_what_is_enough(true_shapes: ModuleType, tmp_path: Path) -> None:
+    """Of Mixtral at half width a half of what a block needs at once is enough, and an eighth is not: a single expert's down
+    projection takes about a half."""
+    config = true_shapes.narrowed(true_shapes.shapes()["Mixtral-8x7B"].with_layers(1), 2)
+    source = open_model(true_shapes.make(config, tmp_path).as_uri())
+
+    def planned(memory: int) -> Plan:
+        return make_plan(job(tmp_path, memory_per_worker=f"{memory >> 20}MiB"), source, "H100-80G")
+
+    need = make_plan(job(tmp_path), source).blocks[0].undivided_bytes
+    half, eighth = planned(need // 2), planned(need // 8)
+    assert not half.problems
+    assert half.peak_bytes_per_worker <= need // 2
+    (problem,) = eighth.problems
+    assert problem.startswith(f"block 0 in 10 passes over the tokens needs {bytes_text(eighth.peak_bytes_per_worker)} ")
+    assert not planned(eighth.peak_bytes_per_worker + (1 << 20)).problems
 
 
 def test_a_plan_of_a_large_model_is_quick(true_shapes: ModuleType, tmp_path: Path) -> None:

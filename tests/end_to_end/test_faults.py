@@ -33,6 +33,7 @@ from tests.pipeline.tiny import (
     alive,
     files_of,
     job_of,
+    lengthened,
     local_path,
     run_local,
     until,
@@ -296,13 +297,7 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def long_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A job of four shards of hidden states."""
-    manifest = write_job(tmp_path_factory.mktemp("long"), layers=3)
-    text = manifest.read_text().replace("sequences: 12, sequence_length: 32", "sequences: 512, sequence_length: 32")
-    words = (manifest.parent / "calibration.txt").read_text()
-    (manifest.parent / "calibration.txt").write_text(" ".join([words] * 40))
-    manifest.write_text(text)
-    return manifest
+    return lengthened(write_job(tmp_path_factory.mktemp("long"), layers=3))
 
 
 @pytest.fixture(scope="module")
@@ -451,7 +446,7 @@ def test_a_head_that_is_gone_ends_the_job_in_one_line(
     os.kill(head, signal.SIGKILL)
     code, out, err = run.finish()
     assert (code, out) == (4, ""), err
-    assert err.splitlines()[-1].startswith("error: Ray's head at 127.0.0.2:")
+    assert err.splitlines()[-1].startswith("error: Ray's head at 127.0.0.1:")
     until(lambda: not any(map(alive, programs)))
 
 

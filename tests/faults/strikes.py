@@ -11,65 +11,84 @@ from pathlib import Path
 from random import Random
 
 from counterweight.pipeline.reaper import descendants
+from tests.faults.variants import TRAINED
 from tests.patience import PATIENCE
 from tests.pipeline.tiny import Run, actor_pids
 
-MOMENTS = ("stage inventory", "block 0 started", "block 1 started", "stage assemble", "stage validate", "stage publish")
-"""Lines of a job's log, behind which its processes meet their fate."""
+LAST = "stage publish"
+"""The moment behind which a job is over at once."""
 
-Strike = Callable[[Run, Random], tuple[int, ...]]
-"""Does it; gives back the exit codes that the run may have then, beside 0."""
+_MOMENTS = ("stage inventory", "block 0 started", "block 1 started", "stage assemble", "stage validate", LAST)
+
+Beside = Callable[[], object]
+"""Runs the same job to its end, in this process."""
+
+Strike = Callable[[Run, Random, Beside], tuple[int, ...]]
+"""Does it; gives back the exit codes that the run may have then, beside 0; none of them where nobody was there any more."""
+
+
+def moments(variant: str) -> tuple[str, ...]:
+    """Lines of a job's log, behind which its processes meet their fate."""
+    return (*_MOMENTS, "stage distill") if variant == TRAINED else _MOMENTS
 
 
 def reached(run: Run, text: str) -> bool:
-    """Whether the job gets there before it ends."""
+    """Whether the job gets there, and still runs."""
     deadline = time.monotonic() + PATIENCE
     while text not in run.stderr:
         if run.process.poll() is not None:
             return False
         assert time.monotonic() < deadline, f"no {text!r}: {run.stderr}"
         time.sleep(0.005)
-    return True
+    return run.process.poll() is None
 
 
-def _kill_driver(run: Run, draw: Random) -> tuple[int, ...]:
+def _kill_driver(run: Run, draw: Random, beside: Beside) -> tuple[int, ...]:
     os.kill(run.process.pid, signal.SIGKILL)
     return (-signal.SIGKILL,)
 
 
-def _kill_group(run: Run, draw: Random) -> tuple[int, ...]:
+def _kill_group(run: Run, draw: Random, beside: Beside) -> tuple[int, ...]:
     run.kill()
     return (-signal.SIGKILL,)
 
 
-def _terminate(run: Run, draw: Random) -> tuple[int, ...]:
+def _terminate(run: Run, draw: Random, beside: Beside) -> tuple[int, ...]:
     os.kill(run.process.pid, draw.choice((signal.SIGTERM, signal.SIGINT)))
     return (143, 130)
 
 
-def _kill_worker(run: Run, draw: Random) -> tuple[int, ...]:
-    _send(actor_pids(run.process.pid), signal.SIGKILL, draw)
+def _freeze_driver(run: Run, draw: Random, beside: Beside) -> tuple[int, ...]:
+    """For as long as another driver takes to finish the job, and a while."""
+    os.kill(run.process.pid, signal.SIGSTOP)
+    try:
+        beside()
+        time.sleep(draw.choice((0.0, draw.uniform(0, 30))))
+    finally:
+        os.kill(run.process.pid, signal.SIGCONT)
     return (4,)
 
 
-def _freeze_worker(run: Run, draw: Random) -> tuple[int, ...]:
-    _send(actor_pids(run.process.pid), signal.SIGSTOP, draw)
-    return (4,)
+def _kill_worker(run: Run, draw: Random, beside: Beside) -> tuple[int, ...]:
+    return _send(actor_pids(run.process.pid), signal.SIGKILL, draw)
 
 
-def _strike(name: str, number: int, run: Run, draw: Random) -> tuple[int, ...]:
+def _freeze_worker(run: Run, draw: Random, beside: Beside) -> tuple[int, ...]:
+    return _send(actor_pids(run.process.pid), signal.SIGSTOP, draw)
+
+
+def _strike(name: str, number: int, run: Run, draw: Random, beside: Beside) -> tuple[int, ...]:
     """One of Ray's own processes."""
-    _send([pid for pid, _ in descendants(run.process.pid) if name in _command(pid)], number, draw)
-    return (4,)
+    return _send([pid for pid, _ in descendants(run.process.pid) if name in _command(pid)], number, draw)
 
 
-def _send(pids: list[int], number: int, draw: Random) -> None:
+def _send(pids: list[int], number: int, draw: Random) -> tuple[int, ...]:
     """To one of them; it may be over by now."""
-    if pids:
-        try:
-            os.kill(draw.choice(pids), number)
-        except ProcessLookupError:
-            return
+    try:
+        os.kill(draw.choice(pids), number)
+    except (IndexError, ProcessLookupError):
+        return ()
+    return (4,)
 
 
 def _command(pid: int) -> str:
@@ -83,6 +102,7 @@ STRIKES: dict[str, Strike] = {
     "driver killed": _kill_driver,
     "driver and all around it killed": _kill_group,
     "driver terminated": _terminate,
+    "driver frozen": _freeze_driver,
     "worker killed": _kill_worker,
     "worker frozen": _freeze_worker,
     "raylet killed": partial(_strike, "raylet", signal.SIGKILL),

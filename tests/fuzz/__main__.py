@@ -1,4 +1,5 @@
-"""Fuzzes for a while: `python -m tests.fuzz --minutes 60`. A seed that fails is printed with its target and traceback."""
+"""Fuzzes for a while: `python -m tests.fuzz --minutes 60`. A seed that fails is printed with its target and traceback, and at
+the end what the inputs of each target have cost at most."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
+from tests.fuzz.costs import Cost, metered
 from tests.fuzz.targets import Fuzz
 
-MAX_CPU = 5.0
-"""Seconds of CPU that one input may cost in this process."""
+HONEST = 3
+"""Inputs of each target that come first: they make the honest ones too, and import what is imported late."""
 
 
 def main() -> int:
@@ -25,7 +28,8 @@ def main() -> int:
     options = parser.parse_args()
     first = int(time.time()) if options.seed is None else options.seed
     print(f"seeds from {first}", flush=True)
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
+    costs: dict[str, Cost] = {}
     failures: list[str] = []
     end = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as root:
@@ -34,18 +38,21 @@ def main() -> int:
         seed = first
         while time.monotonic() < end:
             for name in names:
-                start = time.process_time()
                 try:
-                    targets[name](random.Random(seed))
-                    spent = time.process_time() - start
-                    if spent > MAX_CPU and counts.get(name):  # the first makes the honest inputs too
-                        raise TimeoutError(f"{spent:.1f} s of CPU")
+                    with metered() as cost:
+                        targets[name](random.Random(seed))
+                    if counts[name] >= HONEST:
+                        costs[name] = costs.get(name, Cost()).most(cost)
+                        cost.check()
                 except Exception:  # noqa: BLE001  whatever it is, it is what is looked for
                     failures.append(f"{name} {seed}")
                     print(f"target {name}, seed {seed}\n{traceback.format_exc()}", flush=True)
-                counts[name] = counts.get(name, 0) + 1
+                counts[name] += 1
             seed += 1
-    print(f"{sum(counts.values())} inputs ({counts}), {len(failures)} failures: {', '.join(failures)}")
+    print("| target | inputs | most CPU of one, s | most memory of one, MiB |\n|---|---|---|---|")
+    for name, cost in costs.items():
+        print(f"| {name} | {counts[name]} | {cost.cpu:.2f} | {cost.bytes >> 20} |")
+    print(f"{counts.total()} inputs, {len(failures)} failures: {', '.join(failures) or 'none'}")
     return 1 if failures else 0
 
 

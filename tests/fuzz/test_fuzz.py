@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from tests.fuzz.__main__ import MAX_CPU
+from tests.fuzz.costs import MAX_BYTES, MAX_CPU, metered
 from tests.fuzz.targets import Fuzz
 from tests.patience import cpu_seconds
 
@@ -38,7 +38,9 @@ def _attack(fuzz: Fuzz, name: str, seed: int) -> None:
 def test_hostile_inputs_are_refused_or_right(fuzz: Fuzz, name: str) -> None:
     for seed in range(SEEDS.get(name, USUAL)):
         attack = partial(_attack, fuzz, name, seed)
-        assert cpu_seconds(attack, below=MAX_CPU) < MAX_CPU, seed
+        with metered() as cost:
+            assert cpu_seconds(attack, below=MAX_CPU) < MAX_CPU, seed
+        assert cost.bytes < MAX_BYTES, seed
 
 
 @pytest.mark.parametrize(("name", "seed"), REGRESSIONS)

@@ -17,7 +17,7 @@ from counterweight.workers.compressed import CompressedModel
 from counterweight.workers.storage import open_store
 from tests.golden.recipes import Golden
 from tests.golden.sources import LENGTH, write_model, write_tokens
-from tests.inprocess import local, run_job
+from tests.inprocess import InProcessPool, local, run_job
 from tests.models import read_tensors
 
 CODES, SCALES, BRANCHES, CORRECTIONS, KEPT, ERRORS = "codes", "scales", "branches", "corrections", "kept", "errors"
@@ -56,8 +56,8 @@ class Sources:
         return place if place.exists() else write_tokens(place, sequences)
 
 
-def make(golden: Golden, sources: Sources, output: Path) -> Made:
-    """Runs the job in this process, unvalidated; its files go below `output`."""
+def make(golden: Golden, sources: Sources, output: Path, pool: InProcessPool | None = None) -> Made:
+    """Runs the job in this process, unvalidated; its files go below `output`. pool: of one worker unless another is given."""
     calibration = {
         "source": {"kind": "tokens", "uri": sources.tokens(golden.sequences).as_uri()},
         "sequences": golden.sequences,
@@ -77,7 +77,12 @@ def make(golden: Golden, sources: Sources, output: Path) -> Made:
             "training": dict(golden.training),
         }
     published = run_job(
-        sources.model(golden.model), output, golden.recipe, calibration=calibration, distillation=distillation
+        sources.model(golden.model),
+        output,
+        golden.recipe,
+        calibration=calibration,
+        distillation=distillation,
+        pool=pool,
     )
     model = CompressedModel.open(open_store(published.uri))
     blocks = [model.block(index, torch.device("cpu"), torch.float32)[1] for index in range(model.builder.blocks)]

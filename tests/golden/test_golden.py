@@ -27,6 +27,7 @@ from tests.golden.record import HERE
 from tests.golden.records import SWAYING, Entry, Records, Refused, Verdict
 from tests.golden.sources import DIGESTS, LENGTH, digest_of
 from tests.inprocess import local, run_job
+from tests.mortal import MortalPool
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,19 @@ def test_a_recipe_stores_what_was_recorded(
             f"{name}: no digests of {this_machine().name}: compared with recorded values within tolerances",
             stacklevel=1,
         )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_deaths_around_every_commit_change_no_bit(
+    name: str, made: dict[str, Made], sources: Sources, tmp_path: Path
+) -> None:
+    """Of no method, with other workers than before."""
+    pool = MortalPool(2)
+    found = make(RECIPES[name], sources, tmp_path, pool)
+    assert found.tensors == made_of(name, made, sources).tensors
+    assert pool.deaths >= 2 * len(
+        {"inspect", "embed", "keep", "block", "join", "checksum"} & {k for _, k in pool.calls}
+    )
 
 
 def test_everything_that_is_recorded_is_a_recipe_and_the_other_way_round(recorded: Records) -> None:

@@ -209,11 +209,11 @@ def main(arguments: list[str]) -> None:
                 raise SystemExit(f"{case}: exit status {child.exitcode}")
             print(json.dumps(asdict(answers.get())), flush=True)
         return
-    from tests.pipeline.peak_cases import CASES
+    from tests.pipeline.peak_cases import CASES, LARGE
 
     print(f"{'case':30} {'phase':10} {'measured':>9} {'planned':>9}  MiB")
-    names = arguments or list(CASES)
-    for name, found in zip(names, measured_apart([CASES[name][0] for name in names]), strict=True):
+    names, known = arguments or list(CASES), {**CASES, **LARGE}
+    for name, found in zip(names, measured_apart([known[name][0] for name in names]), strict=True):
         off = found.planned / found.measured - 1
         sizes = f"{found.measured >> 20:9} {found.planned >> 20:9}"
         print(f"{name:30} {found.phase:10} {sizes} {off:+.1%}", flush=True)

@@ -143,3 +143,9 @@ CASES: Mapping[str, Case] = {
     "tuning": (few({**RTN, "tuning": {"kind": "lsi", "epochs": 1}}, 1024, 2048), "tune"),
     "propagation": (many(RTN, 512, 2048, propagate="compressed"), "forward"),
 }
+
+LARGE: Mapping[str, Case] = {
+    "Mixtral-8x7B at half width, half of its memory": (experts(GPTQ, 2048, 7168, 8, share=0.5), "solve"),
+    "the same, W4A4 LRC": (experts(lrc(0.1, 1), 2048, 7168, 8, share=0.5), "solve"),
+}
+"""Of the shapes that matter, and too slow for a test: `python -m tests.pipeline.peak NAME`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from counterweight.pipeline.artifact import DOCUMENT, LATEST, read_document, resolve, verify
+from counterweight.pipeline.artifact import DOCUMENT, LATEST, Artifact, read_document, resolve, verify
 from counterweight.pipeline.artifact.assemble import Parts
+from counterweight.pipeline.artifact.card import CARD
+from counterweight.pipeline.artifact.publish import publish
+from counterweight.pipeline.artifact.report import Report
+from counterweight.workers.checkpoint.beside import SideFile
 from counterweight.workers.checkpoint.digest import tensor_digest
 from counterweight.workers.errors import GateError, IntegrityError
-from counterweight.workers.ledger import Ledger
+from counterweight.workers.ledger import LEDGER, Ledger
 from counterweight.workers.storage import open_store
 from counterweight.workers.storage.base import Writer
 from counterweight.workers.storage.file import FileStore
@@ -82,6 +86,24 @@ def test_the_tokenizer_and_generation_settings_go_along_unchanged(root: Path, ma
         assert (root / name).read_bytes() == (manifest.parent / "model" / name).read_bytes()
 
 
+def test_every_file_beside_the_weights_is_carried_over_or_named_in_the_ledger(tmp_path: Path) -> None:
+    manifest = write_job(tmp_path, layers=1)
+    model = tmp_path / "model"
+    for name in ("LICENSE", "README.md", "vocab.txt", "chat_template.json", "modeling_own.py"):
+        (model / name).write_text(f'"{name}"')
+    root = local_path(run_local(job_of(manifest, "spec.validation=")).uri)
+    ledger = Ledger.model_validate_json((root / LEDGER).read_bytes())
+    fates = {entry.name: entry.fate for entry in ledger.files}
+    weights = {"config.json", "model.safetensors"}
+    assert set(fates) == {path.name for path in model.iterdir()} - weights
+    for name, fate in fates.items():
+        assert (root / name).exists() == (fate == "carried" or name == CARD)
+        if fate == "carried":
+            assert (root / name).read_bytes() == (model / name).read_bytes()
+    assert fates["LICENSE"] == fates["vocab.txt"] == "carried"
+    assert fates["README.md"] == fates["modeling_own.py"] == "left out"
+
+
 def test_a_job_without_branches_has_no_adapter(manifest: Path, tmp_path: Path) -> None:
     job = job_of(manifest, f"spec.output.uri={tmp_path}", "spec.recipe.compensation={kind: none}", "spec.validation=")
     assert not (local_path(run_local(job).uri) / "compensation").exists()
@@ -136,15 +158,14 @@ spec:
 def test_a_source_tensor_that_nobody_accounted_for_is_an_error(
     manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Parts.ledger.fget
-    assert whole is not None
+    whole = Parts.ledger
 
-    def forgetful(parts: Parts) -> Ledger:
-        ledger: Ledger = whole(parts)
+    def forgetful(parts: Parts, files: Sequence[SideFile] = ()) -> Ledger:
+        ledger = whole(parts, files)
         entries = tuple(entry for entry in ledger.entries if entry.source != "model.norm.weight")
         return ledger.model_copy(update={"entries": entries})
 
-    monkeypatch.setattr(Parts, "ledger", property(forgetful))
+    monkeypatch.setattr(Parts, "ledger", forgetful)
     with pytest.raises(IntegrityError, match=r"1 source tensors are not accounted for: model\.norm\.weight"):
         run_local(job_of(manifest, f"spec.output.uri={tmp_path}"))
     assert not list(tmp_path.rglob(DOCUMENT))
@@ -204,7 +225,7 @@ def test_the_document_is_written_behind_its_files_and_the_pointer_last(
     files, (document, pointer), discarded = names[: end - 1], names[end - 1 : end + 1], names[end + 1 :]
     assert document == DOCUMENT
     assert pointer == f"tiny/{LATEST}"
-    assert files[-2:] == ["report/report.json", "report/report.html"]
+    assert files[-3:] == ["report/report.json", "report/report.html", "README.md"]
     # The adapter is the workers' to write.
     assert set(files) == set(published.document.files) - {"compensation/adapter_model.safetensors"}
     # Hidden states behind the blocks are thrown away when the artifact is visible.
@@ -260,6 +281,20 @@ def test_a_run_that_finds_an_older_artifact_does_not_turn_the_pointer_back(manif
     pointer.write_text(json.dumps(later))
     assert run_local(older).existing
     assert resolve((tmp_path / "tiny").as_uri())[1].id == newer.document.id
+
+
+def test_a_driver_that_comes_long_after_another_has_published_does_not_turn_it_back_either(
+    manifest: Path, tmp_path: Path
+) -> None:
+    """As one does that was frozen before it published."""
+    older = run_local(job_of(manifest, f"spec.output.uri={tmp_path}", "spec.validation="))
+    newer = run_local(job_of(manifest, f"spec.output.uri={tmp_path}", "spec.validation=", "spec.calibration.seed=1"))
+    root = local_path(older.uri)
+    report = Report.model_validate_json((root / "report" / "report.json").read_bytes())
+    files = {path: entry for path, entry in older.document.files.items() if not path.startswith("report/")}
+    artifact = Artifact(open_store(tmp_path.as_uri()), "tiny", older.document.id)
+    assert publish(artifact, report, files, ledger_of(root)).document == older.document
+    assert resolve((tmp_path / "tiny").as_uri())[1] == newer.document
 
 
 def test_two_writers_never_mix_their_reports(manifest: Path, tmp_path: Path) -> None:

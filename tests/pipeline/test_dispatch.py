@@ -42,6 +42,10 @@ class Numbered(Task[tuple[str, int]]):
     def name(self) -> str:
         return f"task {self.number}"
 
+    @property
+    def patience(self) -> float:
+        return 1000.0
+
     def run(self, context: TaskContext) -> tuple[str, int]:
         return self.kind, self.number
 

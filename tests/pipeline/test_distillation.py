@@ -98,8 +98,8 @@ def run_on(pool: InProcessPool, model: Path, texts: Mapping[str, Any], output: P
     job = parse_manifest(json.dumps(document), name="tiny.json", base=None).job
     try:
         with EventLog(RecordedProgress()) as log:
-            source, tokens = open_job(job, pool, log, here=True)
-            return Orchestrator(job, source, tokens, pool, "cpu", log).run()
+            opened = open_job(job, pool, log, here=True)
+            return Orchestrator(job, opened, pool, "cpu", log).run()
     finally:
         pool.close()
 

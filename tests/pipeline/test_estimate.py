@@ -15,7 +15,8 @@ from counterweight.pipeline.graph import Graph
 from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.pipeline.plan import make_plan
 from counterweight.pipeline.policies import RetryPolicy
-from counterweight.pipeline.rates import NOMINAL, Rates, rates_of
+from counterweight.pipeline.rates import GPUS as KNOWN
+from counterweight.pipeline.rates import Rates, rates_of
 from counterweight.workers.errors import RequestError
 from counterweight.workers.matrix_flops import Work
 from counterweight.workers.tasks.block import BlockSpec
@@ -131,11 +132,24 @@ def test_bytes_are_moved_read_and_hashed_in_turn() -> None:
     assert ONES.moved(8) == 0
 
 
+def test_the_rates_of_a_gpu_that_was_measured_are_those_that_were() -> None:
+    recorded = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-26-rates-h200.md"
+    rows = [line.split("|")[1:-1] for line in recorded.read_text().splitlines() if line.startswith("|")]
+    measured = {name.strip(): float(value) for name, value, *_ in rows[2:]}
+    of_the_device = ["products16", "products32", "grams16", "grams32", "products64", "factorizations"]
+    of_the_device += ["decompositions", "elementwise", "step"]
+    for name in of_the_device:
+        assert getattr(KNOWN["H200-141G"], name) == pytest.approx(measured[name], rel=0.01), name
+    assert recorded.name in KNOWN["H200-141G"].source
+    assert recorded.name in KNOWN["H100-80G"].source, "the same chip with less memory"
+    assert recorded.name not in KNOWN["A100-80G"].source
+
+
 def test_rates_come_by_name_or_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "rates.json"
     path.write_text(ONES.model_dump_json())
     assert rates_of(str(path)) == ONES
-    assert rates_of("H100-80G") == NOMINAL["H100-80G"]
+    assert rates_of("H100-80G") == KNOWN["H100-80G"]
     assert rates_of("another") is None
     path.write_text('{"source": "nobody"}')
     with pytest.raises(RequestError, match=r"rates\.json: no rates: 'products16'"):
@@ -165,12 +179,12 @@ def found(manifest: Path, source: ModelSource, *overrides: str) -> Estimate:
 
 def test_workers_work_or_wait(manifest: Path, source: ModelSource) -> None:
     estimate = found(manifest, source, GPUS)
-    between = NOMINAL["H100-80G"].task
+    between = KNOWN["H100-80G"].task
     spent = sum(estimate.steps.values()) + sum(estimate.idle.values())
     assert spent == pytest.approx(estimate.workers * estimate.seconds)
     assert estimate.seconds == pytest.approx(sum(estimate.stages.values()))
     assert estimate.gpu_hours == pytest.approx(2 * estimate.seconds / 3600)
-    assert estimate.seconds_of_one > estimate.seconds > NOMINAL["H100-80G"].start + between
+    assert estimate.seconds_of_one > estimate.seconds > KNOWN["H100-80G"].start + between
     assert 0.5 < estimate.efficiency < 1
 
 
@@ -206,7 +220,7 @@ def test_replicas_share_a_training(manifest: Path, source: ModelSource) -> None:
         stage = f"spec.distillation={{texts: [{text}], held_out: [{text}], training: {{replicas: {replicas}}}}}"
         resources = f"spec.resources={{workers: {workers}, gpus_per_worker: 1}}"
         estimate = found(manifest, source, resources, stage, "spec.validation=")
-        return estimate.stages["distill"] - NOMINAL["H100-80G"].task * -(-replicas // workers)
+        return estimate.stages["distill"] - KNOWN["H100-80G"].task * -(-replicas // workers)
 
     whole = seconds(1, 1)
     assert seconds(2, 1) == pytest.approx(whole)

@@ -35,6 +35,10 @@ class Does(Task[Any]):
     def name(self) -> str:
         return self.what
 
+    @property
+    def patience(self) -> float:
+        return 60.0
+
     def run(self, context: object) -> Any:
         if self.what == "print":
             print("on stdout", flush=True)

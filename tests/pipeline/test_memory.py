@@ -96,6 +96,21 @@ def test_what_no_division_makes_fit_is_refused_before_anything_runs(manifest: Pa
     assert not any(isinstance(task, Compress) for _, task in pool.calls)
 
 
+@pytest.mark.parametrize("share", [1, 0.5])
+def test_a_job_is_divided_for_the_gpus_that_its_workers_have(manifest: Path, source: ModelSource, share: float) -> None:
+    job = job_of(manifest, f"spec.resources.gpus_per_worker={share}")
+    whole = make_plan(job, source)
+    assert not whole.divided, "nothing is known of a GPU that nobody names"
+    memory = int(0.7 * whole.blocks[0].peak_bytes / devices.USABLE / share)
+    pool = LocalPool()
+    with EventLog(Events()) as log:
+        plan = open_job(job, pool, log, here=False, gpu_bytes=lambda: memory).plan
+    pool.close()
+    assert plan.blocks[0].peak_bytes <= 0.7 * whole.blocks[0].peak_bytes
+    (line,) = plan.divided
+    assert line.endswith(" of its GPU")
+
+
 @pytest.mark.parametrize("propagate", ["original", "compressed"])
 def test_memory_changes_no_byte_of_the_artifact(manifest: Path, tmp_path: Path, propagate: str) -> None:
     overrides = (f"spec.calibration.propagate={propagate}", "spec.recipe.weights.quantizer={kind: gptq}")

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from counterweight.pipeline import plan
+from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.policies import STALE
 from counterweight.workers.errors import StorageError
+from counterweight.workers.recipe import ModuleRecipe, Recipe
 from counterweight.workers.storage.file import TEMPORARY_PREFIX, FileStore
 from tests.inprocess import RecordedProgress, run_job
 from tests.models import checkpoint
@@ -44,3 +47,18 @@ def test_a_store_that_cannot_be_swept_is_noted_and_used(tmp_path: Path, monkeypa
     progress = RecordedProgress()
     run_job(tmp_path / "model", tmp_path, RECIPE, progress=progress)
     assert progress.notes == ["unfinished writes of earlier jobs could not be removed: list uploads: AccessDenied"]
+
+
+def test_the_recipe_of_a_block_is_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model has tens of thousands of linears: one plan serves the check of the memory, keys and tasks."""
+    checkpoint("llama", tmp_path / "model", num_hidden_layers=2)
+    resolved: list[int] = []
+    resolve = plan.block_recipe
+
+    def counted(source: ModelSource, index: int, recipe: Recipe) -> dict[str, ModuleRecipe]:
+        resolved.append(index)
+        return resolve(source, index, recipe)
+
+    monkeypatch.setattr(plan, "block_recipe", counted)
+    run_job(tmp_path / "model", tmp_path, RECIPE)
+    assert resolved == [0, 1]

@@ -12,6 +12,7 @@ from typing import cast
 
 import pytest
 
+from counterweight.pipeline import cluster as heads
 from counterweight.pipeline import ray_pool as module
 from counterweight.pipeline.cluster import cluster
 from counterweight.pipeline.place import Place
@@ -309,17 +310,17 @@ def test_a_head_that_does_not_answer_once_is_not_gone(
 ) -> None:
     """However long this process has not looked before."""
     pool, clock = clocked
-    monkeypatch.setattr(module, "unreachable", lambda host, port: "Connection refused")
+    monkeypatch.setattr(heads, "unreachable", lambda host, port: "Connection refused")
     clock.now += 1000.0
     assert pool.wait(0.0) == []
-    monkeypatch.setattr(module, "unreachable", lambda host, port: "")
+    monkeypatch.setattr(heads, "unreachable", lambda host, port: "")
     clock.now += 2.0
     assert pool.wait(0.0) == []
-    monkeypatch.setattr(module, "unreachable", lambda host, port: "Connection refused")
+    monkeypatch.setattr(heads, "unreachable", lambda host, port: "Connection refused")
     clock.now += 1000.0
     assert pool.wait(0.0) == []
-    clock.now += module.HEAD_SECONDS + 1.0
-    with pytest.raises(WorkerError, match=r"^Ray's head at 127\.0\.0\.2:\d+ is gone: Connection refused$"):
+    clock.now += heads.HEAD_SECONDS + 1.0
+    with pytest.raises(WorkerError, match=r"^Ray's head at 127\.0\.0\.\d:\d+ is gone: Connection refused$"):
         pool.wait(0.0)
 
 
@@ -352,7 +353,12 @@ def test_workers_that_do_not_see_the_storage_are_refused(ray_cluster: None, tmp_
 def test_a_worker_that_no_node_has_room_for_is_told(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has 64 CPUs here: Ray itself would wait for ever."""
     monkeypatch.setattr(module, "START_SECONDS", 3.0)
-    waiting = RayPool(PoolSize(workers=1, cpus=64, gpus=0.0))
+    notes: list[str] = []
+    waiting = RayPool(PoolSize(workers=1, cpus=64, gpus=0.0), note=notes.append)
+    assert notes == [
+        "the cluster has room for 0 of 1 workers: each asks for 64 CPU; nodes have 4 CPU and 4 GPU: others are waited for, "
+        "up to 300 s"
+    ]
     with pytest.raises(WorkerError, match=r"none of 1 workers .* each asks for 64 CPU; nodes have 4 CPU and 4 GPU$"):
         waiting.first()
     waiting.close()

@@ -12,6 +12,7 @@ import pytest
 
 from counterweight.pipeline.artifact import DOCUMENT, Published, verify
 from counterweight.pipeline.model_source import open_model
+from counterweight.pipeline.plan import make_plan
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.resume import Earlier, Finished, blocks_text, foreseen
 from counterweight.workers import keys
@@ -275,7 +276,8 @@ def test_a_worker_that_dies_in_a_run_that_shares_none_costs_its_task(folder: Pat
 
 
 def planned(folder: Path, *overrides: str) -> list[str]:
-    return foreseen(job_of(folder / "job.yaml", *overrides), open_model((folder / "model").as_uri()))
+    job, source = job_of(folder / "job.yaml", *overrides), open_model((folder / "model").as_uri())
+    return foreseen(job, source, make_plan(job, source))
 
 
 def test_a_plan_says_what_could_be_reused_and_what_not(folder: Path) -> None:

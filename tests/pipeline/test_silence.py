@@ -8,22 +8,28 @@ from pathlib import Path
 
 import pytest
 
+from counterweight.pipeline.awake import AWAKE_SECONDS
 from counterweight.pipeline.dispatch import Dispatcher
+from counterweight.pipeline.events import EventLog
 from counterweight.pipeline.graph import Graph
+from counterweight.pipeline.opening import open_job
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.pool import START_SECONDS, Outcome
-from counterweight.pipeline.silence import AWAKE_SECONDS, Silence
+from counterweight.pipeline.silence import Silence
 from counterweight.workers.context import TaskContext
 from counterweight.workers.errors import WorkerError
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.compress import Compress
+from counterweight.workers.tasks.embed import Embed
 from counterweight.workers.tasks.files import Checksum
 from counterweight.workers.tasks.inspect import Inspect
-from counterweight.workers.tasks.patience import BASE_SECONDS, UNSTATED_SECONDS, patience
+from counterweight.workers.tasks.pass_through import PassThrough
+from counterweight.workers.tasks.patience import BASE_SECONDS, patience
+from counterweight.workers.tasks.sample import Sample
 from counterweight.workers.tasks.setting import Device, Setting
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.workspace import Blob
-from tests.pipeline.tiny import LocalPool, job_of, run_local, write_job
+from tests.pipeline.tiny import Events, LocalPool, job_of, run_local, write_job
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,7 @@ def test_other_tasks_are_given_time_by_their_bytes() -> None:
     assert Checksum("file:/a", "x", 10**9).patience == BASE_SECONDS + 100
 
 
-def test_a_task_that_does_not_know_its_size_is_given_a_day() -> None:
+def test_a_task_has_to_say_how_long_it_may_take() -> None:
     @dataclass(frozen=True)
     class Unstated(Task[None]):
         kind = "unstated"
@@ -186,14 +192,58 @@ def test_a_task_that_does_not_know_its_size_is_given_a_day() -> None:
         def run(self, context: TaskContext) -> None:
             return None
 
-    assert Unstated().patience == UNSTATED_SECONDS
+    with pytest.raises(TypeError, match=r"abstract.*patience"):
+        Unstated()  # type: ignore[abstract]
 
 
-def test_tasks_of_a_job_know_their_sizes(tmp_path: Path) -> None:
+def test_what_lies_outside_the_blocks_is_given_time_by_its_bytes_and_its_rotation() -> None:
+    setting = Setting(source="file:/a", config={}, workspace="file:/b", compute_dtype="float32", device="cpu")
+    kept = PassThrough(setting=setting, tensors={"a": "0"}, bytes=10**9, flops=10**10)
+    assert kept.patience == BASE_SECONDS + 100 + 100
+    embed = Embed(setting=setting, tokens=Blob(sha256="a" * 64, size=4), tensor=("a", "0"), bytes=10**9, flops=10**10)
+    assert embed.patience == BASE_SECONDS + 100 + 100
+
+
+def test_tokens_of_the_models_own_are_given_time_by_their_number_and_the_device() -> None:
+    def sampled(device: Device) -> float:
+        return Sample(
+            source="file:/a",
+            compute_dtype="bfloat16",
+            sequences=10,
+            length=100,
+            temperature=1.0,
+            seed=0,
+            parameters=10**9,
+            device=device,
+        ).patience
+
+    assert sampled("cpu") == BASE_SECONDS + 4 * 100 + 2e12 / 1e8
+    assert sampled("cuda") == BASE_SECONDS + 4 * 100 + 2e12 / 1e11
+
+
+@pytest.mark.parametrize("overrides", [(), ("spec.recipe.transforms=[{kind: rotation}]",)], ids=["plain", "rotated"])
+def test_tasks_of_a_job_know_their_sizes(overrides: Sequence[str], tmp_path: Path) -> None:
     pool = LocalPool()
-    run_local(job_of(write_job(tmp_path, layers=1)), pool)
-    told = {task.kind: task.patience for _, task in pool.calls}
-    assert BASE_SECONDS < told["block"] < BASE_SECONDS + 60
-    assert BASE_SECONDS < told["inspect"] < BASE_SECONDS + 1
-    assert BASE_SECONDS < told["checksum"] < BASE_SECONDS + 1
-    assert BASE_SECONDS < told["evaluate"] < BASE_SECONDS + 60
+    run_local(job_of(write_job(tmp_path, layers=1), *overrides), pool)
+    tasks = [task for _, task in pool.calls]
+    assert {task.kind for task in tasks} >= {
+        "inspect",
+        "embed",
+        "forward",
+        "block",
+        "keep",
+        "join",
+        "checksum",
+        "evaluate",
+    }
+    assert all(BASE_SECONDS < task.patience < BASE_SECONDS + 60 for task in tasks)
+
+
+def test_a_model_that_writes_its_own_tokens_is_given_time_for_it(tmp_path: Path) -> None:
+    pool = LocalPool()
+    job = job_of(write_job(tmp_path, layers=1), "spec.calibration.source={kind: model}")
+    with EventLog(Events()) as log:
+        open_job(job, pool, log, here=True)
+    pool.close()
+    (task,) = [task for _, task in pool.calls if task.kind == "sample"]
+    assert BASE_SECONDS < task.patience < BASE_SECONDS + 60

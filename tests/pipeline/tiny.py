@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from enum import Enum
@@ -34,7 +34,9 @@ from counterweight.pipeline.events import (
 from counterweight.pipeline.forked_pool import NAME as FORK
 from counterweight.pipeline.manifest import CompressionJob, load_manifest
 from counterweight.pipeline.model_source import open_model
+from counterweight.pipeline.opening import Opened
 from counterweight.pipeline.orchestrator import Orchestrator
+from counterweight.pipeline.plan import make_plan
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.pool import Outcome
 from counterweight.pipeline.progress import Progress
@@ -71,6 +73,17 @@ def write_job(root: Path, *, case: str | Case = "llama", layers: int = 3, manife
     path = root / "job.yaml"
     path.write_text(manifest)
     return path
+
+
+def lengthened(manifest: Path) -> Path:
+    """The same, with a text of forty times the length: blocks take long enough to be met half done, over several shards of
+    hidden states each."""
+    text = manifest.parent / "calibration.txt"
+    text.write_text(" ".join([text.read_text()] * 40))
+    manifest.write_text(
+        manifest.read_text().replace("sequences: 12, sequence_length: 32", "sequences: 512, sequence_length: 32")
+    )
+    return manifest
 
 
 def job_of(path: Path, *overrides: str) -> CompressionJob:
@@ -211,7 +224,8 @@ def run_local(
     try:
         source = open_model(job.spec.model.uri)
         with EventLog(Events() if progress is None else progress) as log:
-            return Orchestrator(job, source, read_tokens(job, source.tokenizer()), pool, "cpu", log, resume).run()
+            opened = Opened(source=source, tokens=read_tokens(job, source.tokenizer()), plan=make_plan(job, source))
+            return Orchestrator(job, opened, pool, "cpu", log, resume).run()
     finally:
         pool.close()
 
@@ -273,8 +287,9 @@ def _notice_interrupts() -> None:
 class Run:
     """`counterweight run` as a process of its own, in a session of its own, watched through its stderr."""
 
-    def __init__(self, manifest: Path, *arguments: str) -> None:
-        command = [sys.executable, "-m", "counterweight.pipeline.cli", "run", str(manifest), *arguments]
+    def __init__(self, manifest: Path, *arguments: str, within: Sequence[str] = ()) -> None:
+        """within: what the command begins with, that another one runs it in a place of its own."""
+        command = [*within, sys.executable, "-m", "counterweight.pipeline.cli", "run", str(manifest), *arguments]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self.process = subprocess.Popen(
             command,

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor
 
 from counterweight.workers.calibrated_block import calibrated, gathered
 from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.errors import RequestError
+from counterweight.workers.methods.quantizers import GPTQ as GPTQQuantizer
 from counterweight.workers.models.family import is_expert
 from counterweight.workers.models.lent import LentLinear
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
@@ -128,6 +130,32 @@ def test_a_fused_checkpoint_is_divided_too(tmp_path: Path) -> None:
     save_fused(build("mixtral").bfloat16(), tmp_path / "model")
     spec = spec_of(site, GPTQ)
     assert content(run(Compress(block=in_passes(spec, site, 2)))) == content(run(Compress(block=spec)))
+
+
+@pytest.mark.parametrize("recipe", [GPTQ, LRC])
+def test_batches_of_any_size_have_the_bits_of_one_by_one(
+    recipe: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    quantize = GPTQQuantizer.quantize_batch
+
+    def counted(self: GPTQQuantizer, weights: Tensor, *rest: Any, **more: Any) -> Any:
+        calls[-1] += 1
+        return quantize(self, weights, *rest, **more)
+
+    monkeypatch.setattr(GPTQQuantizer, "quantize_batch", counted)
+    site = site_of("mixtral", tmp_path)
+    spec = spec_of(site, recipe)
+    found = []
+    for room in (0, 1 << 17, 1 << 40):
+        calls.append(0)
+        sized = spec.model_copy(update={"batch_bytes": room})
+        assert sized.key() == spec.key(), "the batches are no part of the result"
+        found.append(content(run(Compress(block=sized))))
+    assert found[0]["modules"]
+    assert found[0] == found[1] == found[2]
+    assert calls[0] >= calls[1] >= calls[2]
+    assert calls[0] > calls[2]
 
 
 def test_gains_are_those_of_one_pass(tmp_path: Path) -> None:

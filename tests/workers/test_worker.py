@@ -191,6 +191,24 @@ def test_stretches_of_shards_are_the_whole(
     assert [None if one is None else one.outputs for one in found] == [part.outputs for part in parts]
 
 
+@pytest.mark.parametrize("start", [0, 1])
+def test_outputs_that_are_gone_are_made_again_where_the_statistics_are_held(
+    start: int, site: Site, make: MakeWorker
+) -> None:
+    """Another job that shares them was published meanwhile and has discarded them."""
+    worker = make()
+    spec = site.block(0, embedded(worker, site, sequences=SHARD + 2, length=LENGTH))
+    if start:
+        worker.run(calibration(spec, 0, 1))
+    task = calibration(spec, start, 2)
+    done = worker.run(task)
+    assert worker.run(task).outputs == done.outputs
+    for blob in done.outputs:
+        site.workspace.discard(blob)
+    assert worker.run(task).outputs == done.outputs
+    assert all(map(site.workspace.has, done.outputs))
+
+
 def test_a_block_that_is_calibrated_in_part_has_no_record(site: Site, make: MakeWorker) -> None:
     worker = make()
     spec = site.block(0, embedded(worker, site, sequences=SHARD + 2, length=LENGTH))

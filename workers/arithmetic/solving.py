@@ -36,7 +36,7 @@ def _batch(load: Load, batch: Sequence[Solve]) -> Work:
         for one in batch
     ]
     judged = sum((_judging_rows(load, one) for one in batch), NOTHING)
-    return replace(sum(each, judged), steps=each[0].steps / loops * first.loops(count, gpu=load.gpu))
+    return replace(sum(each, judged), steps=each[0].steps / loops * first.loops(count, load.batch_bytes))
 
 
 def _gains(load: Load, group: Group) -> Work:

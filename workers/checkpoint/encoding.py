@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from counterweight.workers.checkpoint.header import TensorEntry
+from counterweight.workers.checkpoint.stacked import apart
 
 DECODED = torch.bfloat16
 """Of every encoded weight, as it is read."""
@@ -27,6 +28,17 @@ class EncodedWeight:
     def of(cls, codes: TensorEntry, scales: TensorEntry, name: str, shape: tuple[int, ...]) -> EncodedWeight:
         """A weight that is called `name` and has this shape when it is decoded."""
         return cls(codes, scales, replace(codes, name=name, dtype=DECODED, shape=shape))
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it holds one matrix after the other."""
+        return len(self.decoded.shape) == 3
+
+    def apart(self) -> list[EncodedWeight]:
+        """Of a stacked weight: its matrices, [1, ...] each, which can be decoded by themselves."""
+        return [
+            EncodedWeight(*own) for own in zip(apart(self.codes), apart(self.scales), apart(self.decoded), strict=True)
+        ]
 
     @property
     def parts(self) -> dict[str, str]:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from counterweight.workers.checkpoint.buffers import Bytes, allocate, check_booleans, flat_bytes
+from counterweight.workers.checkpoint.beside import SideFile, beside
+from counterweight.workers.checkpoint.buffers import Bytes, allocate, check_booleans
 from counterweight.workers.checkpoint.digest import Inspector, TensorDigest, tensor_digest
 from counterweight.workers.checkpoint.encoding import EncodedWeight, Encoding
 from counterweight.workers.checkpoint.header import (
@@ -32,29 +33,13 @@ from counterweight.workers.checkpoint.header import (
 from counterweight.workers.checkpoint.layout import INDEX, read_layout
 from counterweight.workers.checkpoint.ranges import MAX_READ, Read, plan_reads
 from counterweight.workers.checkpoint.refusal import refusal, show
+from counterweight.workers.checkpoint.stacked import apart, stacked_digest
 from counterweight.workers.errors import CheckpointError, IntegrityError, ObjectNotFoundError
 from counterweight.workers.parallel import READERS
 from counterweight.workers.storage import ObjectStore
 
 BATCH_BYTES = READERS * MAX_READ
 """Of codes that are held at once, where no single encoded weight has more."""
-
-COPYABLE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)
-"""Files beside the weights that an artifact carries over unchanged."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -85,6 +70,7 @@ class Checkpoint:
         ours: bool = False,
     ) -> None:
         self._store, self._ours = store, ours
+        self._shards = frozenset(entry.file for entry in entries.values())
         self._encoding = encoding
         self._encoded = {} if encoding is None else encoding.weights(entries)
         self._entries = {**entries, **{name: weight.decoded for name, weight in self._encoded.items()}}
@@ -169,10 +155,7 @@ class Checkpoint:
         once more. When the same wrong bytes come again, the source has changed since: `CheckpointError`. When
         others come, the storage cannot be relied on: `IntegrityError`, and a retry makes sense.
         """
-        entries = [self.entry(name) for name in dict.fromkeys(names)]
-        for entry in entries:
-            if sha256 is not None and entry.name not in sha256:
-                raise CheckpointError(f"{self._store.uri}: no sha256 recorded for tensor {show(entry.name)}")
+        entries = self._wanted(names, sha256)
         tensors = self._load(entries)
         if sha256 is not None:
             digests = _in_parallel(tensor_digest, [tensors[entry.name] for entry in entries])
@@ -184,6 +167,24 @@ class Checkpoint:
                 check_booleans(entry, tensors[entry.name])
         return tensors
 
+    def read_apart(self, names: Iterable[str], *, sha256: Mapping[str, str] | None = None) -> dict[str, list[Tensor]]:
+        """Tensors [n, ...] by name, each as the n tensors on its first axis in memory of their own; the whole is nowhere.
+
+        sha256: of the whole ones, as for `read_many`.
+        """
+        entries = self._wanted(names, sha256)
+        found = {entry.name: self._load_apart(entry) for entry in entries}
+
+        def digest(entry: TensorEntry) -> str:
+            return stacked_digest(entry.dtype, entry.shape, found[entry.name]).sha256
+
+        if sha256 is not None:
+            for entry, first in zip(entries, _in_parallel(digest, entries), strict=True):
+                if first != (expected := sha256[entry.name]):
+                    found[entry.name] = self._load_apart(entry)
+                    self._check_again(entry, first, digest(entry), expected)
+        return found
+
     def digest(self, name: str) -> str:
         """The sha256 (hex) of a tensor's dtype, shape and bytes; `workers.checkpoint.digest` says how."""
         return self.inspect([name])[name].sha256
@@ -192,34 +193,52 @@ class Checkpoint:
         """Digest and finiteness of each tensor, by name, from one pass over its bytes.
 
         Bounded memory: `READERS` pieces of at most `ranges.MAX_READ` bytes are held, and no tensor; of encoded weights
-        as many bytes of codes (or one weight that is larger) and what they decode to.
+        as many bytes of codes (or one matrix that is larger) and what they decode to.
         """
         entries = [self.entry(name) for name in dict.fromkeys(names)]
         groups = plan_reads(entry for entry in entries if entry.name not in self._encoded)
         found: dict[str, TensorDigest] = {}
-        for name, tensor in self._decoded(entry.name for entry in entries if entry.name in self._encoded):
-            inspector = Inspector(tensor.dtype, tensor.shape)
-            inspector.update(flat_bytes(tensor))
-            found[name] = inspector.result()
+        encoded = [self._encoded[entry.name] for entry in entries if entry.name in self._encoded]
+        for weight in encoded:
+            if weight.stacked:
+                parts = (part for _, part in self._decoded(weight.apart()))
+                found[weight.decoded.name] = stacked_digest(weight.decoded.dtype, weight.decoded.shape, parts)
+        for name, tensor in self._decoded([weight for weight in encoded if not weight.stacked]):
+            found[name] = stacked_digest(tensor.dtype, tensor.shape, [tensor])
         for group, digests in zip(groups, _in_parallel(self._inspect_group, groups), strict=True):
             found.update(digests)
             self.bytes_read += sum(read.length for read in group)
         return {entry.name: found[entry.name] for entry in entries}
 
-    def copyable_files(self) -> list[str]:
-        """Those of `COPYABLE_FILES` that exist: tokenizer, processors of images and the generation settings."""
-        return [key for key in COPYABLE_FILES if self._store.exists(key)]
+    def _wanted(self, names: Iterable[str], sha256: Mapping[str, str] | None) -> list[TensorEntry]:
+        """Entries of these tensors, once each; CheckpointError for one without a recorded digest."""
+        entries = [self.entry(name) for name in dict.fromkeys(names)]
+        for entry in entries:
+            if sha256 is not None and entry.name not in sha256:
+                raise CheckpointError(f"{self._store.uri}: no sha256 recorded for tensor {show(entry.name)}")
+        return entries
+
+    def beside(self) -> list[SideFile]:
+        """What becomes of the files beside the weights."""
+        return beside(self._store, self._shards)
 
     def _load(self, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
         tensors = self._load_stored([entry for entry in entries if entry.name not in self._encoded])
-        tensors.update(self._decoded(entry.name for entry in entries if entry.name in self._encoded))
+        tensors.update(self._decoded([self._encoded[entry.name] for entry in entries if entry.name in self._encoded]))
         return tensors
 
-    def _decoded(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    def _load_apart(self, entry: TensorEntry) -> list[Tensor]:
+        if entry.name in self._encoded:
+            return [part.squeeze(0) for _, part in self._decoded(self._encoded[entry.name].apart())]
+        parts = apart(entry)
+        loaded = self._load_stored(parts)
+        return [loaded[part.name].squeeze(0) for part in parts]
+
+    def _decoded(self, weights: Iterable[EncodedWeight]) -> Iterator[tuple[str, Tensor]]:
         """Encoded weights by name, decoded batch by batch: `BATCH_BYTES` of codes, or one weight that is larger."""
         if (encoding := self._encoding) is None:
             return
-        for batch in _batches([self._encoded[name] for name in names]):
+        for batch in _batches(weights):
             codes = self._load_stored([weight.codes for weight in batch])
             scales = self._load_stored([weight.scales for weight in batch])
 
@@ -248,9 +267,13 @@ class Checkpoint:
 
     def _reread(self, entry: TensorEntry, first: str, expected: str) -> Tensor:
         tensor = self._load([entry])[entry.name]
-        second = tensor_digest(tensor)
+        self._check_again(entry, first, tensor_digest(tensor), expected)
+        return tensor
+
+    def _check_again(self, entry: TensorEntry, first: str, second: str, expected: str) -> None:
+        """Raises as `read_many` says unless the second reading has what is expected."""
         if second == expected:
-            return tensor
+            return
         problem = f"{entry.file}: tensor {show(entry.name)}: sha256 {second}, expected {expected}"
         if second == first and self._ours:
             raise IntegrityError(f"{self._store.uri}: {problem}: not the bytes that were written")

@@ -53,6 +53,11 @@ class Footprint:
         return max(self.phases.values())
 
     @property
+    def calibrated(self) -> int:
+        """What calibration leaves: weights, and the sums of the statistics."""
+        return self.weights + self.statistics
+
+    @property
     def largest(self) -> str:
         """The phase with the peak."""
         return max(self.phases, key=lambda name: self.phases[name])

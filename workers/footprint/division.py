@@ -1,4 +1,4 @@
-"""A block's linears in as few passes over its shards as a budget of memory allows. Torch-free.
+"""A block's linears in as few passes over its shards, and on a GPU in as large batches, as memory allows. Torch-free.
 
 What is not divided: a group of linears that share an input, because they share its statistics; and an expert, because it runs
 as long as one of its linears is to be solved.
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
+from counterweight.workers.batches import BATCH_BYTES
 from counterweight.workers.footprint import Footprint, footprint
 from counterweight.workers.footprint.load import Load, moments
 from counterweight.workers.matrix_bytes import DOUBLE
@@ -19,9 +20,36 @@ from counterweight.workers.models.family import is_expert
 Passes = tuple[tuple[str, ...], ...]
 
 
-def divided(load: Load, budget: int) -> tuple[Passes, Footprint]:
-    """`BlockSpec.passes` with a peak of at most `budget` bytes, and the memory of the task with them: none where the block fits
-    at once; where no division fits, the finest one."""
+FILLED = 0.6
+"""Share of a GPU's memory up to which batches may raise a peak: what the model says of a GPU has not been measured, and half as
+large a batch takes hardly longer."""
+
+
+def fitted(load: Load, budget: int) -> tuple[Load, Footprint]:
+    """The load with `passes`, and on a GPU with `batch_bytes`, and the memory of its task, at a peak of at most `budget` bytes:
+    undivided where it fits at once; where no division fits, the finest one."""
+    small = replace(load, batch_bytes=min(load.batch_bytes, BATCH_BYTES[False]))
+    passes, found = _divided(small, budget)
+    done = replace(small, passes=passes)
+    return _batched(done, budget) if load.gpu else (done, found)
+
+
+def _batched(load: Load, budget: int) -> tuple[Load, Footprint]:
+    """In the largest batches, of powers of two, that do not raise the peak above `FILLED` of the budget; on the way to a peak
+    that is above it anyway they cost nothing."""
+    most = max(footprint(load).peak, int(FILLED * budget))
+    rooms = [load.batch_bytes << shift for shift in range(max(1, (budget // load.batch_bytes).bit_length()))]
+
+    def with_room(room: int) -> tuple[Load, Footprint]:
+        roomy = replace(load, batch_bytes=room)
+        return roomy, footprint(roomy)
+
+    place = bisect_left(rooms, True, key=lambda room: with_room(room)[1].peak > most)
+    return with_room(rooms[max(place - 1, 0)])
+
+
+def _divided(load: Load, budget: int) -> tuple[Passes, Footprint]:
+    """`BlockSpec.passes`, and the memory of the task with them."""
     whole = footprint(load)
     if whole.peak <= budget:
         return (), whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from counterweight.workers.batches import BATCH_BYTES
 from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.matrix_bytes import DOUBLE, triangle
 from counterweight.workers.methods.transforms import Rotation
@@ -46,7 +47,8 @@ class Load:
     hidden: width of the stream.
     attention_bytes: of the scores of a shard, where attention keeps them. paired: whether blocks see the compressed ones'
     outputs and the solve looks at the original's; compressed: whether they see them. stretched: whether shards come a few at a
-    time. threads: that share shards and solves. gpu: whether the arithmetic is done on one. experts, passes: see `BlockSpec`.
+    time. threads: that share shards and solves. gpu: whether the arithmetic is done on one. experts, passes,
+    batch_bytes: see `BlockSpec`.
     """
 
     family: ModelFamily
@@ -70,6 +72,7 @@ class Load:
     experts: ExpertCalibration | None = None
     passes: tuple[tuple[str, ...], ...] = ()
     held_out: int = 0
+    batch_bytes: int = BATCH_BYTES[False]
 
     @property
     def tokens(self) -> int:

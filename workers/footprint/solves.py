@@ -29,27 +29,27 @@ class Solve:
         """What is equal in the solves that are done in one call."""
         return self.part, self.shapes, self.alone
 
-    def at_once(self, count: int, *, gpu: bool) -> int:
+    def at_once(self, count: int, room: int) -> int:
         """How many matrices are coded in one loop over columns where `count` like this are done in one call: what is solved as
-        one is one matrix, unless each has a branch that is fitted with its codes."""
+        one is one matrix, unless each has a branch that is fitted with its codes. room: see `batch_size`."""
         if not self.part.compensation.joint:
             return count
-        return min(count * len(self.shapes), batch_size(self.part, self.shapes[:1], gpu=gpu))
+        return min(count * len(self.shapes), batch_size(self.part, self.shapes[:1], room))
 
-    def loops(self, count: int, *, gpu: bool) -> int:
+    def loops(self, count: int, room: int) -> int:
         """How many such loops that takes."""
         matrices = count * len(self.shapes) if self.part.compensation.joint else count
-        return -(-matrices // self.at_once(count, gpu=gpu))
+        return -(-matrices // self.at_once(count, room))
 
-    def most(self, *, gpu: bool) -> int:
+    def most(self, room: int) -> int:
         """How many like this are done in one call."""
-        return batch_size(self.part, self.shapes, gpu=gpu) if self.alone else 1
+        return batch_size(self.part, self.shapes, room) if self.alone else 1
 
 
 def batched(load: Load) -> list[list[Solve]]:
     """The solves of all groups by the call that they are done in, in order."""
     solves = [solve for group in load.groups for solve in _of(group)]
-    return batches(solves, lambda solve: solve.key, lambda solve: solve.most(gpu=load.gpu))
+    return batches(solves, lambda solve: solve.key, lambda solve: solve.most(load.batch_bytes))
 
 
 def _of(group: Group) -> Iterator[Solve]:

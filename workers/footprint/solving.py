@@ -56,7 +56,7 @@ def _job(load: Load, batch: Sequence[Solve]) -> _Job:
     return _Job(
         peak=count * copies
         + _solve(
-            first.part, first.shapes, tokens, streams(load, first.group), count, first.at_once(count, gpu=load.gpu)
+            first.part, first.shapes, tokens, streams(load, first.group), count, first.at_once(count, load.batch_bytes)
         ),
         left=count * left,
         taken=sum(packed) if first.alone else 0,

@@ -37,7 +37,10 @@ class Slice:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The parameter, as a view of the source tensor."""
-        part = tensor if self.expert is None else tensor[self.expert]
+        return self.within(tensor if self.expert is None else tensor[self.expert])
+
+    def within(self, part: Tensor) -> Tensor:
+        """The same of the expert's part of the source tensor."""
         part = part.T if self.transposed else part
         return part if self.rows is None else part[slice(*self.rows)]
 

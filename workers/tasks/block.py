@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from counterweight.workers.batches import BATCH_BYTES
 from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.config import Config
 from counterweight.workers.formats import ModuleFormat
@@ -43,6 +44,8 @@ class BlockSpec(Config):
     """Linears that are solved after each pass over the shards, which gathers the statistics of their inputs alone: what takes
     less memory, and no part of the result. Those of one input are in one pass, and those of one expert. Empty: all are."""
 
+    batch_bytes: int = BATCH_BYTES[False]
+    """That solves of one shape may take together; no part of the result."""
     held_out_from: int | None = None
     """The first of the shards that nothing is solved on: what was is judged by them. null: all are solved on."""
 

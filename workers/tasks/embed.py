@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
 from counterweight.workers.keys import digest
+from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.records import HiddenRecord
 from counterweight.workers.tasks.setting import Setting, shard_sequences
 from counterweight.workers.tasks.task import DurableTask
@@ -26,12 +27,19 @@ class Embed(Config, DurableTask[HiddenRecord]):
     """A safetensors blob with `input_ids` [sequences, length] int32."""
     tensor: tuple[str, str]
     """Name and sha256 of the embedding."""
+    bytes: int = 0
+    """Read and written, and floating-point operations of a rotation: for `Task.patience`, no part of the result."""
+    flops: int = 0
     held_out: int = 0
     """The last sequences, that nothing is solved on: in shards of their own."""
 
     @property
     def name(self) -> str:
         return "embedding"
+
+    @property
+    def patience(self) -> float:
+        return patience(bytes=self.bytes, flops=self.flops, device=self.setting.device)
 
     def key(self) -> str:
         held_out = [self.held_out] if self.held_out else []

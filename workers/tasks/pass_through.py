@@ -9,6 +9,7 @@ from pydantic import Field
 
 from counterweight.workers.config import Config
 from counterweight.workers.keys import digest
+from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.records import LedgerEntry, Timing
 from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.tasks.task import DurableTask
@@ -42,6 +43,13 @@ class PassThrough(Config, DurableTask[PassThroughRecord]):
     setting: Setting
     tensors: Mapping[str, str]
     reason: str = ""
+    bytes: int = 0
+    """Read and written, and floating-point operations of a rotation: for `Task.patience`, no part of the result."""
+    flops: int = 0
+
+    @property
+    def patience(self) -> float:
+        return patience(bytes=self.bytes, flops=self.flops, device=self.setting.device)
 
     @property
     def name(self) -> str:

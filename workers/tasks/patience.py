@@ -11,9 +11,6 @@ if TYPE_CHECKING:
 BASE_SECONDS = 1200.0
 """Of the smallest task: an outage of the storage that is waited for (ten minutes), and as long again."""
 
-UNSTATED_SECONDS = 86_400.0
-"""Of a task that does not know its size."""
-
 BYTES_PER_SECOND = 1e7
 FLOPS_PER_SECOND = {"cpu": 1e8, "cuda": 1e11}
 """About a hundredth of what one thread of a processor, or a GPU, does."""

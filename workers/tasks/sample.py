@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
 from counterweight.workers.dtypes import ComputeDtype
+from counterweight.workers.tasks.patience import patience
+from counterweight.workers.tasks.setting import Device
 from counterweight.workers.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -24,10 +26,19 @@ class Sample(Config, Task[list[list[int]]]):
     length: int
     temperature: float
     seed: int
+    parameters: int = 0
+    """Of the model, and where it computes: for `Task.patience`, no part of the result."""
+    device: Device = "cpu"
 
     @property
     def name(self) -> str:
         return "tokens of the model's own"
+
+    @property
+    def patience(self) -> float:
+        # A token at a time: each reads all weights again.
+        flops = 2 * self.parameters * self.sequences * self.length
+        return patience(bytes=4 * self.parameters, flops=flops, device=self.device)
 
     def run(self, context: TaskContext) -> list[list[int]]:
         from counterweight.workers.calibration.sampling import sample

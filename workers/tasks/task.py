@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
-from counterweight.workers.tasks.patience import UNSTATED_SECONDS
 from counterweight.workers.workspace import Record, Workspace
 
 if TYPE_CHECKING:
@@ -37,9 +36,9 @@ class Task(ABC, Generic[R_co]):
         return None
 
     @property
+    @abstractmethod
     def patience(self) -> float:
-        """Seconds after which it is taken to hang, see `workers.tasks.patience`."""
-        return UNSTATED_SECONDS
+        """Seconds after which it is taken to hang, from what it reads, writes and computes: see `workers.tasks.patience`."""
 
     @property
     def trains(self) -> str | None:

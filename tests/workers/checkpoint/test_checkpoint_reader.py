@@ -254,14 +254,6 @@ def test_other_files_beside_the_index_are_left_alone(tmp_path: Path) -> None:
     assert Checkpoint.open(store).names == ("a", "b", "c")
 
 
-def test_the_tokenizers_files_that_exist_are_named(tmp_path: Path) -> None:
-    checkpoint = open_single(tmp_path, {"x": torch.ones(1)})
-    assert checkpoint.copyable_files() == []
-    for name in ("tokenizer.json", "merges.txt", "generation_config.json", "README.md", "evil.py"):
-        (tmp_path / name).write_text("{}")
-    assert checkpoint.copyable_files() == ["tokenizer.json", "merges.txt", "generation_config.json"]
-
-
 def test_null_is_as_good_as_absent_in_the_config(tmp_path: Path) -> None:
     config = {"model_type": "llama", "quantization_config": None, "auto_map": None, "x": [1.5, {"y": None}]}
     store = write_checkpoint(tmp_path, {"model.safetensors": {"x": torch.ones(1)}}, config=config)

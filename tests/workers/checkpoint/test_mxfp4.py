@@ -80,6 +80,15 @@ def test_weights_are_decoded_as_transformers_does(tmp_path: Path) -> None:
     assert torch.equal(read["norm.weight"], torch.ones(7))
 
 
+def test_matrices_are_decoded_one_by_one(tmp_path: Path) -> None:
+    tensors = stored()
+    checkpoint = Checkpoint.open(written(tmp_path, tensors))
+    expected = convert_moe_packed_tensors(tensors[f"{NAME}_blocks"], tensors[f"{NAME}_scales"])
+    parts = checkpoint.read_apart([NAME], sha256={NAME: tensor_digest(expected)})[NAME]
+    assert [bits(part) for part in parts] == [bits(whole) for whole in expected]
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
+
+
 def test_a_batch_holds_so_many_bytes_of_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the size of a batch, the same weights come out."""
     tensors = {name.replace("0", str(index)): part for index in range(3) for name, part in stored().items()}

@@ -181,16 +181,18 @@ def test_a_blocks_experts_have_their_bits_and_their_order_whatever_the_batch() -
 def test_batches_keep_to_their_bytes() -> None:
     recipe = ModuleRecipe.model_validate({"weights": GPTQ, "activations": None, "compensation": {"kind": "none"}})
     small, large = [(256, 128)], [(14336, 4096)]
-    count = batch_size(recipe, small, gpu=False)
+    cpu, gpu = BATCH_BYTES[False], BATCH_BYTES[True]
+    count = batch_size(recipe, small, cpu)
     assert count >= 32
-    assert coding(recipe, small, count) <= BATCH_BYTES[False] < coding(recipe, small, 2 * count)
-    assert batch_size(recipe, large, gpu=False) == 1
-    assert batch_size(recipe, small, gpu=True) > count
+    assert coding(recipe, small, count) <= cpu < coding(recipe, small, 2 * count)
+    assert batch_size(recipe, large, cpu) == 1
+    assert batch_size(recipe, small, gpu) > count
     asked = {"weights": GPTQ, "activations": {"bits": 4}, "compensation": {"kind": "lrc"}}
     lrc = ModuleRecipe.model_validate(asked)
-    assert 1 < batch_size(lrc, small, gpu=False) < count
+    assert 1 < batch_size(lrc, small, cpu) < count
     trained = {**asked, "compensation": {"kind": "none"}, "tuning": {"kind": "lsi"}}
-    assert batch_size(ModuleRecipe.model_validate(trained), small, gpu=False) == 1
+    assert batch_size(ModuleRecipe.model_validate(trained), small, cpu) == 1
+    assert batch_size(recipe, large, 3 * coding(recipe, large, 1)) == 2
 
 
 @pytest.mark.parametrize("compensation", [{"kind": "none"}, {"kind": "lrc", "rank": {"count": 4}}])

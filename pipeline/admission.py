@@ -1,0 +1,44 @@
+"""Which workers a cluster has room for.
+
+Ray places an actor on one node as a whole, and lets one wait for ever, without a word, that no node has room for. A placement
+group would reserve all places or none; a job goes on with the workers that find one, so each is asked for by itself, and this
+says at the start how many could.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from counterweight.pipeline.pool import START_SECONDS, PoolSize
+
+Node = Mapping[str, float]
+"""A node's resources, by Ray's names, whoever uses them."""
+
+
+def room(nodes: Sequence[Node], size: PoolSize) -> int:
+    """How many workers the nodes could hold if nobody else used them."""
+    asked = {name: amount for name, amount in (("CPU", float(size.cpus)), ("GPU", size.gpus)) if amount > 0}
+    # Shares of a GPU are decimal fractions, which floats only come close to.
+    return sum(min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in asked.items()) for node in nodes)
+
+
+def shortage(nodes: Sequence[Node], size: PoolSize) -> str:
+    """What is missing, in a line; empty where nothing is."""
+    found = room(nodes, size)
+    if found >= size.workers:
+        return ""
+    return (
+        f"the cluster has room for {found} of {size.workers} workers: {resources(nodes, size)}: others are waited for"
+        + ("" if found else f", up to {START_SECONDS:.0f} s")
+    )
+
+
+def resources(nodes: Sequence[Node], size: PoolSize) -> str:
+    """What a worker asks for and what each node has."""
+    have = ", ".join(_amounts(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes) or "nothing"
+    return f"each asks for {_amounts(size.cpus, size.gpus)}; nodes have {have}"
+
+
+def _amounts(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus and not math.isclose(gpus, 0) else "")

@@ -1,0 +1,89 @@
+"""An artifact's README.md: the model card that a hub shows, made of the report alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from counterweight.pipeline.artifact.report import Report, labelled
+from counterweight.pipeline.artifact.report_html.text import count, recipe_line
+from counterweight.workers.ledger import ADAPTER
+from counterweight.workers.metrics import METRICS
+
+CARD = "README.md"
+
+_HUB = re.compile(r"hf:(?://)?(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})(?:@.*)?")
+_LICENCE = re.compile(r"(license|licence|copying)(\.(txt|md))?", re.IGNORECASE)
+
+
+def card(report: Report, files: Iterable[str], *, stock: bool) -> str:
+    """Markdown with the hub's metadata. files: of the artifact. stock: whether stock transformers reads its weights; otherwise
+    only `counterweight.load_model` does, and transformers behind it."""
+    names = sorted(files)
+    branch = ADAPTER in names
+    licence = next((name for name in names if _LICENCE.fullmatch(name)), None)
+    parts = [
+        _metadata(report, licence, stock=stock),
+        f"# {report.name}",
+        f"Compressed by Counterweight {report.software.get('counterweight', '')}: "
+        f"{recipe_line(report.recipe)}. {report.bits_per_weight.total:.3f} bits per quantized weight, all in, "
+        f"{report.bits_per_weight.model:.3f} of the whole model. Artifact `{report.id}`.",
+        _figures(report),
+        _loading(branch=branch, stock=stock),
+        _limits(report),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(report: Report, licence: str | None, *, stock: bool) -> str:
+    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    if (named := _HUB.fullmatch(report.model.uri)) is not None:
+        lines += [f"base_model: {named['name']}", "base_model_relation: quantized"]
+    if licence is not None:
+        lines += ["license: other", f"license_link: {licence}"]
+    lines += ["tags:", "- counterweight", f"- {'compressed-tensors' if stock else 'custom-quantization'}"]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _figures(report: Report) -> str:
+    """Each metric under each model."""
+    found = labelled(report.qualities)
+    if not found:
+        return "It was published without validation: nothing was measured on text."
+    lines = [f"| | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+    for metric in METRICS:
+        values = [quality.of(metric) for quality in found.values()]
+        if any(value is not None for value in values):
+            cells = ["" if value is None else f"{value:{metric.digits}}" for value in values]
+            lines.append(f"| {metric.label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _loading(*, branch: bool, stock: bool) -> str:
+    ours = '```python\nimport counterweight\n\nmodel = counterweight.load_model("file:///path/of/this/folder")\n```'
+    if not stock:
+        return (
+            f"{ours}\n\nOr, after `import counterweight.auto`, `AutoModelForCausalLM.from_pretrained`. Stock transformers and "
+            "vLLM refuse it: they would run it wrongly."
+        )
+    if branch:
+        return (
+            f"{ours}\n\nStock transformers, with compressed-tensors, loads the quantized model without its low-rank branch; "
+            "`compensation/` holds the branch as a PEFT adapter."
+        )
+    return f"Stock transformers, with compressed-tensors, and vLLM load it as it is; so does Counterweight:\n\n{ours}"
+
+
+def _limits(report: Report) -> str:
+    text = (
+        "Every byte can be checked: `counterweight verify file:///path/of/this/folder`. What was done to each layer is in "
+        "`report/`."
+    )
+    if report.validation is None:
+        return text
+    windows = count(report.validation.sequences, "window")
+    tokens = count(report.validation.sequence_length, "token")
+    return (
+        f"Figures are of {windows} of {tokens} of one text, in {report.validation_dtype}: they say how far the model is from "
+        f"its original there, and nothing of other texts, tasks or languages. {text}"
+    )
