@@ -21,7 +21,7 @@ from counterweight.pipeline.service.access import (
     visible_batches,
     visible_schedules,
 )
-from counterweight.pipeline.service.api_jobs import MANIFEST, Again, Key, Priority, Tenant
+from counterweight.pipeline.service.api_jobs import MANIFEST, Ordered, Priority, Tenant
 from counterweight.pipeline.service.bodies import ManifestBody, documented
 from counterweight.pipeline.service.models import (
     BatchDetail,
@@ -57,14 +57,10 @@ def submit_batch(
     service: Context,
     principal: Submitter,
     body: ManifestBody,
+    order: Ordered,
     response: Response,
-    tenant: Tenant = None,
-    priority: Priority = 0,
-    again: Again = False,
-    key: Key = None,
 ) -> dict[str, object]:
     """Submit a batch with its manifests. The same batch is the same one."""
-    order = Order(tenant_for(principal, tenant), priority, again, key)
     batch, created = create_batch(service, principal, body, order)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/batches/{batch.id}"

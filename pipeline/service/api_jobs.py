@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Path, Query, Response
+from fastapi import APIRouter, Depends, Header, Path, Query, Response
 
 from counterweight.pipeline.jobs.batch import BATCH_ID
 from counterweight.pipeline.jobs.facts import counts, facts, history
@@ -47,6 +47,15 @@ LastEvent = Annotated[str | None, Header(alias="Last-Event-ID", description="Of 
 router = APIRouter(tags=["jobs"])
 
 
+def _order(
+    principal: Submitter, tenant: Tenant = None, priority: Priority = 0, again: Again = False, key: Key = None
+) -> Order:
+    return Order(tenant_for(principal, tenant), priority, again, key)
+
+
+Ordered = Annotated[Order, Depends(_order)]
+
+
 @router.post(
     "/jobs",
     status_code=201,
@@ -58,14 +67,10 @@ def submit_job(
     service: Context,
     principal: Submitter,
     body: ManifestBody,
+    order: Ordered,
     response: Response,
-    tenant: Tenant = None,
-    priority: Priority = 0,
-    again: Again = False,
-    key: Key = None,
 ) -> dict[str, object]:
     """Submit a manifest. The same manifest is the same job. Whoever drives jobs of the store will run it."""
-    order = Order(tenant_for(principal, tenant), priority, again, key)
     job, created = create_job(service, principal, body, order)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/jobs/{job.id}"

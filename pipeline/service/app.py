@@ -17,7 +17,7 @@ from counterweight.pipeline.service import api_artifacts, api_batches, api_jobs,
 from counterweight.pipeline.service.context import Service
 from counterweight.pipeline.service.headers import SecurityHeaders
 from counterweight.pipeline.service.problems import MEDIA_TYPE, Problem, Refused, answer, refusal_of
-from counterweight.workers.errors import CounterweightError, SurroundingsError
+from counterweight.workers.errors import CounterweightError
 
 TICK_SECONDS = 5.0
 """Between two looks at what schedules are due."""
@@ -91,6 +91,6 @@ async def fire_schedules(service: Service) -> None:
     while True:
         try:
             await run_in_threadpool(schedules.tick)
-        except SurroundingsError as error:
+        except CounterweightError as error:  # a store that is away, or a damaged record: others fire nevertheless
             log.warning("schedules wait: %s", error)
         await service.pause(TICK_SECONDS)

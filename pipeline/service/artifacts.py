@@ -44,7 +44,7 @@ class Found:
 
 def find_artifact(service: Service, principal: Principal, name: str, id: str) -> Found:
     """The artifact of that name and id, which a job published that the principal sees. id: or `latest`. UnknownIdError."""
-    pattern = re.compile(rf"/{re.escape(name)}/{ID if id == LATEST else re.escape(id)}$")
+    pattern = re.compile(rf"/{re.escape(name)}/{ID if id == LATEST else re.escape(id)}\Z")
     published = [
         (job.journal[-1].at, job.ended.artifact)
         for job in visible_jobs(service, principal)

@@ -37,7 +37,7 @@ from counterweight.pipeline.service.problems import Refused
 from counterweight.pipeline.service.session import COOKIE, FIELD, Person, form_of, proof, proven_form, sign_in
 from counterweight.pipeline.service.submission import Order, create_batch, create_job, create_schedule
 from counterweight.pipeline.service.tokens import Principal, Role
-from counterweight.workers.errors import StorageError
+from counterweight.workers.errors import StorageError, UnknownIdError
 
 FOLDER = FilePath(__file__).parent / "templates"
 CSP = "default-src 'none'; style-src 'self'; img-src data:; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -193,8 +193,10 @@ def report_page(
 ) -> Response:
     """An artifact's own report, in a sandbox: whoever may write artifacts wrote it."""
     found = find_artifact(service, who, name, id)
-    found.size(REPORT_PAGE)
-    text = found.store.read(REPORT_PAGE)
+    entry = found.document.files.get(REPORT_PAGE)
+    if entry is None:
+        raise UnknownIdError(REPORT_PAGE)
+    text = found.store.read(REPORT_PAGE, sha256=entry.sha256)
     return HTMLResponse(text, headers={"Content-Security-Policy": f"{POLICY}; sandbox; frame-ancestors 'none'"})
 
 

@@ -58,6 +58,8 @@ def test_the_wheel_holds_one_package_with_what_it_needs(wheel: Path) -> None:
         "manifests/demo.yaml",
         "manifests/demo/model/model.safetensors",
         "kernels/gate/budgets.toml",
+        "pipeline/service/templates/base.html",
+        "pipeline/service/templates/service.css",
         "pipeline/cli.py",
         "workers/worker.py",
     ):

@@ -227,15 +227,23 @@ METHODS = [
     Attack(404, "POST", f"/v1/jobs/{HEX}/cancel"),
 ]
 
+
+@pytest.fixture(scope="module")
+def attacked() -> House:
+    """One service for all: no attack changes anything."""
+    store = MemoryStore()
+    store.create("_jobs/limits.json", b"{}")
+    return House(store)
+
+
 ATTACKS = [*NOBODY, *STRANGERS, *HEADERS, *BODIES, *PLACES, *QUERIES, *METHODS]
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: f"{attack.method}-{attack.path[:60]}-{attack.status}")
-def test_it_is_refused_and_leaves_no_trace(attack: Attack) -> None:
-    store = MemoryStore()
-    store.create("_jobs/limits.json", b"{}")
+def test_it_is_refused_and_leaves_no_trace(attacked: House, attack: Attack) -> None:
+    house, store = attacked, attacked.store
+    assert isinstance(store, MemoryStore)
     before = dict(store.objects)
-    house = House(store)
     headers = httpx.Headers([(name, value.encode("latin-1")) for name, value in _pairs(attack.headers)])
     if attack.who is not None:
         headers["Authorization"] = attack.who

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,16 +156,16 @@ FILES = {
 }
 
 
-def artifact(root: Path, id: str = ID, name: str = "tiny") -> str:
+def artifact(root: Path, id: str = ID, files: Mapping[str, bytes] = FILES) -> str:
     """An artifact as the service sees one; its URI."""
-    folder = root / name / id
-    for path, data in FILES.items():
+    folder = root / "tiny" / id
+    for path, data in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data)
-    files = {path: FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for path, data in FILES.items()}
+    entries = {path: FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for path, data in files.items()}
     made = ArtifactDocument.model_validate(
         {
-            "name": name,
+            "name": "tiny",
             "id": id,
             "created": "2026-01-01T00:00:00Z",
             "base_model": {"uri": "m", "digest": "d", "model_type": "llama", "parameters": 1},
@@ -175,7 +176,7 @@ def artifact(root: Path, id: str = ID, name: str = "tiny") -> str:
             "compensated": None,
             "bits_per_weight": {"weights": 4, "scales": 0, "factors": 0, "residual": 0, "total": 4, "model": 5},
             "software": {},
-            "files": {path: entry.model_dump() for path, entry in files.items()},
+            "files": {path: entry.model_dump() for path, entry in entries.items()},
         }
     )
     (folder / "artifact.json").write_text(made.model_dump_json())
@@ -250,3 +251,15 @@ def test_yaml_bundles_are_read_too(house: House) -> None:
     asked = json.dumps(bundle())  # YAML has JSON in it
     assert house.ask("POST", "/v1/batches", content=asked, headers=YAML).status_code == 201
     assert document()["kind"] == "CompressionJob"
+
+
+def test_a_report_is_shown_in_a_sandbox(tmp_path: Path) -> None:
+    page = b"<!DOCTYPE html><script>alert(1)</script>"
+    files = {**FILES, "report/report.html": page}
+    house = House(roots=("file:/allowed", tmp_path.as_uri()))
+    end(house, house.submit()["id"], artifact=artifact(tmp_path, files=files))
+    answer = house.ask("GET", f"/artifacts/tiny/{ID}/report", None, cookies={"counterweight_token": "viewer-token"})
+    assert (answer.status_code, answer.content) == (200, page)
+    assert {"default-src 'none'", "sandbox"} <= set(answer.headers["content-security-policy"].split("; "))
+    other = {"counterweight_token": "other-token"}
+    assert house.ask("GET", f"/artifacts/tiny/{ID}/report", None, cookies=other).status_code == 404
