@@ -237,3 +237,7 @@ def test_rates_are_measured_for_a_plan(tmp_path: Path) -> None:
 def test_plans_of_published_shapes_are_a_table() -> None:
     printed = ran("plans", "Llama-3-8B")
     assert len([row for row in rows(printed) if row.startswith("| Llama-3-8B |")]) == 4
+
+
+def test_submissions_to_two_instances() -> None:
+    assert rows(ran("submissions", "--jobs", 4, "--clients", 2))[0].startswith("| 4 | 2 |")
