@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from counterweight.kernels.backend import Kernels
 from counterweight.pipeline.artifact import open_artifact
-from counterweight.pipeline.artifact.auto import mark, register
+from counterweight.pipeline.artifact.auto import mark
 from counterweight.workers.block import install
 from counterweight.workers.checkpoint.strict_json import parse_object
 from counterweight.workers.compressed import CompressedModel
@@ -18,8 +18,6 @@ from counterweight.workers.errors import CheckpointError
 
 if TYPE_CHECKING:
     from counterweight.kernels.gpu.host_memory import HostArena
-
-register()  # whoever loads artifacts may do so by transformers' own names
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_GENERATION_VALUES = 100_000

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from counterweight.pipeline.cluster import ATTEMPTS
 from counterweight.pipeline.reaper import descendants
 from tests.pipeline.tiny import Run, lengthened, write_job
 
@@ -78,5 +79,5 @@ def test_a_ray_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch: pyte
     code, out, err = Run(write_job(tmp_path, layers=1), "--address", "local").finish()
     assert (code, out) == (4, ""), err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: Ray did not start on this machine in 2 attempts: ")
+    assert line.startswith(f"error: Ray did not start on this machine in {ATTEMPTS} attempts: ")
     assert "Traceback" not in err

@@ -105,7 +105,10 @@ class TestErrors:
             ("metadata.labels={a: 1}", "metadata.labels.a: 1: expected a string of 0 to 200 characters"),
             ("metadata.labels={'a b': x}", "metadata.labels.'a b': bad key: expected one like ^[A-Za-z0-9]"),
             ("apiVersion=v2", "apiVersion: 'v2': expected counterweight/v1"),
-            ("kind=CompressionBatch", "kind: 'CompressionBatch': expected CompressionJob"),
+            (
+                "kind=CompressionBatch",
+                "kind: 'CompressionBatch': expected 'CompressionJob': a batch is for `counterweight submit`",
+            ),
             ("spec.model=", "spec.model: null: expected a mapping with uri"),
             ("spec.output={}", "spec.output.uri: missing: expected a string of 1 to 2000 characters"),
         ],

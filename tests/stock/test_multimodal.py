@@ -76,7 +76,7 @@ def test_experts(auto: Any, tmp_path: Path) -> None:
 def test_what_transformers_has_no_words_for_is_refused(tmp_path: Path) -> None:
     checkpoint("llama4", tmp_path / "model", torch.bfloat16)
     published = run_job(tmp_path / "model", tmp_path / "job", GPTQ)
-    with pytest.raises(ValueError, match=r"counterweight_llama4|CounterweightLlama4Config"):
+    with pytest.raises(ValueError, match="counterweight_llama4"):
         stock(local(published))
 
 

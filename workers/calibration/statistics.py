@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,9 +26,11 @@ from torch import Tensor
 from counterweight.kernels.backend import runs_kernels
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.reference import fake_quantize_activations
-from counterweight.workers.calibration.experts import Starvation
 from counterweight.workers.calibration.thresholds import Thresholds
 from counterweight.workers.calibration.triangle import TRIANGLE_BLOCK, LowerTriangle
+
+if TYPE_CHECKING:
+    from counterweight.workers.calibration.experts import Starvation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
