@@ -74,7 +74,7 @@ def test_command_lines_are_ours(place: str) -> None:
     parse(commands()[place])
 
 
-@pytest.mark.parametrize("wrong", ["work --stoer s3://b", "serve", "run", "limits --concurrency many"])
+@pytest.mark.parametrize("wrong", ["work --stoer s3://b", "serves", "run", "limits --concurrency many"])
 def test_command_lines_that_are_not_ours_are_found(wrong: str) -> None:
     with pytest.raises(USAGE_ERROR):
         parse(shlex.split(wrong))

@@ -23,6 +23,7 @@ ACTIONS = {
     "copy": {"s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload"},
     "create_multipart_upload": {"s3:PutObject"},
     "delete_object": {"s3:DeleteObject"},
+    "generate_presigned_url": {"s3:GetObject"},  # of what it signs
     "get_object": {"s3:GetObject"},
     "head_bucket": {"s3:ListBucket"},
     "head_object": {"s3:GetObject"},

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from counterweight.pipeline.artifact import DOCUMENT, Published
+from counterweight.pipeline.artifact.card import CARD
 from counterweight.pipeline.events import (
     BlockDone,
     Event,
@@ -233,14 +234,16 @@ def run_local(
 def files_of(root: Path) -> dict[str, bytes]:
     """Relative path -> bytes, of an artifact: what follows from its id, without times (report/*, artifact.json)."""
     found = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    return {name: data for name, data in found.items() if not name.startswith("report/") and name != "artifact.json"}
+    return {
+        name: data for name, data in found.items() if not name.startswith("report/") and name not in (DOCUMENT, CARD)
+    }
 
 
 def stored(uri: str) -> dict[str, bytes]:
     """As `files_of`, from any store."""
     store = open_store(uri)
     keys = [info.key for info in store.list()]
-    return {key: store.read(key) for key in keys if not key.startswith("report/") and key != DOCUMENT}
+    return {key: store.read(key) for key in keys if not key.startswith("report/") and key not in (DOCUMENT, CARD)}
 
 
 def local_path(uri: str) -> Path:

@@ -11,11 +11,28 @@ from counterweight.workers.checkpoint.layout import CONFIG, INDEX, SINGLE
 from counterweight.workers.config import Config
 from counterweight.workers.storage import ObjectInfo, ObjectStore
 
+USUAL = (
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+    ),
+    *(
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "generation_config.json",
+        "processor_config.json",
+    ),
+    *("preprocessor_config.json", "video_preprocessor_config.json"),
+)
+"""Files that transformers looks for: something else under one of these names is refused, where a listing would leave it out."""
+
 MAX_FILES = 1000
 """Files of a folder that are looked at; a model's has some dozens."""
-
-MAX_BYTES = 64 << 20
-"""Of a file that is carried over; the largest tokenizers have 40 MB."""
 
 TEMPLATES = "additional_chat_templates"
 """The one folder below a model's that transformers reads."""
@@ -45,7 +62,10 @@ class SideFile(Config):
 
 
 def beside(store: ObjectStore, shards: Iterable[str]) -> list[SideFile]:
-    """Every file of a model's folder but its config, its index and its shards, in the order of their names. StorageError."""
+    """Every file of a model's folder but its config, its index and its shards, in the order of their names. StorageError,
+    RequestError for a pipe or a device in the place of a file that transformers looks for."""
+    for name in USUAL:
+        store.exists(name)
     own = {CONFIG, INDEX, SINGLE, *shards}
     found: dict[str, SideFile] = {}
     listed = list(islice(store.list(), MAX_FILES + 1))
@@ -70,6 +90,4 @@ def _entry(info: ObjectInfo) -> SideFile:
             return SideFile(name=name, fate="left out", reason=reason)
     if _NAME.fullmatch(name) is None or _CARRIED.fullmatch(base) is None:
         return SideFile(name=name, fate="left out", reason="of no kind that a model is used with")
-    if info.size > MAX_BYTES:
-        return SideFile(name=name, fate="left out", reason=f"{info.size} bytes: more than {MAX_BYTES}")
     return SideFile(name=name, fate="carried")

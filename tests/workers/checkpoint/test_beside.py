@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from counterweight.pipeline.model_files import check_files
-from counterweight.workers.checkpoint.beside import MAX_BYTES, MAX_FILES, SideFile, beside
+from counterweight.workers.checkpoint.beside import MAX_FILES, SideFile, beside
 from counterweight.workers.errors import RequestError
 from counterweight.workers.storage import open_store
 from tests.models import checkpoint
@@ -65,10 +65,8 @@ def test_each_file_is_carried_or_named_with_a_reason(tmp_path: Path) -> None:
     assert set(found) == {*CARRIED, *LEFT_OUT, "report/", "original/"}
 
 
-def test_what_is_large_or_too_many_is_named(tmp_path: Path) -> None:
-    with (tmp_path / "tokenizer.json").open("wb") as file:
-        file.truncate(MAX_BYTES + 1)
-    assert entries(tmp_path)["tokenizer.json"].reason == f"{MAX_BYTES + 1} bytes: more than {MAX_BYTES}"
+def test_what_are_too_many_are_named(tmp_path: Path) -> None:
+    put(tmp_path, "tokenizer.json")
     put(tmp_path, *(f"a{number:04}.txt" for number in range(MAX_FILES)))
     found = entries(tmp_path)
     assert len(found) == MAX_FILES + 1
