@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	@$(BIN)/counterweight run manifests/demo.yaml
 
 test: $(INSTALLED)
-	@echo "the whole suite: about 18 minutes on 2 cores" >&2
+	@echo "the whole suite: about 24 minutes on 2 cores" >&2
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
 # Hostile configs, headers, tokenizers, texts, data sets, manifests and artifacts from random seeds, for MINUTES; the suite has
