@@ -64,8 +64,6 @@ class SideFile(Config):
 def beside(store: ObjectStore, shards: Iterable[str]) -> list[SideFile]:
     """Every file of a model's folder but its config, its index and its shards, in the order of their names. StorageError,
     RequestError for a pipe or a device in the place of a file that transformers looks for."""
-    for name in USUAL:
-        store.exists(name)
     own = {CONFIG, INDEX, SINGLE, *shards}
     found: dict[str, SideFile] = {}
     listed = list(islice(store.list(), MAX_FILES + 1))
@@ -73,6 +71,8 @@ def beside(store: ObjectStore, shards: Iterable[str]) -> list[SideFile]:
         if info.key not in own:
             entry = _entry(info)
             found[entry.name] = entry
+    # Whatever else is in the folder, and asked by name: a listing shows no pipe.
+    found |= {name: SideFile(name=name, fate="carried") for name in USUAL if name not in found and store.exists(name)}
     if len(listed) > MAX_FILES:
         rest = f"{listed[MAX_FILES].key} and what follows"
         found[rest] = SideFile(name=rest, fate="left out", reason=f"behind the first {MAX_FILES} files of the folder")

@@ -66,11 +66,18 @@ def test_each_file_is_carried_or_named_with_a_reason(tmp_path: Path) -> None:
 
 
 def test_what_are_too_many_are_named(tmp_path: Path) -> None:
-    put(tmp_path, "tokenizer.json")
+    put(tmp_path, "zebra.json")
     put(tmp_path, *(f"a{number:04}.txt" for number in range(MAX_FILES)))
     found = entries(tmp_path)
     assert len(found) == MAX_FILES + 1
-    assert found["tokenizer.json and what follows"].reason == f"behind the first {MAX_FILES} files of the folder"
+    assert found["zebra.json and what follows"].reason == f"behind the first {MAX_FILES} files of the folder"
+
+
+def test_a_tokenizer_is_carried_whatever_else_is_in_the_folder(tmp_path: Path) -> None:
+    put(tmp_path, "tokenizer.json", *(f"a/{number:04}.txt" for number in range(MAX_FILES + 1)))
+    found = entries(tmp_path)
+    assert found["tokenizer.json"].fate == "carried"
+    assert found["a/"].fate == "left out"
 
 
 def test_a_link_that_leads_out_is_refused_before_anything_begins(tmp_path: Path) -> None:
