@@ -86,7 +86,7 @@ def work(
     ] = None,
     idle: Annotated[bool, typer.Option("--idle", help="End when all jobs are at their end.")] = False,
     address: Annotated[
-        str | None, typer.Option(help="Ray for the jobs, as of `run`; default: an embedded one.", show_default=False)
+        str | None, typer.Option(help="Where jobs have their workers, as of `run`.", show_default=False)
     ] = None,
 ) -> None:
     """Drive jobs: whichever may start, one after the other; take over those whose driver died; and fire schedules."""

@@ -29,9 +29,8 @@ MAX_CAUSE = 500
 def launch(store: str, id: str, *, dashboard: str | None, python: str | None = None) -> str:
     """Starts a driver that stays until the job is at its end; says where, for people.
 
-    dashboard: http://host:port of Ray's Job Submission; None: a detached process of this machine, with an embedded Ray for each
-    job. python: interpreter on the cluster; None: this one. No environment is sent: credentials are the cluster's own. Raises
-    RequestError, SurroundingsError.
+    dashboard: http://host:port of Ray's Job Submission; None: a detached process of this machine. python: interpreter on the
+    cluster; None: this one. No environment is sent: credentials are the cluster's own. Raises RequestError, SurroundingsError.
     """
     if dashboard is not None:
         return _submitted(dashboard, _command(python or sys.executable, store, id, ("--address", "auto")), id)
