@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -62,18 +62,15 @@ def _pool(place: Place, size: PoolSize, output: ObjectStore, log: EventLog) -> I
     if not place.ray:
         from counterweight.pipeline.forked_pool import ForkedPool
 
-        forked = ForkedPool(size, note=log.note)
-        try:
+        with closing(ForkedPool(size, note=log.note)) as forked:
             yield forked
-        finally:
-            forked.close()
         return
-    with cluster(place.address, size), _shown(output) as token:
-        pool = RayPool(size, token=token, expected=identity(), note=log.note)
-        try:
-            yield pool
-        finally:
-            pool.close()
+    with (
+        cluster(place.address, size),
+        _shown(output) as token,
+        closing(RayPool(size, token=token, expected=identity(), note=log.note)) as pool,
+    ):
+        yield pool
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from counterweight.pipeline.allocation import budgeted
 from counterweight.pipeline.blocks import BlockRecipe, Budget, add_blocks, stretches
@@ -24,6 +24,8 @@ from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.records import HiddenRecord
 from counterweight.workers.tasks.setting import shard_sequences
 from counterweight.workers.workspace import Blob
+
+T = TypeVar("T")
 
 WINDOWS = 160
 """Of a validation that names no number, as many as WikiText-2's test has of 2048 tokens: how long its text is, headers do not
@@ -90,15 +92,15 @@ def timeline(costs: Costs, workers: int, threads: int) -> Timeline:
     stages, idle = {"start": costs.rates.start}, {"start": costs.rates.start * workers}
     validation = _validation(costs, workers)
 
-    def stage(name: str, run: Callable[[], object]) -> None:
+    def stage(name: str, run: Callable[[], T]) -> T:
         clock, busy = pool.clock, sum(pool.steps.values())
-        run()
+        found = run()
         stages[name] = pool.clock - clock
         idle[name] = workers * stages[name] - (sum(pool.steps.values()) - busy)
+        return found
 
     stage("inventory", lambda: dispatcher.run_all(_inventory(costs)))
-    references: list[Node[HiddenRecord]] = []
-    stage("blocks", lambda: _run_blocks(costs, dispatcher, threads, references))
+    references = stage("blocks", lambda: _run_blocks(costs, dispatcher, threads))
     if costs.distillation:
         stage("distill", lambda: dispatcher.run_all(_replicas(costs)))
     stage("assemble", lambda: _assemble(costs, dispatcher, pool))
@@ -124,9 +126,8 @@ def _inventory(costs: Costs) -> list[Simulated]:
     return [Simulated(f"inventory {place}", {"inventory": costs.rates.read(size)}) for place, size in enumerate(parts)]
 
 
-def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int, references: list[Node[HiddenRecord]]) -> None:
-    """The nodes that `stages.add_model`, `add_outside` and `add_references` add, and these alone. references: takes in the
-    last, which may run on."""
+def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node[HiddenRecord]]:
+    """Runs the nodes that `stages.add_model`, `add_outside` and `add_references` add; gives the last, which may run on."""
     spec, rates, graph = costs.job.spec, costs.rates, dispatcher.graph
     calibration, propagate = spec.calibration, spec.calibration.propagate
     together, held_out = shard_sequences(calibration.sequence_length), calibration.held_out_sequences
@@ -168,9 +169,10 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int, references: 
     )
     kept = [Simulated(f"kept {name}", {"carry over": _carried(costs, name)}) for name in costs.outside]
     outside = [graph.add(giving(task)) for task in kept]
-    references += [graph.add(giving(task)) for task in _originals(costs, dispatcher.workers)]
+    references = [graph.add(giving(task)) for task in _originals(costs, dispatcher.workers)]
     dispatcher.run(blocks.compress)
     dispatcher.run(outside)
+    return references
 
 
 def _carried(costs: Costs, name: str) -> float:
@@ -248,9 +250,8 @@ def _validated(costs: Costs, read: float, share: range, models: int, behind: flo
     """Steps of a task of the validation. read: seconds for all blocks; behind: what comes after them."""
     running = sum(block.evaluated for block in costs.blocks) * models * len(share) * window_tokens(costs.job)
     if costs.rates.link is not None:
-        read = max(
-            read / len(costs.blocks), read - running
-        )  # the first block, and what takes longer than the arithmetic
+        # What is waited for: the first block, or what takes longer than the arithmetic.
+        read = max(read / len(costs.blocks), read - running)
     return {"read for validation": read, "validate": running + behind}
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from counterweight.pipeline.artifact.report_html.markup import Markup, join, tag
-from counterweight.pipeline.artifact.report_html.page import POLICY
-from counterweight.pipeline.artifact.report_html.style import STYLE
+from counterweight.pipeline.artifact.report_html.page import document
 from counterweight.pipeline.artifact.report_html.svg import Area, Linear, drawing, level_axis, mark, rising_axis
 from counterweight.pipeline.artifact.report_html.tables import code, facts, legend, section, table
 from counterweight.pipeline.artifact.report_html.text import NONE, exact
@@ -27,17 +26,7 @@ Measure = Callable[[Point], float | None]
 
 def render_batch(summary: Summary) -> str:
     """The page: UTF-8 text, the same for equal summaries. Every string is escaped."""
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="generator", content="counterweight"),
-        tag("title", f"{summary.name} · Counterweight batch"),
-        tag("link", rel="icon", href="data:,"),
-        tag("style", Markup(STYLE)),
-    )
-    body = tag(
+    main = tag(
         "main",
         tag(
             "header",
@@ -47,7 +36,7 @@ def render_batch(summary: Summary) -> str:
         ),
         batch_sections(summary),
     )
-    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', body), lang='en')}\n"
+    return document(f"{summary.name} · Counterweight batch", main)
 
 
 def batch_sections(summary: Summary) -> Markup:

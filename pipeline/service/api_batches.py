@@ -21,7 +21,7 @@ from counterweight.pipeline.service.access import (
     visible_batches,
     visible_schedules,
 )
-from counterweight.pipeline.service.api_jobs import MANIFEST, Ordered, Priority, Tenant
+from counterweight.pipeline.service.api_jobs import MANIFEST, Ordered, Priority, Tenant, located
 from counterweight.pipeline.service.bodies import ManifestBody, documented
 from counterweight.pipeline.service.models import (
     BatchDetail,
@@ -62,8 +62,7 @@ def submit_batch(
 ) -> dict[str, object]:
     """Submit a batch with its manifests. The same batch is the same one."""
     batch, created = create_batch(service, principal, body, order)
-    response.status_code = 201 if created else 200
-    response.headers["Location"] = f"/v1/batches/{batch.id}"
+    located(response, f"/v1/batches/{batch.id}", created=created)
     return batch_facts(batch)
 
 
@@ -85,8 +84,7 @@ def cancel_batch(service: Context, principal: Submitter, id: BatchId) -> dict[st
     """Stop all jobs of a batch."""
     for job in find_batch(service, principal, id).jobs:
         cancel(service.jobs, job.id, f"by {principal.name}")
-    batch = find_batch(service, principal, id)
-    return {**batch_facts(batch), "jobs": [facts(job) for job in batch.jobs]}
+    return get_batch(service, principal, id)
 
 
 @router.get("/batches/{id}/report", response_model=BatchReport)
@@ -112,8 +110,7 @@ def submit_schedule(
 ) -> dict[str, object]:
     """Submit a batch that has `spec.schedule`: it is run whenever that fires."""
     schedule, created = create_schedule(service, principal, body, Order(tenant_for(principal, tenant), priority))
-    response.status_code = 201 if created else 200
-    response.headers["Location"] = f"/v1/schedules/{schedule.record.id}"
+    located(response, f"/v1/schedules/{schedule.record.id}", created=created)
     return schedule_facts(schedule, service.jobs.store.now())
 
 

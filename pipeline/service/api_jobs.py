@@ -56,6 +56,12 @@ def _order(
 Ordered = Annotated[Order, Depends(_order)]
 
 
+def located(response: Response, place: str, *, created: bool) -> None:
+    """Says where what was submitted is, and whether this request made it."""
+    response.status_code = 201 if created else 200
+    response.headers["Location"] = place
+
+
 @router.post(
     "/jobs",
     status_code=201,
@@ -72,8 +78,7 @@ def submit_job(
 ) -> dict[str, object]:
     """Submit a manifest. The same manifest is the same job. Whoever drives jobs of the store will run it."""
     job, created = create_job(service, principal, body, order)
-    response.status_code = 201 if created else 200
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    located(response, f"/v1/jobs/{job.id}", created=created)
     return facts(job)
 
 

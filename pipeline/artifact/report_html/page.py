@@ -18,19 +18,24 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Even if a string escaped its quotes, a browser would load nothing and run nothing."""
 
 
-def render(report: Report) -> str:
-    """The page: UTF-8 text, the same for equal reports. Every string of the report is escaped."""
+def document(title: str, main: Markup) -> str:
+    """A whole page."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="generator", content="counterweight"),
-        tag("title", f"{report.name} · Counterweight report"),
+        tag("title", title),
         tag("link", rel="icon", href="data:,"),
         tag("style", Markup(STYLE)),
     )
-    body = tag(
+    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', main), lang='en')}\n"
+
+
+def render(report: Report) -> str:
+    """The page: UTF-8 text, the same for equal reports. Every string of the report is escaped."""
+    main = tag(
         "main",
         _header(report),
         quality.result_section(report),
@@ -43,7 +48,7 @@ def render(report: Report) -> str:
         _details(report),
         tag("footer", f"Report of schema version {report.schema_version}, made from report.json beside this page."),
     )
-    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', body), lang='en')}\n"
+    return document(f"{report.name} · Counterweight report", main)
 
 
 def _header(report: Report) -> Markup:
