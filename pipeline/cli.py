@@ -78,6 +78,15 @@ def run(
             "without any; or do everything anew."
         ),
     ] = Resume.AUTO,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MANIFEST",
+            help="A job of the same sweep, whose blocks are compressed from this one's calibration; its own run finds them "
+            "finished. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a job to the end; the last line of stdout is the artifact's URI (with --json: its `uri`)."""
@@ -88,6 +97,7 @@ def run(
 
     overrides = [*(set_ or []), *([] if output is None else [f"spec.output.uri={json.dumps(_absolute(output))}"])]
     job = load_manifest(manifest, overrides).job
+    others = [load_manifest(other, []).job for other in beside or []]
     from counterweight.pipeline.events import Summary
     from counterweight.pipeline.progress import make_progress
     from counterweight.pipeline.run import run_job  # a wrong manifest need not wait for transformers and Ray
@@ -95,7 +105,7 @@ def run(
     with make_progress(sys.stderr) as progress:
         # Ray's threads print what they think of dead workers; stdout holds the result and nothing else.
         with redirect_stdout(sys.stderr):
-            published = run_job(job, progress, address=address, resume=resume)
+            published = run_job(job, progress, address=address, resume=resume, beside=others)
         progress.on(Summary(_summary(published.document, published.uri)))
     if as_json:
         _print_json({"uri": published.uri, **published.document.model_dump(mode="json")})

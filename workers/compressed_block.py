@@ -33,9 +33,10 @@ from counterweight.workers.tuning.lsi import LinearFormat, learned_scales
 from counterweight.workers.workspace import Blob, Workspace
 
 
-def compressed(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> BlockRecord:
+def compressed(context: TaskContext, spec: BlockSpec, workspace: Workspace, *, keep: bool = False) -> BlockRecord:
     """The block's record: 1. calibrate, 2. train codes where the recipe asks for it, 3. solve every linear, those of each pass
-    over the shards behind it, 4. run the compressed block where the next one sees what it makes, 5. store."""
+    over the shards behind it, 4. run the compressed block where the next one sees what it makes, 5. store. keep: what is
+    calibrated stays as it is, in memory, for the block to be compressed in another way."""
     held = calibrated(context, spec, workspace)
     clock = Clock(context.device, held.timing)
     held, codes = tuned(context, spec, held, workspace)
@@ -43,7 +44,8 @@ def compressed(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> B
     reports: list[ModuleReport] = []
     for statistics in gathered(context, spec, held, workspace):
         clock.lap("forward")
-        found, told = solved(context, spec, held, statistics, codes)
+        used = PackedStatistics(statistics.packed) if keep else statistics
+        found, told = solved(context, spec, held, used, codes)
         linears |= found
         reports += told
         clock.lap("solve")
@@ -59,6 +61,8 @@ def compressed(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> B
     record = record.model_copy(
         update={"outputs": outputs, "original_outputs": originals, "timing": clock.timing()},
     )
+    if keep:
+        context.held.hold(held)
     del held, linears
     release(context.device)
     return record

@@ -19,10 +19,18 @@ class Compress(BlockTask, DurableTask[BlockRecord]):
     kind: ClassVar[str] = COMPRESS
     record: ClassVar[type[BlockRecord]] = BlockRecord
 
+    beside: str = ""
+    """Name of another job that the block is compressed for, beside the one that runs: what was calibrated then stays in memory,
+    for that one's own. Of blocks that are solved in one pass and train nothing. No part of the result."""
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}, for {self.beside}" if self.beside else super().name
+
     def key(self) -> str:
         return self.block.key()
 
     def compute(self, context: TaskContext, workspace: Workspace) -> BlockRecord:
         from counterweight.workers.compressed_block import compressed
 
-        return compressed(context, self.block, workspace)
+        return compressed(context, self.block, workspace, keep=bool(self.beside))

@@ -1,14 +1,26 @@
-"""What the jobs of a sweep over ranks share through their keys, counted by the tasks that ran; and what they do not."""
+"""What the jobs of a sweep over ranks share, counted by the tasks that ran; and that sharing changes no bit."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.inprocess import InProcessPool, run_job
+from counterweight.pipeline.artifact import Published
+from counterweight.pipeline.manifest import parse_manifest
+from counterweight.pipeline.memory import PROCESS_BYTES
+from counterweight.pipeline.model_source import open_model
+from counterweight.pipeline.plan import Plan, make_plan
+from counterweight.pipeline.pool import Outcome
+from counterweight.workers.errors import RequestError
+from counterweight.workers.tasks.compress import Compress
+from counterweight.workers.tasks.task import Task
+from tests.inprocess import InProcessPool, RecordedProgress, local, run_job
 from tests.models import checkpoint
 
 RANKS = (2, 4, 6, 8)
@@ -17,29 +29,138 @@ LAYERS = 2
 SHARED = ("embed", "keep", "original")
 """The embedding, what is carried over, and what the original makes of the validation's windows."""
 
-
-def sweep(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
-    """Tasks by kind of each job, one after the other in one output, each with workers of its own."""
-    pools: list[InProcessPool] = []
-
-    class Kept(InProcessPool):
-        def __init__(self, *arguments: int) -> None:
-            super().__init__(*arguments)
-            pools.append(self)
-
-    monkeypatch.setattr("tests.inprocess.InProcessPool", Kept)
-    checkpoint("llama", root / "model", torch.bfloat16, num_hidden_layers=LAYERS)
-    for rank in RANKS:
-        recipe = {"weights": {"bits": 4, "group_size": 32}, "compensation": {"kind": "svd", "rank": {"count": rank}}}
-        run_job(root / "model", root / "out", recipe, validation={})
-    return [Counter(kind for _, kind in pool.calls) for pool in pools]
+SVD = {"weights": {"bits": 4, "group_size": 32}}
+LRC = {"transforms": [{"kind": "rotation"}], "weights": {"bits": 4, "group_size": None}, "activations": {"bits": 4}}
 
 
-def test_a_sweep_over_ranks_shares_what_has_no_rank_in_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, *others = sweep(tmp_path, monkeypatch)
-    assert all(first[kind] > 0 for kind in SHARED)
+def sweep(kind: str, ranks: tuple[int, ...] = RANKS) -> dict[str, dict[str, Any]]:
+    """Name -> recipe."""
+    recipe = LRC if kind == "lrc" else SVD
+    return {f"rank-{rank}": {**recipe, "compensation": {"kind": kind, "rank": {"count": rank}}} for rank in ranks}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sweep") / "model"
+    checkpoint("llama", path, torch.bfloat16, num_hidden_layers=LAYERS)
+    return path
+
+
+def run(
+    model: Path,
+    root: Path,
+    jobs: Mapping[str, Mapping[str, Any]],
+    *,
+    beside: bool,
+    workers: int = 1,
+    validation: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Published], list[Counter[str]]]:
+    """The jobs one after the other in one output, each with workers of its own: artifacts, and tasks by kind. beside: whether
+    each is told of those behind it."""
+    published, tasks = {}, []
+    names = list(jobs)
+    for place, name in enumerate(names):
+        pool = InProcessPool(workers)
+        others = {other: jobs[other] for other in names[place + 1 :]} if beside else {}
+        published[name] = run_job(model, root, jobs[name], name=name, beside=others, pool=pool, validation=validation)
+        tasks.append(Counter(kind for _, kind in pool.calls))
+    return published, tasks
+
+
+def files(published: Mapping[str, Published]) -> dict[str, dict[str, bytes]]:
+    """Tensors of each artifact, as they are stored."""
+    return {
+        name: {str(path.relative_to(local(one))): path.read_bytes() for path in local(one).rglob("*.safetensors")}
+        for name, one in published.items()
+    }
+
+
+def test_a_sweep_over_ranks_is_calibrated_once(model: Path, tmp_path: Path) -> None:
+    jobs = sweep("svd")
+    together, (first, *others) = run(model, tmp_path / "together", jobs, beside=True, validation={"windows": 2})
+    assert (first["forward"], first["block"]) == (LAYERS, LAYERS * len(RANKS))
     for tasks in others:
-        assert not any(tasks[kind] for kind in SHARED)
-        assert tasks["block"] == LAYERS
-        # Not shared: statistics are in a worker's memory and are used up. See docs/jobs.md.
-        assert tasks["forward"] == first["forward"] == LAYERS
+        assert not any(tasks[kind] for kind in ("forward", "block", *SHARED))
+        assert tasks["evaluate"] > 0
+    alone, _ = run(model, tmp_path / "alone", {"rank-6": jobs["rank-6"]}, beside=False)
+    assert files(together)["rank-6"] == files(alone)["rank-6"]
+
+
+def test_with_several_workers_it_has_the_bits_of_jobs_that_are_alone(model: Path, tmp_path: Path) -> None:
+    jobs = sweep("lrc", (2, 4))
+    together, (first, second) = run(model, tmp_path / "together", jobs, beside=True, workers=2)
+    assert (first["block"], second["block"], second["forward"]) == (2 * LAYERS, 0, 0)
+    alone, (one, other) = run(model, tmp_path / "alone", jobs, beside=False, workers=2)
+    assert (one["forward"], other["forward"]) == (first["forward"], first["forward"])
+    assert files(together) == files(alone)
+
+
+def test_what_fails_for_another_job_is_left_to_that_job(model: Path, tmp_path: Path) -> None:
+    jobs = sweep("svd", (2, 4))
+    pool, progress = Broken(), RecordedProgress()
+    run_job(model, tmp_path, jobs["rank-2"], beside={"rank-4": jobs["rank-4"]}, pool=pool, progress=progress)
+    assert "block 1 (block), for rank-4: left to that job: no" in progress.notes
+    other = InProcessPool()
+    run_job(model, tmp_path, jobs["rank-4"], name="rank-4", pool=other)
+    assert Counter(kind for _, kind in other.calls)["block"] == 1
+
+
+def test_who_is_not_compressed_beside_says_why(model: Path, tmp_path: Path) -> None:
+    own = sweep("svd", (2,))["rank-2"]
+    changes: dict[str, dict[str, Any]] = {
+        "its recipe needs other statistics": {"weights": {"bits": 3, "group_size": 32}},
+        "spec.recipe.tuning: expected none": {
+            "weights": {**SVD["weights"], "quantizer": {"kind": "rtn"}},
+            "tuning": {"kind": "lsi"},
+        },
+        "ranks of a whole model are shared out": {"compensation": {"kind": "svd", "rank": {"budget_bits": 1.0}}},
+        "rank.count: 4000: expected at most 64": {"compensation": {"kind": "svd", "rank": {"count": 4000}}},
+    }
+    beside = {f"job-{place}": {**own, **change} for place, change in enumerate(changes.values())}
+    progress, pool = RecordedProgress(), InProcessPool()
+    run_job(model, tmp_path, own, beside=beside, pool=pool, progress=progress)
+    notes = [note for note in progress.notes if "is not compressed beside this job: " in note]
+    assert all(why in note for why, note in zip(changes, notes, strict=True)), notes
+    assert Counter(kind for _, kind in pool.calls)["block"] == LAYERS
+
+
+def test_statistics_that_stay_are_in_the_plan(model: Path, tmp_path: Path) -> None:
+    """Of a worker's memory between what a block takes and what it takes when they stay, nothing is shared."""
+    plan = planned(model, 1 << 40)
+    assert plan.keeps_statistics
+    assert all(
+        block.peak_bytes <= block.kept_peak_bytes <= block.peak_bytes + block.statistics_bytes for block in plan.blocks
+    )
+    most = max(block.kept_peak_bytes for block in plan.blocks) + PROCESS_BYTES
+    step = 2**20 / 1000  # manifests have thousandths of a MiB
+    assert planned(model, most + step).keeps_statistics
+    assert not planned(model, most - step).keeps_statistics
+
+
+def planned(model: Path, memory: float) -> Plan:
+    """Of a job whose worker has so many bytes."""
+    uri = model.as_uri()
+    document = {
+        "apiVersion": "counterweight/v1",
+        "kind": "CompressionJob",
+        "metadata": {"name": "tiny"},
+        "spec": {
+            "model": {"uri": uri},
+            "calibration": {"source": {"uri": uri}, "sequences": 8, "sequence_length": 32},
+            "recipe": sweep("svd", (2,))["rank-2"],
+            "resources": {"memory_per_worker": f"{memory / 2**20:.3f}MiB"},
+            "output": {"uri": uri},
+        },
+    }
+    job = parse_manifest(json.dumps(document), name="job.json", base=None).job
+    return make_plan(job, open_model(uri))
+
+
+class Broken(InProcessPool):
+    """What is done for another job's last block fails for good."""
+
+    def submit(self, worker: int, task: Task[object]) -> int:
+        if isinstance(task, Compress) and task.beside and task.block_index == LAYERS - 1:
+            self._finished.append(Outcome(-1, worker, error=RequestError("no")))
+            return -1
+        return super().submit(worker, task)
