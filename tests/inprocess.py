@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,10 +124,17 @@ def run_job(
     job = job_of(name, recipe)
     others = [job_of(*one) for one in (beside or {}).items()]
     pool = InProcessPool(workers, threads, hold_bytes) if pool is None else pool
+    return run_manifest(job, pool, progress or RecordedProgress(), others)
+
+
+def run_manifest(
+    job: CompressionJob, pool: InProcessPool, progress: Progress, beside: Sequence[CompressionJob] = ()
+) -> Published:
+    """A job on a pool, which is closed then."""
     try:
-        with EventLog(progress or RecordedProgress()) as log:
+        with EventLog(progress) as log:
             opened = open_job(job, pool, log, here=True)
-            return Orchestrator(job, opened, pool, "cpu", log, beside=others).run()
+            return Orchestrator(job, opened, pool, "cpu", log, beside=beside).run()
     finally:
         pool.close()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,31 @@ import pytest
 import torch
 
 from counterweight.pipeline.artifact import Published
-from counterweight.pipeline.manifest import parse_manifest
+from counterweight.pipeline.jobs.attempt import Exit
+from counterweight.pipeline.jobs.batch import get_batch
+from counterweight.pipeline.jobs.batch_page import render_batch
+from counterweight.pipeline.jobs.drive import Driver, until_idle
+from counterweight.pipeline.jobs.pareto import summary
+from counterweight.pipeline.jobs.record import JobRecord
+from counterweight.pipeline.jobs.requests import submitted
+from counterweight.pipeline.jobs.store import JobStore
+from counterweight.pipeline.manifest import load_submission, parse_manifest
 from counterweight.pipeline.memory import PROCESS_BYTES
 from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.plan import Plan, make_plan
 from counterweight.pipeline.pool import Outcome
+from counterweight.pipeline.segments import SegmentWriter
 from counterweight.workers.errors import RequestError
+from counterweight.workers.storage.file import FileStore
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.task import Task
-from tests.inprocess import InProcessPool, RecordedProgress, local, run_job
-from tests.models import checkpoint
+from tests.inprocess import InProcessPool, RecordedProgress, local, run_job, run_manifest
+from tests.models import checkpoint, write_text
+from tests.pipeline.jobs.theatre import Scripted
 
 RANKS = (2, 4, 6, 8)
 LAYERS = 2
+RANK = "spec.recipe.compensation.rank.count"
 
 SHARED = ("embed", "keep", "original")
 """The embedding, what is carried over, and what the original makes of the validation's windows."""
@@ -67,23 +80,66 @@ def run(
     return published, tasks
 
 
+def tensors(artifact: Path) -> dict[str, bytes]:
+    """Those of an artifact, as they are stored."""
+    return {str(path.relative_to(artifact)): path.read_bytes() for path in artifact.rglob("*.safetensors")}
+
+
 def files(published: Mapping[str, Published]) -> dict[str, dict[str, bytes]]:
-    """Tensors of each artifact, as they are stored."""
-    return {
-        name: {str(path.relative_to(local(one))): path.read_bytes() for path in local(one).rglob("*.safetensors")}
-        for name, one in published.items()
-    }
+    """Tensors of each artifact."""
+    return {name: tensors(local(one)) for name, one in published.items()}
 
 
-def test_a_sweep_over_ranks_is_calibrated_once(model: Path, tmp_path: Path) -> None:
-    jobs = sweep("svd")
-    together, (first, *others) = run(model, tmp_path / "together", jobs, beside=True, validation={"windows": 2})
+@dataclass
+class InProcess:
+    """Attempts that are whole jobs in this process. pools: of each, in order."""
+
+    pools: list[InProcessPool] = field(default_factory=list)
+
+    def start(self, record: JobRecord, beside: Sequence[JobRecord], log: SegmentWriter) -> Scripted:
+        log.end()
+        self.pools.append(InProcessPool())
+        others = [one.manifest for one in beside]
+        published = run_manifest(record.manifest, self.pools[-1], RecordedProgress(), others)
+        return Scripted(Exit(0, artifact=published.uri))
+
+    @property
+    def tasks(self) -> list[Counter[str]]:
+        return [Counter(kind for _, kind in pool.calls) for pool in self.pools]
+
+
+def test_a_batch_over_ranks_is_calibrated_once_and_ends_with_its_pareto_report(model: Path, tmp_path: Path) -> None:
+    document = described(model, tmp_path / "batch")
+    text = {"uri": write_text(tmp_path / "text.txt", 20_000).as_uri()}
+    document["spec"]["calibration"]["source"] = text
+    document["spec"]["validation"] = {"text": text, "windows": 2}
+    (tmp_path / "job.json").write_text(json.dumps(document))
+    spec = {"jobs": ["job.json"], "matrix": {RANK: RANKS}, "concurrency": len(RANKS)}
+    batch = {"apiVersion": "counterweight/v1", "kind": "CompressionBatch", "metadata": {"name": "ranks"}, "spec": spec}
+    (tmp_path / "batch.json").write_text(json.dumps(batch))
+
+    jobs, attempts = JobStore(FileStore(tmp_path / "store")), InProcess()
+    made = submitted(jobs, load_submission(str(tmp_path / "batch.json")))
+    driver = Driver(jobs, attempts.start, lambda text: None, pause=lambda seconds: None)
+    driver.work(until_idle)
+
+    first, *others = attempts.tasks
     assert (first["forward"], first["block"]) == (LAYERS, LAYERS * len(RANKS))
     for tasks in others:
         assert not any(tasks[kind] for kind in ("forward", "block", *SHARED))
         assert tasks["evaluate"] > 0
-    alone, _ = run(model, tmp_path / "alone", {"rank-6": jobs["rank-6"]}, beside=False)
-    assert files(together)["rank-6"] == files(alone)["rank-6"]
+    report = summary(get_batch(jobs, made.id))
+    assert [point.state for point in report.points] == ["succeeded"] * len(RANKS)
+    assert report.points[0].job in report.perplexity_front, "nothing has fewer bits"
+    assert len({point.bits for point in report.points}) == len(RANKS)
+    page = render_batch(report)
+    assert all(point.name in page for point in report.points)
+    (same,) = (point.artifact for point in report.points if point.settings[RANK] == 6)
+    assert same is not None
+    settings = [f"{RANK}=6", f'spec.output.uri="{(tmp_path / "alone").as_uri()}"']
+    alone = parse_manifest(json.dumps(document), name="job.json", base=None, overrides=settings).job
+    published = run_manifest(alone, InProcessPool(), RecordedProgress())
+    assert tensors(Path(same.removeprefix("file://"))) == tensors(local(published))
 
 
 def test_with_several_workers_it_has_the_bits_of_jobs_that_are_alone(model: Path, tmp_path: Path) -> None:
@@ -137,23 +193,27 @@ def test_statistics_that_stay_are_in_the_plan(model: Path, tmp_path: Path) -> No
     assert not planned(model, most - step).keeps_statistics
 
 
-def planned(model: Path, memory: float) -> Plan:
-    """Of a job whose worker has so many bytes."""
-    uri = model.as_uri()
-    document = {
+def described(model: Path, output: Path) -> dict[str, Any]:
+    """A manifest."""
+    return {
         "apiVersion": "counterweight/v1",
         "kind": "CompressionJob",
         "metadata": {"name": "tiny"},
         "spec": {
-            "model": {"uri": uri},
-            "calibration": {"source": {"uri": uri}, "sequences": 8, "sequence_length": 32},
+            "model": {"uri": model.as_uri()},
+            "calibration": {"source": {"uri": model.as_uri()}, "sequences": 8, "sequence_length": 32},
             "recipe": sweep("svd", (2,))["rank-2"],
-            "resources": {"memory_per_worker": f"{memory / 2**20:.3f}MiB"},
-            "output": {"uri": uri},
+            "output": {"uri": output.as_uri()},
         },
     }
+
+
+def planned(model: Path, memory: float) -> Plan:
+    """Of a job whose worker has so many bytes."""
+    document = described(model, model)
+    document["spec"]["resources"] = {"memory_per_worker": f"{memory / 2**20:.3f}MiB"}
     job = parse_manifest(json.dumps(document), name="job.json", base=None).job
-    return make_plan(job, open_model(uri))
+    return make_plan(job, open_model(job.spec.model.uri))
 
 
 class Broken(InProcessPool):
