@@ -14,6 +14,7 @@ import typer
 
 from counterweight.pipeline import artifact_commands
 from counterweight.pipeline.jobs import commands as job_commands
+from counterweight.pipeline.log_format import Format, LogFormat
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.service import commands as service_commands
 from counterweight.pipeline.signals import terminable
@@ -88,6 +89,7 @@ def run(
             show_default=False,
         ),
     ] = None,
+    log_format: Format = LogFormat.TEXT,
     as_json: AsJson = False,
 ) -> None:
     """Run a job to the end; the last line of stdout is the artifact's URI (with --json: its `uri`)."""
@@ -103,7 +105,7 @@ def run(
     from counterweight.pipeline.progress import make_progress
     from counterweight.pipeline.run import run_job  # a wrong manifest need not wait for transformers and Ray
 
-    with make_progress(sys.stderr) as progress:
+    with make_progress(sys.stderr, json=log_format is LogFormat.JSON) as progress:
         # Ray's threads print what they think of dead workers; stdout holds the result and nothing else.
         with redirect_stdout(sys.stderr):
             published = run_job(job, progress, address=address, resume=resume, beside=others)

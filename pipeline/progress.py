@@ -301,8 +301,23 @@ class LiveProgress(Progress):
         ]
 
 
-def make_progress(stream: TextIO) -> Progress:
-    """The live display when `stream` is a terminal, plain lines otherwise."""
+class JsonProgress(Progress):
+    """Events as they are stored, a JSON object a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def on(self, event: Event) -> None:
+        from counterweight.pipeline.event_store import line_of
+
+        self._stream.write(line_of(event).decode())
+        self._stream.flush()
+
+
+def make_progress(stream: TextIO, *, json: bool = False) -> Progress:
+    """The live display when `stream` is a terminal, plain lines otherwise; or JSON lines."""
+    if json:
+        return JsonProgress(stream)
     if not stream.isatty():
         return PlainProgress(stream)
     from rich.console import Console
