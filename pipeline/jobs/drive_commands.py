@@ -105,6 +105,7 @@ def work(
     start = partial(ProcessAttempt, arguments=() if address is None else ("--address", address))
     # Whoever stays fires the schedules of the store; whoever is there for some jobs alone does not.
     fire = (lambda: None) if ids or idle else Schedules(jobs).tick
+    typer.echo(f"drives the jobs of {jobs.store.uri}", err=True)
     driver = Driver(jobs, start, note=lambda text: typer.echo(text, err=True), meanwhile=fire)
     driver.work(until_idle if idle else until_ended(*ids) if ids else never)
     raise typer.Exit(max((jobs.get(id).exit_code for id in ids), default=0))
