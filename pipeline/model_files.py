@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from counterweight.pipeline.manifest.uris import from_here
 from counterweight.workers.calibration.encoder import MAX_TOKENIZER_BYTES
 from counterweight.workers.checkpoint.beside import beside
-from counterweight.workers.checkpoint.layout import read_layout
+from counterweight.workers.checkpoint.layout import CONFIG, read_config, read_layout
 from counterweight.workers.errors import CheckpointError, ObjectNotFoundError, RequestError, StorageError
 from counterweight.workers.models.config_values import check_layers, check_values
 from counterweight.workers.models.families import family_of
-from counterweight.workers.storage import ObjectStore
+from counterweight.workers.storage import ObjectStore, open_store
 
 HUB = "hf:"
 TOKENIZER = "tokenizer.json"
@@ -22,9 +26,9 @@ HUB_FILES = [
 """What a snapshot of a hub repository consists of; never pickles, never code."""
 
 
-def check_files(store: ObjectStore) -> None:
+def check_files(store: ObjectStore) -> Mapping[str, Any]:
     """CheckpointError, UnsupportedModelError or RequestError for a folder that is no model, as far as config, index and the
-    presence of a first file of weights tell. Headers and shapes are for `model_source.open_model`."""
+    presence of a first file of weights tell; its config otherwise. Headers and shapes are for `model_source.open_model`."""
     try:
         layout = read_layout(store)
         check_values(layout.config)
@@ -35,6 +39,7 @@ def check_files(store: ObjectStore) -> None:
         for entry in beside(store, layout.shards):
             if entry.fate == "carried":
                 store.size(entry.name)  # a link that leads out of the folder is refused before anything is begun
+        return layout.config
     except ObjectNotFoundError as error:
         raise CheckpointError(f"{store.uri}: {error}: expected every file that the index names") from error
     except CheckpointError as error:
@@ -46,25 +51,71 @@ def tokenizer_of(store: ObjectStore) -> bytes | None:
     return store.read_bounded(TOKENIZER, MAX_TOKENIZER_BYTES) if store.exists(TOKENIZER) else None
 
 
-def resolve(uri: str) -> str:
-    """Where the checkpoint lies that `uri` names; a hub repository is downloaded first. RequestError, StorageError."""
-    return _snapshot(uri) if uri.startswith(HUB) else uri
+def config_of(model: str) -> Mapping[str, Any]:
+    """The config.json of a model, of which no other file is fetched. model: a path or a URI. RequestError and its kinds,
+    StorageError."""
+    uri = from_here(model)
+    if not uri.startswith(HUB):
+        return read_config(open_store(uri))
+    from huggingface_hub import hf_hub_download
+
+    name, revision = hub_name(uri)
+    with hub_answers(uri, "model"):
+        path = Path(hf_hub_download(name, CONFIG, revision=revision))
+    return read_config(open_store(path.parent.resolve().as_uri()))
 
 
-def _snapshot(uri: str) -> str:
-    from huggingface_hub import errors, snapshot_download
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """Positions that a model was made for (`max_position_embeddings`, of a multimodal model its text model's); None where its
+    config.json does not say."""
+    inside = config.get("text_config")
+    known = {**config, **(inside if isinstance(inside, Mapping) else {})}.get("max_position_embeddings")
+    return known if isinstance(known, int) and not isinstance(known, bool) else None
 
-    name, _, revision = uri.removeprefix(HUB).removeprefix("//").partition("@")
-    try:
-        path = snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES)
-    except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        # A gated repository that we may not read is one that is not found.
-        raise RequestError(_line(uri, error)) from error
-    except OSError as error:  # what the hub answers, a cache without it, a disk that is full
-        raise StorageError(_line(uri, error)) from error
+
+def resolve(uri: str, field: str = "spec.model.uri") -> str:
+    """Where the checkpoint or artifact lies that `uri` names; a hub repository is downloaded first. field: what messages call
+    it. RequestError, StorageError."""
+    return _snapshot(uri, field) if uri.startswith(HUB) else uri
+
+
+def _snapshot(uri: str, field: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    name, revision = hub_name(uri)
+    with hub_answers(uri, field):
+        path = snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
     return Path(path).resolve().as_uri()
 
 
-def _line(uri: str, error: Exception) -> str:
+def hub_name(uri: str) -> tuple[str, str | None]:
+    """Repository and revision."""
+    name, _, revision = uri.removeprefix(HUB).removeprefix("//").partition("@")
+    return name, revision or None
+
+
+@contextmanager
+def hub_answers(uri: str, field: str) -> Iterator[None]:
+    """RequestError and StorageError in the place of what the hub's client raises."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (
+        errors.HFValidationError,
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+        errors.EntryNotFoundError,
+    ) as error:
+        # A gated repository that we may not read is one that is not found.
+        raise RequestError(_line(uri, error, field)) from error
+    except errors.HfHubHTTPError as error:
+        refused = error.response is not None and error.response.status_code in (400, 401, 403)
+        raise (RequestError if refused else StorageError)(_line(uri, error, field)) from error
+    except OSError as error:  # what the hub answers, a cache without it, a disk that is full
+        raise StorageError(_line(uri, error, field)) from error
+
+
+def _line(uri: str, error: Exception, field: str) -> str:
     """What the hub's client says, which may be a page, on one line."""
-    return f"spec.model.uri: {uri}: {' '.join(str(error).split())}"
+    return f"{field}: {uri}: {' '.join(str(error).split())}"

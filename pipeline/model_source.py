@@ -15,6 +15,7 @@ from counterweight.workers.errors import CheckpointError
 from counterweight.workers.models.config_values import check_layers
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.layout import ModelLayout
+from counterweight.workers.models.plain import plain_layout
 from counterweight.workers.storage import ObjectStore, open_store
 
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -72,8 +73,10 @@ class ModelSource:
 
 
 def describe(config: Mapping[str, Any], stored: frozenset[str]) -> ModelLayout:
-    """The layout of the model with this config.json; takes transformers, which is a second to import. stored: as for
-    `BlockBuilder`."""
+    """The layout of the model with this config.json; takes transformers, a second to import, unless the model is plain. stored:
+    as for `BlockBuilder`."""
+    if (plain := plain_layout(config, stored)) is not None:
+        return plain
     from counterweight.workers.models.block_builder import BlockBuilder
 
     return BlockBuilder(config, stored).layout

@@ -69,21 +69,10 @@ def open_job(
     # Of workers elsewhere nothing is known but what the manifest says.
     if plan.problems and (here or job.spec.resources.memory_per_worker is not None):
         raise RequestError("spec.resources: " + "; ".join(plan.problems))
-    _note_positions(job, source, log)
     sampled = isinstance(job.spec.calibration.source, ModelSamples)
     drawn = _sampled(job, source, dispatcher, device()) if sampled else None
     tokens = read_tokens(job, None, drawn, ready.texts)
     return Opened(source=source, tokens=tokens.within(source.layout.vocabulary), plan=plan)
-
-
-def _note_positions(job: CompressionJob, source: ModelSource, log: EventLog) -> None:
-    """Says when windows are longer than the texts that the model was made for."""
-    length, known = job.spec.calibration.sequence_length, source.checkpoint.config.get("max_position_embeddings")
-    if isinstance(known, int) and length > known:
-        log.note(
-            f"spec.calibration.sequence_length: {length}: more than the {known} positions of the model "
-            "(config.json: max_position_embeddings): what it does behind them is calibrated on too"
-        )
 
 
 def _sweep(store: ObjectStore, log: EventLog) -> None:

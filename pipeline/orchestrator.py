@@ -125,7 +125,8 @@ class Orchestrator:
         outside = add_outside(job)
         texts = add_texts(job, tokens)
         references = add_references(job, tokens)
-        compress_blocks(job, model, outlined)
+        judged_on = tokens.validation
+        compress_blocks(job, model, outlined, 0 if judged_on is None else judged_on.ids.numel())
         parts = gather_parts(job, model, outside)
         trained: Trained | None = None
         if texts is not None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 from counterweight.pipeline.manifest import CompressionJob
-from counterweight.pipeline.model_files import check_files, resolve, tokenizer_of
-from counterweight.pipeline.texts import Texts, read_texts
+from counterweight.pipeline.model_files import check_files, positions_of, resolve, tokenizer_of
+from counterweight.pipeline.texts import Texts, check_texts, read_texts
 from counterweight.workers.errors import RequestError
 from counterweight.workers.storage import ObjectStore, open_store, probe
 from counterweight.workers.storage.names import file_root, s3_root
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+"""Owner and name of a repository."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,16 +34,67 @@ class Ready:
 def look(job: CompressionJob) -> Ready:
     """The model's config and index, the output, the texts through the model's tokenizer. RequestError and its kinds,
     StorageError."""
-    root = resolve(job.spec.model.uri)
-    model = open_store(root)
-    check_files(model)
-    check_apart(job.spec.output.uri, root)
+    root, model = _model(job)
     try:
         output = open_store(job.spec.output.uri)
         probe(output)
     except RequestError as error:
         raise RequestError(f"spec.output.uri: {error}") from error
     return Ready(root=root, output=output, texts=read_texts(job, tokenizer_of(model)))
+
+
+def look_only(job: CompressionJob) -> tuple[str, Callable[[], None]]:
+    """As `look`, for somebody who asks and does not begin: nothing is written, and texts are read as far as it takes to see
+    that they are long enough. Returns where the model lies, and what looks at its texts, which may last a second."""
+    root, model = _model(job)
+    _check_writable(job.spec.output.uri)
+    return root, lambda: check_texts(job, tokenizer_of(model))
+
+
+def _model(job: CompressionJob) -> tuple[str, ObjectStore]:
+    """Where the model lies, looked at as far as its config and its index tell."""
+    root = resolve(job.spec.model.uri)
+    _check_folder(root)
+    model = open_store(root)
+    check_positions(job, check_files(model))
+    check_apart(job.spec.output.uri, root)
+    return root, model
+
+
+def _check_folder(root: str) -> None:
+    """RequestError for a folder that is not there, with the repository of a hub that may have been meant."""
+    path = file_root(root)
+    if path is None or path.exists():
+        return
+    meant = "/".join(path.parts[-2:])
+    hint = f"; a repository of Hugging Face's hub begins with hf: (hf:{meant})" if HUB_NAME.fullmatch(meant) else ""
+    raise RequestError(f"spec.model.uri: {root}: no such folder: expected that of a checkpoint in safetensors{hint}")
+
+
+def check_positions(job: CompressionJob, config: Mapping[str, Any]) -> None:
+    """RequestError for windows that are longer than the texts that a model was made for: it was never taught what to do behind
+    them, so neither statistics nor figures from there mean anything. config: of its config.json."""
+    known = positions_of(config)
+    lengths = {"calibration": job.spec.calibration.sequence_length, "validation": job.spec.validation_sequence_length}
+    for section, length in lengths.items():
+        if known is not None and length is not None and length > known:
+            raise RequestError(
+                f"spec.{section}.sequence_length: {length}: expected at most {known}, the positions of the model "
+                "(config.json: max_position_embeddings)"
+            )
+
+
+def _check_writable(output: str) -> None:
+    """RequestError where a folder on this machine cannot be written to: tried with one that is removed at once."""
+    root = file_root(output)
+    if root is None:
+        return
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".counterweight-", dir=existing):
+            pass
+    except OSError as error:
+        raise RequestError(f"spec.output.uri: {output}: cannot be written: {existing}: {error.strerror}") from error
 
 
 def check_apart(output: str, model: str) -> None:

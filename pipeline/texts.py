@@ -91,3 +91,27 @@ def read_texts(job: CompressionJob, tokenizer: bytes | None) -> Texts:
         if running is not None:
             running.close()
     return Texts(found=found, seconds=time.perf_counter() - started)
+
+
+def check_texts(job: CompressionJob, tokenizer: bytes | None) -> None:
+    """Looks whether `read_texts` would get what is asked of each text, reading no more of it than that takes. RequestError."""
+    running: Encoder | None = None
+    try:
+        for asked in requests(job):
+            if isinstance(asked.source, TokensSource):
+                open_text(asked.source.uri, asked.field)
+                continue
+            running = running or encoder(tokenizer, asked.field)
+            # As many tokens as windows need are enough, wherever the windows will lie.
+            windows(
+                asked.source,
+                running,
+                length=asked.length,
+                sequences=asked.sequences or 1,
+                sampling="consecutive",
+                seed=asked.seed,
+                field=asked.field,
+            )
+    finally:
+        if running is not None:
+            running.close()

@@ -12,6 +12,9 @@ from counterweight.workers.metrics import METRICS
 
 CARD = "README.md"
 
+PLACE = "file:///path/of/this/folder"
+"""What stands in a card for where the artifact is: `push` puts the repository's name there."""
+
 _HUB = re.compile(r"hf:(?://)?(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})(?:@.*)?")
 _LICENCE = re.compile(r"(license|licence|copying)(\.(txt|md))?", re.IGNORECASE)
 
@@ -60,7 +63,7 @@ def _figures(report: Report) -> str:
 
 
 def _loading(*, branch: bool, stock: bool) -> str:
-    ours = '```python\nimport counterweight\n\nmodel = counterweight.load_model("file:///path/of/this/folder")\n```'
+    ours = '```python\nimport counterweight\n\nmodel = counterweight.load_model("' + PLACE + '")\n```'
     if not stock:
         return (
             f"{ours}\n\nOr, after `import counterweight.auto`, `AutoModelForCausalLM.from_pretrained`. Stock transformers and "
@@ -75,10 +78,7 @@ def _loading(*, branch: bool, stock: bool) -> str:
 
 
 def _limits(report: Report) -> str:
-    text = (
-        "Every byte can be checked: `counterweight verify file:///path/of/this/folder`. What was done to each layer is in "
-        "`report/`."
-    )
+    text = f"Every byte can be checked: `counterweight verify {PLACE}`. What was done to each layer is in `report/`."
     if report.validation is None:
         return text
     windows = count(report.validation.sequences, "window")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from counterweight.pipeline.artifact.document import DOCUMENT, ArtifactDocument, FileEntry
 from counterweight.pipeline.artifact.reader import check_named, resolve
-from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
+from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError
 from counterweight.workers.storage import ObjectStore, fetch, open_store, stream_sha256
+from counterweight.workers.storage.fetch import PARTIAL
 
 
 def verify(uri: str, done: Callable[[str, int], None] = lambda *_: None) -> ArtifactDocument:
@@ -49,9 +50,11 @@ def _check_tensors(store: ObjectStore) -> None:
 def pull(uri: str, destination: Path, done: Callable[[str, int], None] = lambda *_: None) -> ArtifactDocument:
     """Downloads an artifact into a directory, resuming what an earlier pull left; every byte is checked.
 
-    artifact.json comes last, so a directory that has it is whole.
+    artifact.json comes last, so a directory that has it is whole. RequestError for a directory that holds something else than
+    an artifact, or what a pull that was cut off has left.
     """
     store, document = resolve(uri)
+    _check_empty(destination, document)
     text = store.read(DOCUMENT)
     local = open_store(destination.absolute().as_uri())
     if local.exists(DOCUMENT) and local.read(DOCUMENT) != text:
@@ -61,6 +64,20 @@ def pull(uri: str, destination: Path, done: Callable[[str, int], None] = lambda 
         done(path, entry.size)
     local.write(DOCUMENT, text)
     return document
+
+
+def _check_empty(destination: Path, document: ArtifactDocument) -> None:
+    if not destination.exists() or (destination / DOCUMENT).exists():
+        return
+    if not destination.is_dir():
+        raise RequestError(f"{destination}: expected a folder")
+    files = {path.relative_to(destination).as_posix() for path in destination.rglob("*") if not path.is_dir()}
+    others = sorted(files - document.files.keys() - {f"{name}{PARTIAL}" for name in document.files})
+    if others:
+        raise RequestError(
+            f"{destination}: holds {others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}, which is not of the "
+            "artifact: expected a folder that is new, empty, or of an earlier pull"
+        )
 
 
 def _difference(store: ObjectStore, path: str, entry: FileEntry) -> str | None:

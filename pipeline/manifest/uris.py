@@ -7,7 +7,7 @@ is never meant.
 
 from __future__ import annotations
 
-import os.path
+import os
 import posixpath
 import re
 from collections.abc import Callable, Sequence
@@ -54,6 +54,16 @@ def resolve_uri(uri: str, base: str | None) -> str:
         s3_root(uri)
         return uri
     raise RequestError(f"{_EXPECTED}; a colon in a name needs './' before it")
+
+
+def from_here(place: str | os.PathLike[str]) -> str:
+    """A path or URI that somebody typed, as an absolute URI: paths are relative to the working directory; `hf:` is kept.
+    RequestError, naming it."""
+    uri = os.fspath(place)
+    try:
+        return uri if uri.startswith("hf:") else resolve_uri(uri, FilePath.cwd().as_uri())
+    except RequestError as error:
+        raise RequestError(f"{uri!r}: {error}") from error
 
 
 def resolve_model_uri(uri: str, base: str | None) -> str:

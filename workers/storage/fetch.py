@@ -14,6 +14,9 @@ from counterweight.workers.errors import IntegrityError, RequestError, StorageEr
 from counterweight.workers.storage.base import ObjectStore
 from counterweight.workers.storage.regular import check_regular, confined
 
+PARTIAL = ".partial"
+"""Behind the name of a file that is not whole yet."""
+
 _CHUNK = 4 << 20
 _REFUSED = (
     errno.EACCES,
@@ -42,7 +45,7 @@ def fetch(store: ObjectStore, key: str, path: Path, *, size: int, sha256: str, r
     store does, `StorageError` also when the disk is full or another process downloads to the same path, and
     `RequestError` when the path cannot be written, or a link leads out of `root`.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     for each in (path, partial):
         confined(root or path.parent, each)
     with _failing(partial):
