@@ -14,7 +14,8 @@ from statistics import mean
 
 from counterweight.pipeline.artifact import Artifact, Published
 from counterweight.pipeline.artifact.assemble import Assembler, Parts
-from counterweight.pipeline.artifact.publish import publish, repair_pointer
+from counterweight.pipeline.artifact.making import Sizes, Timeline
+from counterweight.pipeline.artifact.publish import before, publish, repair_pointer
 from counterweight.pipeline.artifact.report import (
     DistillationReport,
     ModelReport,
@@ -37,6 +38,7 @@ from counterweight.pipeline.opening import Opened
 from counterweight.pipeline.policies import Resume, RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
 from counterweight.pipeline.resume import outlines, setting_of
+from counterweight.pipeline.sizes import source_bytes
 from counterweight.pipeline.stages import (
     Job,
     Stopwatch,
@@ -80,6 +82,8 @@ class Orchestrator:
         self._threads = pool.threads
         self._dispatcher = Dispatcher(pool, RetryPolicy(), log.emit, Graph(self._workspace))
         self._watch = Stopwatch(log)
+        self._timeline, self._workers = Timeline(), pool.size
+        log.add(self._timeline)
         self._setting = setting_of(job, self._source, device, run=uuid.uuid4().hex if alone else "")
 
     def run(self) -> Published:
@@ -143,6 +147,14 @@ class Orchestrator:
         self._watch.stage("publish")
         tasks = [*_task_reports(model), *(() if trained is None else trained.tasks), *validations]
         report = self._report(artifact, parts, digests, windows, tasks, None if trained is None else trained.report)
+        written = sum(entry.size for entry in files.values())
+        report = report.model_copy(
+            update={
+                "sizes": Sizes(source=source_bytes(self._source), artifact=written),
+                "making": self._timeline.making(self._workers),
+                "earlier": before(artifact),
+            }
+        )
         self._gate(artifact, report)
         published = publish(artifact, report, files, parts.ledger())
         leftovers = () if trained is None else trained.discardable

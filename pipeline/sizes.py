@@ -13,6 +13,11 @@ KEPT = 2
 """Bytes of a number of the blocks that stays as it is: bfloat16 or float16."""
 
 
+def source_bytes(source: ModelSource) -> int:
+    """Of all tensors that count."""
+    return sum(source.checkpoint.entry(name).length for name in source.tensors)
+
+
 def quantized_parameters(loads: Iterable[Load]) -> int:
     """Weights of the linears that blocks quantize."""
     return sum(prod(group.linears[name]) for load in loads for group in load.groups for name in group.recipe)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ConfigDict, Field
 
+from counterweight.pipeline.artifact.making import Earlier, Making, Sizes
 from counterweight.workers.config import Config
 from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.errors import RequestError
@@ -153,6 +154,12 @@ class Report(Judged):
     stages: Mapping[str, float]
     """Stage of the job -> seconds of wall time."""
     software: Mapping[str, str]
+    sizes: Sizes | None = None
+    """Before and after."""
+    making: Making | None = None
+    """The run that published it."""
+    earlier: Earlier | None = None
+    """The artifact of this name before it; null for the first."""
 
 
 def tokens_report(source: CalibrationSource, tokens: TokenSet, unseen: TokenSet | None = None) -> TokensReport:
