@@ -18,6 +18,7 @@ from counterweight.pipeline.jobs import commands as job_commands
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.service import commands as service_commands
 from counterweight.pipeline.signals import terminable
+from counterweight.pipeline.terminal import SET_HELP
 from counterweight.pipeline.terminal import absolute as _absolute
 from counterweight.pipeline.terminal import print_json as _print_json
 from counterweight.pipeline.terminal import print_rows as _print_rows
@@ -37,7 +38,11 @@ app = typer.Typer(
 Manifest = Annotated[str, typer.Argument(help="Path or URI of a manifest (YAML).", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a field: spec.recipe.weights.bits=3. Repeatable.", show_default=False),
+    typer.Option(
+        "--set",
+        help=SET_HELP,
+        show_default=False,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 ArtifactUri = Annotated[

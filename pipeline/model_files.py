@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from counterweight.pipeline.manifest.uris import from_here
+from counterweight.workers.calibration.chat_template import ChatTemplate
 from counterweight.workers.calibration.encoder import MAX_TOKENIZER_BYTES
+from counterweight.workers.calibration.windows import TokenizerFiles
 from counterweight.workers.checkpoint.beside import beside
 from counterweight.workers.checkpoint.layout import CONFIG, read_config, read_layout
+from counterweight.workers.checkpoint.strict_json import parse_object
 from counterweight.workers.errors import CheckpointError, ObjectNotFoundError, RequestError, StorageError
 from counterweight.workers.models.config_values import check_layers, check_values
 from counterweight.workers.models.families import family_of
 from counterweight.workers.storage import ObjectStore, open_store
 
 HUB = "hf:"
-TOKENIZER = "tokenizer.json"
+TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+
+MAX_TEMPLATE_BYTES, MAX_TEMPLATE_VALUES = 8 << 20, 1_000_000
+"""Of a file with a chat template, which may list thousands of added tokens too."""
 
 HUB_FILES = [
     *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"),
@@ -46,9 +52,42 @@ def check_files(store: ObjectStore) -> Mapping[str, Any]:
         raise CheckpointError(f"{store.uri}: {error}") from error
 
 
-def tokenizer_of(store: ObjectStore) -> bytes | None:
-    """tokenizer.json of the checkpoint in this store, or None."""
-    return store.read_bounded(TOKENIZER, MAX_TOKENIZER_BYTES) if store.exists(TOKENIZER) else None
+def tokenizer_of(store: ObjectStore) -> TokenizerFiles | None:
+    """The tokenizer of the checkpoint in this store; None without a tokenizer.json."""
+    if not store.exists(TOKENIZER):
+        return None
+    return TokenizerFiles(store.read_bounded(TOKENIZER, MAX_TOKENIZER_BYTES), _chat_template(store))
+
+
+def _chat_template(store: ObjectStore) -> ChatTemplate | None:
+    """As transformers finds it: in a file of its own, or in tokenizer_config.json; of several the one called default.
+    CheckpointError for a file that is no JSON."""
+    config = _json(store, TOKENIZER_CONFIG)
+    source: object = config.get("chat_template")
+    if store.exists(CHAT_TEMPLATE):
+        source = store.read_bounded(CHAT_TEMPLATE, MAX_TEMPLATE_BYTES).decode(errors="replace")
+    elif isinstance(alone := _json(store, "chat_template.json").get("chat_template"), str):
+        source = alone
+    if isinstance(source, list):
+        named = {one.get("name"): one.get("template") for one in source if isinstance(one, Mapping)}
+        source = named.get("default")
+    if not isinstance(source, str):
+        return None
+    tokens = {name: _token(value) for name, value in config.items() if name.endswith("_token")}
+    return ChatTemplate(source, {name: text for name, text in tokens.items() if text is not None})
+
+
+def _json(store: ObjectStore, name: str) -> Mapping[str, Any]:
+    """An object beside the weights; an empty one where there is none."""
+    if not store.exists(name):
+        return {}
+    return parse_object(store.read_bounded(name, MAX_TEMPLATE_BYTES), file=name, max_values=MAX_TEMPLATE_VALUES)
+
+
+def _token(value: object) -> str | None:
+    """A special token's text, which tokenizer_config.json has as it is or with how it is matched."""
+    value = value.get("content") if isinstance(value, Mapping) else value
+    return value if isinstance(value, str) else None
 
 
 def config_of(model: str) -> Mapping[str, Any]:
@@ -101,6 +140,8 @@ def hub_answers(uri: str, field: str) -> Iterator[None]:
 
     try:
         yield
+    except errors.LocalEntryNotFoundError as error:  # which says no more than that there is no way to the hub
+        raise StorageError(_line(uri, error, field)) from error
     except (
         errors.HFValidationError,
         errors.RepositoryNotFoundError,

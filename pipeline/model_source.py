@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 from counterweight.pipeline.model_files import resolve, tokenizer_of
+from counterweight.workers.calibration.windows import TokenizerFiles
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.models.config_values import check_layers
@@ -67,8 +68,8 @@ class ModelSource:
         """Weights of the whole model, shared ones once."""
         return sum(prod(self.checkpoint.entry(name).shape) for name in self.tensors)
 
-    def tokenizer(self) -> bytes | None:
-        """tokenizer.json, or None."""
+    def tokenizer(self) -> TokenizerFiles | None:
+        """The tokenizer's files; None without a tokenizer.json."""
         return tokenizer_of(self.store)
 
 

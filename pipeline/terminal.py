@@ -7,6 +7,11 @@ from collections.abc import Sequence
 
 import typer
 
+SET_HELP = (
+    "Override a field: spec.recipe.weights.bits=3; an item of a list: spec.recipe.keep.0=lm_head; a further one: "
+    "spec.recipe.keep.+='*.q_proj'. Repeatable."
+)
+
 
 def absolute(uri: str) -> str:
     """A path or URI given on the command line; paths are relative to the working directory. RequestError."""

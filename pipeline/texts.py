@@ -11,7 +11,7 @@ from counterweight.pipeline.manifest.job import TextShare
 from counterweight.workers.calibration.encoder import Encoder
 from counterweight.workers.calibration.source import ModelSamples, TokenSource, TokensSource
 from counterweight.workers.calibration.texts import open_text
-from counterweight.workers.calibration.windows import Sampling, Windows, encoder, windows
+from counterweight.workers.calibration.windows import AnyTokenizer, Sampling, Windows, encoder, windows
 
 CALIBRATION, VALIDATION, DISTILLATION = "spec.calibration.source", "spec.validation.text", "spec.distillation"
 
@@ -65,9 +65,9 @@ def _shares(shares: Sequence[TextShare], name: str, length: int) -> Iterator[Req
         yield Request(field=field, source=share.source, length=length, sequences=share.skip + share.sequences)
 
 
-def read_texts(job: CompressionJob, tokenizer: bytes | None) -> Texts:
+def read_texts(job: CompressionJob, tokenizer: AnyTokenizer) -> Texts:
     """Reads and tokenizes the texts that `job` names, as far as its windows need; RequestError when one does not give what is
-    asked of it, or prepared tokens are not there. tokenizer: the model's tokenizer.json."""
+    asked of it, or prepared tokens are not there. tokenizer: the model's."""
     started = time.perf_counter()
     found: dict[str, Windows] = {}
     running: Encoder | None = None
@@ -93,7 +93,7 @@ def read_texts(job: CompressionJob, tokenizer: bytes | None) -> Texts:
     return Texts(found=found, seconds=time.perf_counter() - started)
 
 
-def check_texts(job: CompressionJob, tokenizer: bytes | None) -> None:
+def check_texts(job: CompressionJob, tokenizer: AnyTokenizer) -> None:
     """Looks whether `read_texts` would get what is asked of each text, reading no more of it than that takes. RequestError."""
     running: Encoder | None = None
     try:

@@ -10,6 +10,7 @@ from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.manifest.job import TextShare
 from counterweight.pipeline.texts import CALIBRATION, DISTILLATION, VALIDATION, Request, Texts, read_texts, requests
 from counterweight.workers.calibration.tokens import TokenSet, as_tensor, checked, token_set
+from counterweight.workers.calibration.windows import AnyTokenizer
 from counterweight.workers.errors import RequestError
 
 
@@ -41,7 +42,7 @@ class Tokens:
 
 
 def read_tokens(
-    job: CompressionJob, tokenizer: bytes | None, sampled: TokenSet | None = None, texts: Texts | None = None
+    job: CompressionJob, tokenizer: AnyTokenizer, sampled: TokenSet | None = None, texts: Texts | None = None
 ) -> Tokens:
     """The token sets that `job` names; RequestError when a text does not give what is asked of it.
 

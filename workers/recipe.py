@@ -146,7 +146,7 @@ class Recipe(Config):
     def _keeps_head(cls, keep: tuple[str, ...]) -> tuple[str, ...]:
         if not any(fnmatchcase("lm_head", pattern) for pattern in keep):
             raise ValueError(
-                "none of these matches lm_head: expected a pattern that does: quantizing it is not supported"
+                "expected a pattern for lm_head, which none of these matches: quantizing it is not supported"
             )
         return keep
 

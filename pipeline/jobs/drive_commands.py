@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from counterweight.pipeline.jobs.options import STORE, STORE_HELP, AsJson, Store, jobs_at
-from counterweight.pipeline.terminal import absolute, print_json, print_rows
+from counterweight.pipeline.terminal import SET_HELP, absolute, print_json, print_rows
 
 if TYPE_CHECKING:
     from counterweight.pipeline.manifest import Submission
@@ -17,7 +17,11 @@ def submit(
     manifest: Annotated[str, typer.Argument(help="Path or URI of a manifest (YAML).", show_default=False)],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Override a field: spec.recipe.weights.bits=3. Repeatable.", show_default=False),
+        typer.Option(
+            "--set",
+            help=SET_HELP,
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[str | None, typer.Option(help="Replaces spec.output.uri.", show_default=False)] = None,
     store: Annotated[

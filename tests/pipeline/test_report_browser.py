@@ -34,9 +34,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this ma
 
 OUTSIDE = """
 () => {
-  const wide = document.documentElement.clientWidth;
-  const inside = (node) => { while (node) { if (node.matches('.scroll, pre, details:not([open])')) return true; node = node.parentElement } };
-  const found = [];
+  const wide = document.documentElement.clientWidth, found = [];
+  const inside = (node) => node !== null && (node.matches('.scroll, pre') || inside(node.parentElement));
   if (document.documentElement.scrollWidth > wide) found.push(`page: ${document.documentElement.scrollWidth} > ${wide}`);
   for (const node of document.body.querySelectorAll('*')) {
     const box = node.getBoundingClientRect();
