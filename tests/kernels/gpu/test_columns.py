@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.gpu import columns as kernel
+from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers import GPTQ
@@ -99,11 +100,11 @@ def test_a_whole_weight_has_the_codes_that_it_has_elsewhere(
     form = WeightFormat(bits=3, group_size=group_size, symmetric=symmetric)
     calls: list[str] = []
 
-    def codes(where: torch.device, *, kernels: bool) -> Tensor:
+    def chosen(where: torch.device, *, kernels: bool) -> StoredWeight:
         monkeypatch.setattr(within_block, "runs_kernels", lambda _: kernels)
         statistics = InputStatistics.of(x.to(where))
         (found,) = gptq(GPTQ(block_size=128), weight.to(where), [statistics], form, torch.float32)
-        return found.weight.dequantize().cpu()
+        return found.weight.to(torch.device("cpu"))
 
     def counted(name: str) -> Any:
         plain = getattr(kernel, name)
@@ -111,15 +112,16 @@ def test_a_whole_weight_has_the_codes_that_it_has_elsewhere(
 
     for name in ("feed_back_", "descend_"):
         monkeypatch.setattr(kernel, name, counted(name))
-    expected, found = codes(torch.device("cpu"), kernels=False), codes(device, kernels=True)
+    expected, found = chosen(torch.device("cpu"), kernels=False), chosen(device, kernels=True)
     assert calls.count("feed_back_") == 2
     assert calls.count("descend_") in (2, 4)  # both blocks, once or twice
 
-    def cost(stored: Tensor) -> float:
-        return float(((weight[0] - stored).double() @ x.double().T).square().sum())
+    def cost(stored: StoredWeight) -> float:
+        return float(((weight[0] - stored.dequantize()).double() @ x.double().T).square().sum())
 
     assert cost(found) == pytest.approx(cost(expected), rel=2e-3)
-    assert (found == expected).all(1).float().mean() > 0.8
+    # Codes and not values: a GPU divides by a number as it multiplies by its inverse, so steps differ in their last bit.
+    assert (found.parts["codes"] == expected.parts["codes"]).all(1).float().mean() > 0.8
 
 
 def test_refuses_what_it_cannot_do(device: torch.device) -> None:
