@@ -12,7 +12,7 @@ from counterweight.workers.calibration.experts import ExpertCalibration, Starvat
 from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.shrinkage import shrunk
-from counterweight.workers.calibration.statistics import Accumulator, Gathering, PackedMoments, ShardMoments
+from counterweight.workers.calibration.statistics import Accumulator, Gathering, PackedMoments
 from counterweight.workers.errors import RequestError
 from counterweight.workers.held_out import HeldOutRows, Rows
 from counterweight.workers.hooks import input_hooks
@@ -99,7 +99,7 @@ def _through(block: Block, expert: int, gatherings: Gatherings, rows: Tensor) ->
     }
 
     def take(group: SharedInputGroup, seen: Tensor) -> None:
-        sums[group].add(ShardMoments.of(seen, gatherings[group]))
+        sums[group].add_rows(seen)
 
     with torch.no_grad(), input_hooks(block, gatherings, take):
         for stretch in rows.split(STRETCH):

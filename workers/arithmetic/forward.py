@@ -136,7 +136,8 @@ def _moments(load: Load, group: Group) -> Work:
     pairs = count * (count - 1) // 2
     part = next(iter(group.recipe.values()))
     quantized = NOTHING if part.activations is None else part.activations.quantize_flops(tokens * group.width)
-    # Of each product of a shard: zeros, the product, and its strips added to the sum.
-    launched = steps(load.shards * (count + pairs) * (2 + -(-group.width // TRIANGLE_BLOCK)))
+    # Of each product of a shard: zeros, the product, and its strips added to the sum; on a GPU one kernel.
+    each = 1 if load.gpu else 2 + -(-group.width // TRIANGLE_BLOCK)
+    launched = steps(load.shards * (count + pairs) * each)
     triangles = gram(tokens, group.width, TRIANGLE_BLOCK) * count
     return triangles + product(group.width, tokens, group.width) * pairs + quantized + launched

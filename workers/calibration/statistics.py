@@ -98,7 +98,7 @@ class InputStatistics:
     def of(cls, rows: Tensor, gathering: Gathering = NOTHING_ELSE) -> InputStatistics:
         """Statistics of the rows [..., in] of one shard."""
         accumulator = Accumulator(rows.shape[-1], rows.device, gathering)
-        accumulator.add(ShardMoments.of(rows, gathering))
+        accumulator.add_rows(rows)
         return accumulator.result()
 
     def mean_gram(self) -> Tensor:
@@ -174,27 +174,16 @@ class ShardMoments:
     @classmethod
     def of(cls, rows: Tensor, gathering: Gathering = NOTHING_ELSE, original: Tensor | None = None) -> ShardMoments:
         """Moments of the rows x [..., in] of one shard; original: the rows t of the same tokens."""
-        x = rows.reshape(-1, rows.shape[-1])
-        streams = {"x": x}
-        if gathering.activations is not None:
-            # In the dtype of the forward pass, as the layer itself will do it.
-            streams["y"] = fake_quantize_activations(rows, gathering.activations).reshape(x.shape)
-        if original is not None:
-            streams["t"] = original.reshape(x.shape)
+        streams = _streams(rows, gathering, original)
 
         @cache
         def wide(name: str) -> Tensor:
             return streams[name].float()
 
-        # The kernels take a stream in its own dtype, so that often no float32 copy is needed at all.
-        kernel = runs_kernels(x.device)
         return cls(
-            triangles={name * 2: _lower(stream if kernel else wide(name)) for name, stream in streams.items()},
-            crossed={
-                one + other: _crossed(streams[one], streams[other]) if kernel else wide(one).T @ wide(other)
-                for one, other in combinations(streams, 2)
-            },
-            tokens=int(x.shape[0]),
+            triangles={name * 2: _lower(wide(name)) for name in streams},
+            crossed={one + other: wide(one).T @ wide(other) for one, other in combinations(streams, 2)},
+            tokens=len(streams["x"]),
             absolute=wide("x").abs().sum(0) if gathering.absolute else None,
             thresholds=Thresholds.of(wide("x")) if gathering.thresholds else None,
         )
@@ -204,7 +193,7 @@ class Accumulator:
     """Sums shards in the order in which they are added, in float64, holding one sum."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu", gathering: Gathering = NOTHING_ELSE) -> None:
-        self._width, self._device, self._activations = width, device, gathering.activations
+        self._width, self._device, self._gathering = width, device, gathering
         self._triangles = {"xx": LowerTriangle.zeros(width, torch.float64, device)}
         self._crossed: dict[str, Tensor] = {}
         self._absolute: Tensor | None = None
@@ -222,9 +211,7 @@ class Accumulator:
         if shard.width != self._width:
             raise ValueError(f"a shard of width {shard.width} cannot join statistics of width {self._width}")
         for name, triangle in shard.triangles.items():
-            if name not in self._triangles:
-                self._triangles[name] = LowerTriangle.zeros(self._width, torch.float64, self._device)
-            self._triangles[name].add_(triangle)
+            self._triangle(name).add_(triangle)
         for name, product in shard.crossed.items():
             if name in self._crossed:
                 # Strip by strip: torch would make a float64 copy of the whole product first.
@@ -234,12 +221,42 @@ class Accumulator:
                     total += part
             else:
                 self._crossed[name] = product.double()
-        if shard.absolute is not None:
-            absolute = shard.absolute.double()
-            self._absolute = absolute if self._absolute is None else self._absolute + absolute
-        if shard.thresholds is not None and self._thresholds is not None:
-            self._thresholds.merge(shard.thresholds)
-        self._tokens += shard.tokens
+        self._add_vectors(shard.tokens, shard.absolute, shard.thresholds)
+
+    def add_rows(self, rows: Tensor, original: Tensor | None = None) -> None:
+        """Adds the shard whose rows x [..., in] these are; original: the rows t of the same tokens. Where kernels run products
+        are added as they are made, with the same bits; elsewhere it is `add` of the shard's moments."""
+        if not runs_kernels(rows.device):
+            self.add(ShardMoments.of(rows, self._gathering, original))
+            return
+        from counterweight.kernels.gpu.gram import add_gram_, add_product_
+
+        streams = _streams(rows, self._gathering, original)
+        for name, stream in streams.items():
+            add_gram_(self._triangle(name * 2).entries, stream)
+        for one, other in combinations(streams, 2):
+            if one + other not in self._crossed:
+                square = (self._width, self._width)
+                self._crossed[one + other] = torch.zeros(square, dtype=torch.float64, device=self._device)
+            add_product_(self._crossed[one + other], streams[one], streams[other])
+        x = streams["x"]
+        self._add_vectors(
+            len(x),
+            x.float().abs().sum(0) if self._gathering.absolute else None,
+            Thresholds.of(x.float()) if self._gathering.thresholds else None,
+        )
+
+    def _triangle(self, name: str) -> LowerTriangle:
+        if name not in self._triangles:
+            self._triangles[name] = LowerTriangle.zeros(self._width, torch.float64, self._device)
+        return self._triangles[name]
+
+    def _add_vectors(self, tokens: int, absolute: Tensor | None, thresholds: Tensor | None) -> None:
+        if absolute is not None:
+            self._absolute = absolute.double() if self._absolute is None else self._absolute + absolute.double()
+        if thresholds is not None and self._thresholds is not None:
+            self._thresholds.merge(thresholds)
+        self._tokens += tokens
 
     def packed(self) -> PackedMoments:
         """The sum so far, in memory that further shards are added to; zeros when nothing was added."""
@@ -249,7 +266,7 @@ class Accumulator:
             tokens=self._tokens,
             absolute=self._absolute,
             thresholds=None if self._thresholds is None else self._thresholds.result(),
-            activations=self._activations,
+            activations=self._gathering.activations,
         )
 
     def result(self) -> InputStatistics:
@@ -257,22 +274,22 @@ class Accumulator:
         return self.packed().unpacked()
 
 
+def _streams(rows: Tensor, gathering: Gathering, original: Tensor | None) -> dict[str, Tensor]:
+    """x, and what else is looked at of the same tokens, [tokens, in], in the dtype of the forward pass."""
+    x = rows.reshape(-1, rows.shape[-1])
+    streams = {"x": x}
+    if gathering.activations is not None:
+        # In the dtype of the forward pass, as the layer itself will do it.
+        streams["y"] = fake_quantize_activations(rows, gathering.activations).reshape(x.shape)
+    if original is not None:
+        streams["t"] = original.reshape(x.shape)
+    return streams
+
+
 def _lower(x: Tensor) -> LowerTriangle:
     """The lower triangle of x^T x in float32, strip by strip: half of the products, because the matrix is symmetric.
-    x: float32, for the kernel any float."""
-    width = x.shape[1]
-    if runs_kernels(x.device):
-        from counterweight.kernels.gpu.gram import add_gram_
-
-        return LowerTriangle.of(add_gram_(torch.zeros(width, width, device=x.device), x.contiguous()))
-    lower = LowerTriangle.empty(width, torch.float32, x.device)
+    x: float32."""
+    lower = LowerTriangle.empty(x.shape[1], torch.float32, x.device)
     for start, stop, strip in lower.strips():
         torch.mm(x[:, start:stop].T, x[:, :stop], out=strip)
     return lower
-
-
-def _crossed(x: Tensor, y: Tensor) -> Tensor:
-    """x^T y in float32, by a kernel."""
-    from counterweight.kernels.gpu.gram import add_product_
-
-    return add_product_(torch.zeros(x.shape[1], y.shape[1], device=x.device), x.contiguous(), y.contiguous())
