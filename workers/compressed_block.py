@@ -83,6 +83,7 @@ def solved(
         codes=codes,
         held_out=held.held_out(statistics),
         batch_bytes=spec.batch_bytes,
+        device=context.device,
         pool=context.pool,
     )
     loaded.let_go(own)

@@ -103,7 +103,7 @@ class RunningStatistics:
         """The statistics; nothing can be added after. A non-finite activation is a RequestError that names the group."""
         packed = {group: self._sums.pop(group).packed() for group in self.gatherings}
         for group, found in packed.items():
-            if not all_finite(found.triangles["xx"].entries):
+            if "xx" in found.triangles and not all_finite(found.triangles["xx"].entries):
                 raise RequestError(f"the input of {group[0]} is not finite on the calibration tokens")
         return PackedStatistics(packed)
 

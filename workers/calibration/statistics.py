@@ -35,12 +35,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gathering:
-    """What is to be gathered beside xx. activations: how y is made of x; None: y is not needed. absolute: sum |x| too;
-    thresholds: the `Thresholds` of x too."""
+    """What is to be gathered beside the number of tokens. products: the second moments of x, and of what else there is.
+    activations: how y is made of x; None: y is not needed. absolute: sum |x| too; thresholds: the `Thresholds` of x too."""
 
     activations: ActivationFormat | None = None
     absolute: bool = False
     thresholds: bool = False
+    products: bool = True
+
+    @property
+    def anything(self) -> bool:
+        """Whether tokens are looked at, and not only counted."""
+        return self.products or self.absolute or self.thresholds
 
 
 NOTHING_ELSE = Gathering()
@@ -50,12 +56,13 @@ NOTHING_ELSE = Gathering()
 class InputStatistics:
     """Moments of what enters a layer: sums over tokens, [in, in] float64; `xy` is sum x y^T.
 
-    gram: xx. tokens: number of rows summed. others: the products of further streams, where they were gathered.
+    gram: xx; None where no products were gathered. tokens: number of rows summed. others: the products of further streams,
+    where they were gathered.
     absolute: sum |x|, [in] float64, where it was gathered; thresholds likewise, [in] float32. activations: how y was made of x.
     starvation: of an expert's, that its own tokens were too few, and what was added to them, which `tokens` counts.
     """
 
-    gram: Tensor
+    gram: Tensor | None
     tokens: int
     others: Mapping[str, Tensor] = field(default_factory=dict)
     absolute: Tensor | None = None
@@ -70,6 +77,7 @@ class InputStatistics:
             activations=self.activations,
             absolute=self.absolute is not None,
             thresholds=self.thresholds is not None,
+            products=self.gram is not None,
         )
 
     @property
@@ -80,10 +88,14 @@ class InputStatistics:
 
     @property
     def width(self) -> int:
-        return int(self.gram.shape[0])
+        """Channels of the input; ValueError where no products were gathered."""
+        return int(self.product("xx").shape[0])
 
     def product(self, streams: str) -> Tensor:
-        """The sum of outer products of two streams, such as `xy`. A stream that was not gathered is x itself."""
+        """The sum of outer products of two streams, such as `xy`. A stream that was not gathered is x itself. ValueError where
+        no products were gathered."""
+        if self.gram is None:
+            raise ValueError(f"statistics: no product {streams}: expected those of a recipe that needs them")
         present = "".join("x" if stream not in self.streams else stream for stream in streams)
         if present == "xx":
             return self.gram
@@ -103,14 +115,15 @@ class InputStatistics:
 
     def mean_gram(self) -> Tensor:
         """E[x x^T], [in, in] float64; zeros when no token was seen."""
-        return self.gram / max(self.tokens, 1)
+        return self.product("xx") / max(self.tokens, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedMoments:
-    """`InputStatistics` in about half of their memory. triangles: products of a stream with itself; crossed: of two streams,
-    [in, in] float64."""
+    """`InputStatistics` in about half of their memory. width: channels of the input. triangles: products of a stream with
+    itself, none where no products were gathered; crossed: of two streams, [in, in] float64."""
 
+    width: int
     triangles: Mapping[str, LowerTriangle]
     crossed: Mapping[str, Tensor]
     tokens: int
@@ -121,9 +134,10 @@ class PackedMoments:
 
     @classmethod
     def of(cls, statistics: InputStatistics) -> PackedMoments:
-        """What `unpacked` gives back."""
-        products = {"xx": statistics.gram, **statistics.others}
+        """What `unpacked` gives back; of statistics with products."""
+        products = {"xx": statistics.product("xx"), **statistics.others}
         return cls(
+            width=statistics.width,
             triangles={name: LowerTriangle.of(one) for name, one in products.items() if name[0] == name[1]},
             crossed={name: one for name, one in products.items() if name[0] != name[1]},
             tokens=statistics.tokens,
@@ -132,10 +146,6 @@ class PackedMoments:
             activations=statistics.activations,
             starvation=statistics.starvation,
         )
-
-    @property
-    def width(self) -> int:
-        return self.triangles["xx"].width
 
     @property
     def bytes(self) -> int:
@@ -147,7 +157,7 @@ class PackedMoments:
         """With squares of their own."""
         squares = {name: triangle.square() for name, triangle in self.triangles.items()}
         return InputStatistics(
-            gram=squares.pop("xx"),
+            gram=squares.pop("xx", None),
             tokens=self.tokens,
             others={**squares, **self.crossed},
             absolute=self.absolute,
@@ -161,29 +171,28 @@ class PackedMoments:
 class ShardMoments:
     """One shard's contribution, float32: its products of a stream with itself, and those of two streams [in, in]."""
 
+    width: int
     triangles: Mapping[str, LowerTriangle]
     crossed: Mapping[str, Tensor]
     tokens: int
     absolute: Tensor | None
     thresholds: Tensor | None
 
-    @property
-    def width(self) -> int:
-        return self.triangles["xx"].width
-
     @classmethod
     def of(cls, rows: Tensor, gathering: Gathering = NOTHING_ELSE, original: Tensor | None = None) -> ShardMoments:
         """Moments of the rows x [..., in] of one shard; original: the rows t of the same tokens."""
-        streams = _streams(rows, gathering, original)
+        x = rows.reshape(-1, rows.shape[-1])
+        streams = _streams(x, gathering, original)
 
         @cache
         def wide(name: str) -> Tensor:
-            return streams[name].float()
+            return (x if name == "x" else streams[name]).float()
 
         return cls(
+            width=int(x.shape[1]),
             triangles={name * 2: _lower(wide(name)) for name in streams},
             crossed={one + other: wide(one).T @ wide(other) for one, other in combinations(streams, 2)},
-            tokens=len(streams["x"]),
+            tokens=len(x),
             absolute=wide("x").abs().sum(0) if gathering.absolute else None,
             thresholds=Thresholds.of(wide("x")) if gathering.thresholds else None,
         )
@@ -194,7 +203,9 @@ class Accumulator:
 
     def __init__(self, width: int, device: torch.device | str = "cpu", gathering: Gathering = NOTHING_ELSE) -> None:
         self._width, self._device, self._gathering = width, device, gathering
-        self._triangles = {"xx": LowerTriangle.zeros(width, torch.float64, device)}
+        self._triangles: dict[str, LowerTriangle] = {}
+        if gathering.products:
+            self._triangles["xx"] = LowerTriangle.zeros(width, torch.float64, device)
         self._crossed: dict[str, Tensor] = {}
         self._absolute: Tensor | None = None
         self._thresholds = Thresholds(width, device) if gathering.thresholds else None
@@ -231,7 +242,8 @@ class Accumulator:
             return
         from counterweight.kernels.gpu.gram import add_gram_, add_product_
 
-        streams = _streams(rows, self._gathering, original)
+        x = rows.reshape(-1, rows.shape[-1])
+        streams = _streams(x, self._gathering, original)
         for name, stream in streams.items():
             add_gram_(self._triangle(name * 2).entries, stream)
         for one, other in combinations(streams, 2):
@@ -239,7 +251,6 @@ class Accumulator:
                 square = (self._width, self._width)
                 self._crossed[one + other] = torch.zeros(square, dtype=torch.float64, device=self._device)
             add_product_(self._crossed[one + other], streams[one], streams[other])
-        x = streams["x"]
         self._add_vectors(
             len(x),
             x.float().abs().sum(0) if self._gathering.absolute else None,
@@ -261,6 +272,7 @@ class Accumulator:
     def packed(self) -> PackedMoments:
         """The sum so far, in memory that further shards are added to; zeros when nothing was added."""
         return PackedMoments(
+            width=self._width,
             triangles=self._triangles,
             crossed=self._crossed,
             tokens=self._tokens,
@@ -274,13 +286,15 @@ class Accumulator:
         return self.packed().unpacked()
 
 
-def _streams(rows: Tensor, gathering: Gathering, original: Tensor | None) -> dict[str, Tensor]:
-    """x, and what else is looked at of the same tokens, [tokens, in], in the dtype of the forward pass."""
-    x = rows.reshape(-1, rows.shape[-1])
+def _streams(x: Tensor, gathering: Gathering, original: Tensor | None) -> dict[str, Tensor]:
+    """x [tokens, in], and what else is multiplied of the same tokens, in the dtype of the forward pass; none where no
+    products are gathered."""
+    if not gathering.products:
+        return {}
     streams = {"x": x}
     if gathering.activations is not None:
         # In the dtype of the forward pass, as the layer itself will do it.
-        streams["y"] = fake_quantize_activations(rows, gathering.activations).reshape(x.shape)
+        streams["y"] = fake_quantize_activations(x, gathering.activations)
     if original is not None:
         streams["t"] = original.reshape(x.shape)
     return streams

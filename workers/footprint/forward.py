@@ -5,11 +5,11 @@ from __future__ import annotations
 from math import prod
 
 from counterweight.workers.footprint.experts import gathered_share, kept_rows
-from counterweight.workers.footprint.load import Group, Load, moments
+from counterweight.workers.footprint.load import Group, Load, gathers, moments
 from counterweight.workers.matrix_bytes import DECODE, DOUBLE, SINGLE
 from counterweight.workers.parallel import AHEAD
 
-LIMIT = 1024  # `held_out.py` says the same, but imports torch
+LIMIT, ENOUGH = 1024, 32  # `held_out.py` and `coverage.py` say the same, but import torch
 
 
 def activations(load: Load) -> int:
@@ -63,12 +63,18 @@ def _gathered(load: Load, group: Group) -> tuple[int, int]:
     is rounded from; and while products are taken of it, of what it was quantized to and of float32 copies of both."""
     part = next(iter(group.recipe.values()))
     copy = 0 if load.compute == SINGLE else SINGLE
-    quantized = part.activations is not None
+    quantized = part.activations is not None and gathers(load, group)
     looking = load.compute * (3 if quantized else 1)
     multiplying = (load.compute + copy) * (1 + quantized) + (copy if load.paired and group.share == 1 else 0)
     if part.residual is not None:
         multiplying += 2 * SINGLE + DOUBLE  # magnitudes, and sorted with their places
     return looking, multiplying
+
+
+def unseen_rows(load: Load, group: Group) -> int:
+    """Rows of a group's input on tokens that nothing is solved on, by which what was solved is judged."""
+    own = min(LIMIT, round(load.unseen * group.share))
+    return min(LIMIT, load.unseen) if group.of_expert and own < ENOUGH else own
 
 
 def unseen_bytes(load: Load) -> int:
