@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from counterweight.kernels.backend import Kernels, on_kernels, runs_kernels
+from counterweight.kernels.backend import Kernels, on_kernels
 from counterweight.kernels.formats import LowRank
 from counterweight.kernels.linear import CompensatedLinear, compensated_product
 from counterweight.kernels.reference import fake_quantize_activations
@@ -17,8 +17,8 @@ from counterweight.workers.block import CompressedLinear
 
 def served(layer: CompressedLinear, *, own: slice | None = None, kernels: Kernels = "auto") -> nn.Module:
     """A module for x [tokens, in] -> [tokens, out], on the device where the layer's tensors lie: Triton's kernels where they
-    run, or `PackedLinear`. own: see there."""
-    if own is None and layer.residual is None and runs_kernels(layer.weight.device):
+    run, or `PackedLinear`. own: see there. kernels: see `kernels.backend`; residual stores and gathered tokens run on torch."""
+    if own is None and layer.residual is None:
         module = on_kernels(linear_of(layer), kernels)
         if not isinstance(module, CompensatedLinear):
             return module

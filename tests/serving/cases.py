@@ -20,9 +20,12 @@ WIDE = {"head_dim": 32}  # vLLM's attention on a CPU has no heads of 16 channels
 
 @dataclass(frozen=True)
 class Served:
-    """model, recipe: as `tests.inprocess.run_job` takes them. stock: what vLLM makes of it without the plug-in: `refused`, or
-    `uncompensated`, the logits of the codes alone, which are what the report calls `quantized`. exact: inputs are not
-    quantized, so that no rounding tie can flip."""
+    """model, recipe: as `tests.inprocess.run_job` takes them.
+
+    stock: what vLLM makes of it without the plug-in: `refused`, `yes`, or `codes`, the logits of the codes alone, which the
+    report calls `quantized`. exact: no rounding tie is likely. Where inputs are quantized without a clip, a token's largest
+    channel is one: it stands at (2**bits - 1) / 2 steps, up to the last bit.
+    """
 
     model: Case
     recipe: Mapping[str, Any]
@@ -34,11 +37,11 @@ LLAMA = Case("llama", WIDE)
 MIXTRAL = Case("mixtral", {**SPARSE, **WIDE, "sliding_window": None})
 
 SERVED: Mapping[str, Served] = {
-    "W4A16": Served(LLAMA, {"weights": W4}, "uncompensated"),
+    "W4A16": Served(LLAMA, {"weights": W4}, "yes"),
     "W4A16 asymmetric": Served(LLAMA, {"weights": {**W4, "symmetric": False}}),
-    "W3 + SVD, a rank for each module": Served(LLAMA, {"weights": W3, "compensation": ENERGY}, "uncompensated"),
-    "W3 + SVD in int8": Served(LLAMA, {"weights": W3, "compensation": {**SVD, "factor_bits": 8}}, "uncompensated"),
-    "W3 + SVD in int4": Served(LLAMA, {"weights": W3, "compensation": {**SVD, "factor_bits": 4}}, "uncompensated"),
+    "W3 + SVD, a rank for each module": Served(LLAMA, {"weights": W3, "compensation": ENERGY}, "codes"),
+    "W3 + SVD in int8": Served(LLAMA, {"weights": W3, "compensation": {**SVD, "factor_bits": 8}}, "codes"),
+    "W3 + SVD in int4": Served(LLAMA, {"weights": W3, "compensation": {**SVD, "factor_bits": 4}}, "codes"),
     "W4A8 ASER": Served(
         LLAMA,
         {
@@ -46,7 +49,7 @@ SERVED: Mapping[str, Served] = {
             "activations": {"bits": 8},
             "compensation": {"kind": "aser", "rank": {"count": 8}},
         },
-        "uncompensated",
+        "codes",
         exact=False,
     ),
     "W4A4 LRC, rotated": Served(
@@ -57,57 +60,55 @@ SERVED: Mapping[str, Served] = {
             "activations": {"bits": 4, "clip": 0.9},
             "compensation": {"kind": "lrc", "rank": {"fraction": 0.1}},
         },
-        exact=False,
     ),
     "W4A4 in groups": Served(
+        LLAMA, {"weights": W4, "activations": {"bits": 4, "clip": 0.9, "group_size": 32}, "compensation": SVD}
+    ),
+    "W4A4, no clip": Served(
         LLAMA,
-        {"weights": W4, "activations": {"bits": 4, "group_size": 32}, "compensation": SVD},
+        {"weights": W4, "activations": {"bits": 4}, "compensation": SVD},
+        "codes",
         exact=False,
     ),
-    "QDEC": Served(
-        LLAMA, {"weights": W3, "compensation": SVD, "residual": {"channels_per_chunk": 256}}, "uncompensated"
-    ),
+    "QDEC": Served(LLAMA, {"weights": W3, "compensation": SVD, "residual": {"channels_per_chunk": 256}}, "codes"),
     "signs": Served(LLAMA, {"weights": {"format": "sign"}, "compensation": SVD}),
-    "kept q": Served(LLAMA, {"weights": W4, "compensation": SVD, "keep": ["lm_head", "*.q_proj"]}, "uncompensated"),
+    "kept q": Served(LLAMA, {"weights": W4, "compensation": SVD, "keep": ["lm_head", "*.q_proj"]}, "codes"),
     "tied and biased": Served(
         Case("llama", {**CASES["llama-tied-biased"].config, **WIDE}),
         {"weights": W4, "compensation": SVD},
-        "uncompensated",
+        "codes",
     ),
-    "Mixtral W4A16 + SVD": Served(MIXTRAL, {"weights": W4, "compensation": SVD}, "uncompensated"),
+    "Mixtral W4A16 + SVD": Served(MIXTRAL, {"weights": W4, "compensation": SVD}, "codes"),
     "Mixtral W4A4 LRC, rotated": Served(
         MIXTRAL,
         {
             "transforms": ROTATION,
             "weights": {"bits": 4, "group_size": None},
-            "activations": {"bits": 4},
+            "activations": {"bits": 4, "clip": 0.9},
             "compensation": {"kind": "lrc", "rank": {"count": 8}},
         },
-        exact=False,
     ),
     "Mixtral QDEC": Served(
-        MIXTRAL, {"weights": W4, "residual": {"channels_per_chunk": 256}, "compensation": NONE}, "uncompensated"
+        MIXTRAL, {"weights": W4, "residual": {"channels_per_chunk": 256}, "compensation": NONE}, "codes"
     ),
-    "Phi-3, fused": Served(Case("phi3", {"hidden_size": 128}), {"weights": W4, "compensation": SVD}, "uncompensated"),
-    "Qwen2": Served(Case("qwen2", {"hidden_size": 128}), {"weights": W4, "compensation": SVD}, "uncompensated"),
-    "Qwen3": Served(CASES["qwen3"], {"weights": W4, "compensation": SVD}, "uncompensated"),
-    "Mistral": Served(CASES["mistral"], {"weights": W4, "compensation": SVD}, "uncompensated"),
+    "Phi-3, fused": Served(Case("phi3", {"hidden_size": 128}), {"weights": W4, "compensation": SVD}, "codes"),
+    "Qwen2": Served(Case("qwen2", {"hidden_size": 128}), {"weights": W4, "compensation": SVD}, "codes"),
+    "Qwen3": Served(CASES["qwen3"], {"weights": W4, "compensation": SVD}, "codes"),
+    "Mistral": Served(CASES["mistral"], {"weights": W4, "compensation": SVD}, "codes"),
     "Gemma 2": Served(
-        Case("gemma2", {**CASES["gemma2"].config, **WIDE}), {"weights": W4, "compensation": SVD}, "uncompensated"
+        Case("gemma2", {**CASES["gemma2"].config, **WIDE}), {"weights": W4, "compensation": SVD}, "codes"
     ),
     "Gemma 3": Served(
         Case("gemma3_text", {**CASES["gemma3_text"].config, **WIDE}),
         {"weights": W4, "compensation": SVD},
-        "uncompensated",
+        "codes",
     ),
     "Qwen3-MoE": Served(
         Case("qwen3_moe", {**MOE, **WIDE, "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
         {"weights": W4, "compensation": SVD},
-        "uncompensated",
+        "codes",
     ),
-    "OLMoE": Served(
-        Case("olmoe", {**SPARSE, "hidden_size": 128}), {"weights": W4, "compensation": SVD}, "uncompensated"
-    ),
+    "OLMoE": Served(Case("olmoe", {**SPARSE, "hidden_size": 128}), {"weights": W4, "compensation": SVD}, "codes"),
 }
 
 

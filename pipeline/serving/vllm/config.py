@@ -63,8 +63,8 @@ class CounterweightConfig(QuantizationConfig):  # type: ignore[misc]
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: PreTrainedConfig | None = None
     ) -> str | None:
-        """Ours by name, or a compressed-tensors checkpoint that has our ledger beside it: vLLM's own loader would leave its branch
-        and its residual store out. With `--quantization compressed-tensors` it is left to that loader all the same."""
+        """Ours by name, or a compressed-tensors checkpoint that has our ledger beside it: vLLM's own loader would leave its
+        branch and its residual store out. With `--quantization compressed-tensors` it is left to that loader all the same."""
         method = hf_quant_cfg.get("quant_method")
         if method == QUANT_METHOD:
             return QUANT_METHOD

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from counterweight.workers.block import CompressedLinear
 
 GATE, DOWN, UP = "w1", "w2", "w3"
 """What vLLM calls an expert's linears, whatever the checkpoint does."""
+
+Linears = Mapping[str, CompressedLinear | Tensor]
+"""Of one expert, by what vLLM calls them."""
 
 PARAMETERS = "w13", "w2"
 """Beginnings of its parameters' names: gate and up are one."""
@@ -72,27 +76,22 @@ class CounterweightExperts(FusedMoEMethodBase):  # type: ignore[misc]
         self.intake.expect_all()
         names = [f"{part}_{name}" for part in PARAMETERS for name in self.intake.names]
         device = getattr(layer, names[0]).device
-        ranks, rank = self.moe.tp_size, self.moe.tp_rank
-        whole = [
-            {shard: self.intake.take(self._module(expert, shard)) for shard in self.on_disk}
-            for expert in range(self.experts)
-        ]
         for name in names:
             delattr(layer, name)
-        layer.counterweight = together(whole, device) if ranks == 1 else None
-        if layer.counterweight is None:
-            layer.counterweight = Experts(
-                [self._expert(expert, linears, ranks, rank, device) for expert, linears in enumerate(whole)]
-            )
+        taken: Iterable[Linears] = map(self._take, range(self.experts))  # one expert unpacked at a time
+        module = None
+        if device.type != "cpu" and self.moe.tp_size == 1:
+            taken = list(taken)
+            module = together(taken, device)
+        if module is None:
+            module = Experts([self._expert(expert, linears, device) for expert, linears in enumerate(taken)])
+        layer.counterweight = module
 
-    def _expert(
-        self,
-        expert: int,
-        linears: dict[str, CompressedLinear | Tensor],
-        ranks: int,
-        rank: int,
-        device: torch.device,
-    ) -> Expert:
+    def _take(self, expert: int) -> Linears:
+        return {shard: self.intake.take(self._module(expert, shard)) for shard in self.on_disk}
+
+    def _expert(self, expert: int, linears: Linears, device: torch.device) -> Expert:
+        ranks, rank = self.moe.tp_size, self.moe.tp_rank
         parts = {}
         for shard in (GATE, UP):
             linear = linears[shard]
@@ -100,8 +99,6 @@ class CounterweightExperts(FusedMoEMethodBase):  # type: ignore[misc]
             with naming(self._module(expert, shard)):
                 parts[shard] = of_rows(linear, None if ranks == 1 else rank_slice(size, ranks, rank), device)
         with naming(self._module(expert, DOWN)):
-            if ranks == 1:
-                return Expert(parts[GATE], parts[UP], of_rows(linears[DOWN], None, device), gather=False)
             down, gather = of_columns(linears[DOWN], ranks, rank, device)
         return Expert(parts[GATE], parts[UP], down, gather=gather)
 
@@ -159,14 +156,14 @@ class Experts(nn.Module):
         return y
 
 
-def together(experts: list[dict[str, CompressedLinear | Tensor]], device: torch.device) -> nn.Module | None:
+def together(experts: Sequence[Linears], device: torch.device) -> nn.Module | None:
     """A module that runs all experts on Triton's kernels, one launch a projection; None where that is not possible."""
     layers = []
     for expert in experts:
         own = {}
         for name, shard in (("gate_proj", GATE), ("up_proj", UP), ("down_proj", DOWN)):
             linear = expert[shard]
-            if isinstance(linear, Tensor) or device.type == "cpu":
+            if isinstance(linear, Tensor):
                 return None
             own[name] = linear_of(linear.to(device))
         layers.append(own)

@@ -64,11 +64,11 @@ class CounterweightLinear(LinearMethodBase):  # type: ignore[misc]
         for index, module in enumerate(self.modules):
             whole = self.intake.take(module)
             with naming(module):
-                if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
+                if isinstance(layer, RowParallelLinear):
                     part, gather = of_columns(whole, layer.tp_size, layer.tp_rank, device)
                     parts.append(part)
-                    continue
-                parts += [of_rows(whole, rows, device) for rows in self._rows(layer, index)]
+                else:
+                    parts += [of_rows(whole, rows, device) for rows in self._rows(layer, index)]
         for name in names:
             delattr(layer, name)
         layer.counterweight = ServedLayer(parts, sum(self.sizes), gather=gather)
@@ -117,6 +117,8 @@ def of_rows(whole: CompressedLinear | Tensor, rows: slice | None, device: torch.
 
 def of_columns(whole: CompressedLinear | Tensor, ranks: int, rank: int, device: torch.device) -> tuple[nn.Module, bool]:
     """A module for a rank's input channels of a linear; and whether it wants to be given those of all ranks."""
+    if ranks == 1:
+        return of_rows(whole, None, device), False
     if isinstance(whole, Tensor):
         return Dense(whole[:, rank_slice(whole.shape[1], ranks, rank)].clone().to(device)), False
     columns = rank_slice(whole.weight.shape[1], ranks, rank)

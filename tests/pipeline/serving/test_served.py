@@ -9,7 +9,7 @@ import torch
 
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.pipeline.serving.served import PackedLinear, linear_of, served
-from tests.pipeline.serving.layers import IN, LAYERS, OUT, random, store
+from tests.pipeline.serving.layers import IN, LAYERS, OUT, expected, random, store
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
@@ -45,6 +45,17 @@ def test_a_store_corrects_the_tokens_that_are_decoded() -> None:
     added = torch.where(correction.select(turned), turned.double(), 0.0) @ correction.store.dense().double().T
     torch.testing.assert_close((y - without)[decoded].double(), added[decoded], rtol=1e-4, atol=1e-4)
     assert added[decoded].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("name", ["3 bits, a branch", "int8 factors", "a Hadamard transform"])
+def test_on_kernels_it_is_the_same(name: str, tokens: int) -> None:
+    """Under Triton's interpreter, where there is no GPU."""
+    layer, x = LAYERS[name], random(tokens, IN, seed=9)
+    module = served(layer, kernels="triton")
+    assert not isinstance(module, PackedLinear)
+    y = module(x)
+    torch.testing.assert_close(y.double(), expected(layer, x), rtol=0, atol=1e-5 * float(y.abs().max()))
 
 
 def test_without_a_gpu_it_is_plain_torch() -> None:
