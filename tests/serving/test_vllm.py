@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +91,20 @@ def test_vllm_has_load_model_s_answers(name: str, figures: dict[str, dict[str, A
     if compensated(name):
         without = ours(place, compensated=False)
         assert difference(without, expected) > 10 * CLOSE
+
+
+def test_other_peoples_checkpoints_stay_theirs(tmp_path: Path) -> None:
+    from counterweight.pipeline.serving.vllm.config import CounterweightConfig
+
+    def chosen(method: str, place: Path, asked: str | None = None) -> str | None:
+        config = SimpleNamespace(_name_or_path=str(place))
+        return CounterweightConfig.override_quantization_method({"quant_method": method}, asked, hf_config=config)
+
+    own = artifact("W4A16")
+    assert chosen("compressed-tensors", own) == chosen("counterweight", own) == "counterweight"
+    assert chosen("compressed-tensors", tmp_path) is None
+    assert chosen("compressed-tensors", own, "compressed-tensors") is None
+    assert chosen("gptq", own) is None
 
 
 def test_stock_vllm_has_the_codes_logits_or_refuses(figures: dict[str, dict[str, Any]]) -> None:

@@ -25,6 +25,9 @@ from counterweight.workers.ledger import LEDGER
 BESIDE = ["*.json", "compensation/*", "residual/*"]
 """Files of a repository of the hub that vLLM's own loader does not fetch."""
 
+MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+"""What vLLM merges, where a model does not say so before it makes its layers (Qwen3-MoE's dense blocks)."""
+
 
 class CounterweightConfig(QuantizationConfig):  # type: ignore[misc]
     """Which of vLLM's layers run on which of the artifact's linears. It is pickled into vLLM's processes."""
@@ -110,6 +113,7 @@ class CounterweightConfig(QuantizationConfig):  # type: ignore[misc]
         """The artifact's linears that one of vLLM's layers consists of: q, k, v of one that it merges, or itself."""
         assert self.artifact is not None
         place, _, name = prefix.rpartition(".")
-        if prefix in self.artifact.formats or name not in self.packed_modules_mapping:
+        merged = {**MERGED, **self.packed_modules_mapping}
+        if prefix in self.artifact.formats or name not in merged:
             return [prefix]
-        return [f"{place}.{part}" for part in self.packed_modules_mapping[name]]
+        return [f"{place}.{part}" for part in merged[name]]
