@@ -42,7 +42,7 @@ quality-check: $(INSTALLED)
 SERVING := build/serving-env
 serve-test: $(INSTALLED) $(SERVING)/.installed
 	$(BIN)/python -m tests.serving.make build/serving
-	COUNTERWEIGHT_SERVING=build/serving COUNTERWEIGHT_SERVING_FIGURES=build/serving/figures.json $(SERVING)/bin/python -m pytest tests/serving/test_vllm.py
+	COUNTERWEIGHT_SERVING=build/serving $(SERVING)/bin/python -m pytest tests/serving/test_vllm.py
 	$(BIN)/python -m tests.serving.record build/serving
 
 # torchvision, torchaudio and torchcodec come for another torch than vLLM's, and transformers cannot be imported beside them.

@@ -20,16 +20,11 @@ WIDE = {"head_dim": 32}  # vLLM's attention on a CPU has no heads of 16 channels
 
 @dataclass(frozen=True)
 class Served:
-    """model, recipe: as `tests.inprocess.run_job` takes them.
-
-    stock: what vLLM makes of it without the plug-in: `refused`, `yes`, or `codes`, the logits of the codes alone, which the
-    report calls `quantized`. exact: no rounding tie is likely. Where inputs are quantized without a clip, a token's largest
-    channel is one: it stands at (2**bits - 1) / 2 steps, up to the last bit.
-    """
+    """model, recipe: as `tests.inprocess.run_job` takes them. exact: no rounding tie is likely. Where inputs are quantized
+    without a clip, a token's largest channel is one: it stands at (2**bits - 1) / 2 steps, up to the last bit."""
 
     model: Case
     recipe: Mapping[str, Any]
-    stock: str = "refused"
     exact: bool = True
 
 
@@ -37,11 +32,11 @@ LLAMA = Case("llama", WIDE)
 MIXTRAL = Case("mixtral", {**SPARSE, **WIDE, "sliding_window": None})
 
 SERVED: Mapping[str, Served] = {
-    "W4A16": Served(LLAMA, {"weights": W4}, "yes"),
+    "W4A16": Served(LLAMA, {"weights": W4}),
     "W4A16 asymmetric": Served(LLAMA, {"weights": {**W4, "symmetric": False}}),
-    "W3 + SVD, a rank for each module": Served(LLAMA, {"weights": W3, "compensation": ENERGY}, "codes"),
-    "W3 + SVD in int8": Served(LLAMA, {"weights": W3, "compensation": {**SVD, "factor_bits": 8}}, "codes"),
-    "W3 + SVD in int4": Served(LLAMA, {"weights": W3, "compensation": {**SVD, "factor_bits": 4}}, "codes"),
+    "W3 + SVD, a rank for each module": Served(LLAMA, {"weights": W3, "compensation": ENERGY}),
+    "W3 + SVD in int8": Served(LLAMA, {"weights": W3, "compensation": {**SVD, "factor_bits": 8}}),
+    "W3 + SVD in int4": Served(LLAMA, {"weights": W3, "compensation": {**SVD, "factor_bits": 4}}),
     "W4A8 ASER": Served(
         LLAMA,
         {
@@ -49,7 +44,6 @@ SERVED: Mapping[str, Served] = {
             "activations": {"bits": 8},
             "compensation": {"kind": "aser", "rank": {"count": 8}},
         },
-        "codes",
         exact=False,
     ),
     "W4A4 LRC, rotated": Served(
@@ -67,18 +61,16 @@ SERVED: Mapping[str, Served] = {
     "W4A4, no clip": Served(
         LLAMA,
         {"weights": W4, "activations": {"bits": 4}, "compensation": SVD},
-        "codes",
         exact=False,
     ),
-    "QDEC": Served(LLAMA, {"weights": W3, "compensation": SVD, "residual": {"channels_per_chunk": 256}}, "codes"),
+    "QDEC": Served(LLAMA, {"weights": W3, "compensation": SVD, "residual": {"channels_per_chunk": 256}}),
     "signs": Served(LLAMA, {"weights": {"format": "sign"}, "compensation": SVD}),
-    "kept q": Served(LLAMA, {"weights": W4, "compensation": SVD, "keep": ["lm_head", "*.q_proj"]}, "codes"),
+    "kept q": Served(LLAMA, {"weights": W4, "compensation": SVD, "keep": ["lm_head", "*.q_proj"]}),
     "tied and biased": Served(
         Case("llama", {**CASES["llama-tied-biased"].config, **WIDE}),
         {"weights": W4, "compensation": SVD},
-        "codes",
     ),
-    "Mixtral W4A16 + SVD": Served(MIXTRAL, {"weights": W4, "compensation": SVD}, "codes"),
+    "Mixtral W4A16 + SVD": Served(MIXTRAL, {"weights": W4, "compensation": SVD}),
     "Mixtral W4A4 LRC, rotated": Served(
         MIXTRAL,
         {
@@ -88,28 +80,34 @@ SERVED: Mapping[str, Served] = {
             "compensation": {"kind": "lrc", "rank": {"count": 8}},
         },
     ),
-    "Mixtral QDEC": Served(
-        MIXTRAL, {"weights": W4, "residual": {"channels_per_chunk": 256}, "compensation": NONE}, "codes"
-    ),
-    "Phi-3, fused": Served(Case("phi3", {"hidden_size": 128}), {"weights": W4, "compensation": SVD}, "codes"),
-    "Qwen2": Served(Case("qwen2", {"hidden_size": 128}), {"weights": W4, "compensation": SVD}, "codes"),
-    "Qwen3": Served(CASES["qwen3"], {"weights": W4, "compensation": SVD}, "codes"),
-    "Mistral": Served(CASES["mistral"], {"weights": W4, "compensation": SVD}, "codes"),
-    "Gemma 2": Served(
-        Case("gemma2", {**CASES["gemma2"].config, **WIDE}), {"weights": W4, "compensation": SVD}, "codes"
-    ),
+    "Mixtral QDEC": Served(MIXTRAL, {"weights": W4, "residual": {"channels_per_chunk": 256}, "compensation": NONE}),
+    "Phi-3, fused": Served(Case("phi3", {"hidden_size": 128}), {"weights": W4, "compensation": SVD}),
+    "Qwen2": Served(Case("qwen2", {"hidden_size": 128}), {"weights": W4, "compensation": SVD}),
+    "Qwen3": Served(CASES["qwen3"], {"weights": W4, "compensation": SVD}),
+    "Mistral": Served(CASES["mistral"], {"weights": W4, "compensation": SVD}),
+    "Gemma 2": Served(Case("gemma2", {**CASES["gemma2"].config, **WIDE}), {"weights": W4, "compensation": SVD}),
     "Gemma 3": Served(
         Case("gemma3_text", {**CASES["gemma3_text"].config, **WIDE}),
         {"weights": W4, "compensation": SVD},
-        "codes",
     ),
     "Qwen3-MoE": Served(
         Case("qwen3_moe", {**MOE, **WIDE, "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]}),
         {"weights": W4, "compensation": SVD},
-        "codes",
     ),
-    "OLMoE": Served(Case("olmoe", {**SPARSE, "hidden_size": 128}), {"weights": W4, "compensation": SVD}, "codes"),
+    "OLMoE": Served(Case("olmoe", {**SPARSE, "hidden_size": 128}), {"weights": W4, "compensation": SVD}),
 }
+
+STOCK: Mapping[str, str] = {
+    "W4A16": "yes",
+    "W3 + SVD, a rank for each module": "refused",
+    "W3 + SVD in int8": "refused",
+    "W4A8 ASER": "codes",
+    "W4A4 LRC, rotated": "refused",
+    "QDEC": "refused",
+    "Mixtral W4A16 + SVD": "codes",
+}
+"""What vLLM makes of an artifact without the plug-in: its logits (`yes`), those of the codes alone (`codes`), which the report
+calls `quantized`, or nothing."""
 
 
 def folder_of(name: str) -> str:

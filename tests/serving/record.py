@@ -7,6 +7,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ def digest() -> str:
     return found.hexdigest()
 
 
-def record(figures: dict[str, Any]) -> None:
-    """Writes the result file."""
+def record(found: Mapping[str, Any]) -> None:
+    """Writes the result file from figures and the digest of the sources that they are of; ValueError where those changed."""
+    if found["sources"] != digest():
+        raise ValueError("figures are of other sources: expected make serve-test from the start")
     revision = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -39,7 +42,7 @@ def record(figures: dict[str, Any]) -> None:
         "revision": revision.stdout.strip(),
         "vllm": "0.32.0, CPU",
         "sources": digest(),
-        "figures": figures,
+        "figures": found["figures"],
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 

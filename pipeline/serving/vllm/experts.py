@@ -17,7 +17,7 @@ from counterweight.pipeline.serving.artifact import ServedArtifact
 from counterweight.pipeline.serving.intake import Intake
 from counterweight.pipeline.serving.served import PackedLinear, linear_of
 from counterweight.pipeline.serving.shards import rank_slice
-from counterweight.pipeline.serving.vllm.linear import check_engine, entry, naming, of_columns, of_rows
+from counterweight.pipeline.serving.vllm.linear import captures_graphs, check_engine, entry, naming, of_columns, of_rows
 from counterweight.pipeline.serving.vllm.op import decoded_tokens, has_store
 from counterweight.workers.block import CompressedLinear
 
@@ -51,6 +51,7 @@ class CounterweightExperts(FusedMoEMethodBase):  # type: ignore[misc]
         self.experts = num_experts
         modules = [self._module(expert, shard) for expert in range(num_experts) for shard in self.on_disk]
         check_engine(self.artifact, modules)
+        self.graphs = captures_graphs()
         self.intake = Intake(self.artifact, modules)
         for name in self.intake.names:
             for part in PARAMETERS:
@@ -84,6 +85,8 @@ class CounterweightExperts(FusedMoEMethodBase):  # type: ignore[misc]
             taken = list(taken)
             module = together(taken, device)
         if module is None:
+            if self.graphs:
+                raise ValueError(f"{self.place}: experts that run one after the other: expected --enforce-eager")
             module = Experts([self._expert(expert, linears, device) for expert, linears in enumerate(taken)])
         layer.counterweight = module
 

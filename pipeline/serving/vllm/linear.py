@@ -146,9 +146,15 @@ def check_engine(artifact: ServedArtifact, modules: list[str]) -> None:
             continue
         if engine.speculative_config is not None:
             raise ValueError(f"{module}: residual store: it corrects one token of a request: expected no speculation")
-        graphs = engine.compilation_config.cudagraph_mode
-        if engine.device_config.device_type != "cpu" and graphs not in (None, CUDAGraphMode.NONE):
+        if captures_graphs():
             raise ValueError(f"{module}: residual store: which tokens it corrects changes: expected --enforce-eager")
+
+
+def captures_graphs() -> bool:
+    """Whether vLLM captures CUDA graphs, in which nothing may depend on what tokens are."""
+    engine = get_current_vllm_config()
+    graphs = engine.compilation_config.cudagraph_mode
+    return engine.device_config.device_type != "cpu" and graphs not in (None, CUDAGraphMode.NONE)
 
 
 @contextmanager
