@@ -94,8 +94,10 @@ def add_blocks(
     propagate: Literal["original", "compressed"],
     budget: Budget | None = None,
     stretches: Sequence[range],
+    workers: int = 1,
 ) -> Blocks:
-    """Nodes for all blocks behind the embedding. stretches: of the shards, in order, in which blocks are calibrated."""
+    """Nodes for all blocks behind the embedding. stretches: of the shards, in order, in which blocks are calibrated. workers:
+    that share the blocks, so that each knows which it takes next."""
     count = len(recipes)
     # Whether what enters a block in the original model goes beside what enters the compressed one.
     paired = propagate == "compressed" and any(part.regresses for recipe in recipes for part in recipe.values())
@@ -128,7 +130,12 @@ def add_blocks(
         else:
             before = compresses[index - 1].value
             inputs, originals = before.outputs, before.original_outputs
-        return Compress(block=spec_of(index, shared()[index], inputs, originals, propagate))
+        # Workers take blocks in turn; with a budget they may hold the next one's statistics, and its weights with them.
+        next_own = index + workers
+        following = None
+        if budget is None and next_own < count and not compresses[next_own].done:
+            following = spec_of(next_own, recipes[next_own], (), (), propagate)
+        return Compress(block=spec_of(index, shared()[index], inputs, originals, propagate), following=following)
 
     if propagate == "original" or budget is not None:
         for index in range(count):

@@ -144,6 +144,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
             job.dispatcher.workers,
             job.threads,
         ),
+        workers=job.dispatcher.workers,
     )
 
 

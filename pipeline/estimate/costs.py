@@ -86,8 +86,8 @@ def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates, *, judged: i
         "statistics": statistics,
         "tune": rates.seconds(arithmetic.tune),
         "solve": (rates.seconds(arithmetic.solve) + rates.moved(4 * solved)) / side_by_side,
-        # Of every tensor a digest too.
-        "write": rates.sent(stored) + stored / rates.hash + rates.moved(stored),
+        # Of every tensor a digest too, which a GPU's host has cores to find while the tensors are sent.
+        "write": rates.sent(stored) + (0.0 if load.gpu else stored / rates.hash) + rates.moved(stored),
     }
     return BlockSeconds(
         steps=steps,

@@ -87,7 +87,8 @@ def timeline(costs: Costs, workers: int, threads: int) -> Timeline:
     """The job on so many workers of so many threads."""
     sharing = budgeted(costs.recipes)
     kept = [bytes if sharing else 0 for bytes in costs.calibrated]
-    pool = SimulatedPool(workers, threads, costs.blocks, costs.rates.task, kept)
+    on_gpu = costs.rates.link is not None
+    pool = SimulatedPool(workers, threads, costs.blocks, costs.rates.task, kept, ahead=on_gpu)
     dispatcher = Dispatcher(pool, RetryPolicy(), lambda _: None, Graph())
     stages, idle = {"start": costs.rates.start}, {"start": costs.rates.start * workers}
     validation = _validation(costs, workers)
@@ -166,6 +167,7 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node
         propagate=propagate,
         budget=budget,
         stretches=stretches(shards, len(costs.blocks), dispatcher.workers, threads),
+        workers=dispatcher.workers,
     )
     kept = [Simulated(f"kept {name}", {"carry over": _carried(costs, name)}) for name in costs.outside]
     outside = [graph.add(giving(task)) for task in kept]
