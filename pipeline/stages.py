@@ -143,6 +143,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
             source.layout.blocks,
             job.dispatcher.workers,
             job.threads,
+            gpu=job.setting.device == "cuda",
         ),
         workers=job.dispatcher.workers,
     )

@@ -1,7 +1,8 @@
 """Seconds of a block's tasks, step by step, from what the plan knows of its arithmetic and its bytes, and from rates.
 
 On a CPU a worker's threads share shards and solves. On a GPU one thread computes, while others read and write the hidden states
-of shards: what they take longer than the arithmetic is waited for.
+of shards: what they take longer than the arithmetic is waited for, and of each stretch of shards the first that is read and the
+last that is written.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ DEQUANTIZED = 6
 class BlockSeconds:
     """steps: name -> seconds, over all shards. shards: how many there are. stored: bytes that become of the block; branch: of
     these the factors of its branches. evaluated: seconds of one token of the validation in this block under one model, in
-    the dtype of the validation. read_back: of making its stored weights dense."""
+    the dtype of the validation. read_back: of making its stored weights dense. edge: of reading the first shard of a stretch
+    and writing the last, which nothing hides."""
 
     steps: Mapping[str, float]
     shards: int
@@ -42,14 +44,17 @@ class BlockSeconds:
     branch: int
     evaluated: float
     read_back: float
+    edge: float = 0.0
 
     def beginning(self) -> Mapping[str, float]:
         """Steps before the first shard."""
         return {name: self.steps[name] for name in BEGINNING}
 
     def streamed(self, shards: int) -> Mapping[str, float]:
-        """Steps of so many shards."""
-        return {name: self.steps[name] * shards / self.shards for name in STREAMED}
+        """Steps of a stretch of so many shards."""
+        found = {name: self.steps[name] * shards / self.shards for name in STREAMED}
+        found["hidden states"] += self.edge if shards else 0.0
+        return found
 
     def ending(self) -> Mapping[str, float]:
         """Steps behind the last shard."""
@@ -71,6 +76,7 @@ def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates, *, judged: i
     left = rates.sent(hidden) + rates.moved(hidden)
     forward = rates.seconds(arithmetic.forward, itemsize=load.compute) / threads
     statistics = _statistics(load, arithmetic.statistics, rates) / threads
+    count = load.shards - (-load.held_out // shard_sequences(load.length))
     if load.gpu:
         through_storage = (passes(load) + 1) * hidden / rates.storage
         waiting = max(0.0, max(through_storage, entered / AHEAD, left / AHEAD) - forward - statistics)
@@ -91,11 +97,12 @@ def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates, *, judged: i
     }
     return BlockSeconds(
         steps=steps,
-        shards=load.shards - (-load.held_out // shard_sequences(load.length)),
+        shards=count,
         stored=round(stored),
         branch=round(branch),
         evaluated=rates.seconds(run(load, load.tokens), itemsize=judged) / load.tokens,
         read_back=rates.seconds(elementwise(DEQUANTIZED * solved)),
+        edge=(entered + left) / count if load.gpu else 0.0,
     )
 
 

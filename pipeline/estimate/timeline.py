@@ -166,7 +166,7 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node
         spec_of,
         propagate=propagate,
         budget=budget,
-        stretches=stretches(shards, len(costs.blocks), dispatcher.workers, threads),
+        stretches=stretches(shards, len(costs.blocks), dispatcher.workers, threads, gpu=rates.link is not None),
         workers=dispatcher.workers,
     )
     kept = [Simulated(f"kept {name}", {"carry over": _carried(costs, name)}) for name in costs.outside]

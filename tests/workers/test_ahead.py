@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -105,7 +105,6 @@ def _again(index: int) -> str:
 def test_closing_ends_the_thread() -> None:
     before = set(threading.enumerate())
     ahead = ReadAhead(on=True)
-    read: Callable[[], str] = lambda: "nobody takes it"  # noqa: E731
-    ahead.begin("a", read)
+    ahead.begin("a", lambda: "nobody takes it")
     ahead.close()
     assert set(threading.enumerate()) <= before
