@@ -81,8 +81,8 @@ class SimulatedPool:
         self._pending: list[tuple[float, int, int, object]] = []
         self._tickets = 0
         self._idle = list(range(size))
-        self._held: list[dict[int, int]] = [{} for _ in range(size)]
-        """Of each worker: block -> shards that its sums are over."""
+        self._held: list[dict[tuple[int, bool], int]] = [{} for _ in range(size)]
+        """Of each worker: block, and whether it is only passed -> shards that its sums are over."""
         self._reads_ahead = ahead
         self._ahead: dict[int, tuple[int, float]] = {}
         """Worker -> the block whose weights it reads ahead, and when it began to."""
@@ -128,7 +128,7 @@ class SimulatedPool:
             if task.following is not None and self._reads_ahead:
                 self._ahead[worker] = (task.following.index, self.clock + sum(steps.values()))
             steps |= self._blocks[block.index].ending()
-            self._held[worker].pop(block.index, None)
+            self._held[worker].pop((block.index, False), None)
             outputs = block.inputs if block.propagate == "compressed" else ()
             return steps, BlockRecord.model_construct(
                 index=block.index, outputs=outputs, original_outputs=block.original_inputs
@@ -138,7 +138,8 @@ class SimulatedPool:
     def _calibrated(self, worker: int, task: BlockTask, start: int, stop: int) -> dict[str, float]:
         """What a worker has to do until it holds a block's sums over its first `stop` shards. start: where they should be."""
         index, held = task.block.index, self._held[worker]
-        block, seen = self._blocks[index], held.pop(index, None)
+        passing = isinstance(task, Calibrate) and task.passing
+        block, seen = self._blocks[index], held.pop((index, passing), None)
         steps: dict[str, float] = {}
         if seen is None or seen != start:
             self._make_room(held)
@@ -147,12 +148,12 @@ class SimulatedPool:
             ahead, begun = self._ahead.pop(worker, (index, self.clock))
             if ahead == index:
                 steps["read"] = max(0.0, steps["read"] - (self.clock - begun))
-        held[index] = stop
-        steps.update(block.streamed(stop - seen))
+        held[index, passing] = stop
+        steps.update(block.streamed(stop - seen, passing=passing))
         return steps
 
-    def _make_room(self, held: dict[int, int]) -> None:
+    def _make_room(self, held: dict[tuple[int, bool], int]) -> None:
         """As `HeldBlocks` does before a further block is calibrated."""
-        for index in list(held):
-            if not self._bytes[index] or sum(self._bytes[other] for other in held) > HOLD_BYTES:
-                del held[index]
+        for index, passing in list(held):
+            if not self._bytes[index] or sum(self._bytes[other] for other, _ in held) > HOLD_BYTES:
+                del held[index, passing]

@@ -130,7 +130,7 @@ def _inventory(costs: Costs) -> list[Simulated]:
 def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node[HiddenRecord]]:
     """Runs the nodes that `stages.add_model`, `add_outside` and `add_references` add; gives the last, which may run on."""
     spec, rates, graph = costs.job.spec, costs.rates, dispatcher.graph
-    calibration, propagate = spec.calibration, spec.calibration.propagate
+    calibration, propagate = spec.calibration, spec.calibration.propagated
     together, held_out = shard_sequences(calibration.sequence_length), calibration.held_out_sequences
     shards = -(-calibration.sequences // together) - (-held_out // together)
     hidden = (
@@ -167,6 +167,7 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node
         propagate=propagate,
         budget=budget,
         stretches=stretches(shards, len(costs.blocks), dispatcher.workers, threads, gpu=rates.link is not None),
+        segment=calibration.segment_blocks,
         workers=dispatcher.workers,
     )
     kept = [Simulated(f"kept {name}", {"carry over": _carried(costs, name)}) for name in costs.outside]

@@ -46,6 +46,7 @@ BLOCK = BlockSeconds(
     branch=0,
     evaluated=0.0,
     read_back=0.0,
+    passed={"hidden states": 0.1 * SHARDS, "forward": 0.2 * SHARDS, "statistics": 0.0},
 )
 
 
@@ -56,6 +57,7 @@ def simulated(
     *,
     block: BlockSeconds = BLOCK,
     parts: Sequence[range] = (),
+    segment: int | None = None,
     ahead: bool = False,
 ) -> float:
     """Seconds of so many blocks, by the dispatcher and the graph of a job."""
@@ -74,10 +76,11 @@ def simulated(
         spec_of,
         propagate=propagate,
         stretches=parts or stretches(SHARDS, count, workers, 1),
+        segment=segment,
         workers=workers,
     )
     dispatcher.run(blocks.compress)
-    if block is BLOCK and not ahead:
+    if block is BLOCK and not ahead and segment is None:
         assert sum(pool.steps.values()) == pytest.approx(count * (LOAD + SHARDS * SHARD + SOLVE))
     return pool.clock
 
@@ -130,6 +133,15 @@ def test_stretches_of_a_gpu_are_about_as_long_as_is_best(workers: int) -> None:
 
 def test_compressed_blocks_come_one_after_the_other() -> None:
     assert simulated(4, 3, "compressed") == pytest.approx(simulated(4, 1, "compressed"))
+
+
+def test_segments_run_beside_each_other_and_cost_a_pass_through_the_blocks_before() -> None:
+    whole, passed = LOAD + SHARDS * SHARD + SOLVE, LOAD + SHARDS * 0.3
+    assert simulated(8, 1, "compressed", segment=4) == pytest.approx(8 * whole + 4 * passed)
+    assert simulated(8, 1, "compressed", segment=8) == pytest.approx(8 * whole)
+    # Two workers: one passes through four blocks with the other a block behind, or compresses; then each has a segment.
+    beside = simulated(8, 2, "compressed", segment=4)
+    assert 4 * whole + 2 * passed <= beside <= 4 * whole + 4 * passed
 
 
 def test_stretches_are_as_short_as_the_pipeline_needs() -> None:
