@@ -235,7 +235,7 @@ def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
     ended = watch.now()
     worker.close()
     return Compared(
-        predicted=predicted.steps,
+        predicted={**predicted.steps, **predicted.streamed(predicted.shards)},
         peak=footprint(load).peak,
         calibrating=between - started,
         compressing=ended - between,

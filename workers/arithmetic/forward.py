@@ -21,7 +21,7 @@ adding up."""
 def forward(load: Load) -> Work:
     """All passes through the block but those of training."""
     once = run(load, load.tokens + load.unseen)
-    work = NOTHING
+    work = once if load.passed else NOTHING
     for calibration in calibrations(load):
         work += once * passes(calibration) + again(calibration) + _beside(calibration)
         if curious(calibration):

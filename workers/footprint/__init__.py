@@ -102,7 +102,8 @@ def footprint(load: Load) -> Footprint:
     if load.gpu:
         # Hidden states as bytes and as a tensor, of the shards that are read and written; or what is written.
         moved = max(2 * AHEAD * 2 * load.shard * load.hidden * load.compute, packing)
-        host = max(reading(load), scaled(load) + moved)
+        # The next block is read beside what becomes of this one.
+        host = max(reading(load), scaled(load) + moved + load.source_bytes)
     return Footprint(
         weights=with_running(load, scaled(load)),
         statistics=max(statistics),

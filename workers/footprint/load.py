@@ -46,7 +46,8 @@ class Load:
     tokens of a shard, and how many there are; length: of a sequence; sequences: all that are solved on; held_out: further ones.
     hidden: width of the stream.
     attention_bytes: of the scores of a shard, where attention keeps them. paired: whether blocks see the compressed ones'
-    outputs and the solve looks at the original's; compressed: whether they see them. stretched: whether shards come a few at a
+    outputs and the solve looks at the original's; compressed: whether they see them. passed: whether the original is run over
+    the tokens before, for segments behind. stretched: whether shards come a few at a
     time. threads: that share shards and solves. gpu: whether the arithmetic is done on one. experts, passes,
     batch_bytes: see `BlockSpec`.
     """
@@ -69,6 +70,7 @@ class Load:
     stretched: bool
     threads: int
     gpu: bool
+    passed: bool = False
     experts: ExpertCalibration | None = None
     passes: tuple[tuple[str, ...], ...] = ()
     held_out: int = 0

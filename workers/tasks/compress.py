@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from counterweight.workers.tasks.block import COMPRESS, BlockRecord, BlockTask
+from counterweight.workers.tasks.block import COMPRESS, BlockRecord, BlockSpec, BlockTask
 from counterweight.workers.tasks.task import DurableTask
 from counterweight.workers.workspace import Workspace
 
@@ -19,10 +19,13 @@ class Compress(BlockTask, DurableTask[BlockRecord]):
     kind: ClassVar[str] = COMPRESS
     record: ClassVar[type[BlockRecord]] = BlockRecord
 
+    following: BlockSpec | None = None
+    """The block that its worker probably begins with next, whose weights it may read meanwhile; no part of the result."""
+
     def key(self) -> str:
         return self.block.key()
 
     def compute(self, context: TaskContext, workspace: Workspace) -> BlockRecord:
         from counterweight.workers.compressed_block import compressed
 
-        return compressed(context, self.block, workspace)
+        return compressed(context, self.block, workspace, self.following)
