@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from counterweight.pipeline.artifact import DOCUMENT, verify
-from tests.networks import Network, can_make_networks, network
+from tests.networks import Network, can_make_networks, moto_on, network
 from tests.nodes import HEAD, nodes, two_workers
 from tests.patience import PATIENCE
 from tests.pipeline.tiny import Run, files_of, job_of, lengthened, local_path, run_local, until, write_job
-from tests.servers import S3Server
 
 pytestmark = pytest.mark.end_to_end
 
@@ -70,39 +67,10 @@ def test_a_node_that_is_cut_off_is_done_without_and_changes_nothing_when_the_net
     assert verify(out.strip())
 
 
-@contextmanager
-def moto_on(hosts: Network, host: int) -> Iterator[S3Server]:
-    """An object storage on a host of its own, with a bucket."""
-    address = hosts.address(host)
-    command = [*hosts.on(host), sys.executable, "-m", "moto.server", "-H", address, "-p", "9000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    server = S3Server(endpoint=f"http://{address}:9000", access_key="moto", secret_key="moto", region="us-east-1")
-    try:
-        made = [*hosts.on(HEAD), sys.executable, "-c", _MAKE_BUCKET, json.dumps(server.environment()), BUCKET]
-        subprocess.run(made, check=True, timeout=PATIENCE)
-        yield server
-    finally:
-        process.terminate()
-        process.wait(PATIENCE)
-
-
-_MAKE_BUCKET = """\
-import json, os, sys, time
-os.environ.update(json.loads(sys.argv[1]))
-import boto3
-while True:
-    try:
-        boto3.client("s3").create_bucket(Bucket=sys.argv[2])
-        break
-    except Exception:
-        time.sleep(0.2)
-"""
-
-
 def test_storage_that_is_cut_off_is_waited_for(hosts: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = write_job(tmp_path, layers=2)
     expected = files_of(local_path(run_local(job_of(manifest, f"spec.output.uri={tmp_path / 'expected'}")).uri))
-    with moto_on(hosts, 1) as server:
+    with moto_on(hosts, 1, BUCKET) as server:
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
         run = Run(manifest, "--output", f"s3://{BUCKET}/out", *two_workers(), within=hosts.on(HEAD))

@@ -31,8 +31,8 @@ ENDS = {"same bytes", "exit 4, then same bytes"}
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Drill]]:
-    with made(tmp_path_factory.mktemp("faults"), "moto") as (local, _):
-        yield local
+    with made(tmp_path_factory.mktemp("faults"), "moto", ["here"]) as groups:
+        yield groups["here"].kinds
 
 
 @pytest.mark.parametrize("seed", range(len(KINDS)))
