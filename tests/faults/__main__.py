@@ -63,7 +63,7 @@ def made(root: Path, server: str, names: Sequence[str]) -> Iterator[dict[str, Gr
         site = Site(root, running.with_bucket(BUCKET))
         processes = ProcessDrills(site)
         groups = {
-            "here": Group(Drills(site, ceph).kinds, 2),
+            "here": Group(Drills(site, ceph).kinds, 3),
             "forked": Group(processes.forked, 2),
             "ray": Group(processes.under_ray, 1),
         }

@@ -1,8 +1,8 @@
 """What is fuzzed: each target makes one hostile input from a seed and gives it to the code that reads it.
 
-Right is: nothing raised, or an error of ours with exit code 2 whose lines a terminal can show (4 for an artifact whose bytes are
-not those of its document, which is damage); little CPU time; and where there is something independent to compare with, the same
-result.
+Right is: nothing raised, or an error of ours with exit code 2 whose lines a terminal can show (4 for an artifact whose bytes
+are not those of its document, which is damage); little CPU time; and where there is something independent to compare with, the
+same result.
 """
 
 from __future__ import annotations
