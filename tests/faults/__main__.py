@@ -27,6 +27,7 @@ from tests.faults.cuts import cut_drills
 from tests.faults.drills import Drills
 from tests.faults.processes import ProcessDrills
 from tests.faults.site import BUCKET, NOTHING, Drill, Site
+from tests.faults.warm import warm
 from tests.networks import can_make_networks
 from tests.servers import ceph_server, moto_server
 
@@ -61,10 +62,10 @@ def made(root: Path, server: str, names: Sequence[str]) -> Iterator[dict[str, Gr
     with ExitStack() as stack:
         running = stack.enter_context(moto_server() if ceph is None else ceph_server(ceph))
         site = Site(root, running.with_bucket(BUCKET))
-        processes = ProcessDrills(site)
+        processes = ProcessDrills(site, stack.enter_context(warm()))
         groups = {
-            "here": Group(Drills(site, ceph).kinds, 3),
-            "forked": Group(processes.forked, 2),
+            "here": Group(Drills(site, ceph).kinds, 6),
+            "forked": Group(processes.forked, 6),
             "ray": Group(processes.under_ray, 1),
         }
         if "cuts" in names and can_make_networks():

@@ -17,7 +17,7 @@ from counterweight.workers.storage.probe import PROBES
 from tests.faults.site import NOTHING, SAME, Drill, Site
 from tests.faults.strikes import FORKED, LAST, UNDER_RAY, Strike, moments, reached
 from tests.faults.variants import VARIANTS
-from tests.pipeline.tiny import Run, alive, run_local, until
+from tests.pipeline.tiny import Run, Start, alive, run_local, until
 
 ONE = ("--set", "spec.resources={workers: 1, cpus_per_worker: 1}")
 TWO = ("--set", "spec.resources={workers: 2, cpus_per_worker: 1}")
@@ -25,23 +25,23 @@ TWO = ("--set", "spec.resources={workers: 2, cpus_per_worker: 1}")
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """How a job is run. pause: seconds behind a moment up to which a strike comes."""
+    """How a job is run. pause: seconds behind a moment up to which a strike comes. start: see `Run`."""
 
     arguments: Sequence[str]
     pause: float
-
-
-FORK, RAY = Command(ONE, 0.3), Command(TWO, 1.0)
+    start: Start | None = None
 
 
 class ProcessDrills:
-    """forked, under_ray: name -> drill, for a worker that is a fork of the command, and for two of an embedded Ray."""
+    """forked, under_ray: name -> drill, for a worker that is a fork of the command, and for two of an embedded Ray. start: of
+    commands without Ray."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, start: Start) -> None:
         self._site = site
-        self.under_ray: dict[str, Drill] = {name: partial(self._run, RAY, one) for name, one in UNDER_RAY.items()}
+        ray, fork = Command(TWO, pause=1.0), Command(ONE, pause=0.3, start=start)
+        self.under_ray: dict[str, Drill] = {name: partial(self._run, ray, one) for name, one in UNDER_RAY.items()}
         self.forked: dict[str, Drill] = {
-            f"{name}, without Ray": partial(self._run, FORK, one) for name, one in FORKED.items()
+            f"{name}, without Ray": partial(self._run, fork, one) for name, one in FORKED.items()
         }
 
     def _run(self, command: Command, strike: Strike, draw: Random) -> str:
@@ -56,7 +56,7 @@ def struck(site: Site, output: str, command: Command, strike: Strike, draw: Rand
     for override in VARIANTS[variant]:
         settings += ["--set", override]
     site.undisturbed(variant)
-    job, run = site.job(variant, output), Run(site.manifest, *settings)
+    job, run = site.job(variant, output), Run(site.manifest, *settings, start=command.start)
     below: list[int] = []
     expected: tuple[int, ...] = ()
     try:
