@@ -50,7 +50,7 @@ def test_a_node_that_is_cut_off_is_done_without_and_changes_nothing_when_the_net
             cluster.start(number)
         address = ["--address", cluster.head, *two_workers()]
         published = []
-        for output in ("healed while the job runs", "healed when the node was given up"):
+        for output in ("healed-in-time", "given-up"):
             run = Run(manifest, "--output", str(tmp_path / output), *address, within=hosts.on(HEAD))
             try:
                 run.wait_for("block 0 started", seconds=2 * PATIENCE)

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-MAX_CPU = 2.0
-"""Seconds of CPU that a hostile input may cost beyond a harmless one."""
+from tests.patience import MAX_CPU
 
 MAX_BYTES = 1 << 30
 """Of memory that a hostile input may cost beyond those before it, of which the first were harmless."""

@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 
-from tests.fuzz.costs import MAX_BYTES, MAX_CPU, metered
+from tests.fuzz.costs import MAX_BYTES, metered
 from tests.fuzz.targets import Fuzz
-from tests.patience import cpu_seconds
+from tests.patience import MAX_CPU, cpu_seconds
 
 SEEDS = {"tokenizer": 25, "dataset": 12, "artifact": 25, "stream": 60, "text": 200, "manifest": 150}
 """How many of a target's; of the others `USUAL`."""
