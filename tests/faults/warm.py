@@ -21,7 +21,7 @@ from typing import IO
 class Warm:
     """Starts a command at a time. Made by `warm`."""
 
-    def __init__(self, server: subprocess.Popen[str]) -> None:
+    def __init__(self, server: subprocess.Popen[bytes]) -> None:
         self._server = server
 
     def __call__(self, arguments: Sequence[str], stderr: IO[bytes]) -> WarmProcess:
@@ -31,19 +31,17 @@ class Warm:
         stdout = tempfile.NamedTemporaryFile("r")  # noqa: SIM115 - lives as long as the process
         outputs = [stdout.name, f"/proc/{os.getpid()}/fd/{stderr.fileno()}"]
         asked = {"arguments": list(arguments), "environment": dict(os.environ), "outputs": outputs}
-        self._server.stdin.write(json.dumps(asked) + "\n")
-        self._server.stdin.flush()
+        self._server.stdin.write(json.dumps(asked).encode() + b"\n")
         return WarmProcess(int(self._server.stdout.readline()), self._server.stdout, stdout)
 
 
 class WarmProcess:
     """What tests use of `subprocess.Popen`."""
 
-    def __init__(self, pid: int, ends: IO[str], stdout: IO[str]) -> None:
-        self.pid, self.returncode = pid, None
+    def __init__(self, pid: int, ends: IO[bytes], stdout: IO[str]) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
         self._ends, self._stdout = ends, stdout
-
-    returncode: int | None
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
@@ -67,7 +65,8 @@ class WarmProcess:
 def warm() -> Iterator[Warm]:
     """As long as the context lasts."""
     command = [sys.executable, "-m", "tests.faults.warm"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    # Without buffers: `select` would not see what lies in one.
+    with subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
         try:
             yield Warm(server)
         finally:
