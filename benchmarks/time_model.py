@@ -1,7 +1,7 @@
 """The time model of `counterweight plan` against blocks that run on this machine: predicted beside measured.
 
     python benchmarks/time_model.py [CASE ...] [--record]
-    python benchmarks/time_model.py --device cuda [CASE ...] [--record]
+    python benchmarks/time_model.py --device cuda [CASE ...] [--sequences N] [--record]
     python benchmarks/time_model.py [--device cuda] --rates FILE
 
 Measures the rates of this machine by kind of work, then calibrates and compresses single blocks with the shapes of published
@@ -18,7 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,9 +225,11 @@ def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
         propagate="original",
     )
     worker, watch = Worker(device, 1), Stopwatch(device)
+    print("  checkpoint and inputs are made", flush=True)
     started = watch.now()
     worker.run(Calibrate(block=spec, shards=len(inputs), stop=len(inputs)))
     between = watch.now()
+    print(f"  calibrated in {between - started:.2f} s", flush=True)
     record = worker.run(Compress(block=spec))
     ended = watch.now()
     worker.close()
@@ -320,6 +322,7 @@ def main() -> None:
         "cases", nargs="*", help=f"of {', '.join([*CPU_CASES, *GPU_CASES, *TINY])}; default: the device's"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--sequences", type=int, help="of calibration, in the place of what a case has")
     parser.add_argument("--rates", type=Path, help="only measure rates, and write them to this file")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
@@ -332,7 +335,13 @@ def main() -> None:
         return
     usual = CPU_CASES if device == "cpu" else GPU_CASES
     every = {**CPU_CASES, **GPU_CASES, **TINY}
-    body = _work_of({name: every[name] for name in arguments.cases or usual}, rates, device) + "\n\n" + _shown(rates)
+    cases = {name: every[name] for name in arguments.cases or usual}
+    if arguments.sequences is not None:
+        cases = {
+            f"{name}, {arguments.sequences} sequences": replace(case, sequences=arguments.sequences)
+            for name, case in cases.items()
+        }
+    body = _work_of(cases, rates, device) + "\n\n" + _shown(rates)
     print(body)
     if arguments.record:
         about = f"{_named(device)}. {versions('torch', 'transformers')}."

@@ -51,9 +51,7 @@ def compressed(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> B
     outputs = propagated(context, spec, held.loaded.block, linears, workspace)
     clock.lap("forward")
     _, builder = context.source(spec.setting)
-    record = write_block(
-        spec, builder, held.loaded.parameters, held.loaded.dtypes, linears, reports, workspace, held.timing
-    )
+    record = write_block(spec, builder, held.loaded, linears, reports, workspace, held.timing, context.device)
     clock.lap("write")
     originals = held.outputs if spec.original_inputs else ()
     record = record.model_copy(

@@ -186,11 +186,14 @@ class ShardMoments:
         def wide(name: str) -> Tensor:
             return streams[name].float()
 
-        # The kernel takes a stream in its own dtype, so that often no float32 copy is needed at all.
+        # The kernels take a stream in its own dtype, so that often no float32 copy is needed at all.
         kernel = runs_kernels(x.device)
         return cls(
             triangles={name * 2: _lower(stream if kernel else wide(name)) for name, stream in streams.items()},
-            crossed={one + other: wide(one).T @ wide(other) for one, other in combinations(streams, 2)},
+            crossed={
+                one + other: _crossed(streams[one], streams[other]) if kernel else wide(one).T @ wide(other)
+                for one, other in combinations(streams, 2)
+            },
             tokens=int(x.shape[0]),
             absolute=wide("x").abs().sum(0) if gathering.absolute else None,
             thresholds=Thresholds.of(wide("x")) if gathering.thresholds else None,
@@ -266,3 +269,10 @@ def _lower(x: Tensor) -> LowerTriangle:
     for start, stop, strip in lower.strips():
         torch.mm(x[:, start:stop].T, x[:, :stop], out=strip)
     return lower
+
+
+def _crossed(x: Tensor, y: Tensor) -> Tensor:
+    """x^T y in float32, by a kernel."""
+    from counterweight.kernels.gpu.gram import add_product_
+
+    return add_product_(torch.zeros(x.shape[1], y.shape[1], device=x.device), x.contiguous(), y.contiguous())

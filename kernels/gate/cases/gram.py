@@ -11,30 +11,34 @@ from counterweight.kernels.gpu.gram import BLOCKS_16_BIT, BLOCKS_FLOAT32, gram_k
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def _case(dtype: torch.dtype) -> Case:
+def _case(dtype: torch.dtype, *, lower: bool) -> Case:
     blocks = BLOCKS_FLOAT32 if dtype is torch.float32 else BLOCKS_16_BIT
     arithmetic = launch.arithmetic(dtype)
     return Case(
-        name=f"gram/{_NAMES[dtype]}",
+        name=f"gram/{_NAMES[dtype]}" + ("" if lower else ", two inputs"),
         kernel=gram_kernel,
         types={
-            "gram": "*fp32",
+            "total": "*fp32",
             "x": f"*{_NAMES[dtype]}",
-            "tokens": "i32",
-            "width": "i32",
-            "x_stride": "i32",
+            "y": f"*{_NAMES[dtype]}",
+            **dict.fromkeys(("tokens", "x_width", "y_width", "x_stride", "y_stride"), "i32"),
             "scale": "fp32",
         },
         constants={
+            "LOWER": lower,
             "TOKENS": blocks["TOKENS"],
             "TILE": blocks["TILE"],
             "COMPUTE": arithmetic["COMPUTE"],
             "PRECISION": arithmetic["PRECISION"],
         },
-        aligned=("gram", "x", "width", "x_stride"),
+        aligned=("total", "x", "y", "x_width", "y_width", "x_stride", "y_stride"),
         options={"num_warps": blocks["num_warps"], "num_stages": blocks["num_stages"]},
         required={80: ("HMMA",), 89: ("HMMA",), 90: ("HGMMA",)} if dtype is torch.bfloat16 else {},
     )
 
 
-CASES = [_case(torch.bfloat16), _case(torch.float32)]
+CASES = [
+    _case(torch.bfloat16, lower=True),
+    _case(torch.float32, lower=True),
+    _case(torch.bfloat16, lower=False),
+]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.formats import ActivationFormat
-from counterweight.kernels.gpu.gram import add_gram_
+from counterweight.kernels.gpu.gram import add_gram_, add_product_
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from tests.kernels.gpu.expected import lower_gram
 from tests.kernels.gpu.guarded import bands_are_intact, guarded
@@ -48,6 +48,29 @@ def test_rows_of_a_wider_tensor_and_scale_one_by_default(device: torch.device) -
     torch.testing.assert_close(gram.double(), lower_gram(x[:, :40]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "dtype"),
+    [(70, 130, 40, torch.float16), (33, 64, 200, torch.bfloat16), (1, 70, 33, torch.float32)],
+)
+def test_adds_the_product_of_two_inputs(
+    tokens: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    x = guarded(random(tokens, rows).to(dtype).to(device))
+    y = random(tokens, columns + 8, seed=1).to(dtype).to(device)[:, :columns]
+    before = random(rows, columns, seed=2).to(device)
+    total = guarded(before)
+    assert add_product_(total, x, y) is total
+    torch.testing.assert_close(total.double(), before.double() + x.double().T @ y.double(), rtol=1e-5, atol=1e-5)
+    assert bands_are_intact(total)
+
+
+def test_two_inputs_are_of_the_same_tokens_in_one_dtype(device: torch.device) -> None:
+    x, total = random(4, 8).to(device), torch.zeros(8, 8, device=device)
+    for other in (x[:3], x.half(), x.T):
+        with pytest.raises(ValueError, match="y: "):
+            add_product_(total, x, other)
+
+
 def test_refuses_what_it_cannot_do(device: torch.device) -> None:
     x, gram = random(4, 8).to(device), torch.zeros(8, 8, device=device)
     with pytest.raises(ValueError, match="x: "):
@@ -76,10 +99,16 @@ def test_statistics_gathered_where_kernels_run_are_those_gathered_elsewhere(
         return accumulator.result()
 
     calls: list[Tensor] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     monkeypatch.setattr(
         "counterweight.kernels.gpu.gram.add_gram_", lambda gram, x: calls.append(x) or add_gram_(gram, x)
     )
+    monkeypatch.setattr(
+        "counterweight.kernels.gpu.gram.add_product_",
+        lambda total, x, y: pairs.append((x, y)) or add_product_(total, x, y),
+    )
     expected, found = moments(kernels=False), moments(kernels=True)
     assert [x.dtype for x in calls] == [dtype] * 3  # x, its quantized self, and the original's
+    assert [{x.dtype, y.dtype} for x, y in pairs] == [{dtype}] * 3
     for streams in ("xx", "yy", "tt", "xy", "xt", "yt"):
         torch.testing.assert_close(found.product(streams), expected.product(streams), rtol=1e-5, atol=1e-4)
