@@ -2,7 +2,7 @@
 
 from counterweight.pipeline.manifest.batch import CompressionBatch
 from counterweight.pipeline.manifest.calibration import Calibration
-from counterweight.pipeline.manifest.identity import job_id
+from counterweight.pipeline.manifest.identity import calibration_id, job_id
 from counterweight.pipeline.manifest.job import (
     CompressionJob,
     Gates,
@@ -34,6 +34,7 @@ __all__ = [
     "SubmittedJob",
     "Validation",
     "batch_schema",
+    "calibration_id",
     "canonical",
     "job_id",
     "job_schema",

@@ -47,6 +47,8 @@ class Footprint:
     solve: int
     phases: Mapping[str, int]
     host: int
+    kept_peak: int
+    """`peak` where the statistics of a block that is solved in one pass stay in memory, for it to be solved in another way."""
 
     @property
     def peak(self) -> int:
@@ -111,6 +113,7 @@ def footprint(load: Load) -> Footprint:
         solve=solve,
         phases=phases,
         host=host,
+        kept_peak=max(*phases.values(), weights + solving(load, keep=True)[0], phases["write"] + max(statistics)),
     )
 
 
