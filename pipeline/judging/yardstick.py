@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from counterweight.pipeline.artifact import open_artifact
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.validate import Windows
 from counterweight.workers.calibration.tokens import TokenSet
+from counterweight.workers.context import DTYPES, get_hidden
 from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.errors import RequestError
 from counterweight.workers.keys import digest
 from counterweight.workers.ledger import LEDGER
+from counterweight.workers.models.source import read_head
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.evaluate import Evaluate
 from counterweight.workers.tasks.inspect import Inspect
@@ -47,7 +52,7 @@ class Yardstick:
     def __init__(
         self, source: ModelSource, tokens: TokenSet, dtype: ModelDtype, device: Device, note: Callable[[str], None]
     ) -> None:
-        self.source, self.tokens, self.dtype, self._note = source, tokens, dtype, note
+        self.source, self.tokens, self.dtype, self.note = source, tokens, dtype, note
         self.worker = Worker(device, threads=len(os.sched_getaffinity(0)))
         self._scratch = tempfile.TemporaryDirectory()
         note(f"reading {source.uri}")
@@ -75,9 +80,21 @@ class Yardstick:
     def found(self) -> OriginalRecord:
         """What the original makes of the windows; computed once."""
         if self._found is None:
-            self._note(f"the original on {self.tokens.sequences} windows of {self.tokens.length} tokens")
+            self.note(f"the original on {self.tokens.sequences} windows of {self.tokens.length} tokens")
             self._found = self.worker.run(self.original)
         return self._found
+
+    @cached_property
+    def _head(self) -> nn.Module:
+        checkpoint, builder = self.worker.context.source(self.original.setting)
+        tensors = read_head(checkpoint, builder, self.digests)
+        return builder.head(tensors, self.worker.context.device, DTYPES[self.dtype])
+
+    @torch.no_grad()
+    def log_probabilities(self, batch: int) -> Tensor:
+        """The original's, of the next token, of a batch of windows: [windows, length, vocabulary] float32."""
+        hidden = get_hidden(self.workspace, self.found.outputs[batch], self.worker.context.device)
+        return functional.log_softmax(self._head(hidden).float(), dim=-1)
 
     def judge(self, uri: str) -> Windows:
         """An artifact of ours on the windows, under every variant. RequestError when it was made from another model."""
@@ -88,7 +105,7 @@ class Yardstick:
                 f"{document.name} was made from"
             )
         found = self.found
-        self._note(f"{document.name} {document.id} on the same windows")
+        self.note(f"{document.name} {document.id} on the same windows")
         ledger = document.files[LEDGER].sha256
         windows = Windows()
         windows.add(self.worker.run(Evaluate(original=self.original, found=found, artifact=store.uri, ledger=ledger)))
