@@ -14,6 +14,8 @@ import typer
 
 from counterweight.pipeline import artifact_commands
 from counterweight.pipeline.jobs import commands as job_commands
+from counterweight.pipeline.judging import commands as judging_commands
+from counterweight.pipeline.judging.commands import figures_text
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.service import commands as service_commands
 from counterweight.pipeline.signals import terminable
@@ -24,7 +26,6 @@ from counterweight.pipeline.units import bytes_text
 
 if TYPE_CHECKING:
     from counterweight.pipeline.artifact import ArtifactDocument
-    from counterweight.pipeline.artifact.report import Quality
 
 app = typer.Typer(
     name="counterweight",
@@ -240,41 +241,6 @@ def prune(
     _print_rows(f"{'would be removed' if dry_run else 'removed'} from {pruned.uri}", [*rows, total])
 
 
-@app.command("eval")
-def evaluate(
-    artifact: ArtifactUri,
-    against: Annotated[
-        str | None, typer.Option(help="Where the original model is; default: where it was.", show_default=False)
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option(help="URI or path of a text; default: the report's.", show_default=False)
-    ] = None,
-    windows: Annotated[int | None, typer.Option(help="Windows to measure; default: the report's, or all.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a window; default: the report's.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    as_json: AsJson = False,
-) -> None:
-    """Validate an artifact again: perplexity, KL and agreement, against the model it was made from."""
-    from counterweight.pipeline.artifact.report import labelled
-    from counterweight.pipeline.evaluate import evaluate_artifact
-
-    found = evaluate_artifact(
-        _absolute(artifact),
-        against=None if against is None else _absolute(against),
-        text=None if text is None else _absolute(text),
-        windows=windows,
-        sequence_length=sequence_length,
-        device=device,
-    )
-    if as_json:
-        _print_json({name: quality.model_dump() for name, quality in found.items()})
-        return
-    _print_rows(
-        f"{artifact}",
-        [(label, "   ".join(_measured(quality))) for label, quality in labelled(found).items()],
-    )
-
-
 @app.command()
 def schema() -> None:
     """Print the manifest's JSON Schema."""
@@ -284,6 +250,7 @@ def schema() -> None:
 
 
 artifact_commands.register(app)
+judging_commands.register(app)
 job_commands.register(app)
 service_commands.register(app)
 
@@ -334,19 +301,11 @@ def _each_file(path: str, size: int) -> None:
     typer.echo(f"{path}  {bytes_text(size)}", err=True)
 
 
-def _measured(quality: Quality) -> list[str]:
-    """Each metric with its number."""
-    from counterweight.workers.metrics import METRICS
-
-    found = [(metric, quality.of(metric)) for metric in METRICS]
-    return [f"{metric.short} {value:{metric.digits}}" for metric, value in found if value is not None]
-
-
 def _summary(document: ArtifactDocument, uri: str) -> list[tuple[str, str]]:
     from counterweight.pipeline.artifact.report import labelled
 
     found = labelled(document.qualities)
-    rows = [(label, "   ".join(_measured(quality)[:2])) for label, quality in found.items()]
+    rows = [(label, "   ".join(figures_text(quality)[:2])) for label, quality in found.items()]
     bits = document.bits_per_weight
     parts = ", ".join(f"{value:.3f} {name}" for name, value in bits.parts.items())
     rows.append(("bits per weight", f"{bits.total:.3f} all in ({parts})"))

@@ -13,7 +13,7 @@ from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.pipeline.plan import Plan, make_plan
 from counterweight.pipeline.policies import STALE, RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
-from counterweight.pipeline.preflight import Ready, look
+from counterweight.pipeline.preflight import Ready, look, positions
 from counterweight.pipeline.tokens import Tokens, read_tokens
 from counterweight.workers.calibration.source import ModelSamples
 from counterweight.workers.calibration.tokens import TokenSet
@@ -81,8 +81,8 @@ def open_job(
 
 def _note_positions(job: CompressionJob, source: ModelSource, log: EventLog) -> None:
     """Says when windows are longer than the texts that the model was made for."""
-    length, known = job.spec.calibration.sequence_length, source.checkpoint.config.get("max_position_embeddings")
-    if isinstance(known, int) and length > known:
+    length, known = job.spec.calibration.sequence_length, positions(source.checkpoint.config)
+    if known is not None and length > known:
         log.note(
             f"spec.calibration.sequence_length: {length}: more than the {known} positions of the model "
             "(config.json: max_position_embeddings): what it does behind them is calibrated on too"
