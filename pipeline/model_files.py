@@ -32,9 +32,9 @@ HUB_FILES = [
 """What a snapshot of a hub repository consists of; never pickles, never code."""
 
 
-def check_files(store: ObjectStore) -> Mapping[str, Any]:
-    """CheckpointError, UnsupportedModelError or RequestError for a folder that is no model, as far as config, index and the
-    presence of a first file of weights tell; its config otherwise. Headers and shapes are for `model_source.open_model`."""
+def check_files(store: ObjectStore) -> Mapping[str, object]:
+    """The config.json of a model. CheckpointError, UnsupportedModelError or RequestError for a folder that is none, as far as
+    config, index and the presence of a first file of weights tell. Headers and shapes are for `model_source.open_model`."""
     try:
         layout = read_layout(store)
         check_values(layout.config)
@@ -45,11 +45,11 @@ def check_files(store: ObjectStore) -> Mapping[str, Any]:
         for entry in beside(store, layout.shards):
             if entry.fate == "carried":
                 store.size(entry.name)  # a link that leads out of the folder is refused before anything is begun
-        return layout.config
     except ObjectNotFoundError as error:
         raise CheckpointError(f"{store.uri}: {error}: expected every file that the index names") from error
     except CheckpointError as error:
         raise CheckpointError(f"{store.uri}: {error}") from error
+    return layout.config
 
 
 def tokenizer_of(store: ObjectStore) -> TokenizerFiles | None:
@@ -104,12 +104,19 @@ def config_of(model: str) -> Mapping[str, Any]:
     return read_config(open_store(path.parent.resolve().as_uri()))
 
 
-def positions_of(config: Mapping[str, Any]) -> int | None:
-    """Positions that a model was made for (`max_position_embeddings`, of a multimodal model its text model's); None where its
-    config.json does not say."""
+def positions_of(config: Mapping[str, object]) -> int | None:
+    """How many positions a config.json gives a model; None where it does not say. A rotary embedding that is scaled beyond the
+    positions that it was trained on (YaRN) has its factor times as many."""
     inside = config.get("text_config")
-    known = {**config, **(inside if isinstance(inside, Mapping) else {})}.get("max_position_embeddings")
-    return known if isinstance(known, int) and not isinstance(known, bool) else None
+    config = inside if isinstance(inside, Mapping) else config
+    known, scaling = config.get("max_position_embeddings"), config.get("rope_scaling") or config.get("rope_parameters")
+    if not isinstance(known, int):
+        return None
+    if isinstance(scaling, Mapping):
+        factor, trained = scaling.get("factor"), scaling.get("original_max_position_embeddings", known)
+        if isinstance(factor, int | float) and trained == known:
+            return int(known * max(factor, 1))
+    return known
 
 
 def resolve(uri: str, field: str = "spec.model.uri") -> str:

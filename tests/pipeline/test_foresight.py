@@ -49,11 +49,6 @@ WRONG: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
         r"spec\.validation\.text\.uri: .*no such file",
     ),
     "too short a text": (nothing, ("spec.calibration.sequences=100",), r"make 15 windows of 32: expected at least 100"),
-    "positions": (
-        nothing,
-        ("spec.calibration.sequence_length=512",),
-        r"spec\.calibration\.sequence_length: 512: expected at most 256, the positions of the model",
-    ),
     "positions of the validation": (
         nothing,
         ("spec.validation.sequence_length=257",),
@@ -90,6 +85,13 @@ def test_a_job_that_can_run_is_planned_and_leaves_nothing(manifest: Path) -> Non
     assert found.reuse == ["nothing: no block was finished before"]
     assert found.notes == ()
     assert 0 < found.plan.artifact_bytes < found.plan.source_bytes
+
+
+def test_a_calibration_beyond_the_models_positions_is_noted(manifest: Path) -> None:
+    shorter = ("spec.calibration.sequences=1", "spec.validation.sequence_length=32")
+    found = foresee(job_of(manifest, "spec.calibration.sequence_length=300", *shorter))
+    (note,) = found.notes
+    assert note.startswith("spec.calibration.sequence_length: 300: more than the 256 positions of the model")
 
 
 def test_gpus_that_are_not_here_are_noted(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from counterweight.pipeline.model_files import positions_of
 from counterweight.pipeline.preflight import check_apart, look
 from counterweight.workers.errors import RequestError
-from tests.inprocess import run_job
+from tests.inprocess import RecordedProgress, run_job
 from tests.models import checkpoint
 from tests.patience import PATIENCE
 from tests.pipeline.tiny import job_of, write_job
@@ -148,10 +149,33 @@ def test_looking_leaves_nothing_in_the_output(honest: Path) -> None:
     assert [path for path in (honest.parent / "out").rglob("*") if path.is_file()] == []
 
 
-def test_windows_beyond_the_models_positions_are_refused(tmp_path: Path) -> None:
+def test_windows_beyond_the_models_positions_are_noted(tmp_path: Path) -> None:
+    progress = RecordedProgress()
     checkpoint("llama", tmp_path / "model", num_hidden_layers=1, max_position_embeddings=16)
     recipe = {"weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "rtn"}}}
-    with pytest.raises(
-        RequestError, match=r"spec\.calibration\.sequence_length: 32: expected at most 16, the positions"
-    ):
-        run_job(tmp_path / "model", tmp_path / "out", recipe)
+    run_job(tmp_path / "model", tmp_path / "out", recipe, progress=progress, validation=None)
+    (note,) = progress.notes
+    assert note.startswith("spec.calibration.sequence_length: 32: more than the 16 positions of the model")
+
+
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [
+        ({}, None),
+        ({"max_position_embeddings": 64}, 64),
+        ({"text_config": {"max_position_embeddings": 64}}, 64),
+        ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 256),
+        ({"max_position_embeddings": 64, "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 16}}, 64),
+        ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "default"}}, 64),
+    ],
+)
+def test_how_many_positions_a_model_has(config: dict[str, object], known: int | None) -> None:
+    assert positions_of(config) == known
+
+
+def test_windows_of_a_validation_beyond_the_models_positions_are_refused(honest: Path) -> None:
+    most = json.loads((honest.parent / "model" / "config.json").read_text())["max_position_embeddings"]
+    texts = ("spec.calibration.sequences=1", "spec.validation.windows=1", "spec.calibration.sequence_length=16")
+    with pytest.raises(RequestError, match=rf"^spec.validation.sequence_length: {most + 1}: expected at most {most},"):
+        look(job_of(honest, *texts, f"spec.validation.sequence_length={most + 1}"))
+    look(job_of(honest, *texts, "spec.validation.sequence_length=16"))
