@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from counterweight.pipeline.judging.task_files import read_documents
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_files import check_files, resolve, tokenizer_of
 from counterweight.pipeline.texts import Texts, read_texts, usual_special_tokens
@@ -38,7 +39,9 @@ def look(job: CompressionJob) -> Ready:
         probe(output)
     except RequestError as error:
         raise RequestError(f"spec.output.uri: {error}") from error
-    return Ready(root=root, output=output, texts=read_texts(job, tokenizer_of(model), usual_special_tokens(config)))
+    read_documents(job.spec.validation, model)
+    texts = read_texts(job, tokenizer_of(model), usual_special_tokens(config))
+    return Ready(root=root, output=output, texts=texts)
 
 
 def check_positions(job: CompressionJob, config: Mapping[str, object]) -> None:
