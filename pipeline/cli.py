@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from counterweight.pipeline import artifact_commands
 from counterweight.pipeline.jobs import commands as job_commands
 from counterweight.pipeline.judging import commands as judging_commands
 from counterweight.pipeline.judging.commands import figures_text
@@ -41,7 +42,7 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 ArtifactUri = Annotated[
-    str, typer.Argument(help="URI of an artifact, or of a name for its latest artifact.", show_default=False)
+    str, typer.Argument(help="URI of an artifact; of a name, for its latest artifact; or NAME@TAG.", show_default=False)
 ]
 
 
@@ -79,6 +80,15 @@ def run(
             "without any; or do everything anew."
         ),
     ] = Resume.AUTO,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MANIFEST",
+            help="A job of the same sweep, whose blocks are compressed from this one's calibration; its own run finds them "
+            "finished. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a job to the end; the last line of stdout is the artifact's URI (with --json: its `uri`)."""
@@ -89,6 +99,7 @@ def run(
 
     overrides = [*(set_ or []), *([] if output is None else [f"spec.output.uri={json.dumps(_absolute(output))}"])]
     job = load_manifest(manifest, overrides).job
+    others = [load_manifest(other, []).job for other in beside or []]
     from counterweight.pipeline.events import Summary
     from counterweight.pipeline.progress import make_progress
     from counterweight.pipeline.run import run_job  # a wrong manifest need not wait for transformers and Ray
@@ -96,7 +107,7 @@ def run(
     with make_progress(sys.stderr) as progress:
         # Ray's threads print what they think of dead workers; stdout holds the result and nothing else.
         with redirect_stdout(sys.stderr):
-            published = run_job(job, progress, address=address, resume=resume)
+            published = run_job(job, progress, address=address, resume=resume, beside=others)
         progress.on(Summary(_summary(published.document, published.uri)))
     if as_json:
         _print_json({"uri": published.uri, **published.document.model_dump(mode="json")})
@@ -169,10 +180,12 @@ def plan(
 
 @app.command()
 def pull(uri: ArtifactUri, destination: Path, as_json: AsJson = False) -> None:
-    """Download an artifact, resuming where an earlier pull stopped; every byte is checked."""
+    """Download an artifact, resuming where an earlier pull stopped; every byte is checked. From a service, with its token in
+    COUNTERWEIGHT_TOKEN: https://host/v1/artifacts/NAME/ID."""
     from counterweight.pipeline.artifact import pull as fetch_artifact
+    from counterweight.pipeline.artifact.remote import is_remote
 
-    document = fetch_artifact(_absolute(uri), destination, _each_file)
+    document = fetch_artifact(uri if is_remote(uri) else _absolute(uri), destination, _each_file)
     facts = {"id": document.id, "files": len(document.files), "bytes": sum(f.size for f in document.files.values())}
     if as_json:
         _print_json({**facts, "destination": str(destination)})
@@ -236,6 +249,7 @@ def schema() -> None:
     typer.echo(schema_text(), nl=False)
 
 
+artifact_commands.register(app)
 judging_commands.register(app)
 job_commands.register(app)
 service_commands.register(app)

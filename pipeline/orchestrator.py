@@ -7,7 +7,7 @@ the driver can be killed anywhere and started again, and finds its way by the sa
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from statistics import mean
@@ -23,6 +23,7 @@ from counterweight.pipeline.artifact.report import (
     bits_per_weight,
     tokens_report,
 )
+from counterweight.pipeline.beside import add_beside, sharing
 from counterweight.pipeline.blocks import Blocks
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.distillation import Trained, add_texts, distill
@@ -63,7 +64,7 @@ SOFTWARE = ("counterweight", "torch", "transformers", "ray", "safetensors", "pyd
 
 
 class Orchestrator:
-    """One job on one pool of workers."""
+    """One job on one pool of workers. beside: jobs whose blocks are compressed too where they need the same statistics."""
 
     def __init__(
         self,
@@ -73,8 +74,10 @@ class Orchestrator:
         device: Device,
         log: EventLog,
         resume: Resume = Resume.AUTO,
+        beside: Sequence[CompressionJob] = (),
     ) -> None:
         self._job, self._log, self._resume = job, log, resume
+        self._beside, self._gpu_bytes = () if resume is Resume.NEVER else beside, opened.gpu_bytes
         self._source, self._tokens, self._plan = opened.source, opened.tokens, opened.plan
         self._store = open_store(job.spec.output.uri)
         alone = resume is Resume.NEVER
@@ -126,6 +129,8 @@ class Orchestrator:
         calibration = tokens.calibration.digest
         outlined = outlines(self._job, self._source, self._plan, self._setting, digests, calibration, unseen)
         model = add_model(job, add_embedding(job, tokens), tokens, outlined)
+        if self._beside:
+            add_beside(job, model, sharing(job, self._beside, outlined, self._gpu_bytes))
         outside = add_outside(job)
         texts = add_texts(job, tokens)
         references = add_references(job, tokens)

@@ -106,7 +106,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
     each block without what enters it."""
     spec, source = job.job.spec, job.source
     recipes: list[BlockRecipe] = [block.recipe for block in outlined]
-    propagate = spec.calibration.propagate
+    propagate = spec.calibration.propagated
 
     def spec_of(
         index: int,
@@ -143,7 +143,10 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
             source.layout.blocks,
             job.dispatcher.workers,
             job.threads,
+            gpu=job.setting.device == "cuda",
         ),
+        segment=spec.calibration.segment_blocks,
+        workers=job.dispatcher.workers,
     )
 
 

@@ -9,8 +9,7 @@ together in order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -33,9 +32,6 @@ from counterweight.workers.tasks.evaluate import (
     WindowMetrics,
     WindowProfiles,
 )
-
-Blocks = Callable[[int], Mapping[str, Block]]
-"""Index -> the block under each variant."""
 
 Chosen = Sequence[Tensor | None]
 """The experts of the tokens of each batch, [tokens, experts] bool; None in a dense block."""
@@ -85,23 +81,6 @@ def advance(
             routed(index, variant, [chosen for _, chosen in done])
         del variants  # before the next one is loaded
     return current
-
-
-def in_turn(blocks: Blocks, count: int, *, ahead: bool) -> Iterator[Mapping[str, Block]]:
-    """Every block. ahead: another thread loads the next one while one is computed with, so that two are in memory."""
-    if not ahead:
-        yield from map(blocks, range(count))
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="next block") as reader:
-        following = reader.submit(blocks, 0)
-        for index in range(1, count + 1):
-            found = following.result()
-            if index < count:
-                following = reader.submit(blocks, index)
-            else:
-                del following
-            yield found
-            del found
 
 
 def variants_of(model: CompressedModel) -> dict[str, str]:

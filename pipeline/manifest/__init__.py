@@ -2,7 +2,7 @@
 
 from counterweight.pipeline.manifest.batch import CompressionBatch
 from counterweight.pipeline.manifest.calibration import Calibration
-from counterweight.pipeline.manifest.identity import job_id
+from counterweight.pipeline.manifest.identity import calibration_id, job_id
 from counterweight.pipeline.manifest.job import (
     CompressionJob,
     JobSpec,
@@ -35,6 +35,7 @@ __all__ = [
     "TEXT",
     "Validation",
     "batch_schema",
+    "calibration_id",
     "canonical",
     "job_id",
     "job_schema",

@@ -90,7 +90,7 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
         from counterweight.workers.clock import Clock
         from counterweight.workers.compressed import CompressedModel
         from counterweight.workers.context import DTYPES, get_hidden
-        from counterweight.workers.evaluation import advance, compressed_blocks, in_turn, measure, variants_of
+        from counterweight.workers.evaluation import advance, compressed_blocks, measure, variants_of
         from counterweight.workers.memory import release
         from counterweight.workers.models.routing import Routes
         from counterweight.workers.models.source import read_head
@@ -129,7 +129,7 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
             if shares := routes.agreement(index, chosen, ids.shape[1]):
                 agreed.setdefault(variant, {})[index] = shares
 
-        turn = in_turn(blocks, builder.blocks, ahead=device.type != "cpu")
+        turn = context.ahead.in_turn(self.name, builder.blocks, blocks)
         hidden = advance(dict.fromkeys(measured, first), turn, context.pool, routed)
         found = measure(
             hidden,
