@@ -64,6 +64,8 @@ class BlockPlan(Config):
     """On the host of a GPU, beside its process; 0 without GPUs."""
     calibrated_bytes: int
     """What calibration leaves in memory: weights, as they were read and as they run, and the sums of the statistics."""
+    kept_peak_bytes: int
+    """`peak_bytes` where these sums stay, for the blocks of other jobs of a sweep to be solved with them too."""
     passes: tuple[tuple[str, ...], ...]
     """Linears that are solved after each pass over the calibration tokens; empty: all after one."""
     batch_bytes: int
@@ -142,6 +144,8 @@ class Plan(Config):
     estimate: Estimate | None = None
     """How long it takes; null where nothing is known of the device."""
     problems: tuple[str, ...]
+    keeps_statistics: bool
+    """Whether a worker can keep the statistics of a block that was solved, for the jobs of a sweep that need the same."""
 
 
 def make_plan(job: CompressionJob, source: ModelSource, device: str | None = None, *, gpu_bytes: int = 0) -> Plan:
@@ -210,6 +214,8 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         estimate=None if rates is None or not timed else _estimate(job, source, costed, training, rates),
         divided=tuple(_divisions(blocks, memory)),
         problems=tuple(misfits(job, most, where, gpu, memory)),
+        keeps_statistics=all(len(block.passes) <= 1 for block in blocks)
+        and (memory is None or max(block.kept_peak_bytes for block in blocks) <= memory.bytes),
     )
 
 
@@ -320,6 +326,7 @@ def _costed(source: ModelSource, blocks: Sequence[_Resolved], budget: int | None
             peak_phase=found.largest,
             host_bytes=found.host,
             calibrated_bytes=found.calibrated,
+            kept_peak_bytes=found.kept_peak,
             passes=done.passes,
             batch_bytes=done.batch_bytes,
             undivided_bytes=whole.peak,

@@ -235,7 +235,7 @@ def gather_parts(job: Job, blocks: Blocks, outside: Outside) -> Parts:
 
 def add_references(job: Job, tokens: Tokens) -> list[Reference]:
     """The nodes of what the original makes of the windows of the validation; none without one."""
-    asked, windows = job.job.spec.validation, tokens.validation
+    asked, windows = job.job.spec.validation, tokens.judged
     if asked is None or windows is None:
         return []
     whole = Original(

@@ -34,11 +34,19 @@ from counterweight.workers.workspace import Blob, Workspace
 
 
 def compressed(
-    context: TaskContext, spec: BlockSpec, workspace: Workspace, following: BlockSpec | None = None
+    context: TaskContext,
+    spec: BlockSpec,
+    workspace: Workspace,
+    *,
+    following: BlockSpec | None = None,
+    keep: bool = False,
 ) -> BlockRecord:
     """The block's record: 1. calibrate, 2. train codes where the recipe asks for it, 3. solve every linear, those of each pass
-    over the shards behind it, 4. run the compressed block where the next one sees what it makes, 5. store. following: a block
-    whose weights are read beside all but the first."""
+    over the shards behind it, 4. run the compressed block where the next one sees what it makes, 5. store.
+
+    following: a block whose weights are read beside all but the first step. keep: what is calibrated stays as it is, in memory,
+    for the block to be compressed in another way.
+    """
     held = calibrated(context, spec, workspace)
     if following is not None:
         read_ahead(context, following.setting, following.index, following.tensors)
@@ -48,7 +56,8 @@ def compressed(
     reports: list[ModuleReport] = []
     for statistics in gathered(context, spec, held, workspace):
         clock.lap("forward")
-        found, told = solved(context, spec, held, statistics, codes)
+        used = PackedStatistics(statistics.packed) if keep else statistics
+        found, told = solved(context, spec, held, used, codes)
         linears |= found
         reports += told
         clock.lap("solve")
@@ -56,14 +65,14 @@ def compressed(
     outputs = propagated(context, spec, held.loaded.block, linears, workspace)
     clock.lap("forward")
     _, builder = context.source(spec.setting)
-    record = write_block(
-        spec, builder, held.loaded.parameters, held.loaded.dtypes, linears, reports, workspace, held.timing
-    )
+    record = write_block(spec, builder, held.loaded, linears, reports, workspace, held.timing, context.device)
     clock.lap("write")
     originals = held.outputs if spec.original_inputs else ()
     record = record.model_copy(
         update={"outputs": outputs, "original_outputs": originals, "timing": clock.timing()},
     )
+    if keep:
+        context.held.hold(held)
     del held, linears
     release(context.device)
     return record
@@ -90,6 +99,7 @@ def solved(
         codes=codes,
         held_out=held.held_out(statistics),
         batch_bytes=spec.batch_bytes,
+        device=context.device,
         pool=context.pool,
     )
     loaded.let_go(own)

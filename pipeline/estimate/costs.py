@@ -8,7 +8,7 @@ last that is written.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from counterweight.pipeline.rates import Rates
 from counterweight.workers.arithmetic import Arithmetic
@@ -119,10 +119,12 @@ def _waiting(load: Load, rates: Rates, hidden: float, times: int, computing: flo
 
 
 def _statistics(load: Load, work: Work, rates: Rates) -> float:
-    """On a GPU a stream's own product is taken in the dtype of the activations; everything else is in float32."""
-    sixteen = load.gpu and load.compute == 2
-    grams = Work(grams32=work.grams32)
-    return rates.seconds(grams, itemsize=2 if sixteen else 4) + rates.seconds(work + grams * -1.0)
+    """On a GPU products of streams are taken in the dtype of the activations, both kinds by one kernel; everything else is in
+    float32."""
+    if not (load.gpu and load.compute == 2):
+        return rates.seconds(work)
+    sums = Work(grams32=work.grams32 + work.products32)
+    return rates.seconds(sums, itemsize=2) + rates.seconds(replace(work, grams32=0, products32=0))
 
 
 def _solved(group: Group) -> list[tuple[int, int]]:

@@ -208,7 +208,8 @@ def windows_of_workers(job: CompressionJob, workers: int) -> list[range]:
     validation = job.spec.validation
     if validation is None:
         return []
-    return shares(validation.windows or WINDOWS, window_tokens(job), workers)
+    windows = sum(count or WINDOWS for _, count in validation.sources.values())
+    return shares(windows, window_tokens(job), workers)
 
 
 def window_tokens(job: CompressionJob) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from counterweight.workers.calibration.experts import ExpertCalibration
-from counterweight.workers.calibration.source import CalibrationSource, ModelSamples, TokenSource
+from counterweight.workers.calibration.source import CalibrationSource, ModelSamples, SpecialTokens, TokenSource
 from counterweight.workers.config import Config
 from counterweight.workers.models.family import is_expert
 
@@ -43,6 +43,10 @@ class Calibration(Section):
     """Tokens of a window."""
     sampling: Literal["random", "consecutive"] = "random"
     """`random`: windows at random places of the text; `consecutive`: side by side, from its start."""
+    special_tokens: SpecialTokens | None = None
+    """What has the special tokens that the tokenizer puts around a text: the `text`, so that its first window alone begins with
+    one, or every `window`. null: windows of models that are lost without a beginning (Gemma), texts of all others.
+    """
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of random sampling, of windows or by the model."""
     held_out: Annotated[int, Field(ge=0, le=1_000_000)] | None = None

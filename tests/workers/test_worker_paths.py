@@ -42,7 +42,7 @@ def report_of(model: Path, output: Path, recipe: Mapping[str, Any], **options: A
 
 
 def block_error(report: Report) -> float:
-    errors = [module.error_compensated for module in report.modules]
+    errors = [module.error_after for module in report.modules]
     return sum(error for error in errors if error is not None) / len(errors)
 
 

@@ -21,6 +21,13 @@ class Compress(BlockTask, DurableTask[BlockRecord]):
 
     following: BlockSpec | None = None
     """The block that its worker probably begins with next, whose weights it may read meanwhile; no part of the result."""
+    beside: str = ""
+    """Name of another job that the block is compressed for, beside the one that runs: what was calibrated then stays in memory,
+    for that one's own. Of blocks that are solved in one pass and train nothing. No part of the result."""
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}, for {self.beside}" if self.beside else super().name
 
     def key(self) -> str:
         return self.block.key()
@@ -28,4 +35,4 @@ class Compress(BlockTask, DurableTask[BlockRecord]):
     def compute(self, context: TaskContext, workspace: Workspace) -> BlockRecord:
         from counterweight.workers.compressed_block import compressed
 
-        return compressed(context, self.block, workspace, self.following)
+        return compressed(context, self.block, workspace, following=self.following, keep=bool(self.beside))
