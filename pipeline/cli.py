@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from counterweight.pipeline import artifact_commands
 from counterweight.pipeline.jobs import commands as job_commands
+from counterweight.pipeline.judging import commands as judging_commands
+from counterweight.pipeline.judging.commands import figures_text
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.service import commands as service_commands
 from counterweight.pipeline.signals import terminable
@@ -23,7 +26,6 @@ from counterweight.pipeline.units import bytes_text
 
 if TYPE_CHECKING:
     from counterweight.pipeline.artifact import ArtifactDocument
-    from counterweight.pipeline.artifact.report import Quality
 
 app = typer.Typer(
     name="counterweight",
@@ -40,7 +42,7 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 ArtifactUri = Annotated[
-    str, typer.Argument(help="URI of an artifact, or of a name for its latest artifact.", show_default=False)
+    str, typer.Argument(help="URI of an artifact; of a name, for its latest artifact; or NAME@TAG.", show_default=False)
 ]
 
 
@@ -78,6 +80,15 @@ def run(
             "without any; or do everything anew."
         ),
     ] = Resume.AUTO,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MANIFEST",
+            help="A job of the same sweep, whose blocks are compressed from this one's calibration; its own run finds them "
+            "finished. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a job to the end; the last line of stdout is the artifact's URI (with --json: its `uri`)."""
@@ -88,6 +99,7 @@ def run(
 
     overrides = [*(set_ or []), *([] if output is None else [f"spec.output.uri={json.dumps(_absolute(output))}"])]
     job = load_manifest(manifest, overrides).job
+    others = [load_manifest(other, []).job for other in beside or []]
     from counterweight.pipeline.events import Summary
     from counterweight.pipeline.progress import make_progress
     from counterweight.pipeline.run import run_job  # a wrong manifest need not wait for transformers and Ray
@@ -95,7 +107,7 @@ def run(
     with make_progress(sys.stderr) as progress:
         # Ray's threads print what they think of dead workers; stdout holds the result and nothing else.
         with redirect_stdout(sys.stderr):
-            published = run_job(job, progress, address=address, resume=resume)
+            published = run_job(job, progress, address=address, resume=resume, beside=others)
         progress.on(Summary(_summary(published.document, published.uri)))
     if as_json:
         _print_json({"uri": published.uri, **published.document.model_dump(mode="json")})
@@ -168,10 +180,12 @@ def plan(
 
 @app.command()
 def pull(uri: ArtifactUri, destination: Path, as_json: AsJson = False) -> None:
-    """Download an artifact, resuming where an earlier pull stopped; every byte is checked."""
+    """Download an artifact, resuming where an earlier pull stopped; every byte is checked. From a service, with its token in
+    COUNTERWEIGHT_TOKEN: https://host/v1/artifacts/NAME/ID."""
     from counterweight.pipeline.artifact import pull as fetch_artifact
+    from counterweight.pipeline.artifact.remote import is_remote
 
-    document = fetch_artifact(_absolute(uri), destination, _each_file)
+    document = fetch_artifact(uri if is_remote(uri) else _absolute(uri), destination, _each_file)
     facts = {"id": document.id, "files": len(document.files), "bytes": sum(f.size for f in document.files.values())}
     if as_json:
         _print_json({**facts, "destination": str(destination)})
@@ -227,41 +241,6 @@ def prune(
     _print_rows(f"{'would be removed' if dry_run else 'removed'} from {pruned.uri}", [*rows, total])
 
 
-@app.command("eval")
-def evaluate(
-    artifact: ArtifactUri,
-    against: Annotated[
-        str | None, typer.Option(help="Where the original model is; default: where it was.", show_default=False)
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option(help="URI or path of a text; default: the report's.", show_default=False)
-    ] = None,
-    windows: Annotated[int | None, typer.Option(help="Windows to measure; default: the report's, or all.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a window; default: the report's.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    as_json: AsJson = False,
-) -> None:
-    """Validate an artifact again: perplexity, KL and agreement, against the model it was made from."""
-    from counterweight.pipeline.artifact.report import labelled
-    from counterweight.pipeline.evaluate import evaluate_artifact
-
-    found = evaluate_artifact(
-        _absolute(artifact),
-        against=None if against is None else _absolute(against),
-        text=None if text is None else _absolute(text),
-        windows=windows,
-        sequence_length=sequence_length,
-        device=device,
-    )
-    if as_json:
-        _print_json({name: quality.model_dump() for name, quality in found.items()})
-        return
-    _print_rows(
-        f"{artifact}",
-        [(label, "   ".join(_measured(quality))) for label, quality in labelled(found).items()],
-    )
-
-
 @app.command()
 def schema() -> None:
     """Print the manifest's JSON Schema."""
@@ -270,6 +249,8 @@ def schema() -> None:
     typer.echo(schema_text(), nl=False)
 
 
+artifact_commands.register(app)
+judging_commands.register(app)
 job_commands.register(app)
 service_commands.register(app)
 
@@ -320,19 +301,11 @@ def _each_file(path: str, size: int) -> None:
     typer.echo(f"{path}  {bytes_text(size)}", err=True)
 
 
-def _measured(quality: Quality) -> list[str]:
-    """Each metric with its number."""
-    from counterweight.workers.metrics import METRICS
-
-    found = [(metric, quality.of(metric)) for metric in METRICS]
-    return [f"{metric.short} {value:{metric.digits}}" for metric, value in found if value is not None]
-
-
 def _summary(document: ArtifactDocument, uri: str) -> list[tuple[str, str]]:
     from counterweight.pipeline.artifact.report import labelled
 
     found = labelled(document.qualities)
-    rows = [(label, "   ".join(_measured(quality)[:2])) for label, quality in found.items()]
+    rows = [(label, "   ".join(figures_text(quality)[:2])) for label, quality in found.items()]
     bits = document.bits_per_weight
     parts = ", ".join(f"{value:.3f} {name}" for name, value in bits.parts.items())
     rows.append(("bits per weight", f"{bits.total:.3f} all in ({parts})"))

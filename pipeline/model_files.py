@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from counterweight.workers.calibration.encoder import MAX_TOKENIZER_BYTES
@@ -22,9 +23,9 @@ HUB_FILES = [
 """What a snapshot of a hub repository consists of; never pickles, never code."""
 
 
-def check_files(store: ObjectStore) -> None:
-    """CheckpointError, UnsupportedModelError or RequestError for a folder that is no model, as far as config, index and the
-    presence of a first file of weights tell. Headers and shapes are for `model_source.open_model`."""
+def check_files(store: ObjectStore) -> Mapping[str, object]:
+    """The config.json of a model. CheckpointError, UnsupportedModelError or RequestError for a folder that is none, as far as
+    config, index and the presence of a first file of weights tell. Headers and shapes are for `model_source.open_model`."""
     try:
         layout = read_layout(store)
         check_values(layout.config)
@@ -39,6 +40,7 @@ def check_files(store: ObjectStore) -> None:
         raise CheckpointError(f"{store.uri}: {error}: expected every file that the index names") from error
     except CheckpointError as error:
         raise CheckpointError(f"{store.uri}: {error}") from error
+    return layout.config
 
 
 def tokenizer_of(store: ObjectStore) -> bytes | None:

@@ -7,7 +7,7 @@ the driver can be killed anywhere and started again, and finds its way by the sa
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from statistics import mean
@@ -20,18 +20,21 @@ from counterweight.pipeline.artifact.report import (
     ModelReport,
     Report,
     TaskReport,
+    TokensReport,
     bits_per_weight,
-    quality,
     tokens_report,
 )
 from counterweight.pipeline.artifact.report_html import render
+from counterweight.pipeline.beside import add_beside, sharing
 from counterweight.pipeline.blocks import Blocks
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.distillation import Trained, add_texts, distill
 from counterweight.pipeline.events import ArtifactPublished, EventLog, JobAdmitted
 from counterweight.pipeline.graph import Graph
 from counterweight.pipeline.inventory import inventory
-from counterweight.pipeline.manifest import CompressionJob, canonical
+from counterweight.pipeline.judging.gates import base_model_problem, check, judge
+from counterweight.pipeline.judging.rivals import read_rivals
+from counterweight.pipeline.manifest import TEXT, CompressionJob, canonical
 from counterweight.pipeline.manifest.job import JobSpec
 from counterweight.pipeline.opening import Opened
 from counterweight.pipeline.policies import Resume, RetryPolicy
@@ -49,11 +52,10 @@ from counterweight.pipeline.stages import (
     measure,
 )
 from counterweight.pipeline.tokens import Tokens
-from counterweight.pipeline.validate import Windows, check_gates
+from counterweight.pipeline.validate import Windows
 from counterweight.workers.errors import GateError, RequestError
 from counterweight.workers.keys import digest, versions
 from counterweight.workers.storage import open_store
-from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED
 from counterweight.workers.tasks.setting import Device
 from counterweight.workers.workspace import WORK, Workspace
 
@@ -61,7 +63,7 @@ SOFTWARE = ("counterweight", "torch", "transformers", "ray", "safetensors", "pyd
 
 
 class Orchestrator:
-    """One job on one pool of workers."""
+    """One job on one pool of workers. beside: jobs whose blocks are compressed too where they need the same statistics."""
 
     def __init__(
         self,
@@ -71,8 +73,10 @@ class Orchestrator:
         device: Device,
         log: EventLog,
         resume: Resume = Resume.AUTO,
+        beside: Sequence[CompressionJob] = (),
     ) -> None:
         self._job, self._log, self._resume = job, log, resume
+        self._beside, self._gpu_bytes = () if resume is Resume.NEVER else beside, opened.gpu_bytes
         self._source, self._tokens, self._plan = opened.source, opened.tokens, opened.plan
         self._store = open_store(job.spec.output.uri)
         alone = resume is Resume.NEVER
@@ -105,6 +109,7 @@ class Orchestrator:
             blocks = self._source.layout.blocks
             self._log.note(f"already published: all {blocks} blocks are reused, nothing is left to do")
             return published
+        rivals = read_rivals(self._job.spec.validation, tokens.validation)
         job = Job(
             job=self._job,
             source=self._source,
@@ -122,6 +127,8 @@ class Orchestrator:
         calibration = tokens.calibration.digest
         outlined = outlines(self._job, self._source, self._plan, self._setting, digests, calibration, unseen)
         model = add_model(job, add_embedding(job, tokens), tokens, outlined)
+        if self._beside:
+            add_beside(job, model, sharing(job, self._beside, outlined, self._gpu_bytes))
         outside = add_outside(job)
         texts = add_texts(job, tokens)
         references = add_references(job, tokens)
@@ -142,6 +149,7 @@ class Orchestrator:
         self._watch.stage("publish")
         tasks = [*_task_reports(model), *(() if trained is None else trained.tasks), *validations]
         report = self._report(artifact, parts, digests, windows, tasks, None if trained is None else trained.report)
+        report = self._judged(report, rivals)
         self._gate(artifact, report)
         published = publish(artifact, report, files, parts.ledger())
         leftovers = () if trained is None else trained.discardable
@@ -151,7 +159,7 @@ class Orchestrator:
 
     def _identity(self, digests: Mapping[str, str], tokens: Tokens) -> str:
         """The artifact's id: of everything that determines its bytes and its figures."""
-        validation = tokens.validation
+        texts = {name: windows.digest for name, windows in tokens.validation.items()}
         everything: dict[str, object] = {
             "job": canonical(self._job).decode(),
             "setting": setting_of(self._job, self._source, self._setting.device).determines(),
@@ -159,8 +167,10 @@ class Orchestrator:
             "software": _software(),
             "tensors": dict(digests),
             "calibration": tokens.calibration.digest,
-            "validation": None if validation is None else validation.digest,
+            "validation": texts.pop(TEXT, None),
         }
+        if texts:
+            everything["texts"] = texts
         if tokens.unseen is not None:
             everything["held_out"] = tokens.unseen.digest
         if self._source.layout.experts:
@@ -181,10 +191,8 @@ class Orchestrator:
         spec, tokens = self._job.spec, self._tokens
         parameters = self._source.parameters
         measured = windows or Windows()
-        found = {variant: quality(each) for variant, each in measured.metrics.items()}
-        validation = None
-        if spec.validation is not None and tokens.validation is not None:
-            validation = tokens_report(spec.validation.text, tokens.validation)
+        texts = measured.by_text(self._texts()) if measured.metrics else {}
+        first = texts.pop(TEXT, None)
         return Report(
             name=artifact.name,
             id=artifact.id,
@@ -196,14 +204,21 @@ class Orchestrator:
                 digest=digest(dict(digests)),
             ),
             recipe=_recipe(spec),
-            calibration=tokens_report(spec.calibration.source, tokens.calibration, tokens.unseen),
-            validation=validation,
+            calibration=tokens_report(
+                spec.calibration.source,
+                tokens.calibration,
+                tokens.unseen,
+                spec.calibration.special_tokens or tokens.usual,
+            ),
+            validation=None if first is None else first.tokens,
             validation_dtype="float32" if spec.validation is None else spec.validation.compute_dtype,
             distillation=distillation,
-            baseline=found.get(BASELINE),
-            quantized=found.get(QUANTIZED),
-            compensated=found.get(COMPENSATED),
-            compensated_prefill=found.get(PREFILL),
+            baseline=None if first is None else first.baseline,
+            quantized=None if first is None else first.quantized,
+            compensated=None if first is None else first.compensated,
+            compensated_prefill=None if first is None else first.compensated_prefill,
+            kl_by_position={} if first is None else first.kl_by_position,
+            texts=texts,
             routers={
                 variant: {block: mean(shares) for block, shares in blocks.items()}
                 for variant, blocks in measured.routers.items()
@@ -215,13 +230,32 @@ class Orchestrator:
             software=_software(),
         )
 
-    def _gate(self, artifact: Artifact, report: Report) -> None:
-        """Lets a good model pass; of one that fails nothing stays but its report, outside the artifact."""
+    def _texts(self) -> dict[str, TokensReport]:
+        """Of every text of the validation."""
         validation = self._job.spec.validation
         if validation is None:
-            return
+            return {}
+        specials = validation.special_tokens or self._tokens.usual
+        return {
+            name: tokens_report(source, self._tokens.validation[name], special_tokens=specials)
+            for name, (source, _) in validation.sources.items()
+        }
+
+    def _judged(self, report: Report, rivals: Mapping[str, Report]) -> Report:
+        """The report with every bound of the manifest in it, and what is wrong with the original itself."""
+        validation = self._job.spec.validation
+        if validation is None:
+            return report
+        problem = base_model_problem(report.judged, self._source.layout.vocabulary)
+        if problem is not None:
+            self._log.note(problem)
+        gates = judge(validation, report.judged, rivals)
+        return report.model_copy(update={"gates": gates, "base_model_problem": problem})
+
+    def _gate(self, artifact: Artifact, report: Report) -> None:
+        """Lets a good model pass; of one that fails nothing stays but its report, outside the artifact."""
         try:
-            check_gates(validation, report.qualities)
+            check(report.gates, report.base_model_problem)
         except GateError as error:
             place = f"{WORK}/failed/{artifact.name}-{artifact.id}"
             self._store.write(f"{place}/report.json", report.model_dump_json(indent=1).encode())

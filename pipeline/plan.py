@@ -64,6 +64,8 @@ class BlockPlan(Config):
     """On the host of a GPU, beside its process; 0 without GPUs."""
     calibrated_bytes: int
     """What calibration leaves in memory: weights, as they were read and as they run, and the sums of the statistics."""
+    kept_peak_bytes: int
+    """`peak_bytes` where these sums stay, for the blocks of other jobs of a sweep to be solved with them too."""
     passes: tuple[tuple[str, ...], ...]
     """Linears that are solved after each pass over the calibration tokens; empty: all after one."""
     batch_bytes: int
@@ -142,6 +144,8 @@ class Plan(Config):
     estimate: Estimate | None = None
     """How long it takes; null where nothing is known of the device."""
     problems: tuple[str, ...]
+    keeps_statistics: bool
+    """Whether a worker can keep the statistics of a block that was solved, for the jobs of a sweep that need the same."""
 
 
 def make_plan(job: CompressionJob, source: ModelSource, device: str | None = None, *, gpu_bytes: int = 0) -> Plan:
@@ -164,6 +168,7 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     boundary = (tokens + unseen) * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
     total = sum(_bytes(source, name) for name in source.tensors)
     artifact = _artifact_bytes(source, costed)
+    passed = sum(block.load.passed for block in costed)
     largest = max(blocks, key=lambda block: block.peak_bytes)
     on_gpu = job.spec.resources.gpus_per_worker > 0
     passes = f" in {len(largest.passes)} passes over the tokens" if len(largest.passes) > 1 else ""
@@ -195,12 +200,13 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         largest=where,
         # The source by inventory and blocks, what was written by its check, and both once more by every worker that validates.
         storage_read_bytes=total * 2
-        + boundary * len(blocks)
+        + boundary * (len(blocks) + passed)
+        + sum(block.source_bytes for block in blocks[:passed])
         + artifact
         + evaluations(job) * (total + artifact)
         + reference
         + states_read,
-        storage_written_bytes=2 * artifact + boundary * (len(blocks) + 1) + reference + states_written,
+        storage_written_bytes=2 * artifact + boundary * (len(blocks) + passed + 1) + reference + states_written,
         flops=sum(block.flops for block in blocks) + (0 if training is None else training.flops),
         distillation=training,
         header_bytes_read=source.checkpoint.bytes_read,
@@ -208,6 +214,8 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         estimate=None if rates is None or not timed else _estimate(job, source, costed, training, rates),
         divided=tuple(_divisions(blocks, memory)),
         problems=tuple(misfits(job, most, where, gpu, memory)),
+        keeps_statistics=all(len(block.passes) <= 1 for block in blocks)
+        and (memory is None or max(block.kept_peak_bytes for block in blocks) <= memory.bytes),
     )
 
 
@@ -239,7 +247,7 @@ def _estimate(
 
 def _held_bytes(job: CompressionJob, blocks: Sequence[_Resolved]) -> int:
     """What a worker keeps at most, beside the block that it works on, of blocks that wait for a budget to be shared out."""
-    if job.spec.calibration.propagate != "original":
+    if job.spec.calibration.propagated != "original":
         return 0
     sharing = [block for block in blocks if any(part.budget_bits is not None for part in block.recipe.values())]
     alike = {id(block.load): block.load for block in sharing}
@@ -290,7 +298,7 @@ def _resolved(job: CompressionJob, source: ModelSource) -> Iterator[_Resolved]:
     before: Load | None = None
     for index in range(source.layout.blocks):
         recipe = block_recipe(source, index, job.spec.recipe)
-        check_block(source, index, recipe, job.spec.calibration.propagate)
+        check_block(source, index, recipe, job.spec.calibration.propagated)
         load = load_of(job, source, index, recipe)
         before = before if load == before else load
         yield _Resolved(index, recipe, before)
@@ -318,6 +326,7 @@ def _costed(source: ModelSource, blocks: Sequence[_Resolved], budget: int | None
             peak_phase=found.largest,
             host_bytes=found.host,
             calibrated_bytes=found.calibrated,
+            kept_peak_bytes=found.kept_peak,
             passes=done.passes,
             batch_bytes=done.batch_bytes,
             undivided_bytes=whole.peak,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_files import check_files, resolve, tokenizer_of
-from counterweight.pipeline.texts import Texts, read_texts
+from counterweight.pipeline.texts import Texts, read_texts, usual_special_tokens
 from counterweight.workers.errors import RequestError
 from counterweight.workers.storage import ObjectStore, open_store, probe
 from counterweight.workers.storage.names import file_root, s3_root
@@ -29,14 +30,40 @@ def look(job: CompressionJob) -> Ready:
     StorageError."""
     root = resolve(job.spec.model.uri)
     model = open_store(root)
-    check_files(model)
+    config = check_files(model)
     check_apart(job.spec.output.uri, root)
+    check_positions(job, config)
     try:
         output = open_store(job.spec.output.uri)
         probe(output)
     except RequestError as error:
         raise RequestError(f"spec.output.uri: {error}") from error
-    return Ready(root=root, output=output, texts=read_texts(job, tokenizer_of(model)))
+    return Ready(root=root, output=output, texts=read_texts(job, tokenizer_of(model), usual_special_tokens(config)))
+
+
+def check_positions(job: CompressionJob, config: Mapping[str, object]) -> None:
+    """RequestError when the windows of the validation are longer than the texts that a model was made for: what it does behind
+    them says nothing of it. config: of the model."""
+    length, known = job.spec.validation_sequence_length, positions(config)
+    if length is not None and known is not None and length > known:
+        raise RequestError(
+            f"spec.validation.sequence_length: {length}: expected at most {known}, the positions of the model (config.json)"
+        )
+
+
+def positions(config: Mapping[str, object]) -> int | None:
+    """How many positions a config.json gives a model; None where it does not say. A rotary embedding that is scaled beyond the
+    positions that it was trained on (YaRN) has its factor times as many."""
+    inside = config.get("text_config")
+    config = inside if isinstance(inside, Mapping) else config
+    known, scaling = config.get("max_position_embeddings"), config.get("rope_scaling") or config.get("rope_parameters")
+    if not isinstance(known, int):
+        return None
+    if isinstance(scaling, Mapping):
+        factor, trained = scaling.get("factor"), scaling.get("original_max_position_embeddings", known)
+        if isinstance(factor, int | float) and trained == known:
+            return int(known * max(factor, 1))
+    return known
 
 
 def check_apart(output: str, model: str) -> None:

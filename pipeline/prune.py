@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 
 from counterweight.pipeline.artifact import DOCUMENT, LATEST
+from counterweight.pipeline.artifact.tags import TAG, TAGS
 from counterweight.pipeline.event_store import EVENTS
 from counterweight.pipeline.jobs.batch import BATCHES
 from counterweight.pipeline.jobs.schedule import SCHEDULES
@@ -69,7 +70,7 @@ _PLACES = [
         ("events", rf"({EVENTS}/[^/]+/[^/]+/)[0-9]+\.jsonl"),
         ("failed reports", rf"({WORK}/failed/[^/]+/)report\.(?:json|html)"),
         ("probes", rf"({re.escape(PROBES)}/[0-9a-f]{{32}}/)(?:once|plain|race-[0-9]+|seen)"),
-        (_KEPT, rf"[a-z0-9-]{{1,63}}/{re.escape(LATEST)}"),
+        (_KEPT, rf"[a-z0-9-]{{1,63}}/(?:{re.escape(LATEST)}|{TAGS}/{TAG}/[0-9]{{4}}\.json)"),
         (
             _KEPT,
             rf"(?:{JOBS}|{LOGS}|{BATCHES}|{SCHEDULES})/.+",

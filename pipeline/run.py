@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING
@@ -31,9 +31,15 @@ if TYPE_CHECKING:
 
 
 def run_job(
-    job: CompressionJob, progress: Progress, *, address: str | None = None, resume: Resume = Resume.AUTO
+    job: CompressionJob,
+    progress: Progress,
+    *,
+    address: str | None = None,
+    resume: Resume = Resume.AUTO,
+    beside: Sequence[CompressionJob] = (),
 ) -> Published:
-    """Runs a job to its end, on workers as `address` says (see `Place`). resume: what it takes over of earlier runs.
+    """Runs a job to its end, on workers as `address` says (see `Place`). resume: what it takes over of earlier runs. beside:
+    jobs whose blocks are compressed from the same calibration, where that is possible (`pipeline.beside`).
 
     Raises RequestError (the manifest, the model, the texts, an object store without an atomic create), GateError,
     SurroundingsError; nothing is published then.
@@ -53,7 +59,7 @@ def run_job(
             opened = open_job(job, pool, log, here=place.here, ready=ready, device=device, gpu_bytes=memory)
             if not place.ray:
                 log.note(f"workers: {size.workers} of this machine, without Ray")
-            return Orchestrator(job, opened, pool, device(), log, resume).run()
+            return Orchestrator(job, opened, pool, device(), log, resume, beside).run()
 
 
 @contextmanager

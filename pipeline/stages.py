@@ -106,7 +106,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
     each block without what enters it."""
     spec, source = job.job.spec, job.source
     recipes: list[BlockRecipe] = [block.recipe for block in outlined]
-    propagate = spec.calibration.propagate
+    propagate = spec.calibration.propagated
 
     def spec_of(
         index: int,
@@ -143,7 +143,10 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
             source.layout.blocks,
             job.dispatcher.workers,
             job.threads,
+            gpu=job.setting.device == "cuda",
         ),
+        segment=spec.calibration.segment_blocks,
+        workers=job.dispatcher.workers,
     )
 
 
@@ -232,7 +235,7 @@ def gather_parts(job: Job, blocks: Blocks, outside: Outside) -> Parts:
 
 def add_references(job: Job, tokens: Tokens) -> list[Reference]:
     """The nodes of what the original makes of the windows of the validation; none without one."""
-    asked, windows = job.job.spec.validation, tokens.validation
+    asked, windows = job.job.spec.validation, tokens.judged
     if asked is None or windows is None:
         return []
     whole = Original(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ConfigDict, Field
 
+from counterweight.pipeline.manifest.validation import TEXT
+from counterweight.workers.calibration.source import SpecialTokens
 from counterweight.workers.config import Config
 from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.errors import RequestError
@@ -52,6 +54,51 @@ class Judged(Config):
         """Variant -> its quality; empty without validation."""
         found: dict[str, Quality | None] = {variant: getattr(self, variant) for variant in VARIANTS}
         return {variant: quality for variant, quality in found.items() if quality is not None}
+
+
+class TokensReport(Config):
+    """A token set. digest: of its ids. held_out: further windows, which nothing is solved on."""
+
+    source: Mapping[str, object]
+    sequences: int
+    sequence_length: int
+    digest: str
+    held_out: int = 0
+    special_tokens: SpecialTokens = "text"
+    """What has the tokenizer's special tokens around it."""
+
+
+class TextReport(Judged):
+    """All models on one text, see `Report`. kl_by_position: variant -> mean divergence from the original in nats over positions
+    0, 1, 2 to 3, 4 to 7 and so on of a window; empty in reports that are older."""
+
+    tokens: TokensReport
+    baseline: Quality
+    quantized: Quality
+    compensated: Quality
+    compensated_prefill: Quality | None = None
+    kl_by_position: Mapping[str, tuple[float, ...]] = Field(default_factory=dict)
+
+
+class GateReport(Config):
+    """A bound and what was measured. field: where it stands in the manifest. measured: what is bounded, that is the metric, its
+    multiple of the original's, or how much worse it is. limit: the largest value allowed, or where `least` the smallest. said:
+    both, in words."""
+
+    field: str
+    text: str
+    variant: str
+    metric: str
+    measured: float
+    limit: float
+    least: bool
+    passed: bool
+    said: str
+
+    @property
+    def beyond(self) -> float:
+        """By how much the limit is exceeded; at most zero where it is kept."""
+        return self.limit - self.measured if self.least else self.measured - self.limit
 
 
 def labelled(found: Mapping[str, T]) -> dict[str, T]:
@@ -96,16 +143,6 @@ class ModelReport(Config):
     digest: str
 
 
-class TokensReport(Config):
-    """A token set. digest: of its ids. held_out: further windows, which nothing is solved on."""
-
-    source: Mapping[str, object]
-    sequences: int
-    sequence_length: int
-    digest: str
-    held_out: int = 0
-
-
 class DistillationReport(Config):
     """The training of the model. kept: the epoch that is published, 0: the model from before it. divergences: for each
     epoch from 0, KL(original || compressed) of each held-out text in nats a token. losses: of the training texts, from epoch
@@ -142,6 +179,14 @@ class Report(Judged):
     quantized: Quality | None
     compensated: Quality | None
     compensated_prefill: Quality | None = None
+    kl_by_position: Mapping[str, tuple[float, ...]] = Field(default_factory=dict)
+    """See `TextReport`."""
+    texts: Mapping[str, TextReport] = Field(default_factory=dict)
+    """Further texts by name: what all models are worth on each of them."""
+    gates: tuple[GateReport, ...] = ()
+    """Every bound that the job had, kept or not; empty in reports that are older."""
+    base_model_problem: str | None = None
+    """What is wrong with the original itself on these texts, so that compression is not blamed for it; None for nothing."""
     validation_dtype: ModelDtype = "float32"
     """Type that all models computed in when they were judged."""
     routers: Mapping[str, Mapping[int, float]] = Field(default_factory=dict)
@@ -154,8 +199,28 @@ class Report(Judged):
     """Stage of the job -> seconds of wall time."""
     software: Mapping[str, str]
 
+    @property
+    def judged(self) -> dict[str, TextReport]:
+        """Name -> what was measured, of every text, `text` first; empty without validation."""
+        if self.validation is None or self.baseline is None or self.quantized is None or self.compensated is None:
+            return {}
+        first = TextReport(
+            tokens=self.validation,
+            baseline=self.baseline,
+            quantized=self.quantized,
+            compensated=self.compensated,
+            compensated_prefill=self.compensated_prefill,
+            kl_by_position=self.kl_by_position,
+        )
+        return {TEXT: first, **self.texts}
 
-def tokens_report(source: CalibrationSource, tokens: TokenSet, unseen: TokenSet | None = None) -> TokensReport:
+
+def tokens_report(
+    source: CalibrationSource,
+    tokens: TokenSet,
+    unseen: TokenSet | None = None,
+    special_tokens: SpecialTokens = "text",
+) -> TokensReport:
     """A token set and where it came from; unseen: further windows of it, which nothing is solved on."""
     return TokensReport(
         source=source.model_dump(mode="json"),
@@ -163,6 +228,7 @@ def tokens_report(source: CalibrationSource, tokens: TokenSet, unseen: TokenSet 
         sequence_length=tokens.length,
         digest=tokens.digest,
         held_out=0 if unseen is None else unseen.sequences,
+        special_tokens=special_tokens,
     )
 
 

@@ -15,8 +15,9 @@ from pathlib import Path as FilePath
 from urllib.parse import unquote
 
 from counterweight.pipeline.manifest.explain import Complaint
-from counterweight.pipeline.manifest.job import MAX_URI, CompressionJob, TextShare
+from counterweight.pipeline.manifest.job import CompressionJob, TextShare
 from counterweight.pipeline.manifest.problems import Path, show
+from counterweight.pipeline.manifest.validation import MAX_URI
 from counterweight.workers.calibration.source import (
     CalibrationSource,
     DatasetSource,
@@ -105,7 +106,25 @@ def _resolved(job: CompressionJob, resolver: _Resolver) -> CompressionJob:
     source = resolver.tokens(calibration.source, ("spec", "calibration", "source"))
     if validation is not None:
         text = resolver.tokens(validation.text, ("spec", "validation", "text"))
-        validation = validation.model_copy(update={"text": text})
+        texts = {
+            name: further.model_copy(
+                update={"source": resolver.tokens(further.source, ("spec", "validation", "texts", name, "source"))}
+            )
+            for name, further in validation.texts.items()
+        }
+        bounds = tuple(
+            bound
+            if bound.no_worse_than is None
+            else bound.model_copy(
+                update={
+                    "no_worse_than": resolver.apply(
+                        resolve_uri, bound.no_worse_than, ("spec", "validation", "bounds", index, "no_worse_than")
+                    )
+                }
+            )
+            for index, bound in enumerate(validation.bounds)
+        )
+        validation = validation.model_copy(update={"text": text, "texts": texts, "bounds": bounds})
     distillation = spec.distillation
     if distillation is not None:
         distillation = distillation.model_copy(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from counterweight.pipeline.preflight import check_apart, look
+from counterweight.pipeline.preflight import check_apart, look, positions
 from counterweight.workers.errors import RequestError
 from tests.inprocess import RecordedProgress, run_job
 from tests.models import checkpoint
@@ -151,6 +151,29 @@ def test_windows_beyond_the_models_positions_are_noted(tmp_path: Path) -> None:
     checkpoint("llama", tmp_path / "model", num_hidden_layers=1, max_position_embeddings=16)
     progress = RecordedProgress()
     recipe = {"weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "rtn"}}}
-    run_job(tmp_path / "model", tmp_path / "out", recipe, progress=progress)
+    run_job(tmp_path / "model", tmp_path / "out", recipe, progress=progress, validation=None)
     (note,) = progress.notes
     assert note.startswith("spec.calibration.sequence_length: 32: more than the 16 positions of the model")
+
+
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [
+        ({}, None),
+        ({"max_position_embeddings": 64}, 64),
+        ({"text_config": {"max_position_embeddings": 64}}, 64),
+        ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 256),
+        ({"max_position_embeddings": 64, "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 16}}, 64),
+        ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "default"}}, 64),
+    ],
+)
+def test_how_many_positions_a_model_has(config: dict[str, object], known: int | None) -> None:
+    assert positions(config) == known
+
+
+def test_windows_of_a_validation_beyond_the_models_positions_are_refused(honest: Path) -> None:
+    most = json.loads((honest.parent / "model" / "config.json").read_text())["max_position_embeddings"]
+    texts = ("spec.calibration.sequences=1", "spec.validation.windows=1", "spec.calibration.sequence_length=16")
+    with pytest.raises(RequestError, match=rf"^spec.validation.sequence_length: {most + 1}: expected at most {most},"):
+        look(job_of(honest, *texts, f"spec.validation.sequence_length={most + 1}"))
+    look(job_of(honest, *texts, "spec.validation.sequence_length=16"))

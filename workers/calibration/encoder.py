@@ -51,17 +51,28 @@ class Encoder:
             self.close()
             raise
 
-    def ids(self, pieces: Pieces, wanted: int | None, field: str) -> array[int]:
+    def specials(self) -> tuple[array[int], array[int]]:
+        """Ids that the tokenizer puts before a text, and behind it. RequestError where they cannot be told from the text's."""
+        found = self._ask(b"S", b"", "")
+        if found is None:
+            raise RequestError(
+                "special_tokens: window: tokenizer.json has other tokens for a text with special tokens than for one without "
+                "them: expected `text`"
+            )
+        return found[1 : 1 + found[0]], found[1 + found[0] :]
+
+    def ids(self, pieces: Pieces, wanted: int | None, field: str, *, framed: bool = True) -> array[int]:
         """The first `wanted` ids of a text (a few more, or fewer where it ends), or all; read no further than that takes.
 
-        They are those of the text as a whole, see `encoder_process.Stream`. field: what the text is called in messages.
+        They are those of the text as a whole, see `encoder_process.Stream`. field: what the text is called in messages. framed:
+        with the special tokens that the tokenizer puts before and behind a text.
         """
-        found = self._divided(pieces(), wanted, field)
-        return self._whole(pieces(), field) if found is None else found
+        found = self._divided(pieces(), wanted, field, framed=framed)
+        return self._whole(pieces(), field, framed=framed) if found is None else found
 
-    def _divided(self, pieces: Iterable[str], wanted: int | None, field: str) -> array[int] | None:
+    def _divided(self, pieces: Iterable[str], wanted: int | None, field: str, *, framed: bool) -> array[int] | None:
         """None where parts of the text have other tokens than the whole."""
-        self._ask(b"B", b"0", field)
+        self._ask(b"B", b"0%d" % framed, field)
         ids = array("I")
         for piece in _growing(pieces):
             more = self._ask(b"T", piece.encode(), field)
@@ -73,8 +84,8 @@ class Encoder:
         ids.extend(self._ask(b"E", b"0", field) or array("I"))
         return ids
 
-    def _whole(self, pieces: Iterable[str], field: str) -> array[int]:
-        self._ask(b"B", b"1", field)
+    def _whole(self, pieces: Iterable[str], field: str, *, framed: bool) -> array[int]:
+        self._ask(b"B", b"1%d" % framed, field)
         size = 0
         for piece in _growing(pieces):
             data = piece.encode()

@@ -10,6 +10,10 @@ from counterweight.workers.config import Config
 
 Name = Annotated[str, Field(min_length=1, max_length=2000)]
 
+SpecialTokens = Literal["text", "window"]
+"""What has the special tokens (a beginning, an end) that a tokenizer puts around a text: the text that windows are cut from, so
+that its first window alone has a beginning; or each window, which then has so many fewer of the text's."""
+
 
 class TextSource(Config):
     """A UTF-8 text file, tokenized as one text, as far as its windows need it."""

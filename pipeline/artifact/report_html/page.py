@@ -7,6 +7,7 @@ import yaml
 from counterweight.pipeline.artifact.report import Quality, Report, TokensReport
 from counterweight.pipeline.artifact.report_html import cost, quality
 from counterweight.pipeline.artifact.report_html.coverage import coverage_section, fallback_section
+from counterweight.pipeline.artifact.report_html.judged import judged_sections
 from counterweight.pipeline.artifact.report_html.markup import Markup, tag
 from counterweight.pipeline.artifact.report_html.modules import measured_on, middle
 from counterweight.pipeline.artifact.report_html.style import STYLE
@@ -39,6 +40,7 @@ def render(report: Report) -> str:
         "main",
         _header(report),
         quality.result_section(report),
+        judged_sections(report),
         cost.bits_section(report),
         quality.error_section(report),
         coverage_section(report.modules),

@@ -239,3 +239,16 @@ def test_the_process_ends_with_its_owner() -> None:
     running.close()
     with pytest.raises(Exception, match=r"exit code|closed"):
         running.ids(lambda: iter(["abc"]), None, "field")
+
+
+@pytest.mark.parametrize(
+    ("kind", "around"), [("byte level", ([], [])), ("no words", ([1], [2])), ("word piece", ([1], [2]))]
+)
+def test_what_stands_around_a_text_is_told_and_can_be_left_out(kind: str, around: tuple[list[int], list[int]]) -> None:
+    tokenizer = KINDS[kind]()
+    with Encoder(tokenizer.to_str().encode()) as running:
+        before, behind = running.specials()
+        assert (before.tolist(), behind.tolist()) == around
+        ids = running.ids(lambda: iter(["a b"]), None, "field", framed=False).tolist()
+        assert ids == tokenizer.encode("a b", add_special_tokens=False).ids
+        assert running.ids(lambda: iter(()), None, "field", framed=False).tolist() == []
