@@ -20,8 +20,8 @@ from counterweight.workers.workspace import Blob
 def put_prompts(job: Job, asked: Generation, tokens: Tokens) -> Blob:
     """The beginnings of the first windows and the model's tokenizer, in the store; see `Generate.prompts`."""
     ids = tokens.validation[TEXT].ids[: asked.prompts, : asked.prompt_tokens].contiguous()
-    tokenizer = job.source.tokenizer()
-    known = {} if tokenizer is None else {"tokenizer": torch.frombuffer(bytearray(tokenizer), dtype=torch.uint8)}
+    files = job.source.tokenizer()
+    known = {} if files is None else {"tokenizer": torch.frombuffer(bytearray(files.tokenizer), dtype=torch.uint8)}
     return job.workspace.put_tensors({"input_ids": ids, **known})
 
 
