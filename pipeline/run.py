@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from counterweight.pipeline.cluster import cluster
-from counterweight.pipeline.events import EventLog
+from counterweight.pipeline.events import Doing, EventLog
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.observability.sinks import sinks
 from counterweight.pipeline.place import Place
@@ -50,8 +50,10 @@ def run_job(
     with EventLog(progress) as log, _told(log):
         for reader in sinks(os.environ, log.note):
             log.add(reader)
+        log.emit(Doing("looking at the model and its texts"))
         ready = look(job)  # what is wrong with a model or a text is known before anything is started for it
         with _pool(place, size, ready.output, log) as pool:
+            log.emit(Doing("loading torch" if place.ray else "loading torch and transformers"))
             # Ray's workers load torch and transformers now, and so does this process with torch. Not while Ray starts: an
             # import holds the interpreter that starts it.
             with importing():
@@ -74,6 +76,7 @@ def _pool(place: Place, size: PoolSize, output: ObjectStore, log: EventLog) -> I
         with closing(ForkedPool(size, note=log.note)) as forked:
             yield forked
         return
+    log.emit(Doing("starting Ray" if place.here else f"connecting to Ray at {place.address}"))
     with (
         cluster(place.address, size),
         _shown(output) as token,

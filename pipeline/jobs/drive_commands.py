@@ -8,7 +8,7 @@ import typer
 
 from counterweight.pipeline.jobs.options import STORE, STORE_HELP, AsJson, Store, jobs_at
 from counterweight.pipeline.log_format import Format, LogFormat, teller
-from counterweight.pipeline.terminal import absolute, print_json, print_rows
+from counterweight.pipeline.terminal import SET_HELP, absolute, print_json, print_rows
 
 if TYPE_CHECKING:
     from counterweight.pipeline.jobs.attempt import Starter
@@ -19,7 +19,11 @@ def submit(
     manifest: Annotated[str, typer.Argument(help="Path or URI of a manifest (YAML).", show_default=False)],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Override a field: spec.recipe.weights.bits=3. Repeatable.", show_default=False),
+        typer.Option(
+            "--set",
+            help=SET_HELP,
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[str | None, typer.Option(help="Replaces spec.output.uri.", show_default=False)] = None,
     store: Annotated[
@@ -144,6 +148,7 @@ def work(
         if schedules is not None:
             schedules.tick()
 
+    say(f"drives the jobs of {jobs.store.uri}")
     driver = Driver(jobs, start, note, meanwhile=meanwhile, gpus=devices, holder=holder)
     try:
         driver.work(until_idle if idle else until_ended(*ids) if ids else never)
