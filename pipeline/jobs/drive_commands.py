@@ -84,11 +84,7 @@ def work(
     store: Store = None,
     until: Annotated[
         str | None,
-        typer.Option(
-            metavar="ID",
-            help="End when this job or batch does, with its exit code.",
-            show_default=False,
-        ),
+        typer.Option(metavar="ID", help="End when this job or batch does, with its exit code.", show_default=False),
     ] = None,
     idle: Annotated[bool, typer.Option("--idle", help="End when all jobs are at their end.")] = False,
     address: Annotated[
@@ -96,89 +92,37 @@ def work(
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option(
-            min=0,
-            help="GPUs of this machine, for jobs that have their workers here; default: those that there are.",
-            show_default=False,
-        ),
+        typer.Option(min=0, help="GPUs of this machine, where jobs have their workers here; default: all of them."),
     ] = None,
     metrics: Annotated[
         str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="Where Prometheus finds the metrics of this driver's runs, such as 0.0.0.0:9090.",
-            show_default=False,
-        ),
+        typer.Option(metavar="HOST:PORT", help="Where Prometheus finds the metrics of this driver's runs."),
     ] = None,
     log_format: Format = LogFormat.TEXT,
 ) -> None:
     """Drive jobs: whichever may start, one after the other; take over those whose driver died; and fire schedules."""
-    from contextlib import suppress
     from functools import partial
 
     from counterweight.pipeline.jobs.attempt import ProcessAttempt
-    from counterweight.pipeline.jobs.drive import Driver, holder_name, never, until_ended, until_idle
-    from counterweight.pipeline.jobs.drivers import Announcer, gpus_here
+    from counterweight.pipeline.jobs.drive import never, until_ended, until_idle
     from counterweight.pipeline.jobs.requests import members
-    from counterweight.pipeline.jobs.schedule import Schedules
-    from counterweight.pipeline.place import LOCAL, NONE
-    from counterweight.workers.errors import RequestError, SurroundingsError
+    from counterweight.pipeline.jobs.standby import devices, measured, stand_by
+    from counterweight.workers.errors import RequestError
 
     if until is not None and idle:
         raise RequestError("--until with --idle: expected one of them")
     jobs = jobs_at(store)
     ids = [] if until is None else members(jobs, until)
     start: Starter = partial(ProcessAttempt, arguments=() if address is None else ("--address", address))
-    if metrics is not None:
-        start = _measured(start, metrics)
-    holder, devices = (
-        holder_name(),
-        None if address not in (None, NONE, LOCAL) else gpus_here() if gpus is None else gpus,
+    stand_by(
+        jobs,
+        start if metrics is None else measured(start, metrics),
+        teller(log_format, "counterweight.driver"),
+        enough=until_idle if idle else until_ended(*ids) if ids else never,
+        gpus=devices(address, gpus),
+        fires=not (ids or idle),  # whoever is there for some jobs alone does not
     )
-    announcer, say = Announcer(jobs, holder, devices), teller(log_format, "counterweight.driver")
-    # Whoever stays fires the schedules of the store; whoever is there for some jobs alone does not.
-    schedules = None if ids or idle else Schedules(jobs)
-
-    def note(text: str) -> None:
-        announcer.said = text
-        say(text)
-
-    def meanwhile() -> None:
-        announcer.tick()
-        if schedules is not None:
-            schedules.tick()
-
-    say(f"drives the jobs of {jobs.store.uri}")
-    driver = Driver(jobs, start, note, meanwhile=meanwhile, gpus=devices, holder=holder)
-    try:
-        driver.work(until_idle if idle else until_ended(*ids) if ids else never)
-    finally:
-        with suppress(SurroundingsError):
-            announcer.close()
     raise typer.Exit(max((jobs.get(id).exit_code for id in ids), default=0))
-
-
-def _measured(start: Starter, place: str) -> Starter:
-    """The same, with metrics that are served at HOST:PORT. RequestError."""
-    from counterweight.workers.errors import RequestError
-
-    host, _, port = place.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise RequestError(f"--metrics {place[:100]!r}: expected HOST:PORT, such as 0.0.0.0:9090")
-    try:
-        from prometheus_client import start_http_server
-
-        from counterweight.pipeline.observability.driver_metrics import DriverMetrics
-    except ImportError as error:
-        raise RequestError(
-            f"--metrics: no module {error.name}: expected pip install 'counterweight[observability]'"
-        ) from error
-    measured = DriverMetrics(start)
-    try:
-        start_http_server(int(port), host, measured.registry)
-    except OSError as error:
-        raise RequestError(f"--metrics {place}: {error.strerror or error}") from error
-    return measured.start
 
 
 def limits(
