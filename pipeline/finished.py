@@ -8,6 +8,7 @@ from counterweight.pipeline.artifact.publish import latest, repair_pointer
 from counterweight.pipeline.event_store import EventStore
 from counterweight.pipeline.events import ArtifactPublished, Doing, EventLog, JobAdmitted, JobStarted
 from counterweight.pipeline.inventory import batches
+from counterweight.pipeline.judging.task_files import read_documents
 from counterweight.pipeline.manifest import CompressionJob, job_id
 from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.pipeline.preflight import Ready
@@ -36,7 +37,9 @@ def finished(job: CompressionJob, ready: Ready, device: Device, workers: int, lo
     if source_bytes(source) > LARGEST:
         return None
     tokens = read_tokens(job, None, None, ready.texts).within(source.layout.vocabulary)
-    artifact = Artifact(ready.output, job.metadata.name, artifact_id(job, source, device, _digests(source), tokens))
+    tasks = read_documents(job.spec.validation, source.store)
+    id = artifact_id(job, source, device, _digests(source), tokens, tasks)
+    artifact = Artifact(ready.output, job.metadata.name, id)
     published = artifact.published()
     if published is None:
         return None

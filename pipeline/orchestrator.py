@@ -21,11 +21,9 @@ from counterweight.pipeline.artifact.report import (
     ModelReport,
     Report,
     TaskReport,
-    TokensReport,
     bits_per_weight,
     tokens_report,
 )
-from counterweight.pipeline.artifact.report_html import render
 from counterweight.pipeline.beside import add_beside, sharing
 from counterweight.pipeline.blocks import Blocks
 from counterweight.pipeline.dispatch import Dispatcher
@@ -33,8 +31,11 @@ from counterweight.pipeline.distillation import Trained, add_texts, distill
 from counterweight.pipeline.events import ArtifactPublished, EventLog, JobAdmitted
 from counterweight.pipeline.graph import Graph
 from counterweight.pipeline.inventory import inventory
-from counterweight.pipeline.judging.gates import base_model_problem, check, judge
+from counterweight.pipeline.judging.gates import base_model_problem, judge, pass_or_withhold
 from counterweight.pipeline.judging.rivals import read_rivals
+from counterweight.pipeline.judging.task_files import read_documents
+from counterweight.pipeline.judging.tasks import benchmarks, judge_tasks
+from counterweight.pipeline.judging.whole import OnWhole, measure_on_whole
 from counterweight.pipeline.manifest import TEXT, CompressionJob
 from counterweight.pipeline.manifest.job import JobSpec
 from counterweight.pipeline.opening import Opened
@@ -53,12 +54,12 @@ from counterweight.pipeline.stages import (
     gather_parts,
     measure,
 )
-from counterweight.pipeline.validate import Windows
-from counterweight.workers.errors import GateError, RequestError
+from counterweight.pipeline.validate import Windows, described
+from counterweight.workers.errors import RequestError
 from counterweight.workers.keys import digest
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.setting import Device
-from counterweight.workers.workspace import WORK, Workspace
+from counterweight.workers.workspace import Workspace
 
 
 class Orchestrator:
@@ -85,6 +86,7 @@ class Orchestrator:
         self._watch = Stopwatch(log)
         self._timeline, self._workers = Timeline(), pool.size
         log.add(self._timeline)
+        self._documents = read_documents(job.spec.validation, opened.source.store)
         self._setting = setting_of(job, self._source, device, run=uuid.uuid4().hex if alone else "")
 
     def run(self) -> Published:
@@ -98,7 +100,7 @@ class Orchestrator:
         tokens = self._tokens
         self._watch.stage("inventory")
         digests = inventory(self._source, self._dispatcher)
-        id = artifact_id(self._job, self._source, self._setting.device, digests, tokens)
+        id = artifact_id(self._job, self._source, self._setting.device, digests, tokens, self._documents)
         artifact = Artifact(self._store, self._job.metadata.name, id)
         self._log.emit(JobAdmitted(artifact.id))
         if (published := artifact.published()) is not None:
@@ -149,10 +151,14 @@ class Orchestrator:
         if references:
             self._watch.stage("validate")
             windows, validations = measure(job, references, artifact, files)
+        if self._job.spec.validation is not None and self._job.spec.validation.runs_whole:
+            self._watch.stage("whole models")
+        whole = measure_on_whole(job, self._documents, tokens, artifact, files, parts)
+        validations += whole.tasks
         self._watch.stage("publish")
         tasks = [*_task_reports(model), *(() if trained is None else trained.tasks), *validations]
         report = self._report(artifact, parts, digests, windows, tasks, None if trained is None else trained.report)
-        report = self._judged(report, rivals)
+        report = self._judged(report, rivals, whole)
         written = sum(entry.size for entry in files.values())
         report = report.model_copy(
             update={
@@ -161,7 +167,7 @@ class Orchestrator:
                 "earlier": before(artifact),
             }
         )
-        self._gate(artifact, report)
+        pass_or_withhold(artifact, report)
         published = publish(artifact, report, files, parts.ledger())
         leftovers = () if trained is None else trained.discardable
         for blob in dict.fromkeys([*model.discardable, *leftovers]):
@@ -180,7 +186,7 @@ class Orchestrator:
         spec, tokens = self._job.spec, self._tokens
         parameters = self._source.parameters
         measured = windows or Windows()
-        texts = measured.by_text(self._texts()) if measured.metrics else {}
+        texts = measured.by_text(described(spec.validation, tokens)) if measured.metrics else {}
         first = texts.pop(TEXT, None)
         return Report(
             name=artifact.name,
@@ -219,18 +225,7 @@ class Orchestrator:
             software=software(),
         )
 
-    def _texts(self) -> dict[str, TokensReport]:
-        """Of every text of the validation."""
-        validation = self._job.spec.validation
-        if validation is None:
-            return {}
-        specials = validation.special_tokens or self._tokens.usual
-        return {
-            name: tokens_report(source, self._tokens.validation[name], special_tokens=specials)
-            for name, (source, _) in validation.sources.items()
-        }
-
-    def _judged(self, report: Report, rivals: Mapping[str, Report]) -> Report:
+    def _judged(self, report: Report, rivals: Mapping[str, Report], whole: OnWhole) -> Report:
         """The report with every bound of the manifest in it, and what is wrong with the original itself."""
         validation = self._job.spec.validation
         if validation is None:
@@ -238,20 +233,10 @@ class Orchestrator:
         problem = base_model_problem(report.judged, self._source.layout.vocabulary)
         if problem is not None:
             self._log.note(problem)
-        gates = judge(validation, report.judged, rivals)
-        return report.model_copy(update={"gates": gates, "base_model_problem": problem})
-
-    def _gate(self, artifact: Artifact, report: Report) -> None:
-        """Lets a good model pass; of one that fails nothing stays but its report, outside the artifact."""
-        try:
-            check(report.gates, report.base_model_problem)
-        except GateError as error:
-            place = f"{WORK}/failed/{artifact.name}-{artifact.id}"
-            self._store.write(f"{place}/report.json", report.model_dump_json(indent=1).encode())
-            self._store.write(f"{place}/report.html", render(report).encode())
-            for info in list(self._store.list(artifact.key(""))):
-                self._store.delete(info.key)
-            raise GateError(f"{error}\nnothing was published; the report: {self._store.uri_of(place)}") from error
+        gates = (*judge(validation, report.judged, rivals), *judge_tasks(validation.tasks, whole.scores))
+        found = {"gates": gates, "base_model_problem": problem}
+        further = {"benchmarks": benchmarks(whole.scores), "generation": whole.generation}
+        return report.model_copy(update={**found, **further})
 
 
 def _recipe(spec: JobSpec) -> dict[str, object]:

@@ -9,6 +9,7 @@ from counterweight.pipeline.manifest import TEXT, CompressionJob, canonical
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.resume import setting_of
 from counterweight.pipeline.tokens import Tokens
+from counterweight.workers.harness import Documents
 from counterweight.workers.keys import digest, versions
 from counterweight.workers.tasks.setting import Device
 
@@ -16,9 +17,15 @@ SOFTWARE = ("counterweight", "torch", "transformers", "ray", "safetensors", "pyd
 
 
 def artifact_id(
-    job: CompressionJob, source: ModelSource, device: Device, digests: Mapping[str, str], tokens: Tokens
+    job: CompressionJob,
+    source: ModelSource,
+    device: Device,
+    digests: Mapping[str, str],
+    tokens: Tokens,
+    tasks: Documents | None,
 ) -> str:
-    """The id of a job's artifact: of everything that determines its bytes and its figures. digests: source tensor -> sha256."""
+    """The id of a job's artifact: of everything that determines its bytes and its figures. digests: source tensor -> sha256.
+    tasks: that the model is judged by."""
     texts = {name: windows.digest for name, windows in tokens.validation.items()}
     everything: dict[str, object] = {
         "job": canonical(job).decode(),
@@ -33,6 +40,8 @@ def artifact_id(
         everything["texts"] = texts
     if tokens.unseen is not None:
         everything["held_out"] = tokens.unseen.digest
+    if tasks is not None:
+        everything["tasks"] = tasks.model_dump(mode="json")
     if source.layout.experts:
         everything["experts"] = versions(job.spec.calibration.experts)
     if job.spec.distillation is not None:

@@ -14,10 +14,10 @@ from counterweight.pipeline.artifact import open_artifact
 from counterweight.pipeline.artifact.auto import mark
 from counterweight.pipeline.artifact.hub import located
 from counterweight.pipeline.manifest.uris import from_here
-from counterweight.workers.block import install
 from counterweight.workers.checkpoint.strict_json import parse_object
 from counterweight.workers.compressed import CompressedModel
 from counterweight.workers.errors import CheckpointError
+from counterweight.workers.whole_model import assembled
 
 if TYPE_CHECKING:
     from counterweight.kernels.gpu.host_memory import HostArena
@@ -62,14 +62,16 @@ def load_model(
     store, document = open_artifact(located(from_here(uri)))
     model = CompressedModel.open(store)
     place = torch.device(device)
-    embedding = model.embedding()
-    kind = embedding.dtype if dtype is None else dtype
     arena = _arena(model.residual_sizes) if compensated and place.type == "cuda" and kernels != "torch" else None
-    shell = model.builder.causal_shell(embedding, model.head(), place, kind)
-    for index in range(model.builder.blocks):
-        block, linears = model.block(index, place, kind)
-        install(block, linears, compensated=compensated, decode_only=residual == "decode", kernels=kernels, arena=arena)
-        shell.model.layers.append(block.layer)
+    shell = assembled(
+        model,
+        place,
+        dtype,
+        compensated=compensated,
+        decode_only=residual == "decode",
+        kernels=kernels,
+        arena=arena,
+    )
     if GENERATION_CONFIG in document.files:
         text = store.read(GENERATION_CONFIG, sha256=document.files[GENERATION_CONFIG].sha256)
         fields = parse_object(text, file=store.uri_of(GENERATION_CONFIG), max_values=MAX_GENERATION_VALUES)

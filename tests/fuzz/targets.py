@@ -229,11 +229,12 @@ class Fuzz:
                 logits = model(torch.arange(8)[None]).logits
             assert torch.isfinite(logits).all()
 
-        assert refused(load, 4) or not wrong or name == "generation_config.json", "verify refuses what loads"
+        # Files of another size than the document says are damage, and tensors are compared with the ledger all the same.
+        assert refused(load, 4) or wrong != 2 or name == "generation_config.json", "verify refuses what loads"
 
 
-def refused(act: Callable[[], object], *codes: int) -> bool:
-    """Whether `act` ends in an error of ours, of exit code 2 or one of these; any other error leaves here."""
+def refused(act: Callable[[], object], *codes: int) -> int:
+    """The exit code of an error of ours that `act` ends in, 2 or one of these; 0 without one; any other error leaves here."""
     try:
         act()
     except CounterweightError as error:
@@ -241,5 +242,5 @@ def refused(act: Callable[[], object], *codes: int) -> bool:
             raise AssertionError(f"exit code {error.exit_code}: {error}") from error
         if not all(line.isprintable() for line in str(error).splitlines()):
             raise AssertionError(f"not for a terminal: {str(error)!r}") from error
-        return True
-    return False
+        return error.exit_code
+    return 0

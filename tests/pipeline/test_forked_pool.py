@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ class Does(Task[Any]):
             OUTAGES.begins("bucket", "HTTP status 503", 60)
         elif self.what == "wait for a minute":
             time.sleep(60)
+        elif self.what == "wait for a thread that got no memory":
+            threading._start_new_thread = lambda *_: 0  # type: ignore[attr-defined]
+            threading.Thread(target=print).start()
         elif self.what == "ask for more memory than there is":
             limit = memory_of(os.getpid(), "VmSize") + (16 << 20)
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
@@ -190,6 +194,19 @@ def test_memory_that_is_refused_is_one_line_and_tried_again(pool: ForkedPool) ->
     assert not outcome.worker_died
     assert RetryPolicy().judge(Failure(outcome.error, worker_died=False), 1) is Verdict.RETRY
     assert done(pool, "pid").error is None
+
+
+def test_a_worker_that_waits_for_a_thread_that_never_begins_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does where an address space is limited and a new thread's first frame finds no room."""
+    monkeypatch.setattr("counterweight.workers.process.LOOK_SECONDS", 0.05)
+    pool = ForkedPool(PoolSize(workers=1, cpus=1, gpus=0.0))
+    full(pool)
+    try:
+        outcome = done(pool, "wait for a thread that got no memory")
+        assert outcome.worker_died
+        assert str(outcome.error).endswith("exit code 75: out of memory: a thread could not begin")
+    finally:
+        pool.close()
 
 
 def test_a_worker_that_is_stopped_for_long_is_ended_and_replaced(notes: list[str]) -> None:
