@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from counterweight.pipeline.cluster import cluster
 from counterweight.pipeline.events import Doing, EventLog
 from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.observability.sinks import sinks
 from counterweight.pipeline.place import Place
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.pool import PoolSize, StartedPool, threads_per_worker
@@ -50,6 +51,8 @@ def run_job(
     place = Place.of(job, address)
     size = pool_size(job, place)
     with EventLog(progress) as log, _told(log):
+        for reader in sinks(os.environ, log.note):
+            log.add(reader)
         log.emit(Doing("looking at the model and its texts"))
         ready = look(job)  # what is wrong with a model or a text is known before anything is started for it
         if place.ray and resume is not Resume.NEVER and (done := _finished(job, ready, size, log)) is not None:
