@@ -35,7 +35,7 @@ STOCK: Mapping[str, str] = {
     "W4A8 ASER": "codes",
     "W4A4 LRC, rotated": "refused",
     "QDEC": "refused",
-    "Mixtral W4A16 + SVD": "codes",
+    "Mixtral W4A16 + SVD": "refused",
 }
 """What vLLM makes of an artifact without the plug-in: its logits (`yes`), those of the codes alone (`codes`), which the report
 calls `quantized`, or nothing."""
