@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from torch import Tensor
 
+from counterweight.kernels.backend import runs_kernels
 from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, ShardMoments
@@ -73,11 +74,15 @@ class RunningStatistics:
         kept = 0 if self.sample is None else self.sample.bytes
         return kept + sum(accumulator.bytes for accumulator in self._sums.values())
 
-    def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None) -> ShardMoments:
-        """The moments of a shard's rows [..., in]."""
+    def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None) -> ShardMoments | None:
+        """The moments of a shard's rows [..., in]. None where kernels run: one thread computes there, so they are added at once
+        and take no memory."""
+        if runs_kernels(rows.device):
+            self._sums[group].add_rows(rows, original)
+            return None
         return ShardMoments.of(rows, self.gatherings[group], original)
 
-    def add(self, moments: dict[SharedInputGroup, ShardMoments], given: list[Tensor]) -> None:
+    def add(self, moments: dict[SharedInputGroup, ShardMoments | None], given: list[Tensor]) -> None:
         """See `Gatherer`."""
         while given:
             rows = given.pop()
@@ -85,7 +90,8 @@ class RunningStatistics:
                 self.sample.add(rows)
         while moments:
             group, shard = moments.popitem()
-            self._sums[group].add(shard)
+            if shard is not None:
+                self._sums[group].add(shard)
             del shard
 
     def take_rows(self) -> Tensor | None:
@@ -97,7 +103,7 @@ class RunningStatistics:
         """The statistics; nothing can be added after. A non-finite activation is a RequestError that names the group."""
         packed = {group: self._sums.pop(group).packed() for group in self.gatherings}
         for group, found in packed.items():
-            if not all_finite(found.triangles["xx"].entries):
+            if "xx" in found.triangles and not all_finite(found.triangles["xx"].entries):
                 raise RequestError(f"the input of {group[0]} is not finite on the calibration tokens")
         return PackedStatistics(packed)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from counterweight.workers.footprint.load import Group, Load, moments
+from counterweight.workers.footprint.load import Group, Load, gathers, moments
 from counterweight.workers.matrix_bytes import DOUBLE, SINGLE
 
 STRETCH = 1024  # `coverage.py` says the same, but imports torch
@@ -15,7 +15,7 @@ def gathered_share(load: Load, group: Group) -> float:
 
 def starving(load: Load, group: Group) -> bool:
     """Whether the average expert sees fewer tokens than the floor; that single ones do is not known ahead."""
-    if load.experts is None or not load.experts.samples or not group.of_expert:
+    if load.experts is None or not load.experts.samples or not group.of_expert or not _looks(load, group):
         return False
     return load.tokens * group.share < load.experts.floor_of(group.width)
 
@@ -24,7 +24,15 @@ def kept_rows(load: Load) -> int:
     """Tokens of the layer that are kept for experts that may turn out to be starved."""
     if load.experts is None or not load.experts.samples:
         return 0
+    if not any(group.of_expert and (_looks(load, group) or not group.recipe) for group in load.groups):
+        return 0
     return load.experts.kept_of(load.hidden, load.tokens)
+
+
+def _looks(load: Load, group: Group) -> bool:
+    """Whether the group's tokens are looked at, and not only counted."""
+    others = (part.residual is not None or part.compensation.needs_magnitudes for part in group.recipe.values())
+    return gathers(load, group) or any(others)
 
 
 def kept_bytes(load: Load) -> int:
