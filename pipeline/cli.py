@@ -150,7 +150,10 @@ def plan(
         [
             ("model", f"{made.model_type}, {made.parameters:,} parameters, {bytes_text(made.source_bytes)}"),
             ("quantized", f"{made.quantized:,} weights in {len(made.blocks)} blocks"),
-            ("calibration", f"{made.tokens:,} tokens"),
+            (
+                "calibration",
+                f"{made.tokens:,} tokens" + (f", {made.drawn_tokens:,} drawn" if made.drawn_tokens else ""),
+            ),
             ("peak per worker", peak),
             ("arithmetic", f"{made.flops / 1e12:.3g} TFLOP ({phases})"),
             (

@@ -163,6 +163,8 @@ class Orchestrator:
         }
         if tokens.unseen is not None:
             everything["held_out"] = tokens.unseen.digest
+        if tokens.drawn is not None:
+            everything["drawn"] = tokens.drawn.digest
         if self._source.layout.experts:
             everything["experts"] = versions(self._job.spec.calibration.experts)
         if self._job.spec.distillation is not None:
@@ -196,7 +198,7 @@ class Orchestrator:
                 digest=digest(dict(digests)),
             ),
             recipe=_recipe(spec),
-            calibration=tokens_report(spec.calibration.source, tokens.calibration, tokens.unseen),
+            calibration=tokens_report(spec.calibration.source, tokens.calibration, tokens.unseen, tokens.drawn),
             validation=validation,
             validation_dtype="float32" if spec.validation is None else spec.validation.compute_dtype,
             distillation=distillation,

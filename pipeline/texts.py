@@ -26,7 +26,7 @@ class Request:
     sequences: int | None
     sampling: Sampling = "consecutive"
     seed: int = 0
-    further: int = 0
+    further: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ def requests(job: CompressionJob) -> Iterator[Request]:
             sequences=calibration.sequences,
             sampling=calibration.sampling,
             seed=calibration.seed,
-            further=calibration.held_out_sequences,
+            further=(calibration.held_out_sequences, calibration.drawn),
         )
     if validation is not None:
         length = validation.sequence_length or calibration.sequence_length

@@ -50,7 +50,7 @@ def feed(
     """
     starved: dict[int, list[SharedInputGroup]] = {}
     for group, found in statistics.packed.items():
-        if is_expert(group[0]) and found.tokens < options.floor_of(found.width):
+        if is_expert(group[0]) and options.lacking(found.width, found.tokens):
             starved.setdefault(expert_of(group[0]), []).append(group)
     # One expert at a time, so that the sums of one are in memory twice.
     for expert, groups in starved.items():
@@ -59,6 +59,7 @@ def feed(
             own, layer = statistics.packed[group], _finite(group, sums.pop(group))
             lack = Starvation(
                 tokens=own.tokens,
+                drawn=own.drawn,
                 floor=options.floor_of(own.width),
                 rows=len(rows),
                 weight=options.weight_of(own.width),

@@ -17,7 +17,6 @@ from counterweight.workers.footprint.load import Group, Load, factors, packed
 from counterweight.workers.matrix_bytes import SINGLE
 from counterweight.workers.matrix_flops import Work, elementwise
 from counterweight.workers.parallel import AHEAD, PARALLEL_WIDTH
-from counterweight.workers.tasks.setting import shard_sequences
 
 BEGINNING, STREAMED, ENDING = (
     ("read", "rotate", "prepare"),
@@ -65,7 +64,7 @@ def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates, *, judged: i
     kept = load.compute * (load.parameters - solved)
     stored = sum(packed(group) for group in load.groups) + branch + kept
     rotated = rotating(load)
-    hidden = (load.tokens + load.unseen) * load.hidden * load.compute
+    hidden = load.all_tokens * load.hidden * load.compute
     running = load.parameters * load.compute
     entered = passes(load) * (rates.received(hidden) + rates.moved(hidden))
     left = rates.sent(hidden) + rates.moved(hidden)
@@ -91,7 +90,7 @@ def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates, *, judged: i
     }
     return BlockSeconds(
         steps=steps,
-        shards=load.shards - (-load.held_out // shard_sequences(load.length)),
+        shards=load.all_shards,
         stored=round(stored),
         branch=round(branch),
         evaluated=rates.seconds(run(load, load.tokens), itemsize=judged) / load.tokens,

@@ -248,6 +248,8 @@ def canonical(job: CompressionJob) -> bytes:
         spec["distillation"] = {"training": stage.training.determines(), "held_out": len(stage.held_out)}
     if job.spec.calibration.experts == ExpertCalibration():
         del spec["calibration"]["experts"]  # younger than artifacts of dense models, whose ids were made without it
+    if not job.spec.calibration.drawn:
+        del spec["calibration"]["drawn"]  # younger than artifacts whose ids were made without it
     del spec["calibration"]["held_out"]  # decides what errors are measured on, whose digest the caller adds
     if spec["validation"] is not None:
         spec["validation"]["sequence_length"] = job.spec.validation_sequence_length

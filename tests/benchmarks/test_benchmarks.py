@@ -201,6 +201,16 @@ def test_experts(tmp_path: Path) -> None:
     assert len(rows(printed)) == 2 * 4
 
 
+@pytest.mark.end_to_end
+def test_drawing(tmp_path: Path) -> None:
+    """Of the few experts' linears there is a line each, beside a line for each budget."""
+    manifest = write_job(tmp_path, case="mixtral", layers=1)
+    printed = ran("drawing", manifest, "--sequences", 2, "--budgets", 0, 2, "--together", 2)
+    budgets, linears = (row.count(" | ") for row in (rows(printed)[0], rows(printed)[-1]))
+    assert (budgets, linears) == (10, 3)
+    assert "tokens at 0x / 2x" in printed
+
+
 def test_routers(tmp_path: Path) -> None:
     checkpoint("mixtral", tmp_path / "model", torch.bfloat16)
     recipe = {"weights": {"bits": 3, "group_size": 32}}

@@ -52,6 +52,7 @@ class InputStatistics:
 
     gram: xx. tokens: number of rows summed. others: the products of further streams, where they were gathered.
     absolute: sum |x|, [in] float64, where it was gathered; thresholds likewise, [in] float32. activations: how y was made of x.
+    drawn: of an expert's, how many of the tokens are of drawn sequences; None where none were drawn.
     starvation: of an expert's, that its own tokens were too few, and what was added to them, which `tokens` counts.
     """
 
@@ -61,6 +62,7 @@ class InputStatistics:
     absolute: Tensor | None = None
     thresholds: Tensor | None = None
     activations: ActivationFormat | None = None
+    drawn: int | None = None
     starvation: Starvation | None = None
 
     @property
@@ -117,6 +119,7 @@ class PackedMoments:
     absolute: Tensor | None
     thresholds: Tensor | None
     activations: ActivationFormat | None
+    drawn: int | None = None
     starvation: Starvation | None = None
 
     @classmethod
@@ -130,6 +133,7 @@ class PackedMoments:
             absolute=statistics.absolute,
             thresholds=statistics.thresholds,
             activations=statistics.activations,
+            drawn=statistics.drawn,
             starvation=statistics.starvation,
         )
 
@@ -153,6 +157,7 @@ class PackedMoments:
             absolute=self.absolute,
             thresholds=self.thresholds,
             activations=self.activations,
+            drawn=self.drawn,
             starvation=self.starvation,
         )
 
@@ -204,12 +209,17 @@ class Accumulator:
     """Sums shards in the order in which they are added, in float64, holding one sum."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu", gathering: Gathering = NOTHING_ELSE) -> None:
-        self._width, self._device, self._activations = width, device, gathering.activations
+        self.width, self._device, self._activations = width, device, gathering.activations
         self._triangles = {"xx": LowerTriangle.zeros(width, torch.float64, device)}
         self._crossed: dict[str, Tensor] = {}
         self._absolute: Tensor | None = None
         self._thresholds = Thresholds(width, device) if gathering.thresholds else None
         self._tokens = 0
+
+    @property
+    def tokens(self) -> int:
+        """Rows that were summed so far."""
+        return self._tokens
 
     @property
     def bytes(self) -> int:
@@ -219,11 +229,11 @@ class Accumulator:
 
     def add(self, shard: ShardMoments) -> None:
         """Adds one shard; ValueError when its width is another."""
-        if shard.width != self._width:
-            raise ValueError(f"a shard of width {shard.width} cannot join statistics of width {self._width}")
+        if shard.width != self.width:
+            raise ValueError(f"a shard of width {shard.width} cannot join statistics of width {self.width}")
         for name, triangle in shard.triangles.items():
             if name not in self._triangles:
-                self._triangles[name] = LowerTriangle.zeros(self._width, torch.float64, self._device)
+                self._triangles[name] = LowerTriangle.zeros(self.width, torch.float64, self._device)
             self._triangles[name].add_(triangle)
         for name, product in shard.crossed.items():
             if name in self._crossed:

@@ -62,19 +62,19 @@ def token_set(
     sampling: Sampling,
     seed: int,
     field: str,
-    further: int = 0,
+    further: Sequence[int] = (),
 ) -> TokenSet:
     """Windows of `length` tokens.
 
     tokenizer: the model's tokenizer.json; not needed for prepared tokens.
     sequences: how many windows; None for as many non-overlapping ones as there are. sampling: consecutive windows from
     the start, or windows at random offsets (`random.Random(seed)`, overlaps possible). further: behind these, so many windows
-    that share no token with them, or as many as there are.
+    of each kind that share no token with those before, or as many as there are.
     field: where the source stands in the manifest, for messages. RequestError when there is too little text or no
     tokenizer, or an id that no model has. Whether ids are the model's is for `TokenSet.within` to say.
     """
     if isinstance(source, TokensSource):
-        ids = _prepared(source, length, sequences, field, further)
+        ids = _prepared(source, length, sequences, field, sum(further))
     else:
         with encoder(tokenizer, field) as running:
             found = windows(

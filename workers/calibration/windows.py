@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from counterweight.workers.calibration.encoder import Encoder
@@ -33,12 +34,12 @@ def windows(
     sampling: Sampling,
     seed: int,
     field: str,
-    further: int = 0,
+    further: Sequence[int] = (),
 ) -> Windows:
     """Windows of `length` tokens, see `tokens.token_set`. Consecutive ones read as much of the text as they need. further:
-    behind them, so many that share no token with them, or as many as the text has."""
+    behind them, so many of each kind that share no token with those before, or as many as the text has."""
     consecutive = sampling == "consecutive"
-    wanted = (sequences + further) * length if consecutive and sequences is not None else None
+    wanted = (sequences + sum(further)) * length if consecutive and sequences is not None else None
     stream = running.ids(lambda: pieces_of(source, field), wanted, field)
     available = len(stream) // length
     count = available if sequences is None else sequences
@@ -47,11 +48,12 @@ def windows(
             f"{field}: {len(stream)} tokens make {available} windows of {length}: expected at least {max(count, 1)}"
         )
     if consecutive:
-        starts = [index * length for index in range(min(count + further, available))]
+        starts = [index * length for index in range(min(count + sum(further), available))]
     else:
         draw = random.Random(seed)
         starts = [draw.randrange(len(stream) - length + 1) for _ in range(count)]
-        starts += _apart(starts, further, len(stream), length)
+        for kind in further:
+            starts += _apart(starts, kind, len(stream), length)
     return [stream[start : start + length] for start in starts]
 
 
