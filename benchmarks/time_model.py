@@ -35,7 +35,7 @@ from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.rates import START, TASK, Rates
 from counterweight.pipeline.resolve import block_recipe
 from counterweight.workers.arithmetic import arithmetic
-from counterweight.workers.calibration.statistics import NOTHING_ELSE, ShardMoments
+from counterweight.workers.calibration.statistics import Accumulator
 from counterweight.workers.context import DTYPES
 from counterweight.workers.footprint import footprint
 from counterweight.workers.matrix_flops import cholesky, eigh, product
@@ -123,7 +123,8 @@ def measured_rates(device: Device, size: int | None = None) -> Rates:
         return count / watch.mean(run)
 
     def grams(rows: Tensor) -> float:
-        return rate(2 * size * size * (size + 128), lambda: ShardMoments.of(rows, NOTHING_ELSE))
+        sums = Accumulator(size, device)
+        return rate(2 * size * size * (size + 128), lambda: sums.add_rows(rows))
 
     products = product(2 * size, size, size).products32
     return Rates(
@@ -234,7 +235,7 @@ def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
     ended = watch.now()
     worker.close()
     return Compared(
-        predicted=predicted.steps,
+        predicted={**predicted.steps, **predicted.streamed(predicted.shards)},
         peak=footprint(load).peak,
         calibrating=between - started,
         compressing=ended - between,

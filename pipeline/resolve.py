@@ -59,6 +59,12 @@ def check_gates_apply(validation: Validation | None, source: ModelSource) -> Non
                 raise ManifestError(
                     f"spec.validation.{field}.{metric.gate}: expected null: {source.uri} has no experts"
                 )
+    sparse = {metric.name for metric in METRICS if metric.sparse}
+    for index, bound in enumerate(validation.bounds):
+        if bound.metric in sparse:
+            raise ManifestError(
+                f"spec.validation.bounds.{index}.metric: {bound.metric!r}: expected another: {source.uri} has no experts"
+            )
 
 
 def check_drawn(calibration: Calibration, source: ModelSource, recipes: Iterable[Mapping[str, ModuleRecipe]]) -> None:

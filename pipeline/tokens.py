@@ -6,12 +6,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.manifest.job import TextShare
-from counterweight.pipeline.texts import CALIBRATION, DISTILLATION, VALIDATION, Request, Texts, read_texts, requests
+from counterweight.pipeline.texts import (
+    CALIBRATION,
+    DISTILLATION,
+    Request,
+    Texts,
+    read_texts,
+    requests,
+    validation_field,
+)
+from counterweight.workers.calibration.source import SpecialTokens
 from counterweight.workers.calibration.tokens import TokenSet, as_tensor, checked, token_set
+from counterweight.workers.calibration.windows import AnyTokenizer
 from counterweight.workers.errors import RequestError
 
 
@@ -19,15 +30,17 @@ from counterweight.workers.errors import RequestError
 class Tokens:
     """The token sets of a job. drawn: further windows of the calibration's source, for experts that see too few tokens; unseen:
     those that nothing is solved on; None without any.
-    validation: None when it asks for none. trained, held_out: texts of a distillation, none without it. seconds: what reading
-    all took."""
+    validation: by name, those of each text, all of one length; empty when it asks for none. trained, held_out: texts of a
+    distillation, none without it. usual: what has special tokens where the manifest does not say it. seconds: what reading all
+    took."""
 
     calibration: TokenSet
     drawn: TokenSet | None = None
     unseen: TokenSet | None = None
-    validation: TokenSet | None
+    validation: Mapping[str, TokenSet]
     trained: tuple[TokenSet, ...] = ()
     held_out: tuple[TokenSet, ...] = ()
+    usual: SpecialTokens = "text"
     seconds: float
 
     def within(self, vocabulary: int) -> Tokens:
@@ -36,17 +49,23 @@ class Tokens:
         for further in (self.drawn, self.unseen):
             if further is not None:
                 further.within(vocabulary, CALIBRATION)
-        if self.validation is not None:
-            self.validation.within(vocabulary, VALIDATION)
+        for name, windows in self.validation.items():
+            windows.within(vocabulary, validation_field(name))
         for index, text in enumerate(self.trained):
             text.within(vocabulary, f"{DISTILLATION}.texts.{index}")
         for index, text in enumerate(self.held_out):
             text.within(vocabulary, f"{DISTILLATION}.held_out.{index}")
         return self
 
+    @property
+    def judged(self) -> TokenSet | None:
+        """The windows of all texts of the validation, one text behind the other; None without any."""
+        texts = [text.ids for text in self.validation.values()]
+        return TokenSet(torch.cat(texts)) if texts else None
+
 
 def read_tokens(
-    job: CompressionJob, tokenizer: bytes | None, sampled: TokenSet | None = None, texts: Texts | None = None
+    job: CompressionJob, tokenizer: AnyTokenizer, sampled: TokenSet | None = None, texts: Texts | None = None
 ) -> Tokens:
     """The token sets that `job` names; RequestError when a text does not give what is asked of it.
 
@@ -56,20 +75,22 @@ def read_tokens(
     """
     texts = texts or read_texts(job, tokenizer)
     started = time.perf_counter()
-    found = {asked.field: _token_set(asked, texts) for asked in requests(job)}
+    found = {asked.field: _token_set(asked, texts) for asked in requests(job, texts.usual)}
     if sampled is not None:
         found[CALIBRATION] = sampled
     elif CALIBRATION not in found:
         raise ValueError("sampled: none: expected what the model wrote")
     trained, held_out = _distillation(job, found)
     calibration, drawn, unseen = _divided(job, found[CALIBRATION])
+    asked = job.spec.validation
     return Tokens(
         calibration=calibration,
         drawn=drawn,
         unseen=unseen,
-        validation=found.get(VALIDATION),
+        validation={name: found[validation_field(name)] for name in asked.sources} if asked is not None else {},
         trained=trained,
         held_out=held_out,
+        usual=texts.usual,
         seconds=texts.seconds + time.perf_counter() - started,
     )
 
@@ -86,6 +107,7 @@ def _token_set(asked: Request, texts: Texts) -> TokenSet:
         seed=asked.seed,
         field=asked.field,
         further=asked.further,
+        special_tokens=asked.special_tokens,
     )
 
 

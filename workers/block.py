@@ -76,6 +76,7 @@ def compress(
     codes: Mapping[str, StoredWeight] | None = None,
     held_out: Mapping[SharedInputGroup, Rows] | None = None,
     batch_bytes: int = BATCH_BYTES[False],
+    device: torch.device | str = "cpu",
     pool: OrderedPool,
 ) -> tuple[dict[str, CompressedLinear], list[ModuleReport]]:
     """Every linear that has a recipe, in table order.
@@ -83,7 +84,8 @@ def compress(
     statistics: of each group among them; an entry is taken out when the group is solved. weights: linear -> weight [out, in],
     on any device. scale_dtypes, factor_dtypes: linear -> dtype in which its scales and the factors of its branch are stored.
     outliers: see `prepare`. codes: linear -> its codes, when they are chosen already. held_out: of tokens that reports judge
-    the result by. batch_bytes: that solves of one shape may take together, which changes no bit.
+    the result by; a group without any is judged by its statistics. batch_bytes: that solves of one shape may take together,
+    which changes no bit. device: of the statistics, and so of the arithmetic.
     """
     jobs = list(_solves(weights, statistics, recipes, scale_dtypes, factor_dtypes))
     order = [name for job in jobs for name in job.names]
@@ -93,7 +95,16 @@ def compress(
         jobs, lambda job: job.key, lambda job: batch_size(job.recipe, job.shapes, batch_bytes) if job.alone else 1
     )
     found: dict[str, tuple[CompressedLinear, ModuleReport]] = {}
-    one = partial(_solve, weights, statistics, outliers or {}, codes or {}, held_out or {}, batch_bytes)
+    asked = _Asked(
+        weights=weights,
+        statistics=statistics,
+        outliers=outliers or {},
+        codes=codes or {},
+        held_out=held_out or {},
+        batch_bytes=batch_bytes,
+        device=torch.device(device),
+    )
+    one = partial(_solve, asked)
     side_by_side = any(weights[job.names[0]].shape[1] >= PARALLEL_WIDTH for job in jobs)
     for batch, solved in zip(together, pool.map(one, together) if side_by_side else map(one, together), strict=True):
         for job in batch:
@@ -186,34 +197,40 @@ def _solves(
             )
 
 
-def _solve(
-    weights: Mapping[str, Tensor],
-    gathered: MutableMapping[SharedInputGroup, InputStatistics],
-    outliers: Mapping[str, Tensor],
-    codes: Mapping[str, StoredWeight],
-    held_out: Mapping[SharedInputGroup, Rows],
-    batch_bytes: int,
-    jobs: Sequence[_Job],
-) -> dict[str, tuple[CompressedLinear, ModuleReport]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What all solves of one call of `compress` look at; see there."""
+
+    weights: Mapping[str, Tensor]
+    statistics: MutableMapping[SharedInputGroup, InputStatistics]
+    outliers: Mapping[str, Tensor]
+    codes: Mapping[str, StoredWeight]
+    held_out: Mapping[SharedInputGroup, Rows]
+    batch_bytes: int
+    device: torch.device
+
+
+def _solve(asked: _Asked, jobs: Sequence[_Job]) -> dict[str, tuple[CompressedLinear, ModuleReport]]:
+    """Linears that are solved in one call, with what reports say of them."""
     started = time.perf_counter()
     layers: list[LayerState] = []
     for job in jobs:
-        statistics = gathered.pop(job.group) if job.alone else gathered[job.group]
+        statistics = asked.statistics.pop(job.group) if job.alone else asked.statistics[job.group]
         layers += [
             LayerState(
-                weight=weights[name].to(statistics.gram.device).float(),
+                weight=asked.weights[name].to(asked.device).float(),
                 statistics=statistics,
                 scale_dtype=job.scale_dtype,
                 factor_dtype=job.factor_dtype,
-                outliers=outliers.get(name),
-                codes=codes.get(name),
+                outliers=asked.outliers.get(name),
+                codes=asked.codes.get(name),
             )
             for name in job.names
         ]
     names = [name for job in jobs for name in job.names]
-    rows = [held_out.get(job.group) for job in jobs for _ in job.names]
-    solved_layers = solve(jobs[0].recipe, layers, batch_bytes)
-    done = [(layer, layer.errors(), _judged(layer, own)) for layer, own in zip(solved_layers, rows, strict=True)]
+    rows = [asked.held_out.get(job.group) for job in jobs for _ in job.names]
+    solved_layers = solve(jobs[0].recipe, layers, asked.batch_bytes)
+    done = [(layer, _errors(layer, own), _judged(layer, own)) for layer, own in zip(solved_layers, rows, strict=True)]
     seconds = (time.perf_counter() - started) / len(names)
     solved = {}
     for name, (layer, (error_quantized, error_compensated), judged) in zip(names, done, strict=True):
@@ -242,6 +259,12 @@ def _solve(
         )
         solved[name] = (linear, report)
     return solved
+
+
+def _errors(layer: LayerState, rows: Rows | None) -> tuple[float | None, float | None]:
+    """On the tokens that it was solved on; None each where there are `rows` of others, which say more, and where none were
+    looked at."""
+    return (None, None) if rows is not None or layer.statistics.gram is None else layer.errors()
 
 
 def _judged(layer: LayerState, rows: Rows | None) -> HeldOutErrors | None:

@@ -165,7 +165,8 @@ def _begun(context: TaskContext, spec: BlockSpec, workspace: Workspace, clock: C
     builder = context.source(spec.setting)[1]
     family = family_of(builder.config.model_type)
     first = streams(context, spec, workspace)[0][0]
-    chosen = prepare(loaded.block, spec.recipe, loaded.parameters, family, loaded.online, first)
+    judged = spec.held_out_from is not None
+    chosen = prepare(loaded.block, spec.recipe, loaded.parameters, family, loaded.online, first, judged=judged)
     original = None
     if chosen.scales:
         original = loaded.block if _makes_outputs(spec) else None

@@ -12,7 +12,7 @@ from counterweight.workers.calibration.experts import ExpertCalibration, Starvat
 from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.shrinkage import shrunk
-from counterweight.workers.calibration.statistics import Accumulator, Gathering, PackedMoments, ShardMoments
+from counterweight.workers.calibration.statistics import Accumulator, Gathering, PackedMoments
 from counterweight.workers.errors import RequestError
 from counterweight.workers.held_out import HeldOutRows, Rows
 from counterweight.workers.hooks import input_hooks
@@ -35,7 +35,8 @@ def row_sample(block: Block, gatherings: Gatherings, options: ExpertCalibration 
     """What keeps tokens of a sparse block's layer for `feed`; None where nobody will ask for them. options: how its experts are
     calibrated."""
     sparse = block.separate_experts()
-    if options is None or not options.samples or sparse is None or not any(is_expert(group[0]) for group in gatherings):
+    fed = any(is_expert(group[0]) and gathering.anything for group, gathering in gatherings.items())
+    if options is None or not options.samples or sparse is None or not fed:
         return None
     return RowSample(options.rows_of(sparse[1].hidden))
 
@@ -44,13 +45,15 @@ def feed(
     block: Block, statistics: PackedStatistics, gatherings: Gatherings, rows: Tensor, options: ExpertCalibration
 ) -> None:
     """Replaces, in `statistics`, those of each group of an expert's linears that saw fewer tokens than its floor: they are
-    shrunk toward what the expert makes of the layer's `rows` [tokens, hidden].
+    shrunk toward what the expert makes of the layer's `rows` [tokens, hidden]. Where tokens are only counted, nothing is solved
+    on them.
 
     gatherings: what was gathered of each group. RequestError where an expert makes something that is not finite of the rows.
     """
     starved: dict[int, list[SharedInputGroup]] = {}
     for group, found in statistics.packed.items():
-        if is_expert(group[0]) and options.lacking(found.width, found.tokens):
+        few = is_expert(group[0]) and options.lacking(found.width, found.tokens)
+        if few and gatherings[group].anything:
             starved.setdefault(expert_of(group[0]), []).append(group)
     # One expert at a time, so that the sums of one are in memory twice.
     for expert, groups in starved.items():
@@ -100,7 +103,7 @@ def _through(block: Block, expert: int, gatherings: Gatherings, rows: Tensor) ->
     }
 
     def take(group: SharedInputGroup, seen: Tensor) -> None:
-        sums[group].add(ShardMoments.of(seen, gatherings[group]))
+        sums[group].add_rows(seen)
 
     with torch.no_grad(), input_hooks(block, gatherings, take):
         for stretch in rows.split(STRETCH):
@@ -110,7 +113,7 @@ def _through(block: Block, expert: int, gatherings: Gatherings, rows: Tensor) ->
 
 def _finite(group: SharedInputGroup, sums: Accumulator) -> PackedMoments:
     packed = sums.packed()
-    if not all_finite(packed.triangles["xx"].entries):
+    if "xx" in packed.triangles and not all_finite(packed.triangles["xx"].entries):
         raise RequestError(
             f"the input of {group[0]} is not finite on tokens that the router sent to other experts: expected it to be, "
             "or calibration.experts.floor 0, which leaves the expert with its own"

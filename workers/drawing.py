@@ -31,10 +31,10 @@ class DrawnStatistics:
         self.gatherings: Mapping[SharedInputGroup, Gathering] = {group: sums.gatherings[group] for group in lacking}
         self._sums = sums
 
-    def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None) -> ShardMoments:
-        """The moments of a shard's rows [..., in]."""
+    def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None) -> ShardMoments | None:
+        """See `RunningStatistics`."""
         return self._sums.of(group, rows, original)
 
-    def add(self, moments: dict[SharedInputGroup, ShardMoments], given: list[Tensor]) -> None:
+    def add(self, moments: dict[SharedInputGroup, ShardMoments | None], given: list[Tensor]) -> None:
         """See `Gatherer`. Of the tokens that experts are given none is kept: the layer's are those of the first shards."""
         self._sums.add(moments, given)

@@ -45,12 +45,15 @@ def prepare(
     family: ModelFamily,
     online: Mapping[str, Hadamard],
     load: Callable[[], Tensor],
+    *,
+    judged: bool,
 ) -> Preparation:
     """Choices for every group of linears that share an input. A group takes the options of its first member that has a recipe,
     but for the channels that ASER takes out: a linear's branch gives back its own.
 
     parameters: the block's, names relative to it. online: linears whose input is transformed at inference. load: the first
-    shard of the block's input, read only where a choice needs it.
+    shard of the block's input, read only where a choice needs it. judged: whether errors are measured on tokens that nothing is
+    solved on; otherwise they follow from second moments, which are then gathered of every input.
     """
     groups = {
         group: {name: recipes[name] for name in group if name in recipes}
@@ -88,7 +91,7 @@ def prepare(
             if found is not None and foldable and transform is None:
                 scales[group] = scales.get(group, torch.ones_like(found)) * found
                 seen = seen / found.float()
-        gatherings[group] = _gathering(list(own.values()), recipe.activations, seen)
+        gatherings[group] = _gathering(list(own.values()), recipe.activations, seen, judged=judged)
     return Preparation(gatherings=gatherings, scales=scales, outliers=outliers)
 
 
@@ -104,7 +107,9 @@ def _scales(taken: Iterable[TakenOut | None]) -> Tensor | None:
     return scales
 
 
-def _gathering(recipes: list[ModuleRecipe], activations: Activations | None, rows: Tensor | None) -> Gathering:
+def _gathering(
+    recipes: list[ModuleRecipe], activations: Activations | None, rows: Tensor | None, *, judged: bool
+) -> Gathering:
     clip = 1.0
     if activations is not None and activations.clip == "search" and rows is not None:
         clip = best_clip(rows, activations)
@@ -112,6 +117,7 @@ def _gathering(recipes: list[ModuleRecipe], activations: Activations | None, row
         activations=None if activations is None else activation_format(activations, clip),
         absolute=any(recipe.compensation.needs_magnitudes for recipe in recipes),
         thresholds=any(recipe.residual is not None for recipe in recipes),
+        products=not judged or any(recipe.needs_products for recipe in recipes),
     )
 
 

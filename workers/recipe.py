@@ -60,6 +60,14 @@ class ModuleRecipe(Config):
         return self.smoothing is not None or self.compensation.scales_inputs
 
     @property
+    def needs_products(self) -> bool:
+        """Whether the solve looks at second moments of the layer's input; sharing out a budget of ranks does, whatever the
+        branch is fitted to."""
+        stored = self.residual is not None and self.residual.needs_products
+        steps = self.weights.looks_at_input or self.compensation.needs_products or self.compensation.joint
+        return steps or stored or self.budget_bits is not None
+
+    @property
     def budget_bits(self) -> float | None:
         """The budget that the rank of the branch is drawn from; None when it has a rank of its own or there is no branch."""
         rank = self.compensation.branch_rank
@@ -73,7 +81,8 @@ class ModuleRecipe(Config):
 
     def gathers(self) -> dict[str, object]:
         """What calibration looks at: linears whose recipes differ in nothing else can be solved from the same statistics."""
-        return {**self.model_dump(mode="json", exclude={"compensation"}), "compensation": self.compensation.gathers()}
+        others = self.model_dump(mode="json", exclude={"compensation"})
+        return {**others, "compensation": self.compensation.gathers(), "products": self.needs_products}
 
 
 class Recipe(Config):
@@ -145,7 +154,9 @@ class Recipe(Config):
     @classmethod
     def _keeps_head(cls, keep: tuple[str, ...]) -> tuple[str, ...]:
         if not any(fnmatchcase("lm_head", pattern) for pattern in keep):
-            raise ValueError("expected a pattern for lm_head: quantizing it is not supported")
+            raise ValueError(
+                "expected a pattern for lm_head, which none of these matches: quantizing it is not supported"
+            )
         return keep
 
     def keeps(self, module: str) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from torch import Tensor
 
+from counterweight.kernels.backend import runs_kernels
 from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.row_sample import RowSample
@@ -77,11 +78,15 @@ class RunningStatistics:
         kept = 0 if self.sample is None else self.sample.bytes
         return kept + sum(accumulator.bytes for accumulator in self._sums.values())
 
-    def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None) -> ShardMoments:
-        """The moments of a shard's rows [..., in]."""
+    def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None) -> ShardMoments | None:
+        """The moments of a shard's rows [..., in]. None where kernels run: one thread computes there, so they are added at once
+        and take no memory."""
+        if runs_kernels(rows.device):
+            self._sums[group].add_rows(rows, original)
+            return None
         return ShardMoments.of(rows, self.gatherings[group], original)
 
-    def add(self, moments: dict[SharedInputGroup, ShardMoments], given: list[Tensor]) -> None:
+    def add(self, moments: dict[SharedInputGroup, ShardMoments | None], given: list[Tensor]) -> None:
         """See `Gatherer`."""
         while given:
             rows = given.pop()
@@ -89,18 +94,19 @@ class RunningStatistics:
                 self.sample.add(rows)
         while moments:
             group, shard = moments.popitem()
-            self._sums[group].add(shard)
+            if shard is not None:
+                self._sums[group].add(shard)
             del shard
 
     def drawing(self, options: ExpertCalibration | None) -> DrawnStatistics:
         """What adds drawn shards to the sums of experts below their floor; below it when this is called first. options: how
         experts are calibrated, None in a dense block, where nobody lacks tokens."""
         if self._drawn is None:
-            seen = {group: sums for group, sums in self._sums.items() if is_expert(group[0])}
+            experts = {group: sums for group, sums in self._sums.items() if is_expert(group[0])}
             lacking = {
                 group: sums.tokens
-                for group, sums in seen.items()
-                if options is not None and options.lacking(sums.width, sums.tokens)
+                for group, sums in experts.items()
+                if options is not None and options.lacking(sums.width, sums.tokens) and self.gatherings[group].anything
             }
             self._drawn = DrawnStatistics(self, lacking)
         return self._drawn
@@ -114,7 +120,7 @@ class RunningStatistics:
         """The statistics; nothing can be added after. A non-finite activation is a RequestError that names the group."""
         packed = {group: self._sums.pop(group).packed() for group in self.gatherings}
         for group, found in packed.items():
-            if not all_finite(found.triangles["xx"].entries):
+            if "xx" in found.triangles and not all_finite(found.triangles["xx"].entries):
                 raise RequestError(f"the input of {group[0]} is not finite on the calibration tokens")
         for group, before in {} if self._drawn is None else self._drawn.lacking.items():
             packed[group] = replace(packed[group], drawn=packed[group].tokens - before)

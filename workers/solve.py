@@ -57,7 +57,7 @@ class LayerState:
 
     def errors(self) -> tuple[float | None, float | None]:
         """E||W t - W' y - L x||^2 / E||W t||^2 over the calibration tokens, without and with the branch; None when no token
-        reached the layer."""
+        reached the layer. ValueError where no products were gathered."""
         unit, plain, compensated = squared_errors(self.weight, self.stored.dequantize(), self.branch, self.statistics)
         if not unit > 0:
             return None, None
@@ -111,7 +111,7 @@ def gains(recipe: ModuleRecipe, layers: Sequence[LayerState]) -> list[Tensor]:
     problems = [problem for problem in ahead if problem is not None]
     if not problems:
         plain = recipe.model_copy(update={"compensation": NoCompensation(), "residual": None})
-        root = root_of(layers[0].statistics.gram)
+        root = root_of(layers[0].statistics.product("xx"))
         problems = [(layer.left().double(), root) for layer in solve(plain, layers)]
     found = []
     for layer, (matrix, root) in zip(layers, problems, strict=True):
@@ -138,8 +138,11 @@ def _target(recipe: ModuleRecipe, stack: Sequence[LayerState]) -> Tensor:
     return torch.cat([_without_outliers(layer, own) for layer, own in zip(stack, targets, strict=True)])
 
 
-def _metric(recipe: ModuleRecipe, layer: LayerState) -> InputStatistics:
-    """What the codes of a layer, and of those that share its input, pay for: what they do to the quantized input."""
+def _metric(recipe: ModuleRecipe, layer: LayerState) -> InputStatistics | None:
+    """What the codes of a layer, and of those that share its input, pay for: what they do to the quantized input. None where
+    they look at no input."""
+    if not recipe.weights.looks_at_input:
+        return None
     seen = InputStatistics(gram=layer.statistics.product("yy"), tokens=layer.statistics.tokens)
     return recipe.compensation.foresee(seen, layer.weight.shape[0])
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from counterweight.kernels.gpu import launch
 
+STRIP = 128
+"""Rows of a strip of a packed triangle, as `workers.calibration.triangle` has them."""
+
 BLOCKS_16_BIT = {"TOKENS": 64, "TILE": 128, "num_warps": 8, "num_stages": 3}
 """16-bit input: two warpgroups on a tile of 128 x 128, 96 KB of shared memory, which an sm_89 has."""
 
@@ -20,27 +23,31 @@ BLOCKS_FLOAT32 = {"TOKENS": 32, "TILE": 64, "num_warps": 8, "num_stages": 2}
 """float32 is multiplied without tensor cores; a larger tile spills."""
 
 
-def add_gram_(gram: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
-    """gram += scale * sum over tokens of x x^T, the lower triangle alone: what is above is left as it is. Returns gram.
+def add_gram_(entries: Tensor, x: Tensor) -> Tensor:
+    """Adds sum over tokens of x x^T to the lower triangle of a matrix [in, in]: of float64, held by strips of `STRIP` rows one
+    after the other, of rows `start` to `stop` the first `stop` columns; what is above the diagonal there is left as it is.
+    Returns entries.
 
-    gram: [in, in] float32, contiguous. x: [tokens, in] float16, bfloat16 or float32, rows contiguous. Products and sums are
-    float32, in the order of the tokens: the same bits each time. For many tokens, sum the results of shards in float64.
-    ValueError for anything else.
+    entries: float64, contiguous. x: [tokens, in] float16, bfloat16 or float32, rows contiguous. Products and their sums over
+    the tokens are float32, in the order of the tokens: the same bits each time. ValueError for anything else.
     """
     _check("x", x, x)
-    _add_(gram, x, x, float(scale), lower=True)
-    return gram
+    width, strips = x.shape[1], x.shape[1] // STRIP
+    # Whole strips, then what is left.
+    count = STRIP * STRIP * strips * (strips + 1) // 2 + (width - STRIP * strips) * width
+    _add_(entries, (count,), x, x, packed=True)
+    return entries
 
 
 def add_product_(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """total += sum over tokens of x y^T. Returns total.
 
-    total: [in, in'] float32, contiguous. x: [tokens, in], y: [tokens, in'], both float16, bfloat16 or float32 alike, rows
+    total: [in, in'] float64, contiguous. x: [tokens, in], y: [tokens, in'], both float16, bfloat16 or float32 alike, rows
     contiguous. Products and sums as in `add_gram_`. ValueError for anything else.
     """
     _check("x", x, x)
     _check("y", y, x)
-    _add_(total, x, y, 1.0, lower=False)
+    _add_(total, (x.shape[1], y.shape[1]), x, y, packed=False)
     return total
 
 
@@ -53,25 +60,26 @@ def _check(name: str, rows: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name}: {found}: expected {len(like)} in {like.dtype} on {like.device}")
 
 
-def _add_(total: Tensor, x: Tensor, y: Tensor, scale: float, *, lower: bool) -> None:
-    shape = (x.shape[1], y.shape[1])
-    if total.shape != shape or total.dtype is not torch.float32 or not total.is_contiguous():
-        raise ValueError(f"gram: {list(total.shape)} {total.dtype}: expected {list(shape)} float32, contiguous")
+def _add_(total: Tensor, shape: tuple[int, ...], x: Tensor, y: Tensor, *, packed: bool) -> None:
+    if total.shape != shape or total.dtype is not torch.float64 or not total.is_contiguous():
+        raise ValueError(f"total: {list(total.shape)} {total.dtype}: expected {list(shape)} float64, contiguous")
     if total.device != x.device:
-        raise ValueError(f"gram: on {total.device}: expected {x.device}")
+        raise ValueError(f"total: on {total.device}: expected {x.device}")
     constants = launch.arithmetic(x.dtype)
     blocks = BLOCKS_FLOAT32 if x.dtype is torch.float32 else BLOCKS_16_BIT
+    grid = tuple(triton.cdiv(stream.shape[1], blocks["TILE"]) for stream in (x, y))
     with launch.current(x.device):
-        gram_kernel[tuple(triton.cdiv(width, blocks["TILE"]) for width in shape)](
+        gram_kernel[grid](
             total,
             x,
             y,
             len(x),
-            *shape,
+            x.shape[1],
+            y.shape[1],
             x.stride(0),
             y.stride(0),
-            scale,
-            LOWER=lower,
+            PACKED=packed,
+            STRIP=STRIP,
             COMPUTE=constants["COMPUTE"],
             PRECISION=constants["PRECISION"],
             **blocks,
@@ -88,17 +96,18 @@ def gram_kernel(
     y_width,
     x_stride,
     y_stride,
-    scale,
-    LOWER: tl.constexpr,
+    PACKED: tl.constexpr,
+    STRIP: tl.constexpr,
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grid (tiles, tiles). A program sums its tile over all tokens. LOWER: those above the diagonal have nothing to do."""
+    """grid (tiles, tiles). A program sums its tile over all tokens in float32 and adds it in float64. PACKED: to the lower
+    triangle, see `add_gram_`; programs above the diagonal have nothing to do."""
     row_tile = tl.program_id(0)
     column_tile = tl.program_id(1)
-    if LOWER & (column_tile > row_tile):
+    if PACKED & (column_tile > row_tile):
         return
     row = row_tile * TILE + tl.arange(0, TILE)
     column = column_tile * TILE + tl.arange(0, TILE)
@@ -115,8 +124,26 @@ def gram_kernel(
             other=0.0,
         )
         sums = tl.dot(rows.to(COMPUTE), columns.to(COMPUTE), sums, input_precision=PRECISION)
-    to = total + row.to(tl.int64)[:, None] * y_width + column[None, :]
+    # The tile's first entry by 64 bits; within a tile 32 are enough, and take half of the registers.
+    first_row = row_tile.to(tl.int64) * TILE
+    stride = y_width
+    if PACKED:
+        strip = first_row // STRIP
+        stride = tl.minimum((strip.to(tl.int32) + 1) * STRIP, y_width)
+        first_row -= strip * STRIP
+        total += strip * (strip + 1) // 2 * STRIP * STRIP
+    total += first_row * stride
+    left, right = tl.split(tl.permute(tl.reshape(sums, (TILE, 2, TILE // 2)), (0, 2, 1)))
+    column = column_tile * TILE + tl.arange(0, TILE // 2)
+    _add(total, left, row - row_tile * TILE, row, column, stride, x_width, y_width, PACKED)
+    _add(total, right, row - row_tile * TILE, row, column + TILE // 2, stride, x_width, y_width, PACKED)
+
+
+@triton.jit
+def _add(total, sums, local, row, column, stride, x_width, y_width, PACKED: tl.constexpr):
+    """Half of a tile at a time: its float64 entries take twice the registers of the sums."""
+    to = total + (local[:, None] * stride + column[None, :])
     kept = (row < x_width)[:, None] & (column < y_width)[None, :]
-    if LOWER:
+    if PACKED:
         kept = kept & (column[None, :] <= row[:, None])
-    tl.store(to, tl.load(to, mask=kept, other=0.0) + sums * scale, mask=kept)
+    tl.store(to, tl.load(to, mask=kept, other=0.0) + sums.to(tl.float64), mask=kept)

@@ -25,7 +25,8 @@ from counterweight.pipeline.jobs.attempt import FLUSH_SECONDS, Attempt, Exit, St
 from counterweight.pipeline.jobs.job import Job
 from counterweight.pipeline.jobs.journal import MAX_LINE, Ended
 from counterweight.pipeline.jobs.lease import BEAT_SECONDS, LAPSE_SECONDS, Lease, Standing, cancel, close, take
-from counterweight.pipeline.jobs.queue import crowded, given_up, startable
+from counterweight.pipeline.jobs.queue import compressed_beside, crowded, given_up, startable
+from counterweight.pipeline.jobs.record import JobRecord
 from counterweight.pipeline.jobs.retries import JobRetries
 from counterweight.pipeline.jobs.states import Cause, State, cause_of
 from counterweight.pipeline.jobs.store import JobStore, entrant_of
@@ -124,8 +125,8 @@ class Driver:
         )
         log.begin()
         try:
-            attempt = self.start(lease.job.record, log)
-        except OSError as error:
+            attempt = self.start(lease.job.record, self._beside(lease.job), log)
+        except (OSError, SurroundingsError) as error:
             log.end()
             self._end(lease, self._ended(lease.job, Standing.HELD, Exit(SurroundingsError.exit_code, str(error))))
             return
@@ -144,6 +145,14 @@ class Driver:
             self.note(f"job {lease.id}: somebody else drives it now")
             return
         self._end(lease, self._ended(lease.job, standing, ended))
+
+    def _beside(self, job: Job) -> list[JobRecord]:
+        """Jobs whose blocks are compressed from this one's calibration. StorageError."""
+        if job.record.batch is None or job.record.batch.calibration is None:
+            return []
+        every = {one.id: one for one in self.jobs.all()}
+        ids = compressed_beside([entrant_of(one) for one in every.values()], job.id)
+        return [every[id].record for id in ids]
 
     def _watch(self, lease: Lease, attempt: Attempt) -> tuple[Standing, Exit]:
         """Until the attempt is over; the first news of a cancel or of a lost lease stops it."""

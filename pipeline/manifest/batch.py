@@ -15,7 +15,8 @@ from cronsim import CronSim, CronSimError
 from pydantic import Field, JsonValue, StringConstraints, field_validator, model_validator
 
 from counterweight.pipeline.manifest.calibration import Section
-from counterweight.pipeline.manifest.job import MAX_URI, Metadata
+from counterweight.pipeline.manifest.job import Metadata
+from counterweight.pipeline.manifest.validation import MAX_URI
 from counterweight.workers.keys import digest
 
 MAX_JOBS = 1000

@@ -144,6 +144,13 @@ class FileUrls(Config):
     files: Mapping[str, FileUrl]
 
 
+class TagList(Config):
+    """Tag -> id of the artifact that it is on."""
+
+    name: str
+    tags: Mapping[str, str]
+
+
 class Health(Config):
     """The service answers."""
 

@@ -41,7 +41,7 @@ TINY = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 1
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """A job of one block. config: of the model, beside `BASE` of `tests.models`. dtype: of the source. share: of the memory
-    that the block needs at once, which its worker is given; None: all."""
+    that the block needs at once, which its worker is given; None: all. beside: whether what is calibrated stays in memory."""
 
     recipe: Mapping[str, Any]
     case: str = "llama"
@@ -56,6 +56,7 @@ class Measured:
     held_out: int = 0
     threads: int = 1
     share: float | None = None
+    beside: bool = False
 
     def tiny(self) -> Measured:
         """The same job, as small as it can be."""
@@ -138,7 +139,7 @@ def prepared(measured: Measured, root: Path) -> Prepared:
         drawn_from=len(inputs) if measured.drawn else None,
         held_out_from=len(inputs) + len(drawn) if measured.held_out else None,
     )
-    return Prepared(task=Compress(block=spec), plan=plan.blocks[0])
+    return Prepared(task=Compress(block=spec, beside="another" if measured.beside else ""), plan=plan.blocks[0])
 
 
 def _hidden(workspace: Workspace, sequences: int, measured: Measured, hidden: int, seed: int) -> tuple[Blob, ...]:
@@ -179,7 +180,8 @@ def measure(measured: Measured, root: Path) -> Peak:
     record = worker.run(real.task)
     worker.close()
     grown = record.timing.host_peak_bytes - before
-    return Peak(measured=grown, planned=real.plan.peak_bytes, phase=real.plan.peak_phase)
+    planned = real.plan.kept_peak_bytes if measured.beside else real.plan.peak_bytes
+    return Peak(measured=grown, planned=planned, phase=real.plan.peak_phase)
 
 
 def _child(measured: Measured, answers: multiprocessing.SimpleQueue[Peak]) -> None:

@@ -58,6 +58,7 @@ CASES: Mapping[str, Case] = {
     "activations, quantized": (many({**RTN, "activations": {"bits": 8}}, 256, 2048, sequences=32), "forward"),
     "activations, bfloat16": (many(RTN, 256, 3072, compute="bfloat16"), "forward"),
     "held out": (many({**RTN, "activations": {"bits": 8}}, 256, 2048, held_out=16), "forward"),
+    "held out, no products": (few(RTN, 1024, 4096, length=512, held_out=2), "solve"),
     "thresholds": (many({**RTN, "residual": {}}, 256, 1024), "forward"),
     "attention": (
         Measured(case="gemma2", recipe=RTN, config=dense(256, 512, head_dim=16), sequences=2, length=1024),
@@ -114,6 +115,7 @@ CASES: Mapping[str, Case] = {
         "solve",
     ),
     "LRC": (few(lrc(0.1, 1), 512, 1536), "solve"),
+    "LRC, statistics that stay": (few(lrc(0.1, 1), 512, 1536, beside=True), "solve"),
     "residual store": (few({**RTN, "residual": {"selection": "static"}}, 1024, 4096), "solve"),
     "regressed": (few({**REGRESSED, "keep": ALL_BUT_UP}, 768, 3072, propagate="compressed"), "solve"),
     "rotation": (

@@ -103,7 +103,7 @@ def test_the_report_has_what_the_contract_names(manifest: Path, tmp_path: Path) 
     plain = json.loads((root / "report" / "report.json").read_text())
     assert plain["compensated_prefill"] is None
     for variant in ("baseline", "quantized", "compensated"):
-        assert set(plain[variant]) == {"perplexity", "kl", "kl_p99", "top1_agreement"}
+        assert set(plain[variant]) == {"perplexity", "kl", "kl_p99", "kl_last_quarter", "top1_agreement"}
     assert [module.name for module in report.modules] == [
         f"model.layers.{index}.{name}"
         for index in range(2)
@@ -113,9 +113,9 @@ def test_the_report_has_what_the_contract_names(manifest: Path, tmp_path: Path) 
         )
     ]
     for module in report.modules:
-        assert module.error_quantized is not None
-        assert module.error_compensated is not None
-        assert 0 < module.error_compensated < module.error_quantized < 1
+        assert module.error_before is not None
+        assert module.error_after is not None
+        assert 0 < module.error_after < module.error_before < 1
         assert (module.rank, module.bits, module.tokens) == (4, 4, 12 * 32)
     assert [task.name for task in report.tasks] == [
         "block 0",

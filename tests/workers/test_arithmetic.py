@@ -61,6 +61,20 @@ def layers_of(part: ModuleRecipe, rows: tuple[int, ...], columns: int, tokens: i
     ]
 
 
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize(
+    "recipe", [RTN, {**GPTQ, "activations": {"bits": 8}}, LRC], ids=["RTN", "quantized input", "LRC"]
+)
+def test_errors_from_second_moments_are_those_of_the_rows(recipe: Mapping[str, Any], original: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(300, 128, generator=generator) for _ in range(2))
+    part = part_of(recipe)
+    for layer in solve(part, layers_of(part, (32,), 128, 300, original)):
+        found = layer.errors_on(x, x + 0.1 * noise if original else None)
+        assert layer.errors() == pytest.approx(found, rel=1e-3)
+        assert 0 < found[1] <= found[0] < 1
+
+
 def part_of(recipe: Mapping[str, Any]) -> ModuleRecipe:
     return ModuleRecipe.model_validate({"activations": None, "compensation": {"kind": "none"}, **recipe})
 

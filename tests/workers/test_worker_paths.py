@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from counterweight.kernels.linear import CompensatedLinear
 from counterweight.pipeline.artifact import open_artifact
 from counterweight.pipeline.artifact.load import load_model
 from counterweight.pipeline.artifact.report import Report
+from counterweight.workers.ahead import ReadAhead
 from counterweight.workers.calibrated_block import calibrated
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.loaded_block import load_block
@@ -21,6 +22,8 @@ from counterweight.workers.worker import Worker
 from tests.inprocess import run_job
 from tests.models import checkpoint
 from tests.workers.specs import Site
+
+T = TypeVar("T")
 
 RTN3 = {"bits": 3, "group_size": None, "quantizer": {"kind": "rtn"}}
 GPTQ3 = {"bits": 3, "group_size": None, "quantizer": {"kind": "gptq"}}
@@ -39,7 +42,7 @@ def report_of(model: Path, output: Path, recipe: Mapping[str, Any], **options: A
 
 
 def block_error(report: Report) -> float:
-    errors = [module.error_compensated for module in report.modules]
+    errors = [module.error_after for module in report.modules]
     return sum(error for error in errors if error is not None) / len(errors)
 
 
@@ -63,6 +66,40 @@ def test_paired_inputs_carry_the_original_stream_beside_the_compressed_one(site:
     for found in statistics.values():
         assert found.streams == {"x", "t"}
         assert not torch.allclose(found.product("tt"), found.gram)
+
+
+class Counting(ReadAhead):
+    """Remembers how many things were not there when they were taken."""
+
+    missing = 0
+
+    def take(self, key: str, read: Callable[[], T]) -> T:
+        def counted() -> T:
+            self.missing += 1
+            return read()
+
+        return super().take(key, counted)
+
+
+def test_the_following_block_is_read_while_one_is_compressed(site: Site) -> None:
+    """To the same bits, and not again when it begins; a worker on a CPU, by itself, reads it then."""
+    worker, plain = Worker("cpu"), Worker("cpu")
+    hidden = worker.run(site.embed(torch.arange(64).view(4, 16))).outputs
+    first, second = site.block(0, hidden), site.block(1, hidden)
+    expected = load_block(plain.context, site.setting, 1, second.tensors, torch.float32).parameters
+    worker.context.ahead = ahead = Counting(on=True)
+    worker.run(Compress(block=first, following=second))
+    assert ahead.missing == 1
+    found = load_block(worker.context, site.setting, 1, second.tensors, torch.float32).parameters
+    assert ahead.missing == 1
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert Compress(block=first, following=second).key() == Compress(block=first).key()
+    plain.context.ahead = unused = Counting(on=False)
+    plain.run(Compress(block=second, following=first))
+    load_block(plain.context, site.setting, 0, first.tensors, torch.float32)
+    assert unused.missing == 2
+    ahead.close()
 
 
 def test_experts_have_no_original_stream_because_a_router_may_send_them_other_tokens(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from counterweight.workers.arithmetic.preparing import curious, online_flops, scaled
 from counterweight.workers.footprint.experts import drawn_share, gathered_share, kept_rows, starving
-from counterweight.workers.footprint.load import Group, Load, streams
+from counterweight.workers.footprint.load import Group, Load, gathers, streams
 from counterweight.workers.matrix_bytes import TRIANGLE_BLOCK
 from counterweight.workers.matrix_flops import NOTHING, Work, gram, product, steps
 from counterweight.workers.methods.tuning import Tuning
@@ -21,7 +21,7 @@ adding up."""
 def forward(load: Load) -> Work:
     """All passes through the block but those of training."""
     once = run(load, load.all_tokens)
-    work = NOTHING
+    work = once if load.passed else NOTHING
     for calibration in calibrations(load):
         work += once * passes(calibration) + again(calibration) + _beside(calibration)
         if curious(calibration):
@@ -59,8 +59,10 @@ def calibrations(load: Load) -> Iterator[Load]:
     """The block as it is calibrated: for solving; and before that on the original's inputs, where a budget is shared out by
     statistics that differ from those that it is solved with."""
     parts = [part for group in load.groups for part in group.recipe.values()]
-    sharing = any(part.budget_bits is not None for part in parts)
-    if sharing and (load.compressed or any(part.compensation.needs_rows for part in parts)):
+    sharing = [part for part in parts if part.budget_bits is not None]
+    # Sharing out looks at second moments, which not every branch that it was done for does.
+    more = any(not (part.weights.looks_at_input or part.compensation.needs_products) for part in sharing)
+    if sharing and (load.compressed or more or any(part.compensation.needs_rows for part in parts)):
         yield replace(load, compressed=False, paired=False)
     yield load
 
@@ -131,15 +133,16 @@ def _branches(load: Load, group: Group) -> Work:
 
 def _moments(load: Load, group: Group) -> Work:
     """Products of a group's streams: a triangle of each with itself, a square of each two."""
-    if not group.recipe:
+    if not gathers(load, group):
         return NOTHING
     count, tokens = streams(load, group), load.tokens * gathered_share(load, group)
     tokens += load.drawn_tokens * drawn_share(load, group) + (kept_rows(load) if starving(load, group) else 0)
     pairs = count * (count - 1) // 2
     part = next(iter(group.recipe.values()))
     quantized = NOTHING if part.activations is None else part.activations.quantize_flops(tokens * group.width)
-    # Of each product of a shard: zeros, the product, and its strips added to the sum.
+    # Of each product of a shard: zeros, the product, and its strips added to the sum; on a GPU one kernel.
+    each = 1 if load.gpu else 2 + -(-group.width // TRIANGLE_BLOCK)
     shards = load.shards + (-(-load.drawn_tokens // load.shard) if drawn_share(load, group) else 0)
-    launched = steps(shards * (count + pairs) * (2 + -(-group.width // TRIANGLE_BLOCK)))
+    launched = steps(shards * (count + pairs) * each)
     triangles = gram(tokens, group.width, TRIANGLE_BLOCK) * count
     return triangles + product(group.width, tokens, group.width) * pairs + quantized + launched

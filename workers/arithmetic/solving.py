@@ -36,6 +36,7 @@ def _batch(load: Load, batch: Sequence[Solve]) -> Work:
             summed_tokens(load, one.group),
             streams=streams(load, one.group),
             original=load.paired and one.group.share == 1,
+            in_sample=not load.held_out,
         )
         for one in batch
     ]
@@ -52,10 +53,16 @@ def _gains(load: Load, group: Group) -> Work:
 
 
 def solve(
-    part: ModuleRecipe, shapes: Sequence[tuple[int, int]], tokens: float, *, streams: int, original: bool
+    part: ModuleRecipe,
+    shapes: Sequence[tuple[int, int]],
+    tokens: float,
+    *,
+    streams: int,
+    original: bool,
+    in_sample: bool = True,
 ) -> Work:
-    """One call of `workers.solve.solve` for linears of these shapes, and their errors. streams: see `load.streams`; original:
-    whether the input in the original model is one of them."""
+    """One call of `workers.solve.solve` for linears of these shapes, and their stores. streams: see `load.streams`; original:
+    whether the input in the original model is one of them; in_sample: with their errors on the tokens of the statistics."""
     columns = shapes[0][1]
     stacked = sum(rows for rows, _ in shapes)
     work = NOTHING
@@ -69,7 +76,9 @@ def solve(
             )
         else:
             work += _left(rows, columns) + part.compensation.fit_flops(rows, columns, tokens)
-        work += _judging(part, rows, columns, streams)
+        work += _stored(part, rows, columns)
+        if in_sample:
+            work += _judging(part, rows, columns, streams)
     return work
 
 
@@ -104,21 +113,26 @@ def _left(rows: int, columns: int) -> Work:
 
 
 def _judging(part: ModuleRecipe, rows: int, columns: int, streams: int) -> Work:
-    """The errors of a solved linear without and with its branch, over the energy of its output; and the store of what is left.
+    """The errors of a solved linear without and with its branch, over the energy of its output, from second moments.
 
     An error is one square where codes and weight see one stream, otherwise three terms and those of the branch."""
     rank, entries = part.compensation.branch_rank, rows * columns
     # The energy and the codes, read back; the error.
     trace = matrix_flops.trace(rows, columns)
     work = trace * 2 + elementwise(4 * entries) if streams == 1 else trace * 3 + elementwise(3 * entries)
-    branch = NOTHING
     if rank is not None:
         most = rank.at_most(rows, columns)
-        branch = product(rows, most, columns)
         if streams == 1:
-            work += branch + trace + elementwise(entries)
+            work += product(rows, most, columns) + trace + elementwise(entries)
         else:
             work += matrix_flops.branch_terms(rows, columns, most)
-    if part.residual is not None:
-        work += _left(rows, columns) + branch + part.residual.store_flops(rows, columns)
     return work
+
+
+def _stored(part: ModuleRecipe, rows: int, columns: int) -> Work:
+    """The residual store of what codes and branch leave."""
+    if part.residual is None:
+        return NOTHING
+    rank = part.compensation.branch_rank
+    branch = NOTHING if rank is None else product(rows, rank.at_most(rows, columns), columns)
+    return _left(rows, columns) + branch + part.residual.store_flops(rows, columns)

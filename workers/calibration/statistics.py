@@ -35,12 +35,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gathering:
-    """What is to be gathered beside xx. activations: how y is made of x; None: y is not needed. absolute: sum |x| too;
-    thresholds: the `Thresholds` of x too."""
+    """What is to be gathered beside the number of tokens. products: the second moments of x, and of what else there is.
+    activations: how y is made of x; None: y is not needed. absolute: sum |x| too; thresholds: the `Thresholds` of x too."""
 
     activations: ActivationFormat | None = None
     absolute: bool = False
     thresholds: bool = False
+    products: bool = True
+
+    @property
+    def anything(self) -> bool:
+        """Whether tokens are looked at, and not only counted."""
+        return self.products or self.absolute or self.thresholds
 
 
 NOTHING_ELSE = Gathering()
@@ -50,13 +56,14 @@ NOTHING_ELSE = Gathering()
 class InputStatistics:
     """Moments of what enters a layer: sums over tokens, [in, in] float64; `xy` is sum x y^T.
 
-    gram: xx. tokens: number of rows summed. others: the products of further streams, where they were gathered.
+    gram: xx; None where no products were gathered. tokens: number of rows summed. others: the products of further streams,
+    where they were gathered.
     absolute: sum |x|, [in] float64, where it was gathered; thresholds likewise, [in] float32. activations: how y was made of x.
     drawn: of an expert's, how many of the tokens are of drawn sequences; None where none were drawn.
     starvation: of an expert's, that its own tokens were too few, and what was added to them, which `tokens` counts.
     """
 
-    gram: Tensor
+    gram: Tensor | None
     tokens: int
     others: Mapping[str, Tensor] = field(default_factory=dict)
     absolute: Tensor | None = None
@@ -72,6 +79,7 @@ class InputStatistics:
             activations=self.activations,
             absolute=self.absolute is not None,
             thresholds=self.thresholds is not None,
+            products=self.gram is not None,
         )
 
     @property
@@ -82,10 +90,14 @@ class InputStatistics:
 
     @property
     def width(self) -> int:
-        return int(self.gram.shape[0])
+        """Channels of the input; ValueError where no products were gathered."""
+        return int(self.product("xx").shape[0])
 
     def product(self, streams: str) -> Tensor:
-        """The sum of outer products of two streams, such as `xy`. A stream that was not gathered is x itself."""
+        """The sum of outer products of two streams, such as `xy`. A stream that was not gathered is x itself. ValueError where
+        no products were gathered."""
+        if self.gram is None:
+            raise ValueError(f"statistics: no product {streams}: expected those of a recipe that needs them")
         present = "".join("x" if stream not in self.streams else stream for stream in streams)
         if present == "xx":
             return self.gram
@@ -100,19 +112,20 @@ class InputStatistics:
     def of(cls, rows: Tensor, gathering: Gathering = NOTHING_ELSE) -> InputStatistics:
         """Statistics of the rows [..., in] of one shard."""
         accumulator = Accumulator(rows.shape[-1], rows.device, gathering)
-        accumulator.add(ShardMoments.of(rows, gathering))
+        accumulator.add_rows(rows)
         return accumulator.result()
 
     def mean_gram(self) -> Tensor:
         """E[x x^T], [in, in] float64; zeros when no token was seen."""
-        return self.gram / max(self.tokens, 1)
+        return self.product("xx") / max(self.tokens, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedMoments:
-    """`InputStatistics` in about half of their memory. triangles: products of a stream with itself; crossed: of two streams,
-    [in, in] float64."""
+    """`InputStatistics` in about half of their memory. width: channels of the input. triangles: products of a stream with
+    itself, none where no products were gathered; crossed: of two streams, [in, in] float64."""
 
+    width: int
     triangles: Mapping[str, LowerTriangle]
     crossed: Mapping[str, Tensor]
     tokens: int
@@ -124,9 +137,10 @@ class PackedMoments:
 
     @classmethod
     def of(cls, statistics: InputStatistics) -> PackedMoments:
-        """What `unpacked` gives back."""
-        products = {"xx": statistics.gram, **statistics.others}
+        """What `unpacked` gives back; of statistics with products."""
+        products = {"xx": statistics.product("xx"), **statistics.others}
         return cls(
+            width=statistics.width,
             triangles={name: LowerTriangle.of(one) for name, one in products.items() if name[0] == name[1]},
             crossed={name: one for name, one in products.items() if name[0] != name[1]},
             tokens=statistics.tokens,
@@ -138,10 +152,6 @@ class PackedMoments:
         )
 
     @property
-    def width(self) -> int:
-        return self.triangles["xx"].width
-
-    @property
     def bytes(self) -> int:
         """Memory of the sums."""
         found = (*self.triangles.values(), *self.crossed.values(), self.absolute, self.thresholds)
@@ -151,7 +161,7 @@ class PackedMoments:
         """With squares of their own."""
         squares = {name: triangle.square() for name, triangle in self.triangles.items()}
         return InputStatistics(
-            gram=squares.pop("xx"),
+            gram=squares.pop("xx", None),
             tokens=self.tokens,
             others={**squares, **self.crossed},
             absolute=self.absolute,
@@ -166,40 +176,28 @@ class PackedMoments:
 class ShardMoments:
     """One shard's contribution, float32: its products of a stream with itself, and those of two streams [in, in]."""
 
+    width: int
     triangles: Mapping[str, LowerTriangle]
     crossed: Mapping[str, Tensor]
     tokens: int
     absolute: Tensor | None
     thresholds: Tensor | None
 
-    @property
-    def width(self) -> int:
-        return self.triangles["xx"].width
-
     @classmethod
     def of(cls, rows: Tensor, gathering: Gathering = NOTHING_ELSE, original: Tensor | None = None) -> ShardMoments:
         """Moments of the rows x [..., in] of one shard; original: the rows t of the same tokens."""
         x = rows.reshape(-1, rows.shape[-1])
-        streams = {"x": x}
-        if gathering.activations is not None:
-            # In the dtype of the forward pass, as the layer itself will do it.
-            streams["y"] = fake_quantize_activations(rows, gathering.activations).reshape(x.shape)
-        if original is not None:
-            streams["t"] = original.reshape(x.shape)
+        streams = _streams(x, gathering, original)
 
         @cache
         def wide(name: str) -> Tensor:
-            return streams[name].float()
+            return (x if name == "x" else streams[name]).float()
 
-        # The kernels take a stream in its own dtype, so that often no float32 copy is needed at all.
-        kernel = runs_kernels(x.device)
         return cls(
-            triangles={name * 2: _lower(stream if kernel else wide(name)) for name, stream in streams.items()},
-            crossed={
-                one + other: _crossed(streams[one], streams[other]) if kernel else wide(one).T @ wide(other)
-                for one, other in combinations(streams, 2)
-            },
-            tokens=int(x.shape[0]),
+            width=int(x.shape[1]),
+            triangles={name * 2: _lower(wide(name)) for name in streams},
+            crossed={one + other: wide(one).T @ wide(other) for one, other in combinations(streams, 2)},
+            tokens=len(x),
             absolute=wide("x").abs().sum(0) if gathering.absolute else None,
             thresholds=Thresholds.of(wide("x")) if gathering.thresholds else None,
         )
@@ -209,8 +207,10 @@ class Accumulator:
     """Sums shards in the order in which they are added, in float64, holding one sum."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu", gathering: Gathering = NOTHING_ELSE) -> None:
-        self.width, self._device, self._activations = width, device, gathering.activations
-        self._triangles = {"xx": LowerTriangle.zeros(width, torch.float64, device)}
+        self.width, self._device, self._gathering = width, device, gathering
+        self._triangles: dict[str, LowerTriangle] = {}
+        if gathering.products:
+            self._triangles["xx"] = LowerTriangle.zeros(width, torch.float64, device)
         self._crossed: dict[str, Tensor] = {}
         self._absolute: Tensor | None = None
         self._thresholds = Thresholds(width, device) if gathering.thresholds else None
@@ -232,9 +232,7 @@ class Accumulator:
         if shard.width != self.width:
             raise ValueError(f"a shard of width {shard.width} cannot join statistics of width {self.width}")
         for name, triangle in shard.triangles.items():
-            if name not in self._triangles:
-                self._triangles[name] = LowerTriangle.zeros(self.width, torch.float64, self._device)
-            self._triangles[name].add_(triangle)
+            self._triangle(name).add_(triangle)
         for name, product in shard.crossed.items():
             if name in self._crossed:
                 # Strip by strip: torch would make a float64 copy of the whole product first.
@@ -244,22 +242,53 @@ class Accumulator:
                     total += part
             else:
                 self._crossed[name] = product.double()
-        if shard.absolute is not None:
-            absolute = shard.absolute.double()
-            self._absolute = absolute if self._absolute is None else self._absolute + absolute
-        if shard.thresholds is not None and self._thresholds is not None:
-            self._thresholds.merge(shard.thresholds)
-        self._tokens += shard.tokens
+        self._add_vectors(shard.tokens, shard.absolute, shard.thresholds)
+
+    def add_rows(self, rows: Tensor, original: Tensor | None = None) -> None:
+        """Adds the shard whose rows x [..., in] these are; original: the rows t of the same tokens. Where kernels run products
+        are added as they are made, with the same bits; elsewhere it is `add` of the shard's moments."""
+        if not runs_kernels(rows.device):
+            self.add(ShardMoments.of(rows, self._gathering, original))
+            return
+        from counterweight.kernels.gpu.gram import add_gram_, add_product_
+
+        x = rows.reshape(-1, rows.shape[-1])
+        streams = _streams(x, self._gathering, original)
+        for name, stream in streams.items():
+            add_gram_(self._triangle(name * 2).entries, stream)
+        for one, other in combinations(streams, 2):
+            if one + other not in self._crossed:
+                square = (self.width, self.width)
+                self._crossed[one + other] = torch.zeros(square, dtype=torch.float64, device=self._device)
+            add_product_(self._crossed[one + other], streams[one], streams[other])
+        self._add_vectors(
+            len(x),
+            x.float().abs().sum(0) if self._gathering.absolute else None,
+            Thresholds.of(x.float()) if self._gathering.thresholds else None,
+        )
+
+    def _triangle(self, name: str) -> LowerTriangle:
+        if name not in self._triangles:
+            self._triangles[name] = LowerTriangle.zeros(self.width, torch.float64, self._device)
+        return self._triangles[name]
+
+    def _add_vectors(self, tokens: int, absolute: Tensor | None, thresholds: Tensor | None) -> None:
+        if absolute is not None:
+            self._absolute = absolute.double() if self._absolute is None else self._absolute + absolute.double()
+        if thresholds is not None and self._thresholds is not None:
+            self._thresholds.merge(thresholds)
+        self._tokens += tokens
 
     def packed(self) -> PackedMoments:
         """The sum so far, in memory that further shards are added to; zeros when nothing was added."""
         return PackedMoments(
+            width=self.width,
             triangles=self._triangles,
             crossed=self._crossed,
             tokens=self._tokens,
             absolute=self._absolute,
             thresholds=None if self._thresholds is None else self._thresholds.result(),
-            activations=self._activations,
+            activations=self._gathering.activations,
         )
 
     def result(self) -> InputStatistics:
@@ -267,22 +296,24 @@ class Accumulator:
         return self.packed().unpacked()
 
 
+def _streams(x: Tensor, gathering: Gathering, original: Tensor | None) -> dict[str, Tensor]:
+    """x [tokens, in], and what else is multiplied of the same tokens, in the dtype of the forward pass; none where no
+    products are gathered."""
+    if not gathering.products:
+        return {}
+    streams = {"x": x}
+    if gathering.activations is not None:
+        # In the dtype of the forward pass, as the layer itself will do it.
+        streams["y"] = fake_quantize_activations(x, gathering.activations)
+    if original is not None:
+        streams["t"] = original.reshape(x.shape)
+    return streams
+
+
 def _lower(x: Tensor) -> LowerTriangle:
     """The lower triangle of x^T x in float32, strip by strip: half of the products, because the matrix is symmetric.
-    x: float32, for the kernel any float."""
-    width = x.shape[1]
-    if runs_kernels(x.device):
-        from counterweight.kernels.gpu.gram import add_gram_
-
-        return LowerTriangle.of(add_gram_(torch.zeros(width, width, device=x.device), x.contiguous()))
-    lower = LowerTriangle.empty(width, torch.float32, x.device)
+    x: float32."""
+    lower = LowerTriangle.empty(x.shape[1], torch.float32, x.device)
     for start, stop, strip in lower.strips():
         torch.mm(x[:, start:stop].T, x[:, :stop], out=strip)
     return lower
-
-
-def _crossed(x: Tensor, y: Tensor) -> Tensor:
-    """x^T y in float32, by a kernel."""
-    from counterweight.kernels.gpu.gram import add_product_
-
-    return add_product_(torch.zeros(x.shape[1], y.shape[1], device=x.device), x.contiguous(), y.contiguous())

@@ -109,7 +109,7 @@ def start_wins(weight: Tensor, rounding: Tensor, start: LowRank, statistics: Inp
     can take off what rounding leaves, `rounding` [out, in]. Of the latter's squared singular values s in the metric E[y y^T],
     the r largest add up to at most sum s and, by Cauchy-Schwarz, to sqrt(r sum s^2)."""
     crossed = statistics.product("xy")
-    lost = statistics.gram - crossed - crossed.T + statistics.product("yy")
+    lost = statistics.product("xx") - crossed - crossed.T + statistics.product("yy")
     up, down = start.factors(torch.float64)
     # tr(W D W^T) - tr((W - L) D (W - L)^T), by way of the small factor.
     read = down @ lost
@@ -188,7 +188,7 @@ def updated_branch(
     What regression adds to W - Q is damped, not W itself: on inputs that lose nothing this is whitened SVD, and in directions
     that calibration did not see, codes and branch together stay at the weight.
     """
-    matrix, gram = weight - codes, statistics.gram
+    matrix, gram = weight - codes, statistics.product("xx")
     if options.refit == "joint" and statistics.tokens:
         moved = codes @ (gram - statistics.product("yx"))
         if "t" in statistics.streams:

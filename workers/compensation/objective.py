@@ -33,7 +33,7 @@ def squared_errors(
     unit = energy(weight, statistics)
     if statistics.streams == {"x"}:
         # One stream: the sum is one square, without the rounding of differences.
-        left, gram = weight - codes, statistics.gram
+        left, gram = weight - codes, statistics.product("xx")
         plain = max(_trace(left, gram, left), 0.0)
         if branch is None:
             return unit, plain, None

@@ -35,7 +35,7 @@ def deflated(options: SVD, statistics: InputStatistics, rows: int) -> InputStati
     """
     if not options.anticipates:
         return statistics
-    gram = checked_statistics(statistics, statistics.width).gram
+    gram = checked_statistics(statistics, statistics.width).product("xx")
     values, vectors = torch.linalg.eigh(gram)
     rank = options.rank.resolve(rows, statistics.width, values)
     leading = vectors[:, -rank:]
@@ -71,20 +71,24 @@ def _metric(
     """The metric: where it is diagonal, the root of its diagonal [in]; otherwise G [in, in]; neither for the identity."""
     if options.whitening == "none":
         return None, None, ()
+    nothing = (Fallback(step="svd.tokens", cause="no calibration token arrived: plain residual"),)
+    if options.whitening == "magnitude":
+        magnitude = _magnitude(statistics, columns)
+        return magnitude, None, () if magnitude is not None else nothing
     gram = checked_statistics(statistics, columns).mean_gram()
     power = gram.diagonal()
     if not bool((power > 0).any()):
-        return None, None, (Fallback(step="svd.tokens", cause="no calibration token arrived: plain residual"),)
-    if options.whitening == "magnitude":
-        return _magnitude(statistics), None, ()
+        return None, None, nothing
     if options.whitening == "diagonal":
         return (power + options.damping * power.mean()).sqrt(), None, ()
     return None, damped(gram, options.damping), ()
 
 
-def _magnitude(statistics: InputStatistics | None) -> Tensor:
-    """E|x| [in]; a channel that was always zero counts as little as any that was not."""
-    if statistics is None or statistics.absolute is None:
-        raise ValueError("statistics: no sum of |x|: expected one for a whitening by magnitude")
+def _magnitude(statistics: InputStatistics | None, columns: int) -> Tensor | None:
+    """E|x| [in], None where all of it was zero; a channel that was always zero counts as little as any that was not."""
+    if statistics is None or not statistics.tokens:
+        return None
+    if statistics.absolute is None or len(statistics.absolute) != columns:
+        raise ValueError(f"statistics: no sum of |x|: expected one of {columns} channels for a whitening by magnitude")
     mean = statistics.absolute / statistics.tokens
-    return mean.clamp_min(mean[mean > 0].min())
+    return mean.clamp_min(mean[mean > 0].min()) if bool((mean > 0).any()) else None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from counterweight.workers.footprint.experts import drawn_share, feeding, kept_bytes
 from counterweight.workers.footprint.forward import activations, running, tuning, unseen_bytes
-from counterweight.workers.footprint.load import Group, Load, moments, packed
+from counterweight.workers.footprint.load import Group, Load, gathers, moments, packed
 from counterweight.workers.footprint.solving import solving
 from counterweight.workers.footprint.weights import (
     here,
@@ -47,6 +47,8 @@ class Footprint:
     solve: int
     phases: Mapping[str, int]
     host: int
+    kept_peak: int
+    """`peak` where the statistics of a block that is solved in one pass stay in memory, for it to be solved in another way."""
 
     @property
     def peak(self) -> int:
@@ -100,7 +102,8 @@ def footprint(load: Load) -> Footprint:
     if load.gpu:
         # Hidden states as bytes and as a tensor, of the shards that are read and written; or what is written.
         moved = max(2 * AHEAD * 2 * load.shard * load.hidden * load.compute, packing)
-        host = max(reading(load), scaled(load) + moved)
+        # The next block is read beside what becomes of this one.
+        host = max(reading(load), scaled(load) + moved + load.source_bytes)
     return Footprint(
         weights=with_running(load, scaled(load)),
         statistics=max(statistics),
@@ -108,6 +111,7 @@ def footprint(load: Load) -> Footprint:
         solve=solve,
         phases=phases,
         host=host,
+        kept_peak=max(*phases.values(), weights + solving(load, keep=True)[0], phases["write"] + max(statistics)),
     )
 
 
@@ -127,7 +131,7 @@ def _forward(load: Load, statistics: int, *, first: bool) -> int:
     kept = original(load) if first else 0
     products = sum(moments(load, group, SINGLE) for group in load.groups)
     # Before the first products there are only the sums of xx.
-    begun = sum(DOUBLE * triangle(group.width) for group in load.groups if group.recipe)
+    begun = sum(DOUBLE * triangle(group.width) for group in load.groups if gathers(load, group))
     return max(
         kept + load.threads * running(load, stored=False),
         (kept if load.stretched else 0) + shards + (statistics if load.shards > 1 else begun),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from counterweight.workers.footprint.load import Group, Load, moments
+from counterweight.workers.footprint.load import Group, Load, gathers, moments
 from counterweight.workers.matrix_bytes import DOUBLE, SINGLE
 
 STRETCH = 1024  # `coverage.py` says the same, but imports torch
@@ -25,14 +25,24 @@ def starving(load: Load, group: Group) -> bool:
 
 
 def _lacking(load: Load, group: Group, tokens: int) -> bool:
-    return load.experts is not None and group.of_expert and load.experts.lacking(group.width, tokens * group.share)
+    if load.experts is None or not group.of_expert or not _looks(load, group):
+        return False
+    return load.experts.lacking(group.width, tokens * group.share)
 
 
 def kept_rows(load: Load) -> int:
     """Tokens of the layer that are kept for experts that may turn out to be starved."""
     if load.experts is None or not load.experts.samples:
         return 0
+    if not any(group.of_expert and (_looks(load, group) or not group.recipe) for group in load.groups):
+        return 0
     return load.experts.kept_of(load.hidden, load.tokens)
+
+
+def _looks(load: Load, group: Group) -> bool:
+    """Whether the group's tokens are looked at, and not only counted."""
+    others = (part.residual is not None or part.compensation.needs_magnitudes for part in group.recipe.values())
+    return gathers(load, group) or any(others)
 
 
 def kept_bytes(load: Load) -> int:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from math import prod
 
 from counterweight.workers.footprint.experts import gathered_share, kept_rows
-from counterweight.workers.footprint.load import Group, Load, moments
+from counterweight.workers.footprint.load import Group, Load, gathers, moments
 from counterweight.workers.matrix_bytes import DECODE, DOUBLE, SINGLE
 from counterweight.workers.parallel import AHEAD
 
-LIMIT = 1024  # `held_out.py` says the same, but imports torch
+LIMIT, ENOUGH = 1024, 32  # `held_out.py` and `coverage.py` say the same, but import torch
 
 
 def activations(load: Load) -> int:
     """Of the shards in flight: each thread's, with the products that it has, and those of one that is being summed."""
-    products = sum(moments(load, group, SINGLE) for group in load.groups)
+    products = sum(_products(load, group) for group in load.groups)
     threads = min(load.threads, load.shards)
     waiting = products if load.shards > threads > 1 else 0
     if load.gpu:
@@ -33,7 +33,7 @@ def running(load: Load, *, stored: bool) -> int:
     products = 0
     for group in load.groups:
         before = products
-        products += 0 if stored else moments(load, group, SINGLE)
+        products += 0 if stored else _products(load, group)
         tokens = load.shard * (group.share if stored else gathered_share(load, group))
         rows = [rows for rows, _ in group.linears.values()]
         if group is load.groups[0]:
@@ -53,17 +53,28 @@ def running(load: Load, *, stored: bool) -> int:
     return load.shard * stream + max(peaks) + meant
 
 
+def _products(load: Load, group: Group) -> int:
+    """Of a shard's streams, until they are added to the sums; on a GPU a kernel adds them as it makes them."""
+    return 0 if load.gpu else moments(load, group, SINGLE)
+
+
 def _gathered(load: Load, group: Group) -> tuple[int, int]:
     """Bytes of an element of an input while its moments are taken: before their products, when it is quantized, with what it
     is rounded from; and while products are taken of it, of what it was quantized to and of float32 copies of both."""
     part = next(iter(group.recipe.values()))
     copy = 0 if load.compute == SINGLE else SINGLE
-    quantized = part.activations is not None
+    quantized = part.activations is not None and gathers(load, group)
     looking = load.compute * (3 if quantized else 1)
     multiplying = (load.compute + copy) * (1 + quantized) + (copy if load.paired and group.share == 1 else 0)
     if part.residual is not None:
         multiplying += 2 * SINGLE + DOUBLE  # magnitudes, and sorted with their places
     return looking, multiplying
+
+
+def unseen_rows(load: Load, group: Group) -> int:
+    """Rows of a group's input on tokens that nothing is solved on, by which what was solved is judged."""
+    own = min(LIMIT, round(load.unseen * group.share))
+    return min(LIMIT, load.unseen) if group.of_expert and own < ENOUGH else own
 
 
 def unseen_bytes(load: Load) -> int:

@@ -47,7 +47,8 @@ class Load:
     tokens of the largest shard, and how many are solved on; length: of a sequence; sequences: all that are solved on;
     drawn: further ones, that some experts are; held_out: further ones, that nothing is. hidden: width of the stream.
     attention_bytes: of the scores of a shard, where attention keeps them. paired: whether blocks see the compressed ones'
-    outputs and the solve looks at the original's; compressed: whether they see them. stretched: whether shards come a few at a
+    outputs and the solve looks at the original's; compressed: whether they see them. passed: whether the original is run over
+    the tokens before, for segments behind. stretched: whether shards come a few at a
     time. threads: that share shards and solves. gpu: whether the arithmetic is done on one. experts, passes,
     batch_bytes: see `BlockSpec`.
     """
@@ -70,6 +71,7 @@ class Load:
     stretched: bool
     threads: int
     gpu: bool
+    passed: bool = False
     experts: ExpertCalibration | None = None
     passes: tuple[tuple[str, ...], ...] = ()
     drawn: int = 0
@@ -129,9 +131,14 @@ def streams(load: Load, group: Group) -> int:
     return 1 + (part.activations is not None) + (load.paired and group.share == 1)
 
 
+def gathers(load: Load, group: Group) -> bool:
+    """Whether products of a group's input are gathered: where the recipe needs them, and where errors follow from them."""
+    return bool(group.recipe) and (not load.held_out or any(part.needs_products for part in group.recipe.values()))
+
+
 def moments(load: Load, group: Group, itemsize: int) -> int:
     """Bytes of the products of a group's streams: triangles of each with itself, squares of each two."""
-    if not group.recipe:
+    if not gathers(load, group):
         return 0
     count = streams(load, group)
     return itemsize * (count * triangle(group.width) + count * (count - 1) // 2 * group.width**2)
@@ -139,7 +146,7 @@ def moments(load: Load, group: Group, itemsize: int) -> int:
 
 def squares(load: Load, group: Group) -> int:
     """Bytes of a group's statistics when somebody solves with them."""
-    if not group.recipe:
+    if not gathers(load, group):
         return 0
     count = streams(load, group)
     return DOUBLE * group.width**2 * (count * (count + 1) // 2)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from counterweight.workers import matrix_bytes
 from counterweight.workers.footprint.experts import summed_tokens
+from counterweight.workers.footprint.forward import unseen_rows
 from counterweight.workers.footprint.load import Load, moments, squares, streams
 from counterweight.workers.footprint.solves import Solve, batched
 from counterweight.workers.footprint.weights import scaled
@@ -29,9 +30,12 @@ class _Job:
     squares: int
 
 
-def solving(load: Load) -> tuple[int, int]:
-    """Statistics and solves that run side by side at their peak, with what was solved before; and what all solves leave."""
+def solving(load: Load, *, keep: bool = False) -> tuple[int, int]:
+    """Statistics and solves that run side by side at their peak, with what was solved before; and what all solves leave. keep:
+    the statistics stay, for further solves."""
     jobs = [_job(load, batch) for batch in batched(load)]
+    if keep:
+        jobs = [replace(job, taken=0, ended=0) for job in jobs]
     side_by_side = load.threads if any(group.width >= PARALLEL_WIDTH for group in load.groups if group.recipe) else 1
     waiting = sum(moments(load, group, DOUBLE) for group in load.groups if group.recipe)
     peak = waiting
@@ -53,11 +57,10 @@ def _job(load: Load, batch: Sequence[Solve]) -> _Job:
     in_place = scaled(load) == SINGLE * load.parameters and not load.gpu
     copies = 0 if in_place else SINGLE * sum(map(prod, first.shapes))
     packed = [moments(load, solve.group, DOUBLE) for solve in batch]
+    judging = max(_judging(load, first, one) for one, _ in first.shapes)
+    at_once = first.at_once(count, load.batch_bytes)
     return _Job(
-        peak=count * copies
-        + _solve(
-            first.part, first.shapes, tokens, streams(load, first.group), count, first.at_once(count, load.batch_bytes)
-        ),
+        peak=count * copies + max(judging, _solve(first, tokens, count, at_once, judging)),
         left=count * left,
         taken=sum(packed) if first.alone else 0,
         ended=sum(packed) if first.last else 0,
@@ -65,15 +68,14 @@ def _job(load: Load, batch: Sequence[Solve]) -> _Job:
     )
 
 
-def _solve(
-    part: ModuleRecipe, shapes: Sequence[tuple[int, int]], tokens: float, streams: int, count: int, at_once: int
-) -> int:
-    """Peak of one call of `solve` for `count` inputs, beside its weights. at_once: see `Solve.at_once`."""
+def _solve(solve: Solve, tokens: float, count: int, at_once: int, judging: int) -> int:
+    """Peak of one call of `solve` for `count` inputs, beside its weights. at_once: see `Solve.at_once`; judging: of its errors
+    and its store."""
+    part, shapes = solve.part, solve.shapes
     columns = shapes[0][1]
     rows = sum(rows for rows, _ in shapes)
-    judging = max(_judging(part, one, columns, streams) for one, _ in shapes)
     if part.compensation.joint:
-        return max(judging, part.compensation.solve_bytes(part.weights, shapes[0][0], columns, tokens, at_once))
+        return part.compensation.solve_bytes(part.weights, shapes[0][0], columns, tokens, at_once)
     stacked = SINGLE * rows * columns * count
     taken = stacked if part.compensation.needs_rows else 0
     foreseen = part.compensation.foresee_bytes(columns)
@@ -88,13 +90,22 @@ def _solve(
     return stacked + max(target, taken + aimed + max(quantizing, codes + max(judging, compensating)))
 
 
-def _judging(part: ModuleRecipe, rows: int, columns: int, streams: int) -> int:
-    """The errors of a solved linear: it is read back, turned round, added to the rest (or kept apart, where there are more
-    streams), and its product with the statistics taken; and the store of what is left."""
+def _judging(load: Load, solve: Solve, rows: int) -> int:
+    """The errors of a solved linear with so many outputs, on tokens that it was not solved on or from its statistics; and the
+    store of what is left."""
+    part, columns = solve.part, solve.group.width
     entries = SINGLE * rows * columns
     branch = 0 if part.compensation.branch_rank is None else entries
-    held = 2 * entries + branch + (entries if streams == 1 else 0)
     residual = 0 if part.residual is None else part.residual.store_bytes(rows, columns) + branch + 2 * entries
+    if seen := unseen_rows(load, solve.group) if load.held_out else 0:
+        # The input, as it is where it is not, and quantized; what was wanted, and what is left of it.
+        inputs = SINGLE * seen * columns * ((load.compute != SINGLE) + (part.activations is not None))
+        outputs = SINGLE * seen * rows
+        # Read back; multiplied; squared, and the squares in float64.
+        most = max(DECODE * rows * columns, entries + branch + outputs, (SINGLE + DOUBLE) * seen * rows)
+        return max(inputs + 2 * outputs + most, residual)
+    # Read back, turned round, added to the rest (or kept apart, where there are more streams); the product with the statistics.
+    held = 2 * entries + branch + (entries if streams(load, solve.group) == 1 else 0)
     return max(held + matrix_bytes.trace(rows, columns), entries + DECODE * rows * columns, residual)
 
 

@@ -78,6 +78,11 @@ class Residual(Method):
         return elementwise(gram + (6 + 7 * self.candidates) * rows * columns)
 
     @property
+    def needs_products(self) -> bool:
+        """Whether second moments of the input must be gathered, beside its thresholds."""
+        return self.selection == "static"
+
+    @property
     def per_chunk(self) -> int:
         """`channels_per_chunk` as a number; ValueError while it is a budget, which a plan of the whole model resolves."""
         if isinstance(self.channels_per_chunk, int):

@@ -47,7 +47,7 @@ def one_batch(matrices: Sequence[Tensor]) -> Tensor:
 
 def checked_statistics(statistics: InputStatistics | None, columns: int) -> InputStatistics:
     """`statistics` when they are finite and of an input of width `columns`; ValueError otherwise."""
-    if statistics is None:
+    if statistics is None or statistics.gram is None:
         raise ValueError("statistics: none: expected those of the layer's input")
     if statistics.width != columns:
         raise ValueError(f"statistics: width {statistics.width}: expected {columns}, the weight's input columns")

@@ -38,6 +38,9 @@ class BlockSpec(Config):
     propagate: Literal["original", "compressed"]
     experts: ExpertCalibration | None = None
     """How a sparse block's are calibrated; null in a dense one, and where they are solved on their own tokens alone."""
+    since: int | None = None
+    """The first block of its segment, which sees the original's activations; null: every block does. For people, as
+    `tokens`."""
     tokens: str = ""
     """sha256 of the calibration tokens, which decide the block's inputs; for people."""
     passes: tuple[tuple[str, ...], ...] = ()

@@ -6,26 +6,26 @@ import torch
 
 from counterweight.kernels.gate.case import Case
 from counterweight.kernels.gpu import launch
-from counterweight.kernels.gpu.gram import BLOCKS_16_BIT, BLOCKS_FLOAT32, gram_kernel
+from counterweight.kernels.gpu.gram import BLOCKS_16_BIT, BLOCKS_FLOAT32, STRIP, gram_kernel
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def _case(dtype: torch.dtype, *, lower: bool) -> Case:
+def _case(dtype: torch.dtype, *, packed: bool) -> Case:
     blocks = BLOCKS_FLOAT32 if dtype is torch.float32 else BLOCKS_16_BIT
     arithmetic = launch.arithmetic(dtype)
     return Case(
-        name=f"gram/{_NAMES[dtype]}" + ("" if lower else ", two inputs"),
+        name=f"gram/{_NAMES[dtype]}" + ("" if packed else ", two inputs"),
         kernel=gram_kernel,
         types={
-            "total": "*fp32",
+            "total": "*fp64",
             "x": f"*{_NAMES[dtype]}",
             "y": f"*{_NAMES[dtype]}",
             **dict.fromkeys(("tokens", "x_width", "y_width", "x_stride", "y_stride"), "i32"),
-            "scale": "fp32",
         },
         constants={
-            "LOWER": lower,
+            "PACKED": packed,
+            "STRIP": STRIP,
             "TOKENS": blocks["TOKENS"],
             "TILE": blocks["TILE"],
             "COMPUTE": arithmetic["COMPUTE"],
@@ -38,7 +38,7 @@ def _case(dtype: torch.dtype, *, lower: bool) -> Case:
 
 
 CASES = [
-    _case(torch.bfloat16, lower=True),
-    _case(torch.float32, lower=True),
-    _case(torch.bfloat16, lower=False),
+    _case(torch.bfloat16, packed=True),
+    _case(torch.float32, packed=True),
+    _case(torch.bfloat16, packed=False),
 ]

@@ -103,7 +103,7 @@ def test_siblings_of_other_ranks_lose_nothing(sibling: str, smoothing: bool, tmp
     for name, recipe in (("plain", base), ("mixed", {**base, "compensation": aser, "overrides": exceptions})):
         published = run_job(tmp_path / "model", tmp_path / name, recipe)
         report = json.loads((local(published) / "report" / "report.json").read_text())
-        errors[name] = {module["name"]: module["error_compensated"] for module in report["modules"]}
+        errors[name] = {module["name"]: module["held_out"]["compensated"] for module in report["modules"]}
     for module, plain in errors["plain"].items():
         assert errors["mixed"][module] <= 1.02 * plain, module
 

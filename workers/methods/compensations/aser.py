@@ -61,6 +61,10 @@ class ASER(Branch):
         return self.outliers == 0
 
     @property
+    def needs_products(self) -> bool:
+        return True
+
+    @property
     def scales_inputs(self) -> bool:
         return self.outliers > 0 and self.smoothing
 

@@ -45,6 +45,11 @@ class Compensation(Method):
         return False
 
     @property
+    def needs_products(self) -> bool:
+        """Whether second moments of the input must be gathered."""
+        return False
+
+    @property
     def of_finished_codes(self) -> bool:
         """Whether it can follow codes that something else has chosen."""
         return True

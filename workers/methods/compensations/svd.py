@@ -79,6 +79,10 @@ class SVD(Branch):
     def needs_magnitudes(self) -> bool:
         return self.whitening == "magnitude"
 
+    @property
+    def needs_products(self) -> bool:
+        return self.whitening in ("diagonal", "full")
+
     def foresee_bytes(self, columns: int) -> int:
         # The vectors, the product of the leading ones and what it leaves of the Gram matrix.
         return 4 * matrix_bytes.DOUBLE * columns * columns if self.anticipates else 0
@@ -96,7 +100,7 @@ class SVD(Branch):
         if self.whitening == "none":
             return entries + max(vectors, entries)
         if self.whitening != "full":
-            return max(entries + square, fitting)
+            return max(entries + square * (self.whitening == "diagonal"), fitting)
         # The mean Gram matrix, the same damped, its root.
         return max(entries + 2 * square + matrix_bytes.root(columns, tokens), square + fitting)
 
@@ -115,5 +119,5 @@ class SVD(Branch):
         if self.whitening == "none":
             return fitting
         # The check and the mean of the Gram matrix.
-        metric = elementwise(2 * columns**2)
+        metric = elementwise(2 * columns**2 if self.needs_products else 0)
         return fitting + metric + elementwise(0 if self.whitening == "full" else entries)
