@@ -105,10 +105,9 @@ def test_passes_threads_and_stretches_change_no_bit(recipe: Mapping[str, Any], p
     whole = content(run(Compress(block=spec)))
     assert any(module["drawn"] for module in whole["modules"])
     assert any(not module["drawn"] for module in whole["modules"] if is_expert(module["name"]))
-    for together, threads in ((1, 1), (3, 2)):
-        divided = in_passes(spec, site, together)
-        assert divided.key() == spec.key()
-        assert content(run(Compress(block=divided), threads)) == whole
+    divided = in_passes(spec, site, 2)
+    assert divided.key() == spec.key()
+    assert content(run(Compress(block=divided), threads=2)) == whole
     if propagate == "original":
         worker = Worker("cpu")
         for start in range(3):
