@@ -204,6 +204,7 @@ class Orchestrator:
                 tokens.calibration,
                 tokens.unseen,
                 spec.calibration.special_tokens or tokens.usual,
+                tokens.drawn,
             ),
             validation=None if first is None else first.tokens,
             validation_dtype="float32" if spec.validation is None else spec.validation.compute_dtype,

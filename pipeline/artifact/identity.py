@@ -42,6 +42,8 @@ def artifact_id(
         everything["held_out"] = tokens.unseen.digest
     if tasks is not None:
         everything["tasks"] = tasks.model_dump(mode="json")
+    if tokens.drawn is not None:
+        everything["drawn"] = tokens.drawn.digest
     if source.layout.experts:
         everything["experts"] = versions(job.spec.calibration.experts)
     if job.spec.distillation is not None:
