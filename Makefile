@@ -22,7 +22,7 @@ test: $(INSTALLED)
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
-# Driver, workers, Ray's processes and storage killed, frozen, refusing, slow or wrong, at moments that seeds choose; the suite
+# Driver, workers, Ray's processes, storage and networks killed, frozen, cut, refusing, slow or wrong, at moments that seeds choose; the suite
 # has a short form of it. What fails is named: `python -m tests.faults --kind "KIND" --seeds N:N+1` makes it again.
 faults: $(INSTALLED)
 	$(BIN)/python -m tests.faults --seeds $(SEEDS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -64,7 +65,8 @@ def struck(site: Site, output: str, command: Command, strike: Strike, draw: Rand
         if reached(run, moment):
             time.sleep(0.0 if moment == LAST else pause)
             below = [pid for pid, _ in descendants(run.process.pid)]
-            expected = strike(run, draw, lambda: run_local(job))
+            with suppress(ProcessLookupError):  # the run may be over by now
+                expected = strike(run, draw, lambda: run_local(job))
         code, out, err = run.finish()
     finally:
         if run.process.poll() is None:
