@@ -8,7 +8,9 @@ INSTALLED := $(VENV)/.installed
 MINUTES ?= 60
 SEEDS ?= 0:500
 
-.PHONY: demo test fuzz faults arithmetic arithmetic-short quality-check serve-test lint types layers check sbom clean
+HARNESS := build/harness
+
+.PHONY: harness demo test fuzz faults arithmetic arithmetic-short quality-check serve-test lint types layers check sbom clean
 
 demo: $(INSTALLED)
 	@$(BIN)/counterweight run manifests/demo.yaml
@@ -33,6 +35,12 @@ arithmetic: $(INSTALLED)
 
 arithmetic-short: $(INSTALLED)
 	$(BIN)/python -m tests.arithmetic --short
+
+# The tests that need EleutherAI's lm-evaluation-harness, in an environment of their own: its forty packages are in no other.
+harness: $(INSTALLED)
+	@test -x $(HARNESS)/bin/python || $(PYTHON) -m venv $(HARNESS)
+	@$(HARNESS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lm-eval]'
+	$(HARNESS)/bin/python -m pytest tests/pipeline/judging/test_tasks.py
 
 # Two rows of the quality tables again; fails when a figure is not what was recorded, within 0.2 %.
 quality-check: $(INSTALLED)

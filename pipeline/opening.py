@@ -13,7 +13,7 @@ from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.pipeline.plan import Plan, make_plan
 from counterweight.pipeline.policies import STALE, RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
-from counterweight.pipeline.preflight import Ready, look, positions
+from counterweight.pipeline.preflight import Ready, beyond_positions, look
 from counterweight.pipeline.tokens import Tokens, read_tokens
 from counterweight.workers.calibration.source import ModelSamples
 from counterweight.workers.calibration.tokens import TokenSet
@@ -72,21 +72,12 @@ def open_job(
     # Of workers elsewhere nothing is known but what the manifest says.
     if plan.problems and (here or job.spec.resources.memory_per_worker is not None):
         raise RequestError("spec.resources: " + "; ".join(plan.problems))
-    _note_positions(job, source, log)
+    if (beyond := beyond_positions(job, source.checkpoint.config)) is not None:
+        log.note(beyond)
     sampled = isinstance(job.spec.calibration.source, ModelSamples)
     drawn = _sampled(job, source, dispatcher, device()) if sampled else None
     tokens = read_tokens(job, None, drawn, ready.texts)
     return Opened(source=source, tokens=tokens.within(source.layout.vocabulary), plan=plan, gpu_bytes=memory)
-
-
-def _note_positions(job: CompressionJob, source: ModelSource, log: EventLog) -> None:
-    """Says when windows are longer than the texts that the model was made for."""
-    length, known = job.spec.calibration.sequence_length, positions(source.checkpoint.config)
-    if known is not None and length > known:
-        log.note(
-            f"spec.calibration.sequence_length: {length}: more than the {known} positions of the model "
-            "(config.json: max_position_embeddings): what it does behind them is calibrated on too"
-        )
 
 
 def _sweep(store: ObjectStore, log: EventLog) -> None:

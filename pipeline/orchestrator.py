@@ -14,17 +14,16 @@ from statistics import mean
 
 from counterweight.pipeline.artifact import Artifact, Published
 from counterweight.pipeline.artifact.assemble import Assembler, Parts
-from counterweight.pipeline.artifact.publish import publish, repair_pointer
+from counterweight.pipeline.artifact.making import Sizes, Timeline
+from counterweight.pipeline.artifact.publish import before, publish, repair_pointer
 from counterweight.pipeline.artifact.report import (
     DistillationReport,
     ModelReport,
     Report,
     TaskReport,
-    TokensReport,
     bits_per_weight,
     tokens_report,
 )
-from counterweight.pipeline.artifact.report_html import render
 from counterweight.pipeline.beside import add_beside, sharing
 from counterweight.pipeline.blocks import Blocks
 from counterweight.pipeline.dispatch import Dispatcher
@@ -32,14 +31,18 @@ from counterweight.pipeline.distillation import Trained, add_texts, distill
 from counterweight.pipeline.events import ArtifactPublished, EventLog, JobAdmitted
 from counterweight.pipeline.graph import Graph
 from counterweight.pipeline.inventory import inventory
-from counterweight.pipeline.judging.gates import base_model_problem, check, judge
+from counterweight.pipeline.judging.gates import base_model_problem, judge, pass_or_withhold
 from counterweight.pipeline.judging.rivals import read_rivals
+from counterweight.pipeline.judging.task_files import read_documents
+from counterweight.pipeline.judging.tasks import benchmarks, judge_tasks
+from counterweight.pipeline.judging.whole import OnWhole, measure_on_whole
 from counterweight.pipeline.manifest import TEXT, CompressionJob, canonical
 from counterweight.pipeline.manifest.job import JobSpec
 from counterweight.pipeline.opening import Opened
 from counterweight.pipeline.policies import Resume, RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
 from counterweight.pipeline.resume import outlines, setting_of
+from counterweight.pipeline.sizes import source_bytes
 from counterweight.pipeline.stages import (
     Job,
     Stopwatch,
@@ -52,12 +55,12 @@ from counterweight.pipeline.stages import (
     measure,
 )
 from counterweight.pipeline.tokens import Tokens
-from counterweight.pipeline.validate import Windows
-from counterweight.workers.errors import GateError, RequestError
+from counterweight.pipeline.validate import Windows, described
+from counterweight.workers.errors import RequestError
 from counterweight.workers.keys import digest, versions
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.setting import Device
-from counterweight.workers.workspace import WORK, Workspace
+from counterweight.workers.workspace import Workspace
 
 SOFTWARE = ("counterweight", "torch", "transformers", "ray", "safetensors", "pydantic")
 
@@ -84,6 +87,9 @@ class Orchestrator:
         self._threads = pool.threads
         self._dispatcher = Dispatcher(pool, RetryPolicy(), log.emit, Graph(self._workspace))
         self._watch = Stopwatch(log)
+        self._timeline, self._workers = Timeline(), pool.size
+        log.add(self._timeline)
+        self._documents = read_documents(job.spec.validation, opened.source.store)
         self._setting = setting_of(job, self._source, device, run=uuid.uuid4().hex if alone else "")
 
     def run(self) -> Published:
@@ -132,7 +138,8 @@ class Orchestrator:
         outside = add_outside(job)
         texts = add_texts(job, tokens)
         references = add_references(job, tokens)
-        compress_blocks(job, model, outlined)
+        validated = sum(text.ids.numel() for text in tokens.validation.values())
+        compress_blocks(job, model, outlined, validated)
         parts = gather_parts(job, model, outside)
         trained: Trained | None = None
         if texts is not None:
@@ -146,11 +153,23 @@ class Orchestrator:
         if references:
             self._watch.stage("validate")
             windows, validations = measure(job, references, artifact, files)
+        if self._job.spec.validation is not None and self._job.spec.validation.runs_whole:
+            self._watch.stage("whole models")
+        whole = measure_on_whole(job, self._documents, tokens, artifact, files, parts)
+        validations += whole.tasks
         self._watch.stage("publish")
         tasks = [*_task_reports(model), *(() if trained is None else trained.tasks), *validations]
         report = self._report(artifact, parts, digests, windows, tasks, None if trained is None else trained.report)
-        report = self._judged(report, rivals)
-        self._gate(artifact, report)
+        report = self._judged(report, rivals, whole)
+        written = sum(entry.size for entry in files.values())
+        report = report.model_copy(
+            update={
+                "sizes": Sizes(source=source_bytes(self._source), artifact=written),
+                "making": self._timeline.making(self._workers),
+                "earlier": before(artifact),
+            }
+        )
+        pass_or_withhold(artifact, report)
         published = publish(artifact, report, files, parts.ledger())
         leftovers = () if trained is None else trained.discardable
         for blob in dict.fromkeys([*model.discardable, *leftovers]):
@@ -173,6 +192,8 @@ class Orchestrator:
             everything["texts"] = texts
         if tokens.unseen is not None:
             everything["held_out"] = tokens.unseen.digest
+        if self._documents is not None:
+            everything["tasks"] = self._documents.model_dump(mode="json")
         if self._source.layout.experts:
             everything["experts"] = versions(self._job.spec.calibration.experts)
         if self._job.spec.distillation is not None:
@@ -191,7 +212,7 @@ class Orchestrator:
         spec, tokens = self._job.spec, self._tokens
         parameters = self._source.parameters
         measured = windows or Windows()
-        texts = measured.by_text(self._texts()) if measured.metrics else {}
+        texts = measured.by_text(described(spec.validation, tokens)) if measured.metrics else {}
         first = texts.pop(TEXT, None)
         return Report(
             name=artifact.name,
@@ -230,18 +251,7 @@ class Orchestrator:
             software=_software(),
         )
 
-    def _texts(self) -> dict[str, TokensReport]:
-        """Of every text of the validation."""
-        validation = self._job.spec.validation
-        if validation is None:
-            return {}
-        specials = validation.special_tokens or self._tokens.usual
-        return {
-            name: tokens_report(source, self._tokens.validation[name], special_tokens=specials)
-            for name, (source, _) in validation.sources.items()
-        }
-
-    def _judged(self, report: Report, rivals: Mapping[str, Report]) -> Report:
+    def _judged(self, report: Report, rivals: Mapping[str, Report], whole: OnWhole) -> Report:
         """The report with every bound of the manifest in it, and what is wrong with the original itself."""
         validation = self._job.spec.validation
         if validation is None:
@@ -249,20 +259,10 @@ class Orchestrator:
         problem = base_model_problem(report.judged, self._source.layout.vocabulary)
         if problem is not None:
             self._log.note(problem)
-        gates = judge(validation, report.judged, rivals)
-        return report.model_copy(update={"gates": gates, "base_model_problem": problem})
-
-    def _gate(self, artifact: Artifact, report: Report) -> None:
-        """Lets a good model pass; of one that fails nothing stays but its report, outside the artifact."""
-        try:
-            check(report.gates, report.base_model_problem)
-        except GateError as error:
-            place = f"{WORK}/failed/{artifact.name}-{artifact.id}"
-            self._store.write(f"{place}/report.json", report.model_dump_json(indent=1).encode())
-            self._store.write(f"{place}/report.html", render(report).encode())
-            for info in list(self._store.list(artifact.key(""))):
-                self._store.delete(info.key)
-            raise GateError(f"{error}\nnothing was published; the report: {self._store.uri_of(place)}") from error
+        gates = (*judge(validation, report.judged, rivals), *judge_tasks(validation.tasks, whole.scores))
+        found = {"gates": gates, "base_model_problem": problem}
+        further = {"benchmarks": benchmarks(whole.scores), "generation": whole.generation}
+        return report.model_copy(update={**found, **further})
 
 
 def _recipe(spec: JobSpec) -> dict[str, object]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from math import prod
 
 from counterweight.pipeline.estimate import (
     Costs,
@@ -32,6 +31,7 @@ from counterweight.pipeline.resolve import (
     linears_of,
     stored_name,
 )
+from counterweight.pipeline.sizes import kept_bytes, quantized_bytes, quantized_parameters
 from counterweight.pipeline.units import bytes_text
 from counterweight.workers.arithmetic import Arithmetic, arithmetic
 from counterweight.workers.arithmetic.distillation import training_flops
@@ -40,7 +40,6 @@ from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.footprint import Load, footprint
 from counterweight.workers.footprint.distillation import Texts, state_traffic, trained_parameters, training_bytes
 from counterweight.workers.footprint.division import fitted
-from counterweight.workers.footprint.load import factors, packed
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.recipe import ModuleRecipe
 
@@ -130,6 +129,10 @@ class Plan(Config):
     """On the host, the process included."""
     largest: str
     """What takes most: block and phase, or the distillation."""
+    artifact_bytes: int = 0
+    """Of the artifact's weights, branches, stores and kept tensors, with `source_bytes` beside it."""
+    bits_per_weight: float = 0.0
+    """Of a quantized weight, all in, as the report counts them; of ranks by energy or budget at their most."""
     storage_read_bytes: int
     storage_written_bytes: int
     flops: int
@@ -167,13 +170,16 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     )
     boundary = (tokens + unseen) * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
     total = sum(_bytes(source, name) for name in source.tensors)
-    artifact = _artifact_bytes(source, costed)
-    passed = sum(block.load.passed for block in costed)
+    loads = [block.load for block in costed]
+    stored = quantized_bytes(loads)
+    quantized = quantized_parameters(loads)
+    artifact = stored + kept_bytes(source, sum(block.parameters for block in blocks) - quantized)
+    passed = sum(load.passed for load in loads)
     largest = max(blocks, key=lambda block: block.peak_bytes)
     on_gpu = job.spec.resources.gpus_per_worker > 0
     passes = f" in {len(largest.passes)} passes over the tokens" if len(largest.passes) > 1 else ""
     most, where = largest.peak_bytes + held, f"block {largest.index}{passes}, {largest.peak_phase}"
-    training = _distillation_plan(job, source, [block.load for block in costed])
+    training = _distillation_plan(job, source, loads)
     if training is not None and training.peak_bytes > most:
         most, where = training.peak_bytes, "distillation"
     states_read, states_written = (
@@ -189,15 +195,15 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         model=source.uri,
         model_type=str(source.checkpoint.config["model_type"]),
         parameters=source.parameters,
-        quantized=sum(
-            prod(group.linears[name]) for block in costed for group in block.load.groups for name in group.recipe
-        ),
+        quantized=quantized,
         source_bytes=total,
         tokens=tokens,
         blocks=blocks,
         peak_bytes_per_worker=peak,
         host_bytes_per_worker=host,
         largest=where,
+        artifact_bytes=artifact,
+        bits_per_weight=8 * stored / max(quantized, 1),
         # The source by inventory and blocks, what was written by its check, and both once more by every worker that validates.
         storage_read_bytes=total * 2
         + boundary * (len(blocks) + passed)
@@ -337,17 +343,6 @@ def _costed(source: ModelSource, blocks: Sequence[_Resolved], budget: int | None
             solve_flops=computed.solve.total,
         )
         yield _Costed(plan, done, computed)
-
-
-def _artifact_bytes(source: ModelSource, blocks: Sequence[_Costed]) -> int:
-    """Of codes, scales, branches and everything that is kept."""
-    ends = source.layout.family.ends.intersection(source.tensors)
-    total = sum(_bytes(source, name) for name in (*ends, *source.beside))
-    for block in blocks:
-        groups = block.load.groups
-        quantized = sum(prod(group.linears[name]) for group in groups for name in group.recipe)
-        total += sum(packed(group) + factors(group) for group in groups) + (block.plan.parameters - quantized) * 2
-    return total
 
 
 def _bytes(source: ModelSource, name: str) -> int:

@@ -167,10 +167,13 @@ def blocks_text(indices: Sequence[int]) -> str:
 
 
 def foreseen(job: CompressionJob, source: ModelSource, plan: Plan) -> list[str]:
-    """What a plan can say: of weights, calibration tokens and hidden states it knows nothing."""
+    """What a plan can say: of weights, calibration tokens and hidden states it knows nothing. RequestError for an output that
+    there is not."""
     try:
         earlier = Earlier.of(open_store(job.spec.output.uri, waits=False), source.layout.blocks)
-    except (RequestError, StorageError) as error:
+    except RequestError as error:
+        raise RequestError(f"spec.output.uri: {error}") from error
+    except StorageError as error:
         return [f"not known: {error}"]
     if not earlier.finished:
         return ["nothing: no block was finished before"]

@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from counterweight.pipeline.cluster import cluster
-from counterweight.pipeline.events import EventLog
+from counterweight.pipeline.events import Doing, EventLog
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.place import Place
 from counterweight.pipeline.policies import Resume
@@ -47,8 +47,10 @@ def run_job(
     place = Place.of(job, address)
     size = pool_size(job, place)
     with EventLog(progress) as log, _told(log):
+        log.emit(Doing("looking at the model and its texts"))
         ready = look(job)  # what is wrong with a model or a text is known before anything is started for it
         with _pool(place, size, ready.output, log) as pool:
+            log.emit(Doing("loading torch" if place.ray else "loading torch and transformers"))
             # Ray's workers load torch and transformers now, and so does this process with torch. Not while Ray starts: an
             # import holds the interpreter that starts it.
             with importing():
@@ -71,6 +73,7 @@ def _pool(place: Place, size: PoolSize, output: ObjectStore, log: EventLog) -> I
         with closing(ForkedPool(size, note=log.note)) as forked:
             yield forked
         return
+    log.emit(Doing("starting Ray" if place.here else f"connecting to Ray at {place.address}"))
     with (
         cluster(place.address, size),
         _shown(output) as token,

@@ -13,6 +13,7 @@ from counterweight.pipeline.allocation import budgeted, share_out
 from counterweight.pipeline.artifact import Artifact, FileEntry
 from counterweight.pipeline.artifact.assemble import Parts
 from counterweight.pipeline.artifact.report import TaskReport
+from counterweight.pipeline.behind import behind_blocks
 from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks, stretches
 from counterweight.pipeline.carrying import carrying
 from counterweight.pipeline.dispatch import Dispatcher
@@ -188,16 +189,16 @@ def add_outside(job: Job) -> Outside:
     return Outside(carried([names.embedding]), carried(last), carried_beside, entries)
 
 
-def compress_blocks(job: Job, blocks: Blocks, outlined: Sequence[BlockSpec]) -> list[BlockRecord]:
-    """Runs what earlier jobs have not finished; the records of all blocks. outlined: as for `add_model`. RequestError where
-    earlier work is asked for and there is none."""
+def compress_blocks(job: Job, blocks: Blocks, outlined: Sequence[BlockSpec], validated: int = 0) -> list[BlockRecord]:
+    """Runs what earlier jobs have not finished; the records of all blocks. outlined: as for `add_model`. validated: tokens that
+    the model will be validated on. RequestError where earlier work is asked for and there is none."""
     job.dispatcher.graph.open()
     count, reused = len(blocks.compress), blocks.reused
     reasons = _not_reused(job, blocks, outlined)
     if job.resume is Resume.REQUIRED and not reused:
         why = "; ".join(reasons) or "no block was ever finished in this output"
         raise RequestError(f"--resume required: none of {count} blocks can be reused: {why}")
-    job.log.emit(Planned(count, len(reused)))
+    job.log.emit(Planned(count, len(reused), behind_blocks(job.plan, job.source.layout, validated)))
     if reused:
         job.log.note(f"resuming: {len(reused)} of {count} blocks were finished before and are reused")
     for reason in reasons:

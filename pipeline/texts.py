@@ -11,7 +11,7 @@ from counterweight.pipeline.manifest.job import TextShare
 from counterweight.workers.calibration.encoder import Encoder
 from counterweight.workers.calibration.source import ModelSamples, SpecialTokens, TokenSource, TokensSource
 from counterweight.workers.calibration.texts import open_text
-from counterweight.workers.calibration.windows import Sampling, Windows, encoder, windows
+from counterweight.workers.calibration.windows import AnyTokenizer, Sampling, Windows, encoder, windows
 from counterweight.workers.models.families import family_of
 
 CALIBRATION, VALIDATION, DISTILLATION = "spec.calibration.source", "spec.validation", "spec.distillation"
@@ -93,9 +93,9 @@ def usual_special_tokens(config: Mapping[str, object]) -> SpecialTokens:
     return "window" if family_of(config.get("model_type")).needs_beginning else "text"
 
 
-def read_texts(job: CompressionJob, tokenizer: bytes | None, usual: SpecialTokens = "text") -> Texts:
+def read_texts(job: CompressionJob, tokenizer: AnyTokenizer, usual: SpecialTokens = "text") -> Texts:
     """Reads and tokenizes the texts that `job` names, as far as its windows need; RequestError when one does not give what is
-    asked of it, or prepared tokens are not there. tokenizer: the model's tokenizer.json. usual: see `requests`."""
+    asked of it, or prepared tokens are not there. tokenizer: the model's. usual: see `requests`."""
     started = time.perf_counter()
     found: dict[str, Windows] = {}
     running: Encoder | None = None
@@ -120,3 +120,28 @@ def read_texts(job: CompressionJob, tokenizer: bytes | None, usual: SpecialToken
         if running is not None:
             running.close()
     return Texts(found=found, usual=usual, seconds=time.perf_counter() - started)
+
+
+def check_texts(job: CompressionJob, tokenizer: AnyTokenizer, usual: SpecialTokens = "text") -> None:
+    """Looks whether `read_texts` would get what is asked of each text, reading no more of it than that takes. RequestError."""
+    running: Encoder | None = None
+    try:
+        for asked in requests(job, usual):
+            if isinstance(asked.source, TokensSource):
+                open_text(asked.source.uri, asked.field)
+                continue
+            running = running or encoder(tokenizer, asked.field)
+            # As many tokens as windows need are enough, wherever the windows will lie.
+            windows(
+                asked.source,
+                running,
+                length=asked.length,
+                sequences=asked.sequences or 1,
+                sampling="consecutive",
+                seed=asked.seed,
+                field=asked.field,
+                special_tokens=asked.special_tokens,
+            )
+    finally:
+        if running is not None:
+            running.close()

@@ -21,6 +21,7 @@ from counterweight.pipeline.texts import (
 )
 from counterweight.workers.calibration.source import SpecialTokens
 from counterweight.workers.calibration.tokens import TokenSet, as_tensor, checked, token_set
+from counterweight.workers.calibration.windows import AnyTokenizer
 from counterweight.workers.errors import RequestError
 
 
@@ -60,7 +61,7 @@ class Tokens:
 
 
 def read_tokens(
-    job: CompressionJob, tokenizer: bytes | None, sampled: TokenSet | None = None, texts: Texts | None = None
+    job: CompressionJob, tokenizer: AnyTokenizer, sampled: TokenSet | None = None, texts: Texts | None = None
 ) -> Tokens:
     """The token sets that `job` names; RequestError when a text does not give what is asked of it.
 

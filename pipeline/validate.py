@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from counterweight.pipeline.artifact import Artifact, FileEntry
-from counterweight.pipeline.artifact.report import TaskReport, TextReport, TokensReport, quality
+from counterweight.pipeline.artifact.report import TaskReport, TextReport, TokensReport, quality, tokens_report
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.graph import Graph, Node, giving
+from counterweight.pipeline.manifest import Validation
+from counterweight.pipeline.tokens import Tokens
 from counterweight.workers.ledger import LEDGER
 from counterweight.workers.metrics import kl_by_position
 from counterweight.workers.metrics.metric import mean
@@ -105,6 +107,17 @@ def validate(
     reports = [(node.made().name, node.reused, node.value.timing) for node in originals]
     reports += [(node.made().name, node.reused, node.value.timing) for node in nodes]
     return merged, [TaskReport(name=name, reused=reused, timing=timing) for name, reused, timing in reports]
+
+
+def described(validation: Validation | None, tokens: Tokens) -> dict[str, TokensReport]:
+    """Every text of a validation, in order, as a report has it."""
+    if validation is None:
+        return {}
+    specials = validation.special_tokens or tokens.usual
+    return {
+        name: tokens_report(source, tokens.validation[name], special_tokens=specials)
+        for name, (source, _) in validation.sources.items()
+    }
 
 
 def shares(windows: int, length: int, workers: int) -> list[range]:

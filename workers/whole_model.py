@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from counterweight.kernels.backend import Kernels
+from counterweight.workers.block import install
+from counterweight.workers.compressed import CompressedModel
 from counterweight.workers.errors import RequestError
 from counterweight.workers.evaluation import Measured
 from counterweight.workers.metrics import Comparison
 from counterweight.workers.tasks.evaluate import BASELINE, QUANTIZED
+
+if TYPE_CHECKING:
+    from counterweight.kernels.gpu.host_memory import HostArena
+
+
+def assembled(
+    model: CompressedModel,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    compensated: bool = True,
+    decode_only: bool = False,
+    kernels: Kernels = "auto",
+    arena: HostArena | None = None,
+) -> PreTrainedModel:
+    """An artifact's causal model, its quantized layers our own; see `block.install` for what the options mean. dtype: None for
+    the embedding's."""
+    embedding = model.embedding()
+    dtype = dtype or embedding.dtype
+    shell = model.builder.causal_shell(embedding, model.head(), device, dtype)
+    for index in range(model.builder.blocks):
+        block, linears = model.block(index, device, dtype)
+        install(block, linears, compensated=compensated, decode_only=decode_only, kernels=kernels, arena=arena)
+        shell.model.layers.append(block.layer)
+    return shell.eval()
 
 
 @torch.no_grad()

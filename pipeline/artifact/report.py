@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ConfigDict, Field
 
+from counterweight.pipeline.artifact.making import Earlier, Making, Sizes
+from counterweight.pipeline.artifact.verdict import BenchmarkReport, GateReport, GenerationReport
 from counterweight.pipeline.manifest.validation import TEXT
 from counterweight.workers.calibration.source import SpecialTokens
 from counterweight.workers.config import Config
@@ -78,27 +80,6 @@ class TextReport(Judged):
     compensated: Quality
     compensated_prefill: Quality | None = None
     kl_by_position: Mapping[str, tuple[float, ...]] = Field(default_factory=dict)
-
-
-class GateReport(Config):
-    """A bound and what was measured. field: where it stands in the manifest. measured: what is bounded, that is the metric, its
-    multiple of the original's, or how much worse it is. limit: the largest value allowed, or where `least` the smallest. said:
-    both, in words."""
-
-    field: str
-    text: str
-    variant: str
-    metric: str
-    measured: float
-    limit: float
-    least: bool
-    passed: bool
-    said: str
-
-    @property
-    def beyond(self) -> float:
-        """By how much the limit is exceeded; at most zero where it is kept."""
-        return self.limit - self.measured if self.least else self.measured - self.limit
 
 
 def labelled(found: Mapping[str, T]) -> dict[str, T]:
@@ -183,6 +164,10 @@ class Report(Judged):
     """See `TextReport`."""
     texts: Mapping[str, TextReport] = Field(default_factory=dict)
     """Further texts by name: what all models are worth on each of them."""
+    benchmarks: Mapping[str, BenchmarkReport] = Field(default_factory=dict)
+    """Tasks of the lm-evaluation-harness by name."""
+    generation: GenerationReport | None = None
+    """What models write; None where it was not asked for, and in reports that are older."""
     gates: tuple[GateReport, ...] = ()
     """Every bound that the job had, kept or not; empty in reports that are older."""
     base_model_problem: str | None = None
@@ -198,6 +183,12 @@ class Report(Judged):
     stages: Mapping[str, float]
     """Stage of the job -> seconds of wall time."""
     software: Mapping[str, str]
+    sizes: Sizes | None = None
+    """Before and after."""
+    making: Making | None = None
+    """The run that published it."""
+    earlier: Earlier | None = None
+    """The artifact of this name before it; null for the first."""
 
     @property
     def judged(self) -> dict[str, TextReport]:

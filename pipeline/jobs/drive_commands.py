@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from counterweight.pipeline.jobs.options import STORE, STORE_HELP, AsJson, Store, jobs_at
-from counterweight.pipeline.terminal import absolute, print_json, print_rows
+from counterweight.pipeline.terminal import SET_HELP, absolute, print_json, print_rows
 
 if TYPE_CHECKING:
     from counterweight.pipeline.manifest import Submission
@@ -17,7 +17,11 @@ def submit(
     manifest: Annotated[str, typer.Argument(help="Path or URI of a manifest (YAML).", show_default=False)],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Override a field: spec.recipe.weights.bits=3. Repeatable.", show_default=False),
+        typer.Option(
+            "--set",
+            help=SET_HELP,
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[str | None, typer.Option(help="Replaces spec.output.uri.", show_default=False)] = None,
     store: Annotated[
@@ -105,6 +109,7 @@ def work(
     start = partial(ProcessAttempt, arguments=() if address is None else ("--address", address))
     # Whoever stays fires the schedules of the store; whoever is there for some jobs alone does not.
     fire = (lambda: None) if ids or idle else Schedules(jobs).tick
+    typer.echo(f"drives the jobs of {jobs.store.uri}", err=True)
     driver = Driver(jobs, start, note=lambda text: typer.echo(text, err=True), meanwhile=fire)
     driver.work(until_idle if idle else until_ended(*ids) if ids else never)
     raise typer.Exit(max((jobs.get(id).exit_code for id in ids), default=0))

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from counterweight.pipeline.artifact.report import GateReport, Report, TextReport
+from counterweight.pipeline.artifact import Artifact
+from counterweight.pipeline.artifact.report import Report, TextReport
+from counterweight.pipeline.artifact.report_html import render
+from counterweight.pipeline.artifact.verdict import GateReport
 from counterweight.pipeline.manifest import TEXT, Validation
 from counterweight.pipeline.manifest.validation import Bound
 from counterweight.workers.errors import GateError
 from counterweight.workers.metrics import METRICS, Metric
 from counterweight.workers.tasks.evaluate import COMPENSATED, PREFILL
+from counterweight.workers.workspace import WORK
 
 GUESSING = 0.5
 """A model that knows nothing has the size of its vocabulary as its perplexity; from this share of it on it is called broken."""
@@ -40,6 +44,19 @@ def check(gates: Sequence[GateReport], problem: str | None = None) -> None:
     failures = [f"{gate.field}: {gate.said}" for gate in gates if not gate.passed]
     if failures:
         raise GateError("\n".join(failures if problem is None else [*failures, problem]))
+
+
+def pass_or_withhold(artifact: Artifact, report: Report) -> None:
+    """Lets a good model pass; of one that fails nothing stays but its report, outside the artifact. GateError."""
+    try:
+        check(report.gates, report.base_model_problem)
+    except GateError as error:
+        store, place = artifact.store, f"{WORK}/failed/{artifact.name}-{artifact.id}"
+        store.write(f"{place}/report.json", report.model_dump_json(indent=1).encode())
+        store.write(f"{place}/report.html", render(report).encode())
+        for info in list(store.list(artifact.key(""))):
+            store.delete(info.key)
+        raise GateError(f"{error}\nnothing was published; the report: {store.uri_of(place)}") from error
 
 
 def base_model_problem(texts: Mapping[str, TextReport], vocabulary: int) -> str | None:

@@ -15,7 +15,7 @@ from counterweight.pipeline.manifest.job import (
 from counterweight.pipeline.manifest.load import LoadedManifest, load_manifest, parse_manifest
 from counterweight.pipeline.manifest.schema import batch_schema, job_schema, schema_text
 from counterweight.pipeline.manifest.submission import Submission, SubmittedJob, load_submission, parse_bundle
-from counterweight.pipeline.manifest.uris import named_uris, resolve_uri
+from counterweight.pipeline.manifest.uris import from_here, named_uris, resolve_uri
 from counterweight.pipeline.manifest.validation import TEXT, FurtherText, Gates, Validation
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "batch_schema",
     "calibration_id",
     "canonical",
+    "from_here",
     "job_id",
     "job_schema",
     "load_manifest",

@@ -206,6 +206,7 @@ def canonical(job: CompressionJob) -> bytes:
                 "special_tokens": True,
                 "texts": {"__all__": {"source"}},
                 "bounds": {"__all__": {"no_worse_than"}},
+                "tasks": {"__all__": {"uri"}},
             },
         },
     )
@@ -227,7 +228,7 @@ def canonical(job: CompressionJob) -> bytes:
 
 def _without_younger(validation: dict[str, Any]) -> None:
     """Drops what says nothing and is younger than artifacts whose ids were made without it."""
-    for field in ("prefill_gates", "texts", "bounds"):
+    for field in ("prefill_gates", "texts", "bounds", "tasks", "generation"):
         if not validation[field]:
             del validation[field]
     for field in ("gates", "prefill_gates"):

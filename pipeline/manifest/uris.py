@@ -7,7 +7,7 @@ is never meant.
 
 from __future__ import annotations
 
-import os.path
+import os
 import posixpath
 import re
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from counterweight.pipeline.manifest.explain import Complaint
 from counterweight.pipeline.manifest.job import CompressionJob, TextShare
 from counterweight.pipeline.manifest.problems import Path, show
-from counterweight.pipeline.manifest.validation import MAX_URI
+from counterweight.pipeline.manifest.validation import MAX_URI, Validation
 from counterweight.workers.calibration.source import (
     CalibrationSource,
     DatasetSource,
@@ -55,6 +55,16 @@ def resolve_uri(uri: str, base: str | None) -> str:
         s3_root(uri)
         return uri
     raise RequestError(f"{_EXPECTED}; a colon in a name needs './' before it")
+
+
+def from_here(place: str | os.PathLike[str]) -> str:
+    """A path or URI that somebody typed, as an absolute URI: paths are relative to the working directory; `hf:` is kept.
+    RequestError, naming it."""
+    uri = os.fspath(place)
+    try:
+        return uri if uri.startswith("hf:") else resolve_uri(uri, FilePath.cwd().as_uri())
+    except RequestError as error:
+        raise RequestError(f"{uri!r}: {error}") from error
 
 
 def resolve_model_uri(uri: str, base: str | None) -> str:
@@ -105,26 +115,7 @@ def _resolved(job: CompressionJob, resolver: _Resolver) -> CompressionJob:
     model = resolver.apply(resolve_model_uri, spec.model.uri, ("spec", "model", "uri"))
     source = resolver.tokens(calibration.source, ("spec", "calibration", "source"))
     if validation is not None:
-        text = resolver.tokens(validation.text, ("spec", "validation", "text"))
-        texts = {
-            name: further.model_copy(
-                update={"source": resolver.tokens(further.source, ("spec", "validation", "texts", name, "source"))}
-            )
-            for name, further in validation.texts.items()
-        }
-        bounds = tuple(
-            bound
-            if bound.no_worse_than is None
-            else bound.model_copy(
-                update={
-                    "no_worse_than": resolver.apply(
-                        resolve_uri, bound.no_worse_than, ("spec", "validation", "bounds", index, "no_worse_than")
-                    )
-                }
-            )
-            for index, bound in enumerate(validation.bounds)
-        )
-        validation = validation.model_copy(update={"text": text, "texts": texts, "bounds": bounds})
+        validation = resolver.validation(validation)
     distillation = spec.distillation
     if distillation is not None:
         distillation = distillation.model_copy(
@@ -172,6 +163,24 @@ class _Resolver:
             local = self.apply(resolve_dataset_path, source.path, (*path, "path"))
             return source.model_copy(update={"path": local})
         return source.model_copy(update={"uri": self.apply(resolve_uri, source.uri, (*path, "uri"))})
+
+    def validation(self, validation: Validation) -> Validation:
+        path: Path = ("spec", "validation")
+        texts = {
+            name: text.model_copy(update={"source": self.tokens(text.source, (*path, "texts", name, "source"))})
+            for name, text in validation.texts.items()
+        }
+        tasks = {
+            name: task.model_copy(update={"uri": self.apply(resolve_uri, task.uri, (*path, "tasks", name, "uri"))})
+            for name, task in validation.tasks.items()
+        }
+        bounds = list(validation.bounds)
+        for index, bound in enumerate(bounds):
+            if bound.no_worse_than is not None:
+                rival = self.apply(resolve_uri, bound.no_worse_than, (*path, "bounds", index, "no_worse_than"))
+                bounds[index] = bound.model_copy(update={"no_worse_than": rival})
+        text = self.tokens(validation.text, (*path, "text"))
+        return validation.model_copy(update={"text": text, "texts": texts, "tasks": tasks, "bounds": tuple(bounds)})
 
     def shares(self, shares: Sequence[TextShare], path: Path) -> tuple[TextShare, ...]:
         return tuple(

@@ -109,6 +109,43 @@ class Bound(Section):
         return self
 
 
+class HarnessTask(Section):
+    """A task of the lm-evaluation-harness (the extra `counterweight[lm-eval]`), which is asked of the original, the quantized
+    and the compensated model; each has to fit into a worker's memory as a whole.
+    """
+
+    uri: Annotated[str, StringConstraints(min_length=1, max_length=MAX_URI)]
+    """Its YAML file, as the harness has it, without `!function`; its `dataset_kwargs.data_files` are .json or .jsonl files,
+    named relative to it. Templates in it run as a program does: name only files that you trust.
+    """
+    num_fewshot: Annotated[int, Field(ge=0, le=1000)] | None = None
+    """Worked examples before each item; null: as the file says."""
+    limit: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    """Items that are asked, from the first; null: all."""
+    max_drop: Annotated[
+        dict[Annotated[str, StringConstraints(min_length=1, max_length=200)], Annotated[float, Field(ge=0, le=1e6)]],
+        Field(max_length=32, json_schema_extra={"additionalProperties": False}),
+    ] = Field(default_factory=dict)
+    """Metric of the task (`acc`, `exact_match`) -> how much worse than the original's the compressed model's may be."""
+    significance: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """A drop beyond `max_drop` fails only where a paired test over the items finds it at this level: McNemar's for items that
+    are right or wrong, a bootstrap of the differences for others. null: every drop beyond it fails.
+    """
+
+
+class Generation(Section):
+    """Samples of what the original, the quantized and the compensated model write, side by side in the report; each has to fit
+    into a worker's memory as a whole.
+    """
+
+    prompts: Annotated[int, Field(ge=1, le=64)] = 4
+    """How many: each is the beginning of a window of `text`."""
+    prompt_tokens: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Tokens of a prompt, at most those of a window."""
+    new_tokens: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Tokens that follow it, the most probable one each time."""
+
+
 class Validation(Section):
     """How the compressed model is judged before it is published."""
 
@@ -140,6 +177,12 @@ class Validation(Section):
     """
     bounds: Annotated[tuple[Bound, ...], Field(max_length=200)] = ()
     """Further bounds, each on a metric, a text and a model of its own."""
+    tasks: Annotated[
+        dict[TextName, HarnessTask], Field(max_length=64, json_schema_extra={"additionalProperties": False})
+    ] = Field(default_factory=dict)
+    """Tasks of the lm-evaluation-harness by name."""
+    generation: Generation | None = None
+    """Samples for people to read, and for how long a compressed model writes what the original does; null: none."""
 
     @model_validator(mode="after")
     def _texts_are_there(self) -> Validation:
@@ -149,6 +192,11 @@ class Validation(Section):
             if bound.text not in self.sources:
                 raise ValueError(f"bounds.{index}.text: {bound.text!r}: expected one of {', '.join(self.sources)}")
         return self
+
+    @property
+    def runs_whole(self) -> bool:
+        """Whether models are run as a whole, and not block by block alone."""
+        return bool(self.tasks) or self.generation is not None
 
     @property
     def sources(self) -> Mapping[str, tuple[Tokens, int | None]]:

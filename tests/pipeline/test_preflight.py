@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from counterweight.pipeline.preflight import check_apart, look, positions
+from counterweight.pipeline.model_files import positions_of
+from counterweight.pipeline.preflight import check_apart, look
 from counterweight.workers.errors import RequestError
 from tests.inprocess import RecordedProgress, run_job
 from tests.models import checkpoint
@@ -59,7 +60,7 @@ def foreign(root: Path) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
-    "no model": (lambda root: None, ["spec.model.uri=/nope"], "config.json: not found"),
+    "no model": (lambda root: None, ["spec.model.uri=/nope"], "spec.model.uri: file:///nope: no such folder"),
     "an unknown model": (foreign, [], "model_type: 'bloom': expected one of"),
     "no weights": (lambda root: (root / "model" / "model.safetensors").unlink(), [], "neither model.safetensors"),
     "a pipe for a config": (fifo("model/config.json"), [], "a named pipe: expected a regular file"),
@@ -96,7 +97,8 @@ def test_a_wrong_request_costs_neither_ray_nor_torch(honest: Path, tmp_path: Pat
         timeout=PATIENCE,
     )
     code, loaded = json.loads(ran.stdout.splitlines()[-1])
-    (line,) = ran.stderr.splitlines()
+    doing, line = ran.stderr.splitlines()
+    assert doing == "stage looking at the model and its texts"
     assert code == 2
     assert line.startswith("error: ")
     assert re.search(said, line)
@@ -148,8 +150,8 @@ def test_looking_leaves_nothing_in_the_output(honest: Path) -> None:
 
 
 def test_windows_beyond_the_models_positions_are_noted(tmp_path: Path) -> None:
-    checkpoint("llama", tmp_path / "model", num_hidden_layers=1, max_position_embeddings=16)
     progress = RecordedProgress()
+    checkpoint("llama", tmp_path / "model", num_hidden_layers=1, max_position_embeddings=16)
     recipe = {"weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "rtn"}}}
     run_job(tmp_path / "model", tmp_path / "out", recipe, progress=progress, validation=None)
     (note,) = progress.notes
@@ -168,7 +170,7 @@ def test_windows_beyond_the_models_positions_are_noted(tmp_path: Path) -> None:
     ],
 )
 def test_how_many_positions_a_model_has(config: dict[str, object], known: int | None) -> None:
-    assert positions(config) == known
+    assert positions_of(config) == known
 
 
 def test_windows_of_a_validation_beyond_the_models_positions_are_refused(honest: Path) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 
 from counterweight.workers.calibration import encoder_process
+from counterweight.workers.calibration.chat_template import ChatTemplate, Message, without_template
 from counterweight.workers.calibration.encoder_process import read_frame, write_frame
 from counterweight.workers.errors import RequestError, SurroundingsError
 
@@ -31,12 +33,13 @@ Pieces = Callable[[], Iterator[str]]
 class Encoder:
     """A running tokenizer. A context manager; RequestError, naming tokenizer.json, for whatever it does but give ids.
 
-    tokenizer: tokenizer.json; truncation and padding that it asks for are not done.
+    tokenizer: tokenizer.json; truncation and padding that it asks for are not done. chat: for data sets of conversations.
     """
 
-    def __init__(self, tokenizer: bytes) -> None:
+    def __init__(self, tokenizer: bytes, chat: ChatTemplate | None = None) -> None:
         if len(tokenizer) > MAX_TOKENIZER_BYTES:
             raise RequestError(f"tokenizer.json: {len(tokenizer)} bytes, expected at most {MAX_TOKENIZER_BYTES}")
+        self._chat, self._converses = chat, False
         self._process = subprocess.Popen(
             # -P: the script's folder holds modules that are called as some of Python's own.
             [sys.executable, "-P", encoder_process.__file__],
@@ -70,6 +73,20 @@ class Encoder:
         found = self._divided(pieces(), wanted, field, framed=framed)
         return self._whole(pieces(), field, framed=framed) if found is None else found
 
+    def text_of(self, messages: Sequence[Message], where: str) -> str:
+        """A conversation through the model's chat template. where: what it is called in messages. RequestError without a
+        template, and for one that fails."""
+        if self._chat is None:
+            return without_template(messages, where)
+        try:
+            if not self._converses:
+                self._ask(b"C", self._chat.to_bytes(), "")
+                self._converses = True
+            return self._answer(b"M", json.dumps(messages, default=str).encode(), "")[1].decode()
+        except RequestError as error:
+            said = str(error).removeprefix("tokenizer.json: ")
+            raise RequestError(f"{where}: the model's chat template: {said}") from error
+
     def _divided(self, pieces: Iterable[str], wanted: int | None, field: str, *, framed: bool) -> array[int] | None:
         """None where parts of the text have other tokens than the whole."""
         self._ask(b"B", b"0%d" % framed, field)
@@ -100,6 +117,10 @@ class Encoder:
 
     def _ask(self, kind: bytes, payload: bytes, field: str) -> array[int] | None:
         """Ids, or None for a text that cannot be divided."""
+        answer, data = self._answer(kind, payload, field)
+        return None if answer == b"U" else array("I", data)
+
+    def _answer(self, kind: bytes, payload: bytes, field: str) -> tuple[bytes, bytes]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         where = f" on the text of {field}" if field else ""
@@ -111,7 +132,7 @@ class Encoder:
         if answer == b"F":
             said = " ".join(data.decode(errors="replace").split())[:300]
             raise RequestError(f"tokenizer.json: {said}{where}")
-        return None if answer == b"U" else array("I", data)
+        return answer, data
 
     def _died(self, where: str) -> RequestError | SurroundingsError:
         code = self._process.wait()

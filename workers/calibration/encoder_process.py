@@ -6,13 +6,15 @@ limits of its own, and the worst that comes of it is a dead process.
 
 Frames, both ways: a byte for the kind, eight for the payload's length (little-endian), the payload. To this process: `L`
 tokenizer.json; `S` asks for special tokens; `B` a text begins (payload: two digits, 1 to take it whole and 1 to frame it by
-special tokens); `T` its next piece, UTF-8; `E` it ends (payload: bytes that are to be taken now). Each is answered: `I`
-further ids (uint32), `U` where parts of the text have other tokens than the whole, `F` with what went wrong. The answer to `S`:
-how many tokens stand before a text, then these and those behind it.
+special tokens); `T` its next piece, UTF-8; `E` it ends (payload: bytes that are to be taken now); `C` a chat template; `M` a
+conversation for it, as JSON. Each is answered: `I` further ids (uint32), `R` a conversation's text, `U` where parts of the
+text have other tokens than the whole, `F` with what went wrong. The answer to `S`: how many tokens stand before a text, then
+these and those behind it.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
@@ -22,7 +24,9 @@ from array import array
 from typing import IO, TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from jinja2 import Template
 
 HEAD = 9
 
@@ -196,12 +200,15 @@ class Server:
         self._model: Model | None = None
         self._memory = MEMORY
         self._stream: Stream | None = None
+        self._chat: tuple[Template, Mapping[str, str]] | None = None
 
     def answer(self, kind: bytes, payload: bytes) -> tuple[bytes, bytes]:
         """The answer to a frame."""
         if kind == b"L":
             self._load(payload)
             return b"I", b""
+        if kind in (b"C", b"M"):
+            return self._converse(kind, payload)
         if kind == b"B":
             assert self._model is not None
             self._stream = Stream(self._model, whole=payload[:1] == b"1", framed=payload[1:] == b"1")
@@ -219,6 +226,17 @@ class Server:
         except Undivided:
             return b"U", b""
         return b"I", array("I", ids).tobytes()
+
+    def _converse(self, kind: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        from counterweight.workers.calibration.chat_template import compiled, rendered
+
+        _allow(LOAD_SECONDS + SECONDS_PER_BYTE * len(payload))
+        _hold(self._memory + MEMORY_PER_TEXT_BYTE * len(payload))
+        if kind == b"C":
+            self._chat = compiled(payload)
+            return b"I", b""
+        assert self._chat is not None
+        return b"R", rendered(*self._chat, json.loads(payload)).encode()
 
     def _load(self, data: bytes) -> None:
         from tokenizers import Tokenizer

@@ -42,7 +42,8 @@ class TokensSource(Config):
 
 
 class DatasetSource(Config):
-    """A Hugging Face dataset, by hub name, local directory or file; its text column is joined by blank lines."""
+    """A Hugging Face dataset, by hub name, local directory or file; its text column is joined by blank lines, a column of
+    conversations (lists of messages with a role) goes through the model's chat template."""
 
     kind: Literal["dataset"] = "dataset"
     path: Name
@@ -53,7 +54,7 @@ class DatasetSource(Config):
     split: Name = "train"
     """Part of the data set."""
     column: Name = "text"
-    """Column that holds the text."""
+    """Column that holds the text, or the messages."""
     rows: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     """Read at most this many rows; absent: all."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from counterweight.workers.calibration.source import SpecialTokens, TokenSource, TokensSource
 from counterweight.workers.calibration.texts import open_text
-from counterweight.workers.calibration.windows import Sampling, Windows, encoder, windows
+from counterweight.workers.calibration.windows import AnyTokenizer, Sampling, Windows, encoder, windows
 from counterweight.workers.checkpoint.digest import tensor_digest
 from counterweight.workers.checkpoint.writer import read_safetensors
 from counterweight.workers.errors import CheckpointError, RequestError
@@ -55,7 +55,7 @@ class TokenSet:
 
 def token_set(
     source: TokenSource,
-    tokenizer: bytes | None,
+    tokenizer: AnyTokenizer,
     *,
     length: int,
     sequences: int | None,
@@ -67,7 +67,7 @@ def token_set(
 ) -> TokenSet:
     """Windows of `length` tokens.
 
-    tokenizer: the model's tokenizer.json; not needed for prepared tokens.
+    tokenizer: the model's; not needed for prepared tokens.
     sequences: how many windows; None for as many non-overlapping ones as there are. sampling: consecutive windows from
     the start, or windows at random offsets (`random.Random(seed)`, overlaps possible). further: behind these, so many windows
     that share no token with them, or as many as there are. special_tokens: what begins with the tokenizer's token for a

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from array import array
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from counterweight.workers.calibration.chat_template import ChatTemplate
 from counterweight.workers.calibration.encoder import Encoder
 from counterweight.workers.calibration.source import DatasetSource, SpecialTokens, StandardLibrarySource, TextSource
 from counterweight.workers.calibration.texts import pieces_of
@@ -17,11 +19,26 @@ Windows: TypeAlias = "list[array[int]]"
 """Token ids, one array for each window; all of one length."""
 
 
-def encoder(tokenizer: bytes | None, field: str) -> Encoder:
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """What a model brings: tokenizer.json, and the chat template where it has one."""
+
+    tokenizer: bytes
+    chat: ChatTemplate | None = None
+
+
+AnyTokenizer: TypeAlias = "TokenizerFiles | bytes | None"
+"""A model's files, a tokenizer.json alone, or none."""
+
+
+def encoder(tokenizer: AnyTokenizer, field: str) -> Encoder:
     """The model's tokenizer, running; RequestError, naming `field`, without a tokenizer.json."""
     if tokenizer is None:
-        raise RequestError(f"{field}: the model has no tokenizer.json: expected one, or a source of kind 'tokens'")
-    return Encoder(tokenizer)
+        raise RequestError(
+            f"{field}: the model has no tokenizer.json: expected one, or a source of kind 'tokens'; of a tokenizer.model "
+            "transformers' AutoTokenizer makes one (from_pretrained, save_pretrained)"
+        )
+    return Encoder(tokenizer) if isinstance(tokenizer, bytes) else Encoder(tokenizer.tokenizer, tokenizer.chat)
 
 
 def windows(
@@ -48,7 +65,7 @@ def windows(
         )
     consecutive = sampling == "consecutive"
     wanted = (sequences + further) * inner if consecutive and sequences is not None else None
-    stream = running.ids(lambda: pieces_of(source, field), wanted, field, framed=not of_window)
+    stream = running.ids(lambda: pieces_of(source, field, running.text_of), wanted, field, framed=not of_window)
     available = len(stream) // inner
     count = available if sequences is None else sequences
     if available < max(count, 1):

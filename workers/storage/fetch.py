@@ -16,6 +16,8 @@ from typing import Protocol
 from counterweight.workers.errors import IntegrityError, RequestError, StorageError
 from counterweight.workers.storage.regular import check_regular, confined
 
+PARTIAL = ".partial"
+"""Behind the name of a file that is not whole yet."""
 PART = 8 << 20
 """Bytes of a range."""
 
@@ -62,7 +64,7 @@ def fetch(store: Source, key: str, path: Path, *, size: int, sha256: str, root: 
     store does, `StorageError` also when the disk is full or another process downloads to the same path, and
     `RequestError` when the path cannot be written, or a link leads out of `root`.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     for each in (path, partial):
         confined(root or path.parent, each)
     with _failing(partial):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from counterweight.pipeline.artifact.report import GateReport, Report, labelled
+from counterweight.pipeline.artifact.report import Report, labelled
 from counterweight.pipeline.artifact.report_html.markup import Markup, join, tag
 from counterweight.pipeline.artifact.report_html.tables import code, section, table
 from counterweight.pipeline.artifact.report_html.text import NONE, exact
+from counterweight.pipeline.artifact.verdict import GateReport
 from counterweight.workers.metrics import METRICS, kl_by_position
 
 
 def judged_sections(report: Report) -> Markup:
     """Sections that have something to show."""
-    return join([*_gates(report), *_texts(report), *_drift(report)])
+    return join([*_gates(report), *_texts(report), *_benchmarks(report), *_drift(report), *_samples(report)])
 
 
 def _gates(report: Report) -> list[Markup]:
@@ -40,6 +41,18 @@ def _texts(report: Report) -> list[Markup]:
     return [section("Further texts", table(["", *labelled(next(iter(report.texts.values())).qualities)], rows))]
 
 
+def _benchmarks(report: Report) -> list[Markup]:
+    rows, head = [], []
+    for name, task in report.benchmarks.items():
+        shown = labelled(task.scores)
+        head = list(shown)
+        for metric in next(iter(shown.values())):
+            rows.append(
+                (f"{name}: {metric}", f"{task.items:,}", *(exact(found[metric], ".4f") for found in shown.values()))
+            )
+    return [section("Tasks", table(["", "items", *head], rows))] if rows else []
+
+
 def _drift(report: Report) -> list[Markup]:
     """Of all texts, the models that are measured apart from the original."""
     rows = []
@@ -53,3 +66,21 @@ def _drift(report: Report) -> list[Markup]:
         return []
     about = "Mean divergence from the original in nats, by position in a window: does the error grow with the context?"
     return [section("Drift", tag("p", about), table(["position", *head], rows))]
+
+
+def _samples(report: Report) -> list[Markup]:
+    """What models write after the same prompts, and for how long it is the same."""
+    generation = report.generation
+    if generation is None:
+        return []
+    means = ", ".join(f"{label} {mean:.1f}" for label, mean in list(labelled(generation.longest_common).items())[1:])
+    about = (
+        f"Greedy, {generation.new_tokens} tokens. Tokens in a row that are the original's, mean over samples: {means}. Small "
+        "differences part two texts for good: read them, they are no measure."
+    )
+    parts = []
+    for sample in generation.samples:
+        common = labelled(sample.common)
+        rows = [(f"{label} ({common[label]})", text) for label, text in labelled(sample.texts).items()]
+        parts.append(table(["prompt", sample.prompt], rows, class_=""))
+    return [section("Samples", tag("p", about), *parts)]

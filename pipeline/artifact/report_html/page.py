@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import yaml
 
 from counterweight.pipeline.artifact.report import Quality, Report, TokensReport
-from counterweight.pipeline.artifact.report_html import cost, quality
+from counterweight.pipeline.artifact.report_html import cost, making, quality
 from counterweight.pipeline.artifact.report_html.coverage import coverage_section, fallback_section
 from counterweight.pipeline.artifact.report_html.judged import judged_sections
 from counterweight.pipeline.artifact.report_html.markup import Markup, tag
@@ -14,6 +16,9 @@ from counterweight.pipeline.artifact.report_html.style import STYLE
 from counterweight.pipeline.artifact.report_html.tables import code, facts, fold, section, table
 from counterweight.pipeline.artifact.report_html.text import NONE, count, percent, recipe_line
 from counterweight.workers.tasks.records import ModuleReport
+
+FIRST = 50
+"""Modules of a table in another order."""
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Even if a string escaped its quotes, a browser would load nothing and run nothing."""
@@ -46,6 +51,8 @@ def render(report: Report) -> str:
         coverage_section(report.modules),
         fallback_section(report.modules),
         cost.task_section(report),
+        *making.earlier_section(report),
+        *making.making_section(report),
         _data_section(report),
         _details(report),
         tag("footer", f"Report of schema version {report.schema_version}, made from report.json beside this page."),
@@ -68,6 +75,7 @@ def _header(report: Report) -> Markup:
                     tag("span", code(model.uri), f" ({model.model_type}, {count(model.parameters, 'parameter')})"),
                 ),
                 ("created", report.created),
+                *([] if (sizes := making.size_line(report)) is None else [("size", sizes)]),
             ]
         ),
         tag("div", *_tiles(report), class_="tiles"),
@@ -158,8 +166,27 @@ def _details(report: Report) -> Markup:
         "In full",
         fold("Recipe and calibration (YAML)", tag("pre", _yaml(recipe))),
         fold(f"All modules ({len(report.modules):,})", _module_table(report.modules)),
+        *_ordered(report.modules),
         fold(f"All tasks ({len(report.tasks):,})", cost.task_table(report.tasks)),
     )
+
+
+def _ordered(modules: tuple[ModuleReport, ...]) -> list[Markup]:
+    """The first of all modules by what people look for: a page without scripts cannot be sorted."""
+    orders: dict[str, Callable[[ModuleReport], float]] = {
+        "Largest error": lambda module: module.error_after or 0.0,
+        "Longest solve": lambda module: module.seconds,
+        "Fewest tokens": lambda module: -module.tokens,
+    }
+    if len(modules) <= FIRST:
+        return [
+            fold(f"Modules by: {name.lower()}", _module_table(tuple(sorted(modules, key=by, reverse=True))))
+            for name, by in orders.items()
+        ]
+    return [
+        fold(f"{name}: the first {FIRST} modules", _module_table(tuple(sorted(modules, key=by, reverse=True)[:FIRST])))
+        for name, by in orders.items()
+    ]
 
 
 def _yaml(value: object) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from counterweight.pipeline.artifact.report import GateReport, Quality, Report, TextReport, TokensReport
+from counterweight.pipeline.artifact.report import Quality, Report, TextReport, TokensReport
+from counterweight.pipeline.artifact.verdict import GateReport
 from counterweight.pipeline.judging.gates import base_model_problem, check, judge
 from counterweight.pipeline.manifest import FurtherText, Gates, Validation
 from counterweight.pipeline.manifest.validation import Bound

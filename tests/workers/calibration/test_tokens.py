@@ -132,7 +132,7 @@ def test_a_dataset_is_joined_by_blank_lines(tmp_path: Path, tokenizer: bytes) ->
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ('{"text": [{"role": "user", "content": "w1"}]}\n' * 5, r"column: 'text': row 0 of dataset .*holds a list"),
+        ('{"text": [{"role": "user", "content": "w1"}]}\n' * 5, r"column: 'text': row 0 of dataset .*holds messages"),
         ('{"text": 5}\n' * 5, r"row 0 .*holds a int: expected text"),
         ('{"text": "w1"}\n{"text": null}\n', r"row 1 .*holds a NoneType: expected text"),
         ('{"text": "w1"}\n\n{"text": "w3"\n', r"dataset '.*': .*JSON parse error"),
