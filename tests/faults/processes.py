@@ -46,17 +46,23 @@ class ProcessDrills:
         }
 
     def _run(self, command: Command, strike: Strike, draw: Random) -> str:
+        variant = drawn(self._site, draw)
         with self._site.directory() as output:
-            return struck(self._site, output, command, strike, draw)
+            return struck(self._site, variant, output, command, strike, draw)
 
 
-def struck(site: Site, output: str, command: Command, strike: Strike, draw: Random) -> str:
-    """Runs a job whose variant and moment are drawn."""
+def drawn(site: Site, draw: Random) -> str:
+    """One of the variants, which has been run undisturbed."""
     variant = draw.choice(list(VARIANTS))
+    site.undisturbed(variant)
+    return variant
+
+
+def struck(site: Site, variant: str, output: str, command: Command, strike: Strike, draw: Random) -> str:
+    """Runs a job; what is done to it comes at a moment that is drawn."""
     settings = ["--output", output, *command.arguments]
     for override in VARIANTS[variant]:
         settings += ["--set", override]
-    site.undisturbed(variant)
     job, run = site.job(variant, output), Run(site.manifest, *settings, start=command.start)
     below: list[int] = []
     expected: tuple[int, ...] = ()
