@@ -155,6 +155,10 @@ def test_of_a_metric_of_which_less_is_better_a_rise_is_the_drop() -> None:
 def test_a_bound_on_a_metric_that_the_task_does_not_have_is_refused() -> None:
     with pytest.raises(RequestError, match=r"max_drop.f1: expected one of acc$"):
         judged(score(1), score(1), max_drop={"f1": 0.5})
+    whole = {"words": TaskScore(items={}, scores={"acc": 0.5}, higher_is_better={"acc": True})}
+    assert judged(whole, whole, max_drop={"acc": 0.5}).passed
+    with pytest.raises(RequestError, match=r"^spec.validation.tasks.words.significance: 0.05: expected null"):
+        judged(whole, whole, max_drop={"acc": 0.5}, significance=0.05)
     assert benchmarks({}) == {}
 
 
