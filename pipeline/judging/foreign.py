@@ -48,8 +48,8 @@ class Foreign:
         files = sorted(folder.glob("*.safetensors"))
         if not (folder / "config.json").is_file() or not files:
             raise RequestError(
-                f"{uri}: no artifact.json and no latest.json, nor config.json and weights in safetensors: expected an artifact, "
-                "or a checkpoint that transformers loads"
+                f"{uri}: no artifact.json and no latest.json, nor config.json and weights in safetensors: expected an "
+                "artifact, or a checkpoint that transformers loads"
             )
         try:
             config = json.loads((folder / "config.json").read_text())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from counterweight.pipeline.artifact.report import Report
 from counterweight.pipeline.artifact.verdict import GateReport
@@ -201,16 +202,40 @@ def test_scores_are_those_of_the_harness_own_route(tmp_path: Path) -> None:
     assert "Tasks" in (artifact / "report" / "report.html").read_text()
 
 
+def answered_by(model: Path, rows: Path) -> None:
+    """Makes the model's own choice the right answer of every item: the most likely words behind the question."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    items = [json.loads(line) for line in rows.read_text().splitlines()]
+
+    def ids(text: str) -> list[int]:
+        return [int(word[1:]) for word in text.split()]
+
+    def likelihood(question: str, choice: str) -> float:
+        context, words = ids(question), ids(choice)
+        with torch.no_grad():
+            found = torch.log_softmax(loaded(torch.tensor([context + words])).logits[0], -1)
+        places = range(len(context) - 1, len(context) + len(words) - 1)
+        return sum(float(found[place, word]) for place, word in zip(places, words, strict=True))
+
+    for item in items:
+        scores = [likelihood(item["question"], choice) for choice in item["choices"]]
+        item["answer"] = scores.index(max(scores))
+    rows.write_text("\n".join(map(json.dumps, items)) + "\n")
+
+
 @needs_harness
 def test_a_job_whose_model_loses_too_much_on_a_task_publishes_nothing(tmp_path: Path) -> None:
     manifest = with_special_tokens(write_job(tmp_path / "job", layers=1))
     path = write_task(tmp_path / "tasks")
+    answered_by(manifest.parent / "model", tmp_path / "tasks" / "words.jsonl")
     bad = (
         "spec.recipe.weights={bits: 2, group_size: null, quantizer: {kind: rtn}}",
         "spec.recipe.compensation={kind: none}",
     )
     loses = f"spec.validation.tasks={{words: {{uri: '{path}', limit: 20, max_drop: {{acc: 0.0}}}}}}"
-    with pytest.raises(GateError, match=r"^spec.validation.tasks.words.max_drop.acc: 0\.\d+ worse \(acc "):
+    with pytest.raises(
+        GateError, match=r"^spec.validation.tasks.words.max_drop.acc: 0\.\d+ worse \(acc 0\.\d+, original 1\.0000"
+    ):
         run_local(job_of(manifest, loses, *bad))
     wrong = write_task(tmp_path / "wrong", CONFIG.replace("{{question}}", "{{questions}}"))
     with pytest.raises((RequestError, GateError), match=r"spec.validation.tasks.words: "):
