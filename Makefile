@@ -31,7 +31,7 @@ fuzz-api: $(INSTALLED)
 	@build/schemathesis/bin/pip install --quiet --disable-pip-version-check 'schemathesis==4.32.5'
 	$(BIN)/python -m tests.pipeline.service.fuzzed_api --st build/schemathesis/bin/st
 
-# Driver, workers, Ray's processes and storage killed, frozen, refusing, slow or wrong, at moments that seeds choose; the suite
+# Driver, workers, Ray's processes, storage and networks killed, frozen, cut, refusing, slow or wrong, at moments that seeds choose; the suite
 # has a short form of it. What fails is named: `python -m tests.faults --kind "KIND" --seeds N:N+1` makes it again.
 faults: $(INSTALLED)
 	$(BIN)/python -m tests.faults --seeds $(SEEDS)
