@@ -66,6 +66,7 @@ def ask(model: PreTrainedModel, documents: Documents) -> dict[str, TaskScore]:
 
 def _score(language_model: object, name: str, task: TaskDocument) -> TaskScore:
     import datasets
+    from jinja2 import TemplateError
     from lm_eval import simple_evaluate
     from lm_eval.api.task import ConfigurableTask
 
@@ -81,7 +82,7 @@ def _score(language_model: object, name: str, task: TaskDocument) -> TaskScore:
             log_samples=True,
             bootstrap_iters=0,
         )
-    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError, TemplateError) as error:
         said = " ".join(str(error).split())[:300]
         raise RequestError(
             f"spec.validation.tasks.{name}: the harness refuses it: {type(error).__name__}: {said}"
