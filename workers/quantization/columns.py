@@ -41,7 +41,8 @@ class Columns:
         rows, columns = weights[0].shape
         self._target = weights[0].new_empty(len(weights), columns, rows)
         for target, weight, order in zip(self._target, weights, orders, strict=True):
-            torch.index_select(weight.T, 0, order, out=target)
+            # Transposed first: rows are gathered faster than columns.
+            torch.index_select(weight.T.contiguous(), 0, order, out=target)
         self._format = grids[0].format
         width = self._format.columns_per_group(columns)
         self._groups = torch.stack([order // width for order in orders])
@@ -89,9 +90,9 @@ class Columns:
 
     def _sweep(self, pull: Sequence[Tensor], codes: Tensor, error: Tensor, block_size: int) -> Tensor:
         """One pass of `descend`. error: target minus value of each code, kept up to date."""
-        updated, change = torch.empty_like(codes), torch.empty_like(codes[:, 0])
-        before, after, errors = (matrix.unbind(1) for matrix in (codes, updated, error))
-        passed = change.unsqueeze(1)
+        updated, change = torch.empty_like(codes), torch.empty_like(codes[:, :block_size])
+        before, after, changes = (matrix.unbind(1) for matrix in (codes, updated, change))
+        passed = change.unsqueeze(2).unbind(1)
         for start, stop in self._blocks(block_size):
             slope = torch.empty_like(error[:, start:stop], memory_format=torch.contiguous_format)
             for own, weights, made in zip(slope, pull, error, strict=True):
@@ -100,10 +101,10 @@ class Columns:
             steps, bounds = self._steps(start, stop), self._bounds(start, stop)
             for place, j in enumerate(range(start, stop)):
                 _clamp(torch.addcdiv(before[j], slopes[place], steps[place], out=after[j]).round_(), bounds[place])
-                torch.sub(after[j], before[j], out=change).mul_(steps[place])
-                errors[j].sub_(change)
+                torch.sub(after[j], before[j], out=changes[place]).mul_(steps[place])
                 slope = slope.narrow(1, 1, stop - j - 1)
-                slope.addcmul_(pulls[place], passed, value=-1)
+                slope.addcmul_(pulls[place], passed[place], value=-1)
+            error[:, start:stop].sub_(change[:, : stop - start])
         return updated
 
     def restore(self, codes: Tensor) -> list[Tensor]:
