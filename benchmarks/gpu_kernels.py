@@ -37,6 +37,7 @@ from counterweight.kernels.gpu.weight_gemm import weight_gemm
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.residual import ResidualStore
 from counterweight.kernels.weights.uniform import UniformWeight
+from counterweight.workers.calibration.triangle import LowerTriangle
 
 SHAPES = {
     "8B qkv": (6144, 4096),
@@ -361,7 +362,7 @@ def helpers(found: Machine, shapes: dict[str, tuple[int, int]]) -> Iterator[Row]
         own = Hadamard(size=width)
         taken = seconds([lambda x=x, h=own: transform(x, h)])  # type: ignore[misc]
         yield row("Hadamard", str(width), tokens, taken, found.floor(2 * x.nbytes))
-        gram = torch.zeros(width, width, device=DEVICE)
+        gram = LowerTriangle.zeros(width, torch.float64, DEVICE).entries
         taken = seconds([lambda g=gram, x=x: add_gram_(g, x)])  # type: ignore[misc]
         dense = seconds([lambda x=x: x.T @ x])  # type: ignore[misc]
         yield row("Gram, lower triangle", str(width), tokens, taken, found.floor(0, tokens * width**2), dense)

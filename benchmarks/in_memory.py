@@ -73,7 +73,7 @@ class Model:
             heads = dict.fromkeys((BASELINE, TRIAL), self.head)
             windows = measure(hidden, text.original.__getitem__, text.tokens, heads, POOL, {})[TRIAL]
             for metric, digits in ((perplexity.METRIC, ".2f"), (kl.METRIC, ".5f")):
-                found.append(f"{metric.over_windows([window[metric.name] for window in windows]):{digits}}")
+                found.append(f"{metric.over_windows([window[metric.name] for window in windows.metrics]):{digits}}")
         return found
 
 

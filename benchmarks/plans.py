@@ -2,8 +2,8 @@
 
     python benchmarks/plans.py [MODEL ...] [--device H100-80G] [--record]
 
-Nothing is measured: the rates are those of `pipeline/rates.py`. Calibrated on 512 x 2048 tokens in bfloat16,
-validated on 160 windows of 2048 tokens, read and written at the rate of storage that is told.
+Nothing is measured: the rates are those of `pipeline/rates.py`. Calibrated on 512 x 2048 tokens, validated on 160 windows of
+2048, both in bfloat16 as the manifests of GPU jobs have it; read and written at the rate of storage that is told.
 """
 
 from __future__ import annotations
@@ -59,7 +59,11 @@ def job_of(model: str, uri: str, recipe: Mapping[str, Any], workers: int) -> Com
                     "compute_dtype": "bfloat16",
                 },
                 "recipe": recipe,
-                "validation": {"text": {"kind": "standard_library", "part": "evaluation"}, "windows": 160},
+                "validation": {
+                    "text": {"kind": "standard_library", "part": "evaluation"},
+                    "windows": 160,
+                    "compute_dtype": "bfloat16",
+                },
                 "resources": {"workers": workers, "gpus_per_worker": 1},
                 "output": {"uri": uri},
             },

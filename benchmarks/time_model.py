@@ -1,7 +1,7 @@
 """The time model of `counterweight plan` against blocks that run on this machine: predicted beside measured.
 
     python benchmarks/time_model.py [CASE ...] [--record]
-    python benchmarks/time_model.py --device cuda [CASE ...] [--record]
+    python benchmarks/time_model.py --device cuda [CASE ...] [--sequences N] [--record]
     python benchmarks/time_model.py [--device cuda] --rates FILE
 
 Measures the rates of this machine by kind of work, then calibrates and compresses single blocks with the shapes of published
@@ -18,7 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.rates import START, TASK, Rates
 from counterweight.pipeline.resolve import block_recipe
 from counterweight.workers.arithmetic import arithmetic
-from counterweight.workers.calibration.statistics import NOTHING_ELSE, ShardMoments
+from counterweight.workers.calibration.statistics import Accumulator
 from counterweight.workers.context import DTYPES
 from counterweight.workers.footprint import footprint
 from counterweight.workers.matrix_flops import cholesky, eigh, product
@@ -123,7 +123,8 @@ def measured_rates(device: Device, size: int | None = None) -> Rates:
         return count / watch.mean(run)
 
     def grams(rows: Tensor) -> float:
-        return rate(2 * size * size * (size + 128), lambda: ShardMoments.of(rows, NOTHING_ELSE))
+        sums = Accumulator(size, device)
+        return rate(2 * size * size * (size + 128), lambda: sums.add_rows(rows))
 
     products = product(2 * size, size, size).products32
     return Rates(
@@ -225,14 +226,16 @@ def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
         propagate="original",
     )
     worker, watch = Worker(device, 1), Stopwatch(device)
+    print("  checkpoint and inputs are made", flush=True)
     started = watch.now()
     worker.run(Calibrate(block=spec, shards=len(inputs), stop=len(inputs)))
     between = watch.now()
+    print(f"  calibrated in {between - started:.2f} s", flush=True)
     record = worker.run(Compress(block=spec))
     ended = watch.now()
     worker.close()
     return Compared(
-        predicted=predicted.steps,
+        predicted={**predicted.steps, **predicted.streamed(predicted.shards)},
         peak=footprint(load).peak,
         calibrating=between - started,
         compressing=ended - between,
@@ -320,6 +323,7 @@ def main() -> None:
         "cases", nargs="*", help=f"of {', '.join([*CPU_CASES, *GPU_CASES, *TINY])}; default: the device's"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--sequences", type=int, help="of calibration, in the place of what a case has")
     parser.add_argument("--rates", type=Path, help="only measure rates, and write them to this file")
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
@@ -332,7 +336,13 @@ def main() -> None:
         return
     usual = CPU_CASES if device == "cpu" else GPU_CASES
     every = {**CPU_CASES, **GPU_CASES, **TINY}
-    body = _work_of({name: every[name] for name in arguments.cases or usual}, rates, device) + "\n\n" + _shown(rates)
+    cases = {name: every[name] for name in arguments.cases or usual}
+    if arguments.sequences is not None:
+        cases = {
+            f"{name}, {arguments.sequences} sequences": replace(case, sequences=arguments.sequences)
+            for name, case in cases.items()
+        }
+    body = _work_of(cases, rates, device) + "\n\n" + _shown(rates)
     print(body)
     if arguments.record:
         about = f"{_named(device)}. {versions('torch', 'transformers')}."

@@ -16,6 +16,18 @@ from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
 
 
+def compensated_product(
+    inner: Tensor, x: Tensor, weight: StoredWeight, branch: LowRank | None, bias: Tensor | None = None
+) -> Tensor:
+    """inner W^T + (x D^T) U^T + b: what a compensated layer is but for its residual. inner: x as the codes are given it,
+    quantized or not; both [..., in]. bias: [out], of x's dtype. Returns [..., out]."""
+    y = weight.linear(inner, bias)
+    if branch is None:
+        return y
+    up, down = branch.factors(x.dtype)
+    return y + functional.linear(functional.linear(x, down), up)
+
+
 class CompensatedLinear(nn.Module):
     """y = Q(x) W^T + (x D^T) U^T + b, with W from its stored form, Q the activation quantizer (identity when weight-only)
     and U D the low-rank branch, which always sees the unquantized x. With a `transform`, x is the transformed input
@@ -87,11 +99,7 @@ class CompensatedLinear(nn.Module):
             x = self.transform.apply(x)
         inner = x if self.activations is None else fake_quantize_activations(x, self.activations)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = self.weight.linear(inner, bias)
-        branch = self.low_rank()
-        if branch is not None:
-            up, down = branch.factors(x.dtype)
-            y = y + functional.linear(functional.linear(x, down), up)
+        y = compensated_product(inner, x, self.weight, self.low_rank(), bias)
         if self.residual is not None and (not self.decode_only or is_decoding(x)):
             y = y + self.residual.apply(x).to(x.dtype)
         return y

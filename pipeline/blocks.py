@@ -2,6 +2,7 @@
 
     propagate: original     embed ──> calibrate 0 ──> calibrate 1 ──> ...      compress k uses what calibrate k left in memory
     propagate: compressed   embed ──> compress 0  ──> compress 1  ──> ...
+    ... in segments         embed ──> calibrate 0 ──> calibrate 1 ──> ..., of which each segment's first compress takes the last
     a budget of bits        calibrate k ──> gains k, all gains ──> the shares ──> every compress
 
 In `original` shards of tokens stream through the blocks: a block is calibrated in stretches of shards, one task each, on the
@@ -12,7 +13,8 @@ at a time as there are workers, and each is compressed where its statistics are 
     block 1      s0 s1 s2 s3 compress
 
 With a budget a block is calibrated once where its statistics fit in memory until the budget is shared out (`HOLD_BYTES`),
-otherwise twice. In `compressed` gains are measured on the original's activations, so statistics are gathered twice.
+otherwise twice. In `compressed` gains are measured on the original's activations, so statistics are gathered twice. Segments
+need no statistics of the original, which only runs over the blocks before the last of them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import takewhile
+from math import sqrt
 from typing import Literal, Protocol
 
 from counterweight.pipeline.graph import Graph, Node
@@ -94,9 +97,14 @@ def add_blocks(
     propagate: Literal["original", "compressed"],
     budget: Budget | None = None,
     stretches: Sequence[range],
+    segment: int | None = None,
+    workers: int = 1,
 ) -> Blocks:
-    """Nodes for all blocks behind the embedding. stretches: of the shards, in order, in which blocks are calibrated."""
+    """Nodes for all blocks behind the embedding. stretches: of the shards, in order, in which blocks are calibrated. segment:
+    blocks after which one in `compressed` sees the original's activations again; None: none does. workers: that share the
+    blocks, so that each knows which it takes next."""
     count = len(recipes)
+    borders = range(0, count, segment or count)  # the first block of each segment
     # Whether what enters a block in the original model goes beside what enters the compressed one.
     paired = propagate == "compressed" and any(part.regresses for recipe in recipes for part in recipe.values())
     ends: list[Sequence[Node[HiddenRecord]]] = [[embedded]]
@@ -111,7 +119,8 @@ def add_blocks(
 
     def calibrate(index: int, stretch: range) -> Calibrate:
         spec = spec_of(index, recipes[index], entering(index), (), "original")
-        return Calibrate(block=spec, shards=stretches[-1].stop, start=stretch.start, stop=stretch.stop)
+        passing = propagate == "compressed" and budget is None
+        return Calibrate(block=spec, shards=stretches[-1].stop, start=stretch.start, stop=stretch.stop, passing=passing)
 
     def measure(index: int) -> Gains:
         spec = spec_of(index, recipes[index], entering(index), (), "original")
@@ -122,40 +131,51 @@ def add_blocks(
         return recipes if budget is None else budget.share({index: node.value for index, node in gains.items()})
 
     def compress(index: int) -> Compress:
-        if propagate == "original" or index == 0:
+        if propagate == "original" or index in borders:
             inputs = entering(index)
             originals = inputs if paired else ()
         else:
             before = compresses[index - 1].value
             inputs, originals = before.outputs, before.original_outputs
-        return Compress(block=spec_of(index, shared()[index], inputs, originals, propagate))
+        after = following(index)
+        ahead = None if after is None else spec_of(after, recipes[after], (), (), propagate)
+        return Compress(block=spec_of(index, shared()[index], inputs, originals, propagate), following=ahead)
 
-    if propagate == "original" or budget is not None:
-        for index in range(count):
-            size = 0 if budget is None else budget.bytes[index]
-            before = ends[index] if len(ends[index]) > 1 else [ends[index][0]] * len(stretches)
-            own: list[Node[HiddenRecord]] = []
-            for place, stretch in enumerate(stretches):
-                own.append(
-                    graph.add(
-                        partial(calibrate, index, stretch),
-                        reads=before[place : place + 1],
-                        uses=own[-1] if own else None,
-                        rereads=before[:place],
-                        wanted=False,
-                        bytes=size,
-                    )
+    def following(index: int) -> int | None:
+        """The block that a worker takes behind this one, where that is known: workers take blocks in turn, or segments."""
+        found = index + workers if propagate == "original" else index + 1
+        if propagate == "compressed" and found in borders:
+            found = index // borders.step * borders.step + workers * borders.step
+        # With a budget it may hold the statistics, and the weights with them.
+        known = budget is None and (propagate == "original" or len(borders) >= workers)
+        return found if known and found < count and not compresses[found].done else None
+
+    through = count if propagate == "original" or budget is not None else borders[-1]
+    for index in range(through):
+        size = 0 if budget is None else budget.bytes[index]
+        before = ends[index] if len(ends[index]) > 1 else [ends[index][0]] * len(stretches)
+        own: list[Node[HiddenRecord]] = []
+        for place, stretch in enumerate(stretches):
+            own.append(
+                graph.add(
+                    partial(calibrate, index, stretch),
+                    reads=before[place : place + 1],
+                    uses=own[-1] if own else None,
+                    rereads=before[:place],
+                    wanted=False,
+                    bytes=size,
                 )
-            if budget is not None and index in budget.blocks:
-                gains[index] = graph.add(partial(measure, index), uses=own[-1], rereads=ends[index])
-            ends.append(own)
+            )
+        if budget is not None and index in budget.blocks:
+            gains[index] = graph.add(partial(measure, index), uses=own[-1], rereads=ends[index])
+        ends.append(own)
     after = tuple(gains.values())
     for index in range(count):
         make = partial(compress, index)
         if propagate == "original":
             added = graph.add(make, after=after, uses=ends[index + 1][-1], rereads=ends[index])
         else:
-            added = graph.add(make, reads=(compresses[-1] if compresses else embedded,), after=after)
+            added = graph.add(make, reads=ends[index] if index in borders else (compresses[-1],), after=after)
         compresses.append(added)
     return Blocks(
         tuple(compresses), tuple(node for own in ends[1:] for node in own), lambda index: compress(index).block
@@ -165,13 +185,22 @@ def add_blocks(
 FILLED = 100
 """A pipeline's work is this many times what its workers wait until all have begun: 1 % of it."""
 
+EDGE = 2
+"""Shards that a GPU computes while one is read and another written, about: what it waits for in each stretch, because only
+between these two do others read and write beside it. By `counterweight plan` with an H100's rates 0.6 (Mixtral-8x7B, W4A4 LRC)
+to 3 (GPTQ)."""
 
-def stretches(shards: int, blocks: int, workers: int, threads: int) -> list[range]:
+
+def stretches(shards: int, blocks: int, workers: int, threads: int, *, gpu: bool = False) -> list[range]:
     """The shards of the calibration tokens, in stretches in which blocks are calibrated: all at once by a single worker.
-    Otherwise as many as a worker has threads, so that none of them waits for long; more where that makes more tasks than the
-    pipeline needs to be full: each of w workers calibrates blocks / w blocks, and the last one waits for w - 1 stretches."""
+
+    Otherwise each of w workers calibrates blocks / w blocks, and the last one waits for w - 1 stretches before it begins. A CPU
+    takes as many shards as a worker has threads, so that none of them waits for long; more where that makes more tasks than the
+    pipeline needs to be full. On a GPU, whose every stretch costs `EDGE` shards, n shards cost a worker
+    blocks / w * shards / n * EDGE + (w - 1) n: the least at the root of EDGE * shards * blocks / w / (w - 1).
+    """
     if workers == 1:
         return [range(shards)]
-    enough = FILLED * workers * (workers - 1) / blocks
-    length = max(threads, int(shards / enough))
+    passed = shards * blocks / (workers * (workers - 1))  # by a worker, for each one that the last one waits for
+    length = max(1, round(sqrt(EDGE * passed))) if gpu else max(threads, int(passed / FILLED))
     return [range(shards)[start : start + length] for start in range(0, shards, length)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -12,10 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from counterweight.pipeline import artifact_commands, hub_commands, init_command
 from counterweight.pipeline.jobs import commands as job_commands
+from counterweight.pipeline.judging import commands as judging_commands
+from counterweight.pipeline.judging.commands import figures_text
+from counterweight.pipeline.log_format import Format, LogFormat
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.service import commands as service_commands
 from counterweight.pipeline.signals import terminable
+from counterweight.pipeline.terminal import SET_HELP
 from counterweight.pipeline.terminal import absolute as _absolute
 from counterweight.pipeline.terminal import print_json as _print_json
 from counterweight.pipeline.terminal import print_rows as _print_rows
@@ -23,24 +29,26 @@ from counterweight.pipeline.units import bytes_text
 
 if TYPE_CHECKING:
     from counterweight.pipeline.artifact import ArtifactDocument
-    from counterweight.pipeline.artifact.report import Quality
 
 app = typer.Typer(
     name="counterweight",
-    help="Compress large language models to 2-8 bits, and put back what quantization takes away.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Manifest = Annotated[str, typer.Argument(help="Path or URI of a manifest (YAML).", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override a field: spec.recipe.weights.bits=3. Repeatable.", show_default=False),
+    typer.Option(
+        "--set",
+        help=SET_HELP,
+        show_default=False,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 ArtifactUri = Annotated[
-    str, typer.Argument(help="URI of an artifact, or of a name for its latest artifact.", show_default=False)
+    str, typer.Argument(help="URI of an artifact; of a name, for its latest artifact; or NAME@TAG.", show_default=False)
 ]
 
 
@@ -55,6 +63,23 @@ SHOWN = 20
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """What every misuse of the command line is. typer may bring its own copy of click, whose classes only it exports."""
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"counterweight {version('counterweight')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Compress large language models to 2-8 bits, and put back what quantization takes away."""
 
 
 @app.command()
@@ -78,7 +103,23 @@ def run(
             "without any; or do everything anew."
         ),
     ] = Resume.AUTO,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MANIFEST",
+            help="A job of the same sweep, whose blocks are compressed from this one's calibration; its own run finds them "
+            "finished. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    log_format: Format = LogFormat.TEXT,
     as_json: AsJson = False,
+    verbose: Annotated[
+        bool | None,
+        typer.Option(
+            "--verbose/--quiet", "-v/-q", help="Show every event of the job with its time; or nothing but errors."
+        ),
+    ] = None,
 ) -> None:
     """Run a job to the end; the last line of stdout is the artifact's URI (with --json: its `uri`)."""
     from counterweight.workers.process import importing
@@ -88,14 +129,16 @@ def run(
 
     overrides = [*(set_ or []), *([] if output is None else [f"spec.output.uri={json.dumps(_absolute(output))}"])]
     job = load_manifest(manifest, overrides).job
+    others = [load_manifest(other, []).job for other in beside or []]
     from counterweight.pipeline.events import Summary
     from counterweight.pipeline.progress import make_progress
-    from counterweight.pipeline.run import run_job  # a wrong manifest need not wait for transformers and Ray
 
-    with make_progress(sys.stderr) as progress:
+    with make_progress(sys.stderr, verbose=verbose, json=log_format is LogFormat.JSON) as progress:
+        from counterweight.pipeline.run import run_job
+
         # Ray's threads print what they think of dead workers; stdout holds the result and nothing else.
         with redirect_stdout(sys.stderr):
-            published = run_job(job, progress, address=address, resume=resume)
+            published = run_job(job, progress, address=address, resume=resume, beside=others)
         progress.on(Summary(_summary(published.document, published.uri)))
     if as_json:
         _print_json({"uri": published.uri, **published.document.model_dump(mode="json")})
@@ -126,66 +169,42 @@ def plan(
     overrides = [*(set_ or []), *([] if workers is None else [f"spec.resources.workers={workers}"])]
     job = load_manifest(manifest, overrides).job
     with importing():
-        from counterweight.pipeline.model_source import open_model
-        from counterweight.pipeline.plan import make_plan
-        from counterweight.pipeline.preflight import check_apart
-        from counterweight.pipeline.resume import foreseen
-
-        source = open_model(job.spec.model.uri)  # which imports transformers
-    check_apart(job.spec.output.uri, source.uri)
-    made = make_plan(job, source, device)
-    reused = foreseen(job, source, made)
-    unknown = job.spec.resources.gpus_per_worker > 0 and device is None
-    fits = "not known: name the workers' GPU with --device" if unknown else "nothing"
+        from counterweight.pipeline.foresight import foresee
+    found = foresee(job, device)
     if as_json:
-        _print_json({**made.model_dump(mode="json"), "reuse": reused})
+        facts = {"reuse": list(found.reuse), "notes": list(found.notes)}
+        _print_json({**found.plan.model_dump(mode="json"), **facts})
         return
-    peak = f"{bytes_text(made.peak_bytes_per_worker)} ({made.largest})"
-    sums = {name: sum(block.phases[name] for block in made.blocks) for name in made.blocks[0].phases}
-    phases = ", ".join(f"{name} {count / made.flops:.0%}" for name, count in sums.items() if count)
-    if job.spec.resources.gpus_per_worker:
-        peak = f"{peak} on its GPU, {bytes_text(made.host_bytes_per_worker)} on the host"
-    _print_rows(
-        f"plan of {made.name}",
-        [
-            ("model", f"{made.model_type}, {made.parameters:,} parameters, {bytes_text(made.source_bytes)}"),
-            ("quantized", f"{made.quantized:,} weights in {len(made.blocks)} blocks"),
-            ("calibration", f"{made.tokens:,} tokens"),
-            ("peak per worker", peak),
-            ("arithmetic", f"{made.flops / 1e12:.3g} TFLOP ({phases})"),
-            (
-                "storage",
-                f"{bytes_text(made.storage_read_bytes)} read, {bytes_text(made.storage_written_bytes)} written",
-            ),
-            *([] if made.estimate is None else made.estimate.rows()),
-            ("headers read", bytes_text(made.header_bytes_read)),
-            ("divided", "; ".join(made.divided) or "nothing"),
-            *(("reuse", line) for line in reused),
-            ("does not fit", "; ".join(made.problems) or fits),
-        ],
-    )
+    from counterweight.pipeline.plan_text import rows
+
+    _print_rows(f"plan of {found.plan.name}", rows(found, job.spec.resources.gpus_per_worker))
 
 
 @app.command()
-def pull(uri: ArtifactUri, destination: Path, as_json: AsJson = False) -> None:
-    """Download an artifact, resuming where an earlier pull stopped; every byte is checked."""
+def pull(uri: ArtifactUri, destination: str, as_json: AsJson = False) -> None:
+    """Download an artifact, resuming where an earlier pull stopped; every byte is checked. From a service, with its token in
+    COUNTERWEIGHT_TOKEN: https://host/v1/artifacts/NAME/ID."""
     from counterweight.pipeline.artifact import pull as fetch_artifact
+    from counterweight.pipeline.artifact.hub import located
+    from counterweight.pipeline.artifact.remote import is_remote
 
-    document = fetch_artifact(_absolute(uri), destination, _each_file)
+    place = uri if is_remote(uri) else located(_absolute(uri))
+    document = fetch_artifact(place, _folder(destination), _nothing if as_json else _each_file)
     facts = {"id": document.id, "files": len(document.files), "bytes": sum(f.size for f in document.files.values())}
     if as_json:
-        _print_json({**facts, "destination": str(destination)})
+        _print_json({**facts, "destination": destination})
         return
     _print_rows(f"pulled {document.name}", [(name, str(value)) for name, value in facts.items()])
-    typer.echo(str(destination))
+    typer.echo(destination)
 
 
 @app.command()
 def verify(uri: ArtifactUri, as_json: AsJson = False) -> None:
     """Read every byte of an artifact and compare it with its digest."""
     from counterweight.pipeline.artifact import verify as check_artifact
+    from counterweight.pipeline.artifact.hub import located
 
-    document = check_artifact(_absolute(uri), _each_file)
+    document = check_artifact(located(_absolute(uri)), _nothing if as_json else _each_file)
     facts = {"id": document.id, "files": len(document.files), "bytes": sum(f.size for f in document.files.values())}
     if as_json:
         _print_json(facts)
@@ -227,51 +246,24 @@ def prune(
     _print_rows(f"{'would be removed' if dry_run else 'removed'} from {pruned.uri}", [*rows, total])
 
 
-@app.command("eval")
-def evaluate(
-    artifact: ArtifactUri,
-    against: Annotated[
-        str | None, typer.Option(help="Where the original model is; default: where it was.", show_default=False)
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option(help="URI or path of a text; default: the report's.", show_default=False)
-    ] = None,
-    windows: Annotated[int | None, typer.Option(help="Windows to measure; default: the report's, or all.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a window; default: the report's.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    as_json: AsJson = False,
-) -> None:
-    """Validate an artifact again: perplexity, KL and agreement, against the model it was made from."""
-    from counterweight.pipeline.artifact.report import labelled
-    from counterweight.pipeline.evaluate import evaluate_artifact
-
-    found = evaluate_artifact(
-        _absolute(artifact),
-        against=None if against is None else _absolute(against),
-        text=None if text is None else _absolute(text),
-        windows=windows,
-        sequence_length=sequence_length,
-        device=device,
-    )
-    if as_json:
-        _print_json({name: quality.model_dump() for name, quality in found.items()})
-        return
-    _print_rows(
-        f"{artifact}",
-        [(label, "   ".join(_measured(quality))) for label, quality in labelled(found).items()],
-    )
-
-
 @app.command()
-def schema() -> None:
-    """Print the manifest's JSON Schema."""
-    from counterweight.pipeline.manifest import schema_text
+def schema(
+    kind: Annotated[
+        str, typer.Option(help="manifest, or a document of an artifact: artifact, ledger, report.")
+    ] = "manifest",
+) -> None:
+    """Print the JSON Schema of manifests, or of what an artifact holds."""
+    from counterweight.pipeline.schemas import schema_of
 
-    typer.echo(schema_text(), nl=False)
+    typer.echo(schema_of(kind), nl=False)
 
 
+artifact_commands.register(app)
+judging_commands.register(app)
 job_commands.register(app)
 service_commands.register(app)
+hub_commands.register(app)
+init_command.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -316,23 +308,37 @@ def entry() -> None:
     os._exit(code)
 
 
+def _folder(destination: str) -> Path:
+    """A folder on this machine; RequestError for a URI: `pull` does not upload."""
+    from counterweight.workers.errors import RequestError
+
+    if destination.startswith("file:"):
+        from counterweight.workers.storage.names import file_root
+
+        root = file_root(_absolute(destination))
+        assert root is not None
+        return root
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", destination):
+        hint = "; `counterweight push` uploads to a hub" if destination.startswith("hf:") else ""
+        raise RequestError(
+            f"{destination}: expected a folder on this machine{hint}; ./{destination} for one of that name"
+        )
+    return Path(destination)
+
+
+def _nothing(path: str, size: int) -> None:
+    """With --json."""
+
+
 def _each_file(path: str, size: int) -> None:
     typer.echo(f"{path}  {bytes_text(size)}", err=True)
-
-
-def _measured(quality: Quality) -> list[str]:
-    """Each metric with its number."""
-    from counterweight.workers.metrics import METRICS
-
-    found = [(metric, quality.of(metric)) for metric in METRICS]
-    return [f"{metric.short} {value:{metric.digits}}" for metric, value in found if value is not None]
 
 
 def _summary(document: ArtifactDocument, uri: str) -> list[tuple[str, str]]:
     from counterweight.pipeline.artifact.report import labelled
 
     found = labelled(document.qualities)
-    rows = [(label, "   ".join(_measured(quality)[:2])) for label, quality in found.items()]
+    rows = [(label, "   ".join(figures_text(quality)[:2])) for label, quality in found.items()]
     bits = document.bits_per_weight
     parts = ", ".join(f"{value:.3f} {name}" for name, value in bits.parts.items())
     rows.append(("bits per weight", f"{bits.total:.3f} all in ({parts})"))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from counterweight.pipeline.events import Event, TaskFinished, TaskRetried, TaskStarted
+from counterweight.pipeline.events import Event, Note, TaskFinished, TaskRetried, TaskStarted
 from counterweight.pipeline.graph import Graph, Node, giving
 from counterweight.pipeline.policies import Failure, RetryPolicy, Verdict, describe
 from counterweight.pipeline.pool import Outcome, WorkerPool
@@ -23,13 +23,15 @@ WAIT_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A task that left its worker: with what it gave back, or to be tried again (retry), perhaps because the worker died."""
+    """A task that left its worker: with what it gave back, or to be tried again (retry), perhaps because the worker died. left:
+    it failed for good, and the job does without it."""
 
     task: Task[object]
     worker: int
     value: object = None
     retry: bool = False
     worker_died: bool = False
+    left: bool = False
 
 
 class Dispatcher:
@@ -88,6 +90,9 @@ class Dispatcher:
                 node = self._nodes.pop(found.task.name)
                 if found.worker_died:
                     self.graph.lost(found.worker)
+                if found.left:
+                    self.graph.leave(node)
+                    continue
                 if found.retry:
                     self.graph.failed(node)
                     continue
@@ -127,7 +132,11 @@ class Dispatcher:
         tries = self._tries[task.name]
         verdict = self._policy.judge(Failure(outcome.error, outcome.worker_died), tries)
         if verdict is Verdict.FAIL:
-            raise _named(task, outcome.error, tries)
+            node = self._nodes.get(task.name)
+            if node is None or node.before is None:
+                raise _named(task, outcome.error, tries)
+            self._emit(Note(f"{task.name}: left to that job: {describe(outcome.error)}"))
+            return Finished(task, outcome.worker, worker_died=outcome.worker_died, left=True)
         cause = describe(outcome.error)
         self._emit(TaskRetried(task.name, outcome.worker, tries, self._policy.attempts, cause, outcome.worker_died))
         return Finished(task, outcome.worker, retry=True, worker_died=outcome.worker_died)

@@ -2,115 +2,141 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
-from counterweight.pipeline.artifact import REPORT, file_entry, open_artifact
-from counterweight.pipeline.artifact.reader import parsed
-from counterweight.pipeline.artifact.report import Quality, Report, quality
-from counterweight.pipeline.model_source import open_model
-from counterweight.workers.calibration.source import TextSource, TokenSource
-from counterweight.workers.calibration.tokens import token_set
+from counterweight.pipeline.artifact import REPORT, open_artifact
+from counterweight.pipeline.artifact.report import Report, TextReport, TokensReport, tokens_report
+from counterweight.pipeline.judging.rivals import read_report
+from counterweight.pipeline.judging.yardstick import Yardstick, device_of
+from counterweight.pipeline.manifest import TEXT
+from counterweight.pipeline.model_source import ModelSource, open_model
+from counterweight.pipeline.texts import usual_special_tokens
+from counterweight.workers.calibration.source import SpecialTokens, TextSource, TokenSource
+from counterweight.workers.calibration.tokens import TokenSet, token_set
 from counterweight.workers.config import first_problem
 from counterweight.workers.errors import CheckpointError, RequestError
-from counterweight.workers.keys import digest
-from counterweight.workers.ledger import LEDGER
-from counterweight.workers.storage import open_store
-from counterweight.workers.tasks.evaluate import Evaluate
-from counterweight.workers.tasks.inspect import Inspect
-from counterweight.workers.tasks.original import Original
-from counterweight.workers.tasks.setting import Setting
-from counterweight.workers.worker import Worker
-from counterweight.workers.workspace import Workspace
 
 
-def evaluate_artifact(
-    uri: str,
-    *,
-    against: str | None = None,
-    text: str | None = None,
-    windows: int | None = None,
-    sequence_length: int | None = None,
-    device: str = "cpu",
-) -> dict[str, Quality]:
-    """Variant -> quality, as in a report: baseline, quantized, compensated, and with residual stores compensated_prefill.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What is to be measured, and where, as `eval` and `compare` are asked for it. text: URI; None: those of a report. windows:
+    how many of it; None: all, or as many as the report has. sequence_length: tokens of one; None: the report's. note: told what
+    is being done."""
 
-    What is not given is taken from the artifact's own report. RequestError when the report has no text to repeat, or
-    when the model at hand is not the one that the artifact was made from.
+    text: str | None = None
+    windows: int | None = None
+    sequence_length: int | None = None
+    device: str = "cpu"
+    note: Callable[[str], None] = lambda line: None
+
+
+@dataclass(frozen=True, slots=True)
+class Measurable:
+    """Texts as windows of equal length. about: name -> what each is, in order; tokens: all, one text behind the other."""
+
+    about: dict[str, TokensReport]
+    tokens: TokenSet
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A text before it is cut into windows. sequences: how many, None for all."""
+
+    source: TokenSource
+    length: int
+    sequences: int | None
+    special_tokens: SpecialTokens
+
+
+def evaluate_artifact(uri: str, *, against: str | None = None, wanted: Wanted | None = None) -> dict[str, TextReport]:
+    """Name of a text -> what all models are worth on it, as in a report: the original, quantized, compensated.
+
+    What is not given is taken from the artifact's own report, each of its texts too. RequestError when the report has no text
+    to repeat, or when the model at hand is not the one that the artifact was made from.
     """
-    if device not in ("cpu", "cuda"):
-        raise RequestError(f"--device: {device!r}: expected cpu or cuda")
-    for option, value, least in (("--windows", windows, 1), ("--sequence-length", sequence_length, 2)):
+    wanted = wanted or Wanted()
+    device = device_of(wanted.device)
+    report = read_report(uri)
+    _, document = open_artifact(uri)
+    source = open_model(against or document.base_model.uri)
+    asked = measurable(source, wanted, report)
+    with Yardstick(source, asked.tokens, report.validation_dtype, device, wanted.note) as yardstick:
+        return yardstick.judge(uri).by_text(asked.about)
+
+
+def measurable(source: ModelSource, wanted: Wanted, report: Report | None) -> Measurable:
+    """The windows that are to be measured on, through the model's tokenizer. report: what is not given is taken from it."""
+    for option, value, least in (("--windows", wanted.windows, 1), ("--sequence-length", wanted.sequence_length, 2)):
         if value is not None and value < least:
             raise RequestError(f"{option}: {value}: expected at least {least}")
-    store, document = open_artifact(uri)
-    data = store.read(REPORT, sha256=file_entry(store, document, REPORT).sha256)
-    report = parsed(Report, store, REPORT, "a report", data)
-    source = open_model(against or document.base_model.uri)
-    worker = Worker("cuda" if device == "cuda" else "cpu", threads=len(os.sched_getaffinity(0)))
-    digests = {name: found.sha256 for name, found in worker.run(Inspect(source.uri, source.tensors)).items()}
-    if digest(digests) != document.base_model.digest:
+    about: dict[str, TokensReport] = {}
+    ids: list[torch.Tensor] = []
+    tokenizer, vocabulary = source.tokenizer(), source.layout.vocabulary
+    for name, text in _texts(source, wanted, report).items():
+        field = "--text" if name == TEXT else f"--text ({name!r} of the report)"
+        tokens = token_set(
+            text.source,
+            tokenizer,
+            length=text.length,
+            sequences=text.sequences,
+            sampling="consecutive",
+            seed=0,
+            field=field,
+            special_tokens=text.special_tokens,
+        ).within(vocabulary, field)
+        about[name] = tokens_report(text.source, tokens, special_tokens=text.special_tokens)
+        ids.append(tokens.ids)
+    return Measurable(about, TokenSet(torch.cat(ids)))
+
+
+def _texts(source: ModelSource, wanted: Wanted, report: Report | None) -> dict[str, _Text]:
+    if wanted.text is not None:
+        length = wanted.sequence_length or (
+            None if report is None else _length(report.validation or report.calibration)
+        )
+        if length is None:
+            raise RequestError(
+                "--sequence-length: expected one: no artifact among the models has a report that names it"
+            )
+        specials = usual_special_tokens(source.checkpoint.config)
+        return {TEXT: _Text(TextSource(uri=wanted.text), length, wanted.windows, specials)}
+    if report is None:
         raise RequestError(
-            f"{source.uri}: digest {digest(digests)[:16]}: expected {document.base_model.digest[:16]}, the model that "
-            f"{document.name} was made from"
+            "--text: no artifact among the models has a report that names one: expected a text to measure on"
         )
-    tokens = token_set(
-        _text(text, report),
-        source.tokenizer(),
-        length=sequence_length or _reported_length(report),
-        sequences=windows if windows is not None or text is not None else _reported_windows(report),
-        sampling="consecutive",
-        seed=0,
-        field="--text",
-    ).within(source.layout.vocabulary, "--text")
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch).as_uri()
-        blob = Workspace(open_store(place)).put_tensors({"input_ids": tokens.ids})
-        original = Original(
-            setting=Setting(
-                source=source.uri,
-                config=source.checkpoint.config,
-                workspace=place,
-                compute_dtype="float32",
-                device="cuda" if device == "cuda" else "cpu",
-            ),
-            tensors=digests,
-            tokens=blob,
-            start=0,
-            stop=tokens.sequences,
-            dtype=report.validation_dtype,
-        )
-        found = worker.run(original)
-        ledger = document.files[LEDGER].sha256
-        record = worker.run(Evaluate(original=original, found=found, artifact=store.uri, ledger=ledger))
-    return {variant: quality(windows) for variant, windows in record.windows.items()}
-
-
-def _text(text: str | None, report: Report) -> TokenSource:
-    if text is not None:
-        return TextSource(uri=text)
     if report.validation is None:
         raise RequestError("--text: the artifact was published without validation: expected a text to measure on")
+    told = {TEXT: report.validation, **{name: text.tokens for name, text in report.texts.items()}}
+    return {
+        name: _Text(
+            _source(tokens),
+            wanted.sequence_length or _length(tokens),
+            wanted.windows or _sequences(tokens),
+            tokens.special_tokens,
+        )
+        for name, tokens in told.items()
+    }
+
+
+def _source(tokens: TokensReport) -> TokenSource:
     try:
-        source: TokenSource = TypeAdapter(TokenSource).validate_python(dict(report.validation.source))
+        source: TokenSource = TypeAdapter(TokenSource).validate_python(dict(tokens.source))
     except ValidationError as error:
         raise CheckpointError(f"{REPORT}: validation.source: {first_problem(error)}") from error
     return source
 
 
-def _reported_length(report: Report) -> int:
-    length = (report.validation or report.calibration).sequence_length
-    if length < 2:
-        raise CheckpointError(f"{REPORT}: sequence_length: {length}: expected at least 2")
-    return length
+def _length(tokens: TokensReport) -> int:
+    if tokens.sequence_length < 2:
+        raise CheckpointError(f"{REPORT}: sequence_length: {tokens.sequence_length}: expected at least 2")
+    return tokens.sequence_length
 
 
-def _reported_windows(report: Report) -> int | None:
-    if report.validation is None:
-        return None
-    if report.validation.sequences < 1:
-        raise CheckpointError(f"{REPORT}: validation.sequences: {report.validation.sequences}: expected at least 1")
-    return report.validation.sequences
+def _sequences(tokens: TokensReport) -> int:
+    if tokens.sequences < 1:
+        raise CheckpointError(f"{REPORT}: validation.sequences: {tokens.sequences}: expected at least 1")
+    return tokens.sequences

@@ -45,6 +45,15 @@ class JobAdmitted(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Doing(Event):
+    """What takes time now, before there are stages: Ray starts, libraries are loaded."""
+
+    kind: ClassVar[str] = "doing"
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class StageEntered(Event):
     """The job enters a stage: inventory, blocks, assemble, validate, publish."""
 
@@ -55,12 +64,14 @@ class StageEntered(Event):
 
 @dataclass(frozen=True, slots=True)
 class Planned(Event):
-    """The model has `blocks` blocks, of which `reused` were finished before; `BlockDone` follows for those too."""
+    """The model has `blocks` blocks, of which `reused` were finished before; `BlockDone` follows for those too. behind: what
+    follows the blocks, by its arithmetic, as a multiple of all blocks'."""
 
     kind: ClassVar[str] = "planned"
 
     blocks: int
     reused: int
+    behind: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

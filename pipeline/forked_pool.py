@@ -1,8 +1,7 @@
 """Workers of this machine without Ray: processes that are forked from this one, and so need not import again what it has.
 
 For jobs on CPUs alone. A worker is a process of its own still, whose death costs one try of one task. What Ray does beside has
-no place here: other machines, GPUs, ending a worker before the machine's memory is full, noticing one that is frozen (the
-job ends then, when its task's patience is over).
+no place here: other machines, GPUs, ending a worker before the machine's memory is full.
 """
 
 from __future__ import annotations
@@ -23,8 +22,10 @@ from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.context import ForkProcess
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from counterweight.pipeline.awake import Awake
 from counterweight.pipeline.child import call_me, die_with
 from counterweight.pipeline.pool import STARTS, Outcome, PoolSize
 from counterweight.workers.errors import CounterweightError, WorkerError
@@ -39,6 +40,12 @@ NAME = "worker"
 
 END_SECONDS = 5.0
 """That a process that was killed may take to be gone."""
+
+LOOK_SECONDS = 1.0
+"""Between two looks whether workers are stopped."""
+
+STOPPED_SECONDS = 15.0
+"""That a worker may be stopped (SIGSTOP) until it is ended, and its task given to another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,8 @@ class _Answer:
 @dataclass(slots=True)
 class Seat:
     """A worker's place in the pool. printed: what its process writes to stdout and stderr. ticket: of the task that it has, 0
-    for none. since: when it became idle; 0 before its first answer. deaths: in a row, of processes that had not answered."""
+    for none. since: when it became idle; 0 before its first answer. deaths: in a row, of processes that had not answered.
+    ran: when it was last seen not to be stopped."""
 
     process: ForkProcess
     connection: Connection
@@ -67,6 +75,7 @@ class Seat:
     ticket: int = 0
     since: float = 0.0
     deaths: int = 0
+    ran: float = 0.0
 
     @property
     def idle(self) -> bool:
@@ -74,12 +83,19 @@ class Seat:
 
 
 class ForkedPool:
-    """Workers as forks. note: told, in a line, what a worker waits for.
+    """Workers as forks. note: told, in a line, what a worker waits for, and of one that is ended. clock: seconds, never going
+    back.
 
     Forked when the pool is made: this process should have no threads by then that hold locks.
     """
 
-    def __init__(self, size: PoolSize, *, note: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        size: PoolSize,
+        *,
+        note: Callable[[str], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         if size.gpus > 0:
             raise ValueError(f"gpus: {size.gpus}: expected 0: a process that uses a GPU cannot be forked")
         with importing():
@@ -93,6 +109,7 @@ class ForkedPool:
         self._seats: list[Seat] = []
         self._report: WorkerReport | None = None
         self._tickets = 0
+        self._awake, self._looked = Awake(clock), 0.0
         for _ in range(size.workers):
             self._seats.append(self._fresh())
 
@@ -117,6 +134,7 @@ class ForkedPool:
         return self._tickets
 
     def wait(self, seconds: float) -> list[Outcome]:
+        self._end_stopped()
         awaited = {seat.connection: worker for worker, seat in enumerate(self._seats)}
         outcomes: list[Outcome] = []
         for connection in wait_for(list(awaited), timeout=seconds):
@@ -137,6 +155,21 @@ class ForkedPool:
         for seat in self._seats:
             _end(seat)
 
+    def _end_stopped(self) -> None:
+        """Ends processes that have been stopped for `STOPPED_SECONDS` in which this one ran: nobody else would."""
+        now = self._awake()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        for worker, seat in enumerate(self._seats):
+            if not _is_stopped(seat.process):
+                seat.ran = now
+            elif now - seat.ran > STOPPED_SECONDS:
+                self._note(
+                    f"worker {worker} (process {seat.process.pid}) was stopped for {STOPPED_SECONDS:.0f} s: it is ended"
+                )
+                seat.process.kill()
+
     def _fresh(self) -> Seat:
         ours, theirs = self._context.Pipe()
         printed = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
@@ -145,7 +178,7 @@ class ForkedPool:
         process = self._context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         theirs.close()
-        return Seat(process, ours, printed)
+        return Seat(process, ours, printed, ran=self._awake())
 
     def _answered(self, worker: int, answer: _Answer) -> list[Outcome]:
         seat = self._seats[worker]
@@ -170,6 +203,14 @@ class ForkedPool:
         self._seats[worker] = self._fresh()
         self._seats[worker].deaths = deaths
         return [Outcome(seat.ticket, worker, error=WorkerError(cause), worker_died=True)] if seat.ticket else []
+
+
+def _is_stopped(process: ForkProcess) -> bool:
+    """Whether a signal has stopped it (not a debugger)."""
+    try:
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _end(seat: Seat) -> None:

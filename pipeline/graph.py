@@ -32,7 +32,8 @@ class Node(Generic[R_co]):
     after: nodes whose values it is made from. uses: the node whose statistics it works on, in the memory of that node's
     worker. rereads: nodes whose hidden states enter it too where no worker holds these statistics. wanted: whether it is run
     for its own sake, and not only for those that depend on it. bytes: what it leaves in its worker's memory until those that
-    use it are done.
+    use it are done. before: a node that uses up the same statistics and therefore waits for this one, which leaves them as they
+    are: work for another job, done only where that node is to run, and left where it fails.
     """
 
     make: Callable[[], Task[R_co]]
@@ -42,6 +43,7 @@ class Node(Generic[R_co]):
     rereads: Sequence[Node[object]] = ()
     wanted: bool = True
     bytes: int = 0
+    before: Node[object] | None = None
     # -----
     place: int
     """Position in the graph: those that it depends on come before it."""
@@ -136,6 +138,7 @@ class Graph:
         rereads: Sequence[Node[object]] = (),
         wanted: bool = True,
         bytes: int = 0,
+        before: Node[object] | None = None,
     ) -> Node[R]:
         """A further node, behind those that it depends on; see `Node`."""
         node = Node(
@@ -146,6 +149,7 @@ class Graph:
             rereads=rereads,
             wanted=wanted,
             bytes=bytes,
+            before=before,
             place=len(self.nodes),
             stream=len(self.nodes) if uses is None else uses.stream,
         )
@@ -182,7 +186,7 @@ class Graph:
             before = node.uses
             if before is not None and before.holder is None and before.place in needed:
                 continue  # most of those that are known wait for the stretch before
-            if node.stream in streams or not self._ready(node, needed):
+            if node.stream in streams or not self._ready(node, needed) or self._spared(node, needed):
                 continue
             if node.uses is None:
                 starts.append(node.place)
@@ -220,6 +224,11 @@ class Graph:
         if self._workspace is not None and not node.done:
             self._look_up(node, self._workspace)
         self._needs.forget()
+
+    def leave(self, node: Node[object]) -> None:
+        """A node that another job would like to have failed for good: it is not done here."""
+        self.failed(node)
+        node.wanted = False
 
     def discard(self, nodes: Iterable[Node[object]]) -> None:
         """Deletes hidden states that no node has to read any more."""
@@ -280,6 +289,10 @@ class Graph:
             if node.uses.place in needed:
                 return False
         return all(other.present for other in (*node.reads, *node.rereads))
+
+    def _spared(self, node: Node[object], needed: set[int]) -> bool:
+        """Whether others work on the same statistics first, because this one uses them up."""
+        return node.uses is not None and any(user.before is node and user.place in needed for user in node.uses.users)
 
     def _hold(self, node: Node[object], worker: int) -> None:
         """Statistics are with a worker as long as a user is not done; the oldest of its others go when they are too many, as

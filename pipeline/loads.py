@@ -21,13 +21,14 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mappin
     """What a block's task works on, as `footprint` and `arithmetic` want it."""
     calibration, resources, layout = job.spec.calibration, job.spec.resources, source.layout
     itemsize = ITEMSIZE[calibration.compute_dtype]
-    together = min(calibration.sequences, shard_sequences(calibration.sequence_length))
-    shard = together * calibration.sequence_length
+    together = shard_sequences(calibration.sequence_length)
+    shard = min(max(calibration.sequences, calibration.drawn), together) * calibration.sequence_length
     scores = 0
     if layout.family.eager_attention:
         # Scores, and the probabilities that are made of them in float32.
         scores = shard * calibration.sequence_length * layout.heads * (itemsize + 4)
-    compressed = calibration.propagate == "compressed"
+    compressed = calibration.propagated == "compressed"
+    shared_out = any(part.budget_bits is not None for part in recipe.values())
     regresses = any(part.regresses for part in recipe.values())
     threads = threads_per_worker(
         resources.cpus_per_worker, resources.workers, available=sorted(os.sched_getaffinity(0))
@@ -48,12 +49,14 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mappin
         attention_bytes=scores,
         paired=compressed and regresses,
         compressed=compressed,
+        passed=not shared_out and index < (calibration.segment_start(layout.blocks - 1) or 0),
         rotation=job.spec.recipe.rotation,
         stretched=resources.workers > 1,
         threads=1 if gpu else threads,
         gpu=gpu,
         batch_bytes=BATCH_BYTES[gpu],
         experts=calibration.experts_among(recipe),
+        drawn=calibration.drawn,
         held_out=calibration.held_out_sequences,
     )
 

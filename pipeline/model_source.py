@@ -10,11 +10,13 @@ from math import prod
 from typing import Any
 
 from counterweight.pipeline.model_files import resolve, tokenizer_of
+from counterweight.workers.calibration.windows import TokenizerFiles
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.models.config_values import check_layers
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.layout import ModelLayout
+from counterweight.workers.models.plain import plain_layout
 from counterweight.workers.storage import ObjectStore, open_store
 
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -66,14 +68,16 @@ class ModelSource:
         """Weights of the whole model, shared ones once."""
         return sum(prod(self.checkpoint.entry(name).shape) for name in self.tensors)
 
-    def tokenizer(self) -> bytes | None:
-        """tokenizer.json, or None."""
+    def tokenizer(self) -> TokenizerFiles | None:
+        """The tokenizer's files; None without a tokenizer.json."""
         return tokenizer_of(self.store)
 
 
 def describe(config: Mapping[str, Any], stored: frozenset[str]) -> ModelLayout:
-    """The layout of the model with this config.json; takes transformers, which is a second to import. stored: as for
-    `BlockBuilder`."""
+    """The layout of the model with this config.json; takes transformers, a second to import, unless the model is plain. stored:
+    as for `BlockBuilder`."""
+    if (plain := plain_layout(config, stored)) is not None:
+        return plain
     from counterweight.workers.models.block_builder import BlockBuilder
 
     return BlockBuilder(config, stored).layout

@@ -79,7 +79,7 @@ class Needs:
 def _needed(node: Node[object], needed: set[int]) -> bool:
     """Whether a node is, given which of those behind it are."""
     return (
-        (node.wanted and not node.done)
+        (node.wanted and not node.done and (node.before is None or not node.before.done))
         or (not node.done and any(other.place in needed for other in node.followers))
         or (not node.ran and any(other.place in needed for other in node.users))
         or (not node.present and any(other.place in needed for other in node.readers))

@@ -13,7 +13,7 @@ from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.pipeline.plan import Plan, make_plan
 from counterweight.pipeline.policies import STALE, RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
-from counterweight.pipeline.preflight import Ready, look
+from counterweight.pipeline.preflight import Ready, beyond_positions, look
 from counterweight.pipeline.tokens import Tokens, read_tokens
 from counterweight.workers.calibration.source import ModelSamples
 from counterweight.workers.calibration.tokens import TokenSet
@@ -27,11 +27,13 @@ from counterweight.workers.tasks.setting import Device
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """What a job runs on: its model, its tokens, and the plan, which is made once."""
+    """What a job runs on: its model, its tokens, and the plan, which is made once. gpu_bytes: memory of a worker's GPU, 0 for
+    not known."""
 
     source: ModelSource
     tokens: Tokens
     plan: Plan
+    gpu_bytes: int = 0
 
 
 def open_job(
@@ -65,25 +67,17 @@ def open_job(
     if source.checkpoint.asks_for_code:
         model_type = source.layout.model_type
         log.note(f"config.json: auto_map: code of the repository is never run; transformers' own runs {model_type}")
-    plan = make_plan(job, source, gpu_bytes=gpu_bytes())
+    memory = gpu_bytes()
+    plan = make_plan(job, source, gpu_bytes=memory)
     # Of workers elsewhere nothing is known but what the manifest says.
     if plan.problems and (here or job.spec.resources.memory_per_worker is not None):
         raise RequestError("spec.resources: " + "; ".join(plan.problems))
-    _note_positions(job, source, log)
+    if (beyond := beyond_positions(job, source.checkpoint.config)) is not None:
+        log.note(beyond)
     sampled = isinstance(job.spec.calibration.source, ModelSamples)
     drawn = _sampled(job, source, dispatcher, device()) if sampled else None
     tokens = read_tokens(job, None, drawn, ready.texts)
-    return Opened(source=source, tokens=tokens.within(source.layout.vocabulary), plan=plan)
-
-
-def _note_positions(job: CompressionJob, source: ModelSource, log: EventLog) -> None:
-    """Says when windows are longer than the texts that the model was made for."""
-    length, known = job.spec.calibration.sequence_length, source.checkpoint.config.get("max_position_embeddings")
-    if isinstance(known, int) and length > known:
-        log.note(
-            f"spec.calibration.sequence_length: {length}: more than the {known} positions of the model "
-            "(config.json: max_position_embeddings): what it does behind them is calibrated on too"
-        )
+    return Opened(source=source, tokens=tokens.within(source.layout.vocabulary), plan=plan, gpu_bytes=memory)
 
 
 def _sweep(store: ObjectStore, log: EventLog) -> None:

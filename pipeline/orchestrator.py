@@ -7,36 +7,42 @@ the driver can be killed anywhere and started again, and finds its way by the sa
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from statistics import mean
 
 from counterweight.pipeline.artifact import Artifact, Published
 from counterweight.pipeline.artifact.assemble import Assembler, Parts
-from counterweight.pipeline.artifact.publish import publish, repair_pointer
+from counterweight.pipeline.artifact.identity import artifact_id, software
+from counterweight.pipeline.artifact.making import Sizes, Timeline
+from counterweight.pipeline.artifact.publish import before, publish, repair_pointer
 from counterweight.pipeline.artifact.report import (
     DistillationReport,
     ModelReport,
     Report,
     TaskReport,
     bits_per_weight,
-    quality,
     tokens_report,
 )
-from counterweight.pipeline.artifact.report_html import render
+from counterweight.pipeline.beside import add_beside, sharing
 from counterweight.pipeline.blocks import Blocks
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.distillation import Trained, add_texts, distill
 from counterweight.pipeline.events import ArtifactPublished, EventLog, JobAdmitted
 from counterweight.pipeline.graph import Graph
 from counterweight.pipeline.inventory import inventory
-from counterweight.pipeline.manifest import CompressionJob, canonical
+from counterweight.pipeline.judging.gates import base_model_problem, judge, pass_or_withhold
+from counterweight.pipeline.judging.rivals import read_rivals
+from counterweight.pipeline.judging.task_files import read_documents
+from counterweight.pipeline.judging.tasks import benchmarks, judge_tasks
+from counterweight.pipeline.judging.whole import OnWhole, measure_on_whole
+from counterweight.pipeline.manifest import TEXT, CompressionJob
 from counterweight.pipeline.manifest.job import JobSpec
 from counterweight.pipeline.opening import Opened
 from counterweight.pipeline.policies import Resume, RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
 from counterweight.pipeline.resume import outlines, setting_of
+from counterweight.pipeline.sizes import source_bytes
 from counterweight.pipeline.stages import (
     Job,
     Stopwatch,
@@ -48,20 +54,16 @@ from counterweight.pipeline.stages import (
     gather_parts,
     measure,
 )
-from counterweight.pipeline.tokens import Tokens
-from counterweight.pipeline.validate import Windows, check_gates
-from counterweight.workers.errors import GateError, RequestError
-from counterweight.workers.keys import digest, versions
+from counterweight.pipeline.validate import Windows, described
+from counterweight.workers.errors import RequestError
+from counterweight.workers.keys import digest
 from counterweight.workers.storage import open_store
-from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED
 from counterweight.workers.tasks.setting import Device
-from counterweight.workers.workspace import WORK, Workspace
-
-SOFTWARE = ("counterweight", "torch", "transformers", "ray", "safetensors", "pydantic")
+from counterweight.workers.workspace import Workspace
 
 
 class Orchestrator:
-    """One job on one pool of workers."""
+    """One job on one pool of workers. beside: jobs whose blocks are compressed too where they need the same statistics."""
 
     def __init__(
         self,
@@ -71,8 +73,10 @@ class Orchestrator:
         device: Device,
         log: EventLog,
         resume: Resume = Resume.AUTO,
+        beside: Sequence[CompressionJob] = (),
     ) -> None:
         self._job, self._log, self._resume = job, log, resume
+        self._beside, self._gpu_bytes = () if resume is Resume.NEVER else beside, opened.gpu_bytes
         self._source, self._tokens, self._plan = opened.source, opened.tokens, opened.plan
         self._store = open_store(job.spec.output.uri)
         alone = resume is Resume.NEVER
@@ -80,6 +84,9 @@ class Orchestrator:
         self._threads = pool.threads
         self._dispatcher = Dispatcher(pool, RetryPolicy(), log.emit, Graph(self._workspace))
         self._watch = Stopwatch(log)
+        self._timeline, self._workers = Timeline(), pool.size
+        log.add(self._timeline)
+        self._documents = read_documents(job.spec.validation, opened.source.store)
         self._setting = setting_of(job, self._source, device, run=uuid.uuid4().hex if alone else "")
 
     def run(self) -> Published:
@@ -93,7 +100,8 @@ class Orchestrator:
         tokens = self._tokens
         self._watch.stage("inventory")
         digests = inventory(self._source, self._dispatcher)
-        artifact = Artifact(self._store, self._job.metadata.name, self._identity(digests, tokens))
+        id = artifact_id(self._job, self._source, self._setting.device, digests, tokens, self._documents)
+        artifact = Artifact(self._store, self._job.metadata.name, id)
         self._log.emit(JobAdmitted(artifact.id))
         if (published := artifact.published()) is not None:
             if self._resume is Resume.NEVER:
@@ -105,6 +113,7 @@ class Orchestrator:
             blocks = self._source.layout.blocks
             self._log.note(f"already published: all {blocks} blocks are reused, nothing is left to do")
             return published
+        rivals = read_rivals(self._job.spec.validation, tokens.validation)
         job = Job(
             job=self._job,
             source=self._source,
@@ -122,10 +131,13 @@ class Orchestrator:
         calibration = tokens.calibration.digest
         outlined = outlines(self._job, self._source, self._plan, self._setting, digests, calibration, unseen)
         model = add_model(job, add_embedding(job, tokens), tokens, outlined)
+        if self._beside:
+            add_beside(job, model, sharing(job, self._beside, outlined, self._gpu_bytes))
         outside = add_outside(job)
         texts = add_texts(job, tokens)
         references = add_references(job, tokens)
-        compress_blocks(job, model, outlined)
+        validated = sum(text.ids.numel() for text in tokens.validation.values())
+        compress_blocks(job, model, outlined, validated)
         parts = gather_parts(job, model, outside)
         trained: Trained | None = None
         if texts is not None:
@@ -139,35 +151,28 @@ class Orchestrator:
         if references:
             self._watch.stage("validate")
             windows, validations = measure(job, references, artifact, files)
+        if self._job.spec.validation is not None and self._job.spec.validation.runs_whole:
+            self._watch.stage("whole models")
+        whole = measure_on_whole(job, self._documents, tokens, artifact, files, parts)
+        validations += whole.tasks
         self._watch.stage("publish")
         tasks = [*_task_reports(model), *(() if trained is None else trained.tasks), *validations]
         report = self._report(artifact, parts, digests, windows, tasks, None if trained is None else trained.report)
-        self._gate(artifact, report)
+        report = self._judged(report, rivals, whole)
+        written = sum(entry.size for entry in files.values())
+        report = report.model_copy(
+            update={
+                "sizes": Sizes(source=source_bytes(self._source), artifact=written),
+                "making": self._timeline.making(self._workers),
+                "earlier": before(artifact),
+            }
+        )
+        pass_or_withhold(artifact, report)
         published = publish(artifact, report, files, parts.ledger())
         leftovers = () if trained is None else trained.discardable
         for blob in dict.fromkeys([*model.discardable, *leftovers]):
             self._workspace.discard(blob)
         return published
-
-    def _identity(self, digests: Mapping[str, str], tokens: Tokens) -> str:
-        """The artifact's id: of everything that determines its bytes and its figures."""
-        validation = tokens.validation
-        everything: dict[str, object] = {
-            "job": canonical(self._job).decode(),
-            "setting": setting_of(self._job, self._source, self._setting.device).determines(),
-            "versions": versions((self._job.spec.recipe, self._job.spec.distillation)),
-            "software": _software(),
-            "tensors": dict(digests),
-            "calibration": tokens.calibration.digest,
-            "validation": None if validation is None else validation.digest,
-        }
-        if tokens.unseen is not None:
-            everything["held_out"] = tokens.unseen.digest
-        if self._source.layout.experts:
-            everything["experts"] = versions(self._job.spec.calibration.experts)
-        if self._job.spec.distillation is not None:
-            everything["distillation"] = [text.digest for text in (*tokens.trained, *tokens.held_out)]
-        return digest(everything)[:16]
 
     def _report(
         self,
@@ -181,10 +186,8 @@ class Orchestrator:
         spec, tokens = self._job.spec, self._tokens
         parameters = self._source.parameters
         measured = windows or Windows()
-        found = {variant: quality(each) for variant, each in measured.metrics.items()}
-        validation = None
-        if spec.validation is not None and tokens.validation is not None:
-            validation = tokens_report(spec.validation.text, tokens.validation)
+        texts = measured.by_text(described(spec.validation, tokens)) if measured.metrics else {}
+        first = texts.pop(TEXT, None)
         return Report(
             name=artifact.name,
             id=artifact.id,
@@ -196,14 +199,22 @@ class Orchestrator:
                 digest=digest(dict(digests)),
             ),
             recipe=_recipe(spec),
-            calibration=tokens_report(spec.calibration.source, tokens.calibration, tokens.unseen),
-            validation=validation,
+            calibration=tokens_report(
+                spec.calibration.source,
+                tokens.calibration,
+                tokens.unseen,
+                spec.calibration.special_tokens or tokens.usual,
+                tokens.drawn,
+            ),
+            validation=None if first is None else first.tokens,
             validation_dtype="float32" if spec.validation is None else spec.validation.compute_dtype,
             distillation=distillation,
-            baseline=found.get(BASELINE),
-            quantized=found.get(QUANTIZED),
-            compensated=found.get(COMPENSATED),
-            compensated_prefill=found.get(PREFILL),
+            baseline=None if first is None else first.baseline,
+            quantized=None if first is None else first.quantized,
+            compensated=None if first is None else first.compensated,
+            compensated_prefill=None if first is None else first.compensated_prefill,
+            kl_by_position={} if first is None else first.kl_by_position,
+            texts=texts,
             routers={
                 variant: {block: mean(shares) for block, shares in blocks.items()}
                 for variant, blocks in measured.routers.items()
@@ -212,23 +223,21 @@ class Orchestrator:
             modules=tuple(module for record in parts.blocks for module in record.modules),
             tasks=tuple(tasks),
             stages={"tokens": tokens.seconds, **self._watch.seconds},
-            software=_software(),
+            software=software(),
         )
 
-    def _gate(self, artifact: Artifact, report: Report) -> None:
-        """Lets a good model pass; of one that fails nothing stays but its report, outside the artifact."""
+    def _judged(self, report: Report, rivals: Mapping[str, Report], whole: OnWhole) -> Report:
+        """The report with every bound of the manifest in it, and what is wrong with the original itself."""
         validation = self._job.spec.validation
         if validation is None:
-            return
-        try:
-            check_gates(validation, report.qualities)
-        except GateError as error:
-            place = f"{WORK}/failed/{artifact.name}-{artifact.id}"
-            self._store.write(f"{place}/report.json", report.model_dump_json(indent=1).encode())
-            self._store.write(f"{place}/report.html", render(report).encode())
-            for info in list(self._store.list(artifact.key(""))):
-                self._store.delete(info.key)
-            raise GateError(f"{error}\nnothing was published; the report: {self._store.uri_of(place)}") from error
+            return report
+        problem = base_model_problem(report.judged, self._source.layout.vocabulary)
+        if problem is not None:
+            self._log.note(problem)
+        gates = (*judge(validation, report.judged, rivals), *judge_tasks(validation.tasks, whole.scores))
+        found = {"gates": gates, "base_model_problem": problem}
+        further = {"benchmarks": benchmarks(whole.scores), "generation": whole.generation}
+        return report.model_copy(update={**found, **further})
 
 
 def _recipe(spec: JobSpec) -> dict[str, object]:
@@ -242,8 +251,3 @@ def _task_reports(model: Blocks) -> list[TaskReport]:
         TaskReport(name=f"block {node.value.index}", reused=node.reused, timing=node.value.timing)
         for node in model.compress
     ]
-
-
-def _software() -> dict[str, str]:
-    """Versions of what made the artifact."""
-    return {name: metadata.version(name) for name in SOFTWARE}

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from math import prod
 
 from counterweight.pipeline.estimate import (
     Costs,
@@ -27,11 +26,13 @@ from counterweight.pipeline.rates import MEASURED, Rates, rates_of
 from counterweight.pipeline.resolve import (
     block_recipe,
     check_block,
+    check_drawn,
     check_gates_apply,
     check_recipe,
     linears_of,
     stored_name,
 )
+from counterweight.pipeline.sizes import kept_bytes, quantized_bytes, quantized_parameters
 from counterweight.pipeline.units import bytes_text
 from counterweight.workers.arithmetic import Arithmetic, arithmetic
 from counterweight.workers.arithmetic.distillation import training_flops
@@ -40,7 +41,6 @@ from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.footprint import Load, footprint
 from counterweight.workers.footprint.distillation import Texts, state_traffic, trained_parameters, training_bytes
 from counterweight.workers.footprint.division import fitted
-from counterweight.workers.footprint.load import factors, packed
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.recipe import ModuleRecipe
 
@@ -64,6 +64,8 @@ class BlockPlan(Config):
     """On the host of a GPU, beside its process; 0 without GPUs."""
     calibrated_bytes: int
     """What calibration leaves in memory: weights, as they were read and as they run, and the sums of the statistics."""
+    kept_peak_bytes: int
+    """`peak_bytes` where these sums stay, for the blocks of other jobs of a sweep to be solved with them too."""
     passes: tuple[tuple[str, ...], ...]
     """Linears that are solved after each pass over the calibration tokens; empty: all after one."""
     batch_bytes: int
@@ -121,6 +123,8 @@ class Plan(Config):
     quantized: int
     source_bytes: int
     tokens: int
+    drawn_tokens: int = 0
+    """Further ones, for experts that see too few of these."""
     blocks: tuple[BlockPlan, ...]
     peak_bytes_per_worker: int
     """Where the arithmetic is done: on the host, its process included, or on a GPU."""
@@ -128,6 +132,10 @@ class Plan(Config):
     """On the host, the process included."""
     largest: str
     """What takes most: block and phase, or the distillation."""
+    artifact_bytes: int = 0
+    """Of the artifact's weights, branches, stores and kept tensors, with `source_bytes` beside it."""
+    bits_per_weight: float = 0.0
+    """Of a quantized weight, all in, as the report counts them; of ranks by energy or budget at their most."""
     storage_read_bytes: int
     storage_written_bytes: int
     flops: int
@@ -142,6 +150,8 @@ class Plan(Config):
     estimate: Estimate | None = None
     """How long it takes; null where nothing is known of the device."""
     problems: tuple[str, ...]
+    keeps_statistics: bool
+    """Whether a worker can keep the statistics of a block that was solved, for the jobs of a sweep that need the same."""
 
 
 def make_plan(job: CompressionJob, source: ModelSource, device: str | None = None, *, gpu_bytes: int = 0) -> Plan:
@@ -154,21 +164,27 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     gpu = None if device is None or device.endswith(MEASURED) else device
     memory = worker_memory(job, gpu, gpu_bytes)
     resolved = tuple(_resolved(job, source))
+    check_drawn(job.spec.calibration, source, [block.recipe for block in resolved])
     held = _held_bytes(job, resolved)
     costed = tuple(_costed(source, resolved, None if memory is None else memory.bytes - held))
     blocks = tuple(block.plan for block in costed)
     calibration = job.spec.calibration
-    tokens, unseen = (
-        count * calibration.sequence_length for count in (calibration.sequences, calibration.held_out_sequences)
+    tokens, drawn, unseen = (
+        count * calibration.sequence_length
+        for count in (calibration.sequences, calibration.drawn, calibration.held_out_sequences)
     )
-    boundary = (tokens + unseen) * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
+    boundary = (tokens + drawn + unseen) * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
     total = sum(_bytes(source, name) for name in source.tensors)
-    artifact = _artifact_bytes(source, costed)
+    loads = [block.load for block in costed]
+    stored = quantized_bytes(loads)
+    quantized = quantized_parameters(loads)
+    artifact = stored + kept_bytes(source, sum(block.parameters for block in blocks) - quantized)
+    passed = sum(load.passed for load in loads)
     largest = max(blocks, key=lambda block: block.peak_bytes)
     on_gpu = job.spec.resources.gpus_per_worker > 0
     passes = f" in {len(largest.passes)} passes over the tokens" if len(largest.passes) > 1 else ""
     most, where = largest.peak_bytes + held, f"block {largest.index}{passes}, {largest.peak_phase}"
-    training = _distillation_plan(job, source, [block.load for block in costed])
+    training = _distillation_plan(job, source, loads)
     if training is not None and training.peak_bytes > most:
         most, where = training.peak_bytes, "distillation"
     states_read, states_written = (
@@ -184,23 +200,25 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         model=source.uri,
         model_type=str(source.checkpoint.config["model_type"]),
         parameters=source.parameters,
-        quantized=sum(
-            prod(group.linears[name]) for block in costed for group in block.load.groups for name in group.recipe
-        ),
+        quantized=quantized,
         source_bytes=total,
         tokens=tokens,
+        drawn_tokens=drawn,
         blocks=blocks,
         peak_bytes_per_worker=peak,
         host_bytes_per_worker=host,
         largest=where,
+        artifact_bytes=artifact,
+        bits_per_weight=8 * stored / max(quantized, 1),
         # The source by inventory and blocks, what was written by its check, and both once more by every worker that validates.
         storage_read_bytes=total * 2
-        + boundary * len(blocks)
+        + boundary * (len(blocks) + passed)
+        + sum(block.source_bytes for block in blocks[:passed])
         + artifact
         + evaluations(job) * (total + artifact)
         + reference
         + states_read,
-        storage_written_bytes=2 * artifact + boundary * (len(blocks) + 1) + reference + states_written,
+        storage_written_bytes=2 * artifact + boundary * (len(blocks) + passed + 1) + reference + states_written,
         flops=sum(block.flops for block in blocks) + (0 if training is None else training.flops),
         distillation=training,
         header_bytes_read=source.checkpoint.bytes_read,
@@ -208,6 +226,8 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         estimate=None if rates is None or not timed else _estimate(job, source, costed, training, rates),
         divided=tuple(_divisions(blocks, memory)),
         problems=tuple(misfits(job, most, where, gpu, memory)),
+        keeps_statistics=all(len(block.passes) <= 1 for block in blocks)
+        and (memory is None or max(block.kept_peak_bytes for block in blocks) <= memory.bytes),
     )
 
 
@@ -239,7 +259,7 @@ def _estimate(
 
 def _held_bytes(job: CompressionJob, blocks: Sequence[_Resolved]) -> int:
     """What a worker keeps at most, beside the block that it works on, of blocks that wait for a budget to be shared out."""
-    if job.spec.calibration.propagate != "original":
+    if job.spec.calibration.propagated != "original":
         return 0
     sharing = [block for block in blocks if any(part.budget_bits is not None for part in block.recipe.values())]
     alike = {id(block.load): block.load for block in sharing}
@@ -290,7 +310,7 @@ def _resolved(job: CompressionJob, source: ModelSource) -> Iterator[_Resolved]:
     before: Load | None = None
     for index in range(source.layout.blocks):
         recipe = block_recipe(source, index, job.spec.recipe)
-        check_block(source, index, recipe, job.spec.calibration.propagate)
+        check_block(source, index, recipe, job.spec.calibration.propagated)
         load = load_of(job, source, index, recipe)
         before = before if load == before else load
         yield _Resolved(index, recipe, before)
@@ -318,6 +338,7 @@ def _costed(source: ModelSource, blocks: Sequence[_Resolved], budget: int | None
             peak_phase=found.largest,
             host_bytes=found.host,
             calibrated_bytes=found.calibrated,
+            kept_peak_bytes=found.kept_peak,
             passes=done.passes,
             batch_bytes=done.batch_bytes,
             undivided_bytes=whole.peak,
@@ -328,17 +349,6 @@ def _costed(source: ModelSource, blocks: Sequence[_Resolved], budget: int | None
             solve_flops=computed.solve.total,
         )
         yield _Costed(plan, done, computed)
-
-
-def _artifact_bytes(source: ModelSource, blocks: Sequence[_Costed]) -> int:
-    """Of codes, scales, branches and everything that is kept."""
-    ends = source.layout.family.ends.intersection(source.tensors)
-    total = sum(_bytes(source, name) for name in (*ends, *source.beside))
-    for block in blocks:
-        groups = block.load.groups
-        quantized = sum(prod(group.linears[name]) for group in groups for name in group.recipe)
-        total += sum(packed(group) + factors(group) for group in groups) + (block.plan.parameters - quantized) * 2
-    return total
 
 
 def _bytes(source: ModelSource, name: str) -> int:

@@ -79,4 +79,4 @@ def describe(error: BaseException) -> str:
     """One line for the user; an error that was not raised on purpose shows its type."""
     if isinstance(error, CounterweightError):
         return str(error)
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -10,12 +10,13 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from counterweight.pipeline.events import (
     BlockDone,
+    Doing,
     Event,
     FellBack,
     Note,
@@ -27,6 +28,7 @@ from counterweight.pipeline.events import (
     TaskStarted,
     WindowsDone,
 )
+from counterweight.pipeline.remaining import BlockCount, Validation, left
 from counterweight.pipeline.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ Clock = Callable[[], float]
 
 REFRESHES_PER_SECOND = 4.0
 BAR_WIDTH = 40  # characters
+
+BLOCKS, VALIDATE = "blocks", "validate"
+"""Stages whose end can be told."""
 
 
 class Progress(ABC):
@@ -60,36 +65,11 @@ class Progress(ABC):
         return
 
 
-@dataclass(frozen=True, slots=True)
-class BlockCount:
-    """How many blocks are done, and how long the rest will take at the pace so far.
+class Silent(Progress):
+    """Shows nothing."""
 
-    The pace is the wall time since `since` per block that this job finished itself, so it holds for any number of
-    workers; blocks that were reused took none of it. own: blocks that this job finished. latest: when the last of
-    them was.
-    """
-
-    blocks: int = 0
-    done: int = 0
-    own: int = 0
-    since: float = 0.0
-    latest: float = 0.0
-
-    def finished(self, now: float, *, reused: bool) -> BlockCount:
-        """With one more block done."""
-        if reused:
-            return replace(self, done=self.done + 1)
-        return replace(self, done=self.done + 1, own=self.own + 1, latest=now)
-
-    def left(self, now: float) -> float | None:
-        """Seconds until the last block is done; None before the first block that was not reused."""
-        remaining = self.blocks - self.done
-        if remaining <= 0:
-            return 0.0
-        if self.own == 0:
-            return None
-        pace = (self.latest - self.since) / self.own
-        return max(pace * remaining - (now - self.latest), 0.0)
+    def on(self, event: Event) -> None:
+        return
 
 
 def one_line(text: str) -> str:
@@ -122,8 +102,8 @@ class PlainProgress(Progress):
 
     def on(self, event: Event) -> None:
         match event:
-            case StageEntered(stage):
-                self._line(f"stage {stage}")
+            case StageEntered(stage) | Doing(stage):
+                self._line(f"stage {one_line(stage)}")
             case Planned(blocks, reused):
                 self._count = BlockCount(blocks)
                 self._line(f"{blocks} blocks, {reused} of them finished before")
@@ -166,7 +146,7 @@ class _View:
     """Worker -> the block it is on."""
     peak_bytes: int = 0
     last: str = ""
-    validation: tuple[int, int] | None = None
+    validation: Validation | None = None
 
 
 class LiveProgress(Progress):
@@ -201,9 +181,12 @@ class LiveProgress(Progress):
         match event:
             case StageEntered(stage):
                 view.stage = stage
-            case Planned(blocks):
+                view.validation = Validation(self._clock()) if stage == VALIDATE else None
+            case Doing(text):
+                view.stage = one_line(text)
+            case Planned(blocks, behind=behind):
                 now = self._clock()
-                view.count = BlockCount(blocks, since=now, latest=now)
+                view.count = BlockCount(blocks, since=now, latest=now, behind=behind)
             case TaskStarted(block=int(block), worker=worker):
                 view.running = {**view.running, worker: block}
             case TaskFinished(worker=worker):
@@ -211,7 +194,8 @@ class LiveProgress(Progress):
             case BlockDone():
                 self._block_done(event)
             case WindowsDone(done, total):
-                view.validation = (done, total)
+                since = self._clock() if view.validation is None else view.validation.since
+                view.validation = Validation(since, done, total, self._clock())
             case Note(text) | TaskRetried(text=text) | FellBack(text=text):
                 self._note(text)
                 return
@@ -255,8 +239,8 @@ class LiveProgress(Progress):
         rows: list[RenderableType] = [self._heading(view.stage, count, now)]
         if count.blocks:
             rows.append(self._bar("blocks", count.done, count.blocks))
-        if validation is not None:
-            rows.append(self._bar("validation", *validation))
+        if validation is not None and validation.total:
+            rows.append(self._bar("validation", validation.done, validation.total))
         rows += self._facts()
         return Group(*rows)
 
@@ -265,9 +249,9 @@ class LiveProgress(Progress):
 
         elapsed = f"   {seconds_text(now - self._began)} elapsed"
         line = Text.assemble((one_line(stage), "bold cyan"), elapsed, no_wrap=True, overflow="ellipsis")
-        if stage == "blocks" and count.blocks:
-            left = count.left(now)
-            line.append("   time left unknown" if left is None else f"   {seconds_text(left)} left")
+        if stage in (BLOCKS, VALIDATE) and count.blocks:
+            remaining = left(count, self._view.validation, now)
+            line.append("   time left unknown" if remaining is None else f"   {seconds_text(remaining)} left")
         return line
 
     def _bar(self, label: str, done: int, total: int) -> RenderableType:
@@ -301,8 +285,43 @@ class LiveProgress(Progress):
         ]
 
 
-def make_progress(stream: TextIO) -> Progress:
-    """The live display when `stream` is a terminal, plain lines otherwise."""
+class JsonProgress(Progress):
+    """Events as they are stored, a JSON object a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def on(self, event: Event) -> None:
+        from counterweight.pipeline.event_store import line_of
+
+        self._stream.write(line_of(event).decode())
+        self._stream.flush()
+
+
+class VerboseProgress(Progress):
+    """Every event on a line of its own, with the seconds since the first, for whoever looks for the cause of something."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._began: float | None = None
+
+    def on(self, event: Event) -> None:
+        began = event.time if self._began is None else self._began
+        self._began = began
+        told = ", ".join(
+            f"{part.name}: {one_line(str(getattr(event, part.name)))}" for part in fields(event) if part.name != "time"
+        )
+        self._stream.write(f"{event.time - began:8.1f} s  {event.kind}  {told}\n")
+        self._stream.flush()
+
+
+def make_progress(stream: TextIO, *, verbose: bool | None = None, json: bool = False) -> Progress:
+    """The live display when `stream` is a terminal, plain lines otherwise. verbose: True for every event, False for nothing;
+    json: every event as a JSON object."""
+    if json:
+        return JsonProgress(stream)
+    if verbose is not None:
+        return VerboseProgress(stream) if verbose else Silent()
     if not stream.isatty():
         return PlainProgress(stream)
     from rich.console import Console

@@ -2,7 +2,8 @@
 
 What is older than the age goes, by the store's clock:
 
-- unfinished writes: temporary files and multipart uploads of processes that were killed, and probes of a store likewise
+- unfinished writes: temporary files and multipart uploads of processes that were killed; probes of a store and of who sees it
+  likewise
 - records of tasks (`_work/commits`), finished or not: a job that uses one makes it young (`Workspace.lookup`), so what is
   old no run of the last days has used. A later job does such a task again, to the same bytes
 - blobs that no remaining record names, hidden states among them; whatever a young record names stays, old or not
@@ -26,8 +27,10 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 
 from counterweight.pipeline.artifact import DOCUMENT, LATEST
+from counterweight.pipeline.artifact.tags import TAG, TAGS
 from counterweight.pipeline.event_store import EVENTS
 from counterweight.pipeline.jobs.batch import BATCHES
+from counterweight.pipeline.jobs.drivers import NAME as DRIVER
 from counterweight.pipeline.jobs.schedule import SCHEDULES
 from counterweight.pipeline.jobs.store import JOBS, LOGS
 from counterweight.workers.checkpoint.strict_json import parse_object
@@ -55,7 +58,7 @@ RECORDS = "records"
 _BLOBS = "blobs"
 _ARTIFACTS = "unpublished artifacts"
 _PRUNES = "killed prunes"
-KINDS = (UNFINISHED, RECORDS, _BLOBS, _ARTIFACTS, "events", "failed reports", "probes", _PRUNES)
+KINDS = (UNFINISHED, RECORDS, _BLOBS, _ARTIFACTS, "events", "failed reports", "probes", "drivers", _PRUNES)
 
 _KEPT = "kept"
 _PLACES = [
@@ -67,8 +70,9 @@ _PLACES = [
         (_PRUNES, rf"{PRUNES}/[0-9a-f]{{32}}"),
         ("events", rf"({EVENTS}/[^/]+/[^/]+/)[0-9]+\.jsonl"),
         ("failed reports", rf"({WORK}/failed/[^/]+/)report\.(?:json|html)"),
-        ("probes", rf"({re.escape(PROBES)}/[0-9a-f]{{32}}/)(?:once|plain|race-[0-9]+)"),
-        (_KEPT, rf"[a-z0-9-]{{1,63}}/{re.escape(LATEST)}"),
+        ("probes", rf"({re.escape(PROBES)}/[0-9a-f]{{32}}/)(?:once|plain|race-[0-9]+|seen)"),
+        ("drivers", DRIVER),
+        (_KEPT, rf"[a-z0-9-]{{1,63}}/(?:{re.escape(LATEST)}|{TAGS}/{TAG}/[0-9]{{4}}\.json)"),
         (
             _KEPT,
             rf"(?:{JOBS}|{LOGS}|{BATCHES}|{SCHEDULES})/.+",

@@ -64,7 +64,8 @@ def outlines(
     unseen: windows that are held out, None for as many as the manifest asks for."""
     calibration = job.spec.calibration
     unseen = calibration.held_out_sequences if unseen is None else unseen
-    solved = -(-calibration.sequences // shard_sequences(calibration.sequence_length))
+    together = shard_sequences(calibration.sequence_length)
+    solved = -(-calibration.sequences // together)
     return [
         BlockSpec(
             setting=setting,
@@ -72,12 +73,14 @@ def outlines(
             tensors={name: digests[name] for name in source.block_tensors(block.index)} if digests else {},
             inputs=(),
             recipe=block.recipe,
-            propagate=calibration.propagate,
+            propagate=calibration.propagated,
+            since=calibration.segment_start(block.index),
             experts=calibration.experts_among(block.recipe),
             tokens=tokens,
             passes=block.passes,
             batch_bytes=block.batch_bytes,
-            held_out_from=solved if unseen else None,
+            drawn_from=solved if calibration.drawn else None,
+            held_out_from=solved - (-calibration.drawn // together) if unseen else None,
             flops=block.flops,
             bytes=block.source_bytes,
         )
@@ -166,10 +169,13 @@ def blocks_text(indices: Sequence[int]) -> str:
 
 
 def foreseen(job: CompressionJob, source: ModelSource, plan: Plan) -> list[str]:
-    """What a plan can say: of weights, calibration tokens and hidden states it knows nothing."""
+    """What a plan can say: of weights, calibration tokens and hidden states it knows nothing. RequestError for an output that
+    there is not."""
     try:
         earlier = Earlier.of(open_store(job.spec.output.uri, waits=False), source.layout.blocks)
-    except (RequestError, StorageError) as error:
+    except RequestError as error:
+        raise RequestError(f"spec.output.uri: {error}") from error
+    except StorageError as error:
         return [f"not known: {error}"]
     if not earlier.finished:
         return ["nothing: no block was finished before"]

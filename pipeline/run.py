@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING
 
 from counterweight.pipeline.cluster import cluster
-from counterweight.pipeline.events import EventLog
+from counterweight.pipeline.events import Doing, EventLog
 from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.observability.sinks import sinks
 from counterweight.pipeline.place import Place
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.pool import PoolSize, StartedPool, threads_per_worker
-from counterweight.pipeline.preflight import look
+from counterweight.pipeline.preflight import Ready, look
 from counterweight.pipeline.ray_pool import RayPool
 from counterweight.workers.errors import CounterweightError
 from counterweight.workers.identity import Token, identity
@@ -24,6 +25,9 @@ from counterweight.workers.storage import ObjectStore
 from counterweight.workers.storage.outages import OUTAGES
 from counterweight.workers.storage.probe import PROBES
 
+LATEST = "latest.json"
+"""Names the newest artifact of a name; `artifact.document` says the same, but imports torch."""
+
 if TYPE_CHECKING:
     from counterweight.pipeline.artifact import Published
     from counterweight.pipeline.progress import Progress
@@ -31,9 +35,15 @@ if TYPE_CHECKING:
 
 
 def run_job(
-    job: CompressionJob, progress: Progress, *, address: str | None = None, resume: Resume = Resume.AUTO
+    job: CompressionJob,
+    progress: Progress,
+    *,
+    address: str | None = None,
+    resume: Resume = Resume.AUTO,
+    beside: Sequence[CompressionJob] = (),
 ) -> Published:
-    """Runs a job to its end, on workers as `address` says (see `Place`). resume: what it takes over of earlier runs.
+    """Runs a job to its end, on workers as `address` says (see `Place`). resume: what it takes over of earlier runs. beside:
+    jobs whose blocks are compressed from the same calibration, where that is possible (`pipeline.beside`).
 
     Raises RequestError (the manifest, the model, the texts, an object store without an atomic create), GateError,
     SurroundingsError; nothing is published then.
@@ -41,8 +51,14 @@ def run_job(
     place = Place.of(job, address)
     size = pool_size(job, place)
     with EventLog(progress) as log, _told(log):
+        for reader in sinks(os.environ, log.note):
+            log.add(reader)
+        log.emit(Doing("looking at the model and its texts"))
         ready = look(job)  # what is wrong with a model or a text is known before anything is started for it
+        if place.ray and resume is not Resume.NEVER and (done := _finished(job, ready, size, log)) is not None:
+            return done
         with _pool(place, size, ready.output, log) as pool:
+            log.emit(Doing("loading torch" if place.ray else "loading torch and transformers"))
             # Ray's workers load torch and transformers now, and so does this process with torch. Not while Ray starts: an
             # import holds the interpreter that starts it.
             with importing():
@@ -53,7 +69,16 @@ def run_job(
             opened = open_job(job, pool, log, here=place.here, ready=ready, device=device, gpu_bytes=memory)
             if not place.ray:
                 log.note(f"workers: {size.workers} of this machine, without Ray")
-            return Orchestrator(job, opened, pool, device(), log, resume).run()
+            return Orchestrator(job, opened, pool, device(), log, resume, beside).run()
+
+
+def _finished(job: CompressionJob, ready: Ready, size: PoolSize, log: EventLog) -> Published | None:
+    """The artifact of a job that is done already. Nothing is imported for it where no artifact of that name is there."""
+    if not ready.output.exists(f"{job.metadata.name}/{LATEST}"):
+        return None
+    with importing():
+        from counterweight.pipeline.finished import finished
+    return finished(job, ready, size.device, size.workers, log)
 
 
 @contextmanager
@@ -65,6 +90,7 @@ def _pool(place: Place, size: PoolSize, output: ObjectStore, log: EventLog) -> I
         with closing(ForkedPool(size, note=log.note)) as forked:
             yield forked
         return
+    log.emit(Doing("starting Ray" if place.here else f"connecting to Ray at {place.address}"))
     with (
         cluster(place.address, size),
         _shown(output) as token,

@@ -13,6 +13,7 @@ from counterweight.pipeline.allocation import budgeted, share_out
 from counterweight.pipeline.artifact import Artifact, FileEntry
 from counterweight.pipeline.artifact.assemble import Parts
 from counterweight.pipeline.artifact.report import TaskReport
+from counterweight.pipeline.behind import behind_blocks
 from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks, stretches
 from counterweight.pipeline.carrying import carrying
 from counterweight.pipeline.dispatch import Dispatcher
@@ -85,15 +86,16 @@ class Outside:
 
 
 def add_embedding(job: Job, tokens: Tokens) -> Node[HiddenRecord]:
-    """The node that makes what enters block 0: of the calibration tokens, then of those that are held out."""
+    """The node that makes what enters block 0: of the calibration tokens, drawn ones, held-out ones."""
     embedding = job.source.layout.names.embedding
-    ids = [tokens.calibration.ids, *([] if tokens.unseen is None else [tokens.unseen.ids])]
-    read = TokenSet(torch.cat(ids))
+    further = [each.ids for each in (tokens.drawn, tokens.unseen) if each is not None]
+    read = TokenSet(torch.cat([tokens.calibration.ids, *further]))
     cost = carrying(job.source, [embedding], rotated=job.setting.rotation is not None)
     task = Embed(
         setting=job.setting,
         tokens=stored_tokens(job, read),
         tensor=(embedding, job.digests[embedding]),
+        drawn=0 if tokens.drawn is None else tokens.drawn.sequences,
         held_out=0 if tokens.unseen is None else tokens.unseen.sequences,
         bytes=cost.bytes + SINGLE * read.sequences * read.length * job.source.layout.hidden_size,
         flops=cost.flops,
@@ -106,7 +108,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
     each block without what enters it."""
     spec, source = job.job.spec, job.source
     recipes: list[BlockRecipe] = [block.recipe for block in outlined]
-    propagate = spec.calibration.propagate
+    propagate = spec.calibration.propagated
 
     def spec_of(
         index: int,
@@ -139,11 +141,14 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
         propagate=propagate,
         budget=budget,
         stretches=stretches(
-            sum(shard_count(each) for each in (tokens.calibration, tokens.unseen)),
+            sum(shard_count(each) for each in (tokens.calibration, tokens.drawn, tokens.unseen)),
             source.layout.blocks,
             job.dispatcher.workers,
             job.threads,
+            gpu=job.setting.device == "cuda",
         ),
+        segment=spec.calibration.segment_blocks,
+        workers=job.dispatcher.workers,
     )
 
 
@@ -185,16 +190,16 @@ def add_outside(job: Job) -> Outside:
     return Outside(carried([names.embedding]), carried(last), carried_beside, entries)
 
 
-def compress_blocks(job: Job, blocks: Blocks, outlined: Sequence[BlockSpec]) -> list[BlockRecord]:
-    """Runs what earlier jobs have not finished; the records of all blocks. outlined: as for `add_model`. RequestError where
-    earlier work is asked for and there is none."""
+def compress_blocks(job: Job, blocks: Blocks, outlined: Sequence[BlockSpec], validated: int = 0) -> list[BlockRecord]:
+    """Runs what earlier jobs have not finished; the records of all blocks. outlined: as for `add_model`. validated: tokens that
+    the model will be validated on. RequestError where earlier work is asked for and there is none."""
     job.dispatcher.graph.open()
     count, reused = len(blocks.compress), blocks.reused
     reasons = _not_reused(job, blocks, outlined)
     if job.resume is Resume.REQUIRED and not reused:
         why = "; ".join(reasons) or "no block was ever finished in this output"
         raise RequestError(f"--resume required: none of {count} blocks can be reused: {why}")
-    job.log.emit(Planned(count, len(reused)))
+    job.log.emit(Planned(count, len(reused), behind_blocks(job.plan, job.source.layout, validated)))
     if reused:
         job.log.note(f"resuming: {len(reused)} of {count} blocks were finished before and are reused")
     for reason in reasons:
@@ -232,7 +237,7 @@ def gather_parts(job: Job, blocks: Blocks, outside: Outside) -> Parts:
 
 def add_references(job: Job, tokens: Tokens) -> list[Reference]:
     """The nodes of what the original makes of the windows of the validation; none without one."""
-    asked, windows = job.job.spec.validation, tokens.validation
+    asked, windows = job.job.spec.validation, tokens.judged
     if asked is None or windows is None:
         return []
     whole = Original(

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import typer
+
+SET_HELP = (
+    "Override a field: spec.recipe.weights.bits=3; an item of a list: spec.recipe.keep.0=lm_head; a further one: "
+    "spec.recipe.keep.+='*.q_proj'. Repeatable."
+)
 
 
 def absolute(uri: str) -> str:
     """A path or URI given on the command line; paths are relative to the working directory. RequestError."""
-    from counterweight.pipeline.manifest import resolve_uri
-    from counterweight.workers.errors import RequestError
+    from counterweight.pipeline.manifest import from_here
 
-    try:
-        return uri if uri.startswith("hf:") else resolve_uri(uri, Path.cwd().as_uri())
-    except RequestError as error:
-        raise RequestError(f"{uri!r}: {error}") from error
+    return from_here(uri)
 
 
 def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:

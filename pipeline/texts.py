@@ -6,14 +6,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.manifest import TEXT, Calibration, CompressionJob
 from counterweight.pipeline.manifest.job import TextShare
 from counterweight.workers.calibration.encoder import Encoder
-from counterweight.workers.calibration.source import ModelSamples, TokenSource, TokensSource
+from counterweight.workers.calibration.source import ModelSamples, SpecialTokens, TokenSource, TokensSource
 from counterweight.workers.calibration.texts import open_text
-from counterweight.workers.calibration.windows import Sampling, Windows, encoder, windows
+from counterweight.workers.calibration.windows import AnyTokenizer, Sampling, Windows, encoder, windows
+from counterweight.workers.models.families import family_of
 
-CALIBRATION, VALIDATION, DISTILLATION = "spec.calibration.source", "spec.validation.text", "spec.distillation"
+CALIBRATION, VALIDATION, DISTILLATION = "spec.calibration.source", "spec.validation", "spec.distillation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,20 +27,27 @@ class Request:
     sequences: int | None
     sampling: Sampling = "consecutive"
     seed: int = 0
-    further: int = 0
+    further: tuple[int, ...] = ()
+    special_tokens: SpecialTokens = "text"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Texts:
-    """Field of the manifest -> the windows of the text that it names; prepared tokens are not among them. seconds: what reading
-    took."""
+    """Field of the manifest -> the windows of the text that it names; prepared tokens are not among them. usual: see
+    `requests`. seconds: what reading took."""
 
     found: Mapping[str, Windows]
+    usual: SpecialTokens
     seconds: float
 
 
-def requests(job: CompressionJob) -> Iterator[Request]:
-    """Everything that is read before a model runs."""
+def validation_field(name: str) -> str:
+    """Where a text of the validation stands in the manifest."""
+    return f"{VALIDATION}.text" if name == TEXT else f"{VALIDATION}.texts.{name}.source"
+
+
+def requests(job: CompressionJob, usual: SpecialTokens) -> Iterator[Request]:
+    """Everything that is read before a model runs. usual: what has special tokens where the manifest does not say it."""
     calibration, validation, stage = job.spec.calibration, job.spec.validation, job.spec.distillation
     if not isinstance(calibration.source, ModelSamples):
         yield Request(
@@ -49,30 +57,50 @@ def requests(job: CompressionJob) -> Iterator[Request]:
             sequences=calibration.sequences,
             sampling=calibration.sampling,
             seed=calibration.seed,
-            further=calibration.held_out_sequences,
+            further=(calibration.held_out_sequences, calibration.drawn),
+            special_tokens=calibration.special_tokens or usual,
         )
     if validation is not None:
         length = validation.sequence_length or calibration.sequence_length
-        yield Request(field=VALIDATION, source=validation.text, length=length, sequences=validation.windows)
+        for name, (source, count) in validation.sources.items():
+            yield Request(
+                field=validation_field(name),
+                source=source,
+                length=length,
+                sequences=count,
+                special_tokens=validation.special_tokens or usual,
+            )
     if stage is not None:
-        yield from _shares(stage.texts, "texts", calibration.sequence_length)
-        yield from _shares(stage.held_out, "held_out", calibration.sequence_length)
+        yield from _shares(stage.texts, "texts", calibration, usual)
+        yield from _shares(stage.held_out, "held_out", calibration, usual)
 
 
-def _shares(shares: Sequence[TextShare], name: str, length: int) -> Iterator[Request]:
+def _shares(
+    shares: Sequence[TextShare], name: str, calibration: Calibration, usual: SpecialTokens
+) -> Iterator[Request]:
     for index, share in enumerate(shares):
-        field = f"{DISTILLATION}.{name}.{index}.source"
-        yield Request(field=field, source=share.source, length=length, sequences=share.skip + share.sequences)
+        yield Request(
+            field=f"{DISTILLATION}.{name}.{index}.source",
+            source=share.source,
+            length=calibration.sequence_length,
+            sequences=share.skip + share.sequences,
+            special_tokens=calibration.special_tokens or usual,
+        )
 
 
-def read_texts(job: CompressionJob, tokenizer: bytes | None) -> Texts:
+def usual_special_tokens(config: Mapping[str, object]) -> SpecialTokens:
+    """What has special tokens where a manifest does not say it, by the model's config.json."""
+    return "window" if family_of(config.get("model_type")).needs_beginning else "text"
+
+
+def read_texts(job: CompressionJob, tokenizer: AnyTokenizer, usual: SpecialTokens = "text") -> Texts:
     """Reads and tokenizes the texts that `job` names, as far as its windows need; RequestError when one does not give what is
-    asked of it, or prepared tokens are not there. tokenizer: the model's tokenizer.json."""
+    asked of it, or prepared tokens are not there. tokenizer: the model's. usual: see `requests`."""
     started = time.perf_counter()
     found: dict[str, Windows] = {}
     running: Encoder | None = None
     try:
-        for asked in requests(job):
+        for asked in requests(job, usual):
             if isinstance(asked.source, TokensSource):
                 open_text(asked.source.uri, asked.field)
                 continue
@@ -86,8 +114,34 @@ def read_texts(job: CompressionJob, tokenizer: bytes | None) -> Texts:
                 seed=asked.seed,
                 field=asked.field,
                 further=asked.further,
+                special_tokens=asked.special_tokens,
             )
     finally:
         if running is not None:
             running.close()
-    return Texts(found=found, seconds=time.perf_counter() - started)
+    return Texts(found=found, usual=usual, seconds=time.perf_counter() - started)
+
+
+def check_texts(job: CompressionJob, tokenizer: AnyTokenizer, usual: SpecialTokens = "text") -> None:
+    """Looks whether `read_texts` would get what is asked of each text, reading no more of it than that takes. RequestError."""
+    running: Encoder | None = None
+    try:
+        for asked in requests(job, usual):
+            if isinstance(asked.source, TokensSource):
+                open_text(asked.source.uri, asked.field)
+                continue
+            running = running or encoder(tokenizer, asked.field)
+            # As many tokens as windows need are enough, wherever the windows will lie.
+            windows(
+                asked.source,
+                running,
+                length=asked.length,
+                sequences=asked.sequences or 1,
+                sampling="consecutive",
+                seed=asked.seed,
+                field=asked.field,
+                special_tokens=asked.special_tokens,
+            )
+    finally:
+        if running is not None:
+            running.close()

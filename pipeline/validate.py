@@ -1,4 +1,4 @@
-"""Distributed validation, and the gates that a publication must pass."""
+"""Distributed validation."""
 
 from __future__ import annotations
 
@@ -7,32 +7,49 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from counterweight.pipeline.artifact import Artifact, FileEntry
-from counterweight.pipeline.artifact.report import Quality, TaskReport
+from counterweight.pipeline.artifact.report import TaskReport, TextReport, TokensReport, quality, tokens_report
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.graph import Graph, Node, giving
-from counterweight.pipeline.manifest import Gates, Validation
-from counterweight.workers.errors import GateError
+from counterweight.pipeline.manifest import Validation
+from counterweight.pipeline.tokens import Tokens
 from counterweight.workers.ledger import LEDGER
-from counterweight.workers.metrics import METRICS, Metric
-from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, Evaluate, EvaluateRecord, WindowMetrics
+from counterweight.workers.metrics import kl_by_position
+from counterweight.workers.metrics.metric import mean
+from counterweight.workers.tasks.evaluate import Evaluate, EvaluateRecord, WindowMetrics, WindowProfiles
 from counterweight.workers.tasks.original import Original, OriginalRecord
 from counterweight.workers.tasks.setting import shard_sequences
 
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Of every window, in order. metrics: of each variant. routers: of each variant and sparse block (`EvaluateRecord`)."""
+    """Of every window, in order. metrics, profiles: of each variant. routers: of each variant and sparse block
+    (`EvaluateRecord`)."""
 
     metrics: dict[str, list[WindowMetrics]] = field(default_factory=dict)
+    profiles: dict[str, list[WindowProfiles]] = field(default_factory=dict)
     routers: dict[str, dict[int, list[float]]] = field(default_factory=dict)
 
     def add(self, record: EvaluateRecord) -> None:
         """Takes in further windows."""
         for variant, found in record.windows.items():
             self.metrics.setdefault(variant, []).extend(found)
+            self.profiles.setdefault(variant, []).extend(record.profiles[variant])
         for variant, blocks in record.routers.items():
             for block, shares in blocks.items():
                 self.routers.setdefault(variant, {}).setdefault(block, []).extend(shares)
+
+    def by_text(self, texts: Mapping[str, TokensReport]) -> dict[str, TextReport]:
+        """The summary of each text's windows, which lie one text behind the other. texts: by name, in order."""
+        found, start = {}, 0
+        for name, tokens in texts.items():
+            part = slice(start, start + tokens.sequences)
+            start = part.stop
+            found[name] = TextReport(
+                tokens=tokens,
+                kl_by_position={variant: _means(along[part]) for variant, along in self.profiles.items()},
+                **{variant: quality(windows[part]) for variant, windows in self.metrics.items()},
+            )
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +109,17 @@ def validate(
     return merged, [TaskReport(name=name, reused=reused, timing=timing) for name, reused, timing in reports]
 
 
+def described(validation: Validation | None, tokens: Tokens) -> dict[str, TokensReport]:
+    """Every text of a validation, in order, as a report has it."""
+    if validation is None:
+        return {}
+    specials = validation.special_tokens or tokens.usual
+    return {
+        name: tokens_report(source, tokens.validation[name], special_tokens=specials)
+        for name, (source, _) in validation.sources.items()
+    }
+
+
 def shares(windows: int, length: int, workers: int) -> list[range]:
     """The windows of each worker: whole batches, because the last bits of a matrix product may depend on its number of rows (an
     expert's few tokens)."""
@@ -100,34 +128,7 @@ def shares(windows: int, length: int, workers: int) -> list[range]:
     return [range(start, min(start + share, windows)) for start in range(0, windows, share)]
 
 
-def check_gates(validation: Validation, found: Mapping[str, Quality]) -> None:
-    """GateError naming every gate that the compressed model does not pass; found: variant -> its quality."""
-    baseline, decoding = found[BASELINE], found[COMPENSATED]
-    sets = [("gates", validation.gates, decoding)]
-    if validation.prefill_gates is not None:
-        sets.append(("prefill_gates", validation.prefill_gates, found.get(PREFILL, decoding)))
-    failures = [
-        f"spec.validation.{field}.{metric.gate}: {problem}"
-        for field, gates, compensated in sets
-        for metric in METRICS
-        if (problem := _failure(metric, gates, baseline, compensated))
-    ]
-    if failures:
-        raise GateError("\n".join(failures))
-
-
-def _failure(metric: Metric, gates: Gates, baseline: Quality, compensated: Quality) -> str | None:
-    """What a metric's gate has against a model, None when there is no bound or it is kept."""
-    bound: float | None = getattr(gates, metric.gate)
-    found, original = compensated.of(metric), baseline.of(metric)
-    if bound is None or found is None or original is None:
-        return None
-    measured = f"{found:{metric.digits}}"
-    if metric.relative:
-        ratio = found / original
-        measured = f"{ratio:.4f} ({metric.short} {measured}, original {original:{metric.digits}})"
-        found = ratio
-    # Written so that what is no number passes nothing.
-    kept = found >= bound if metric.higher_is_better else found <= bound
-    limit = "least" if metric.higher_is_better else "most"
-    return None if kept else f"{measured}: expected at {limit} {bound:g}"
+def _means(windows: Sequence[WindowProfiles]) -> tuple[float, ...]:
+    """Mean over windows of the divergence by position, range by range."""
+    columns = zip(*(window[kl_by_position.PROFILE.name] for window in windows), strict=True)
+    return tuple(mean(column) for column in columns)

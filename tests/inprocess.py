@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from counterweight.pipeline.artifact import Published
 from counterweight.pipeline.events import BlockDone, Event, EventLog, FellBack, Note, StageEntered, TaskRetried
-from counterweight.pipeline.manifest import parse_manifest
+from counterweight.pipeline.manifest import CompressionJob, parse_manifest
 from counterweight.pipeline.opening import open_job
 from counterweight.pipeline.orchestrator import Orchestrator
 from counterweight.pipeline.pool import Outcome
@@ -91,31 +91,50 @@ def run_job(
     hold_bytes: int = HOLD_BYTES,
     progress: Progress | None = None,
     pool: InProcessPool | None = None,
+    name: str = "tiny",
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Published:
     """Compresses the checkpoint in `model`, made by `tests.models`; artifacts go below `output`.
 
     calibration, validation: what is not the default of these tests; no validation: published unjudged. distillation: as the
-    manifest has it. pool: in the place of one of `workers` with `threads` each.
+    manifest has it. pool: in the place of one of `workers` with `threads` each. beside: name -> recipe of jobs that are
+    compressed beside this one.
     """
     output.mkdir(parents=True, exist_ok=True)
     text = write_text(output / "text.txt", 20_000).as_uri()
     spec: dict[str, Any] = {
         "model": {"uri": model.as_uri()},
         "calibration": {"source": {"uri": text}, "sequences": 8, "sequence_length": 32, **(calibration or {})},
-        "recipe": dict(recipe),
         "output": {"uri": (output / "artifacts").as_uri()},
     }
     if validation is not None:
         spec["validation"] = {"text": {"uri": text}, "windows": 8, **validation}
     if distillation is not None:
         spec["distillation"] = distillation
-    document = {"apiVersion": "counterweight/v1", "kind": "CompressionJob", "metadata": {"name": "tiny"}, "spec": spec}
-    job = parse_manifest(json.dumps(document), name="tiny.json", base=output.as_uri()).job
+
+    def job_of(name: str, recipe: Mapping[str, Any]) -> CompressionJob:
+        document: dict[str, Any] = {
+            "apiVersion": "counterweight/v1",
+            "kind": "CompressionJob",
+            "metadata": {"name": name},
+        }
+        document["spec"] = {**spec, "recipe": dict(recipe)}
+        return parse_manifest(json.dumps(document), name="tiny.json", base=output.as_uri()).job
+
+    job = job_of(name, recipe)
+    others = [job_of(*one) for one in (beside or {}).items()]
     pool = InProcessPool(workers, threads, hold_bytes) if pool is None else pool
+    return run_manifest(job, pool, progress or RecordedProgress(), others)
+
+
+def run_manifest(
+    job: CompressionJob, pool: InProcessPool, progress: Progress, beside: Sequence[CompressionJob] = ()
+) -> Published:
+    """A job on a pool, which is closed then."""
     try:
-        with EventLog(progress or RecordedProgress()) as log:
+        with EventLog(progress) as log:
             opened = open_job(job, pool, log, here=True)
-            return Orchestrator(job, opened, pool, "cpu", log).run()
+            return Orchestrator(job, opened, pool, "cpu", log, beside=beside).run()
     finally:
         pool.close()
 

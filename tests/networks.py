@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+
+from tests.patience import PATIENCE
+from tests.servers import S3Server
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_CLONE_NEWNET = 0x40000000
 
 
 class Network:
@@ -31,6 +40,16 @@ class Network:
     def heal(self, host: int) -> None:
         """They arrive again."""
         _ip("-n", self._switch, "link", "set", f"port{host}", "up")
+
+    @contextmanager
+    def inside(self, host: int) -> Iterator[None]:
+        """This thread is there, and so are the threads and processes that it starts."""
+        with open("/proc/thread-self/ns/net") as outside, open(f"/run/netns/{self._namespace(host)}") as own:
+            _enter(own.fileno())
+            try:
+                yield
+            finally:
+                _enter(outside.fileno())
 
     def up(self) -> None:
         """Makes the hosts."""
@@ -71,6 +90,35 @@ def network(hosts: int) -> Iterator[Network]:
         made.down()
 
 
+@contextmanager
+def moto_on(hosts: Network, host: int, bucket: str) -> Iterator[S3Server]:
+    """An object storage on a host of its own, with a bucket, for the others."""
+    address = hosts.address(host)
+    command = [*hosts.on(host), sys.executable, "-m", "moto.server", "-H", address, "-p", "9000"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = S3Server(endpoint=f"http://{address}:9000", access_key="moto", secret_key="moto", region="us-east-1")
+    try:
+        made = [*hosts.on(0), sys.executable, "-c", _MAKE_BUCKET, json.dumps(server.environment()), bucket]
+        subprocess.run(made, check=True, timeout=PATIENCE)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+_MAKE_BUCKET = """\
+import json, os, sys, time
+os.environ.update(json.loads(sys.argv[1]))
+import boto3
+while True:
+    try:
+        boto3.client("s3").create_bucket(Bucket=sys.argv[2])
+        break
+    except Exception:
+        time.sleep(0.2)
+"""
+
+
 @cache
 def can_make_networks() -> bool:
     """Whether the system lets this process do it."""
@@ -79,6 +127,11 @@ def can_make_networks() -> bool:
             return True
     except (OSError, subprocess.CalledProcessError):
         return False
+
+
+def _enter(namespace: int) -> None:
+    if _LIBC.setns(namespace, _CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _ip(*arguments: str) -> None:

@@ -12,6 +12,9 @@ as long."""
 
 TRIES = 3
 
+MAX_CPU = 2.0
+"""Seconds of CPU that a hostile input may cost beyond a harmless one."""
+
 
 def of_children() -> float:
     """CPU seconds of this process's children that have ended."""

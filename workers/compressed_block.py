@@ -22,7 +22,7 @@ from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.clock import Clock
 from counterweight.workers.context import DTYPES, TaskContext, put_hidden
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
-from counterweight.workers.loaded_block import smoothed
+from counterweight.workers.loaded_block import read_ahead, smoothed
 from counterweight.workers.memory import release, trim
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.families import family_of
@@ -33,17 +33,31 @@ from counterweight.workers.tuning.lsi import LinearFormat, learned_scales
 from counterweight.workers.workspace import Blob, Workspace
 
 
-def compressed(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> BlockRecord:
+def compressed(
+    context: TaskContext,
+    spec: BlockSpec,
+    workspace: Workspace,
+    *,
+    following: BlockSpec | None = None,
+    keep: bool = False,
+) -> BlockRecord:
     """The block's record: 1. calibrate, 2. train codes where the recipe asks for it, 3. solve every linear, those of each pass
-    over the shards behind it, 4. run the compressed block where the next one sees what it makes, 5. store."""
+    over the shards behind it, 4. run the compressed block where the next one sees what it makes, 5. store.
+
+    following: a block whose weights are read beside all but the first step. keep: what is calibrated stays as it is, in memory,
+    for the block to be compressed in another way.
+    """
     held = calibrated(context, spec, workspace)
+    if following is not None:
+        read_ahead(context, following.setting, following.index, following.tensors)
     clock = Clock(context.device, held.timing)
     held, codes = tuned(context, spec, held, workspace)
     linears: dict[str, CompressedLinear] = {}
     reports: list[ModuleReport] = []
     for statistics in gathered(context, spec, held, workspace):
         clock.lap("forward")
-        found, told = solved(context, spec, held, statistics, codes)
+        used = PackedStatistics(statistics.packed) if keep else statistics
+        found, told = solved(context, spec, held, used, codes)
         linears |= found
         reports += told
         clock.lap("solve")
@@ -51,14 +65,14 @@ def compressed(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> B
     outputs = propagated(context, spec, held.loaded.block, linears, workspace)
     clock.lap("forward")
     _, builder = context.source(spec.setting)
-    record = write_block(
-        spec, builder, held.loaded.parameters, held.loaded.dtypes, linears, reports, workspace, held.timing
-    )
+    record = write_block(spec, builder, held.loaded, linears, reports, workspace, held.timing, context.device)
     clock.lap("write")
     originals = held.outputs if spec.original_inputs else ()
     record = record.model_copy(
         update={"outputs": outputs, "original_outputs": originals, "timing": clock.timing()},
     )
+    if keep:
+        context.held.hold(held)
     del held, linears
     release(context.device)
     return record

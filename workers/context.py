@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from counterweight.workers.ahead import ReadAhead
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.held_blocks import HOLD_BYTES, HeldBlocks
 from counterweight.workers.held_training import HeldTraining
@@ -20,12 +21,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 class TaskContext:
     """device: where tensors are computed with. pool: threads that share the solves. shards: how blocks are run over shards.
-    held: blocks whose statistics are in memory. training: the model that is trained."""
+    ahead: what is read while it computes. held: blocks whose statistics are in memory. training: the model that is trained."""
 
     def __init__(self, device: torch.device, threads: int, hold_bytes: int = HOLD_BYTES) -> None:
         self.device = device
         self.pool = OrderedPool(threads)
         self.shards: Shards = SideBySide(self.pool) if device.type == "cpu" else Overlapped()
+        self.ahead = ReadAhead(on=device.type != "cpu")
         self.held = HeldBlocks(hold_bytes)
         self.training = HeldTraining()
         self._sources: dict[str, tuple[Checkpoint, BlockBuilder]] = {}
@@ -41,6 +43,7 @@ class TaskContext:
     def close(self) -> None:
         """Drops what is held and ends the threads."""
         self.held.clear()
+        self.ahead.close()
         self.shards.close()
         self.training.keep(None)
         self.pool.close()

@@ -12,7 +12,7 @@ from counterweight.workers.calibration.experts import ExpertCalibration, Starvat
 from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.shrinkage import shrunk
-from counterweight.workers.calibration.statistics import Accumulator, Gathering, PackedMoments, ShardMoments
+from counterweight.workers.calibration.statistics import Accumulator, Gathering, PackedMoments
 from counterweight.workers.errors import RequestError
 from counterweight.workers.held_out import HeldOutRows, Rows
 from counterweight.workers.hooks import input_hooks
@@ -52,7 +52,7 @@ def feed(
     """
     starved: dict[int, list[SharedInputGroup]] = {}
     for group, found in statistics.packed.items():
-        few = is_expert(group[0]) and found.tokens < options.floor_of(found.width)
+        few = is_expert(group[0]) and options.lacking(found.width, found.tokens)
         if few and gatherings[group].anything:
             starved.setdefault(expert_of(group[0]), []).append(group)
     # One expert at a time, so that the sums of one are in memory twice.
@@ -62,6 +62,7 @@ def feed(
             own, layer = statistics.packed[group], _finite(group, sums.pop(group))
             lack = Starvation(
                 tokens=own.tokens,
+                drawn=own.drawn,
                 floor=options.floor_of(own.width),
                 rows=len(rows),
                 weight=options.weight_of(own.width),
@@ -102,7 +103,7 @@ def _through(block: Block, expert: int, gatherings: Gatherings, rows: Tensor) ->
     }
 
     def take(group: SharedInputGroup, seen: Tensor) -> None:
-        sums[group].add(ShardMoments.of(seen, gatherings[group]))
+        sums[group].add_rows(seen)
 
     with torch.no_grad(), input_hooks(block, gatherings, take):
         for stretch in rows.split(STRETCH):

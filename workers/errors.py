@@ -61,3 +61,7 @@ class ObjectNotFoundError(StorageError):
 
 class WorkerError(SurroundingsError):
     """A task failed more often than its retry budget allows, or the cluster cannot hold it."""
+
+
+class OutOfMemoryError(SurroundingsError):
+    """The system, a limit or a GPU refused memory to a worker: others may give some back, and another worker may have more."""

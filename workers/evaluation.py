@@ -9,8 +9,8 @@ together in order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -20,17 +20,48 @@ from torch.nn import functional
 from counterweight.workers.block import install
 from counterweight.workers.compressed import CompressedModel
 from counterweight.workers.errors import RequestError
-from counterweight.workers.metrics import METRICS, Comparison
+from counterweight.workers.metrics import METRICS, PROFILES, Comparison
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.routing import watched
 from counterweight.workers.parallel import OrderedPool
-from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED, WindowMetrics
-
-Blocks = Callable[[int], Mapping[str, Block]]
-"""Index -> the block under each variant."""
+from counterweight.workers.tasks.evaluate import (
+    BASELINE,
+    COMPENSATED,
+    PREFILL,
+    QUANTIZED,
+    WindowMetrics,
+    WindowProfiles,
+)
 
 Chosen = Sequence[Tensor | None]
 """The experts of the tokens of each batch, [tokens, experts] bool; None in a dense block."""
+
+
+@dataclass(slots=True)
+class Measured:
+    """Of windows under one model, in order: their metrics, and what is measured along them."""
+
+    metrics: tuple[WindowMetrics, ...] = ()
+    profiles: tuple[WindowProfiles, ...] = ()
+
+    @classmethod
+    def of(cls, variant: str, window: Comparison) -> Measured:
+        """One window. RequestError where the variant's logits make no number: a model whose weights are too large, or codes
+        that spoil it."""
+        measured = {metric.name: metric.of_window(window) for metric in METRICS}
+        found = {name: value for name, value in measured.items() if value is not None}
+        for name, value in found.items():
+            if not math.isfinite(value):
+                whose = "the original itself, before any compression" if variant == BASELINE else variant
+                raise RequestError(
+                    f"{whose}: {name} of a window is {value}: expected finite logits, from the final norm and lm_head too"
+                )
+        return cls((found,), ({profile.name: profile.of_window(window) for profile in PROFILES},))
+
+    def add(self, other: Measured) -> None:
+        """Takes in further windows."""
+        self.metrics += other.metrics
+        self.profiles += other.profiles
 
 
 def advance(
@@ -50,23 +81,6 @@ def advance(
             routed(index, variant, [chosen for _, chosen in done])
         del variants  # before the next one is loaded
     return current
-
-
-def in_turn(blocks: Blocks, count: int, *, ahead: bool) -> Iterator[Mapping[str, Block]]:
-    """Every block. ahead: another thread loads the next one while one is computed with, so that two are in memory."""
-    if not ahead:
-        yield from map(blocks, range(count))
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="next block") as reader:
-        following = reader.submit(blocks, 0)
-        for index in range(1, count + 1):
-            found = following.result()
-            if index < count:
-                following = reader.submit(blocks, index)
-            else:
-                del following
-            yield found
-            del found
 
 
 def variants_of(model: CompressedModel) -> dict[str, str]:
@@ -97,8 +111,8 @@ def measure(
     heads: Mapping[str, nn.Module],
     pool: OrderedPool,
     routed: Mapping[str, Mapping[int, Sequence[float]]],
-) -> dict[str, list[WindowMetrics]]:
-    """Metrics of each window under the original and under each variant, from what enters their final norms.
+) -> dict[str, Measured]:
+    """Numbers of each window under the original and under each variant, from what enters their final norms.
 
     hidden: variant -> batches [windows, length, hidden]; original: batch -> likewise. heads: of the original and of each
     variant. routed: variant, the original too -> sparse block -> share of each window's tokens that go where the original
@@ -106,8 +120,8 @@ def measure(
     """
     firsts = [0, *accumulate(len(batch) for batch in tokens)]
 
-    def one(batch: int) -> dict[str, list[WindowMetrics]]:
-        found: dict[str, list[WindowMetrics]] = {BASELINE: [], **{variant: [] for variant in hidden}}
+    def one(batch: int) -> dict[str, Measured]:
+        found = {variant: Measured() for variant in (BASELINE, *hidden)}
         for row, (ids, before) in enumerate(zip(tokens[batch], original(batch), strict=True)):
             reference = _log_probabilities(heads[BASELINE], before)
             for variant, windows in found.items():
@@ -115,28 +129,15 @@ def measure(
                 if variant != BASELINE:
                     own = _log_probabilities(heads[variant], hidden[variant][batch][row])
                 agreed = [shares[firsts[batch] + row] for shares in routed.get(variant, {}).values()]
-                windows.append(_window(variant, reference, own, ids, agreed))
+                windows.add(Measured.of(variant, Comparison(reference, own, ids, agreed)))
         return found
 
-    merged: dict[str, list[WindowMetrics]] = {BASELINE: [], **{variant: [] for variant in hidden}}
+    merged = {variant: Measured() for variant in (BASELINE, *hidden)}
     for found in pool.map(one, range(len(tokens))):
         for variant, windows in found.items():
-            merged[variant] += windows
+            merged[variant].add(windows)
     return merged
 
 
 def _log_probabilities(head: nn.Module, hidden: Tensor) -> Tensor:
     return functional.log_softmax(head(hidden.unsqueeze(0))[0].float(), dim=-1)  # [length, vocabulary]
-
-
-def _window(variant: str, reference: Tensor, own: Tensor, ids: Tensor, routed: Sequence[float]) -> WindowMetrics:
-    """RequestError where the variant's logits make no number: a model whose weights are too large, or codes that spoil it."""
-    window = Comparison(reference, own, ids, routed)
-    measured = {metric.name: metric.of_window(window) for metric in METRICS}
-    found = {name: value for name, value in measured.items() if value is not None}
-    for name, value in found.items():
-        if not math.isfinite(value):
-            raise RequestError(
-                f"{variant}: {name} of a window is {value}: expected finite logits, from the final norm and lm_head too"
-            )
-    return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.context import TaskContext
 from counterweight.workers.errors import CheckpointError
+from counterweight.workers.keys import digest
 from counterweight.workers.models.block_builder import Block, BlockBuilder
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import SharedInputGroup, is_expert
@@ -59,12 +61,9 @@ def load_block(
     lent: bool = False,
 ) -> LoadedBlock:
     """A source block on the device, every tensor verified, in the setting's coordinates. lent: see `LoadedBlock`."""
-    checkpoint, builder = context.source(setting)
-    slices = builder.layout.sources(index, checkpoint.names)
-    absent = {part.source for part in slices.values()} - digests.keys()
-    if absent:
-        raise CheckpointError(f"block {index}: the task lists no digest for {sorted(absent)[:3]}")
-    parameters = read_parameters(checkpoint, slices, digests)
+    builder = context.source(setting)[1]
+    key, read = _parameters(context, setting, index, digests)
+    parameters = context.ahead.take(key, read)
     dtypes = {name: tensor.dtype for name, tensor in parameters.items()}
     online: dict[str, Hadamard] = {}
     if setting.rotation is not None:
@@ -74,6 +73,24 @@ def load_block(
         )
     block = run_block(context, builder, index, parameters, online, dtype, lent=lent)
     return LoadedBlock(block=block, parameters=parameters, dtypes=dtypes, online=online, lent=lent)
+
+
+def read_ahead(context: TaskContext, setting: Setting, index: int, digests: Mapping[str, str]) -> None:
+    """Begins to read what `load_block` will want of this block, into the host's memory, where the worker reads ahead."""
+    context.ahead.begin(*_parameters(context, setting, index, digests))
+
+
+def _parameters(
+    context: TaskContext, setting: Setting, index: int, digests: Mapping[str, str]
+) -> tuple[str, Callable[[], dict[str, Tensor]]]:
+    """A block's parameters: a key of theirs, and what reads and verifies them."""
+    checkpoint, builder = context.source(setting)
+    slices = builder.layout.sources(index, checkpoint.names)
+    absent = {part.source for part in slices.values()} - digests.keys()
+    if absent:
+        raise CheckpointError(f"block {index}: the task lists no digest for {sorted(absent)[:3]}")
+    key = digest(["parameters", setting.source, index, dict(digests)])
+    return key, partial(read_parameters, checkpoint, slices, digests)
 
 
 def run_block(

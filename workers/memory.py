@@ -1,8 +1,9 @@
-"""Peak memory of one task in this process, on the host and on a GPU."""
+"""Memory of this process: the peak of one task, on the host and on a GPU, and what is said where there is none left."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import resource
 import sys
@@ -13,6 +14,9 @@ import torch
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _LIBC = ctypes.CDLL(None)
+
+_REFUSED = ("can't allocate memory", "can't start new thread")
+"""What torch's allocator of host memory and Python's threads say; both raise a bare RuntimeError."""
 
 
 def reset_peak(device: torch.device) -> None:
@@ -63,3 +67,11 @@ def trim() -> None:
     up to 32 MiB, for each thread by itself, so that otherwise every phase of a task would pay for those before it."""
     if sys.platform == "linux" and hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether an error says that the system, or a limit of this process, has refused memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    refused = isinstance(error, RuntimeError) and any(text in str(error) for text in _REFUSED)
+    return refused or isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -32,6 +32,12 @@ R = TypeVar("R")
 W = TypeVar("W")
 
 
+def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """Results in the order of `items`, by `READERS` threads; the first failure cancels what has not begun."""
+    with ThreadPoolExecutor(READERS) as pool:
+        yield from pool.map(work, items)
+
+
 class OrderedPool:
     """`threads` workers that map in order, never holding more than `threads` results that nobody has taken."""
 

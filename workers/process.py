@@ -6,7 +6,11 @@ The driver would otherwise load all that workers compute with, and only then ask
 from __future__ import annotations
 
 import gc
-from contextlib import contextmanager
+import os
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -17,6 +21,15 @@ if TYPE_CHECKING:
     from counterweight.workers.tasks.task import Task
 
 R = TypeVar("R")
+
+LOOK_SECONDS = 5.0
+"""Between two looks at the threads of a worker."""
+
+LOOKS = 6
+"""In a row at which a thread may not have begun yet."""
+
+LOST_THREAD = 75
+"""Exit code of a worker with such a thread."""
 
 
 @contextmanager
@@ -32,10 +45,24 @@ def importing() -> Iterator[None]:
             gc.enable()
 
 
+def end_with_lost_threads() -> None:
+    """Ends this process where a thread was started and does not begin. Python (3.11) raises nothing where a new thread gets no
+    memory, and whoever has started it waits for ever."""
+    looks: dict[threading.Thread, int] = {}
+    while True:
+        time.sleep(LOOK_SECONDS)
+        with suppress(MemoryError):
+            looks = {one: looks.get(one, 0) + 1 for one in threading.enumerate() if one.ident is None}
+        if max(looks.values(), default=0) > LOOKS:
+            print("out of memory: a thread could not begin", file=sys.stderr, flush=True)
+            os._exit(LOST_THREAD)
+
+
 class WorkerProcess:
     """Passes tasks on to a `Worker` that is imported and made in the process itself."""
 
     def __init__(self, device: Device, threads: int) -> None:
+        threading.Thread(target=end_with_lost_threads, daemon=True, name="threads").start()
         with importing():
             from counterweight.workers.worker import Worker
         self._worker = Worker(device, threads)

@@ -154,7 +154,9 @@ class Recipe(Config):
     @classmethod
     def _keeps_head(cls, keep: tuple[str, ...]) -> tuple[str, ...]:
         if not any(fnmatchcase("lm_head", pattern) for pattern in keep):
-            raise ValueError("expected a pattern for lm_head: quantizing it is not supported")
+            raise ValueError(
+                "expected a pattern for lm_head, which none of these matches: quantizing it is not supported"
+            )
         return keep
 
     def keeps(self, module: str) -> bool:

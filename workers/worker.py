@@ -7,8 +7,9 @@ from typing import TypeVar
 import torch
 
 from counterweight.workers.context import TaskContext
+from counterweight.workers.errors import OutOfMemoryError
 from counterweight.workers.held_blocks import HOLD_BYTES
-from counterweight.workers.memory import gpu_bytes, release, settle
+from counterweight.workers.memory import gpu_bytes, ran_out, release, settle
 from counterweight.workers.tasks.setting import Device
 from counterweight.workers.tasks.task import Task
 
@@ -42,10 +43,15 @@ class Worker:
         return gpu_bytes(self.context.device)
 
     def run(self, task: Task[R]) -> R:
-        """What the task gives back, or its error."""
+        """What the task gives back, or its error. OutOfMemoryError where this process gets no more memory."""
         if self.context.training.keep(task.trains):
             release(self.context.device)
-        return task.run(self.context)
+        try:
+            return task.run(self.context)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            raise OutOfMemoryError(f"out of memory: {error}".splitlines()[0].rstrip(": ")) from error
 
     def close(self) -> None:
         """Drops what is held and ends the threads."""

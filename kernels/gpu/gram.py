@@ -1,4 +1,5 @@
-"""Second moments of a layer's input, summed in float32: half of the products of x^T x, for it is symmetric."""
+"""Second moments of a layer's input, summed in float32: half of the products of x^T x, for it is symmetric; and x^T y of two
+inputs of the same tokens."""
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # Bodies of kernels have no types that Python knows; the functions that launch them do.
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from counterweight.kernels.gpu import launch
 
+STRIP = 128
+"""Rows of a strip of a packed triangle, as `workers.calibration.triangle` has them."""
+
 BLOCKS_16_BIT = {"TOKENS": 64, "TILE": 128, "num_warps": 8, "num_stages": 3}
 """16-bit input: two warpgroups on a tile of 128 x 128, 96 KB of shared memory, which an sm_89 has."""
 
@@ -19,70 +23,127 @@ BLOCKS_FLOAT32 = {"TOKENS": 32, "TILE": 64, "num_warps": 8, "num_stages": 2}
 """float32 is multiplied without tensor cores; a larger tile spills."""
 
 
-def add_gram_(gram: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
-    """gram += scale * sum over tokens of x x^T, the lower triangle alone: what is above is left as it is. Returns gram.
+def add_gram_(entries: Tensor, x: Tensor) -> Tensor:
+    """Adds sum over tokens of x x^T to the lower triangle of a matrix [in, in]: of float64, held by strips of `STRIP` rows one
+    after the other, of rows `start` to `stop` the first `stop` columns; what is above the diagonal there is left as it is.
+    Returns entries.
 
-    gram: [in, in] float32, contiguous. x: [tokens, in] float16, bfloat16 or float32, rows contiguous. Products and sums are
-    float32, in the order of the tokens: the same bits each time. For many tokens, sum the results of shards in float64.
-    ValueError for anything else.
+    entries: float64, contiguous. x: [tokens, in] float16, bfloat16 or float32, rows contiguous. Products and their sums over
+    the tokens are float32, in the order of the tokens: the same bits each time. ValueError for anything else.
     """
-    tokens, width = x.shape if x.ndim == 2 else (0, 0)
-    if x.ndim != 2 or x.stride(1) != 1 or not launch.runs_on(x.device):
-        raise ValueError(
-            f"x: {list(x.shape)}, strides {x.stride()}, on {x.device}: expected [tokens, in], contiguous, where kernels run"
-        )
-    if gram.shape != (width, width) or gram.dtype is not torch.float32 or not gram.is_contiguous():
-        raise ValueError(f"gram: {list(gram.shape)} {gram.dtype}: expected {[width, width]} float32, contiguous")
-    if gram.device != x.device:
-        raise ValueError(f"gram: on {gram.device}: expected {x.device}")
+    _check("x", x, x)
+    width, strips = x.shape[1], x.shape[1] // STRIP
+    # Whole strips, then what is left.
+    count = STRIP * STRIP * strips * (strips + 1) // 2 + (width - STRIP * strips) * width
+    _add_(entries, (count,), x, x, packed=True)
+    return entries
+
+
+def add_product_(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """total += sum over tokens of x y^T. Returns total.
+
+    total: [in, in'] float64, contiguous. x: [tokens, in], y: [tokens, in'], both float16, bfloat16 or float32 alike, rows
+    contiguous. Products and sums as in `add_gram_`. ValueError for anything else.
+    """
+    _check("x", x, x)
+    _check("y", y, x)
+    _add_(total, (x.shape[1], y.shape[1]), x, y, packed=False)
+    return total
+
+
+def _check(name: str, rows: Tensor, like: Tensor) -> None:
+    if rows.ndim != 2 or rows.stride(1) != 1 or not launch.runs_on(rows.device):
+        found = f"{list(rows.shape)}, strides {rows.stride()}, on {rows.device}"
+        raise ValueError(f"{name}: {found}: expected [tokens, in], contiguous, where kernels run")
+    if rows.dtype is not like.dtype or len(rows) != len(like) or rows.device != like.device:
+        found = f"{len(rows)} tokens in {rows.dtype} on {rows.device}"
+        raise ValueError(f"{name}: {found}: expected {len(like)} in {like.dtype} on {like.device}")
+
+
+def _add_(total: Tensor, shape: tuple[int, ...], x: Tensor, y: Tensor, *, packed: bool) -> None:
+    if total.shape != shape or total.dtype is not torch.float64 or not total.is_contiguous():
+        raise ValueError(f"total: {list(total.shape)} {total.dtype}: expected {list(shape)} float64, contiguous")
+    if total.device != x.device:
+        raise ValueError(f"total: on {total.device}: expected {x.device}")
     constants = launch.arithmetic(x.dtype)
     blocks = BLOCKS_FLOAT32 if x.dtype is torch.float32 else BLOCKS_16_BIT
-    tiles = triton.cdiv(width, blocks["TILE"])
+    grid = tuple(triton.cdiv(stream.shape[1], blocks["TILE"]) for stream in (x, y))
     with launch.current(x.device):
-        gram_kernel[(tiles, tiles)](
-            gram,
+        gram_kernel[grid](
+            total,
             x,
-            tokens,
-            width,
+            y,
+            len(x),
+            x.shape[1],
+            y.shape[1],
             x.stride(0),
-            float(scale),
+            y.stride(0),
+            PACKED=packed,
+            STRIP=STRIP,
             COMPUTE=constants["COMPUTE"],
             PRECISION=constants["PRECISION"],
             **blocks,
         )
-    return gram
 
 
 @triton.jit
 def gram_kernel(
-    gram,
+    total,
     x,
+    y,
     tokens,
-    width,
+    x_width,
+    y_width,
     x_stride,
-    scale,
+    y_stride,
+    PACKED: tl.constexpr,
+    STRIP: tl.constexpr,
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grid (tiles, tiles), of which those above the diagonal have nothing to do. A program sums its tile over all tokens."""
+    """grid (tiles, tiles). A program sums its tile over all tokens in float32 and adds it in float64. PACKED: to the lower
+    triangle, see `add_gram_`; programs above the diagonal have nothing to do."""
     row_tile = tl.program_id(0)
     column_tile = tl.program_id(1)
-    if column_tile > row_tile:
+    if PACKED & (column_tile > row_tile):
         return
     row = row_tile * TILE + tl.arange(0, TILE)
     column = column_tile * TILE + tl.arange(0, TILE)
-    total = tl.zeros((TILE, TILE), tl.float32)
+    sums = tl.zeros((TILE, TILE), tl.float32)
     for first in tl.range(0, tokens, TOKENS):
-        token = first + tl.arange(0, TOKENS)
+        token = (first + tl.arange(0, TOKENS)).to(tl.int64)
         inside = token < tokens
-        start = token.to(tl.int64) * x_stride
-        rows = tl.load(x + start[None, :] + row[:, None], mask=inside[None, :] & (row < width)[:, None], other=0.0)
-        columns = tl.load(
-            x + start[:, None] + column[None, :], mask=inside[:, None] & (column < width)[None, :], other=0.0
+        rows = tl.load(
+            x + token[None, :] * x_stride + row[:, None], mask=inside[None, :] & (row < x_width)[:, None], other=0.0
         )
-        total = tl.dot(rows.to(COMPUTE), columns.to(COMPUTE), total, input_precision=PRECISION)
-    to = gram + row.to(tl.int64)[:, None] * width + column[None, :]
-    below = (row < width)[:, None] & (column[None, :] <= row[:, None])
-    tl.store(to, tl.load(to, mask=below, other=0.0) + total * scale, mask=below)
+        columns = tl.load(
+            y + token[:, None] * y_stride + column[None, :],
+            mask=inside[:, None] & (column < y_width)[None, :],
+            other=0.0,
+        )
+        sums = tl.dot(rows.to(COMPUTE), columns.to(COMPUTE), sums, input_precision=PRECISION)
+    # The tile's first entry by 64 bits; within a tile 32 are enough, and take half of the registers.
+    first_row = row_tile.to(tl.int64) * TILE
+    stride = y_width
+    if PACKED:
+        strip = first_row // STRIP
+        stride = tl.minimum((strip.to(tl.int32) + 1) * STRIP, y_width)
+        first_row -= strip * STRIP
+        total += strip * (strip + 1) // 2 * STRIP * STRIP
+    total += first_row * stride
+    left, right = tl.split(tl.permute(tl.reshape(sums, (TILE, 2, TILE // 2)), (0, 2, 1)))
+    column = column_tile * TILE + tl.arange(0, TILE // 2)
+    _add(total, left, row - row_tile * TILE, row, column, stride, x_width, y_width, PACKED)
+    _add(total, right, row - row_tile * TILE, row, column + TILE // 2, stride, x_width, y_width, PACKED)
+
+
+@triton.jit
+def _add(total, sums, local, row, column, stride, x_width, y_width, PACKED: tl.constexpr):
+    """Half of a tile at a time: its float64 entries take twice the registers of the sums."""
+    to = total + (local[:, None] * stride + column[None, :])
+    kept = (row < x_width)[:, None] & (column < y_width)[None, :]
+    if PACKED:
+        kept = kept & (column[None, :] <= row[:, None])
+    tl.store(to, tl.load(to, mask=kept, other=0.0) + sums.to(tl.float64), mask=kept)

@@ -83,6 +83,9 @@ class SignWeight(StoredWeight):
             column_scale=self.column_scale.clone(),
         )
 
+    def columns(self, columns: slice) -> Self:
+        return self.of(self.signs(torch.int8)[:, columns], self.row_scale.clone(), self.column_scale[columns].clone())
+
     def with_gains(self, gains: Tensor) -> Self:
         return replace(self, row_scale=(self.row_scale.float() * gains.float()).to(self.row_scale.dtype))
 

@@ -73,6 +73,11 @@ class StoredWeight(ABC):
         """The weight of these output channels alone, in memory of its own."""
 
     @abstractmethod
+    def columns(self, columns: slice) -> Self:
+        """The weight of these input channels alone, in memory of its own; ValueError where they begin or end inside a group of
+        columns that share a scale."""
+
+    @abstractmethod
     def with_gains(self, gains: Tensor) -> Self:
         """The same codes with each output channel's scales multiplied by its gain [out], rounded to the scales' dtype."""
 

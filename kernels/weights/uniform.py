@@ -80,6 +80,20 @@ class UniformWeight(StoredWeight):
     def rows(self, rows: slice) -> Self:
         return self.with_parts({name: tensor[rows].clone() for name, tensor in self.parts.items()})
 
+    def columns(self, columns: slice) -> Self:
+        start, stop, _ = columns.indices(self.codes.shape[1])
+        size = self.group_size
+        if size is None:
+            parts = {name: tensor.clone() for name, tensor in self.parts.items() if name != "codes"}
+            return self.with_parts({**parts, "codes": self.codes[:, start:stop].clone()})
+        if start % size or (stop % size and stop != self.codes.shape[1]):
+            raise ValueError(f"columns: {start} to {stop}: expected a whole number of groups of {size} columns")
+        groups = slice(start // size, -(-stop // size))
+        zero_point = None if self.zero_point is None else self.zero_point[:, groups].clone()
+        return replace(
+            self, codes=self.codes[:, start:stop].clone(), scale=self.scale[:, groups].clone(), zero_point=zero_point
+        )
+
     def with_gains(self, gains: Tensor) -> Self:
         return replace(self, scale=(self.scale.float() * gains.float().unsqueeze(1)).to(self.scale.dtype))
 

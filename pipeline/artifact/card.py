@@ -12,7 +12,15 @@ from counterweight.workers.metrics import METRICS
 
 CARD = "README.md"
 
+PLACE = "file:///path/of/this/folder"
+"""What stands in a card for where the artifact is: `push` puts the repository's name there."""
+
 _HUB = re.compile(r"hf:(?://)?(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})(?:@.*)?")
+_SNAPSHOT = re.compile(
+    r"/models--(?P<owner>[A-Za-z0-9][\w.]*(?:-[\w.]+)*)--(?P<name>[A-Za-z0-9][\w.-]*)/snapshots/", re.ASCII
+)
+"""Where the hub's client keeps a repository."""
+
 _LICENCE = re.compile(r"(license|licence|copying)(\.(txt|md))?", re.IGNORECASE)
 
 
@@ -37,12 +45,20 @@ def card(report: Report, files: Iterable[str], *, stock: bool) -> str:
 
 def _metadata(report: Report, licence: str | None, *, stock: bool) -> str:
     lines = ["library_name: transformers", "pipeline_tag: text-generation"]
-    if (named := _HUB.fullmatch(report.model.uri)) is not None:
-        lines += [f"base_model: {named['name']}", "base_model_relation: quantized"]
+    if (base := hub_id(report.model.uri)) is not None:
+        lines += [f"base_model: {base}", "base_model_relation: quantized"]
     if licence is not None:
         lines += ["license: other", f"license_link: {licence}"]
     lines += ["tags:", "- counterweight", f"- {'compressed-tensors' if stock else 'custom-quantization'}"]
     return "\n".join(["---", *lines, "---"])
+
+
+def hub_id(uri: str) -> str | None:
+    """The repository of the hub that a model is: of an `hf:` URI, and of a copy in the cache of the hub's client."""
+    if (named := _HUB.fullmatch(uri)) is not None:
+        return named["name"]
+    kept = _SNAPSHOT.search(uri)
+    return None if kept is None else f"{kept['owner']}/{kept['name']}"
 
 
 def _figures(report: Report) -> str:
@@ -60,7 +76,7 @@ def _figures(report: Report) -> str:
 
 
 def _loading(*, branch: bool, stock: bool) -> str:
-    ours = '```python\nimport counterweight\n\nmodel = counterweight.load_model("file:///path/of/this/folder")\n```'
+    ours = '```python\nimport counterweight\n\nmodel = counterweight.load_model("' + PLACE + '")\n```'
     if not stock:
         return (
             f"{ours}\n\nOr, after `import counterweight.auto`, `AutoModelForCausalLM.from_pretrained`. Stock transformers and "
@@ -75,10 +91,7 @@ def _loading(*, branch: bool, stock: bool) -> str:
 
 
 def _limits(report: Report) -> str:
-    text = (
-        "Every byte can be checked: `counterweight verify file:///path/of/this/folder`. What was done to each layer is in "
-        "`report/`."
-    )
+    text = f"Every byte can be checked: `counterweight verify {PLACE}`. What was done to each layer is in `report/`."
     if report.validation is None:
         return text
     windows = count(report.validation.sequences, "window")

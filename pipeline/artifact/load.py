@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -11,10 +12,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from counterweight.kernels.backend import Kernels
 from counterweight.pipeline.artifact import open_artifact
 from counterweight.pipeline.artifact.auto import mark
-from counterweight.workers.block import install
+from counterweight.pipeline.artifact.hub import located
+from counterweight.pipeline.manifest.uris import from_here
 from counterweight.workers.checkpoint.strict_json import parse_object
 from counterweight.workers.compressed import CompressedModel
 from counterweight.workers.errors import CheckpointError
+from counterweight.workers.whole_model import assembled
 
 if TYPE_CHECKING:
     from counterweight.kernels.gpu.host_memory import HostArena
@@ -27,7 +30,7 @@ Corrected = Literal["decode", "all"]
 
 
 def load_model(
-    uri: str,
+    uri: str | os.PathLike[str],
     *,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
@@ -37,8 +40,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The artifact at `uri` (its root, or the root of its name for the latest), every byte verified, ready for `generate`.
 
-    uri: `file:` or `s3:`. device: `cpu` or `cuda`. dtype: of activations and kept weights; None for the embedding's.
-    compensated: with the low-rank branches and residual stores.
+    uri: a path, `file:`, `s3:`, or `hf:owner/name[@revision]`. device: `cpu` or `cuda`. dtype: of activations and kept weights;
+    None for the embedding's. compensated: with the low-rank branches and residual stores.
 
     residual: what residual stores (QDEC) do for a text of several tokens that is given at once. `decode`: nothing, as DecDEC
     serves a prompt; they correct tokens that come one at a time, as `generate` makes them. A whole text then scores as the
@@ -56,17 +59,19 @@ def load_model(
     for name, value, known in (("residual", residual, get_args(Corrected)), ("kernels", kernels, get_args(Kernels))):
         if value not in known:
             raise ValueError(f"{name}: {value!r}: expected {', '.join(known[:-1])} or {known[-1]}")
-    store, document = open_artifact(uri)
+    store, document = open_artifact(located(from_here(uri)))
     model = CompressedModel.open(store)
     place = torch.device(device)
-    embedding = model.embedding()
-    kind = embedding.dtype if dtype is None else dtype
     arena = _arena(model.residual_sizes) if compensated and place.type == "cuda" and kernels != "torch" else None
-    shell = model.builder.causal_shell(embedding, model.head(), place, kind)
-    for index in range(model.builder.blocks):
-        block, linears = model.block(index, place, kind)
-        install(block, linears, compensated=compensated, decode_only=residual == "decode", kernels=kernels, arena=arena)
-        shell.model.layers.append(block.layer)
+    shell = assembled(
+        model,
+        place,
+        dtype,
+        compensated=compensated,
+        decode_only=residual == "decode",
+        kernels=kernels,
+        arena=arena,
+    )
     if GENERATION_CONFIG in document.files:
         text = store.read(GENERATION_CONFIG, sha256=document.files[GENERATION_CONFIG].sha256)
         fields = parse_object(text, file=store.uri_of(GENERATION_CONFIG), max_values=MAX_GENERATION_VALUES)

@@ -17,13 +17,15 @@ from counterweight.pipeline.artifact.document import (
     LedgerSummary,
     json_bytes,
 )
+from counterweight.pipeline.artifact.making import Earlier
 from counterweight.pipeline.artifact.reader import Artifact, Published
 from counterweight.pipeline.artifact.report import Report
 from counterweight.pipeline.artifact.report_html import render
-from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
+from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError
 from counterweight.workers.interchange.compressed_tensors import QUANT_METHOD
 from counterweight.workers.ledger import Ledger
-from counterweight.workers.storage import sha256_hex
+from counterweight.workers.storage import ObjectStore, sha256_hex
+from counterweight.workers.storage.names import check_key
 
 
 def publish(artifact: Artifact, report: Report, files: Mapping[str, FileEntry], ledger: Ledger) -> Published:
@@ -61,6 +63,30 @@ def publish(artifact: Artifact, report: Report, files: Mapping[str, FileEntry], 
     else:  # another driver was faster, perhaps by hours where this one was stopped: newer artifacts may be there by now
         repair_pointer(artifact, published.document)
     return Published(published.uri, published.document, existing=False)
+
+
+def latest(store: ObjectStore, name: str) -> Published | None:
+    """The artifact of a name that was published last; None without one, and where its pointer or document is damaged."""
+    try:
+        pointer = json.loads(store.read(f"{name}/{LATEST}"))
+        return Artifact(store, name, check_key(str(pointer["id"]))).published()
+    except (ObjectNotFoundError, RequestError, ValueError, KeyError, TypeError):
+        return None
+
+
+def before(artifact: Artifact) -> Earlier | None:
+    """The artifact of this name that was published last before this one; None for the first."""
+    found = latest(artifact.store, artifact.name)
+    if found is None or found.document.id == artifact.id:
+        return None
+    document = found.document
+    return Earlier(
+        id=document.id,
+        created=document.created,
+        bits=document.bits_per_weight.total,
+        qualities={variant: quality.model_dump() for variant, quality in document.qualities.items()},
+        recipe=document.recipe,
+    )
 
 
 def _is_stock(artifact: Artifact) -> bool:

@@ -2,12 +2,13 @@
 
 <output>/<name>/<id>/artifact.json     written last, once: with it the artifact becomes visible
 <output>/<name>/latest.json            points to the newest id
+<output>/<name>/tags/<tag>/            say which id a tag is on (`tags`)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from pydantic import ValidationError
 
@@ -20,6 +21,7 @@ from counterweight.pipeline.artifact.document import (
     ArtifactDocument,
     FileEntry,
 )
+from counterweight.pipeline.artifact.tags import named_by_tag, tagged, tags
 from counterweight.workers.checkpoint.layout import check_index
 from counterweight.workers.checkpoint.strict_json import check_object, parse_object
 from counterweight.workers.config import Config, first_problem
@@ -82,7 +84,19 @@ class Artifact:
         return Published(self.uri, document, existing=True)
 
 
-def read_document(store: ObjectStore) -> ArtifactDocument:
+class Named(Protocol):
+    """What names its objects for people."""
+
+    def uri_of(self, key: str) -> str: ...
+
+
+class Documents(Named, Protocol):
+    """What documents are read from."""
+
+    def read_bounded(self, key: str, most: int) -> bytes: ...
+
+
+def read_document(store: Documents) -> ArtifactDocument:
     """artifact.json at a store's root. ObjectNotFoundError when the artifact is not visible, CheckpointError when the
     document is not one."""
     document = parsed(
@@ -99,7 +113,7 @@ def read_document(store: ObjectStore) -> ArtifactDocument:
     return document
 
 
-def parsed(kind: type[D], store: ObjectStore, path: str, what: str, data: bytes) -> D:
+def parsed(kind: type[D], store: Named, path: str, what: str, data: bytes) -> D:
     """A document of an artifact; CheckpointError for one in which a key occurs twice, or that is no such document."""
     uri = store.uri_of(path)
     try:
@@ -112,10 +126,12 @@ def parsed(kind: type[D], store: ObjectStore, path: str, what: str, data: bytes)
 
 
 def resolve(uri: str) -> tuple[ObjectStore, ArtifactDocument]:
-    """The artifact at `uri`: an artifact's root, or the root of a name, whose latest.json then says which.
+    """The artifact at `uri`: an artifact's root; or the root of a name, whose latest.json then says which; or NAME@TAG.
 
-    RequestError when neither is there.
+    RequestError when none of them is there.
     """
+    if (named := named_by_tag(uri)) is not None:
+        return _tagged(*named)
     store = open_store(uri)
     try:
         return store, read_document(store)
@@ -134,6 +150,14 @@ def resolve(uri: str) -> tuple[ObjectStore, ArtifactDocument]:
         return below, read_document(below)
     except ObjectNotFoundError as error:
         raise RequestError(f"{uri}: {LATEST} names {newest}, which has no {DOCUMENT}") from error
+
+
+def _tagged(root: str, tag: str) -> tuple[ObjectStore, ArtifactDocument]:
+    names = open_store(root)
+    id = tagged(names, tag)
+    if id is None:
+        raise RequestError(f"{root}@{tag}: no such tag: expected one of {', '.join(tags(names)) or 'none'}")
+    return names.below(id), read_document(names.below(id))
 
 
 def open_artifact(uri: str) -> tuple[ObjectStore, ArtifactDocument]:
@@ -162,7 +186,7 @@ def check_named(store: ObjectStore, document: ArtifactDocument) -> None:
         file_entry(store, document, path)
 
 
-def file_entry(store: ObjectStore, document: ArtifactDocument, path: str) -> FileEntry:
+def file_entry(store: Named, document: ArtifactDocument, path: str) -> FileEntry:
     """What artifact.json says of a file that every artifact has; CheckpointError when it says nothing."""
     if path not in document.files:
         raise CheckpointError(f"{store.uri_of(DOCUMENT)}: files: no {path}: expected every file of an artifact")

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ConfigDict, Field
 
+from counterweight.pipeline.artifact.making import Earlier, Making, Sizes
+from counterweight.pipeline.artifact.verdict import BenchmarkReport, GateReport, GenerationReport
+from counterweight.pipeline.manifest.validation import TEXT
+from counterweight.workers.calibration.source import SpecialTokens
 from counterweight.workers.config import Config
 from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.errors import RequestError
@@ -52,6 +56,32 @@ class Judged(Config):
         """Variant -> its quality; empty without validation."""
         found: dict[str, Quality | None] = {variant: getattr(self, variant) for variant in VARIANTS}
         return {variant: quality for variant, quality in found.items() if quality is not None}
+
+
+class TokensReport(Config):
+    """A token set. digest: of its ids. drawn: further windows, for experts that saw too few tokens of these. held_out: further
+    ones, which nothing is solved on."""
+
+    source: Mapping[str, object]
+    sequences: int
+    sequence_length: int
+    digest: str
+    drawn: int = 0
+    held_out: int = 0
+    special_tokens: SpecialTokens = "text"
+    """What has the tokenizer's special tokens around it."""
+
+
+class TextReport(Judged):
+    """All models on one text, see `Report`. kl_by_position: variant -> mean divergence from the original in nats over positions
+    0, 1, 2 to 3, 4 to 7 and so on of a window; empty in reports that are older."""
+
+    tokens: TokensReport
+    baseline: Quality
+    quantized: Quality
+    compensated: Quality
+    compensated_prefill: Quality | None = None
+    kl_by_position: Mapping[str, tuple[float, ...]] = Field(default_factory=dict)
 
 
 def labelled(found: Mapping[str, T]) -> dict[str, T]:
@@ -96,16 +126,6 @@ class ModelReport(Config):
     digest: str
 
 
-class TokensReport(Config):
-    """A token set. digest: of its ids. held_out: further windows, which nothing is solved on."""
-
-    source: Mapping[str, object]
-    sequences: int
-    sequence_length: int
-    digest: str
-    held_out: int = 0
-
-
 class DistillationReport(Config):
     """The training of the model. kept: the epoch that is published, 0: the model from before it. divergences: for each
     epoch from 0, KL(original || compressed) of each held-out text in nats a token. losses: of the training texts, from epoch
@@ -142,6 +162,18 @@ class Report(Judged):
     quantized: Quality | None
     compensated: Quality | None
     compensated_prefill: Quality | None = None
+    kl_by_position: Mapping[str, tuple[float, ...]] = Field(default_factory=dict)
+    """See `TextReport`."""
+    texts: Mapping[str, TextReport] = Field(default_factory=dict)
+    """Further texts by name: what all models are worth on each of them."""
+    benchmarks: Mapping[str, BenchmarkReport] = Field(default_factory=dict)
+    """Tasks of the lm-evaluation-harness by name."""
+    generation: GenerationReport | None = None
+    """What models write; None where it was not asked for, and in reports that are older."""
+    gates: tuple[GateReport, ...] = ()
+    """Every bound that the job had, kept or not; empty in reports that are older."""
+    base_model_problem: str | None = None
+    """What is wrong with the original itself on these texts, so that compression is not blamed for it; None for nothing."""
     validation_dtype: ModelDtype = "float32"
     """Type that all models computed in when they were judged."""
     routers: Mapping[str, Mapping[int, float]] = Field(default_factory=dict)
@@ -153,16 +185,45 @@ class Report(Judged):
     stages: Mapping[str, float]
     """Stage of the job -> seconds of wall time."""
     software: Mapping[str, str]
+    sizes: Sizes | None = None
+    """Before and after."""
+    making: Making | None = None
+    """The run that published it."""
+    earlier: Earlier | None = None
+    """The artifact of this name before it; null for the first."""
+
+    @property
+    def judged(self) -> dict[str, TextReport]:
+        """Name -> what was measured, of every text, `text` first; empty without validation."""
+        if self.validation is None or self.baseline is None or self.quantized is None or self.compensated is None:
+            return {}
+        first = TextReport(
+            tokens=self.validation,
+            baseline=self.baseline,
+            quantized=self.quantized,
+            compensated=self.compensated,
+            compensated_prefill=self.compensated_prefill,
+            kl_by_position=self.kl_by_position,
+        )
+        return {TEXT: first, **self.texts}
 
 
-def tokens_report(source: CalibrationSource, tokens: TokenSet, unseen: TokenSet | None = None) -> TokensReport:
-    """A token set and where it came from; unseen: further windows of it, which nothing is solved on."""
+def tokens_report(
+    source: CalibrationSource,
+    tokens: TokenSet,
+    unseen: TokenSet | None = None,
+    special_tokens: SpecialTokens = "text",
+    drawn: TokenSet | None = None,
+) -> TokensReport:
+    """A token set and where it came from; unseen, drawn: further windows of it, see `TokensReport`."""
     return TokensReport(
         source=source.model_dump(mode="json"),
         sequences=tokens.sequences,
         sequence_length=tokens.length,
         digest=tokens.digest,
+        drawn=0 if drawn is None else drawn.sequences,
         held_out=0 if unseen is None else unseen.sequences,
+        special_tokens=special_tokens,
     )
 
 

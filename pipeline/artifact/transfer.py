@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from counterweight.pipeline.artifact.document import DOCUMENT, ArtifactDocument, FileEntry
 from counterweight.pipeline.artifact.reader import check_named, resolve
-from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
+from counterweight.pipeline.artifact.remote import RemoteArtifact, is_remote
+from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError
 from counterweight.workers.storage import ObjectStore, fetch, open_store, stream_sha256
+from counterweight.workers.storage.fetch import PARTIAL, Source
+
+FILES = 4
+"""That are fetched at once."""
 
 
 def verify(uri: str, done: Callable[[str, int], None] = lambda *_: None) -> ArtifactDocument:
@@ -47,20 +53,52 @@ def _check_tensors(store: ObjectStore) -> None:
 
 
 def pull(uri: str, destination: Path, done: Callable[[str, int], None] = lambda *_: None) -> ArtifactDocument:
-    """Downloads an artifact into a directory, resuming what an earlier pull left; every byte is checked.
+    """Downloads an artifact into a directory, resuming what an earlier pull left; every byte is checked. uri: of its store, or
+    of a service: https://host/v1/artifacts/NAME/ID (`artifact.remote`).
 
-    artifact.json comes last, so a directory that has it is whole.
+    The directory is a checkpoint as transformers and vLLM read it. artifact.json comes last: a directory that has it is whole.
+    RequestError for a directory that holds something else than an artifact, or what a pull that was cut off has left.
     """
-    store, document = resolve(uri)
-    text = store.read(DOCUMENT)
+    store: Source
+    if is_remote(uri):
+        store = RemoteArtifact(uri)
+        text, document = store.text, store.document
+    else:
+        store, document = found = resolve(uri)
+        text = found[0].read(DOCUMENT)
+    _check_empty(destination, document)
     local = open_store(destination.absolute().as_uri())
     if local.exists(DOCUMENT) and local.read(DOCUMENT) != text:
         local.delete(DOCUMENT)  # another artifact's: from now on its files are being replaced
-    for path, entry in sorted(document.files.items()):
+
+    def one(item: tuple[str, FileEntry]) -> tuple[str, FileEntry]:
+        path, entry = item
         fetch(store, path, destination / path, size=entry.size, sha256=entry.sha256, root=destination)
-        done(path, entry.size)
+        return item
+
+    with ThreadPoolExecutor(FILES, "pull") as threads:
+        try:
+            for path, entry in threads.map(one, sorted(document.files.items())):
+                done(path, entry.size)
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
     local.write(DOCUMENT, text)
     return document
+
+
+def _check_empty(destination: Path, document: ArtifactDocument) -> None:
+    if not destination.exists() or (destination / DOCUMENT).exists():
+        return
+    if not destination.is_dir():
+        raise RequestError(f"{destination}: expected a folder")
+    files = {path.relative_to(destination).as_posix() for path in destination.rglob("*") if not path.is_dir()}
+    others = sorted(files - document.files.keys() - {f"{name}{PARTIAL}" for name in document.files})
+    if others:
+        raise RequestError(
+            f"{destination}: holds {others[0]}{f' and {len(others) - 1} more' if len(others) > 1 else ''}, which is not of the "
+            "artifact: expected a folder that is new, empty, or of an earlier pull"
+        )
 
 
 def _difference(store: ObjectStore, path: str, entry: FileEntry) -> str | None:

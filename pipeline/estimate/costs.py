@@ -1,13 +1,14 @@
 """Seconds of a block's tasks, step by step, from what the plan knows of its arithmetic and its bytes, and from rates.
 
 On a CPU a worker's threads share shards and solves. On a GPU one thread computes, while others read and write the hidden states
-of shards: what they take longer than the arithmetic is waited for.
+of shards: what they take longer than the arithmetic is waited for, and of each stretch of shards the first that is read and the
+last that is written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from counterweight.pipeline.rates import Rates
 from counterweight.workers.arithmetic import Arithmetic
@@ -17,7 +18,6 @@ from counterweight.workers.footprint.load import Group, Load, factors, packed
 from counterweight.workers.matrix_bytes import SINGLE
 from counterweight.workers.matrix_flops import Work, elementwise
 from counterweight.workers.parallel import AHEAD, PARALLEL_WIDTH
-from counterweight.workers.tasks.setting import shard_sequences
 
 BEGINNING, STREAMED, ENDING = (
     ("read", "rotate", "prepare"),
@@ -34,7 +34,8 @@ DEQUANTIZED = 6
 class BlockSeconds:
     """steps: name -> seconds, over all shards. shards: how many there are. stored: bytes that become of the block; branch: of
     these the factors of its branches. evaluated: seconds of one token of the validation in this block under one model, in
-    the dtype of the validation. read_back: of making its stored weights dense."""
+    the dtype of the validation. read_back: of making its stored weights dense. edge: of reading the first shard of a stretch
+    and writing the last, which nothing hides. passed: steps of all shards where no statistics are gathered."""
 
     steps: Mapping[str, float]
     shards: int
@@ -42,14 +43,19 @@ class BlockSeconds:
     branch: int
     evaluated: float
     read_back: float
+    edge: float = 0.0
+    passed: Mapping[str, float] = field(default_factory=dict)
 
     def beginning(self) -> Mapping[str, float]:
         """Steps before the first shard."""
         return {name: self.steps[name] for name in BEGINNING}
 
-    def streamed(self, shards: int) -> Mapping[str, float]:
-        """Steps of so many shards."""
-        return {name: self.steps[name] * shards / self.shards for name in STREAMED}
+    def streamed(self, shards: int, *, passing: bool = False) -> Mapping[str, float]:
+        """Steps of a stretch of so many shards. passing: without statistics."""
+        steps = self.passed if passing else self.steps
+        found = {name: steps[name] * shards / self.shards for name in STREAMED}
+        found["hidden states"] += self.edge if shards else 0.0
+        return found
 
     def ending(self) -> Mapping[str, float]:
         """Steps behind the last shard."""
@@ -65,45 +71,58 @@ def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates, *, judged: i
     kept = load.compute * (load.parameters - solved)
     stored = sum(packed(group) for group in load.groups) + branch + kept
     rotated = rotating(load)
-    hidden = (load.tokens + load.unseen) * load.hidden * load.compute
+    hidden = load.all_tokens * load.hidden * load.compute
     running = load.parameters * load.compute
-    entered = passes(load) * (rates.received(hidden) + rates.moved(hidden))
-    left = rates.sent(hidden) + rates.moved(hidden)
-    forward = rates.seconds(arithmetic.forward, itemsize=load.compute) / threads
+    once = run(load, load.all_tokens)
+    forward = rates.seconds(arithmetic.forward + once * -float(load.passed), itemsize=load.compute) / threads
     statistics = _statistics(load, arithmetic.statistics, rates) / threads
-    if load.gpu:
-        through_storage = (passes(load) + 1) * hidden / rates.storage
-        waiting = max(0.0, max(through_storage, entered / AHEAD, left / AHEAD) - forward - statistics)
-    else:
-        waiting = (entered + left) / threads
+    passing = rates.seconds(once, itemsize=load.compute) / threads
     steps = {
         "read": rates.read(load.source_bytes) + rates.moved(running),
         "rotate": rates.seconds(rotated)
         + (rates.moved(load.source_bytes + SINGLE * load.parameters) if rotated.total else 0),
         "prepare": rates.seconds(arithmetic.prepare + rotated * -1.0),
-        "hidden states": waiting,
+        "hidden states": _waiting(load, rates, hidden, passes(load), forward + statistics),
         "forward": forward,
         "statistics": statistics,
         "tune": rates.seconds(arithmetic.tune),
         "solve": (rates.seconds(arithmetic.solve) + rates.moved(4 * solved)) / side_by_side,
-        # Of every tensor a digest too.
-        "write": rates.sent(stored) + stored / rates.hash + rates.moved(stored),
+        # Of every tensor a digest too, which a GPU's host has cores to find while the tensors are sent.
+        "write": rates.sent(stored) + (0.0 if load.gpu else stored / rates.hash) + rates.moved(stored),
     }
     return BlockSeconds(
         steps=steps,
-        shards=load.shards - (-load.held_out // shard_sequences(load.length)),
+        shards=load.all_shards,
         stored=round(stored),
         branch=round(branch),
         evaluated=rates.seconds(run(load, load.tokens), itemsize=judged) / load.tokens,
         read_back=rates.seconds(elementwise(DEQUANTIZED * solved)),
+        edge=(passes(load) + 1) * (rates.received(hidden) + rates.moved(hidden)) / load.all_shards if load.gpu else 0.0,
+        passed={
+            "hidden states": _waiting(load, rates, hidden, 1, passing),
+            "forward": passing,
+            "statistics": 0.0,
+        },
     )
 
 
+def _waiting(load: Load, rates: Rates, hidden: float, times: int, computing: float) -> float:
+    """Seconds for hidden states, of so many bytes behind a block, that are read `times` times and written once. computing:
+    seconds of the arithmetic, beside which a GPU's host does so."""
+    once = rates.received(hidden) + rates.moved(hidden)
+    if not load.gpu:
+        return (times + 1) * once / min(load.threads, load.shards)
+    through_storage = (times + 1) * hidden / rates.storage
+    return max(0.0, max(through_storage, times * once / AHEAD) - computing)
+
+
 def _statistics(load: Load, work: Work, rates: Rates) -> float:
-    """On a GPU a stream's own product is taken in the dtype of the activations; everything else is in float32."""
-    sixteen = load.gpu and load.compute == 2
-    grams = Work(grams32=work.grams32)
-    return rates.seconds(grams, itemsize=2 if sixteen else 4) + rates.seconds(work + grams * -1.0)
+    """On a GPU products of streams are taken in the dtype of the activations, both kinds by one kernel; everything else is in
+    float32."""
+    if not (load.gpu and load.compute == 2):
+        return rates.seconds(work)
+    sums = Work(grams32=work.grams32 + work.products32)
+    return rates.seconds(sums, itemsize=2) + rates.seconds(replace(work, grams32=0, products32=0))
 
 
 def _solved(group: Group) -> list[tuple[int, int]]:

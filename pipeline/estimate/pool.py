@@ -61,11 +61,18 @@ class SimulatedPool:
     """Workers on one clock. clock: seconds since the job began. steps: what they worked on, in seconds, over all workers.
 
     blocks: seconds of each block's tasks. bytes: that a block leaves in a worker's memory until a budget is shared out, as the
-    graph counts them; 0 without a budget.
+    graph counts them; 0 without a budget. ahead: whether workers read a block's weights while they solve another one.
     """
 
     def __init__(
-        self, size: int, threads: int, blocks: Sequence[BlockSeconds], between: float, bytes: Sequence[int]
+        self,
+        size: int,
+        threads: int,
+        blocks: Sequence[BlockSeconds],
+        between: float,
+        bytes: Sequence[int],
+        *,
+        ahead: bool = False,
     ) -> None:
         self.size, self.threads = size, threads
         self.clock = 0.0
@@ -74,8 +81,11 @@ class SimulatedPool:
         self._pending: list[tuple[float, int, int, object]] = []
         self._tickets = 0
         self._idle = list(range(size))
-        self._held: list[dict[int, int]] = [{} for _ in range(size)]
-        """Of each worker: block -> shards that its sums are over."""
+        self._held: list[dict[tuple[int, bool], int]] = [{} for _ in range(size)]
+        """Of each worker: block, and whether it is only passed -> shards that its sums are over."""
+        self._reads_ahead = ahead
+        self._ahead: dict[int, tuple[int, float]] = {}
+        """Worker -> the block whose weights it reads ahead, and when it began to."""
 
     def idle(self) -> list[int]:
         return list(self._idle)
@@ -114,29 +124,36 @@ class SimulatedPool:
         if isinstance(task, Compress):
             block = task.block
             whole = len(block.inputs)
-            steps = {**self._calibrated(worker, task, whole, whole), **self._blocks[block.index].ending()}
-            self._held[worker].pop(block.index, None)
+            steps = self._calibrated(worker, task, whole, whole)
+            if task.following is not None and self._reads_ahead:
+                self._ahead[worker] = (task.following.index, self.clock + sum(steps.values()))
+            steps |= self._blocks[block.index].ending()
+            self._held[worker].pop((block.index, False), None)
             outputs = block.inputs if block.propagate == "compressed" else ()
             return steps, BlockRecord.model_construct(
                 index=block.index, outputs=outputs, original_outputs=block.original_inputs
             )
         raise TypeError(f"{task.name}: expected a task of a block or a simulated one")
 
-    def _calibrated(self, worker: int, task: BlockTask, start: int, stop: int) -> Steps:
+    def _calibrated(self, worker: int, task: BlockTask, start: int, stop: int) -> dict[str, float]:
         """What a worker has to do until it holds a block's sums over its first `stop` shards. start: where they should be."""
         index, held = task.block.index, self._held[worker]
-        block, seen = self._blocks[index], held.pop(index, None)
+        passing = isinstance(task, Calibrate) and task.passing
+        block, seen = self._blocks[index], held.pop((index, passing), None)
         steps: dict[str, float] = {}
         if seen is None or seen != start:
             self._make_room(held)
             seen = 0
             steps.update(block.beginning())
-        held[index] = stop
-        steps.update(block.streamed(stop - seen))
+            ahead, begun = self._ahead.pop(worker, (index, self.clock))
+            if ahead == index:
+                steps["read"] = max(0.0, steps["read"] - (self.clock - begun))
+        held[index, passing] = stop
+        steps.update(block.streamed(stop - seen, passing=passing))
         return steps
 
-    def _make_room(self, held: dict[int, int]) -> None:
+    def _make_room(self, held: dict[tuple[int, bool], int]) -> None:
         """As `HeldBlocks` does before a further block is calibrated."""
-        for index in list(held):
-            if not self._bytes[index] or sum(self._bytes[other] for other in held) > HOLD_BYTES:
-                del held[index]
+        for index, passing in list(held):
+            if not self._bytes[index] or sum(self._bytes[other] for other, _ in held) > HOLD_BYTES:
+                del held[index, passing]

@@ -87,7 +87,8 @@ def timeline(costs: Costs, workers: int, threads: int) -> Timeline:
     """The job on so many workers of so many threads."""
     sharing = budgeted(costs.recipes)
     kept = [bytes if sharing else 0 for bytes in costs.calibrated]
-    pool = SimulatedPool(workers, threads, costs.blocks, costs.rates.task, kept)
+    on_gpu = costs.rates.link is not None
+    pool = SimulatedPool(workers, threads, costs.blocks, costs.rates.task, kept, ahead=on_gpu)
     dispatcher = Dispatcher(pool, RetryPolicy(), lambda _: None, Graph())
     stages, idle = {"start": costs.rates.start}, {"start": costs.rates.start * workers}
     validation = _validation(costs, workers)
@@ -129,14 +130,12 @@ def _inventory(costs: Costs) -> list[Simulated]:
 def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node[HiddenRecord]]:
     """Runs the nodes that `stages.add_model`, `add_outside` and `add_references` add; gives the last, which may run on."""
     spec, rates, graph = costs.job.spec, costs.rates, dispatcher.graph
-    calibration, propagate = spec.calibration, spec.calibration.propagate
-    together, held_out = shard_sequences(calibration.sequence_length), calibration.held_out_sequences
-    shards = -(-calibration.sequences // together) - (-held_out // together)
+    calibration, propagate = spec.calibration, spec.calibration.propagated
+    together = shard_sequences(calibration.sequence_length)
+    kinds = (calibration.sequences, calibration.drawn, calibration.held_out_sequences)
+    shards = sum(-(-kind // together) for kind in kinds)
     hidden = (
-        (calibration.sequences + held_out)
-        * calibration.sequence_length
-        * costs.source.layout.hidden_size
-        * ITEMSIZE[calibration.compute_dtype]
+        sum(kinds) * calibration.sequence_length * costs.source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
     )
     table = costs.bytes_of(costs.source.layout.names.embedding)
     embed = Simulated(
@@ -165,7 +164,9 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node
         spec_of,
         propagate=propagate,
         budget=budget,
-        stretches=stretches(shards, len(costs.blocks), dispatcher.workers, threads),
+        stretches=stretches(shards, len(costs.blocks), dispatcher.workers, threads, gpu=rates.link is not None),
+        segment=calibration.segment_blocks,
+        workers=dispatcher.workers,
     )
     kept = [Simulated(f"kept {name}", {"carry over": _carried(costs, name)}) for name in costs.outside]
     outside = [graph.add(giving(task)) for task in kept]
@@ -205,7 +206,8 @@ def windows_of_workers(job: CompressionJob, workers: int) -> list[range]:
     validation = job.spec.validation
     if validation is None:
         return []
-    return shares(validation.windows or WINDOWS, window_tokens(job), workers)
+    windows = sum(count or WINDOWS for _, count in validation.sources.values())
+    return shares(windows, window_tokens(job), workers)
 
 
 def window_tokens(job: CompressionJob) -> int:

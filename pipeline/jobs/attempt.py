@@ -51,8 +51,8 @@ class Attempt(Protocol):
         """Ends it at once, where it still runs, and stores what is left of its log."""
 
 
-Starter = Callable[[JobRecord, SegmentWriter], Attempt]
-"""Starts an attempt at a job, whose log it writes."""
+Starter = Callable[[JobRecord, Sequence[JobRecord], SegmentWriter], Attempt]
+"""Starts an attempt at a job, which compresses the blocks of others too, and whose log it writes."""
 
 
 class ProcessAttempt:
@@ -61,17 +61,28 @@ class ProcessAttempt:
     Its standard streams are files, so that neither waits for the other. Raises OSError where it cannot be started.
     """
 
-    def __init__(self, record: JobRecord, log: SegmentWriter, *, arguments: Sequence[str] = ()) -> None:
-        """arguments: further ones of `counterweight run`."""
+    def __init__(
+        self, record: JobRecord, beside: Sequence[JobRecord], log: SegmentWriter, *, arguments: Sequence[str] = ()
+    ) -> None:
+        """beside: jobs that are compressed from the same calibration. arguments: further ones of `counterweight run`."""
         self._log = log
         self._folder = tempfile.TemporaryDirectory(prefix="counterweight-job-", ignore_cleanup_errors=True)
         folder = Path(self._folder.name)
-        manifest = folder / "manifest.json"
-        manifest.write_bytes(record.manifest.model_dump_json().encode())
+        manifest = _written(record, folder / "manifest.json")
+        others = [f"--beside={_written(other, folder / f'{other.id}.json')}" for other in beside]
         self._out, self._err = (folder / "stdout").open("w+b"), (folder / "stderr").open("w+b")
         self._taken, self._begun, self._line, self._error = 0, b"", "", ""
         self._asked: float | None = None
-        command = [sys.executable, "-m", "counterweight.pipeline.cli", "run", str(manifest), "--json", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "counterweight.pipeline.cli",
+            "run",
+            str(manifest),
+            "--json",
+            *others,
+            *arguments,
+        ]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -125,6 +136,11 @@ class ProcessAttempt:
             return None
         uri = document.get("uri") if isinstance(document, dict) else None
         return redacted(uri) if isinstance(uri, str) else None
+
+
+def _written(record: JobRecord, path: Path) -> Path:
+    path.write_bytes(record.manifest.model_dump_json().encode())
+    return path
 
 
 def _read(file: BinaryIO, start: int) -> bytes:

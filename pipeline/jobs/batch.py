@@ -6,6 +6,7 @@ _batches/<id>/batch.json    created once, when all of its jobs are known
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -17,7 +18,7 @@ from counterweight.pipeline.jobs.record import BatchPart, record_of
 from counterweight.pipeline.jobs.states import State
 from counterweight.pipeline.jobs.store import JobStore, parsed
 from counterweight.pipeline.jobs.submit import MAX_AGAIN, check_store
-from counterweight.pipeline.manifest import CompressionBatch, SubmittedJob, job_id
+from counterweight.pipeline.manifest import CompressionBatch, CompressionJob, SubmittedJob, calibration_id, job_id
 from counterweight.workers.config import Config
 from counterweight.workers.errors import ObjectNotFoundError, UnknownIdError
 from counterweight.workers.keys import digest
@@ -104,9 +105,23 @@ def put_batch(
 ) -> tuple[Batch, bool]:
     """`submit_batch` for the time of this number; done again, it adds what is missing and changes nothing."""
     id = batch_id(batch, members, number)
-    part = BatchPart(id=id, concurrency=batch.spec.concurrency, max_failures=batch.spec.max_failures)
+    known = {member.job.metadata.name: calibration_id(member.job) for member in members}
+    shared = Counter(known.values())
+
+    def part_of(job: CompressionJob) -> BatchPart:
+        calibration = known[job.metadata.name]
+        return BatchPart(
+            id=id,
+            concurrency=batch.spec.concurrency,
+            max_failures=batch.spec.max_failures,
+            calibration=calibration if shared[calibration] > 1 else None,
+        )
+
     check_store(jobs)
-    records = [record_of(member.job, tenant=tenant, priority=priority, batch=part, again=number) for member in members]
+    records = [
+        record_of(member.job, tenant=tenant, priority=priority, batch=part_of(member.job), again=number)
+        for member in members
+    ]
     for made in records:
         jobs.submit(made)
     record = BatchRecord(

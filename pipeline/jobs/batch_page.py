@@ -43,8 +43,8 @@ def batch_sections(summary: Summary) -> Markup:
     """The plots and the table of jobs, for this page and that of the service."""
     return join(
         [
-            _plot(summary, "Perplexity", summary.perplexity_front, lambda point: point.perplexity),
-            _plot(summary, "KL divergence, nats a token", summary.kl_front, lambda point: point.kl),
+            tradeoff(summary.points, "Perplexity", summary.perplexity_front, lambda point: point.perplexity),
+            tradeoff(summary.points, "KL divergence, nats a token", summary.kl_front, lambda point: point.kl),
             section("Jobs", _table(summary)),
         ]
     )
@@ -54,10 +54,9 @@ def _perplexity(value: float | None) -> Markup:
     return tag("span", "perplexity ", exact(value, ".3f"))
 
 
-def _plot(summary: Summary, title: str, front: Sequence[str], measure: Measure) -> Markup:
-    known = [
-        (point, point.bits, value) for point in summary.points if (value := measure(point)) is not None and point.bits
-    ]
+def tradeoff(points: Sequence[Point], title: str, front: Sequence[str], measure: Measure) -> Markup:
+    """A section with a plot of a measure against bits per weight. front: points on the Pareto front, by their jobs."""
+    known = [(point, point.bits, value) for point in points if (value := measure(point)) is not None and point.bits]
     if not known:
         return section(title, tag("p", "No job has measured it."))
     across = _scale([bits for _, bits, _ in known], AREA.left, AREA.right)

@@ -3,7 +3,8 @@
 Order: a job's turn is the time of its submission, an hour earlier for each step of its priority. So among jobs of the same hour
 priority decides, and none starves: whoever is submitted later than `HIGHEST_PRIORITY` allows for is behind.
 
-A job that is over its tenant's or its batch's bound stands aside and holds nobody up.
+A job that is over its tenant's or its batch's bound stands aside and holds nobody up. So does one whose blocks another job's
+run compresses, until the first of those that share a calibration has succeeded.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ class _Places:
     def __init__(self, limits: Limits, entrants: Iterable[Entrant]) -> None:
         self._limits = limits
         self._held: Counter[tuple[str, str]] = Counter()
+        entrants = list(entrants)
+        self._calibrated = {_calibration(entrant) for entrant in entrants if entrant.state is State.SUCCEEDED}
         for entrant in entrants:
             if entrant.state.active:
                 self._held.update(key for key, _ in self._bounds(entrant))
@@ -118,4 +121,23 @@ class _Places:
         ]
         if (batch := entrant.batch) is not None:
             bounds.append((("batch", batch.id), batch.concurrency))
+            if batch.calibration is not None and _calibration(entrant) not in self._calibrated:
+                bounds.append((("calibration", _calibration(entrant)), 1))
         return bounds
+
+
+def _calibration(entrant: Entrant) -> str:
+    """Of jobs that are compressed from one calibration; of other jobs, nothing that any job is asked for."""
+    return "" if entrant.batch is None else f"{entrant.batch.id}/{entrant.batch.calibration}"
+
+
+def compressed_beside(entrants: Iterable[Entrant], id: str) -> list[str]:
+    """Ids of the jobs that wait and whose blocks the run of the job `id` compresses too, from its calibration, in order."""
+    every = list(entrants)
+    (own,) = (entrant for entrant in every if entrant.id == id)
+    if own.batch is None or own.batch.calibration is None:
+        return []
+    waiting = sorted(
+        (one for one in every if not one.state.active and not one.state.terminal), key=lambda one: one.turn
+    )
+    return [one.id for one in waiting if _calibration(one) == _calibration(own)]

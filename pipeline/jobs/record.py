@@ -27,11 +27,13 @@ Tenant = Annotated[str, Field(pattern=f"^{TENANT}$")]
 
 class BatchPart(Config):
     """Of which batch a job is part, and the batch's bounds. concurrency: its jobs that may run at once. max_failures: its jobs
-    that may fail before the rest is cancelled. None: no bound."""
+    that may fail before the rest is cancelled. None: no bound. calibration: what the jobs of the batch have in common whose
+    blocks are compressed from one calibration; None: nobody shares this job's."""
 
     id: str
     concurrency: int | None = None
     max_failures: int | None = None
+    calibration: str | None = None
 
 
 class JobRecord(Config):

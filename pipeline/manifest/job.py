@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
     StringConstraints,
-    create_model,
     field_validator,
     model_validator,
 )
 
 from counterweight.pipeline.manifest.calibration import Calibration, Section, Tokens
+from counterweight.pipeline.manifest.validation import FIRST_GATES, MAX_URI, Validation
 from counterweight.workers.calibration.experts import ExpertCalibration
-from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.methods.distillation import Distillation
-from counterweight.workers.metrics import METRICS
 from counterweight.workers.recipe import Recipe
 
-MAX_URI = 2000  # characters
 SMALLEST_SHARE = 0.01  # of a GPU; Ray counts in units of 0.0001
 
 _NAME = Field(
@@ -58,45 +55,6 @@ class Model(Section):
     uri: Annotated[str, _URI]
     """A transformers checkpoint in safetensors: `file:`, `s3:`, `hf:owner/name[@revision]`, or a path
     relative to the manifest.
-    """
-
-
-class _Gates(Section):
-    """Bounds that the compressed model must keep; beyond one of them nothing is published."""
-
-
-_Bound = Annotated[float, Field(gt=0, le=1e6)] | None
-
-if TYPE_CHECKING:
-    Gates = _Gates
-else:
-    # A field for each metric, which the type checker does not see.
-    Gates = create_model(
-        "Gates",
-        __base__=_Gates,
-        __doc__=_Gates.__doc__,
-        **{metric.gate: (_Bound, Field(default=None, description=metric.description)) for metric in METRICS},
-    )
-
-
-class Validation(Section):
-    """How the compressed model is judged before it is published."""
-
-    text: Tokens
-    """What it is judged on; without a `kind`, a text. Not the calibration's."""
-    sequence_length: Annotated[int, Field(ge=2, le=1_048_576)] | None = None
-    """Tokens of a window; null: the calibration's."""
-    windows: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
-    """Number of windows, from the start of the text; null: all."""
-    compute_dtype: ModelDtype = "float32"
-    """Type that the original and the compressed model compute in. float32 shows what compression costs and nothing
-    else; bfloat16 is what a GPU is fast in; float16 shows what a model is worth that is served in it.
-    """
-    gates: Gates = Field(default_factory=Gates)
-    """Bounds for publication, on the compressed model while decoding: residual stores correct every token."""
-    prefill_gates: Gates | None = None
-    """Likewise in prefill: residual stores leave a text that is given whole alone; without them both are one model. null: no
-    bounds.
     """
 
 
@@ -241,17 +199,42 @@ def canonical(job: CompressionJob) -> bytes:
     spec = job.spec.model_dump(
         mode="json",
         include={"calibration": True, "recipe": True, "validation": True},
-        exclude={"calibration": {"source"}, "validation": {"text"}},
+        exclude={
+            "calibration": {"source", "special_tokens"},
+            "validation": {
+                "text": True,
+                "special_tokens": True,
+                "texts": {"__all__": {"source"}},
+                "bounds": {"__all__": {"no_worse_than"}},
+                "tasks": {"__all__": {"uri"}},
+            },
+        },
     )
     if (stage := job.spec.distillation) is not None:
         # Only where it is asked for: jobs without it keep the identity that they had before there was any.
         spec["distillation"] = {"training": stage.training.determines(), "held_out": len(stage.held_out)}
     if job.spec.calibration.experts == ExpertCalibration():
         del spec["calibration"]["experts"]  # younger than artifacts of dense models, whose ids were made without it
+    spec["calibration"]["propagate"] = job.spec.calibration.propagated
+    if job.spec.calibration.segment_blocks in (None, 1):
+        del spec["calibration"]["segment_blocks"]  # younger than artifacts whose ids were made without it
+    if not job.spec.calibration.drawn:
+        del spec["calibration"]["drawn"]  # younger than artifacts whose ids were made without it
     del spec["calibration"]["held_out"]  # decides what errors are measured on, whose digest the caller adds
     if spec["validation"] is not None:
         spec["validation"]["sequence_length"] = job.spec.validation_sequence_length
-        if spec["validation"]["prefill_gates"] is None:
-            del spec["validation"]["prefill_gates"]  # younger than artifacts whose ids were made without it
+        _without_younger(spec["validation"])
     content = {"apiVersion": job.apiVersion, **spec}
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _without_younger(validation: dict[str, Any]) -> None:
+    """Drops what says nothing and is younger than artifacts whose ids were made without it."""
+    for field in ("prefill_gates", "texts", "bounds", "tasks", "generation"):
+        if not validation[field]:
+            del validation[field]
+    for field in ("gates", "prefill_gates"):
+        gates = validation.get(field, {})
+        for gate in gates.keys() - FIRST_GATES:
+            if gates[gate] is None:
+                del gates[gate]

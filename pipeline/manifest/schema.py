@@ -79,6 +79,12 @@ def _require_tags(schema: dict[str, Any]) -> None:
                 required.insert(0, discriminator["propertyName"])
 
 
+def tidied(schema: dict[str, object]) -> dict[str, object]:
+    """The schema without pydantic's own titles; changed in place."""
+    _tidy(schema)
+    return schema
+
+
 def _tidy(schema: dict[str, object]) -> None:
     """Drops the titles that pydantic makes up from field names, and the line breaks of our sources."""
     for node in _mappings(schema):

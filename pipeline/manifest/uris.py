@@ -7,7 +7,7 @@ is never meant.
 
 from __future__ import annotations
 
-import os.path
+import os
 import posixpath
 import re
 from collections.abc import Callable, Sequence
@@ -15,8 +15,9 @@ from pathlib import Path as FilePath
 from urllib.parse import unquote
 
 from counterweight.pipeline.manifest.explain import Complaint
-from counterweight.pipeline.manifest.job import MAX_URI, CompressionJob, TextShare
+from counterweight.pipeline.manifest.job import CompressionJob, TextShare
 from counterweight.pipeline.manifest.problems import Path, show
+from counterweight.pipeline.manifest.validation import MAX_URI, Validation
 from counterweight.workers.calibration.source import (
     CalibrationSource,
     DatasetSource,
@@ -54,6 +55,16 @@ def resolve_uri(uri: str, base: str | None) -> str:
         s3_root(uri)
         return uri
     raise RequestError(f"{_EXPECTED}; a colon in a name needs './' before it")
+
+
+def from_here(place: str | os.PathLike[str]) -> str:
+    """A path or URI that somebody typed, as an absolute URI: paths are relative to the working directory; `hf:` is kept.
+    RequestError, naming it."""
+    uri = os.fspath(place)
+    try:
+        return uri if uri.startswith("hf:") else resolve_uri(uri, FilePath.cwd().as_uri())
+    except RequestError as error:
+        raise RequestError(f"{uri!r}: {error}") from error
 
 
 def resolve_model_uri(uri: str, base: str | None) -> str:
@@ -104,8 +115,7 @@ def _resolved(job: CompressionJob, resolver: _Resolver) -> CompressionJob:
     model = resolver.apply(resolve_model_uri, spec.model.uri, ("spec", "model", "uri"))
     source = resolver.tokens(calibration.source, ("spec", "calibration", "source"))
     if validation is not None:
-        text = resolver.tokens(validation.text, ("spec", "validation", "text"))
-        validation = validation.model_copy(update={"text": text})
+        validation = resolver.validation(validation)
     distillation = spec.distillation
     if distillation is not None:
         distillation = distillation.model_copy(
@@ -153,6 +163,24 @@ class _Resolver:
             local = self.apply(resolve_dataset_path, source.path, (*path, "path"))
             return source.model_copy(update={"path": local})
         return source.model_copy(update={"uri": self.apply(resolve_uri, source.uri, (*path, "uri"))})
+
+    def validation(self, validation: Validation) -> Validation:
+        path: Path = ("spec", "validation")
+        texts = {
+            name: text.model_copy(update={"source": self.tokens(text.source, (*path, "texts", name, "source"))})
+            for name, text in validation.texts.items()
+        }
+        tasks = {
+            name: task.model_copy(update={"uri": self.apply(resolve_uri, task.uri, (*path, "tasks", name, "uri"))})
+            for name, task in validation.tasks.items()
+        }
+        bounds = list(validation.bounds)
+        for index, bound in enumerate(bounds):
+            if bound.no_worse_than is not None:
+                rival = self.apply(resolve_uri, bound.no_worse_than, (*path, "bounds", index, "no_worse_than"))
+                bounds[index] = bound.model_copy(update={"no_worse_than": rival})
+        text = self.tokens(validation.text, (*path, "text"))
+        return validation.model_copy(update={"text": text, "texts": texts, "tasks": tasks, "bounds": tuple(bounds)})
 
     def shares(self, shares: Sequence[TextShare], path: Path) -> tuple[TextShare, ...]:
         return tuple(

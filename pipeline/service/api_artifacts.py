@@ -2,24 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 
 from counterweight.pipeline.artifact.document import ArtifactDocument
-from counterweight.pipeline.service.access import Context, Viewer
-from counterweight.pipeline.service.artifacts import ID, LATEST, NAME, Found, find_artifact, pieces, span
-from counterweight.pipeline.service.models import FileUrl, FileUrls
+from counterweight.pipeline.artifact.tags import TAG, MovedError, move, put
+from counterweight.pipeline.service.access import Context, Submitter, Viewer
+from counterweight.pipeline.service.artifacts import ID, LATEST, NAME, Found, all_tags, find_artifact, pieces, span
+from counterweight.pipeline.service.models import FileUrl, FileUrls, TagList
+from counterweight.pipeline.service.problems import Refused, invalid
+from counterweight.workers.errors import RequestError
+from counterweight.workers.storage import ObjectStore
 
 Name = Annotated[str, Path(pattern=f"^{NAME}$", description="Name of a job.")]
-Id = Annotated[str, Path(pattern=f"^({ID}|{LATEST})$", description="Id of an artifact, or `latest`.")]
+Id = Annotated[str, Path(pattern=f"^({ID}|{LATEST}|{TAG})$", description="Id of an artifact, `latest`, or a tag.")]
+Tag = Annotated[str, Path(pattern=f"^{TAG}$", description="Neither `latest` nor an id.")]
+Expected = Annotated[
+    str | None,
+    Header(
+        alias="If-Match",
+        pattern=f'^"{ID}"$',
+        description="The id, in quotes, of the artifact that the tag is on; 412 where it is elsewhere.",
+    ),
+]
+New = Annotated[
+    Literal["*"] | None,
+    Header(alias="If-None-Match", description="`*`: only where the tag is on nothing; 412 where it is."),
+]
 Seconds = Annotated[int, Query(ge=60, le=43_200, description="That presigned URLs hold.")]
 
 BYTES = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
 router = APIRouter(tags=["artifacts"])
+
+
+@router.get("/artifacts/{name}/tags", response_model=TagList)
+def list_tags(service: Context, principal: Viewer, name: Name) -> TagList:
+    """List the tags of a name, and which artifacts they are on."""
+    return TagList(name=name, tags=all_tags(service, principal, name))
+
+
+@router.put("/artifacts/{name}/tags/{tag}", response_model=TagList)
+def put_tag(
+    service: Context,
+    principal: Submitter,
+    name: Name,
+    tag: Tag,
+    id: Annotated[str, Query(pattern=f"^{ID}$", description="Of the artifact.")],
+    expected: Expected = None,
+    new: New = None,
+) -> TagList:
+    """Put a tag on an artifact: wherever it is, or only from where it is expected."""
+    _move(find_artifact(service, principal, name, id).names, tag, id, expected, new)
+    return list_tags(service, principal, name)
+
+
+@router.delete("/artifacts/{name}/tags/{tag}", response_model=TagList)
+def delete_tag(service: Context, principal: Submitter, name: Name, tag: Tag, expected: Expected = None) -> TagList:
+    """Take a tag away: wherever it is, or only from where it is expected."""
+    _move(find_artifact(service, principal, name, tag).names, tag, None, expected, None)
+    return list_tags(service, principal, name)
+
+
+def _move(names: ObjectStore, tag: str, to: str | None, expected: str | None, new: str | None) -> None:
+    """Refuses what cannot be a tag with 422, and with 412 what is not where it was expected."""
+    try:
+        if expected is None and new is None:
+            put(names, tag, to)
+        else:
+            move(names, tag, to, before=None if expected is None else expected.strip('"'))
+    except MovedError as error:
+        raise Refused(412, str(error)) from error
+    except RequestError as error:
+        raise invalid(error) from error
 
 
 @router.get("/artifacts/{name}/{id}", response_model=ArtifactDocument)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from counterweight.pipeline.artifact.document import DOCUMENT, ArtifactDocument, FileEntry
 from counterweight.pipeline.artifact.reader import read_document
+from counterweight.pipeline.artifact.tags import ARTIFACT_ID, tagged, tags
 from counterweight.pipeline.service.access import visible_jobs
 from counterweight.pipeline.service.context import Service
 from counterweight.pipeline.service.problems import Refused
@@ -16,7 +18,7 @@ from counterweight.workers.errors import ObjectNotFoundError, UnknownIdError
 from counterweight.workers.storage import ObjectStore, open_store
 
 NAME = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
-ID = r"[0-9a-f]{16}"
+ID = ARTIFACT_ID
 LATEST = "latest"
 
 _RANGE = re.compile(r"bytes=(?P<first>[0-9]{0,15})-(?P<last>[0-9]{0,15})")
@@ -24,10 +26,11 @@ _RANGE = re.compile(r"bytes=(?P<first>[0-9]{0,15})-(?P<last>[0-9]{0,15})")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An artifact that is there for whoever asks."""
+    """An artifact that is there for whoever asks. names: where its name's artifacts and tags lie."""
 
     store: ObjectStore
     document: ArtifactDocument
+    names: ObjectStore
 
     @property
     def files(self) -> Mapping[str, FileEntry | None]:
@@ -43,21 +46,44 @@ class Found:
 
 
 def find_artifact(service: Service, principal: Principal, name: str, id: str) -> Found:
-    """The artifact of that name and id, which a job published that the principal sees. id: or `latest`. UnknownIdError."""
-    pattern = re.compile(rf"/{re.escape(name)}/{ID if id == LATEST else re.escape(id)}\Z")
-    published = [
-        (job.journal[-1].at, job.ended.artifact)
-        for job in visible_jobs(service, principal)
-        if job.ended is not None and job.ended.artifact is not None
-    ]
-    for _, uri in sorted(published, reverse=True):
-        if pattern.search(uri) and service.roots.contains(uri):
-            store = open_store(uri, waits=False)
+    """The artifact of that name and id, which a job published that the principal sees. id: or `latest`, or a tag.
+    UnknownIdError."""
+    known = published(service, principal, name)
+    whole = re.fullmatch(ID, id) is not None
+    tag = None if whole or id == LATEST else id
+    on = {root: tagged(open_store(root, waits=False), tag) for root in known} if tag is not None else {}
+    places = [(at, root, one) for root, found in known.items() for at, one in found]
+    for _, root, one in sorted(places, reverse=True):
+        if id == LATEST or one == (id if tag is None else on[root]):
+            names = open_store(root, waits=False)
+            store = names.below(one)
             try:
-                return Found(store, read_document(store))
+                return Found(store, read_document(store), names)
             except ObjectNotFoundError:  # removed since
                 continue
     raise UnknownIdError(f"{name}/{id}")
+
+
+def published(service: Service, principal: Principal, name: str) -> dict[str, list[tuple[datetime, str]]]:
+    """Where artifacts of a name lie -> when they were published, and their ids: those of jobs that the principal sees."""
+    found: dict[str, list[tuple[datetime, str]]] = {}
+    pattern = re.compile(rf"(?P<root>.*/{re.escape(name)})/(?P<id>{ID})")
+    for job in visible_jobs(service, principal):
+        uri = None if job.ended is None else job.ended.artifact
+        match = None if uri is None else pattern.fullmatch(uri)
+        if match is not None and service.roots.contains(match[0]):
+            found.setdefault(match["root"], []).append((job.journal[-1].at, match["id"]))
+    return found
+
+
+def all_tags(service: Service, principal: Principal, name: str) -> dict[str, str]:
+    """Tag -> id of the artifact that it is on, of those that the principal sees. UnknownIdError where there are no artifacts of
+    this name."""
+    known = published(service, principal, name)
+    if not known:
+        raise UnknownIdError(name)
+    every = [(tags(open_store(root, waits=False)), {id for _, id in ids}) for root, ids in known.items()]
+    return {tag: id for found, ids in every for tag, id in found.items() if id in ids}
 
 
 def span(header: str | None, size: int) -> tuple[int, int] | None:

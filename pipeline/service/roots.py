@@ -56,7 +56,9 @@ class Roots:
 
     def refused(self, job: CompressionJob) -> list[str]:
         """A line for each place that a manifest names and may not: its field, its value, what is expected."""
-        return [
+        validation = job.spec.validation
+        code = ["spec.validation.tasks: expected none here: templates of task files run as programs do"]
+        return (code if validation is not None and validation.tasks else []) + [
             f"{path_text(path)}: {show(uri)}: expected a place below the roots of this service"
             for path, uri in named_uris(job)
             if not self.contains(uri)

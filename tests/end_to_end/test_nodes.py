@@ -1,9 +1,9 @@
-"""A job on a cluster of several nodes that runs already: nodes that die, that are too small, that come later."""
+"""A job on a cluster of several nodes that runs already: nodes that die, of other code, too small, that come later."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -45,15 +45,43 @@ def test_a_node_that_is_lost_for_good_costs_its_share_and_nothing_else(cluster: 
     assert files_of(local_path(out.strip())) == expected
 
 
-def test_a_worker_that_is_larger_than_every_node_is_told_at_once_and_not_waited_for_for_ever(
+def test_a_cluster_of_other_code_and_of_small_nodes_that_grows(
     cluster: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COUNTERWEIGHT_START_SECONDS", "10")
-    manifest = write_job(tmp_path, layers=1)
-    for number in (HEAD, 1, 2):
-        cluster.start(number)
-    run = Run(manifest, "--address", cluster.head, "--set", "spec.resources={workers: 1, cpus_per_worker: 2}")
-    code, out, err = run.finish()
+    """One cluster for three jobs, for what it costs to start one."""
+    manifest = write_job(tmp_path, layers=2)
+    cluster.start(HEAD)
+    cluster.start(1)
+    with monkeypatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(other_mathematics(tmp_path / "other")))
+        cluster.start(2)
+    nodes_compute_with_the_drivers_code(cluster, manifest)
+    too_large = ("--address", cluster.head, "--set", "spec.resources={workers: 1, cpus_per_worker: 2}")
+    with monkeypatch.context() as environment:
+        environment.setenv("COUNTERWEIGHT_START_SECONDS", "10")
+        a_worker_larger_than_every_node_is_told_and_not_waited_for_for_ever(manifest, too_large)
+    a_cluster_that_grows_is_given_the_time_to(cluster, manifest, too_large)
+
+
+def other_mathematics(place: Path) -> Path:
+    """Our package, of the same version, with code that no node may run: its bits would differ, and nothing would say so."""
+    shutil.copytree(Path(counterweight.__file__).parent, place / "counterweight", symlinks=False)
+    rounding = place / "counterweight" / "workers" / "quantization" / "grid.py"
+    rounding.write_text(rounding.read_text() + "\n\nraise ImportError('of the other code')\n")
+    return place
+
+
+def nodes_compute_with_the_drivers_code(cluster: Nodes, manifest: Path) -> None:
+    """Whatever they have installed."""
+    expected = run_local(job_of(manifest, f"spec.output.uri={manifest.parent / 'expected'}"))
+    code, out, err = Run(manifest, "--address", cluster.head, *two_workers()).finish(seconds=2 * PATIENCE)
+    assert code == 0, err
+    assert files_of(local_path(out.strip())) == files_of(local_path(expected.uri))
+
+
+def a_worker_larger_than_every_node_is_told_and_not_waited_for_for_ever(manifest: Path, asked: Sequence[str]) -> None:
+    """At once, and in the end again."""
+    code, out, err = Run(manifest, *asked).finish()
     assert (code, out) == (4, ""), err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "none of 1 workers has answered" in line
@@ -61,39 +89,15 @@ def test_a_worker_that_is_larger_than_every_node_is_told_at_once_and_not_waited_
     assert "note: the cluster has room for 0 of 1 workers: each asks for 2 CPU; nodes have" in err
 
 
-def test_a_cluster_that_grows_is_given_the_time_to(cluster: Nodes, tmp_path: Path) -> None:
+def a_cluster_that_grows_is_given_the_time_to(cluster: Nodes, manifest: Path, asked: Sequence[str]) -> None:
     """As an autoscaler does it: the node comes when somebody waits for it."""
-    manifest = write_job(tmp_path, layers=1)
-    for number in (HEAD, 1):
-        cluster.start(number)
-    run = Run(manifest, "--address", cluster.head, "--set", "spec.resources={workers: 1, cpus_per_worker: 2}")
+    run = Run(manifest, "--output", str(manifest.parent / "grown"), *asked)
     try:
         run.wait_for("the cluster has room for 0 of 1 workers", seconds=2 * PATIENCE)
-        cluster.start(2, cpus=2)
+        cluster.start(3, cpus=2)
         code, out, err = run.finish(seconds=2 * PATIENCE)
     finally:
         if run.process.poll() is None:
             run.kill()
     assert code == 0, err
     assert len(out.splitlines()) == 1
-
-
-def test_nodes_compute_with_the_drivers_code_whatever_they_have_installed(
-    cluster: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One has other mathematics, of the same version: its bits would differ, and nothing would say so."""
-    manifest = write_job(tmp_path, layers=2)
-    expected = files_of(local_path(run_local(job_of(manifest, f"spec.output.uri={tmp_path / 'expected'}")).uri))
-    cluster.start(HEAD)
-    cluster.start(1)
-    other = tmp_path / "other"
-    shutil.copytree(Path(counterweight.__file__).parent, other / "counterweight", symlinks=False)
-    rounding = other / "counterweight" / "workers" / "quantization" / "grid.py"
-    text = rounding.read_text()
-    rounding.write_text(text + "\n\nraise ImportError('of the other code')\n")
-    monkeypatch.setenv("PYTHONPATH", str(other))
-    cluster.start(2)
-    monkeypatch.delenv("PYTHONPATH")
-    code, out, err = Run(manifest, "--address", cluster.head, *two_workers()).finish(seconds=2 * PATIENCE)
-    assert code == 0, err
-    assert files_of(local_path(out.strip())) == expected

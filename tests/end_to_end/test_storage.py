@@ -65,7 +65,7 @@ def test_s3_and_a_directory_get_the_same_artifact(
     pull(published.uri, tmp_path / "pulled")
     assert files_of(tmp_path / "pulled") == files_of(local_path(expected.uri))
     assert verify((tmp_path / "pulled").as_uri()) == published.document
-    assert evaluate_artifact(published.uri)["compensated"] == expected.document.compensated
+    assert evaluate_artifact(published.uri)["text"].compensated == expected.document.compensated
     again = run_local(job_of(manifest, f"spec.output.uri={root}"))
     assert again.existing
     blobs = [info.key for info in open_store(root).list("_work/blobs/")]

@@ -1,4 +1,5 @@
-"""Injects faults by seed: `python -m tests.faults --seeds 0:500`. Each seed is one fault at one moment; the kinds take turns.
+"""Injects faults by seed: `python -m tests.faults --seeds 0:500`. Each seed is one fault at one moment; the kinds take turns,
+those that cost little more often.
 How each job ended is printed, with a traceback where that is not as it should be; the counts come last.
 
     python -m tests.faults --seeds 0:500 --minutes 60 --record faults.jsonl
@@ -16,18 +17,24 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
+from tests.faults.cuts import cut_drills
 from tests.faults.drills import Drills
 from tests.faults.processes import ProcessDrills
 from tests.faults.site import BUCKET, NOTHING, Drill, Site
+from tests.faults.warm import warm
+from tests.networks import can_make_networks
 from tests.servers import ceph_server, moto_server
 
 FAILED = "FAILED"
+
+GROUPS = ("here", "forked", "ray", "cuts")
+"""Workers in this process; one that is a fork of the command; two under an embedded Ray; networks that are cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +47,37 @@ class Injection:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Drills that cost about the same. turns: of each, in a round of all."""
+
+    kinds: dict[str, Drill]
+    turns: int
+
+
 @contextmanager
-def made(root: Path, server: str) -> Iterator[tuple[dict[str, Drill], dict[str, Drill]]]:
-    """Name -> drill, on a server of this name: those whose workers are in this process, and those of processes."""
+def made(root: Path, server: str, names: Sequence[str]) -> Iterator[dict[str, Group]]:
+    """Name -> group, of these, on a server of this name."""
     ceph = root / "ceph" if server == "ceph" else None
-    with moto_server() if ceph is None else ceph_server(ceph) as running:
+    with ExitStack() as stack:
+        running = stack.enter_context(moto_server() if ceph is None else ceph_server(ceph))
         site = Site(root, running.with_bucket(BUCKET))
-        yield Drills(site, ceph).kinds, ProcessDrills(site).kinds
+        processes = ProcessDrills(site, stack.enter_context(warm()))
+        groups = {
+            "here": Group(Drills(site, ceph).kinds, 6),
+            "forked": Group(processes.forked, 6),
+            "ray": Group(processes.under_ray, 1),
+        }
+        if "cuts" in names and can_make_networks():
+            groups["cuts"] = Group(stack.enter_context(cut_drills(site)).kinds, 1)
+        yield {name: group for name, group in groups.items() if name in names}
+
+
+def order(groups: Iterable[Group]) -> list[str]:
+    """Names of kinds, for the seeds of a round: each as often as it has turns."""
+    names = [name for group in groups for name in group.kinds for _ in range(group.turns)]
+    Random(len(names)).shuffle(names)
+    return names
 
 
 def injected(kind: str, drill: Drill, seed: int) -> Injection:
@@ -80,7 +111,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0:500", help="from:to, without the last")
     parser.add_argument("--kind", default=None, help="this one only")
-    parser.add_argument("--without-processes", action="store_true", help="only drills with workers in this process")
+    parser.add_argument("--groups", nargs="*", choices=GROUPS, default=GROUPS, help="these only")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further one then")
     parser.add_argument(
         "--record", type=Path, default=None, help="a file that keeps what was done, and is gone on with"
@@ -94,9 +125,9 @@ def main() -> int:
         found = [Injection(**json.loads(line)) for line in options.record.read_text().splitlines()]
     done = {one.seed for one in found}
     end = time.monotonic() + 60 * options.minutes
-    with tempfile.TemporaryDirectory(prefix="cw-") as root, made(Path(root), options.server) as (local, processes):
-        kinds = local if options.without_processes else local | processes
-        names = [options.kind] if options.kind else list(kinds)
+    with tempfile.TemporaryDirectory(prefix="cw-") as root, made(Path(root), options.server, options.groups) as groups:
+        kinds = {name: drill for group in groups.values() for name, drill in group.kinds.items()}
+        names = [options.kind] if options.kind else order(groups.values())
         for seed in range(first, last):
             if time.monotonic() > end:
                 break

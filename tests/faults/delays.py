@@ -33,10 +33,16 @@ class Timed:
     noticed: float | None
 
 
-def struck(manifest: Path, output: Path, number: int | None, *, moment: str) -> Timed:
-    """Runs a job on two workers, one of which is sent a signal behind a line of the log. AssertionError unless it ends well."""
+FORK = ("--set", "spec.resources={workers: 1, cpus_per_worker: 1}")
+
+PLACES = {"one of two workers under Ray": two_workers(), "the worker, a fork of the command,": FORK}
+"""Who is struck -> settings of its job."""
+
+
+def struck(manifest: Path, output: Path, number: int | None, settings: Sequence[str], *, moment: str) -> Timed:
+    """Runs a job, a worker of which is sent a signal behind a line of the log. AssertionError unless it ends well."""
     started = time.monotonic()
-    run = Run(manifest, "--output", str(output), *two_workers())
+    run = Run(manifest, "--output", str(output), *settings)
     sent = 0.0
     if number is not None:
         run.wait_for(moment)
@@ -109,12 +115,14 @@ def main() -> None:
         for share in options.shares:
             whole, stopped, rest = resumed(manifest, root / f"share {share}", share)
             print(f"| {share:.0%} | {whole:.1f} | {stopped:.1f} | {rest:.1f} | {rest / whole:.0%} |", flush=True)
-        print("\n| one of two workers is | seconds | its task is another's after |\n|---|---|---|")
-        for number in range(options.rounds):
-            for name, sent in (("left alone", None), ("killed", signal.SIGKILL), ("frozen", signal.SIGSTOP)):
-                timed = struck(manifest, root / f"{name} {number}", sent, moment="block 1 started")
-                noticed = "" if timed.noticed is None else f"{timed.noticed:.1f}"
-                print(f"| {name} | {timed.seconds:.1f} | {noticed} |", flush=True)
+        for who, settings in PLACES.items():
+            print(f"\n| {who} is | seconds | its task is another's after | load |\n|---|---|---|---|")
+            for number in range(options.rounds):
+                for name, sent in (("left alone", None), ("killed", signal.SIGKILL), ("frozen", signal.SIGSTOP)):
+                    timed = struck(manifest, root / f"{who} {name} {number}", sent, settings, moment="block 1 started")
+                    noticed = "" if timed.noticed is None else f"{timed.noticed:.1f}"
+                    load = os.getloadavg()[0]
+                    print(f"| {name} | {timed.seconds:.1f} | {noticed} | {load:.1f} |", flush=True)
         print("\n| three drivers begin at | exit codes | artifacts |\n|---|---|---|")
         for line in offsets(manifest, root / "offsets", range(options.rounds)):
             print(line, flush=True)

@@ -25,13 +25,11 @@ from counterweight.workers.tasks.task import Task
 from tests.disks import can_mount, small_disk
 from tests.faultproxy import Fault, FaultProxy, reserved_port
 from tests.faults.site import NOTHING, SAME, Drill, Site
+from tests.faults.strikes import STAYS
 from tests.faults.variants import VARIANTS
 from tests.patience import PATIENCE
 from tests.pipeline.tiny import Death, LocalPool, run_local
 from tests.servers import kill_ceph, start_ceph
-
-STAYS = 100_000
-"""Requests that meet a fault that does not go away by itself."""
 
 REQUEST_FAULTS = {
     "refused with 503": (Fault.UNAVAILABLE, ("GET", "PUT", "HEAD")),

@@ -90,12 +90,13 @@ class Site:
             yield f"s3://{BUCKET}/{uuid.uuid4().hex}"
 
     def check(self, variant: str, output: str, artifact: str, *, killed: bool = False) -> None:
-        """The bytes of the undisturbed job, nothing half written, no list of a prune, one artifact, which is whole and stays.
-        killed: what a killed process was writing is left until a prune."""
+        """The bytes of the undisturbed job, nothing half written, no list of a prune, nothing that a prune does not know, one
+        artifact, which is whole and stays. killed: what a killed process was writing is left until a prune."""
         assert stored(artifact) == self.undisturbed(variant).files, "other bytes"
         store = open_store(output)
         assert killed or not list(store.stale_writes(timedelta(0))), "unfinished writes"
-        prune(output, timedelta(0))
+        pruned = prune(output, timedelta(0))
+        assert not pruned.left, f"nobody knows what they are: {pruned.left}"
         assert not list(store.stale_writes(timedelta(0))), "unfinished writes behind a prune"
         assert not list(store.list(f"{PRUNES}/"))
         documents = [info.key for info in store.list() if info.key.rpartition("/")[2] == DOCUMENT]

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-MAX_CPU = 5.0
-"""Seconds of CPU that one input may cost. The machine may be slow."""
+from tests.patience import MAX_CPU
 
 MAX_BYTES = 1 << 30
-"""Of memory that one input may cost beyond what others have."""
+"""Of memory that a hostile input may cost beyond those before it, of which the first were harmless."""
 
 _WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
@@ -23,10 +22,10 @@ class Cost:
     cpu: float = 0.0
     bytes: int = 0
 
-    def check(self) -> None:
-        """TimeoutError, MemoryError when it is too much."""
-        if self.cpu > MAX_CPU:
-            raise TimeoutError(f"{self.cpu:.1f} s of CPU: expected at most {MAX_CPU:g}")
+    def check(self, normal: Cost) -> None:
+        """TimeoutError, MemoryError when it is too much. normal: what a harmless input costs."""
+        if self.cpu > normal.cpu + MAX_CPU:
+            raise TimeoutError(f"{self.cpu:.1f} s of CPU: expected at most {normal.cpu:.1f} and {MAX_CPU:g}")
         if self.bytes > MAX_BYTES:
             raise MemoryError(f"{self.bytes >> 20} MiB: expected at most {MAX_BYTES >> 20}")
 

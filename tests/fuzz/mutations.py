@@ -1,4 +1,4 @@
-"""Random damage to JSON and to bytes, from a seed."""
+"""Random damage to JSON and to bytes, from a seed; and none at all, for what harmless inputs cost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 
 def deep(levels: int) -> Any:
@@ -140,3 +140,35 @@ def damaged(data: bytes, draw: Random, end: int | None = None) -> bytes:
         else:
             found[start:stop] = draw.randbytes(stop - start)
     return bytes(found)
+
+
+class Damage(Protocol):
+    """What is done to an honest input."""
+
+    def mutated(self, document: Any, draw: Random) -> Any:
+        """To the values of a JSON document."""
+
+    def as_bytes(self, document: Any, draw: Random) -> bytes:
+        """To its text."""
+
+    def damaged(self, data: bytes, draw: Random, end: int | None = None) -> bytes:
+        """To bytes, before `end`."""
+
+
+class Hostile:
+    """Damage as above."""
+
+    mutated, as_bytes, damaged = staticmethod(mutated), staticmethod(as_bytes), staticmethod(damaged)
+
+
+class Harmless:
+    """None."""
+
+    def mutated(self, document: Any, draw: Random) -> Any:
+        return document
+
+    def as_bytes(self, document: Any, draw: Random) -> bytes:
+        return json.dumps(document).encode()
+
+    def damaged(self, data: bytes, draw: Random, end: int | None = None) -> bytes:
+        return data

@@ -89,6 +89,22 @@ def test_rows_are_the_weight_s(weight: StoredWeight) -> None:
     assert not owned & {tensor.untyped_storage().data_ptr() for tensor in part.parts.values()}
 
 
+@pytest.mark.parametrize("columns", [slice(0, 32), slice(32, 70), slice(64, 70)])
+def test_columns_are_the_weight_s(weight: StoredWeight, columns: slice) -> None:
+    part = weight.columns(columns)
+    assert part.shape == (OUT, columns.stop - columns.start)
+    assert torch.equal(part.dequantize(), weight.dequantize()[:, columns])
+    owned = {tensor.untyped_storage().data_ptr() for tensor in weight.parts.values()}
+    assert not owned & {tensor.untyped_storage().data_ptr() for tensor in part.parts.values()}
+    assert equal(part, format_of(part.kind).from_tensors(part.tensors(), part.form))
+
+
+@pytest.mark.parametrize("columns", [slice(16, 32), slice(0, 48)])
+def test_a_group_of_columns_is_not_cut(columns: slice) -> None:
+    with pytest.raises(ValueError, match=r"^columns: .* expected a whole number of groups of 32 columns"):
+        uniform(True).columns(columns)
+
+
 @pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_the_product_is_that_of_the_dense_weight(

@@ -115,6 +115,7 @@ CASES: Mapping[str, Case] = {
         "solve",
     ),
     "LRC": (few(lrc(0.1, 1), 512, 1536), "solve"),
+    "LRC, statistics that stay": (few(lrc(0.1, 1), 512, 1536, beside=True), "solve"),
     "residual store": (few({**RTN, "residual": {"selection": "static"}}, 1024, 4096), "solve"),
     "regressed": (few({**REGRESSED, "keep": ALL_BUT_UP}, 768, 3072, propagate="compressed"), "solve"),
     "rotation": (

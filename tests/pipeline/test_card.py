@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from counterweight.pipeline.artifact.card import CARD, card
+from counterweight.pipeline.artifact.card import CARD, card, hub_id
 from counterweight.pipeline.artifact.report import Report
 from counterweight.workers.ledger import ADAPTER
 from tests.pipeline.report_documents import report
@@ -64,3 +64,21 @@ def test_without_a_validation_it_claims_nothing(tmp_path: Path) -> None:
     text = (root / CARD).read_text()
     assert "nothing was measured on text" in text
     assert "perplexity" not in text
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("hf:org/model-1@abc", "org/model-1"),
+        ("hf://org/model", "org/model"),
+        (
+            "file:///home/me/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/b968826d9c46dd6066d109eabc6255188de91218",
+            "Qwen/Qwen3-8B",
+        ),
+        ("file:///hub/models--meta-llama--Llama-3.1-8B/snapshots/0/", "meta-llama/Llama-3.1-8B"),
+        ("file:///home/me/models/Qwen3-8B", None),
+        ("file:///hub/models--gpt2/snapshots/0", None),
+    ],
+)
+def test_a_copy_in_the_hubs_cache_is_known_by_its_name(uri: str, name: str | None) -> None:
+    assert hub_id(uri) == name

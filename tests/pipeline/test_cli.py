@@ -130,7 +130,7 @@ SETTINGS: dict[str, tuple[str, list[str]]] = {
         "spec.recipe.weights.group_size=128",
         ["spec.recipe.weights.group_size: 128: expected a divisor of 64, the width of model.layers.0.self_attn.q_proj"],
     ),
-    "missing model directory": ("spec.model.uri=nowhere", ["nowhere: config.json: not found"]),
+    "missing model directory": ("spec.model.uri=nowhere", ["nowhere: no such folder"]),
     "missing calibration text": (
         "spec.calibration.source.uri=nowhere.txt",
         ["spec.calibration.source.uri: ", "nowhere.txt: no such file"],
@@ -429,7 +429,8 @@ def test_facts_for_people(command: Command, published: tuple[Path, str], tmp_pat
     plan = command("plan", manifest)
     assert plan.code == 0
     assert "quantized        61,440 weights in 2 blocks" in plan.out
-    assert "does not fit     nothing" in plan.out
+    assert re.search(r"artifact +\S+ KiB, \d\.\d\d times smaller than the model; \d\.\d{3} bits per", plan.out)
+    assert "fits             yes" in plan.out
     assert re.search(r"arithmetic +\S+ TFLOP \(forward \d+%, statistics \d+%, solve \d+%\)", plan.out)
     assert command("verify", uri).out.startswith("tiny is whole\n")
     pulled = command("pull", uri, tmp_path / "pulled")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from counterweight.pipeline.blocks import add_blocks, stretches
+from counterweight.pipeline.blocks import EDGE, add_blocks, stretches
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.estimate import BlockSeconds, Estimate
+from counterweight.pipeline.estimate.costs import STREAMED
 from counterweight.pipeline.estimate.pool import Simulated, SimulatedPool
 from counterweight.pipeline.graph import Graph
 from counterweight.pipeline.model_source import ModelSource, open_model
@@ -43,12 +46,22 @@ BLOCK = BlockSeconds(
     branch=0,
     evaluated=0.0,
     read_back=0.0,
+    passed={"hidden states": 0.1 * SHARDS, "forward": 0.2 * SHARDS, "statistics": 0.0},
 )
 
 
-def simulated(count: int, workers: int, propagate: Literal["original", "compressed"] = "original") -> float:
+def simulated(
+    count: int,
+    workers: int,
+    propagate: Literal["original", "compressed"] = "original",
+    *,
+    block: BlockSeconds = BLOCK,
+    parts: Sequence[range] = (),
+    segment: int | None = None,
+    ahead: bool = False,
+) -> float:
     """Seconds of so many blocks, by the dispatcher and the graph of a job."""
-    pool = SimulatedPool(workers, 1, [BLOCK] * count, 0.0, [0] * count)
+    pool = SimulatedPool(workers, 1, [block] * count, 0.0, [0] * count, ahead=ahead)
     dispatcher = Dispatcher(pool, RetryPolicy(), lambda _: None, Graph())
 
     def spec_of(index: int, recipe: object, inputs: object, originals: object, propagate: str) -> BlockSpec:
@@ -58,14 +71,17 @@ def simulated(count: int, workers: int, propagate: Literal["original", "compress
 
     blocks = add_blocks(
         dispatcher.graph,
-        dispatcher.graph.add(lambda: Simulated("embedding", {}, SHARDS)),
+        dispatcher.graph.add(lambda: Simulated("embedding", {}, block.shards)),
         [{}] * count,
         spec_of,
         propagate=propagate,
-        stretches=stretches(SHARDS, count, workers, 1),
+        stretches=parts or stretches(SHARDS, count, workers, 1),
+        segment=segment,
+        workers=workers,
     )
     dispatcher.run(blocks.compress)
-    assert sum(pool.steps.values()) == pytest.approx(count * (LOAD + SHARDS * SHARD + SOLVE))
+    if block is BLOCK and not ahead and segment is None:
+        assert sum(pool.steps.values()) == pytest.approx(count * (LOAD + SHARDS * SHARD + SOLVE))
     return pool.clock
 
 
@@ -88,8 +104,44 @@ def test_blocks_take_as_long_as_the_schedule_says(workers: int) -> None:
     assert simulated(16, workers) == pytest.approx(streamed(16, workers), rel=0.01)
 
 
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_what_is_read_ahead_is_waited_for_in_the_first_blocks_alone(workers: int) -> None:
+    """Where solving takes longer than reading, and blocks are of one owner after the other."""
+    assert LOAD < SOLVE
+    waited = simulated(16, workers) - simulated(16, workers, ahead=True)
+    assert waited == pytest.approx((16 // workers - 1) * LOAD, rel=0.1)
+    assert simulated(4, 1) - simulated(4, 1, "compressed", ahead=True) == pytest.approx(3 * LOAD)
+
+
+@pytest.mark.parametrize("workers", [2, 8])
+def test_stretches_of_a_gpu_are_about_as_long_as_is_best(workers: int) -> None:
+    """Of lengths of all sizes, by simulation; what nothing hides is as long as `EDGE` shards."""
+    shards, blocks = 128, 4 * workers
+    steps = {name: seconds * shards / SHARDS if name in STREAMED else seconds for name, seconds in BLOCK.steps.items()}
+    block = replace(BLOCK, steps=steps, shards=shards, edge=EDGE * SHARD)
+
+    def seconds(length: int) -> float:
+        parts = [range(shards)[start : start + length] for start in range(0, shards, length)]
+        return simulated(blocks, workers, block=block, parts=parts)
+
+    chosen = len(stretches(shards, blocks, workers, 1, gpu=True)[0])
+    best = min(map(seconds, (8, 16, 24, 32, 48, 64)))
+    assert seconds(chosen) <= 1.03 * best
+    assert seconds(2) > 1.3 * best, "a few shards would do as well"
+    assert seconds(shards) > 1.3 * best, "blocks one after the other would do as well"
+
+
 def test_compressed_blocks_come_one_after_the_other() -> None:
     assert simulated(4, 3, "compressed") == pytest.approx(simulated(4, 1, "compressed"))
+
+
+def test_segments_run_beside_each_other_and_cost_a_pass_through_the_blocks_before() -> None:
+    whole, passed = LOAD + SHARDS * SHARD + SOLVE, LOAD + SHARDS * 0.3
+    assert simulated(8, 1, "compressed", segment=4) == pytest.approx(8 * whole + 4 * passed)
+    assert simulated(8, 1, "compressed", segment=8) == pytest.approx(8 * whole)
+    # Two workers: one passes through four blocks with the other a block behind, or compresses; then each has a segment.
+    beside = simulated(8, 2, "compressed", segment=4)
+    assert 4 * whole + 2 * passed <= beside <= 4 * whole + 4 * passed
 
 
 def test_stretches_are_as_short_as_the_pipeline_needs() -> None:
@@ -97,6 +149,8 @@ def test_stretches_are_as_short_as_the_pipeline_needs() -> None:
     assert {len(part) for part in stretches(128, 32, 8, 1)} == {1}
     assert {len(part) for part in stretches(128, 94, 8, 1)} == {2}
     assert [len(part) for part in stretches(9, 32, 2, 4)] == [4, 4, 1]
+    assert [len(part) for part in stretches(9, 1, 2, 4, gpu=True)] == [3, 3, 3]
+    assert stretches(128, 32, 1, 4, gpu=True) == [range(128)]
     for count, workers in ((94, 8), (61, 3), (80, 2)):
         parts = stretches(128, count, workers, 1)
         assert [shard for part in parts for shard in part] == list(range(128))

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import pytest
+import torch
 
 from counterweight.pipeline.forked_pool import ForkedPool
-from counterweight.pipeline.policies import describe
+from counterweight.pipeline.policies import Failure, RetryPolicy, Verdict, describe
 from counterweight.pipeline.pool import STARTS, Outcome, PoolSize
-from counterweight.workers.errors import CheckpointError, WorkerError
+from counterweight.workers.errors import CheckpointError, OutOfMemoryError, WorkerError
 from counterweight.workers.storage.outages import OUTAGES
 from counterweight.workers.tasks.inspect import Inspect
 from counterweight.workers.tasks.task import Task
 from tests.models import checkpoint
-from tests.pipeline.tiny import actor_pids, alive, until
+from tests.pipeline.tiny import actor_pids, alive, memory_of, until
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,15 @@ class Does(Task[Any]):
             os.kill(os.getpid(), signal.SIGINT)
         elif self.what == "wait for storage":
             OUTAGES.begins("bucket", "HTTP status 503", 60)
+        elif self.what == "wait for a minute":
+            time.sleep(60)
+        elif self.what == "wait for a thread that got no memory":
+            threading._start_new_thread = lambda *_: 0  # type: ignore[attr-defined]
+            threading.Thread(target=print).start()
+        elif self.what == "ask for more memory than there is":
+            limit = memory_of(os.getpid(), "VmSize") + (16 << 20)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+            torch.empty(1 << 30)
         elif self.what == "raise what does not travel":
             raise DoesNotTravelError("a", "b")
         return os.getpid()
@@ -171,6 +184,67 @@ def test_workers_that_die_before_they_answer_are_given_up(monkeypatch: pytest.Mo
     with pytest.raises(WorkerError, match=rf"died: exit code 7: {STARTS} processes in a row before they answered"):
         pool.first()
     pool.close()
+
+
+def test_memory_that_is_refused_is_one_line_and_tried_again(pool: ForkedPool) -> None:
+    outcome = done(pool, "ask for more memory than there is")
+    assert type(outcome.error) is OutOfMemoryError
+    assert str(outcome.error).startswith("out of memory: ")
+    assert "4294967296 bytes" in str(outcome.error)
+    assert not outcome.worker_died
+    assert RetryPolicy().judge(Failure(outcome.error, worker_died=False), 1) is Verdict.RETRY
+    assert done(pool, "pid").error is None
+
+
+def test_a_worker_that_waits_for_a_thread_that_never_begins_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does where an address space is limited and a new thread's first frame finds no room."""
+    monkeypatch.setattr("counterweight.workers.process.LOOK_SECONDS", 0.05)
+    pool = ForkedPool(PoolSize(workers=1, cpus=1, gpus=0.0))
+    full(pool)
+    try:
+        outcome = done(pool, "wait for a thread that got no memory")
+        assert outcome.worker_died
+        assert str(outcome.error).endswith("exit code 75: out of memory: a thread could not begin")
+    finally:
+        pool.close()
+
+
+def test_a_worker_that_is_stopped_for_long_is_ended_and_replaced(notes: list[str]) -> None:
+    now = 0.0
+    pool = ForkedPool(PoolSize(workers=2, cpus=1, gpus=0.0), note=notes.append, clock=lambda: now)
+    full(pool)
+    try:
+        stopped = pool.first().pid
+        tickets = [pool.submit(worker, Does("wait for a minute")) for worker in (0, 1)]
+        os.kill(stopped, signal.SIGSTOP)
+        until(lambda: Path(f"/proc/{stopped}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        assert pool.wait(0) == []
+        now += 9.0
+        assert pool.wait(0) == []  # it may be for a moment
+        now += 9.0
+        (outcome,) = outcomes_of(pool)
+        assert outcome.ticket in tickets
+        assert outcome.worker_died
+        assert f"(process {stopped}) died: killed by SIGKILL" in str(outcome.error)
+        assert notes == [f"worker {outcome.worker} (process {stopped}) was stopped for 15 s: it is ended"]
+        until(lambda: pool.wait(0.2) == [] and pool.idle() == [outcome.worker])
+    finally:
+        pool.close()
+
+
+def test_a_worker_that_was_stopped_with_its_driver_goes_on(notes: list[str]) -> None:
+    now = 0.0
+    pool = ForkedPool(PoolSize(workers=1, cpus=1, gpus=0.0), note=notes.append, clock=lambda: now)
+    full(pool)
+    try:
+        os.kill(pool.first().pid, signal.SIGSTOP)
+        now += 3600.0  # in which nobody looked
+        assert pool.wait(0) == []
+        os.kill(pool.first().pid, signal.SIGCONT)
+        assert done(pool, "pid").value == pool.first().pid
+        assert notes == []
+    finally:
+        pool.close()
 
 
 def test_what_workers_print_is_not_the_drivers(pool: ForkedPool, capfd: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,7 @@ class Cluster:
         budget: bool = False,
         hold: int = 100,
         stretch: int = len(FIRST),
+        segment: int | None = None,
     ):
         self.workspace, self.propagate, self.count, self.hold = workspace, propagate, count, hold
         self.shared = 0
@@ -94,6 +95,8 @@ class Cluster:
             propagate=propagate,
             budget=shares if budget else None,
             stretches=[range(len(FIRST))[start : start + stretch] for start in range(0, len(FIRST), stretch)],
+            segment=segment,
+            workers=workers,
         )
         self.graph.open()
         self.running: dict[int, Node[object]] = {}
@@ -143,8 +146,9 @@ class Cluster:
             else:
                 task = block_task(node)
                 index = task.block.index
-                others = [other.made().block_index for other in self.running.values()]
-                assert index not in others, "a block on two workers"
+                others = [other.made() for other in self.running.values()]
+                alike = [(other.block_index, passing(other)) for other in others]
+                assert (index, passing(task)) not in alike, "a block on two workers"
                 self._assert_one_block_at_a_time(worker, task)
                 self.started.append((task.kind, index, worker))
             self.running[worker] = node
@@ -259,6 +263,11 @@ def block_task(node: Node[object]) -> BlockTask:
     task = node.made()
     assert isinstance(task, Calibrate | Gains | Compress)
     return task
+
+
+def passing(task: object) -> bool:
+    """Whether it only runs the original over a block, which may be compressed meanwhile."""
+    return isinstance(task, Calibrate) and task.passing
 
 
 def finished(count: int, propagate: Propagate = "original") -> MemoryWorkspace:
@@ -468,6 +477,51 @@ def test_compressed_propagation_is_one_task_per_block_on_the_outputs_of_the_one_
         cluster.finish(next(iter(cluster.running)))
     assert [name for name, _, _ in cluster.started] == ["block"] * 3
     assert seen == [FIRST, *boundaries(cluster)[:2]]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_segments_begin_with_what_the_original_makes(workers: int) -> None:
+    """Which runs over the blocks before the last segment and gathers nothing; segments run beside each other."""
+    cluster = Cluster(MemoryWorkspace(), count=6, workers=workers, propagate="compressed", segment=2)
+    seen: dict[int, tuple[Blob, ...]] = {}
+    beside = 0
+    while not cluster.done:
+        cluster.assign()
+        tasks = [block_task(node) for node in cluster.running.values() if not isinstance(node.made(), Embed)]
+        assert all(task.passing for task in tasks if isinstance(task, Calibrate))
+        compressing = [task.block for task in tasks if isinstance(task, Compress)]
+        seen |= {spec.index: spec.inputs for spec in compressing}
+        beside = max(beside, len(compressing))
+        cluster.finish(min(cluster.running))
+    assert cluster.halves("forward") == [0, 1, 2, 3]
+    assert sorted(cluster.halves("block")) == list(range(6))
+    assert beside == workers
+    entering = FIRST
+    for index in range(6):
+        if not index % 2:
+            assert seen[index] == entering
+            compressed = tuple(blob("compressed", index, each.sha256) for each in entering)
+            assert seen[index + 1] == compressed
+        entering = tuple(blob("original", index, each.sha256) for each in entering)
+
+
+def test_what_a_worker_reads_ahead_is_the_block_that_it_takes_next() -> None:
+    """In `original` blocks go round; a segment's come one after the other, then another segment."""
+
+    def ahead(count: int, workers: int, **options: Any) -> dict[int, int | None]:
+        cluster = Cluster(MemoryWorkspace(), count=count, workers=workers, **options)
+        cluster.run()
+        tasks = [node.made() for node in cluster.blocks.compress]
+        following = {task.block.index: task.following for task in tasks if isinstance(task, Compress)}
+        return {index: None if spec is None else spec.index for index, spec in following.items()}
+
+    assert ahead(5, 2) == {0: 2, 1: 3, 2: 4, 3: None, 4: None}
+    assert ahead(3, 1, propagate="compressed") == {0: 1, 1: 2, 2: None}
+    assert ahead(4, 1, propagate="compressed", segment=2) == {0: 1, 1: 2, 2: 3, 3: None}
+    beside = ahead(8, 2, propagate="compressed", segment=4)
+    assert [beside[index] for index in (0, 1, 2, 4, 5, 6)] == [1, 2, 3, 5, 6, 7]
+    assert ahead(3, 2, propagate="compressed") == {0: None, 1: None, 2: None}
+    assert ahead(3, 1, budget=True) == {0: None, 1: None, 2: None}
 
 
 def test_compressed_outputs_that_are_gone_are_made_again_from_the_last_that_are_there() -> None:
@@ -715,8 +769,16 @@ def test_whatever_happens_in_whatever_order_the_chain_ends(data: st.DataObject) 
     for each in data.draw(st.sets(st.sampled_from(hidden))):
         workspace.discard(each)
     stretch = data.draw(st.integers(1, len(FIRST)))
+    segment = data.draw(st.sampled_from([None, 1, 2, 3])) if propagate == "compressed" else None
     cluster = Cluster(
-        workspace, count=count, workers=workers, propagate=propagate, budget=budget, hold=hold, stretch=stretch
+        workspace,
+        count=count,
+        workers=workers,
+        propagate=propagate,
+        budget=budget,
+        hold=hold,
+        stretch=stretch,
+        segment=segment,
     )
     cluster.faulty = True
     faults = data.draw(st.integers(0, 6))

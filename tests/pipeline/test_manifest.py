@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 
 import pytest
 from pydantic import ValidationError
@@ -205,6 +206,24 @@ class TestCanonical:
         assert canonical(job(FULL, "spec.validation.sequence_length=64")) == canonical(
             job(FULL, "spec.validation.sequence_length=")
         )
+
+    def test_what_artifacts_are_called_does_not_change_with_what_is_younger(self) -> None:
+        """Digests that were taken before there were further texts, bounds, special tokens and the youngest metrics."""
+        assert sha256(canonical(job(FULL))).hexdigest() == (
+            "8b024f148472b997e4a6801d7ffd1f0553f97b2b169cf4259fb2685b73791f18"
+        )
+        assert sha256(canonical(job(MINIMAL))).hexdigest() == (
+            "dd7a008635b95c9d2f6f1a13d53ae3959dcd4dbb4ab3dfad0e8912661374291d"
+        )
+        for younger in (
+            "spec.validation.gates.kl_last_quarter=0.5",
+            "spec.validation.texts={code: {source: {uri: code.txt}}}",
+            "spec.validation.bounds=[{metric: kl, at_most: 0.5}]",
+        ):
+            assert canonical(job(FULL, younger)) != canonical(job(FULL))
+        assert canonical(job(FULL, "spec.validation.special_tokens=window")) == canonical(
+            job(FULL)
+        )  # the tokens say it
 
     def test_it_is_sorted_json_without_spaces(self) -> None:
         content = json.loads(canonical(job(FULL)))

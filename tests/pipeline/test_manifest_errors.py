@@ -34,6 +34,14 @@ class TestErrors:
                 "spec.calibration.sequences: 0: expected an integer from 1 to 1000000",
             ),
             (
+                "spec.calibration.segment_blocks=0",
+                "spec.calibration.segment_blocks: 0: expected an integer from 1 to 10000 or null",
+            ),
+            (
+                "spec.calibration={source: {uri: a.txt}, segment_blocks: 2}",
+                "spec.calibration: segment_blocks: 2: expected null with propagate: original",
+            ),
+            (
                 "spec.calibration.seed=-1",
                 "spec.calibration.seed: -1: expected an integer from 0 to 4294967295",
             ),

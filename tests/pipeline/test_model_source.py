@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from counterweight.pipeline.model_files import HUB_FILES
 from counterweight.pipeline.model_source import check_stored_head, open_model
+from counterweight.workers.calibration.windows import TokenizerFiles
 from counterweight.workers.errors import CheckpointError, RequestError, StorageError
 from tests.models import checkpoint, read_tensors
 
@@ -79,7 +80,7 @@ def test_an_untied_head_is_its_own(tmp_path: Path) -> None:
 def test_the_tokenizer_is_the_files_bytes_or_nothing(tmp_path: Path) -> None:
     directory = model(tmp_path)
     source = open_model(directory.as_uri())
-    assert source.tokenizer() == (directory / "tokenizer.json").read_bytes()
+    assert source.tokenizer() == TokenizerFiles((directory / "tokenizer.json").read_bytes())
     (directory / "tokenizer.json").unlink()
     assert source.tokenizer() is None
 

@@ -179,6 +179,31 @@ def test_a_budget_keeps_statistics_of_several_blocks_within_a_bound(
     assert not make_plan(job_of(manifest), source, "tiny").problems
 
 
+def test_segments_cost_a_pass_of_the_original_through_the_blocks_before_the_last(tmp_path: Path) -> None:
+    """Its arithmetic, its weights, what enters and what leaves it; of budgets it is calibrated anyhow."""
+    manifest = write_job(tmp_path, layers=3)
+    source = open_model((tmp_path / "model").as_uri())
+
+    def planned(*overrides: str) -> plan.Plan:
+        return make_plan(job_of(manifest, "spec.calibration.propagate=compressed", *overrides), source)
+
+    one, two = planned(), planned("spec.calibration.segment_blocks=2")
+    before, behind = two.blocks[:2], two.blocks[2:]
+    assert [block.forward_flops for block in behind] == [block.forward_flops for block in one.blocks[2:]]
+    passes = [new.forward_flops - old.forward_flops for new, old in zip(before, one.blocks, strict=False)]
+    assert passes[0] == passes[1]
+    assert 0.3 * one.blocks[0].forward_flops < passes[0] < 0.5 * one.blocks[0].forward_flops
+    hidden = two.storage_written_bytes - one.storage_written_bytes
+    assert hidden == 2 * (12 + 1) * 32 * source.layout.hidden_size * 4  # of all windows, one held out, in float32
+    read = two.storage_read_bytes - one.storage_read_bytes
+    assert read == hidden + sum(block.source_bytes for block in before)
+    assert planned("spec.calibration.segment_blocks=3") == one
+    original = make_plan(job_of(manifest), source)
+    assert planned("spec.calibration.segment_blocks=1") == original
+    sharing = [planned(BUDGET, f"spec.calibration.segment_blocks={blocks}").flops for blocks in (2, 3)]
+    assert sharing[0] == sharing[1]
+
+
 def test_all_that_the_recipe_asks_in_vain_is_listed(manifest: Path, source: ModelSource) -> None:
     with pytest.raises(ManifestError) as caught:
         make_plan(job_of(manifest, "spec.recipe.weights.group_size=128"), source)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from counterweight.pipeline.model_files import positions_of
 from counterweight.pipeline.preflight import check_apart, look
 from counterweight.workers.errors import RequestError
 from tests.inprocess import RecordedProgress, run_job
@@ -59,7 +60,7 @@ def foreign(root: Path) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
-    "no model": (lambda root: None, ["spec.model.uri=/nope"], "config.json: not found"),
+    "no model": (lambda root: None, ["spec.model.uri=/nope"], "spec.model.uri: file:///nope: no such folder"),
     "an unknown model": (foreign, [], "model_type: 'bloom': expected one of"),
     "no weights": (lambda root: (root / "model" / "model.safetensors").unlink(), [], "neither model.safetensors"),
     "a pipe for a config": (fifo("model/config.json"), [], "a named pipe: expected a regular file"),
@@ -96,7 +97,8 @@ def test_a_wrong_request_costs_neither_ray_nor_torch(honest: Path, tmp_path: Pat
         timeout=PATIENCE,
     )
     code, loaded = json.loads(ran.stdout.splitlines()[-1])
-    (line,) = ran.stderr.splitlines()
+    doing, line = ran.stderr.splitlines()
+    assert doing == "stage looking at the model and its texts"
     assert code == 2
     assert line.startswith("error: ")
     assert re.search(said, line)
@@ -148,9 +150,32 @@ def test_looking_leaves_nothing_in_the_output(honest: Path) -> None:
 
 
 def test_windows_beyond_the_models_positions_are_noted(tmp_path: Path) -> None:
-    checkpoint("llama", tmp_path / "model", num_hidden_layers=1, max_position_embeddings=16)
     progress = RecordedProgress()
+    checkpoint("llama", tmp_path / "model", num_hidden_layers=1, max_position_embeddings=16)
     recipe = {"weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "rtn"}}}
-    run_job(tmp_path / "model", tmp_path / "out", recipe, progress=progress)
+    run_job(tmp_path / "model", tmp_path / "out", recipe, progress=progress, validation=None)
     (note,) = progress.notes
     assert note.startswith("spec.calibration.sequence_length: 32: more than the 16 positions of the model")
+
+
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [
+        ({}, None),
+        ({"max_position_embeddings": 64}, 64),
+        ({"text_config": {"max_position_embeddings": 64}}, 64),
+        ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 256),
+        ({"max_position_embeddings": 64, "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 16}}, 64),
+        ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "default"}}, 64),
+    ],
+)
+def test_how_many_positions_a_model_has(config: dict[str, object], known: int | None) -> None:
+    assert positions_of(config) == known
+
+
+def test_windows_of_a_validation_beyond_the_models_positions_are_refused(honest: Path) -> None:
+    most = json.loads((honest.parent / "model" / "config.json").read_text())["max_position_embeddings"]
+    texts = ("spec.calibration.sequences=1", "spec.validation.windows=1", "spec.calibration.sequence_length=16")
+    with pytest.raises(RequestError, match=rf"^spec.validation.sequence_length: {most + 1}: expected at most {most},"):
+        look(job_of(honest, *texts, f"spec.validation.sequence_length={most + 1}"))
+    look(job_of(honest, *texts, "spec.validation.sequence_length=16"))

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from counterweight.pipeline.events import BlockDone, Note, Planned, StageEntered, Summary, TaskStarted, WindowsDone
-from counterweight.pipeline.progress import BlockCount, LiveProgress, PlainProgress, Progress, make_progress
+from counterweight.pipeline.progress import LiveProgress, PlainProgress, Progress, make_progress
+from counterweight.pipeline.remaining import BlockCount
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 

@@ -107,7 +107,10 @@ def everything(root: Path, age: timedelta) -> dict[str, set[str]]:
             put(root, f"_work/failed/tiny-{ID}/report.json", age=age),
             put(root, f"_work/failed/tiny-{ID}/report.html", age=age),
         },
-        "probes": {put(root, f".counterweight-probe/{ID}{ID}/race-1", age=age)},
+        "probes": {
+            put(root, f".counterweight-probe/{ID}{ID}/race-1", age=age),
+            put(root, f".counterweight-probe/{'f' * 32}/seen", age=age),
+        },
         "killed prunes": {put(root, f"{PRUNES}/{ID}{ID}", age=age)},
     }
 

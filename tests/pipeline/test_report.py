@@ -103,7 +103,7 @@ def test_the_report_has_what_the_contract_names(manifest: Path, tmp_path: Path) 
     plain = json.loads((root / "report" / "report.json").read_text())
     assert plain["compensated_prefill"] is None
     for variant in ("baseline", "quantized", "compensated"):
-        assert set(plain[variant]) == {"perplexity", "kl", "kl_p99", "top1_agreement"}
+        assert set(plain[variant]) == {"perplexity", "kl", "kl_p99", "kl_last_quarter", "top1_agreement"}
     assert [module.name for module in report.modules] == [
         f"model.layers.{index}.{name}"
         for index in range(2)

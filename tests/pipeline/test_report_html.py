@@ -108,6 +108,8 @@ class TestEscaping:
         dump = _poisoned(benign.model_dump())
         dump["recipe"][PAYLOAD] = PAYLOAD
         dump["validation_dtype"] = benign.validation_dtype
+        for tokens in (dump["calibration"], dump["validation"]):
+            tokens["special_tokens"] = "text"
         hostile = Report.model_validate(dump)
         root = page(hostile)
         assert {n.tag for n in root.walk()} <= {n.tag for n in page(report(mixtral())).walk()} | {"h3", "figure"}

@@ -3,92 +3,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from counterweight.pipeline.artifact.report import Quality, Report
-from counterweight.pipeline.manifest import Gates, Validation
-from counterweight.pipeline.validate import check_gates
-from counterweight.workers.calibration.source import TextSource
+from counterweight.pipeline.artifact.report import Report
+from counterweight.pipeline.preflight import look
+from counterweight.pipeline.tokens import read_tokens
 from counterweight.workers.errors import GateError
-from counterweight.workers.metrics import METRICS
 from counterweight.workers.tasks.evaluate import Evaluate
 from counterweight.workers.tasks.original import Original
 from counterweight.workers.tasks.setting import shard_sequences
+from tests.models import write_text
 from tests.pipeline.tiny import Events, LocalPool, job_of, local_path, run_local, write_job
 
-ORIGINAL = Quality(perplexity=10.0, kl=0.0, top1_agreement=1.0)
-BAD = Quality(perplexity=1e9, kl=1e9, top1_agreement=0.0)
-
-
-def judge(gates: Gates, baseline: Quality, compensated: Quality) -> None:
-    check_gates(validation(gates=gates), {"baseline": baseline, "quantized": BAD, "compensated": compensated})
-
-
-def validation(**gates: Gates) -> Validation:
-    return Validation(text=TextSource(uri="file:///text.txt"), **gates)
-
-
-def served(perplexity: float = 11.0, kl: float = 0.1) -> Quality:
-    return Quality(perplexity=perplexity, kl=kl, top1_agreement=0.9)
-
-
-@pytest.mark.parametrize(
-    "gates",
-    [Gates(), Gates(perplexity_ratio=1.1), Gates(kl=0.1), Gates(perplexity_ratio=1.5, kl=1.0)],
-)
-def test_a_model_within_its_bounds_passes(gates: Gates) -> None:
-    judge(gates, ORIGINAL, served())
-
-
-def test_a_gate_names_what_was_measured_and_what_was_allowed() -> None:
-    with pytest.raises(GateError) as caught:
-        judge(Gates(perplexity_ratio=1.05, kl=0.05), ORIGINAL, served())
-    assert str(caught.value).splitlines() == [
-        "spec.validation.gates.perplexity_ratio: 1.1000 (perplexity 11.0000, original 10.0000): expected at most 1.05",
-        "spec.validation.gates.kl: 0.10000: expected at most 0.05",
-    ]
-
-
-def test_every_metric_has_its_gate() -> None:
-    """Absolute or relative, at most or at least."""
-    original = Quality.model_validate({**ORIGINAL.model_dump(), "kl_p99": 0.0})
-    model = Quality.model_validate({**served().model_dump(), "kl_p99": 0.7})
-    judge(Gates(kl_p99=0.7, top1_agreement=0.9), original, model)
-    with pytest.raises(GateError) as caught:
-        judge(Gates(kl_p99=0.6, top1_agreement=0.95), original, model)
-    assert str(caught.value).splitlines() == [
-        "spec.validation.gates.kl_p99: 0.70000: expected at most 0.6",
-        "spec.validation.gates.top1_agreement: 0.9000: expected at least 0.95",
-    ]
-    assert {metric.gate for metric in METRICS} == set(Gates.model_fields)
-
-
-def test_one_gate_alone_is_enough() -> None:
-    with pytest.raises(GateError, match=r"^spec.validation.gates.kl: "):
-        judge(Gates(perplexity_ratio=2.0, kl=0.05), ORIGINAL, served())
-
-
-@pytest.mark.parametrize("gates", [Gates(perplexity_ratio=1e6), Gates(kl=1e6)])
-def test_what_is_no_number_passes_no_gate(gates: Gates) -> None:
-    nothing = Quality.model_construct(perplexity=float("nan"), kl=float("nan"), top1_agreement=0.0)
-    with pytest.raises(GateError):
-        judge(gates, ORIGINAL, nothing)
-
-
-def test_gates_look_at_decoding_and_gates_for_prefill_at_prefill() -> None:
-    """Without residual stores both are one model."""
-    found = {"baseline": ORIGINAL, "quantized": BAD, "compensated": served(11.0)}
-    with_store = {**found, "compensated_prefill": served(12.0)}
-    strict, loose = Gates(perplexity_ratio=1.15), Gates(perplexity_ratio=1.25)
-    check_gates(validation(gates=strict), with_store)
-    check_gates(validation(gates=strict, prefill_gates=loose), with_store)
-    check_gates(validation(gates=strict, prefill_gates=strict), found)
-    with pytest.raises(GateError) as caught:
-        check_gates(validation(prefill_gates=strict), with_store)
-    assert str(caught.value) == (
-        "spec.validation.prefill_gates.perplexity_ratio: 1.2000 (perplexity 12.0000, original 10.0000): expected at most 1.15"
-    )
-    with pytest.raises(GateError, match=r"^spec.validation.prefill_gates.kl: 0.10000: expected at most 0.05$"):
-        check_gates(validation(prefill_gates=Gates(kl=0.05)), found)
+BEGINNING = 1
 
 
 def test_a_job_whose_model_fails_in_prefill_publishes_nothing(manifest: Path, tmp_path: Path) -> None:
@@ -162,3 +90,54 @@ def test_what_is_claimed_without_compensation_is_measured_without_it(manifest: P
     assert plain.baseline is not None
     assert plain.baseline.kl == 0.0
     assert plain.baseline.top1_agreement == 1.0
+
+
+def test_every_text_has_the_figures_of_a_job_of_its_own(manifest: Path, tmp_path: Path) -> None:
+    """One run measures all, with every block read once; the report names what was measured on which."""
+    write_text(manifest.parent / "other.txt", 5 * 32, seed=2)
+    further = "spec.validation.texts={other: {source: {uri: other.txt}, windows: 4}}"
+    pool = LocalPool(1)
+    both = report_of(run_local(job_of(manifest, f"spec.output.uri={tmp_path / 'both'}", further), pool).uri)
+    assert len([task for _, task in pool.calls if isinstance(task, Evaluate)]) == 1
+    alone = ("spec.validation.text.uri=other.txt", "spec.validation.windows=4")
+    one = report_of(run_local(job_of(manifest, f"spec.output.uri={tmp_path / 'one'}")).uri)
+    other = report_of(run_local(job_of(manifest, f"spec.output.uri={tmp_path / 'other'}", *alone)).uri)
+    assert list(both.judged) == ["text", "other"]
+    for found, expected in ((both.judged["text"], one.judged["text"]), (both.judged["other"], other.judged["text"])):
+        assert found.tokens == expected.tokens
+        for variant, quality in expected.qualities.items():
+            assert found.qualities[variant].model_dump() == pytest.approx(quality.model_dump(), rel=1e-5, abs=1e-6)
+            assert found.kl_by_position[variant] == pytest.approx(expected.kl_by_position[variant], rel=1e-4, abs=1e-6)
+    assert both.judged["other"].tokens.sequences == 4
+    assert both.judged["other"].compensated != both.judged["text"].compensated
+
+
+def test_windows_begin_with_the_tokenizers_beginning_where_the_manifest_says_so(tmp_path: Path) -> None:
+    """And by themselves where a model's family is lost without one."""
+    for family, option, all_begin in (
+        ("llama", None, False),
+        ("llama", "window", True),
+        ("gemma3_text", None, True),
+        ("gemma3_text", "text", False),
+    ):
+        root = tmp_path / f"{family}-{option}"
+        path = write_job(root, layers=1, case=family)
+        with_beginning(root / "model" / "tokenizer.json")
+        job = job_of(path, *([] if option is None else [f"spec.validation.special_tokens={option}"]))
+        tokens = read_tokens(job, None, texts=look(job).texts)
+        windows = tokens.validation["text"]
+        assert windows.ids[0, 0] == BEGINNING
+        assert bool((windows.ids[:, 0] == BEGINNING).all()) == all_begin
+        words = [int(word[1:]) for word in (root / "validation.txt").read_text().split()]
+        inner = windows.ids[:, 1:].flatten() if all_begin else windows.ids.flatten()[1:]
+        assert inner.tolist() == words[: len(inner)]
+        assert windows.length == 32
+
+
+def with_beginning(path: Path) -> None:
+    """A tokenizer that puts BEGINNING before every text."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"w{BEGINNING} $A", special_tokens=[(f"w{BEGINNING}", BEGINNING)]
+    )
+    tokenizer.save(str(path))

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 import torch
 
@@ -287,23 +288,43 @@ def _notice_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+class Process(Protocol):
+    """What is used of `subprocess.Popen`."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def communicate(self, *, timeout: float | None = None) -> tuple[str, object]: ...
+
+
+Start = Callable[[Sequence[str], IO[bytes]], Process]
+
+
+def _started(within: Sequence[str], arguments: Sequence[str], stderr: IO[bytes]) -> Process:
+    return subprocess.Popen(
+        [*within, sys.executable, "-m", "counterweight.pipeline.cli", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+        # A shell starts what runs in its background with SIGINT ignored, and that is inherited.
+        preexec_fn=_notice_interrupts,
+    )
+
+
 class Run:
     """`counterweight run` as a process of its own, in a session of its own, watched through its stderr."""
 
-    def __init__(self, manifest: Path, *arguments: str, within: Sequence[str] = ()) -> None:
-        """within: what the command begins with, that another one runs it in a place of its own."""
-        command = [*within, sys.executable, "-m", "counterweight.pipeline.cli", "run", str(manifest), *arguments]
+    def __init__(self, manifest: Path, *arguments: str, within: Sequence[str] = (), start: Start | None = None) -> None:
+        """within: what the command begins with, that another one runs it in a place of its own. start: begins it otherwise,
+        with the command's arguments and where its stderr goes."""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            start_new_session=True,
-            # A shell starts what runs in its background with SIGINT ignored, and that is inherited.
-            preexec_fn=_notice_interrupts,
-        )
+        self.process = (start or partial(_started, within))(["run", str(manifest), *arguments], self._log)
 
     @property
     def stderr(self) -> str:
@@ -329,7 +350,7 @@ class Run:
         except subprocess.TimeoutExpired:
             self.kill()
             raise
-        return self.process.returncode, out, self.stderr
+        return self.process.wait(), out, self.stderr
 
     def kill(self) -> list[int]:
         """SIGKILL to the driver and what shares its process group; returns the workers, which outlive it a moment."""
@@ -345,3 +366,12 @@ def alive(pid: int) -> bool:
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def memory_of(pid: int, what: str) -> int:
+    """Bytes that a process has, `VmSize` or `VmRSS` of proc(5); 0 when it is gone."""
+    try:
+        lines = (Path("/proc") / str(pid) / "status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{what}:")), 0)

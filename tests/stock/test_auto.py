@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    TOKENIZER_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,9 +20,9 @@ from transformers import (
 )
 
 from counterweight import load_model
-from counterweight.pipeline.artifact.auto import register
 from tests.inprocess import local, run_job
 from tests.models import checkpoint, token_ids
+from tests.stock.known import known_to_transformers
 
 W3 = {"bits": 3, "group_size": None, "quantizer": {"kind": "rtn"}}
 ROTATED = {"transforms": [{"kind": "rotation"}], "weights": W3, "activations": {"bits": 8, "clip": 0.9}}
@@ -40,13 +38,8 @@ RECIPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def known() -> Iterator[None]:
-    """Artifacts are known to transformers in these tests alone: others hold that it refuses them."""
-    register()
-    yield
-    for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, TOKENIZER_MAPPING):
-        for key in list(mapping._extra_content):
-            if "ounterweight" in str(key):
-                del mapping._extra_content[key]
+    with known_to_transformers():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +108,34 @@ def test_a_model_is_not_saved_without_its_weights(artifact: Path, tmp_path: Path
         with pytest.raises(ValueError, match="quantized with counterweight and is not serializable"):
             model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_peft_trains_what_is_not_quantized(artifact: Path) -> None:
+    """Gradients reach the adapter, and nothing else: a quantized layer has no parameters."""
+    ids = token_ids(2, 16)
+    base = AutoModelForCausalLM.from_pretrained(artifact)
+    before = base(ids).logits.detach()
+    model = get_peft_model(base, LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    model(ids, labels=ids).loss.backward()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name and parameter.grad is not None for name, parameter in trained.items())
+    assert any(bool(parameter.grad.abs().max() > 0) for parameter in trained.values() if parameter.grad is not None)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter -= parameter.grad
+        assert not torch.equal(model(ids).logits, before)
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, before)
+
+
+def test_peft_refuses_quantized_layers(artifact: Path) -> None:
+    """Neither a new adapter, nor the branch a second time."""
+    for adapted in (
+        lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")),
+        lambda model: PeftModel.from_pretrained(model, artifact / "compensation"),
+    ):
+        with pytest.raises(ValueError, match=r"Target module CompensatedLinear.* is not supported"):
+            adapted(AutoModelForCausalLM.from_pretrained(artifact))
 
 
 def test_a_model_class_by_itself_is_refused(artifact: Path) -> None:

@@ -111,10 +111,17 @@ def expected_metrics(reference: Tensor, own: Tensor, ids: Tensor) -> list[Window
     divergence = (reference.exp() * (reference - own)).sum(-1)
     kl = divergence.mean(1)
     kl_p99 = torch.tensor(numpy.quantile(divergence.numpy(), 0.99, axis=1))
+    late = divergence[:, -(ids.shape[1] // 4) :].mean(1)
     agreement = (own.argmax(-1) == reference.argmax(-1)).double().mean(1)
     return [
-        {"perplexity": float(n), "kl": max(float(k), 0.0), "kl_p99": float(high), "top1_agreement": float(a)}
-        for n, k, high, a in zip(nll, kl, kl_p99, agreement, strict=True)
+        {
+            "perplexity": float(n),
+            "kl": max(float(k), 0.0),
+            "kl_p99": float(high),
+            "kl_last_quarter": max(float(last), 0.0),
+            "top1_agreement": float(a),
+        }
+        for n, k, high, last, a in zip(nll, kl, kl_p99, late, agreement, strict=True)
     ]
 
 
@@ -124,6 +131,7 @@ def assert_close(found: Sequence[WindowMetrics], expected: Sequence[WindowMetric
         assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
         assert one["kl"] == pytest.approx(other["kl"], rel=1e-4, abs=1e-7)
         assert one["kl_p99"] == pytest.approx(other["kl_p99"], rel=1e-4, abs=1e-6)
+        assert one["kl_last_quarter"] == pytest.approx(other["kl_last_quarter"], rel=1e-4, abs=1e-6)
         assert one["top1_agreement"] == pytest.approx(other["top1_agreement"])
 
 
@@ -150,7 +158,12 @@ def test_each_variant_is_measured_as_it_is_loaded(made: Made, found: EvaluateRec
     reference = log_probabilities(AutoModelForCausalLM.from_pretrained(made.source, dtype=torch.float32).eval(), ids)
     uri = made.artifacts["compensated"].as_uri()
     own = load_model(uri, dtype=torch.float32, compensated=variant == COMPENSATED)
-    assert_close(found.windows[variant], expected_metrics(reference, log_probabilities(own, ids), ids))
+    own_log_probabilities = log_probabilities(own, ids)
+    assert_close(found.windows[variant], expected_metrics(reference, own_log_probabilities, ids))
+    divergence = (reference.exp() * (reference - own_log_probabilities)).sum(-1)  # [windows, LENGTH]
+    parts = [divergence[:, start:stop].mean(1) for start, stop in pairwise([0, 1, 2, 4, 8, 16, LENGTH])]
+    for along, expected in zip(found.profiles[variant], torch.stack(parts, 1), strict=True):
+        assert along["kl_by_position"] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
 
 
 def test_the_baseline_is_no_distance_from_itself(found: EvaluateRecord) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -13,14 +13,19 @@ from counterweight.kernels.linear import CompensatedLinear
 from counterweight.pipeline.artifact import open_artifact
 from counterweight.pipeline.artifact.load import load_model
 from counterweight.pipeline.artifact.report import Report
+from counterweight.workers.ahead import ReadAhead
 from counterweight.workers.calibrated_block import calibrated
+from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.loaded_block import load_block
+from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.worker import Worker
 from tests.inprocess import run_job
 from tests.models import checkpoint
 from tests.workers.specs import Site
+
+T = TypeVar("T")
 
 RTN3 = {"bits": 3, "group_size": None, "quantizer": {"kind": "rtn"}}
 GPTQ3 = {"bits": 3, "group_size": None, "quantizer": {"kind": "gptq"}}
@@ -63,6 +68,61 @@ def test_paired_inputs_carry_the_original_stream_beside_the_compressed_one(site:
     for found in statistics.values():
         assert found.streams == {"x", "t"}
         assert not torch.allclose(found.product("tt"), found.gram)
+
+
+@pytest.mark.parametrize("every_token", [False, True])
+def test_the_original_passes_through_a_sparse_block_without_statistics(every_token: bool, tmp_path: Path) -> None:
+    """Stretch by stretch, with shards that are held out: to the outputs of a block that is calibrated, under their key."""
+    checkpoint("mixtral", tmp_path / "model", num_hidden_layers=1)
+    site = Site(source=tmp_path / "model", work=tmp_path / "work")
+    worker, calibrating = Worker("cpu"), Worker("cpu")
+    hidden = [worker.run(site.embed(torch.arange(first, first + 64).view(4, 16))).outputs[0] for first in (0, 7, 30)]
+    experts = ExpertCalibration(every_token=every_token)
+    spec = site.block(0, tuple(hidden), experts=experts).model_copy(update={"held_out_from": 2})
+    passed = [
+        worker.run(Calibrate(block=spec, shards=3, start=start, stop=start + 1, passing=True)) for start in range(3)
+    ]
+    key = spec.model_copy(update={"recipe": {}}).statistics_key()
+    held = worker.context.held.take(key)
+    assert held is not None
+    assert not held.statistics.packed, "sums that nobody asked for"
+    whole = calibrating.run(Calibrate(block=spec, shards=3, stop=3))
+    assert tuple(blob for record in passed for blob in record.outputs) == whole.outputs
+    assert Calibrate(block=spec, shards=3, stop=3).lookup(site.workspace) is not None
+
+
+class Counting(ReadAhead):
+    """Remembers how many things were not there when they were taken."""
+
+    missing = 0
+
+    def take(self, key: str, read: Callable[[], T]) -> T:
+        def counted() -> T:
+            self.missing += 1
+            return read()
+
+        return super().take(key, counted)
+
+
+def test_the_following_block_is_read_while_one_is_compressed(site: Site) -> None:
+    """To the same bits, and not again when it begins; a worker on a CPU, by itself, reads it then."""
+    worker, plain = Worker("cpu"), Worker("cpu")
+    hidden = worker.run(site.embed(torch.arange(64).view(4, 16))).outputs
+    first, second = site.block(0, hidden), site.block(1, hidden)
+    expected = load_block(plain.context, site.setting, 1, second.tensors, torch.float32).parameters
+    worker.context.ahead = ahead = Counting(on=True)
+    worker.run(Compress(block=first, following=second))
+    assert ahead.missing == 1
+    found = load_block(worker.context, site.setting, 1, second.tensors, torch.float32).parameters
+    assert ahead.missing == 1
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert Compress(block=first, following=second).key() == Compress(block=first).key()
+    plain.context.ahead = unused = Counting(on=False)
+    plain.run(Compress(block=second, following=first))
+    load_block(plain.context, site.setting, 0, first.tensors, torch.float32)
+    assert unused.missing == 2
+    ahead.close()
 
 
 def test_experts_have_no_original_stream_because_a_router_may_send_them_other_tokens(tmp_path: Path) -> None:

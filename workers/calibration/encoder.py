@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 
 from counterweight.workers.calibration import encoder_process
+from counterweight.workers.calibration.chat_template import ChatTemplate, Message, without_template
 from counterweight.workers.calibration.encoder_process import read_frame, write_frame
 from counterweight.workers.errors import RequestError, SurroundingsError
 
@@ -31,12 +33,13 @@ Pieces = Callable[[], Iterator[str]]
 class Encoder:
     """A running tokenizer. A context manager; RequestError, naming tokenizer.json, for whatever it does but give ids.
 
-    tokenizer: tokenizer.json; truncation and padding that it asks for are not done.
+    tokenizer: tokenizer.json; truncation and padding that it asks for are not done. chat: for data sets of conversations.
     """
 
-    def __init__(self, tokenizer: bytes) -> None:
+    def __init__(self, tokenizer: bytes, chat: ChatTemplate | None = None) -> None:
         if len(tokenizer) > MAX_TOKENIZER_BYTES:
             raise RequestError(f"tokenizer.json: {len(tokenizer)} bytes, expected at most {MAX_TOKENIZER_BYTES}")
+        self._chat, self._converses = chat, False
         self._process = subprocess.Popen(
             # -P: the script's folder holds modules that are called as some of Python's own.
             [sys.executable, "-P", encoder_process.__file__],
@@ -51,17 +54,42 @@ class Encoder:
             self.close()
             raise
 
-    def ids(self, pieces: Pieces, wanted: int | None, field: str) -> array[int]:
+    def specials(self) -> tuple[array[int], array[int]]:
+        """Ids that the tokenizer puts before a text, and behind it. RequestError where they cannot be told from the text's."""
+        found = self._ask(b"S", b"", "")
+        if found is None:
+            raise RequestError(
+                "special_tokens: window: tokenizer.json has other tokens for a text with special tokens than for one without "
+                "them: expected `text`"
+            )
+        return found[1 : 1 + found[0]], found[1 + found[0] :]
+
+    def ids(self, pieces: Pieces, wanted: int | None, field: str, *, framed: bool = True) -> array[int]:
         """The first `wanted` ids of a text (a few more, or fewer where it ends), or all; read no further than that takes.
 
-        They are those of the text as a whole, see `encoder_process.Stream`. field: what the text is called in messages.
+        They are those of the text as a whole, see `encoder_process.Stream`. field: what the text is called in messages. framed:
+        with the special tokens that the tokenizer puts before and behind a text.
         """
-        found = self._divided(pieces(), wanted, field)
-        return self._whole(pieces(), field) if found is None else found
+        found = self._divided(pieces(), wanted, field, framed=framed)
+        return self._whole(pieces(), field, framed=framed) if found is None else found
 
-    def _divided(self, pieces: Iterable[str], wanted: int | None, field: str) -> array[int] | None:
+    def text_of(self, messages: Sequence[Message], where: str) -> str:
+        """A conversation through the model's chat template. where: what it is called in messages. RequestError without a
+        template, and for one that fails."""
+        if self._chat is None:
+            return without_template(messages, where)
+        try:
+            if not self._converses:
+                self._ask(b"C", self._chat.to_bytes(), "")
+                self._converses = True
+            return self._answer(b"M", json.dumps(messages, default=str).encode(), "")[1].decode()
+        except RequestError as error:
+            said = str(error).removeprefix("tokenizer.json: ")
+            raise RequestError(f"{where}: the model's chat template: {said}") from error
+
+    def _divided(self, pieces: Iterable[str], wanted: int | None, field: str, *, framed: bool) -> array[int] | None:
         """None where parts of the text have other tokens than the whole."""
-        self._ask(b"B", b"0", field)
+        self._ask(b"B", b"0%d" % framed, field)
         ids = array("I")
         for piece in _growing(pieces):
             more = self._ask(b"T", piece.encode(), field)
@@ -73,8 +101,8 @@ class Encoder:
         ids.extend(self._ask(b"E", b"0", field) or array("I"))
         return ids
 
-    def _whole(self, pieces: Iterable[str], field: str) -> array[int]:
-        self._ask(b"B", b"1", field)
+    def _whole(self, pieces: Iterable[str], field: str, *, framed: bool) -> array[int]:
+        self._ask(b"B", b"1%d" % framed, field)
         size = 0
         for piece in _growing(pieces):
             data = piece.encode()
@@ -89,6 +117,10 @@ class Encoder:
 
     def _ask(self, kind: bytes, payload: bytes, field: str) -> array[int] | None:
         """Ids, or None for a text that cannot be divided."""
+        answer, data = self._answer(kind, payload, field)
+        return None if answer == b"U" else array("I", data)
+
+    def _answer(self, kind: bytes, payload: bytes, field: str) -> tuple[bytes, bytes]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         where = f" on the text of {field}" if field else ""
@@ -100,7 +132,7 @@ class Encoder:
         if answer == b"F":
             said = " ".join(data.decode(errors="replace").split())[:300]
             raise RequestError(f"tokenizer.json: {said}{where}")
-        return None if answer == b"U" else array("I", data)
+        return answer, data
 
     def _died(self, where: str) -> RequestError | SurroundingsError:
         code = self._process.wait()

@@ -5,13 +5,16 @@ normalizer that replaces one letter by a megabyte), all time (a regular expressi
 limits of its own, and the worst that comes of it is a dead process.
 
 Frames, both ways: a byte for the kind, eight for the payload's length (little-endian), the payload. To this process: `L`
-tokenizer.json; `B` a text begins (payload: 1 to take it whole); `T` its next piece, UTF-8; `E` it ends (payload: bytes that
-are to be taken now). Each is answered: `I`
-further ids (uint32), `U` where parts of the text have other tokens than the whole, `F` with what went wrong.
+tokenizer.json; `S` asks for special tokens; `B` a text begins (payload: two digits, 1 to take it whole and 1 to frame it by
+special tokens); `T` its next piece, UTF-8; `E` it ends (payload: bytes that are to be taken now); `C` a chat template; `M` a
+conversation for it, as JSON. Each is answered: `I` further ids (uint32), `R` a conversation's text, `U` where parts of the
+text have other tokens than the whole, `F` with what went wrong. The answer to `S`: how many tokens stand before a text, then
+these and those behind it.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
@@ -21,7 +24,9 @@ from array import array
 from typing import IO, TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from jinja2 import Template
 
 HEAD = 9
 
@@ -31,11 +36,15 @@ OVERLAP = 4096
 RUN = 16
 """Tokens in a row that two windows must agree on, identity and place, where one takes over from the other."""
 
-LOAD_SECONDS, PIECE_SECONDS, SECONDS_PER_BYTE = 10.0, 2.0, 20e-6
+LOAD_SECONDS, PIECE_SECONDS, SECONDS_PER_BYTE = 1.5, 1.0, 20e-6
 """CPU time: for a tokenizer.json, for a piece of text, and for each byte of either."""
 
 MEMORY, MEMORY_PER_TOKENIZER_BYTE, MEMORY_PER_TEXT_BYTE = 1 << 30, 20, 300
 """Bytes: at least, for each byte of tokenizer.json, and for each of a piece."""
+
+
+PROBE = "a text of five words"
+"""Any text shows what stands around all."""
 
 
 class Encoding(Protocol):
@@ -74,8 +83,8 @@ class Stream:
     characters away, and that agrees on `RUN` tokens all the same, would give other ids here than for the text as a whole.
     """
 
-    def __init__(self, model: Model, *, whole: bool) -> None:
-        self._model, self._whole = model, whole
+    def __init__(self, model: Model, *, whole: bool, framed: bool = True) -> None:
+        self._model, self._whole, self._framed = model, whole, framed
         self._text: list[str] = []
         self._window: Window | None = None
         self._from = 0
@@ -89,7 +98,8 @@ class Stream:
             return []
         last = self._window
         if last is None:
-            self._specials(piece)
+            if self._framed:
+                self._prefix, self._suffix = specials(self._model, piece)
             self._window = Window(self._model, piece, 0)
             return self._prefix or []
         overlap = min(OVERLAP, len(last.text))
@@ -109,20 +119,20 @@ class Stream:
     def end(self) -> list[int]:
         """The last ids."""
         if self._whole:
-            return list(self._model.encode("".join(self._text)).ids)
+            return list(self._model.encode("".join(self._text), add_special_tokens=self._framed).ids)
         if self._window is None:
-            return list(self._model.encode("").ids)
+            return list(self._model.encode("", add_special_tokens=self._framed).ids)
         return self._window.ids[self._from :] + self._suffix
 
-    def _specials(self, piece: str) -> None:
-        """Tokens that the tokenizer puts before and behind a text."""
-        alone = list(self._model.encode(piece, add_special_tokens=False).ids)
-        framed = list(self._model.encode(piece).ids)
-        for before in range(len(framed) - len(alone) + 1):
-            if framed[before : before + len(alone)] == alone:
-                self._prefix, self._suffix = framed[:before], framed[before + len(alone) :]
-                return
-        raise Undivided
+
+def specials(model: Model, text: str) -> tuple[list[int], list[int]]:
+    """Tokens that the tokenizer puts before and behind a text. Undivided where it has other tokens between them."""
+    alone = list(model.encode(text, add_special_tokens=False).ids)
+    framed = list(model.encode(text).ids)
+    for before in range(len(framed) - len(alone) + 1):
+        if framed[before : before + len(alone)] == alone:
+            return framed[:before], framed[before + len(alone) :]
+    raise Undivided
 
 
 def _agreement(first: Window, used: int, second: Window, overlap: int) -> tuple[int, int] | None:
@@ -190,16 +200,23 @@ class Server:
         self._model: Model | None = None
         self._memory = MEMORY
         self._stream: Stream | None = None
+        self._chat: tuple[Template, Mapping[str, str]] | None = None
 
     def answer(self, kind: bytes, payload: bytes) -> tuple[bytes, bytes]:
         """The answer to a frame."""
         if kind == b"L":
             self._load(payload)
             return b"I", b""
+        if kind in (b"C", b"M"):
+            return self._converse(kind, payload)
         if kind == b"B":
             assert self._model is not None
-            self._stream = Stream(self._model, whole=payload == b"1")
+            self._stream = Stream(self._model, whole=payload[:1] == b"1", framed=payload[1:] == b"1")
             return b"I", b""
+        if kind == b"S":
+            assert self._model is not None
+            before, behind = specials(self._model, PROBE)
+            return b"I", array("I", [len(before), *before, *behind]).tobytes()
         assert self._stream is not None
         size = len(payload) if kind == b"T" else int(payload)
         _allow(PIECE_SECONDS + SECONDS_PER_BYTE * size)
@@ -209,6 +226,17 @@ class Server:
         except Undivided:
             return b"U", b""
         return b"I", array("I", ids).tobytes()
+
+    def _converse(self, kind: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        from counterweight.workers.calibration.chat_template import compiled, rendered
+
+        _allow(LOAD_SECONDS + SECONDS_PER_BYTE * len(payload))
+        _hold(self._memory + MEMORY_PER_TEXT_BYTE * len(payload))
+        if kind == b"C":
+            self._chat = compiled(payload)
+            return b"I", b""
+        assert self._chat is not None
+        return b"R", rendered(*self._chat, json.loads(payload)).encode()
 
     def _load(self, data: bytes) -> None:
         from tokenizers import Tokenizer

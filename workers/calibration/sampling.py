@@ -43,3 +43,12 @@ def sample(model: PreTrainedModel, sequences: int, length: int, *, temperature: 
             first = first.to(device)
             drawn.append(model.generate(first, attention_mask=torch.ones_like(first), generation_config=options).cpu())
     return torch.cat(drawn)
+
+
+@torch.no_grad()
+def continue_greedily(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> Tensor:
+    """The most probable token after `prompts` [prompts, length] int64, again and again: [prompts, new_tokens] int64, on the
+    CPU. An end-of-sequence token ends nothing."""
+    options = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
+    found: Tensor = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=options)
+    return found[:, prompts.shape[1] :].cpu()

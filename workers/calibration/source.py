@@ -10,6 +10,10 @@ from counterweight.workers.config import Config
 
 Name = Annotated[str, Field(min_length=1, max_length=2000)]
 
+SpecialTokens = Literal["text", "window"]
+"""What has the special tokens (a beginning, an end) that a tokenizer puts around a text: the text that windows are cut from, so
+that its first window alone has a beginning; or each window, which then has so many fewer of the text's."""
+
 
 class TextSource(Config):
     """A UTF-8 text file, tokenized as one text, as far as its windows need it."""
@@ -38,7 +42,8 @@ class TokensSource(Config):
 
 
 class DatasetSource(Config):
-    """A Hugging Face dataset, by hub name, local directory or file; its text column is joined by blank lines."""
+    """A Hugging Face dataset, by hub name, local directory or file; its text column is joined by blank lines, a column of
+    conversations (lists of messages with a role) goes through the model's chat template."""
 
     kind: Literal["dataset"] = "dataset"
     path: Name
@@ -49,7 +54,7 @@ class DatasetSource(Config):
     split: Name = "train"
     """Part of the data set."""
     column: Name = "text"
-    """Column that holds the text."""
+    """Column that holds the text, or the messages."""
     rows: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     """Read at most this many rows; absent: all."""
 

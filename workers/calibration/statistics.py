@@ -59,6 +59,7 @@ class InputStatistics:
     gram: xx; None where no products were gathered. tokens: number of rows summed. others: the products of further streams,
     where they were gathered.
     absolute: sum |x|, [in] float64, where it was gathered; thresholds likewise, [in] float32. activations: how y was made of x.
+    drawn: of an expert's, how many of the tokens are of drawn sequences; None where none were drawn.
     starvation: of an expert's, that its own tokens were too few, and what was added to them, which `tokens` counts.
     """
 
@@ -68,6 +69,7 @@ class InputStatistics:
     absolute: Tensor | None = None
     thresholds: Tensor | None = None
     activations: ActivationFormat | None = None
+    drawn: int | None = None
     starvation: Starvation | None = None
 
     @property
@@ -110,7 +112,7 @@ class InputStatistics:
     def of(cls, rows: Tensor, gathering: Gathering = NOTHING_ELSE) -> InputStatistics:
         """Statistics of the rows [..., in] of one shard."""
         accumulator = Accumulator(rows.shape[-1], rows.device, gathering)
-        accumulator.add(ShardMoments.of(rows, gathering))
+        accumulator.add_rows(rows)
         return accumulator.result()
 
     def mean_gram(self) -> Tensor:
@@ -130,6 +132,7 @@ class PackedMoments:
     absolute: Tensor | None
     thresholds: Tensor | None
     activations: ActivationFormat | None
+    drawn: int | None = None
     starvation: Starvation | None = None
 
     @classmethod
@@ -144,6 +147,7 @@ class PackedMoments:
             absolute=statistics.absolute,
             thresholds=statistics.thresholds,
             activations=statistics.activations,
+            drawn=statistics.drawn,
             starvation=statistics.starvation,
         )
 
@@ -163,6 +167,7 @@ class PackedMoments:
             absolute=self.absolute,
             thresholds=self.thresholds,
             activations=self.activations,
+            drawn=self.drawn,
             starvation=self.starvation,
         )
 
@@ -182,24 +187,17 @@ class ShardMoments:
     def of(cls, rows: Tensor, gathering: Gathering = NOTHING_ELSE, original: Tensor | None = None) -> ShardMoments:
         """Moments of the rows x [..., in] of one shard; original: the rows t of the same tokens."""
         x = rows.reshape(-1, rows.shape[-1])
-        streams = {"x": x} if gathering.products else {}
-        if gathering.products and gathering.activations is not None:
-            # In the dtype of the forward pass, as the layer itself will do it.
-            streams["y"] = fake_quantize_activations(rows, gathering.activations).reshape(x.shape)
-        if gathering.products and original is not None:
-            streams["t"] = original.reshape(x.shape)
+        streams = _streams(x, gathering, original)
 
         @cache
         def wide(name: str) -> Tensor:
             return (x if name == "x" else streams[name]).float()
 
-        # The kernel takes a stream in its own dtype, so that often no float32 copy is needed at all.
-        kernel = runs_kernels(x.device)
         return cls(
             width=int(x.shape[1]),
-            triangles={name * 2: _lower(stream if kernel else wide(name)) for name, stream in streams.items()},
+            triangles={name * 2: _lower(wide(name)) for name in streams},
             crossed={one + other: wide(one).T @ wide(other) for one, other in combinations(streams, 2)},
-            tokens=int(x.shape[0]),
+            tokens=len(x),
             absolute=wide("x").abs().sum(0) if gathering.absolute else None,
             thresholds=Thresholds.of(wide("x")) if gathering.thresholds else None,
         )
@@ -209,7 +207,7 @@ class Accumulator:
     """Sums shards in the order in which they are added, in float64, holding one sum."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu", gathering: Gathering = NOTHING_ELSE) -> None:
-        self._width, self._device, self._activations = width, device, gathering.activations
+        self.width, self._device, self._gathering = width, device, gathering
         self._triangles: dict[str, LowerTriangle] = {}
         if gathering.products:
             self._triangles["xx"] = LowerTriangle.zeros(width, torch.float64, device)
@@ -219,6 +217,11 @@ class Accumulator:
         self._tokens = 0
 
     @property
+    def tokens(self) -> int:
+        """Rows that were summed so far."""
+        return self._tokens
+
+    @property
     def bytes(self) -> int:
         """Memory of the sums."""
         found = (*self._triangles.values(), *self._crossed.values(), self._absolute)
@@ -226,12 +229,10 @@ class Accumulator:
 
     def add(self, shard: ShardMoments) -> None:
         """Adds one shard; ValueError when its width is another."""
-        if shard.width != self._width:
-            raise ValueError(f"a shard of width {shard.width} cannot join statistics of width {self._width}")
+        if shard.width != self.width:
+            raise ValueError(f"a shard of width {shard.width} cannot join statistics of width {self.width}")
         for name, triangle in shard.triangles.items():
-            if name not in self._triangles:
-                self._triangles[name] = LowerTriangle.zeros(self._width, torch.float64, self._device)
-            self._triangles[name].add_(triangle)
+            self._triangle(name).add_(triangle)
         for name, product in shard.crossed.items():
             if name in self._crossed:
                 # Strip by strip: torch would make a float64 copy of the whole product first.
@@ -241,23 +242,53 @@ class Accumulator:
                     total += part
             else:
                 self._crossed[name] = product.double()
-        if shard.absolute is not None:
-            absolute = shard.absolute.double()
-            self._absolute = absolute if self._absolute is None else self._absolute + absolute
-        if shard.thresholds is not None and self._thresholds is not None:
-            self._thresholds.merge(shard.thresholds)
-        self._tokens += shard.tokens
+        self._add_vectors(shard.tokens, shard.absolute, shard.thresholds)
+
+    def add_rows(self, rows: Tensor, original: Tensor | None = None) -> None:
+        """Adds the shard whose rows x [..., in] these are; original: the rows t of the same tokens. Where kernels run products
+        are added as they are made, with the same bits; elsewhere it is `add` of the shard's moments."""
+        if not runs_kernels(rows.device):
+            self.add(ShardMoments.of(rows, self._gathering, original))
+            return
+        from counterweight.kernels.gpu.gram import add_gram_, add_product_
+
+        x = rows.reshape(-1, rows.shape[-1])
+        streams = _streams(x, self._gathering, original)
+        for name, stream in streams.items():
+            add_gram_(self._triangle(name * 2).entries, stream)
+        for one, other in combinations(streams, 2):
+            if one + other not in self._crossed:
+                square = (self.width, self.width)
+                self._crossed[one + other] = torch.zeros(square, dtype=torch.float64, device=self._device)
+            add_product_(self._crossed[one + other], streams[one], streams[other])
+        self._add_vectors(
+            len(x),
+            x.float().abs().sum(0) if self._gathering.absolute else None,
+            Thresholds.of(x.float()) if self._gathering.thresholds else None,
+        )
+
+    def _triangle(self, name: str) -> LowerTriangle:
+        if name not in self._triangles:
+            self._triangles[name] = LowerTriangle.zeros(self.width, torch.float64, self._device)
+        return self._triangles[name]
+
+    def _add_vectors(self, tokens: int, absolute: Tensor | None, thresholds: Tensor | None) -> None:
+        if absolute is not None:
+            self._absolute = absolute.double() if self._absolute is None else self._absolute + absolute.double()
+        if thresholds is not None and self._thresholds is not None:
+            self._thresholds.merge(thresholds)
+        self._tokens += tokens
 
     def packed(self) -> PackedMoments:
         """The sum so far, in memory that further shards are added to; zeros when nothing was added."""
         return PackedMoments(
-            width=self._width,
+            width=self.width,
             triangles=self._triangles,
             crossed=self._crossed,
             tokens=self._tokens,
             absolute=self._absolute,
             thresholds=None if self._thresholds is None else self._thresholds.result(),
-            activations=self._activations,
+            activations=self._gathering.activations,
         )
 
     def result(self) -> InputStatistics:
@@ -265,15 +296,24 @@ class Accumulator:
         return self.packed().unpacked()
 
 
+def _streams(x: Tensor, gathering: Gathering, original: Tensor | None) -> dict[str, Tensor]:
+    """x [tokens, in], and what else is multiplied of the same tokens, in the dtype of the forward pass; none where no
+    products are gathered."""
+    if not gathering.products:
+        return {}
+    streams = {"x": x}
+    if gathering.activations is not None:
+        # In the dtype of the forward pass, as the layer itself will do it.
+        streams["y"] = fake_quantize_activations(x, gathering.activations)
+    if original is not None:
+        streams["t"] = original.reshape(x.shape)
+    return streams
+
+
 def _lower(x: Tensor) -> LowerTriangle:
     """The lower triangle of x^T x in float32, strip by strip: half of the products, because the matrix is symmetric.
-    x: float32, for the kernel any float."""
-    width = x.shape[1]
-    if runs_kernels(x.device):
-        from counterweight.kernels.gpu.gram import add_gram_
-
-        return LowerTriangle.of(add_gram_(torch.zeros(width, width, device=x.device), x.contiguous()))
-    lower = LowerTriangle.empty(width, torch.float32, x.device)
+    x: float32."""
+    lower = LowerTriangle.empty(x.shape[1], torch.float32, x.device)
     for start, stop, strip in lower.strips():
         torch.mm(x[:, start:stop].T, x[:, :stop], out=strip)
     return lower

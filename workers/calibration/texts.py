@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from counterweight.workers.calibration.chat_template import Message, is_conversation, without_template
 from counterweight.workers.calibration.source import DatasetSource, StandardLibrarySource, TextSource
 from counterweight.workers.calibration.standard_library import standard_library_pieces
 from counterweight.workers.errors import ObjectNotFoundError, RequestError
@@ -23,11 +24,18 @@ FILES: Mapping[str, str] = {".jsonl": "json", ".json": "json", ".csv": "csv", ".
 """Ending of a data set that is one file -> what `datasets` reads it with."""
 
 
-def pieces_of(source: TextSource | StandardLibrarySource | DatasetSource, field: str) -> Iterator[str]:
-    """The text from its beginning, in pieces of any size; RequestError, naming `field` of the manifest, where it is none."""
+Render = Callable[[Sequence[Message], str], str]
+"""A conversation, and what it is called in messages -> its text."""
+
+
+def pieces_of(
+    source: TextSource | StandardLibrarySource | DatasetSource, field: str, render: Render = without_template
+) -> Iterator[str]:
+    """The text from its beginning, in pieces of any size; RequestError, naming `field` of the manifest, where it is none.
+    render: for rows of a data set that hold conversations."""
     if source.kind == "standard_library":
         return standard_library_pieces(source.part, source.content)
-    return _file(source, field) if source.kind == "text" else _dataset(source, field)
+    return _file(source, field) if source.kind == "text" else _dataset(source, field, render)
 
 
 def open_text(uri: str, field: str) -> tuple[ObjectStore, str, int]:
@@ -60,24 +68,24 @@ def _file(source: TextSource, field: str) -> Iterator[str]:
             return
 
 
-def _dataset(source: DatasetSource, field: str) -> Iterator[str]:
-    """Texts of the column with a blank line between them."""
+def _dataset(source: DatasetSource, field: str, render: Render) -> Iterator[str]:
+    """Texts of the column with a blank line between them; conversations one behind the other."""
     rows = _rows(source, field)
     count = len(rows) if source.rows is None else min(source.rows, len(rows))
     for start in range(0, count, ROWS):
         texts = rows[start : min(start + ROWS, count)][source.column]
         for index, text in enumerate(texts, start):
+            where = f"{field}.column: {source.column!r}: row {index} of dataset {source.path!r}"
+            if is_conversation(text):
+                yield render(text, where)
+                continue
             if not isinstance(text, str):
-                kind = type(text).__name__
-                raise RequestError(
-                    f"{field}.column: {source.column!r}: row {index} of dataset {source.path!r} holds a {kind}: expected text"
-                )
+                raise RequestError(f"{where} holds a {type(text).__name__}: expected text or messages")
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise RequestError(
-                    f"{field}.column: {source.column!r}: row {index} of dataset {source.path!r}: half of a character "
-                    f"(surrogate) at {error.start}: expected text"
+                    f"{where}: half of a character (surrogate) at {error.start}: expected text"
                 ) from error
             yield text if index == 0 else "\n\n" + text
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from counterweight.workers.calibration.source import TokenSource, TokensSource
+from counterweight.workers.calibration.source import SpecialTokens, TokenSource, TokensSource
 from counterweight.workers.calibration.texts import open_text
-from counterweight.workers.calibration.windows import Sampling, Windows, encoder, windows
+from counterweight.workers.calibration.windows import AnyTokenizer, Sampling, Windows, encoder, windows
 from counterweight.workers.checkpoint.digest import tensor_digest
 from counterweight.workers.checkpoint.writer import read_safetensors
 from counterweight.workers.errors import CheckpointError, RequestError
@@ -55,26 +55,28 @@ class TokenSet:
 
 def token_set(
     source: TokenSource,
-    tokenizer: bytes | None,
+    tokenizer: AnyTokenizer,
     *,
     length: int,
     sequences: int | None,
     sampling: Sampling,
     seed: int,
     field: str,
-    further: int = 0,
+    further: Sequence[int] = (),
+    special_tokens: SpecialTokens = "text",
 ) -> TokenSet:
     """Windows of `length` tokens.
 
-    tokenizer: the model's tokenizer.json; not needed for prepared tokens.
+    tokenizer: the model's; not needed for prepared tokens.
     sequences: how many windows; None for as many non-overlapping ones as there are. sampling: consecutive windows from
     the start, or windows at random offsets (`random.Random(seed)`, overlaps possible). further: behind these, so many windows
-    that share no token with them, or as many as there are.
+    of each kind that share no token with those before, or as many as there are. special_tokens: what begins with the
+    tokenizer's token for a beginning, the text or each window; of prepared tokens nothing is changed.
     field: where the source stands in the manifest, for messages. RequestError when there is too little text or no
     tokenizer, or an id that no model has. Whether ids are the model's is for `TokenSet.within` to say.
     """
     if isinstance(source, TokensSource):
-        ids = _prepared(source, length, sequences, field, further)
+        ids = _prepared(source, length, sequences, field, sum(further))
     else:
         with encoder(tokenizer, field) as running:
             found = windows(
@@ -86,6 +88,7 @@ def token_set(
                 seed=seed,
                 field=field,
                 further=further,
+                special_tokens=special_tokens,
             )
         ids = as_tensor(found)
     return checked(ids, field)

@@ -113,6 +113,11 @@ def read_layout(store: ObjectStore, *, quantized: bool = False) -> Layout:
     )
 
 
+def read_config(store: ObjectStore) -> Mapping[str, Any]:
+    """config.json alone, as it stands. `CheckpointError`, `ObjectNotFoundError`, `StorageError`."""
+    return _read_object(store, CONFIG, MAX_CONFIG_BYTES, _MAX_CONFIG_VALUES)[0]
+
+
 def _encoding(config: Mapping[str, Any]) -> Encoding | None:
     if "quantization_config" not in config:
         return None

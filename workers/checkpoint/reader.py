@@ -7,11 +7,10 @@ recorded for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,14 +34,11 @@ from counterweight.workers.checkpoint.ranges import MAX_READ, Read, plan_reads
 from counterweight.workers.checkpoint.refusal import refusal, show
 from counterweight.workers.checkpoint.stacked import apart, stacked_digest
 from counterweight.workers.errors import CheckpointError, IntegrityError, ObjectNotFoundError
-from counterweight.workers.parallel import READERS
+from counterweight.workers.parallel import READERS, in_parallel
 from counterweight.workers.storage import ObjectStore
 
 BATCH_BYTES = READERS * MAX_READ
 """Of codes that are held at once, where no single encoded weight has more."""
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 class Checkpoint:
@@ -158,7 +154,7 @@ class Checkpoint:
         entries = self._wanted(names, sha256)
         tensors = self._load(entries)
         if sha256 is not None:
-            digests = _in_parallel(tensor_digest, [tensors[entry.name] for entry in entries])
+            digests = in_parallel(tensor_digest, [tensors[entry.name] for entry in entries])
             for entry, digest in zip(entries, digests, strict=True):
                 if digest != sha256[entry.name]:
                     tensors[entry.name] = self._reread(entry, digest, sha256[entry.name])
@@ -179,7 +175,7 @@ class Checkpoint:
             return stacked_digest(entry.dtype, entry.shape, found[entry.name]).sha256
 
         if sha256 is not None:
-            for entry, first in zip(entries, _in_parallel(digest, entries), strict=True):
+            for entry, first in zip(entries, in_parallel(digest, entries), strict=True):
                 if first != (expected := sha256[entry.name]):
                     found[entry.name] = self._load_apart(entry)
                     self._check_again(entry, first, digest(entry), expected)
@@ -205,7 +201,7 @@ class Checkpoint:
                 found[weight.decoded.name] = stacked_digest(weight.decoded.dtype, weight.decoded.shape, parts)
         for name, tensor in self._decoded([weight for weight in encoded if not weight.stacked]):
             found[name] = stacked_digest(tensor.dtype, tensor.shape, [tensor])
-        for group, digests in zip(groups, _in_parallel(self._inspect_group, groups), strict=True):
+        for group, digests in zip(groups, in_parallel(self._inspect_group, groups), strict=True):
             found.update(digests)
             self.bytes_read += sum(read.length for read in group)
         return {entry.name: found[entry.name] for entry in entries}
@@ -247,7 +243,7 @@ class Checkpoint:
             ) -> Tensor:
                 return encoding.decode(codes.pop(weight.codes.name), scales[weight.scales.name])
 
-            for weight, tensor in zip(batch, _in_parallel(decode, batch), strict=True):
+            for weight, tensor in zip(batch, in_parallel(decode, batch), strict=True):
                 yield weight.decoded.name, tensor
 
     def _load_stored(self, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
@@ -261,7 +257,7 @@ class Checkpoint:
             return read.length
 
         reads = [read for group in plan_reads(entries) for read in group]
-        for length in _in_parallel(fill, reads):
+        for length in in_parallel(fill, reads):
             self.bytes_read += length
         return {name: tensor for name, (tensor, _) in allocated.items()}
 
@@ -296,12 +292,6 @@ class Checkpoint:
         # Not every store has a range of no bytes.
         data = self._store.read_range(read.file, read.start, read.length) if read.length else b""
         return np.frombuffer(data, dtype=np.uint8)
-
-
-def _in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
-    """Results in the order of `items`; the first failure cancels what has not begun."""
-    with ThreadPoolExecutor(READERS) as pool:
-        yield from pool.map(work, items)
 
 
 def _batches(weights: Iterable[EncodedWeight]) -> Iterator[list[EncodedWeight]]:
@@ -344,7 +334,7 @@ def _header_lengths(store: ObjectStore, shards: Sequence[str]) -> dict[str, tupl
         except CheckpointError as error:
             return str(error)
 
-    found = dict(zip(shards, _in_parallel(look, shards), strict=True))
+    found = dict(zip(shards, in_parallel(look, shards), strict=True))
     problems = [outcome for outcome in found.values() if isinstance(outcome, str)]
     if problems:
         raise _of_files(problems)
@@ -361,7 +351,7 @@ def _headers(
     """Fetched side by side, parsed one after the other: so the limit on tensors holds for all files together."""
     headers: list[Mapping[str, TensorEntry]] = []
     problems: list[str] = []
-    fetched = _in_parallel(lambda shard: _header_bytes(store, shard, lengths[shard][1]), list(lengths))
+    fetched = in_parallel(lambda shard: _header_bytes(store, shard, lengths[shard][1]), list(lengths))
     for shard, data in zip(lengths, fetched, strict=True):
         try:
             already = sum(map(len, headers))

@@ -14,7 +14,7 @@ LIMIT, ENOUGH = 1024, 32  # `held_out.py` and `coverage.py` say the same, but im
 
 def activations(load: Load) -> int:
     """Of the shards in flight: each thread's, with the products that it has, and those of one that is being summed."""
-    products = sum(moments(load, group, SINGLE) for group in load.groups)
+    products = sum(_products(load, group) for group in load.groups)
     threads = min(load.threads, load.shards)
     waiting = products if load.shards > threads > 1 else 0
     if load.gpu:
@@ -33,7 +33,7 @@ def running(load: Load, *, stored: bool) -> int:
     products = 0
     for group in load.groups:
         before = products
-        products += 0 if stored else moments(load, group, SINGLE)
+        products += 0 if stored else _products(load, group)
         tokens = load.shard * (group.share if stored else gathered_share(load, group))
         rows = [rows for rows, _ in group.linears.values()]
         if group is load.groups[0]:
@@ -51,6 +51,11 @@ def running(load: Load, *, stored: bool) -> int:
             peaks.append(round(tokens * group.width * multiplying) + products)
     meant = load.compute * load.shard * sum(group.width for group in load.groups if group.recipe) if load.paired else 0
     return load.shard * stream + max(peaks) + meant
+
+
+def _products(load: Load, group: Group) -> int:
+    """Of a shard's streams, until they are added to the sums; on a GPU a kernel adds them as it makes them."""
+    return 0 if load.gpu else moments(load, group, SINGLE)
 
 
 def _gathered(load: Load, group: Group) -> tuple[int, int]:
@@ -90,7 +95,7 @@ def tuning(load: Load) -> int:
     gradients (the stream and its norms; inputs and outputs of linears, half of which are kept twice, behind positions and
     activation); and what linears need."""
     options = next(part.tuning for group in load.groups for part in group.recipe.values() if part.tuning is not None)
-    hidden = 2 * load.compute * load.hidden * load.shard * load.shards
+    hidden = 2 * load.compute * load.hidden * load.tokens
     kept = 10 * load.hidden + sum(group.share * (group.width + 1.5 * group.outputs) for group in load.groups)
     step = round(options.batch * load.length * load.compute * kept)
     linears = [group.linears[name] for group in load.groups for name in group.recipe]

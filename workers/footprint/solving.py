@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from counterweight.workers import matrix_bytes
@@ -30,9 +30,12 @@ class _Job:
     squares: int
 
 
-def solving(load: Load) -> tuple[int, int]:
-    """Statistics and solves that run side by side at their peak, with what was solved before; and what all solves leave."""
+def solving(load: Load, *, keep: bool = False) -> tuple[int, int]:
+    """Statistics and solves that run side by side at their peak, with what was solved before; and what all solves leave. keep:
+    the statistics stay, for further solves."""
     jobs = [_job(load, batch) for batch in batched(load)]
+    if keep:
+        jobs = [replace(job, taken=0, ended=0) for job in jobs]
     side_by_side = load.threads if any(group.width >= PARALLEL_WIDTH for group in load.groups if group.recipe) else 1
     waiting = sum(moments(load, group, DOUBLE) for group in load.groups if group.recipe)
     peak = waiting

@@ -88,7 +88,8 @@ def adapter_config(formats: Mapping[str, ModuleFormat], base: str, family: Model
     reason = refusal_of_adapter(formats, family)
     if reason is not None:
         return {"peft_type": QUANT_METHOD.upper(), "reason": reason, "rank_pattern": ranks}
-    first = next(iter(ranks.values()))
+    # What servers look at before they make room for it: the largest.
+    largest = max(ranks.values())
     # PEFT reads pattern keys as regular expressions on the end of a module's name; a full name with dots escaped
     # matches that module alone.
     pattern = {_pattern(name): rank for name, rank in ranks.items()}
@@ -97,8 +98,8 @@ def adapter_config(formats: Mapping[str, ModuleFormat], base: str, family: Model
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "r": first,
-        "lora_alpha": first,
+        "r": largest,
+        "lora_alpha": largest,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

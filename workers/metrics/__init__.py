@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from counterweight.workers.metrics import kl, kl_p99, perplexity, router_agreement, top1_agreement
-from counterweight.workers.metrics.metric import Comparison, Metric
+from counterweight.workers.metrics import (
+    kl,
+    kl_by_position,
+    kl_last_quarter,
+    kl_p99,
+    perplexity,
+    router_agreement,
+    top1_agreement,
+)
+from counterweight.workers.metrics.metric import Comparison, Metric, Profile
 
-__all__ = ["METRICS", "Comparison", "Metric"]
+__all__ = ["METRICS", "PROFILES", "Comparison", "Metric", "Profile"]
 
 METRICS: tuple[Metric, ...] = (
     perplexity.METRIC,
     kl.METRIC,
     kl_p99.METRIC,
+    kl_last_quarter.METRIC,
     top1_agreement.METRIC,
     router_agreement.METRIC,
 )
 """In the order in which people see them."""
+
+PROFILES: tuple[Profile, ...] = (kl_by_position.PROFILE,)
+"""What is measured along a window."""

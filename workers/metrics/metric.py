@@ -52,6 +52,17 @@ class Metric:
         return f"{self.name}_ratio" if self.relative else self.name
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What is measured along a window, a number for each of some ranges of positions. ranges: of windows of a length, side by
+    side. of_window: the numbers of one window. Their summary over windows is the mean, range by range."""
+
+    name: str
+    label: str
+    ranges: Callable[[int], tuple[range, ...]]
+    of_window: Callable[[Comparison], tuple[float, ...]]
+
+
 def mean(values: Sequence[float]) -> float:
     """Over windows, in the order given."""
     return sum(values) / len(values)

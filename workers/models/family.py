@@ -132,6 +132,9 @@ class ModelFamily:
     labels: prefix of a linear's name in a block -> what the report puts before its last part (for experts, see there).
     obstacle: why the residual stream cannot be rotated, None where it can. value_obstacle: likewise of values.
     norm_offset: what a norm adds to its weight before it multiplies.
+
+    needs_beginning: a text without the tokenizer's token for a beginning is nothing that the model knows: its perplexity on one
+    is that of noise, so every window has to have it.
     """
 
     model_types: tuple[str, ...]
@@ -161,6 +164,7 @@ class ModelFamily:
     obstacle: str | None = None
     value_obstacle: str | None = None
     norm_offset: float = 0.0
+    needs_beginning: bool = False
 
     @property
     def norms(self) -> Mapping[str, Globs]:

@@ -3,7 +3,7 @@
 Weights of one shape go through the loops together, [batch, in, out]: a step is a handful of in-place operations, whose cost is
 mostly that of the call where a weight is small. Each is transposed and permuted to its own order of rounding, so that a column
 of a weight is a contiguous row. Columns of a block update each other at once; what lies outside the block is updated by one
-matrix product per block and weight.
+matrix product per block and weight. What goes column by column is `within_block`'s.
 
 A weight's codes have the same bits in every batch: what is done to all weights at once is done entry by entry, and products
 are those of one weight.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from counterweight.workers.quantization.grid import Grid
+from counterweight.workers.quantization.within_block import ColumnGrid, columns_at_once, descend_, feed_back_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +60,15 @@ class Columns:
     def feed_back(self, feed: Sequence[Tensor], block_size: int) -> Tensor:
         """Rounds each column to the value nearest to w_j + sum_{i<j} e_i U_ij / U_jj, e = w - q, in order."""
         aim, codes, error = self._target.clone(), torch.empty_like(self._target), torch.empty_like(self._target)
-        targets, aims, rounded, errors = (m.unbind(1) for m in (self._target, aim, codes, error))
-        passed = error.unsqueeze(2).unbind(1)
         for start, stop in self._blocks(block_size):
-            feeds = _within(feed, start, stop)
-            steps, bounds = self._steps(start, stop), self._bounds(start, stop)
-            later = aim[:, start:stop]
-            for place, j in enumerate(range(start, stop)):
-                _clamp(torch.div(aims[j], steps[place], out=rounded[j]).round_(), bounds[place])
-                torch.addcmul(targets[j], rounded[j], steps[place], value=-1, out=errors[j])
-                later = later.narrow(1, 1, stop - j - 1)
-                later.addcmul_(feeds[place], passed[j])
+            feed_back_(
+                codes[:, start:stop],
+                error[:, start:stop],
+                target=self._target[:, start:stop],
+                aim=aim[:, start:stop],
+                feed=_within(feed, start, stop),
+                grid=self._grid(start, stop),
+            )
             for own, weights, made in zip(aim, feed, error, strict=True):
                 own[stop:].addmm_(weights[start:stop, stop:].T, made[start:stop])
         return codes
@@ -79,8 +78,8 @@ class Columns:
         a further pass changes nothing."""
         error = torch.empty_like(codes)
         for start, stop in self._blocks(block_size):
-            for j, step in enumerate(self._steps(start, stop), start):
-                torch.addcmul(self._target[:, j], codes[:, j], step, value=-1, out=error[:, j])
+            steps = self._grid(start, stop).steps
+            torch.addcmul(self._target[:, start:stop], codes[:, start:stop], steps, value=-1, out=error[:, start:stop])
         for _ in range(passes):
             updated = self._sweep(pull, codes, error, block_size)
             if torch.equal(updated, codes):
@@ -90,21 +89,19 @@ class Columns:
 
     def _sweep(self, pull: Sequence[Tensor], codes: Tensor, error: Tensor, block_size: int) -> Tensor:
         """One pass of `descend`. error: target minus value of each code, kept up to date."""
-        updated, change = torch.empty_like(codes), torch.empty_like(codes[:, :block_size])
-        before, after, changes = (matrix.unbind(1) for matrix in (codes, updated, change))
-        passed = change.unsqueeze(2).unbind(1)
+        updated = torch.empty_like(codes)
         for start, stop in self._blocks(block_size):
             slope = torch.empty_like(error[:, start:stop], memory_format=torch.contiguous_format)
             for own, weights, made in zip(slope, pull, error, strict=True):
                 torch.mm(weights[:, start:stop].T, made, out=own)
-            slopes, pulls = slope.unbind(1), _within(pull, start, stop)
-            steps, bounds = self._steps(start, stop), self._bounds(start, stop)
-            for place, j in enumerate(range(start, stop)):
-                _clamp(torch.addcdiv(before[j], slopes[place], steps[place], out=after[j]).round_(), bounds[place])
-                torch.sub(after[j], before[j], out=changes[place]).mul_(steps[place])
-                slope = slope.narrow(1, 1, stop - j - 1)
-                slope.addcmul_(pulls[place], passed[place], value=-1)
-            error[:, start:stop].sub_(change[:, : stop - start])
+            descend_(
+                updated[:, start:stop],
+                error[:, start:stop],
+                before=codes[:, start:stop],
+                slope=slope,
+                pull=_within(pull, start, stop),
+                grid=self._grid(start, stop),
+            )
         return updated
 
     def restore(self, codes: Tensor) -> list[Tensor]:
@@ -120,37 +117,27 @@ class Columns:
             found.append(rows.to(torch.int8))
         return found
 
-    def _steps(self, start: int, stop: int) -> Sequence[Tensor]:
-        """The steps of the columns `start` to `stop`, each [batch, out]."""
-        return self._by_column(self._scales, start, stop)
+    def _grid(self, start: int, stop: int) -> ColumnGrid:
+        """Of the columns `start` to `stop`."""
+        return ColumnGrid(
+            steps=self._by_column(self._scales, start, stop),
+            zeros=None if self._zeros is None else self._by_column(self._zeros, start, stop),
+            lowest=self._format.lowest,
+            highest=self._format.highest,
+        )
 
-    def _bounds(self, start: int, stop: int) -> Sequence[_Bounds]:
-        """The least and the largest code of each of the columns `start` to `stop`."""
-        if self._zeros is None:
-            return [(self._format.lowest, self._format.highest)] * (stop - start)
-        zeros = self._by_column(self._zeros, start, stop)
-        return [(self._format.lowest - zero, self._format.highest - zero) for zero in zeros]
-
-    def _by_column(self, by_group: Tensor, start: int, stop: int) -> Sequence[Tensor]:
-        """by_group: [batch, groups, out]; of each column what its group has."""
+    def _by_column(self, by_group: Tensor, start: int, stop: int) -> Tensor:
+        """by_group: [batch, groups, out]; of each column what its group has, [batch, columns, out]."""
         if by_group.shape[1] == 1:
-            return by_group.expand(-1, stop - start, -1).unbind(1)
-        return by_group[self._weights, self._groups[:, start:stop]].unbind(1)
+            return by_group.expand(-1, stop - start, -1)
+        return by_group[self._weights, self._groups[:, start:stop]]
 
     def _blocks(self, block_size: int) -> Iterator[tuple[int, int]]:
-        columns = self._target.shape[1]
-        for start in range(0, columns, block_size):
-            yield start, min(start + block_size, columns)
+        columns, block = self._target.shape[1], columns_at_once(self._target.device, block_size)
+        for start in range(0, columns, block):
+            yield start, min(start + block, columns)
 
 
-_Bounds = tuple[int, int] | tuple[Tensor, Tensor]
-
-
-def _clamp(codes: Tensor, bounds: _Bounds) -> None:
-    torch.clamp(codes, *bounds, out=codes)
-
-
-def _within(matrices: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
-    """Of each row of the diagonal block `start` to `stop` what lies behind the diagonal, of all matrices: [batch, rest, 1]."""
-    rows = torch.stack([matrix[start:stop, start:stop] for matrix in matrices]).unsqueeze(3).unbind(1)
-    return [row.narrow(1, place + 1, stop - start - place - 1) for place, row in enumerate(rows)]
+def _within(matrices: Sequence[Tensor], start: int, stop: int) -> Tensor:
+    """The diagonal block `start` to `stop` of all matrices, [batch, columns, columns]."""
+    return torch.stack([matrix[start:stop, start:stop] for matrix in matrices])

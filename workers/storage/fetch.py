@@ -1,4 +1,4 @@
-"""Downloads one object to a local file, resumably, every byte verified."""
+"""Downloads one object to a local file: in ranges side by side, resumably, every byte verified."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ import errno
 import fcntl
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 from counterweight.workers.errors import IntegrityError, RequestError, StorageError
-from counterweight.workers.storage.base import ObjectStore
 from counterweight.workers.storage.regular import check_regular, confined
+
+PARTIAL = ".partial"
+"""Behind the name of a file that is not whole yet."""
+PART = 8 << 20
+"""Bytes of a range."""
+
+RANGES = 8
+"""That are asked for at once."""
 
 _CHUNK = 4 << 20
 _REFUSED = (
@@ -27,7 +37,19 @@ _REFUSED = (
 )
 
 
-def fetch(store: ObjectStore, key: str, path: Path, *, size: int, sha256: str, root: Path | None = None) -> None:
+class Source(Protocol):
+    """What objects are downloaded from, as `ObjectStore` has these."""
+
+    def uri_of(self, key: str) -> str: ...
+
+    def size(self, key: str) -> int: ...
+
+    def stream(self, key: str, *, start: int = 0) -> Iterator[bytes]: ...
+
+    def read_range(self, key: str, start: int, length: int) -> bytes: ...
+
+
+def fetch(store: Source, key: str, path: Path, *, size: int, sha256: str, root: Path | None = None) -> None:
     """Makes `path` hold the object of `size` bytes with digest `sha256` (hex); returns at once when it
     already does.
 
@@ -42,7 +64,7 @@ def fetch(store: ObjectStore, key: str, path: Path, *, size: int, sha256: str, r
     store does, `StorageError` also when the disk is full or another process downloads to the same path, and
     `RequestError` when the path cannot be written, or a link leads out of `root`.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     for each in (path, partial):
         confined(root or path.parent, each)
     with _failing(partial):
@@ -66,7 +88,7 @@ def fetch(store: ObjectStore, key: str, path: Path, *, size: int, sha256: str, r
             os.close(descriptor)
 
 
-def _fill(store: ObjectStore, key: str, descriptor: int, size: int) -> str:
+def _fill(store: Source, key: str, descriptor: int, size: int) -> str:
     """Appends what is missing to the partial file; returns the sha256 of all of it."""
     if os.fstat(descriptor).st_size > size:
         os.ftruncate(descriptor, 0)
@@ -77,7 +99,7 @@ def _fill(store: ObjectStore, key: str, descriptor: int, size: int) -> str:
         position += len(piece)
     # The store's own checksum may find a flipped bit first; with its bytes all here, ours tells the same.
     with contextlib.suppress(IntegrityError):
-        for piece in store.stream(key, start=position) if position < size else ():
+        for piece in _pieces(store, key, position, size):
             digest.update(piece)
             view = memoryview(piece)
             while view:
@@ -85,6 +107,24 @@ def _fill(store: ObjectStore, key: str, descriptor: int, size: int) -> str:
                 view = view[written:]
                 position += written
     return digest.hexdigest()
+
+
+def _pieces(store: Source, key: str, start: int, size: int) -> Iterator[bytes]:
+    """The bytes from `start` on, `RANGES` parts read ahead, in order: what was written before a break is a beginning."""
+    if size - start <= PART:
+        yield from store.stream(key, start=start) if start < size else ()
+        return
+    ahead: deque[Future[bytes]] = deque()
+    threads = ThreadPoolExecutor(RANGES, "fetch")
+    try:
+        for first in range(start, size, PART):
+            ahead.append(threads.submit(store.read_range, key, first, min(PART, size - first)))
+            if len(ahead) == RANGES:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _open_alone(partial: Path) -> int:

@@ -30,6 +30,8 @@ class Calibrate(BlockTask, Task[HiddenRecord]):
     start: int = 0
     stop: int
     """Of the stretch."""
+    passing: bool = False
+    """Whether only the outputs are wanted, and no statistics."""
 
     @property
     def name(self) -> str:
@@ -46,6 +48,8 @@ class Calibrate(BlockTask, Task[HiddenRecord]):
         from counterweight.workers.calibrated_block import calibrated
 
         block, workspace = self.block.before(self.stop), self.block.setting.open_workspace()
+        if self.passing:
+            block = block.model_copy(update={"recipe": {}, "passes": ()})
         if block.propagate != "original":
             raise ValueError(
                 f"block {block.index}: propagate {block.propagate}: expected original, where blocks are calibrated apart"

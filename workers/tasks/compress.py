@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from counterweight.workers.tasks.block import COMPRESS, BlockRecord, BlockTask
+from counterweight.workers.tasks.block import COMPRESS, BlockRecord, BlockSpec, BlockTask
 from counterweight.workers.tasks.task import DurableTask
 from counterweight.workers.workspace import Workspace
 
@@ -19,10 +19,20 @@ class Compress(BlockTask, DurableTask[BlockRecord]):
     kind: ClassVar[str] = COMPRESS
     record: ClassVar[type[BlockRecord]] = BlockRecord
 
+    following: BlockSpec | None = None
+    """The block that its worker probably begins with next, whose weights it may read meanwhile; no part of the result."""
+    beside: str = ""
+    """Name of another job that the block is compressed for, beside the one that runs: what was calibrated then stays in memory,
+    for that one's own. Of blocks that are solved in one pass and train nothing. No part of the result."""
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}, for {self.beside}" if self.beside else super().name
+
     def key(self) -> str:
         return self.block.key()
 
     def compute(self, context: TaskContext, workspace: Workspace) -> BlockRecord:
         from counterweight.workers.compressed_block import compressed
 
-        return compressed(context, self.block, workspace)
+        return compressed(context, self.block, workspace, following=self.following, keep=bool(self.beside))

@@ -10,7 +10,7 @@ from pydantic import Field
 from counterweight.workers.config import Config
 from counterweight.workers.errors import CheckpointError, IntegrityError
 from counterweight.workers.keys import digest
-from counterweight.workers.metrics import METRICS
+from counterweight.workers.metrics import METRICS, PROFILES
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.original import Original, OriginalRecord
 from counterweight.workers.tasks.patience import patience
@@ -34,11 +34,16 @@ token, as when tokens come one at a time (decoding); with branches alone, as sto
 WindowMetrics = Mapping[str, float]
 """Metric -> its number for one window under one model."""
 
+WindowProfiles = Mapping[str, tuple[float, ...]]
+"""Profile -> its numbers along one window under one model."""
+
 
 class EvaluateRecord(Record):
     """Variant -> metrics of the windows, in order."""
 
     windows: Mapping[str, tuple[WindowMetrics, ...]]
+    profiles: Mapping[str, tuple[WindowProfiles, ...]]
+    """Variant -> likewise, what is measured along the windows."""
     routers: Mapping[str, Mapping[int, tuple[float, ...]]] = Field(default_factory=dict)
     """Variant -> sparse block -> share of the tokens of each window that go to the same experts as the original's."""
     timing: Timing
@@ -63,7 +68,8 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
     """Whether the job itself has written the artifact: what is wrong with it nobody has asked for."""
 
     def key(self) -> str:
-        return digest([self.kind, [metric.name for metric in METRICS], VARIANTS, self.original.key(), self.ledger])
+        measured = [*(metric.name for metric in METRICS), *(profile.name for profile in PROFILES)]
+        return digest([self.kind, measured, VARIANTS, self.original.key(), self.ledger])
 
     @property
     def name(self) -> str:
@@ -84,7 +90,7 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
         from counterweight.workers.clock import Clock
         from counterweight.workers.compressed import CompressedModel
         from counterweight.workers.context import DTYPES, get_hidden
-        from counterweight.workers.evaluation import advance, compressed_blocks, in_turn, measure, variants_of
+        from counterweight.workers.evaluation import advance, compressed_blocks, measure, variants_of
         from counterweight.workers.memory import release
         from counterweight.workers.models.routing import Routes
         from counterweight.workers.models.source import read_head
@@ -123,9 +129,9 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
             if shares := routes.agreement(index, chosen, ids.shape[1]):
                 agreed.setdefault(variant, {})[index] = shares
 
-        turn = in_turn(blocks, builder.blocks, ahead=device.type != "cpu")
+        turn = context.ahead.in_turn(self.name, builder.blocks, blocks)
         hidden = advance(dict.fromkeys(measured, first), turn, context.pool, routed)
-        windows = measure(
+        found = measure(
             hidden,
             lambda batch: get_hidden(workspace, self.found.outputs[batch], device),
             batches,
@@ -135,7 +141,8 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
         )
         clock.lap("forward")
         record = EvaluateRecord(
-            windows={variant: tuple(windows[same]) for variant, same in variants.items()},
+            windows={variant: found[same].metrics for variant, same in variants.items()},
+            profiles={variant: found[same].profiles for variant, same in variants.items()},
             routers={
                 variant: {block: tuple(shares) for block, shares in agreed.get(same, {}).items()}
                 for variant, same in variants.items()

@@ -67,7 +67,7 @@ class Original(Config, DurableTask[OriginalRecord]):
 
         from counterweight.workers.clock import Clock
         from counterweight.workers.context import DTYPES, put_hidden
-        from counterweight.workers.evaluation import advance, in_turn
+        from counterweight.workers.evaluation import advance
         from counterweight.workers.loaded_block import load_block
         from counterweight.workers.memory import release
         from counterweight.workers.models.block_builder import Block
@@ -91,7 +91,7 @@ class Original(Config, DurableTask[OriginalRecord]):
         def routed(index: int, _: str, chosen: Chosen) -> None:
             routes.add(index, chosen)
 
-        turn = in_turn(blocks, builder.blocks, ahead=context.device.type != "cpu")
+        turn = context.ahead.in_turn(self.name, builder.blocks, blocks)
         found = advance({self.kind: hidden}, turn, context.pool, routed)[self.kind]
         clock.lap("forward")
         outputs = tuple(put_hidden(workspace, batch) for batch in found)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import yaml
 
 from counterweight.pipeline.artifact.report import Quality, Report, TokensReport
-from counterweight.pipeline.artifact.report_html import cost, quality
+from counterweight.pipeline.artifact.report_html import cost, making, quality
 from counterweight.pipeline.artifact.report_html.coverage import coverage_section, fallback_section
+from counterweight.pipeline.artifact.report_html.judged import judged_sections
 from counterweight.pipeline.artifact.report_html.markup import Markup, tag
 from counterweight.pipeline.artifact.report_html.modules import measured_on, middle
 from counterweight.pipeline.artifact.report_html.style import STYLE
 from counterweight.pipeline.artifact.report_html.tables import code, facts, fold, section, table
 from counterweight.pipeline.artifact.report_html.text import NONE, count, percent, recipe_line
 from counterweight.workers.tasks.records import ModuleReport
+
+FIRST = 50
+"""Modules of a table in another order."""
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Even if a string escaped its quotes, a browser would load nothing and run nothing."""
@@ -39,11 +45,14 @@ def render(report: Report) -> str:
         "main",
         _header(report),
         quality.result_section(report),
+        judged_sections(report),
         cost.bits_section(report),
         quality.error_section(report),
         coverage_section(report.modules),
         fallback_section(report.modules),
         cost.task_section(report),
+        *making.earlier_section(report),
+        *making.making_section(report),
         _data_section(report),
         _details(report),
         tag("footer", f"Report of schema version {report.schema_version}, made from report.json beside this page."),
@@ -66,6 +75,7 @@ def _header(report: Report) -> Markup:
                     tag("span", code(model.uri), f" ({model.model_type}, {count(model.parameters, 'parameter')})"),
                 ),
                 ("created", report.created),
+                *([] if (sizes := making.size_line(report)) is None else [("size", sizes)]),
             ]
         ),
         tag("div", *_tiles(report), class_="tiles"),
@@ -141,6 +151,8 @@ def _tokens(tokens: TokensReport) -> Markup:
     source = [(str(name), code(_value(value))) for name, value in sorted(tokens.source.items()) if value is not None]
     total = tokens.sequences * tokens.sequence_length
     windows = f"{count(tokens.sequences, 'window')} of {count(tokens.sequence_length, 'token')}: {total:,} in all"
+    if tokens.drawn:
+        windows += f"; {count(tokens.drawn, 'further window')} drawn for experts that saw too few"
     if tokens.held_out:
         windows += f"; {count(tokens.held_out, 'further window')} held out"
     return facts([*source, ("windows", windows), ("digest", code(tokens.digest))])
@@ -156,8 +168,27 @@ def _details(report: Report) -> Markup:
         "In full",
         fold("Recipe and calibration (YAML)", tag("pre", _yaml(recipe))),
         fold(f"All modules ({len(report.modules):,})", _module_table(report.modules)),
+        *_ordered(report.modules),
         fold(f"All tasks ({len(report.tasks):,})", cost.task_table(report.tasks)),
     )
+
+
+def _ordered(modules: tuple[ModuleReport, ...]) -> list[Markup]:
+    """The first of all modules by what people look for: a page without scripts cannot be sorted."""
+    orders: dict[str, Callable[[ModuleReport], float]] = {
+        "Largest error": lambda module: module.error_after or 0.0,
+        "Longest solve": lambda module: module.seconds,
+        "Fewest tokens": lambda module: -module.tokens,
+    }
+    if len(modules) <= FIRST:
+        return [
+            fold(f"Modules by: {name.lower()}", _module_table(tuple(sorted(modules, key=by, reverse=True))))
+            for name, by in orders.items()
+        ]
+    return [
+        fold(f"{name}: the first {FIRST} modules", _module_table(tuple(sorted(modules, key=by, reverse=True)[:FIRST])))
+        for name, by in orders.items()
+    ]
 
 
 def _yaml(value: object) -> str:

@@ -147,7 +147,9 @@ footer { margin-top: 40px; color: var(--soft); font-size: 0.85rem; }
   .panels { grid-template-columns: repeat(3, 1fr); }
   .pair { grid-template-columns: 1.1fr 1fr; gap: 14px 26px; }
   .pair svg text { font-size: 14px; }
-  th, td { padding: 4px 8px 4px 0; }
+  table { font-size: 0.8rem; }
+  th, td { padding: 4px 6px 4px 0; }
+  .n td, .n th, td code, th code { white-space: normal; }
   section { break-inside: auto; margin-top: 20px; padding-top: 14px; }
   figure, tr, .tile, svg { break-inside: avoid; }
   h2, h3 { break-after: avoid; }

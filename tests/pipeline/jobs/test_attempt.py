@@ -14,6 +14,7 @@ import pytest
 from counterweight.pipeline.jobs import attempt as module
 from counterweight.pipeline.jobs.attempt import Exit, ProcessAttempt
 from counterweight.pipeline.jobs.logs import LogReader
+from counterweight.pipeline.jobs.record import JobRecord
 from counterweight.pipeline.jobs.store import JobStore
 from counterweight.pipeline.segments import SegmentWriter
 from tests.patience import PATIENCE
@@ -38,7 +39,7 @@ def jobs() -> JobStore:
 def started(tmp_path: Path, jobs: JobStore, monkeypatch: pytest.MonkeyPatch) -> STARTED:
     """Starts an attempt whose interpreter is a shell script; $4 is the manifest."""
 
-    def start(script: str, *, arguments: tuple[str, ...] = ()) -> ProcessAttempt:
+    def start(script: str, *, arguments: tuple[str, ...] = (), beside: tuple[JobRecord, ...] = ()) -> ProcessAttempt:
         command = tmp_path / "command"
         command.write_text(f"#!/bin/sh\n{script}\n")
         command.chmod(0o755)
@@ -47,7 +48,7 @@ def started(tmp_path: Path, jobs: JobStore, monkeypatch: pytest.MonkeyPatch) -> 
             jobs.store, jobs.log_prefix("0" * 16, 1), "log", lambda text: None, suffix="log", seconds=0.02
         )
         log.begin()
-        return ProcessAttempt(record(), log, arguments=arguments)
+        return ProcessAttempt(record(), beside, log, arguments=arguments)
 
     return start
 
@@ -134,7 +135,7 @@ def test_it_dies_with_its_driver(tmp_path: Path) -> None:
         "from counterweight.pipeline.jobs.attempt import ProcessAttempt\n"
         "from counterweight.pipeline.segments import SegmentWriter\n"
         f"sys.executable = {str(command)!r}\n"
-        "attempt = ProcessAttempt(record(), SegmentWriter(MemoryStore(), 'x', 'log', print))\n"
+        "attempt = ProcessAttempt(record(), [], SegmentWriter(MemoryStore(), 'x', 'log', print))\n"
         "time.sleep(10000)\n"
     )
     driver = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[3])
@@ -145,3 +146,13 @@ def test_it_dies_with_its_driver(tmp_path: Path) -> None:
         driver.wait()
     child = Path("/proc") / pid.read_text().strip() / "stat"
     waited(lambda: not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_jobs_of_one_calibration_are_told_to_the_run(started: STARTED, tmp_path: Path) -> None:
+    other = record("another")
+    attempt = started(
+        f'for one in "$@"; do case $one in --beside=*) cat "${{one#*=}}" > {tmp_path}/beside;; esac; done',
+        beside=(other,),
+    )
+    assert ended(attempt).code == 0
+    assert (tmp_path / "beside").read_bytes() == other.manifest.model_dump_json().encode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -209,7 +209,7 @@ def test_a_store_that_is_away_for_a_while_loses_nothing(theatre: Theatre, monkey
 def test_an_attempt_that_cannot_be_started_is_a_failure_of_the_surroundings(theatre: Theatre) -> None:
     (id,) = submitted(theatre.jobs, "tiny")
 
-    def start(record: JobRecord, log: SegmentWriter) -> Scripted:
+    def start(record: JobRecord, beside: Sequence[JobRecord], log: SegmentWriter) -> Scripted:
         raise OSError(28, "No space left on device")
 
     driver = theatre.driver()
@@ -248,3 +248,14 @@ def test_whoever_finds_more_running_than_may_gives_its_job_back_before_it_starts
     driver.work(lambda jobs: bool(theatre.attempts) or any(Cause.RELEASED in job.failures for job in jobs))
     assert theatre.attempts == []
     assert sorted(state.value for state in theatre.states()) == ["queued", "running"]
+
+
+def test_a_run_is_told_of_the_jobs_that_share_its_calibration(theatre: Theatre) -> None:
+    part = BatchPart(id="b", concurrency=3, calibration="c")
+    alone = record("alone", priority=9, batch=BatchPart(id="b", concurrency=3))
+    every = [record(name, batch=part, priority=-place) for place, name in enumerate(["first", "second", "third"])]
+    for one in (alone, *every):
+        theatre.jobs.submit(one)
+    theatre.driver().work(until_idle)
+    first, second, third = (one.id for one in every)
+    assert theatre.beside == {alone.id: [], first: [second, third], second: [third], third: []}

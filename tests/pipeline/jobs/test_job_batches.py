@@ -248,3 +248,22 @@ def test_the_page_is_whole_and_loads_and_runs_nothing_even_of_a_hostile_batch() 
 
 def test_the_page_of_a_batch_without_any_figure_says_so() -> None:
     assert render_batch(Summary("i", "n", "queued", (), None, (), ())).count("No job has measured it.") == 2
+
+
+def test_jobs_that_differ_in_their_branches_share_a_calibration(
+    command: Callable[..., Any], manifest: Path, jobs: JobStore
+) -> None:
+    matrix = f"{{{RANK}: [1, 2], spec.recipe.weights.bits: [3, 4]}}"
+    text = manifest.read_text().replace(f"{{{RANK}: [1, 2, 4]}}", matrix)
+    manifest.write_text(text)
+    (manifest.parent / "job.yaml").write_text(FULL.replace("propagate: compressed", "propagate: original"))
+
+    def calibrations(id: str) -> list[str | None]:
+        return [job.record.batch.calibration for job in get_batch(jobs, id).jobs if job.record.batch is not None]
+
+    first, second, third, fourth = calibrations(command("submit", manifest, "--no-drive")["id"])
+    assert first == third is not None
+    assert second == fourth is not None
+    assert first != second
+    (manifest.parent / "job.yaml").write_text(FULL)
+    assert calibrations(command("submit", manifest, "--no-drive")["id"]) == [None] * 4

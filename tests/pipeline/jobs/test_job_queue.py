@@ -13,7 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from counterweight.pipeline.jobs.limits import changed
-from counterweight.pipeline.jobs.queue import STEP, Entrant, Limits, crowded, given_up, in_order, startable
+from counterweight.pipeline.jobs.queue import (
+    STEP,
+    Entrant,
+    Limits,
+    compressed_beside,
+    crowded,
+    given_up,
+    in_order,
+    startable,
+)
 from counterweight.pipeline.jobs.record import HIGHEST_PRIORITY, BatchPart
 from counterweight.pipeline.jobs.states import State
 from counterweight.workers.errors import RequestError
@@ -180,3 +189,29 @@ class TestChanges:
     def test_that_make_no_sense_are_refused(self, text: str) -> None:
         with pytest.raises(RequestError, match="--tenant"):
             changed(Limits(), None, None, [text])
+
+
+def of_calibration(id: str, state: State = State.QUEUED, calibration: str | None = "c", minutes: float = 0) -> Entrant:
+    part = BatchPart(id="batch", concurrency=9, calibration=calibration)
+    return replace(entrant(id, state=state, minutes=minutes), batch=part)
+
+
+def test_of_jobs_with_one_calibration_one_starts_until_the_first_has_succeeded() -> None:
+    every = [of_calibration(id, minutes=place) for place, id in enumerate("abc")]
+    others = [of_calibration("d", calibration=None, minutes=9), of_calibration("e", calibration="other", minutes=9)]
+    assert startable([*every, *others], Limits()) == ["a", "d", "e"]
+    running = [replace(every[0], state=State.RUNNING), *every[1:]]
+    assert startable(running, Limits()) == []
+    assert crowded([running[0], replace(running[1], state=State.RUNNING)], Limits(), "b")
+    failed = [replace(every[0], state=State.FAILED), *every[1:]]
+    assert startable(failed, Limits()) == ["b"]
+    succeeded = [replace(every[0], state=State.SUCCEEDED), *every[1:]]
+    assert startable(succeeded, Limits()) == ["b", "c"]
+
+
+def test_those_that_wait_are_compressed_beside_the_one_that_runs() -> None:
+    states = {"a": State.RUNNING, "b": State.WAITING, "c": State.QUEUED, "d": State.SUCCEEDED, "e": State.RUNNING}
+    every = [of_calibration(id, state, minutes=-place) for place, (id, state) in enumerate(states.items())]
+    every += [of_calibration("f", calibration="other"), of_calibration("g", calibration=None), entrant("h")]
+    assert compressed_beside(every, "a") == ["c", "b"]
+    assert compressed_beside(every, "g") == compressed_beside(every, "h") == []

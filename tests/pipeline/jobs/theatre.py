@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from counterweight.pipeline.jobs.attempt import Exit
@@ -50,6 +50,8 @@ class Theatre:
     during: Callable[[], None] = lambda: None
     attempts: list[tuple[str, Scripted]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    beside: dict[str, list[str]] = field(default_factory=dict)
+    """Of the last attempt at each job."""
 
     @property
     def jobs(self) -> JobStore:
@@ -58,7 +60,8 @@ class Theatre:
     def driver(self, name: str = "a") -> Driver:
         return Driver(self.jobs, self.start, self.notes.append, pause=self.pause, beat=2.0, lapse=15.0, holder=name)
 
-    def start(self, record: JobRecord, log: SegmentWriter) -> Scripted:
+    def start(self, record: JobRecord, beside: Sequence[JobRecord], log: SegmentWriter) -> Scripted:
+        self.beside[record.id] = [one.id for one in beside]
         attempt = Scripted(self.ends.pop(0) if len(self.ends) > 1 else self.ends[0], self.looks)
         self.attempts.append((record.id, attempt))
         log.append(b"begun\n")

@@ -201,7 +201,7 @@ QUERIES = [
         (422, "/v1/schedules/schedule-zz"),
         (404, f"/v1/artifacts/..%2f..%2f/{HEX}"),
         (422, f"/v1/artifacts/%2e%2e/{HEX}"),
-        (422, "/v1/artifacts/tiny/passwd"),
+        (404, "/v1/artifacts/tiny/passwd"),
         (404, f"/v1/artifacts/tiny/{HEX}/files/../../../../etc/passwd"),
         (404, f"/v1/artifacts/tiny/{HEX}/files/%2fetc%2fpasswd"),
         (422, f"/v1/artifacts/tiny/{HEX}/urls?seconds=9999999"),

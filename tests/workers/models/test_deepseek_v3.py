@@ -31,7 +31,7 @@ from tests.models import (
     read_tensors,
     token_ids,
 )
-from tests.patience import cpu_seconds
+from tests.patience import MAX_CPU, cpu_seconds
 
 CPU = torch.device("cpu")
 BIAS = "mlp.gate.e_score_correction_bias"
@@ -235,7 +235,7 @@ def test_a_hostile_config_is_refused_or_harmless(change: dict[str, Any]) -> None
             found = logits(builder, {name: torch.zeros(shape) for name, shape in expected.items()})
             assert found.shape == (2, 32, builder.vocabulary)
 
-    assert cpu_seconds(refused_or_harmless, below=10.0) < 10.0
+    assert cpu_seconds(refused_or_harmless, below=MAX_CPU) < MAX_CPU
 
 
 @pytest.mark.parametrize(

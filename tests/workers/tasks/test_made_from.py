@@ -70,7 +70,12 @@ CHANGES: dict[str, tuple[Callable[[], BlockSpec], str]] = {
         changed(propagate="compressed"),
         "calibration.propagate: original before, compressed now",
     ),
+    "calibration.segment_blocks": (
+        changed(since=2, inputs=(Blob(sha256=OTHER, size=1),)),
+        "calibration.segment_blocks: none before, a segment from block 2 now",
+    ),
     "calibration.experts": (changed(experts=ExpertCalibration()), "calibration.experts: not the same"),
+    "calibration.drawn": (changed(drawn_from=1), "calibration.drawn: none before, shards from 1 now"),
     "calibration.held_out": (
         changed(held_out_from=1),
         "calibration.held_out: none before, shards from 1 now",

@@ -12,5 +12,6 @@ FAMILY = ModelFamily(
     eager_attention=True,
     sizes=("query_pre_attn_scalar",),
     norm_offset=1.0,
+    needs_beginning=True,
     obstacle="post_attention_layernorm and post_feedforward_layernorm scale each channel of what is added to it",
 )

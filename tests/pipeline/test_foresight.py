@@ -1,0 +1,110 @@
+"""`plan` refuses what `run` would refuse, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from counterweight.pipeline.foresight import foresee
+from counterweight.pipeline.preflight import look
+from counterweight.workers.errors import CounterweightError, RequestError
+from tests.pipeline.tiny import job_of, run_local, write_job
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_job(tmp_path_factory.mktemp("template"), layers=2).parent
+
+
+@pytest.fixture
+def manifest(template: Path, tmp_path: Path) -> Path:
+    shutil.copytree(template, tmp_path / "job")
+    return tmp_path / "job" / "job.yaml"
+
+
+def nothing(folder: Path) -> None:
+    """Leaves the job as it is."""
+
+
+def without_tokenizer(folder: Path) -> None:
+    (folder / "model" / "tokenizer.json").unlink()
+
+
+def output_is_a_file(folder: Path) -> None:
+    (folder / "out").write_text("not a folder")
+
+
+WRONG: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
+    "no such text": (
+        nothing,
+        ("spec.calibration.source.uri=none.txt",),
+        r"spec\.calibration\.source\.uri: .*no such file",
+    ),
+    "no such validation": (
+        nothing,
+        ("spec.validation.text.uri=none.txt",),
+        r"spec\.validation\.text\.uri: .*no such file",
+    ),
+    "too short a text": (nothing, ("spec.calibration.sequences=100",), r"make 15 windows of 32: expected at least 100"),
+    "positions of the validation": (
+        nothing,
+        ("spec.validation.sequence_length=257",),
+        r"spec\.validation\.sequence_length: 257: expected at most 256",
+    ),
+    "no tokenizer": (without_tokenizer, (), r"the model has no tokenizer\.json"),
+    "a file for an output": (output_is_a_file, (), r"spec\.output\.uri: "),
+    "no place for an output": (nothing, ("spec.output.uri=/proc/x",), r"spec\.output\.uri: "),
+    "no such model": (nothing, ("spec.model.uri=meta-llama/Llama-3",), r"no such folder.*hf:meta-llama/Llama-3"),
+    "a pattern that matches nothing": (
+        nothing,
+        ("spec.recipe.keep=[lm_head, lm_heads]",),
+        r"spec\.recipe\.keep\.1: 'lm_heads': matches",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said_by_both(name: str, manifest: Path) -> None:
+    spoil, overrides, message = WRONG[name]
+    spoil(manifest.parent)
+    job = job_of(manifest, *overrides)
+    with pytest.raises(RequestError, match=message):
+        foresee(job)
+    if "matches" not in message:  # patterns are looked at when the model is open
+        with pytest.raises(CounterweightError, match="" if "output" in message else message):
+            look(job)
+
+
+def test_a_job_that_can_run_is_planned_and_leaves_nothing(manifest: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in manifest.parent.rglob("*")}
+    found = foresee(job_of(manifest))
+    assert {path: path.stat().st_mtime_ns for path in manifest.parent.rglob("*")} == before
+    assert found.reuse == ["nothing: no block was finished before"]
+    assert found.notes == ()
+    assert 0 < found.plan.artifact_bytes < found.plan.source_bytes
+
+
+def test_a_calibration_beyond_the_models_positions_is_noted(manifest: Path) -> None:
+    shorter = ("spec.calibration.sequences=1", "spec.validation.sequence_length=32")
+    found = foresee(job_of(manifest, "spec.calibration.sequence_length=300", *shorter))
+    (note,) = found.notes
+    assert note.startswith("spec.calibration.sequence_length: 300: more than the 256 positions of the model")
+
+
+def test_gpus_that_are_not_here_are_noted(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("counterweight.pipeline.foresight.GPUS", ())
+    found = foresee(job_of(manifest, "spec.resources.gpus_per_worker=1"))
+    assert found.notes == ("this machine has no GPU: workers here would compute on the CPU",)
+
+
+def test_the_artifacts_bits_are_those_of_the_report(manifest: Path) -> None:
+    """Of whole ranks and whole groups nothing is a guess."""
+    job = job_of(manifest)
+    published = run_local(job)
+    plan = foresee(job).plan
+    assert plan.bits_per_weight == pytest.approx(published.document.bits_per_weight.total, rel=1e-3)
+    weights = sum(entry.size for path, entry in published.document.files.items() if path.endswith(".safetensors"))
+    assert plan.artifact_bytes == pytest.approx(weights, rel=0.1)  # of a model this small headers count
