@@ -32,6 +32,8 @@ from counterweight.workers.quantization.result import Fallback, QuantizationResu
 
 _DAMPING_ATTEMPTS = 4  # the damping that was asked for, then three times ten times more
 _DAMPING_STEP = 10.0
+_STRIP = 128
+"""Rows and columns of a matrix that are put in order at a time: what is beside the matrix itself stays in a cache."""
 
 
 def gptq(
@@ -93,8 +95,8 @@ def _codes(
 
 
 def _ordering(options: GPTQ, statistics: InputStatistics) -> _Ordering:
-    hessian = statistics.mean_gram()
-    power = hessian.diagonal().clone()
+    """Beside the Gram matrix one float64 matrix of its size lives at a time, and the two of the metric in float32."""
+    power = statistics.product("xx").diagonal() / max(statistics.tokens, 1)
     order = power.argsort(descending=True, stable=True)
     if not options.act_order:
         order = order.sort().values
@@ -106,38 +108,63 @@ def _ordering(options: GPTQ, statistics: InputStatistics) -> _Ordering:
     if dead:
         cause = f"{dead} of {len(power)} columns: no input but zero was seen: rounded to nearest"
         fallbacks.append(Fallback(step="gptq.dead_columns", cause=cause))
-    hessian = hessian[order]
-    hessian = hessian[:, order]
-    root = _factorize(options.damping, hessian, fallbacks)
-    if root is None:
+    damped, feed = power[order], torch.empty(len(power), len(power), device=power.device)
+    scales = _factorize(options.damping, statistics, order, damped, feed, fallbacks)
+    if scales is None:
         return _Ordering(
             order=order, metric=None, importance=torch.ones_like(power).float(), fallbacks=tuple(fallbacks)
         )
-    scales = root.diagonal().clone()
     importance = torch.empty_like(power).index_copy_(0, order, scales.square()).float()
-    feed = root.div_(scales).float()
-    del root
-    pull = hessian.div_(hessian.diagonal().clone()).float()
+    pull = torch.empty_like(feed)
+    _fill(pull, statistics, order, damped)
+    pull.diagonal().fill_(1)  # of the damped matrix
     metric = Metric(feed=feed, pull=pull)
     return _Ordering(order=order, metric=metric, importance=importance, fallbacks=tuple(fallbacks))
 
 
-def _factorize(damping_asked: float, hessian: Tensor, fallbacks: list[Fallback]) -> Tensor | None:
-    """U with U U^T = `hessian` in rounding order, which is damped in place; None when no damping makes it positive definite in
-    float64."""
-    power = hessian.diagonal().clone()
-    typical = power[power > 0].median()
+def _factorize(
+    damping_asked: float,
+    statistics: InputStatistics,
+    order: Tensor,
+    power: Tensor,
+    feed: Tensor,
+    fallbacks: list[Fallback],
+) -> Tensor | None:
+    """U with U U^T the damped Hessian in rounding order: its diagonal, and U_ij / U_jj into `feed`. power: the Hessian's
+    diagonal in this order, which is damped in place. None when no damping makes it positive definite in float64."""
+    original, typical = power.clone(), power[power > 0].median()
+    # Reversed order turns the lower factor that LAPACK computes into the upper one. A transpose has the layout that LAPACK
+    # expects, which then works in place.
+    reverse = order.flip(0)
+    hessian = torch.empty(len(power), len(power), dtype=torch.float64, device=power.device)
+    lower, failed = hessian.T, torch.empty((), dtype=torch.int32, device=power.device)
     for attempt in range(_DAMPING_ATTEMPTS):
         damping = damping_asked * _DAMPING_STEP**attempt
-        hessian.diagonal().copy_(power + typical * damping)
-        # Reversed order turns the lower factor that LAPACK computes into the upper one.
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        power.copy_(original + typical * damping)
+        _fill(hessian, statistics, reverse)
+        hessian.diagonal().copy_(power.flip(0))
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not int(failed):
             if attempt:
                 cause = f"no Cholesky factor at {damping_asked:g}: raised to {damping:g}"
                 fallbacks.append(Fallback(step="gptq.damping", cause=cause))
-            root: Tensor = lower.flip(0, 1)
-            return root
+            scales = lower.diagonal().flip(0)
+            for start in range(0, len(power), _STRIP):
+                columns = slice(start, min(start + _STRIP, len(power)))
+                rows = hessian[len(power) - columns.stop : len(power) - start].flip(0, 1)
+                feed[:, columns] = rows.div_(scales[columns].unsqueeze(1)).T
+            return scales
     cause = f"no Cholesky factor up to a damping of {damping:g}: rounded to nearest"
     fallbacks.append(Fallback(step="gptq.cholesky", cause=cause))
     return None
+
+
+def _fill(out: Tensor, statistics: InputStatistics, order: Tensor, by: Tensor | None = None) -> None:
+    """E[x x^T] with rows and columns in this order into `out` [in, in] of any float dtype; by: what columns are divided by,
+    [in] float64."""
+    gram, tokens = statistics.product("xx"), max(statistics.tokens, 1)
+    for start in range(0, len(order), _STRIP):
+        columns = order[start : start + _STRIP]
+        # Rows are gathered faster than columns, and the matrix is symmetric.
+        strip = gram.index_select(0, columns).div_(tokens).T.contiguous().index_select(0, order)
+        out[:, start : start + _STRIP] = strip if by is None else strip.div_(by[start : start + _STRIP])

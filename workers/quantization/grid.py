@@ -73,22 +73,12 @@ def searched_grid(
     """The grid with the least error of rounding and clipping; see `ScaleSearch.fit`."""
     *batch, rows, columns = weight.shape
     width = format.columns_per_group(columns)
-    batched = weight.reshape(-1, rows, columns)
-    counts: list[Tensor] | list[None] = [None] * len(batched)
+    groups = weight.reshape(-1, rows, columns).unflatten(-1, (-1, width))
+    counts = None
     if search.weighted and importance is not None:
-        counts = [_counts(own, width) for own in importance.reshape(-1, columns)]
-    rows_at_once = max(1, _chunk_elements(weight.device) // columns)
-    weights_at_once = max(1, rows_at_once // rows)
-    found = []
-    for start in range(0, len(batched), weights_at_once):
-        own = [one for one in counts[start : start + weights_at_once] if one is not None]
-        parts = [
-            _search(search, part.unflatten(-1, (-1, width)), torch.stack(own) if own else None, format, scale_dtype)
-            for part in batched[start : start + weights_at_once].split(rows_at_once, dim=1)
-        ]
-        found.append([torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)])
-    scale, zero = (torch.cat(tensors).reshape(*batch, rows, -1, 1) for tensors in zip(*found, strict=True))
-    return _grid(scale, zero, format)
+        counts = torch.stack([_counts(own, width) for own in importance.reshape(-1, columns)])
+    scale, zero = _search(search, groups, counts, format, scale_dtype)
+    return _grid(scale.reshape(*batch, rows, -1, 1), zero.reshape(*batch, rows, -1, 1), format)
 
 
 def _counts(importance: Tensor, width: int) -> Tensor:
@@ -108,7 +98,6 @@ def _search(
     """Scale (stored dtype) and zero point (float32) of `groups` [batch, rows, groups, columns], each [batch, rows, groups, 1].
     counts: how much each column counts, [batch, 1, groups, columns]."""
     low, high = _range(groups, format)
-    workspace = torch.empty_like(groups), torch.empty_like(groups)
 
     def place(index: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
         factor = 1 - search.shrink * index / (search.candidates - 1)
@@ -119,7 +108,7 @@ def _search(
 
     def consider(index_tried: Tensor, sign_tried: Tensor) -> None:
         nonlocal index, sign, least
-        error = _error(search.norm, groups, counts, *place(index_tried, sign_tried), format, workspace)
+        error = _errors(search.norm, groups, counts, *place(index_tried, sign_tried), format)
         better = error < least
         index, sign = torch.where(better, index_tried, index), torch.where(better, sign_tried, sign)
         least = torch.where(better, error, least)
@@ -133,18 +122,41 @@ def _search(
     return place(index, sign)
 
 
-def _error(
+def _errors(
+    norm: float, groups: Tensor, counts: Tensor | None, scale: Tensor, zero: Tensor, format: WeightFormat
+) -> Tensor:
+    """What rounding `groups` to this grid costs each group, [batch, rows, groups, 1]; as many rows at a time as `_at_once`."""
+    step = scale.float()
+    found = torch.empty_like(step)
+    rows, weights = _at_once(groups)
+    exact, error = (groups.new_empty(weights * rows * groups[0, 0].numel()) for _ in range(2))
+    for start in range(0, len(groups), weights):
+        of = slice(start, start + weights)
+        own = None if counts is None else counts[of]
+        for first in range(0, groups.shape[1], rows):
+            part = (of, slice(first, first + rows))
+            count = groups[part].numel()
+            space = exact[:count].view(groups[part].shape), error[:count].view(groups[part].shape)
+            torch.sum(
+                _costs(norm, groups[part], own, step[part], zero[part], format, space),
+                -1,
+                keepdim=True,
+                out=found[part],
+            )
+    return found.mul_(step.abs().pow(norm))
+
+
+def _costs(
     norm: float,
     groups: Tensor,
     counts: Tensor | None,
-    scale: Tensor,
+    step: Tensor,
     zero: Tensor,
     format: WeightFormat,
     workspace: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """What rounding `groups` to this grid costs each group, [batch, rows, groups, 1]."""
+    """What rounding each entry costs, in steps, in the workspace: two tensors of the groups' shape."""
     exact, error = workspace
-    step = scale.float()
     torch.div(groups, step, out=exact)
     torch.round(exact, out=error)
     if format.symmetric:
@@ -153,8 +165,14 @@ def _error(
         error.clamp_(format.lowest - zero, format.highest - zero)
     error.sub_(exact)
     error = error.square_() if norm == 2 else error.abs_().pow_(norm)
-    total = (error if counts is None else error.mul_(counts)).sum(-1, keepdim=True)
-    return total.mul_(step.abs().pow(norm))
+    return error if counts is None else error.mul_(counts)
+
+
+def _at_once(groups: Tensor) -> tuple[int, int]:
+    """How many rows, of how many weights, of `groups` [batch, rows, groups, columns] are rounded at a time."""
+    batch, rows, *_ = groups.shape
+    fitting = max(1, _chunk_elements(groups.device) // groups[0, 0].numel())
+    return min(fitting, rows), min(max(1, fitting // rows), batch)
 
 
 def _range(groups: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:
@@ -188,5 +206,5 @@ def _grid(scale: Tensor, zero: Tensor, format: WeightFormat) -> Grid:
 
 
 def _chunk_elements(device: torch.device) -> int:
-    """Weights that are searched at a time: a CPU's second-level cache, or enough to fill a GPU."""
-    return 1 << 16 if device.type == "cpu" else 1 << 26
+    """Weights that are rounded at a time: what a CPU's caches hold and is large beside the cost of a call, or fills a GPU."""
+    return 1 << 17 if device.type == "cpu" else 1 << 26

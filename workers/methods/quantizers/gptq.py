@@ -93,8 +93,8 @@ class GPTQ(Quantizer):
         square, entries = columns * columns, rows * columns
         # Each weight's metric, root and Hessian divided by their diagonals, in float32.
         metric = 2 * matrix_bytes.SINGLE * square
-        # One Hessian in rounding order, the same reversed, its factor.
-        factorizing = 2 * matrix_bytes.DOUBLE * square + matrix_bytes.cholesky(columns) + (batch - 1) * metric
+        # One Hessian in rounding order, which becomes its factor, beside the root that is made of it.
+        factorizing = (matrix_bytes.DOUBLE + matrix_bytes.SINGLE) * square + (batch - 1) * metric
         # The columns, and with the codes either aims and errors (feedback) or new codes and errors (descent).
         return max(factorizing, batch * (metric + 4 * matrix_bytes.SINGLE * entries))
 
