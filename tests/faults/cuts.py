@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from random import Random
 from unittest import mock
 
-from tests.faults.processes import ONE, TWO, Command, struck
+from tests.faults.processes import ONE, TWO, Command, drawn, struck
 from tests.faults.site import BUCKET, Drill, Site
 from tests.faults.strikes import cut
 from tests.faults.warm import warm
@@ -34,22 +34,24 @@ class CutDrills:
 
     def _storage(self, draw: Random) -> str:
         """For shorter or longer than it is waited for."""
+        variant = drawn(self._site, draw)  # by a storage that this thread reaches
         waits = {"COUNTERWEIGHT_OUTAGE_SECONDS": draw.choice(("2", "600"))}
         environment = mock.patch.dict(os.environ, self._server.environment() | waits)
         with environment, self._hosts.inside(HEAD):
             output = f"s3://{BUCKET}/{uuid.uuid4().hex}"
             command = Command(ONE, pause=0.3, start=self._start)
-            return struck(self._site, output, command, cut(self._hosts, (STORAGE,)), draw)
+            return struck(self._site, variant, output, command, cut(self._hosts, (STORAGE,)), draw)
 
     def _node(self, draw: Random) -> str:
         """One of two with a worker each; the driver is on a third."""
+        variant = drawn(self._site, draw)
         environment = mock.patch.dict(os.environ, {"RAY_AUTH_MODE": "disabled"})
         with environment, self._site.directory() as output, nodes(self._hosts) as cluster:
             for number in (HEAD, 1, 2):
                 cluster.start(number)
             command = Command((*TWO, "--address", cluster.head), pause=1.0)
             with self._hosts.inside(HEAD):
-                return struck(self._site, output, command, cut(self._hosts, (1, 2)), draw)
+                return struck(self._site, variant, output, command, cut(self._hosts, (1, 2)), draw)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -45,17 +46,23 @@ class ProcessDrills:
         }
 
     def _run(self, command: Command, strike: Strike, draw: Random) -> str:
+        variant = drawn(self._site, draw)
         with self._site.directory() as output:
-            return struck(self._site, output, command, strike, draw)
+            return struck(self._site, variant, output, command, strike, draw)
 
 
-def struck(site: Site, output: str, command: Command, strike: Strike, draw: Random) -> str:
-    """Runs a job whose variant and moment are drawn."""
+def drawn(site: Site, draw: Random) -> str:
+    """One of the variants, which has been run undisturbed."""
     variant = draw.choice(list(VARIANTS))
+    site.undisturbed(variant)
+    return variant
+
+
+def struck(site: Site, variant: str, output: str, command: Command, strike: Strike, draw: Random) -> str:
+    """Runs a job; what is done to it comes at a moment that is drawn."""
     settings = ["--output", output, *command.arguments]
     for override in VARIANTS[variant]:
         settings += ["--set", override]
-    site.undisturbed(variant)
     job, run = site.job(variant, output), Run(site.manifest, *settings, start=command.start)
     below: list[int] = []
     expected: tuple[int, ...] = ()
@@ -64,7 +71,8 @@ def struck(site: Site, output: str, command: Command, strike: Strike, draw: Rand
         if reached(run, moment):
             time.sleep(0.0 if moment == LAST else pause)
             below = [pid for pid, _ in descendants(run.process.pid)]
-            expected = strike(run, draw, lambda: run_local(job))
+            with suppress(ProcessLookupError):  # the run may be over by now
+                expected = strike(run, draw, lambda: run_local(job))
         code, out, err = run.finish()
     finally:
         if run.process.poll() is None:
