@@ -10,7 +10,7 @@ SEEDS ?= 0:500
 
 HARNESS := build/harness
 
-.PHONY: harness demo test fuzz faults arithmetic arithmetic-short quality-check serve-test lint types layers check sbom clean
+.PHONY: harness demo test fuzz fuzz-api faults arithmetic arithmetic-short quality-check serve-test lint types layers check sbom docs clean
 
 demo: $(INSTALLED)
 	@$(BIN)/counterweight run manifests/demo.yaml
@@ -23,6 +23,13 @@ test: $(INSTALLED)
 # a short form of it. A failure names its target and seed: `python -m tests.fuzz --target NAME --seed N` makes it again.
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
+# Requests that schemathesis makes from the OpenAPI document of the service: none may be answered with a 5xx. In an environment of
+# its own, because it is large.
+fuzz-api: $(INSTALLED)
+	@test -x build/schemathesis/bin/st || $(PYTHON) -m venv build/schemathesis
+	@build/schemathesis/bin/pip install --quiet --disable-pip-version-check 'schemathesis==4.32.5'
+	$(BIN)/python -m tests.pipeline.service.fuzzed_api --st build/schemathesis/bin/st
 
 # Driver, workers, Ray's processes, storage and networks killed, frozen, cut, refusing, slow or wrong, at moments that seeds choose; the suite
 # has a short form of it. What fails is named: `python -m tests.faults --kind "KIND" --seeds N:N+1` makes it again.
@@ -86,6 +93,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (once)" >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
+
+# The documentation as a site, in build/site; fails at a link that leads nowhere.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 clean:
 	rm -rf $(VENV) demo-output build *.egg-info

@@ -17,6 +17,7 @@ from counterweight.pipeline import artifact_commands, hub_commands, init_command
 from counterweight.pipeline.jobs import commands as job_commands
 from counterweight.pipeline.judging import commands as judging_commands
 from counterweight.pipeline.judging.commands import figures_text
+from counterweight.pipeline.log_format import Format, LogFormat
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.service import commands as service_commands
 from counterweight.pipeline.signals import terminable
@@ -111,6 +112,7 @@ def run(
             show_default=False,
         ),
     ] = None,
+    log_format: Format = LogFormat.TEXT,
     as_json: AsJson = False,
     verbose: Annotated[
         bool | None,
@@ -131,7 +133,7 @@ def run(
     from counterweight.pipeline.events import Summary
     from counterweight.pipeline.progress import make_progress
 
-    with make_progress(sys.stderr, verbose=verbose) as progress:
+    with make_progress(sys.stderr, verbose=verbose, json=log_format is LogFormat.JSON) as progress:
         from counterweight.pipeline.run import run_job
 
         # Ray's threads print what they think of dead workers; stdout holds the result and nothing else.

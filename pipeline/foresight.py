@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from counterweight.pipeline.judging.task_files import read_documents
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.pipeline.plan import Plan, make_plan
@@ -35,6 +36,7 @@ def foresee(job: CompressionJob, device: str | None = None) -> Foresight:
         texts = beside.submit(check_texts)
         source = open_model(root)
         made = make_plan(job, source, device)
+        read_documents(job.spec.validation, source.store)  # which refuses tasks that cannot be asked
         texts.result()
     return Foresight(plan=made, reuse=foreseen(job, source, made), notes=tuple(_notes(job, source, device)))
 

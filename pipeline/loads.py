@@ -21,8 +21,8 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mappin
     """What a block's task works on, as `footprint` and `arithmetic` want it."""
     calibration, resources, layout = job.spec.calibration, job.spec.resources, source.layout
     itemsize = ITEMSIZE[calibration.compute_dtype]
-    together = min(calibration.sequences, shard_sequences(calibration.sequence_length))
-    shard = together * calibration.sequence_length
+    together = shard_sequences(calibration.sequence_length)
+    shard = min(max(calibration.sequences, calibration.drawn), together) * calibration.sequence_length
     scores = 0
     if layout.family.eager_attention:
         # Scores, and the probabilities that are made of them in float32.
@@ -56,6 +56,7 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mappin
         gpu=gpu,
         batch_bytes=BATCH_BYTES[gpu],
         experts=calibration.experts_among(recipe),
+        drawn=calibration.drawn,
         held_out=calibration.held_out_sequences,
     )
 

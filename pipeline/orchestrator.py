@@ -9,11 +9,11 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from statistics import mean
 
 from counterweight.pipeline.artifact import Artifact, Published
 from counterweight.pipeline.artifact.assemble import Assembler, Parts
+from counterweight.pipeline.artifact.identity import artifact_id, software
 from counterweight.pipeline.artifact.making import Sizes, Timeline
 from counterweight.pipeline.artifact.publish import before, publish, repair_pointer
 from counterweight.pipeline.artifact.report import (
@@ -36,7 +36,7 @@ from counterweight.pipeline.judging.rivals import read_rivals
 from counterweight.pipeline.judging.task_files import read_documents
 from counterweight.pipeline.judging.tasks import benchmarks, judge_tasks
 from counterweight.pipeline.judging.whole import OnWhole, measure_on_whole
-from counterweight.pipeline.manifest import TEXT, CompressionJob, canonical
+from counterweight.pipeline.manifest import TEXT, CompressionJob
 from counterweight.pipeline.manifest.job import JobSpec
 from counterweight.pipeline.opening import Opened
 from counterweight.pipeline.policies import Resume, RetryPolicy
@@ -54,15 +54,12 @@ from counterweight.pipeline.stages import (
     gather_parts,
     measure,
 )
-from counterweight.pipeline.tokens import Tokens
 from counterweight.pipeline.validate import Windows, described
 from counterweight.workers.errors import RequestError
-from counterweight.workers.keys import digest, versions
+from counterweight.workers.keys import digest
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.setting import Device
 from counterweight.workers.workspace import Workspace
-
-SOFTWARE = ("counterweight", "torch", "transformers", "ray", "safetensors", "pydantic")
 
 
 class Orchestrator:
@@ -103,7 +100,8 @@ class Orchestrator:
         tokens = self._tokens
         self._watch.stage("inventory")
         digests = inventory(self._source, self._dispatcher)
-        artifact = Artifact(self._store, self._job.metadata.name, self._identity(digests, tokens))
+        id = artifact_id(self._job, self._source, self._setting.device, digests, tokens, self._documents)
+        artifact = Artifact(self._store, self._job.metadata.name, id)
         self._log.emit(JobAdmitted(artifact.id))
         if (published := artifact.published()) is not None:
             if self._resume is Resume.NEVER:
@@ -176,30 +174,6 @@ class Orchestrator:
             self._workspace.discard(blob)
         return published
 
-    def _identity(self, digests: Mapping[str, str], tokens: Tokens) -> str:
-        """The artifact's id: of everything that determines its bytes and its figures."""
-        texts = {name: windows.digest for name, windows in tokens.validation.items()}
-        everything: dict[str, object] = {
-            "job": canonical(self._job).decode(),
-            "setting": setting_of(self._job, self._source, self._setting.device).determines(),
-            "versions": versions((self._job.spec.recipe, self._job.spec.distillation)),
-            "software": _software(),
-            "tensors": dict(digests),
-            "calibration": tokens.calibration.digest,
-            "validation": texts.pop(TEXT, None),
-        }
-        if texts:
-            everything["texts"] = texts
-        if tokens.unseen is not None:
-            everything["held_out"] = tokens.unseen.digest
-        if self._documents is not None:
-            everything["tasks"] = self._documents.model_dump(mode="json")
-        if self._source.layout.experts:
-            everything["experts"] = versions(self._job.spec.calibration.experts)
-        if self._job.spec.distillation is not None:
-            everything["distillation"] = [text.digest for text in (*tokens.trained, *tokens.held_out)]
-        return digest(everything)[:16]
-
     def _report(
         self,
         artifact: Artifact,
@@ -230,6 +204,7 @@ class Orchestrator:
                 tokens.calibration,
                 tokens.unseen,
                 spec.calibration.special_tokens or tokens.usual,
+                tokens.drawn,
             ),
             validation=None if first is None else first.tokens,
             validation_dtype="float32" if spec.validation is None else spec.validation.compute_dtype,
@@ -248,7 +223,7 @@ class Orchestrator:
             modules=tuple(module for record in parts.blocks for module in record.modules),
             tasks=tuple(tasks),
             stages={"tokens": tokens.seconds, **self._watch.seconds},
-            software=_software(),
+            software=software(),
         )
 
     def _judged(self, report: Report, rivals: Mapping[str, Report], whole: OnWhole) -> Report:
@@ -276,8 +251,3 @@ def _task_reports(model: Blocks) -> list[TaskReport]:
         TaskReport(name=f"block {node.value.index}", reused=node.reused, timing=node.value.timing)
         for node in model.compress
     ]
-
-
-def _software() -> dict[str, str]:
-    """Versions of what made the artifact."""
-    return {name: metadata.version(name) for name in SOFTWARE}

@@ -26,6 +26,7 @@ from counterweight.pipeline.rates import MEASURED, Rates, rates_of
 from counterweight.pipeline.resolve import (
     block_recipe,
     check_block,
+    check_drawn,
     check_gates_apply,
     check_recipe,
     linears_of,
@@ -122,6 +123,8 @@ class Plan(Config):
     quantized: int
     source_bytes: int
     tokens: int
+    drawn_tokens: int = 0
+    """Further ones, for experts that see too few of these."""
     blocks: tuple[BlockPlan, ...]
     peak_bytes_per_worker: int
     """Where the arithmetic is done: on the host, its process included, or on a GPU."""
@@ -161,14 +164,16 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     gpu = None if device is None or device.endswith(MEASURED) else device
     memory = worker_memory(job, gpu, gpu_bytes)
     resolved = tuple(_resolved(job, source))
+    check_drawn(job.spec.calibration, source, [block.recipe for block in resolved])
     held = _held_bytes(job, resolved)
     costed = tuple(_costed(source, resolved, None if memory is None else memory.bytes - held))
     blocks = tuple(block.plan for block in costed)
     calibration = job.spec.calibration
-    tokens, unseen = (
-        count * calibration.sequence_length for count in (calibration.sequences, calibration.held_out_sequences)
+    tokens, drawn, unseen = (
+        count * calibration.sequence_length
+        for count in (calibration.sequences, calibration.drawn, calibration.held_out_sequences)
     )
-    boundary = (tokens + unseen) * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
+    boundary = (tokens + drawn + unseen) * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
     total = sum(_bytes(source, name) for name in source.tensors)
     loads = [block.load for block in costed]
     stored = quantized_bytes(loads)
@@ -198,6 +203,7 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         quantized=quantized,
         source_bytes=total,
         tokens=tokens,
+        drawn_tokens=drawn,
         blocks=blocks,
         peak_bytes_per_worker=peak,
         host_bytes_per_worker=host,

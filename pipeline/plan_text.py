@@ -16,7 +16,7 @@ def rows(found: Foresight, gpus_per_worker: float) -> list[tuple[str, str]]:
         ("model", f"{made.model_type}, {made.parameters:,} parameters, {bytes_text(made.source_bytes)}"),
         ("quantized", f"{made.quantized:,} weights in {len(made.blocks)} blocks"),
         ("artifact", _artifact(made)),
-        ("calibration", f"{made.tokens:,} tokens"),
+        ("calibration", f"{made.tokens:,} tokens" + (f", {made.drawn_tokens:,} drawn" if made.drawn_tokens else "")),
         ("peak per worker", _peak(made, gpus_per_worker)),
         ("arithmetic", f"{made.flops / 1e12:.3g} TFLOP ({_phases(made)})"),
         ("storage", f"{bytes_text(made.storage_read_bytes)} read, {bytes_text(made.storage_written_bytes)} written"),

@@ -285,6 +285,19 @@ class LiveProgress(Progress):
         ]
 
 
+class JsonProgress(Progress):
+    """Events as they are stored, a JSON object a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def on(self, event: Event) -> None:
+        from counterweight.pipeline.event_store import line_of
+
+        self._stream.write(line_of(event).decode())
+        self._stream.flush()
+
+
 class VerboseProgress(Progress):
     """Every event on a line of its own, with the seconds since the first, for whoever looks for the cause of something."""
 
@@ -302,8 +315,11 @@ class VerboseProgress(Progress):
         self._stream.flush()
 
 
-def make_progress(stream: TextIO, *, verbose: bool | None = None) -> Progress:
-    """The live display when `stream` is a terminal, plain lines otherwise; verbose: True for every event, False for nothing."""
+def make_progress(stream: TextIO, *, verbose: bool | None = None, json: bool = False) -> Progress:
+    """The live display when `stream` is a terminal, plain lines otherwise. verbose: True for every event, False for nothing;
+    json: every event as a JSON object."""
+    if json:
+        return JsonProgress(stream)
     if verbose is not None:
         return VerboseProgress(stream) if verbose else Silent()
     if not stream.isatty():

@@ -30,6 +30,7 @@ from counterweight.pipeline.artifact import DOCUMENT, LATEST
 from counterweight.pipeline.artifact.tags import TAG, TAGS
 from counterweight.pipeline.event_store import EVENTS
 from counterweight.pipeline.jobs.batch import BATCHES
+from counterweight.pipeline.jobs.drivers import NAME as DRIVER
 from counterweight.pipeline.jobs.schedule import SCHEDULES
 from counterweight.pipeline.jobs.store import JOBS, LOGS
 from counterweight.workers.checkpoint.strict_json import parse_object
@@ -57,7 +58,7 @@ RECORDS = "records"
 _BLOBS = "blobs"
 _ARTIFACTS = "unpublished artifacts"
 _PRUNES = "killed prunes"
-KINDS = (UNFINISHED, RECORDS, _BLOBS, _ARTIFACTS, "events", "failed reports", "probes", _PRUNES)
+KINDS = (UNFINISHED, RECORDS, _BLOBS, _ARTIFACTS, "events", "failed reports", "probes", "drivers", _PRUNES)
 
 _KEPT = "kept"
 _PLACES = [
@@ -70,6 +71,7 @@ _PLACES = [
         ("events", rf"({EVENTS}/[^/]+/[^/]+/)[0-9]+\.jsonl"),
         ("failed reports", rf"({WORK}/failed/[^/]+/)report\.(?:json|html)"),
         ("probes", rf"({re.escape(PROBES)}/[0-9a-f]{{32}}/)(?:once|plain|race-[0-9]+|seen)"),
+        ("drivers", DRIVER),
         (_KEPT, rf"[a-z0-9-]{{1,63}}/(?:{re.escape(LATEST)}|{TAGS}/{TAG}/[0-9]{{4}}\.json)"),
         (
             _KEPT,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
-from counterweight.pipeline.manifest import Validation
+from counterweight.pipeline.manifest import Calibration, Validation
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.residual_tuner import afford
 from counterweight.workers.errors import CheckpointError, ManifestError
@@ -65,6 +65,14 @@ def check_gates_apply(validation: Validation | None, source: ModelSource) -> Non
             raise ManifestError(
                 f"spec.validation.bounds.{index}.metric: {bound.metric!r}: expected another: {source.uri} has no experts"
             )
+
+
+def check_drawn(calibration: Calibration, source: ModelSource, recipes: Iterable[Mapping[str, ModuleRecipe]]) -> None:
+    """ManifestError for windows that are drawn for experts where none is compressed. recipes: of all blocks."""
+    if calibration.drawn and not any(map(calibration.experts_among, recipes)):
+        raise ManifestError(
+            f"spec.calibration.drawn: {calibration.drawn}: expected 0: the recipe compresses no expert of {source.uri}"
+        )
 
 
 def check_block(source: ModelSource, index: int, recipe: Mapping[str, ModuleRecipe], propagate: str) -> None:

@@ -64,7 +64,8 @@ def outlines(
     unseen: windows that are held out, None for as many as the manifest asks for."""
     calibration = job.spec.calibration
     unseen = calibration.held_out_sequences if unseen is None else unseen
-    solved = -(-calibration.sequences // shard_sequences(calibration.sequence_length))
+    together = shard_sequences(calibration.sequence_length)
+    solved = -(-calibration.sequences // together)
     return [
         BlockSpec(
             setting=setting,
@@ -78,7 +79,8 @@ def outlines(
             tokens=tokens,
             passes=block.passes,
             batch_bytes=block.batch_bytes,
-            held_out_from=solved if unseen else None,
+            drawn_from=solved if calibration.drawn else None,
+            held_out_from=solved - (-calibration.drawn // together) if unseen else None,
             flops=block.flops,
             bytes=block.source_bytes,
         )

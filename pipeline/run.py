@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from counterweight.pipeline.cluster import cluster
 from counterweight.pipeline.events import Doing, EventLog
 from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.observability.sinks import sinks
 from counterweight.pipeline.place import Place
 from counterweight.pipeline.policies import Resume
 from counterweight.pipeline.pool import PoolSize, StartedPool, threads_per_worker
-from counterweight.pipeline.preflight import look
+from counterweight.pipeline.preflight import Ready, look
 from counterweight.pipeline.ray_pool import RayPool
 from counterweight.workers.errors import CounterweightError
 from counterweight.workers.identity import Token, identity
@@ -23,6 +24,9 @@ from counterweight.workers.process import importing
 from counterweight.workers.storage import ObjectStore
 from counterweight.workers.storage.outages import OUTAGES
 from counterweight.workers.storage.probe import PROBES
+
+LATEST = "latest.json"
+"""Names the newest artifact of a name; `artifact.document` says the same, but imports torch."""
 
 if TYPE_CHECKING:
     from counterweight.pipeline.artifact import Published
@@ -47,8 +51,12 @@ def run_job(
     place = Place.of(job, address)
     size = pool_size(job, place)
     with EventLog(progress) as log, _told(log):
+        for reader in sinks(os.environ, log.note):
+            log.add(reader)
         log.emit(Doing("looking at the model and its texts"))
         ready = look(job)  # what is wrong with a model or a text is known before anything is started for it
+        if place.ray and resume is not Resume.NEVER and (done := _finished(job, ready, size, log)) is not None:
+            return done
         with _pool(place, size, ready.output, log) as pool:
             log.emit(Doing("loading torch" if place.ray else "loading torch and transformers"))
             # Ray's workers load torch and transformers now, and so does this process with torch. Not while Ray starts: an
@@ -62,6 +70,15 @@ def run_job(
             if not place.ray:
                 log.note(f"workers: {size.workers} of this machine, without Ray")
             return Orchestrator(job, opened, pool, device(), log, resume, beside).run()
+
+
+def _finished(job: CompressionJob, ready: Ready, size: PoolSize, log: EventLog) -> Published | None:
+    """The artifact of a job that is done already. Nothing is imported for it where no artifact of that name is there."""
+    if not ready.output.exists(f"{job.metadata.name}/{LATEST}"):
+        return None
+    with importing():
+        from counterweight.pipeline.finished import finished
+    return finished(job, ready, size.device, size.workers, log)
 
 
 @contextmanager

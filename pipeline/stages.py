@@ -86,15 +86,16 @@ class Outside:
 
 
 def add_embedding(job: Job, tokens: Tokens) -> Node[HiddenRecord]:
-    """The node that makes what enters block 0: of the calibration tokens, then of those that are held out."""
+    """The node that makes what enters block 0: of the calibration tokens, drawn ones, held-out ones."""
     embedding = job.source.layout.names.embedding
-    ids = [tokens.calibration.ids, *([] if tokens.unseen is None else [tokens.unseen.ids])]
-    read = TokenSet(torch.cat(ids))
+    further = [each.ids for each in (tokens.drawn, tokens.unseen) if each is not None]
+    read = TokenSet(torch.cat([tokens.calibration.ids, *further]))
     cost = carrying(job.source, [embedding], rotated=job.setting.rotation is not None)
     task = Embed(
         setting=job.setting,
         tokens=stored_tokens(job, read),
         tensor=(embedding, job.digests[embedding]),
+        drawn=0 if tokens.drawn is None else tokens.drawn.sequences,
         held_out=0 if tokens.unseen is None else tokens.unseen.sequences,
         bytes=cost.bytes + SINGLE * read.sequences * read.length * job.source.layout.hidden_size,
         flops=cost.flops,
@@ -140,7 +141,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
         propagate=propagate,
         budget=budget,
         stretches=stretches(
-            sum(shard_count(each) for each in (tokens.calibration, tokens.unseen)),
+            sum(shard_count(each) for each in (tokens.calibration, tokens.drawn, tokens.unseen)),
             source.layout.blocks,
             job.dispatcher.workers,
             job.threads,

@@ -27,7 +27,7 @@ class Request:
     sequences: int | None
     sampling: Sampling = "consecutive"
     seed: int = 0
-    further: int = 0
+    further: tuple[int, ...] = ()
     special_tokens: SpecialTokens = "text"
 
 
@@ -57,7 +57,7 @@ def requests(job: CompressionJob, usual: SpecialTokens) -> Iterator[Request]:
             sequences=calibration.sequences,
             sampling=calibration.sampling,
             seed=calibration.seed,
-            further=calibration.held_out_sequences,
+            further=(calibration.held_out_sequences, calibration.drawn),
             special_tokens=calibration.special_tokens or usual,
         )
     if validation is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.manifest.job import TextShare
@@ -27,12 +28,14 @@ from counterweight.workers.errors import RequestError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """The token sets of a job. unseen: windows of the calibration's source that nothing is solved on, None without any.
+    """The token sets of a job. drawn: further windows of the calibration's source, for experts that see too few tokens; unseen:
+    those that nothing is solved on; None without any.
     validation: by name, those of each text, all of one length; empty when it asks for none. trained, held_out: texts of a
     distillation, none without it. usual: what has special tokens where the manifest does not say it. seconds: what reading all
     took."""
 
     calibration: TokenSet
+    drawn: TokenSet | None = None
     unseen: TokenSet | None = None
     validation: Mapping[str, TokenSet]
     trained: tuple[TokenSet, ...] = ()
@@ -43,8 +46,9 @@ class Tokens:
     def within(self, vocabulary: int) -> Tokens:
         """Itself; RequestError when an id is not below the model's `vocabulary`."""
         self.calibration.within(vocabulary, CALIBRATION)
-        if self.unseen is not None:
-            self.unseen.within(vocabulary, CALIBRATION)
+        for further in (self.drawn, self.unseen):
+            if further is not None:
+                further.within(vocabulary, CALIBRATION)
         for name, windows in self.validation.items():
             windows.within(vocabulary, validation_field(name))
         for index, text in enumerate(self.trained):
@@ -77,10 +81,11 @@ def read_tokens(
     elif CALIBRATION not in found:
         raise ValueError("sampled: none: expected what the model wrote")
     trained, held_out = _distillation(job, found)
-    calibration, unseen = _divided(job, found[CALIBRATION])
+    calibration, drawn, unseen = _divided(job, found[CALIBRATION])
     asked = job.spec.validation
     return Tokens(
         calibration=calibration,
+        drawn=drawn,
         unseen=unseen,
         validation={name: found[validation_field(name)] for name in asked.sources} if asked is not None else {},
         trained=trained,
@@ -106,17 +111,28 @@ def _token_set(asked: Request, texts: Texts) -> TokenSet:
     )
 
 
-def _divided(job: CompressionJob, found: TokenSet) -> tuple[TokenSet, TokenSet | None]:
-    """The windows that are solved on, and those that are held out; RequestError where the manifest names more than are left."""
+def _divided(job: CompressionJob, found: TokenSet) -> tuple[TokenSet, TokenSet | None, TokenSet | None]:
+    """The windows that everything is solved on, those that are drawn for experts, and those that are held out. RequestError
+    where the manifest names more than are left. The source gives held-out ones first: they do not depend on how many are drawn.
+    """
     asked, ids = job.spec.calibration, found.ids
     further = len(ids) - asked.sequences
     if asked.held_out is not None and further < asked.held_out:
         raise RequestError(
             f"spec.calibration.held_out: {asked.held_out}: the source has {further} windows beside those that are solved on"
         )
-    if further < 1:
-        return found, None
-    return TokenSet(ids[: asked.sequences].contiguous()), TokenSet(ids[asked.sequences :].contiguous())
+    unseen = min(further, asked.held_out_sequences)
+    if further - unseen < asked.drawn:
+        raise RequestError(
+            f"spec.calibration.drawn: {asked.drawn}: the source has {further - unseen} windows beside {asked.sequences} that "
+            f"are solved on and {unseen} that are held out"
+        )
+    solved, held_out, drawn = ids.split([asked.sequences, unseen, asked.drawn])
+    return TokenSet(solved.contiguous()), _of(drawn), _of(held_out)
+
+
+def _of(windows: Tensor) -> TokenSet | None:
+    return TokenSet(windows.contiguous()) if len(windows) else None
 
 
 def _distillation(

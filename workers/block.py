@@ -246,6 +246,7 @@ def _solve(asked: _Asked, jobs: Sequence[_Job]) -> dict[str, tuple[CompressedLin
             group_size=part.form.group_size,
             rank=0 if branch is None else branch.rank,
             tokens=statistics.tokens if lack is None else lack.tokens,
+            drawn=statistics.drawn or 0,
             code_bits=part.code_bits,
             scale_bits=part.scale_bits,
             factor_bits=0 if branch is None else branch.bits,

@@ -137,14 +137,17 @@ def look(
     *,
     start: int = 0,
 ) -> list[Output]:
-    """Runs the block over its shards from `start` on: sums of those that are solved on, rows of those that are held out. What
-    `emit` makes of each output."""
+    """Runs the block over its shards from `start` on: sums of those that are solved on, of all groups or of those that lack
+    tokens; rows of those that are held out. What `emit` makes of each output."""
     inputs, originals = streams(context, spec, workspace)
-    seen = max(start, len(inputs) if spec.held_out_from is None else spec.held_out_from)
-    outputs = run_shards(held.loaded.block, inputs[start:seen], emit, held.sums, context.shards, originals[start:seen])
+    first, seen = (max(start, end) for end in spec.ends)
+    block, shards = held.loaded.block, context.shards
+    outputs = run_shards(block, inputs[start:first], emit, held.sums, shards, originals[start:first])
+    if inputs[first:seen]:
+        drawn = held.sums.drawing(spec.experts)
+        outputs += run_shards(block, inputs[first:seen], emit, drawn, shards, originals[first:seen])
     if held.unseen is not None and inputs[seen:]:
-        further = (inputs[seen:], emit, held.unseen, context.shards, originals[seen:])
-        outputs += run_shards(held.loaded.block, *further)
+        outputs += run_shards(block, inputs[seen:], emit, held.unseen, shards, originals[seen:])
     return outputs
 
 
@@ -213,11 +216,16 @@ def gathered(
     yield held.statistics
     for place in range(1, len(spec.passes)):
         gatherings = of_pass(spec, place, held.gatherings)
-        sums = RunningStatistics(held.loaded.block, gatherings, every_token=spec.every_token)
+        block = held.loaded.block
+        sums = RunningStatistics(block, gatherings, every_token=spec.every_token)
         inputs, originals = streams(context, spec.solving, workspace)
         paired = any(not is_expert(group[0]) for group in gatherings)
-        with held.loaded.block.asking(name for group in gatherings for name in group):
-            run_shards(held.loaded.block, inputs, lambda _: None, sums, context.shards, originals if paired else ())
+        with block.asking(name for group in gatherings for name in group):
+            run_shards(block, inputs, lambda _: None, sums, context.shards, originals if paired else ())
+        further = streams(context, spec, workspace)[0][slice(*spec.ends)]
+        if further and (drawn := sums.drawing(spec.experts)).gatherings:
+            with block.asking(name for group in drawn.gatherings for name in group):
+                run_shards(block, further, lambda _: None, drawn, context.shards)
         trim()
         yield held.fed(sums.result())
 

@@ -52,7 +52,7 @@ def feed(
     """
     starved: dict[int, list[SharedInputGroup]] = {}
     for group, found in statistics.packed.items():
-        few = is_expert(group[0]) and found.tokens < options.floor_of(found.width)
+        few = is_expert(group[0]) and options.lacking(found.width, found.tokens)
         if few and gatherings[group].anything:
             starved.setdefault(expert_of(group[0]), []).append(group)
     # One expert at a time, so that the sums of one are in memory twice.
@@ -62,6 +62,7 @@ def feed(
             own, layer = statistics.packed[group], _finite(group, sums.pop(group))
             lack = Starvation(
                 tokens=own.tokens,
+                drawn=own.drawn,
                 floor=options.floor_of(own.width),
                 rows=len(rows),
                 weight=options.weight_of(own.width),

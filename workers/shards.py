@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from torch import Tensor
 
 from counterweight.kernels.backend import runs_kernels
+from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, ShardMoments
+from counterweight.workers.drawing import DrawnStatistics
 from counterweight.workers.errors import RequestError
 from counterweight.workers.hooks import expert_hook, input_hooks
 from counterweight.workers.models.family import SharedInputGroup, expert_of, is_expert
@@ -67,6 +70,7 @@ class RunningStatistics:
         self.every_token = every_token
         self.sample = sample
         self._sums = {group: _accumulator(block, group, gathering) for group, gathering in gatherings.items()}
+        self._drawn: DrawnStatistics | None = None
 
     @property
     def bytes(self) -> int:
@@ -94,6 +98,19 @@ class RunningStatistics:
                 self._sums[group].add(shard)
             del shard
 
+    def drawing(self, options: ExpertCalibration | None) -> DrawnStatistics:
+        """What adds drawn shards to the sums of experts below their floor; below it when this is called first. options: how
+        experts are calibrated, None in a dense block, where nobody lacks tokens."""
+        if self._drawn is None:
+            experts = {group: sums for group, sums in self._sums.items() if is_expert(group[0])}
+            lacking = {
+                group: sums.tokens
+                for group, sums in experts.items()
+                if options is not None and options.lacking(sums.width, sums.tokens) and self.gatherings[group].anything
+            }
+            self._drawn = DrawnStatistics(self, lacking)
+        return self._drawn
+
     def take_rows(self) -> Tensor | None:
         """The tokens that are kept, which are kept no longer; None without any."""
         found, self.sample = self.sample, None
@@ -105,6 +122,8 @@ class RunningStatistics:
         for group, found in packed.items():
             if "xx" in found.triangles and not all_finite(found.triangles["xx"].entries):
                 raise RequestError(f"the input of {group[0]} is not finite on the calibration tokens")
+        for group, before in {} if self._drawn is None else self._drawn.lacking.items():
+            packed[group] = replace(packed[group], drawn=packed[group].tokens - before)
         return PackedStatistics(packed)
 
 

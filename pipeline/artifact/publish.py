@@ -24,7 +24,7 @@ from counterweight.pipeline.artifact.report_html import render
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError
 from counterweight.workers.interchange.compressed_tensors import QUANT_METHOD
 from counterweight.workers.ledger import Ledger
-from counterweight.workers.storage import sha256_hex
+from counterweight.workers.storage import ObjectStore, sha256_hex
 from counterweight.workers.storage.names import check_key
 
 
@@ -65,14 +65,18 @@ def publish(artifact: Artifact, report: Report, files: Mapping[str, FileEntry], 
     return Published(published.uri, published.document, existing=False)
 
 
-def before(artifact: Artifact) -> Earlier | None:
-    """The artifact of this name that was published last; None for the first, and where its pointer or document is damaged,
-    which is no matter of this artifact."""
+def latest(store: ObjectStore, name: str) -> Published | None:
+    """The artifact of a name that was published last; None without one, and where its pointer or document is damaged."""
     try:
-        pointer = json.loads(artifact.store.read(f"{artifact.name}/{LATEST}"))
-        found = Artifact(artifact.store, artifact.name, check_key(str(pointer["id"]))).published()
+        pointer = json.loads(store.read(f"{name}/{LATEST}"))
+        return Artifact(store, name, check_key(str(pointer["id"]))).published()
     except (ObjectNotFoundError, RequestError, ValueError, KeyError, TypeError):
         return None
+
+
+def before(artifact: Artifact) -> Earlier | None:
+    """The artifact of this name that was published last before this one; None for the first."""
+    found = latest(artifact.store, artifact.name)
     if found is None or found.document.id == artifact.id:
         return None
     document = found.document

@@ -59,12 +59,14 @@ class Judged(Config):
 
 
 class TokensReport(Config):
-    """A token set. digest: of its ids. held_out: further windows, which nothing is solved on."""
+    """A token set. digest: of its ids. drawn: further windows, for experts that saw too few tokens of these. held_out: further
+    ones, which nothing is solved on."""
 
     source: Mapping[str, object]
     sequences: int
     sequence_length: int
     digest: str
+    drawn: int = 0
     held_out: int = 0
     special_tokens: SpecialTokens = "text"
     """What has the tokenizer's special tokens around it."""
@@ -211,13 +213,15 @@ def tokens_report(
     tokens: TokenSet,
     unseen: TokenSet | None = None,
     special_tokens: SpecialTokens = "text",
+    drawn: TokenSet | None = None,
 ) -> TokensReport:
-    """A token set and where it came from; unseen: further windows of it, which nothing is solved on."""
+    """A token set and where it came from; unseen, drawn: further windows of it, see `TokensReport`."""
     return TokensReport(
         source=source.model_dump(mode="json"),
         sequences=tokens.sequences,
         sequence_length=tokens.length,
         digest=tokens.digest,
+        drawn=0 if drawn is None else drawn.sequences,
         held_out=0 if unseen is None else unseen.sequences,
         special_tokens=special_tokens,
     )

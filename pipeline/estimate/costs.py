@@ -18,7 +18,6 @@ from counterweight.workers.footprint.load import Group, Load, factors, packed
 from counterweight.workers.matrix_bytes import SINGLE
 from counterweight.workers.matrix_flops import Work, elementwise
 from counterweight.workers.parallel import AHEAD, PARALLEL_WIDTH
-from counterweight.workers.tasks.setting import shard_sequences
 
 BEGINNING, STREAMED, ENDING = (
     ("read", "rotate", "prepare"),
@@ -72,12 +71,11 @@ def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates, *, judged: i
     kept = load.compute * (load.parameters - solved)
     stored = sum(packed(group) for group in load.groups) + branch + kept
     rotated = rotating(load)
-    hidden = (load.tokens + load.unseen) * load.hidden * load.compute
+    hidden = load.all_tokens * load.hidden * load.compute
     running = load.parameters * load.compute
-    once = run(load, load.tokens + load.unseen)
+    once = run(load, load.all_tokens)
     forward = rates.seconds(arithmetic.forward + once * -float(load.passed), itemsize=load.compute) / threads
     statistics = _statistics(load, arithmetic.statistics, rates) / threads
-    count = load.shards - (-load.held_out // shard_sequences(load.length))
     passing = rates.seconds(once, itemsize=load.compute) / threads
     steps = {
         "read": rates.read(load.source_bytes) + rates.moved(running),
@@ -94,12 +92,12 @@ def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates, *, judged: i
     }
     return BlockSeconds(
         steps=steps,
-        shards=count,
+        shards=load.all_shards,
         stored=round(stored),
         branch=round(branch),
         evaluated=rates.seconds(run(load, load.tokens), itemsize=judged) / load.tokens,
         read_back=rates.seconds(elementwise(DEQUANTIZED * solved)),
-        edge=(passes(load) + 1) * (rates.received(hidden) + rates.moved(hidden)) / count if load.gpu else 0.0,
+        edge=(passes(load) + 1) * (rates.received(hidden) + rates.moved(hidden)) / load.all_shards if load.gpu else 0.0,
         passed={
             "hidden states": _waiting(load, rates, hidden, 1, passing),
             "forward": passing,

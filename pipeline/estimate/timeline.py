@@ -131,13 +131,11 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node
     """Runs the nodes that `stages.add_model`, `add_outside` and `add_references` add; gives the last, which may run on."""
     spec, rates, graph = costs.job.spec, costs.rates, dispatcher.graph
     calibration, propagate = spec.calibration, spec.calibration.propagated
-    together, held_out = shard_sequences(calibration.sequence_length), calibration.held_out_sequences
-    shards = -(-calibration.sequences // together) - (-held_out // together)
+    together = shard_sequences(calibration.sequence_length)
+    kinds = (calibration.sequences, calibration.drawn, calibration.held_out_sequences)
+    shards = sum(-(-kind // together) for kind in kinds)
     hidden = (
-        (calibration.sequences + held_out)
-        * calibration.sequence_length
-        * costs.source.layout.hidden_size
-        * ITEMSIZE[calibration.compute_dtype]
+        sum(kinds) * calibration.sequence_length * costs.source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
     )
     table = costs.bytes_of(costs.source.layout.names.embedding)
     embed = Simulated(

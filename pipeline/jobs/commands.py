@@ -21,7 +21,7 @@ FOLLOW_SECONDS = 1.0
 
 def register(app: typer.Typer) -> None:
     """Adds the commands about jobs to the application."""
-    for command in (submit, status, logs, cancel, report, work, limits):
+    for command in (submit, status, logs, cancel, delete, report, work, limits):
         app.command()(command)
     app.command("list")(list_jobs)
 
@@ -34,6 +34,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Say how a job or a batch stands and what happened to it; without an id, how many there are and which are next."""
+    from counterweight.pipeline.jobs.drivers import obstacle_of
     from counterweight.pipeline.jobs.facts import batch_facts, counts, facts, history, rows, schedule_facts, table
     from counterweight.pipeline.jobs.requests import batch_or_job
     from counterweight.pipeline.jobs.schedule import Schedules, is_schedule
@@ -66,10 +67,11 @@ def status(
             )
             print_table(table(batch.jobs))
     elif job is not None:
+        why = obstacle_of(jobs, job)
         if as_json:
-            print_json({**facts(job), "journal": history(job)})
+            print_json({**facts(job), "obstacle": why, "journal": history(job)})
         else:
-            print_rows(f"job {job.id}", rows(job))
+            print_rows(f"job {job.id}", [*rows(job), *([] if why is None else [("obstacle", why)])])
 
 
 def logs(
@@ -152,16 +154,35 @@ def list_jobs(
         else:
             print_table(schedule_table(told))
         return
-    ids = None if batch is None else members(jobs, batch)
+    ids, wanted = (
+        None if batch is None else members(jobs, batch),
+        next((one for one in State if one.value == state), None),
+    )
     chosen = [
         job
         for job in jobs.all()
-        if state in (None, job.state.value) and tenant in (None, job.record.tenant) and (ids is None or job.id in ids)
+        if job.listed(wanted) and tenant in (None, job.record.tenant) and (ids is None or job.id in ids)
     ]
     if as_json:
         print_json([facts(job) for job in chosen])
     else:
         print_table(table(chosen))
+
+
+def delete(
+    id: Annotated[str, typer.Argument(metavar="ID", help="Id of a job.", show_default=False)],
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a job that is at its end out of sight, with its logs. Its artifact stays; its manifest can be submitted anew."""
+    from counterweight.pipeline.jobs.facts import facts
+    from counterweight.pipeline.jobs.lease import delete as delete_job
+
+    deleted = delete_job(jobs_at(store), id)
+    if as_json:
+        print_json(facts(deleted))
+    else:
+        typer.echo(f"{deleted.id}  {deleted.state.value}")
 
 
 def report(

@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from counterweight.pipeline.jobs.attempt import FLUSH_SECONDS, Attempt, Exit, Starter, without_credentials
+from counterweight.pipeline.jobs.drivers import lacks
 from counterweight.pipeline.jobs.job import Job
 from counterweight.pipeline.jobs.journal import MAX_LINE, Ended
 from counterweight.pipeline.jobs.lease import BEAT_SECONDS, LAPSE_SECONDS, Lease, Standing, cancel, close, take
@@ -60,14 +61,15 @@ def holder_name() -> str:
 @dataclass
 class Driver:
     """start: begins an attempt. note: told what people should see. meanwhile: done every few seconds, whether or not there is
-    a job: schedules fire. pause: sleeps for so many seconds. beat: seconds between two
-    beats. lapse: seconds without one after which others take over."""
+    a job: schedules fire. gpus: that workers can have; None: whatever the cluster has. pause: sleeps for so many seconds.
+    beat: seconds between two beats. lapse: seconds without one after which others take over."""
 
     jobs: JobStore
     start: Starter
     note: Callable[[str], None]
     retries: JobRetries = field(default_factory=JobRetries)
     meanwhile: Callable[[], None] = lambda: None
+    gpus: int | None = None
     pause: Callable[[float], None] = time.sleep
     beat: float = BEAT_SECONDS
     lapse: float = LAPSE_SECONDS
@@ -102,7 +104,12 @@ class Driver:
 
     def _next(self, jobs: Sequence[Job]) -> Lease | None:
         """The lease of the first job that may start and that nobody else takes."""
-        for id in startable([entrant_of(job) for job in jobs], self.jobs.limits()):
+        left = self._left(jobs)
+        # One that has a place already keeps it; one that waits takes none from those that can start here.
+        counted = [entrant_of(job) for job in jobs if job.state.active or job.id not in left]
+        for id in startable(counted, self.jobs.limits()):
+            if id in left:
+                continue
             lease = take(self.jobs, id, self.holder, self.lapse)
             if lease is None:
                 continue
@@ -111,6 +118,13 @@ class Driver:
                 return None
             return lease
         return None
+
+    def _left(self, jobs: Sequence[Job]) -> set[str]:
+        """Ids of the jobs that wait and that this driver's devices are not enough for."""
+        found = {job.id: lack for job in jobs if job.state.ready and (lack := lacks(job.record.manifest, self.gpus))}
+        for lack in list(found.values())[:1]:
+            self._say(f"left to other drivers: {', '.join(list(found)[:5])}: {lack}")
+        return set(found)
 
     def drive(self, lease: Lease) -> None:
         """One attempt under a lease, to its end. What interrupts this process gives the job back."""

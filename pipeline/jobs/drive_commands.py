@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from counterweight.pipeline.jobs.options import STORE, STORE_HELP, AsJson, Store, jobs_at
+from counterweight.pipeline.log_format import Format, LogFormat, teller
 from counterweight.pipeline.terminal import SET_HELP, absolute, print_json, print_rows
 
 if TYPE_CHECKING:
+    from counterweight.pipeline.jobs.attempt import Starter
     from counterweight.pipeline.manifest import Submission
 
 
@@ -82,36 +84,44 @@ def work(
     store: Store = None,
     until: Annotated[
         str | None,
-        typer.Option(
-            metavar="ID",
-            help="End when this job or batch does, with its exit code.",
-            show_default=False,
-        ),
+        typer.Option(metavar="ID", help="End when this job or batch does, with its exit code.", show_default=False),
     ] = None,
     idle: Annotated[bool, typer.Option("--idle", help="End when all jobs are at their end.")] = False,
     address: Annotated[
         str | None, typer.Option(help="Where jobs have their workers, as of `run`.", show_default=False)
     ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=0, help="GPUs of this machine, where jobs have their workers here; default: all of them."),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Where Prometheus finds the metrics of this driver's runs."),
+    ] = None,
+    log_format: Format = LogFormat.TEXT,
 ) -> None:
     """Drive jobs: whichever may start, one after the other; take over those whose driver died; and fire schedules."""
     from functools import partial
 
     from counterweight.pipeline.jobs.attempt import ProcessAttempt
-    from counterweight.pipeline.jobs.drive import Driver, never, until_ended, until_idle
+    from counterweight.pipeline.jobs.drive import never, until_ended, until_idle
     from counterweight.pipeline.jobs.requests import members
-    from counterweight.pipeline.jobs.schedule import Schedules
+    from counterweight.pipeline.jobs.standby import devices, measured, stand_by
     from counterweight.workers.errors import RequestError
 
     if until is not None and idle:
         raise RequestError("--until with --idle: expected one of them")
     jobs = jobs_at(store)
     ids = [] if until is None else members(jobs, until)
-    start = partial(ProcessAttempt, arguments=() if address is None else ("--address", address))
-    # Whoever stays fires the schedules of the store; whoever is there for some jobs alone does not.
-    fire = (lambda: None) if ids or idle else Schedules(jobs).tick
-    typer.echo(f"drives the jobs of {jobs.store.uri}", err=True)
-    driver = Driver(jobs, start, note=lambda text: typer.echo(text, err=True), meanwhile=fire)
-    driver.work(until_idle if idle else until_ended(*ids) if ids else never)
+    start: Starter = partial(ProcessAttempt, arguments=() if address is None else ("--address", address))
+    stand_by(
+        jobs,
+        start if metrics is None else measured(start, metrics),
+        teller(log_format, "counterweight.driver"),
+        enough=until_idle if idle else until_ended(*ids) if ids else never,
+        gpus=devices(address, gpus),
+        fires=not (ids or idle),  # whoever is there for some jobs alone does not
+    )
     raise typer.Exit(max((jobs.get(id).exit_code for id in ids), default=0))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from counterweight.pipeline.jobs.journal import Cancel, Ended, Entry, Leased
+from counterweight.pipeline.jobs.journal import Cancel, Deleted, Ended, Entry, Leased
 from counterweight.pipeline.jobs.record import JobRecord
 from counterweight.pipeline.jobs.states import Cause, State
 from counterweight.workers.errors import SurroundingsError
@@ -40,10 +40,15 @@ class Job:
     def id(self) -> str:
         return self.record.id
 
+    def listed(self, state: State | None) -> bool:
+        """Whether it is among the jobs in a state; None: among all that are in sight."""
+        return self.state is state if state is not None else self.state is not State.DELETED
+
     @property
     def ended(self) -> Ended | None:
         """How the last attempt ended; None while there is none or another one runs."""
-        last = next((dated.entry for dated in reversed(self.journal) if not isinstance(dated.entry, Cancel)), None)
+        past = (dated.entry for dated in reversed(self.journal))
+        last = next((entry for entry in past if not isinstance(entry, Cancel | Deleted)), None)
         return last if isinstance(last, Ended) else None
 
     @property
@@ -76,7 +81,7 @@ def fold(
     """beats: number of a lease -> when its holder was last heard of."""
     lease: int | None = None
     last: Dated | None = None
-    cancelled = False
+    cancelled = deleted = False
     failures: Counter[Cause] = Counter()
     for number, dated in enumerate(journal, 1):
         match dated.entry:
@@ -85,6 +90,8 @@ def fold(
                 lease = number
             case Cancel():
                 cancelled = True
+            case Deleted():
+                deleted = True
             case Ended(cause=cause, again=again):
                 failures[cause] += again
                 lease, last = None, dated
@@ -94,7 +101,7 @@ def fold(
         record=record,
         submitted=submitted,
         journal=tuple(journal),
-        state=_state(last, lease, live, cancelled, now >= due),
+        state=State.DELETED if deleted else _state(last, lease, live, cancelled, now >= due),
         lease=lease,
         live=live,
         due=due,

@@ -49,7 +49,15 @@ class Ended(Config):
     artifact: str | None = None
 
 
-Entry = Leased | Cancel | Ended
+class Deleted(Config):
+    """The job, which was at its end, is out of sight from now on."""
+
+    kind: Literal["deleted"] = "deleted"
+    nonce: str = Field(default_factory=_nonce)
+    line: Annotated[str, Field(max_length=MAX_LINE)] = ""
+
+
+Entry = Leased | Cancel | Ended | Deleted
 
 ENTRY: TypeAdapter[Entry] = TypeAdapter(Annotated[Entry, Field(discriminator="kind")])
 """Reads and writes entries as JSON."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from counterweight.pipeline.jobs.job import Job
-from counterweight.pipeline.jobs.journal import Cancel, Ended, Leased
+from counterweight.pipeline.jobs.journal import Cancel, Deleted, Ended, Leased
 from counterweight.pipeline.jobs.states import Cause, State
 from counterweight.pipeline.jobs.store import JobStore
+from counterweight.workers.errors import RequestError
 
 LAPSE_SECONDS = 15.0
 """Without a beat for so long a driver counts as dead. Longer than a store's hiccup and a machine's busiest moment: a driver
@@ -75,6 +76,21 @@ def cancel(jobs: JobStore, id: str, line: str = "") -> Job:
 def close(jobs: JobStore, id: str, line: str = "") -> None:
     """Ends a job that is to be cancelled and that nobody drives."""
     jobs.append(id, Ended(cause=Cause.CANCELLED, line=line), lambda job: job.abandoned)
+
+
+def delete(jobs: JobStore, id: str, line: str = "") -> Job:
+    """Puts a job that is at its end out of sight, with what its runs said; its artifact stays. Done again, it ends what was
+    begun. RequestError where there is no such job, and for one that is not at its end; StorageError."""
+    if not jobs.get(id).state.terminal:
+        raise NotAtEndError(f"job {id}: is not at its end: expected it to be cancelled first")
+    jobs.append(id, Deleted(line=line), lambda job: job.state is not State.DELETED)
+    for info in list(jobs.store.list(jobs.logs_of(id))):
+        jobs.store.delete(info.key)
+    return jobs.get(id)
+
+
+class NotAtEndError(RequestError):
+    """The job is not at its end."""
 
 
 def _cancelled(job: Job) -> bool:

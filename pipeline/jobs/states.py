@@ -20,6 +20,8 @@ class State(Enum):
     SUCCEEDED = ("succeeded", True, False, False)
     FAILED = ("failed", True, False, False)
     CANCELLED = ("cancelled", True, False, False)
+    DELETED = ("deleted", True, False, False)
+    """Nobody wants to see it any more. Its record stays, so that its number is not given twice."""
 
     terminal: bool
     active: bool

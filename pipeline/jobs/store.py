@@ -12,7 +12,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from counterweight.pipeline.jobs.job import Dated, Job, fold
-from counterweight.pipeline.jobs.journal import ENTRY, Entry
+from counterweight.pipeline.jobs.journal import ENTRY, Deleted, Entry
 from counterweight.pipeline.jobs.queue import Entrant, Limits, in_order, startable
 from counterweight.pipeline.jobs.record import JOB_ID, JobRecord
 from counterweight.workers.config import first_problem
@@ -88,14 +88,14 @@ class JobStore:
         """Appends an entry to a job's journal: the only writer of what changes. Its number, or None where it is not allowed.
 
         allowed: whether the entry makes sense for the job as it is; asked again whenever somebody else was faster. A job at its
-        end takes no entry. UnknownIdError when there is no such job.
+        end takes none but that it is deleted. UnknownIdError when there is no such job.
         """
         while True:
             job = self.get(id)
             mine = [number for number, dated in enumerate(job.journal, 1) if dated.entry.nonce == entry.nonce]
             if mine:  # created before, and the answer was lost
                 return mine[0]
-            if job.state.terminal or not allowed(job):
+            if (job.state.terminal and not isinstance(entry, Deleted)) or not allowed(job):
                 return None
             number = len(job.journal) + 1
             if self.store.create(f"{JOBS}/{id}/journal/{number:04}.json", ENTRY.dump_json(entry)):
@@ -115,6 +115,10 @@ class JobStore:
     def set_limits(self, limits: Limits) -> None:
         """For all who drive jobs of this store, from their next look on."""
         self.store.write(LIMITS, limits.model_dump_json(indent=1).encode())
+
+    def logs_of(self, id: str) -> str:
+        """Where the words of all its runs lie."""
+        return f"{LOGS}/{id}/"
 
     def log_prefix(self, id: str, lease: int) -> str:
         """Where the words of the run under a lease lie."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from counterweight.pipeline.jobs.job import Job
 from counterweight.pipeline.jobs.record import BatchPart, JobRecord, record_of
+from counterweight.pipeline.jobs.states import State
 from counterweight.pipeline.jobs.store import JOBS, JobStore
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.workers.errors import RequestError
@@ -21,7 +22,7 @@ def submit_job(
     batch: BatchPart | None = None,
     again: bool = False,
 ) -> tuple[Job, bool]:
-    """The job of a manifest, and whether this call made it: submitted twice, it is one job, unless `again`.
+    """The job of a manifest, and whether this call made it: submitted twice, it is one job, unless `again`, or it was deleted.
 
     RequestError for a manifest with a credential in it, for a wrong tenant, and for a store without an atomic create;
     StorageError.
@@ -30,15 +31,11 @@ def submit_job(
     def made(number: int) -> JobRecord:
         return record_of(manifest, tenant=tenant, priority=priority, batch=batch, again=number)
 
-    first = made(0)
-    job, created = put_job(jobs, first)
-    if created or not again:
-        return job, created
-    for number in range(1, MAX_AGAIN):
-        record = made(number)
-        if jobs.submit(record):
-            return jobs.get(record.id), True
-    raise RequestError(f"job {first.id}: submitted {MAX_AGAIN} times: expected fewer")
+    for number in range(MAX_AGAIN):
+        job, created = put_job(jobs, made(number))
+        if created or not (again or job.state is State.DELETED):
+            return job, created
+    raise RequestError(f"job {made(0).id}: submitted {MAX_AGAIN} times: expected fewer")
 
 
 def put_job(jobs: JobStore, record: JobRecord) -> tuple[Job, bool]:

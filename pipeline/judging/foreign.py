@@ -47,7 +47,10 @@ class Foreign:
             raise RequestError(f"{uri}: expected an artifact of ours, a folder of this machine, or hf:owner/name")
         files = sorted(folder.glob("*.safetensors"))
         if not (folder / "config.json").is_file() or not files:
-            raise RequestError(f"{uri}: expected artifact.json, or config.json and weights in safetensors")
+            raise RequestError(
+                f"{uri}: no artifact.json and no latest.json, nor config.json and weights in safetensors: expected an "
+                "artifact, or a checkpoint that transformers loads"
+            )
         try:
             config = json.loads((folder / "config.json").read_text())
         except ValueError as error:

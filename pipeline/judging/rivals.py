@@ -30,11 +30,14 @@ def read_rivals(validation: Validation | None, tokens: Mapping[str, TokenSet]) -
             continue
         field = f"spec.validation.bounds.{index}.no_worse_than: {uri}"
         report = found.setdefault(uri, read_report(uri))
-        if same_text(report, tokens[bound.text].digest) is None:
+        text = same_text(report, tokens[bound.text].digest)
+        if text is None:
             raise RequestError(
                 f"{field}: its report is not about the tokens of {bound.text!r}: expected the same text, windows, "
                 "sequence_length and tokenizer"
             )
+        if getattr(text.compensated, bound.metric, None) is None:
+            raise RequestError(f"{field}: its report has no {bound.metric}: expected it, or a bound on another metric")
         if report.validation_dtype != validation.compute_dtype:
             raise RequestError(
                 f"{field}: measured in {report.validation_dtype}: expected {validation.compute_dtype}, as "

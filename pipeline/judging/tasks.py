@@ -42,6 +42,11 @@ def judge_tasks(tasks: Mapping[str, HarnessTask], found: TaskScores) -> Iterator
             field = f"spec.validation.tasks.{name}.max_drop.{metric}"
             if metric not in original.scores:
                 raise RequestError(f"{field}: expected one of {', '.join(original.scores)}")
+            if task.significance is not None and not original.items.get(metric):
+                raise RequestError(
+                    f"spec.validation.tasks.{name}.significance: {task.significance:g}: expected null: {metric} is of all "
+                    "items together, and a paired test needs a number for each"
+                )
             before, after = original.scores[metric], compressed.scores[metric]
             sign = 1.0 if original.higher_is_better[metric] else -1.0
             drop = sign * (before - after)

@@ -11,7 +11,6 @@ from itertools import product
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from cronsim import CronSim, CronSimError
 from pydantic import Field, JsonValue, StringConstraints, field_validator, model_validator
 
 from counterweight.pipeline.manifest.calibration import Section
@@ -87,6 +86,8 @@ class BatchSpec(Section):
         if value is not None:
             if len(value.split()) != 5:
                 raise ValueError("expected five fields: minute, hour, day of month, month, day of week")
+            from cronsim import CronSim, CronSimError  # which reading an artifact, as engines do, need not have
+
             try:
                 next(CronSim(value, datetime(2000, 1, 1, tzinfo=UTC)))
             except (CronSimError, StopIteration) as error:

@@ -54,6 +54,12 @@ class Calibration(Section):
     one for sixteen that are solved on, of 4096 tokens in all, as far as the source goes. 0: none, and errors are
     those of the tokens that were solved on, as always where the model writes its own.
     """
+    drawn: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Further windows of the source for experts that see fewer tokens than `experts.floor` asks for in the others:
+    these are solved on the tokens that they see of them too, everything else is not. All of them run through every
+    block, because which experts of later blocks lack tokens is not known when a window passes the first. 0: none,
+    as always where the model writes its own.
+    """
     propagate: Literal["original", "compressed"] = "original"
     """`original`: every block sees the original model's activations, and all blocks are independent;
     `compressed`: a block sees what the compressed blocks before it produce, one block after the other.
@@ -100,6 +106,14 @@ class Calibration(Section):
     def _samples_have_no_more(self) -> Calibration:
         if self.held_out and isinstance(self.source, ModelSamples):
             raise ValueError(f"held_out: {self.held_out}: expected null or 0 where the model writes its own tokens")
+        if self.drawn and isinstance(self.source, ModelSamples):
+            raise ValueError(f"drawn: {self.drawn}: expected 0 where the model writes its own tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _draws_for_somebody(self) -> Calibration:
+        if self.drawn and not self.experts.samples:
+            raise ValueError(f"drawn: {self.drawn}: expected 0 with experts.floor 0 or experts.every_token")
         return self
 
     def experts_among(self, linears: Iterable[str]) -> ExpertCalibration | None:

@@ -218,6 +218,8 @@ def canonical(job: CompressionJob) -> bytes:
     spec["calibration"]["propagate"] = job.spec.calibration.propagated
     if job.spec.calibration.segment_blocks in (None, 1):
         del spec["calibration"]["segment_blocks"]  # younger than artifacts whose ids were made without it
+    if not job.spec.calibration.drawn:
+        del spec["calibration"]["drawn"]  # younger than artifacts whose ids were made without it
     del spec["calibration"]["held_out"]  # decides what errors are measured on, whose digest the caller adds
     if spec["validation"] is not None:
         spec["validation"]["sequence_length"] = job.spec.validation_sequence_length

@@ -56,6 +56,7 @@ def _at_least(role: Role) -> Callable[[Principal], Principal]:
     return dependency
 
 
+Monitor = Annotated[Principal, Depends(_at_least(Role.MONITOR))]
 Viewer = Annotated[Principal, Depends(_at_least(Role.VIEWER))]
 Submitter = Annotated[Principal, Depends(_at_least(Role.SUBMITTER))]
 Context = Annotated[Service, Depends(service_of)]

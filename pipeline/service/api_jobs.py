@@ -8,18 +8,29 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Path, Query, Response
 
 from counterweight.pipeline.jobs.batch import BATCH_ID
+from counterweight.pipeline.jobs.drivers import drivers, obstacle_of
 from counterweight.pipeline.jobs.facts import counts, facts, history
 from counterweight.pipeline.jobs.job import Job
-from counterweight.pipeline.jobs.lease import cancel
+from counterweight.pipeline.jobs.lease import NotAtEndError, cancel, delete
 from counterweight.pipeline.jobs.record import HIGHEST_PRIORITY, JOB_ID, TENANT
 from counterweight.pipeline.jobs.states import State
 from counterweight.pipeline.jobs.store import queue_of
-from counterweight.pipeline.service.access import Context, Submitter, Viewer, find_job, tenant_for, visible_jobs
+from counterweight.pipeline.service.access import (
+    Context,
+    Monitor,
+    Submitter,
+    Viewer,
+    find_job,
+    tenant_for,
+    visible_jobs,
+)
 from counterweight.pipeline.service.bodies import ManifestBody, documented
 from counterweight.pipeline.service.cursors import page
-from counterweight.pipeline.service.models import JobDetail, JobFacts, JobPage, QueueFacts
+from counterweight.pipeline.service.models import DriverList, JobDetail, JobFacts, JobPage, QueueFacts
+from counterweight.pipeline.service.problems import Refused
 from counterweight.pipeline.service.streams import END, EventSource, LogSource, place_in, streamed
 from counterweight.pipeline.service.submission import Order, create_job
+from counterweight.pipeline.service.tokens import Role
 
 MANIFEST = {
     "type": "object",
@@ -96,7 +107,7 @@ def list_jobs(
     chosen = [
         job
         for job in visible_jobs(service, principal)
-        if state in (None, job.state) and tenant in (None, job.record.tenant) and batch in (None, _batch(job))
+        if job.listed(state) and tenant in (None, job.record.tenant) and batch in (None, _batch(job))
     ]
     shown, following = page(chosen, cursor, limit)
     return {"jobs": [facts(job) for job in shown], "next": following}
@@ -122,7 +133,26 @@ def queue(service: Context, principal: Viewer) -> dict[str, object]:
 def get_job(service: Context, principal: Viewer, id: Id) -> dict[str, object]:
     """Say how a job stands, and what happened to it."""
     job = find_job(service, principal, id)
-    return {**facts(job), "journal": history(job), "manifest": json.loads(job.record.manifest.model_dump_json())}
+    manifest = json.loads(job.record.manifest.model_dump_json())
+    told = {"obstacle": obstacle_of(service.jobs, job), "journal": history(job), "manifest": manifest}
+    return {**facts(job), **told}
+
+
+@router.get("/drivers", response_model=DriverList)
+def list_drivers(service: Context, principal: Monitor) -> dict[str, object]:
+    """List the drivers that were heard of lately: what they have, and, for an admin, what they said last."""
+    told = principal.role is Role.ADMIN
+    return {
+        "drivers": [
+            {
+                "holder": one.record.holder,
+                "gpus": one.record.gpus,
+                "heard": one.heard.isoformat(timespec="seconds"),
+                "said": one.record.said if told else None,
+            }
+            for one in drivers(service.jobs)
+        ]
+    }
 
 
 @router.post("/jobs/{id}/cancel", response_model=JobFacts)
@@ -130,6 +160,20 @@ def cancel_job(service: Context, principal: Submitter, id: Id) -> dict[str, obje
     """Stop a job; what it has finished is kept. A job at its end stays as it is."""
     find_job(service, principal, id)
     return facts(cancel(service.jobs, id, f"by {principal.name}"))
+
+
+@router.delete(
+    "/jobs/{id}",
+    response_model=JobFacts,
+    responses={409: {"description": "It is not at its end."}},
+)
+def delete_job(service: Context, principal: Submitter, id: Id) -> dict[str, object]:
+    """Put a job that is at its end out of sight, with its logs. Its artifact stays; the same manifest becomes another job."""
+    find_job(service, principal, id)
+    try:
+        return facts(delete(service.jobs, id, f"by {principal.name}"))
+    except NotAtEndError as error:
+        raise Refused(409, str(error)) from error
 
 
 @router.get("/jobs/{id}/events", response_class=Response, responses={200: STREAM, 204: OVER})

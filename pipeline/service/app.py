@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from counterweight.pipeline.service import api_artifacts, api_batches, api_jobs, health, pages
+from counterweight.pipeline.service import api_artifacts, api_batches, api_jobs, health, metrics, pages
 from counterweight.pipeline.service.context import Service
 from counterweight.pipeline.service.headers import SecurityHeaders
 from counterweight.pipeline.service.problems import MEDIA_TYPE, Problem, Refused, answer, refusal_of
@@ -55,10 +55,14 @@ def make_app(service: Service, *, fires: bool = False) -> FastAPI:
         v1.include_router(part.router)
     app.include_router(v1)
     app.include_router(health.router, responses=refusals)
+    app.include_router(metrics.router)
     app.include_router(pages.router)
     for kind in (Refused, CounterweightError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _refuse)
     app.add_middleware(SecurityHeaders)
+    if (requests := metrics.make_requests()) is not None:
+        app.state.requests = requests
+        app.add_middleware(metrics.Measured, requests=requests)
     make_openapi = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from counterweight.pipeline.jobs.options import Store, jobs_at
+from counterweight.pipeline.log_format import Format, LogFormat, logging_config
 
 if TYPE_CHECKING:
     from counterweight.pipeline.service.tokens import Tokens
@@ -43,6 +45,7 @@ def serve(
     schedules: Annotated[
         bool, typer.Option("--schedules/--no-schedules", help="Fire the store's schedules, as `work` does.")
     ] = True,
+    log_format: Format = LogFormat.TEXT,
 ) -> None:
     """Serve the jobs of a store over HTTP: an API for programs and pages for people. `counterweight work` drives the jobs."""
     from counterweight.workers.errors import RequestError
@@ -70,6 +73,9 @@ def serve(
         host=host,
         port=port,
         access_log=False,
+        log_config=uvicorn.config.LOGGING_CONFIG
+        if (told := logging_config(log_format, sys.stderr)) is None
+        else dict(told),
         log_level="info",
         server_header=False,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,

@@ -39,6 +39,8 @@ class JobFacts(Config):
 class JobDetail(JobFacts):
     """A job, its history and what was asked."""
 
+    obstacle: str | None
+    """Why no driver that stands by can run it, where it waits for one."""
     journal: Sequence[Mapping[str, JsonValue]]
     manifest: Mapping[str, JsonValue]
 
@@ -56,6 +58,22 @@ class QueueFacts(Config):
     jobs: Mapping[str, int]
     queue: Sequence[str]
     startable: Sequence[str]
+
+
+class DriverFacts(Config):
+    """A driver that was heard of lately. gpus: that its workers can have; null: whatever its cluster has. said: its last line,
+    for an admin."""
+
+    holder: str
+    gpus: int | None
+    heard: str
+    said: str | None
+
+
+class DriverList(Config):
+    """By their names."""
+
+    drivers: Sequence[DriverFacts]
 
 
 class BatchFacts(Config):

@@ -15,6 +15,7 @@ from counterweight.pipeline.artifact.document import REPORT_PAGE
 from counterweight.pipeline.artifact.report_html.page import POLICY
 from counterweight.pipeline.artifact.report_html.style import STYLE
 from counterweight.pipeline.jobs.batch_page import batch_sections
+from counterweight.pipeline.jobs.drivers import obstacle_of
 from counterweight.pipeline.jobs.facts import batch_facts, counts, facts, history, schedule_facts
 from counterweight.pipeline.jobs.lease import cancel
 from counterweight.pipeline.jobs.pareto import summary
@@ -111,7 +112,7 @@ def jobs_page(
     cursor: Annotated[str | None, Query(max_length=200)] = None,
 ) -> Response:
     every = service.jobs.all()
-    seen = [job for job in every if who.sees(job.record.tenant)]
+    seen = [job for job in every if who.sees(job.record.tenant) and job.listed(None)]
     shown, following = page(seen, cursor, SHOWN)
     waiting = [id for id in queue_of(every, service.jobs.limits())["queue"] if id in {job.id for job in seen}]
     names = {job.id: job.record.name for job in seen}
@@ -138,7 +139,7 @@ def job_page(request: Request, service: Context, who: Person, id: str) -> Respon
         request,
         "job.html",
         live=not job.state.terminal,
-        job=facts(job),
+        job={**facts(job), "obstacle": obstacle_of(service.jobs, job)},
         terminal=job.state.terminal,
         history=history(job),
         progress=progress,

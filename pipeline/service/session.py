@@ -14,10 +14,10 @@ from urllib.parse import parse_qs, urlsplit
 from fastapi import Depends, Request, Response
 
 from counterweight.pipeline.manifest.document import MAX_BYTES
-from counterweight.pipeline.service.access import admitted
+from counterweight.pipeline.service.access import admitted, require
 from counterweight.pipeline.service.bodies import media_type, read_bounded
 from counterweight.pipeline.service.problems import Refused
-from counterweight.pipeline.service.tokens import Principal
+from counterweight.pipeline.service.tokens import Principal, Role
 
 COOKIE = "counterweight_token"
 SECONDS = 12 * 3600
@@ -28,8 +28,8 @@ FIELD = "csrf"
 
 
 def person(request: Request) -> Principal:
-    """Whose cookie it is; raises as `admitted`."""
-    return admitted(request, request.cookies.get(COOKIE))
+    """Whose cookie it is; raises as `admitted`, and 403 for a token that may see no page."""
+    return require(admitted(request, request.cookies.get(COOKIE)), Role.VIEWER)
 
 
 Person = Annotated[Principal, Depends(person)]

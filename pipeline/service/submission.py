@@ -13,6 +13,7 @@ from counterweight.pipeline.jobs.batch import Batch, put_batch
 from counterweight.pipeline.jobs.job import Job
 from counterweight.pipeline.jobs.record import JobRecord, record_of
 from counterweight.pipeline.jobs.schedule import Schedule
+from counterweight.pipeline.jobs.states import State
 from counterweight.pipeline.jobs.submit import put_job, submit_job
 from counterweight.pipeline.manifest import Submission, parse_bundle, parse_manifest
 from counterweight.pipeline.manifest.problems import MAX_LINES
@@ -60,7 +61,10 @@ def create_job(service: Service, principal: Principal, body: Body, order: Order)
     if order.number is None:
         return submit_job(service.jobs, job, tenant=order.tenant, priority=order.priority, again=True)
     _check_tenants(service, principal, [first])
-    return put_job(service.jobs, first)
+    found, created = put_job(service.jobs, first)
+    if found.state is State.DELETED:
+        return submit_job(service.jobs, job, tenant=order.tenant, priority=order.priority)
+    return found, created
 
 
 def create_batch(service: Service, principal: Principal, body: Body, order: Order) -> tuple[Batch, bool]:

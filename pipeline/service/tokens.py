@@ -21,6 +21,8 @@ MAX_TOKEN = 512
 class Role(Enum):
     """What a token may do; each may do what those before it may. rank: how much that is."""
 
+    MONITOR = ("monitor", 0)
+    """Reads the metrics, of all tenants, and nothing else."""
     VIEWER = ("viewer", 1)
     """Sees what belongs to its tenant."""
     SUBMITTER = ("submitter", 2)
@@ -48,6 +50,10 @@ class Principal:
     def sees(self, tenant: str) -> bool:
         """Whether what belongs to a tenant is there for it."""
         return self.role is Role.ADMIN or tenant == self.tenant
+
+    def counts(self, tenant: str) -> bool:
+        """Whether a tenant's jobs are among those that metrics count for it."""
+        return self.role is Role.MONITOR or self.sees(tenant)
 
 
 class TokenEntry(Config):

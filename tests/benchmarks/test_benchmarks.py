@@ -201,6 +201,15 @@ def test_experts(tmp_path: Path) -> None:
     assert len(rows(printed)) == 2 * 4
 
 
+@pytest.mark.end_to_end
+def test_drawing(tmp_path: Path) -> None:
+    """A line for the budget, and one for each linear of experts that are still starved then."""
+    manifest = write_job(tmp_path, case="mixtral", layers=1)
+    budget, *linears = rows(ran("drawing", manifest, "--sequences", 2, "--budgets", 1))
+    assert budget.startswith("| 2 | 12 | ")
+    assert len(linears) == 12
+
+
 def test_routers(tmp_path: Path) -> None:
     checkpoint("mixtral", tmp_path / "model", torch.bfloat16)
     recipe = {"weights": {"bits": 3, "group_size": 32}}

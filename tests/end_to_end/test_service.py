@@ -1,4 +1,4 @@
-"""The real service and a real driver: a tiny job, submitted, watched and pulled over HTTP alone."""
+"""The real service, a real S3 server and a Ray cluster of two workers' nodes: a job over HTTP whose driver is killed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,37 +15,67 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from counterweight.pipeline.artifact import verify
 from counterweight.pipeline.cli import main
+from tests.nodes import HEAD, Nodes, nodes
 from tests.patience import PATIENCE
-from tests.pipeline.tiny import write_job
+from tests.pipeline.tiny import lengthened, write_job
+from tests.servers import S3Server, ceph_server
 
 pytestmark = pytest.mark.end_to_end
 
 TOKEN = "a-token-of-this-test"
+ROOT = "s3://jobs"
 
 
 @pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """With absolute URIs."""
-    path = write_job(tmp_path_factory.mktemp("job"))
-    document: dict[str, Any] = yaml.safe_load(path.read_text())
-    spec = document["spec"]
-    for place in (spec["model"], spec["calibration"]["source"], spec["validation"]["text"], spec["output"]):
-        place["uri"] = (path.parent / place["uri"]).as_uri()
-    return document
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with ceph_server(tmp_path_factory.mktemp("ceph")) as started:
+        yield started.with_bucket("jobs")
 
 
 @pytest.fixture
-def service(tmp_path: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    """The URL of a service whose jobs are in tmp_path/store."""
+def surroundings(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    """Two nodes with a CPU each, and the keys of the store in the environment of whoever is started."""
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with nodes() as made:
+        for number in (HEAD, 1, 2):
+            made.start(number)
+        yield made
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> dict[str, Any]:
+    """With absolute URIs, and blocks that take long enough for somebody to be killed."""
+    path = lengthened(write_job(tmp_path / "job", layers=4))
+    document: dict[str, Any] = yaml.safe_load(path.read_text())
+    spec = document["spec"]
+    for place in (spec["model"], spec["calibration"]["source"], spec["validation"]["text"]):
+        place["uri"] = (path.parent / place["uri"]).as_uri()
+    spec["output"]["uri"] = f"{ROOT}/out"
+    spec["resources"] = {"workers": 2, "cpus_per_worker": 1}
+    return document
+
+
+def started(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as file:
+        command = [sys.executable, "-m", "counterweight.pipeline.cli", *arguments]
+        return subprocess.Popen(command, stderr=file, env=dict(os.environ), start_new_session=True)
+
+
+@pytest.fixture
+def service(surroundings: Nodes, manifest: dict[str, Any], tmp_path: Path) -> Iterator[str]:
+    """Its URL."""
     digest = hashlib.sha256(TOKEN.encode()).hexdigest()
-    tokens = tmp_path / "tokens.json"
-    tokens.write_text(json.dumps([{"name": "me", "role": "submitter", "sha256": digest}]))
-    root = manifest["spec"]["output"]["uri"].rpartition("/")[0]
-    command = ["serve", "--store", str(tmp_path / "store"), "--allow", root, "--tokens", str(tokens), "--port", "0"]
+    (tmp_path / "tokens.json").write_text(json.dumps([{"name": "me", "role": "submitter", "sha256": digest}]))
+    allowed = ["--allow", (tmp_path / "job").as_uri(), "--allow", ROOT, "--tokens", str(tmp_path / "tokens.json")]
+    command = ["serve", "--store", f"{ROOT}/store", *allowed, "--port", "0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "counterweight.pipeline.cli", *command], stderr=subprocess.PIPE, text=True
     )
@@ -56,38 +87,45 @@ def service(tmp_path: Path, manifest: dict[str, Any]) -> Iterator[str]:
         process.communicate(timeout=PATIENCE)
 
 
-def test_a_job_over_http(service: str, manifest: dict[str, Any], tmp_path: Path) -> None:
-    with httpx.Client(base_url=service, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=PATIENCE) as client:
-        assert client.get("/readyz").json() == {"status": "ok"}
-        made = client.post("/v1/jobs", json=manifest)
-        assert made.status_code == 201, made.text
-        id = made.json()["id"]
-        work = ["work", "--store", str(tmp_path / "store"), "--until", id]
-        with (tmp_path / "driver.log").open("wb") as log:
-            driver = subprocess.Popen(
-                [sys.executable, "-m", "counterweight.pipeline.cli", *work], stderr=log, env=dict(os.environ)
-            )
-        kinds = []
-        with client.stream("GET", f"/v1/jobs/{id}/events") as events:
-            for line in events.iter_lines():
-                if line.startswith("event: "):
-                    kinds.append(line.removeprefix("event: "))
-        assert driver.wait(PATIENCE) == 0
-        assert kinds[0] == "state"
-        assert {"job_started", "planned", "block_done", "artifact_published"} <= set(kinds)
-        assert kinds[-1] == "end"
-        facts = client.get(f"/v1/jobs/{id}").json()
-        assert (facts["state"], facts["attempts"]) == ("succeeded", 1)
-        assert "event: line" in client.get(f"/v1/jobs/{id}/logs").text
+@pytest.mark.integration
+def test_a_job_over_http_whose_driver_is_killed(
+    service: str, surroundings: Nodes, manifest: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = ["work", "--store", f"{ROOT}/store", "--address", surroundings.head, "--until"]
+    kinds: list[str] = []
+    drivers: list[subprocess.Popen[bytes]] = []
+    try:
+        with httpx.Client(base_url=service, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=PATIENCE) as client:
+            assert client.get("/readyz").json() == {"status": "ok"}
+            made = client.post("/v1/jobs", json=manifest)
+            assert made.status_code == 201, made.text
+            id = made.json()["id"]
+            drivers.append(started(*work, id, log=tmp_path / "first.log"))
+            with client.stream("GET", f"/v1/jobs/{id}/events") as events:
+                for line in events.iter_lines():
+                    kinds += [line.removeprefix("event: ")] if line.startswith("event: ") else []
+                    if kinds[-1:] == ["block_done"] and len(drivers) == 1:
+                        os.killpg(drivers[0].pid, signal.SIGKILL)
+                        drivers.append(started(*work, id, log=tmp_path / "second.log"))
+            facts = client.get(f"/v1/jobs/{id}").json()
+            assert "event: line" in client.get(f"/v1/jobs/{id}/logs").text
+        assert drivers[1].wait(PATIENCE) == 0, (tmp_path / "second.log").read_text()
+    finally:
+        for driver in drivers:
+            if driver.poll() is None:
+                os.killpg(driver.pid, signal.SIGKILL)
+            driver.wait()
+    assert kinds[0] == "state"
+    assert {"job_started", "planned", "block_done", "artifact_published"} <= set(kinds)
+    assert kinds[-1] == "end"
+    assert (facts["state"], facts["attempts"], facts["failures"]) == ("succeeded", 2, {"lapsed": 1})
 
-        name, artifact = facts["artifact"].split("/")[-2:]
-        files = client.get(f"/v1/artifacts/{name}/{artifact}/urls").json()["files"]
-        pulled = tmp_path / "pulled"
-        for path, file in files.items():
-            target = pulled / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(client.get(file["url"]).content)
-    assert verify(pulled.as_uri()).id == artifact
+    monkeypatch.setenv("COUNTERWEIGHT_TOKEN", TOKEN)
+    pulled = tmp_path / "pulled"
+    assert main(["pull", f"{service}/v1/artifacts/tiny/latest", str(pulled)]) == 0
+    assert verify(pulled.as_uri()).id == facts["artifact"].rpartition("/")[2]
+    model = AutoModelForCausalLM.from_pretrained(pulled)
+    assert torch.isfinite(model(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
     assert httpx.get(f"{service}/v1/jobs").status_code == 401
 
 

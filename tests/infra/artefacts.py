@@ -17,7 +17,12 @@ COMPOSE = INFRA / "compose" / "compose.yaml"
 RAY_UP = INFRA / "ray" / "cluster.yaml"
 CONTAINERFILES = sorted(INFRA.glob("**/Containerfile*"))
 YAML_FILES = sorted(INFRA.glob("**/*.yaml"))
-PAGES = [INFRA / "README.md", INFRA / "compose" / "README.md", ROOT / "docs" / "operations.md"]
+PAGES = [
+    INFRA / "README.md",
+    INFRA / "compose" / "README.md",
+    ROOT / "docs" / "operations.md",
+    ROOT / "docs" / "jobs.md",
+]
 
 Document = dict[str, Any]
 

@@ -52,6 +52,7 @@ class Measured:
     length: int = 512
     propagate: str = "original"
     experts: Mapping[str, Any] = field(default_factory=dict)
+    drawn: int = 0
     held_out: int = 0
     threads: int = 1
     share: float | None = None
@@ -79,6 +80,7 @@ class Measured:
                         "compute_dtype": self.compute,
                         "propagate": self.propagate,
                         "experts": dict(self.experts),
+                        "drawn": self.drawn,
                         "held_out": self.held_out,
                     },
                     "recipe": self.recipe,
@@ -122,18 +124,20 @@ def prepared(measured: Measured, root: Path) -> Prepared:
     width = source.layout.hidden_size
     inputs, originals = (_hidden(workspace, measured.sequences, measured, width, seed) for seed in (0, 1))
     further, original_further = (_hidden(workspace, measured.held_out, measured, width, seed) for seed in (2, 3))
+    drawn, original_drawn = (_hidden(workspace, measured.drawn, measured, width, seed) for seed in (4, 5))
     paired = measured.propagate == "compressed" and any(part.regresses for part in recipe.values())
     spec = BlockSpec(
         setting=setting,
         index=0,
         tensors={name: source.checkpoint.digest(name) for name in source.block_tensors(0)},
-        inputs=(*inputs, *further),
-        original_inputs=(*originals, *original_further) if paired else (),
+        inputs=(*inputs, *drawn, *further),
+        original_inputs=(*originals, *original_drawn, *original_further) if paired else (),
         recipe=recipe,
         propagate=job.spec.calibration.propagate,
         experts=job.spec.calibration.experts_among(recipe),
         passes=plan.blocks[0].passes,
-        held_out_from=len(inputs) if measured.held_out else None,
+        drawn_from=len(inputs) if measured.drawn else None,
+        held_out_from=len(inputs) + len(drawn) if measured.held_out else None,
     )
     return Prepared(task=Compress(block=spec, beside="another" if measured.beside else ""), plan=plan.blocks[0])
 

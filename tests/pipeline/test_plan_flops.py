@@ -96,6 +96,8 @@ CASES: Mapping[str, Measured] = {
     "LRC": dense(LRC),
     "LRC, held out": dense(LRC, held_out=2),
     "experts, held out": sparse(GPTQ, held_out=4),
+    "experts, drawn": sparse(GPTQ, experts={"floor": 3.5, "sample": 3.0}, drawn=16, sequences=4),
+    "experts, drawn, all still below": sparse(GPTQ, experts={"floor": 64.0, "sample": 3.0}, drawn=16, held_out=4),
     "held out beside the original": dense(REGRESSED, propagate="compressed", held_out=2),
     "LRC, rotated, propagated": dense({**FINER_LRC, "transforms": [{"kind": "rotation"}]}, propagate="compressed"),
     "rotation across heads": dense({**RTN, "transforms": [{"kind": "rotation", "online_output": True}]}),

@@ -395,5 +395,6 @@ def test_no_figure_of_a_report_is_left_out() -> None:
     assert set(ModuleReport.model_fields) == {
         *("error_quantized", "error_compensated", "code_bits", "scale_bits", "factor_bits", "residual_bits"),
         *("rows", "columns", "bits", "group_size", "rank", "tokens", "name", "fallbacks", "seconds", "held_out"),
+        "drawn",  # in test_drawing
     }
     assert {metric.name for metric in METRICS} == {"perplexity", "kl", "kl_p99", "top1_agreement", "router_agreement"}

@@ -97,18 +97,6 @@ SERVED: Mapping[str, Served] = {
     "OLMoE": Served(Case("olmoe", {**SPARSE, "hidden_size": 128}), {"weights": W4, "compensation": SVD}),
 }
 
-STOCK: Mapping[str, str] = {
-    "W4A16": "yes",
-    "W3 + SVD, a rank for each module": "refused",
-    "W3 + SVD in int8": "refused",
-    "W4A8 ASER": "codes",
-    "W4A4 LRC, rotated": "refused",
-    "QDEC": "refused",
-    "Mixtral W4A16 + SVD": "codes",
-}
-"""What vLLM makes of an artifact without the plug-in: its logits (`yes`), those of the codes alone (`codes`), which the report
-calls `quantized`, or nothing."""
-
 
 def folder_of(name: str) -> str:
     """Where an artifact lies below the folder of all."""

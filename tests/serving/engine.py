@@ -86,8 +86,9 @@ def vllm(artifact: Path, **options: Any) -> tuple[list[Answer], str | None, int]
     from vllm.distributed import cleanup_dist_env_and_memory
 
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 64, "max_num_seqs": 4}
-    llm = LLM(model=str(artifact), disable_log_stats=True, **{**defaults, **options})
+    llm = None
     try:
+        llm = LLM(model=str(artifact), disable_log_stats=True, **{**defaults, **options})
         sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, prompt_logprobs=0, logprobs=0)
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], sampling, use_tqdm=False)
         answers = []
@@ -104,7 +105,9 @@ def vllm(artifact: Path, **options: Any) -> tuple[list[Answer], str | None, int]
 
 
 def _bytes(model: torch.nn.Module) -> int:
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    """Of all tensors but tables of rotary embeddings, which no checkpoint has."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = {tensor.data_ptr(): tensor.nbytes for name, tensor in named if "cos_sin_cache" not in name}
     return sum(tensors.values())
 
 

@@ -1,4 +1,5 @@
-"""The result of `make serve-test` as a dated file, with the digest of what was tried: `python -m tests.serving.record DIR`."""
+"""The result of `make serve-test` as a dated file, with the digest of what was tried: `python -m tests.serving.record DIR ...`.
+Several folders: where the tests ran in several processes."""
 
 from __future__ import annotations
 
@@ -7,18 +8,13 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "serving.json"
-SOURCES = (
-    "pipeline/serving/**/*.py",
-    "tests/serving/cases.py",
-    "tests/serving/engine.py",
-    "tests/serving/test_vllm.py",
-)
+SOURCES = ("pipeline/serving/**/*.py", "tests/serving/cases.py", "tests/serving/engine.py")
 
 
 def digest() -> str:
@@ -29,10 +25,15 @@ def digest() -> str:
     return found.hexdigest()
 
 
-def record(found: Mapping[str, Any]) -> None:
-    """Writes the result file from figures and the digest of the sources that they are of; ValueError where those changed."""
-    if found["sources"] != digest():
-        raise ValueError("figures are of other sources: expected make serve-test from the start")
+def record(folders: Iterable[Path]) -> None:
+    """Writes the result file; ValueError where a folder's figures are of other sources."""
+    figures: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        found = json.loads((folder / "figures.json").read_text())
+        if found["sources"] != digest():
+            raise ValueError(f"{folder}: figures of other sources: expected make serve-test from the start")
+        for name, figure in found["figures"].items():
+            figures.setdefault(name, {}).update(figure)
     revision = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -42,10 +43,10 @@ def record(found: Mapping[str, Any]) -> None:
         "revision": revision.stdout.strip(),
         "vllm": "0.32.0, CPU",
         "sources": digest(),
-        "figures": found["figures"],
+        "figures": figures,
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    record(json.loads((Path(sys.argv[1]) / "figures.json").read_text()))
+    record([Path(folder) for folder in sys.argv[1:]])

@@ -15,8 +15,10 @@ from counterweight.pipeline.artifact.load import load_model
 from counterweight.pipeline.artifact.report import Report
 from counterweight.workers.ahead import ReadAhead
 from counterweight.workers.calibrated_block import calibrated
+from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.loaded_block import load_block
+from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.worker import Worker
 from tests.inprocess import run_job
@@ -66,6 +68,27 @@ def test_paired_inputs_carry_the_original_stream_beside_the_compressed_one(site:
     for found in statistics.values():
         assert found.streams == {"x", "t"}
         assert not torch.allclose(found.product("tt"), found.gram)
+
+
+@pytest.mark.parametrize("every_token", [False, True])
+def test_the_original_passes_through_a_sparse_block_without_statistics(every_token: bool, tmp_path: Path) -> None:
+    """Stretch by stretch, with shards that are held out: to the outputs of a block that is calibrated, under their key."""
+    checkpoint("mixtral", tmp_path / "model", num_hidden_layers=1)
+    site = Site(source=tmp_path / "model", work=tmp_path / "work")
+    worker, calibrating = Worker("cpu"), Worker("cpu")
+    hidden = [worker.run(site.embed(torch.arange(first, first + 64).view(4, 16))).outputs[0] for first in (0, 7, 30)]
+    experts = ExpertCalibration(every_token=every_token)
+    spec = site.block(0, tuple(hidden), experts=experts).model_copy(update={"held_out_from": 2})
+    passed = [
+        worker.run(Calibrate(block=spec, shards=3, start=start, stop=start + 1, passing=True)) for start in range(3)
+    ]
+    key = spec.model_copy(update={"recipe": {}}).statistics_key()
+    held = worker.context.held.take(key)
+    assert held is not None
+    assert not held.statistics.packed, "sums that nobody asked for"
+    whole = calibrating.run(Calibrate(block=spec, shards=3, stop=3))
+    assert tuple(blob for record in passed for blob in record.outputs) == whole.outputs
+    assert Calibrate(block=spec, shards=3, stop=3).lookup(site.workspace) is not None
 
 
 class Counting(ReadAhead):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from counterweight.workers.arithmetic.preparing import curious, online_flops, scaled
-from counterweight.workers.footprint.experts import gathered_share, kept_rows, starving
+from counterweight.workers.footprint.experts import drawn_share, gathered_share, kept_rows, starving
 from counterweight.workers.footprint.load import Group, Load, gathers, streams
 from counterweight.workers.matrix_bytes import TRIANGLE_BLOCK
 from counterweight.workers.matrix_flops import NOTHING, Work, gram, product, steps
@@ -20,14 +20,14 @@ adding up."""
 
 def forward(load: Load) -> Work:
     """All passes through the block but those of training."""
-    once = run(load, load.tokens + load.unseen)
+    once = run(load, load.all_tokens)
     work = once if load.passed else NOTHING
     for calibration in calibrations(load):
         work += once * passes(calibration) + again(calibration) + _beside(calibration)
         if curious(calibration):
             work += run(load, min(load.shard, load.tokens))
     if (options := tunes(load)) is not None:
-        work += once * (1 + (1 + load.paired) * options.transforms)
+        work += run(load, load.tokens) + once * ((1 + load.paired) * options.transforms)
     if load.compressed:
         work += once + sum((_branches(load, group) for group in load.groups), NOTHING)
     return work
@@ -81,6 +81,8 @@ def again(load: Load) -> Work:
         groups = [group for group in one.groups if group.recipe or not is_expert(next(iter(group.linears)))]
         paired = one.paired and any(group.recipe and group.share == 1 for group in groups)
         work += run(replace(one, groups=groups), one.tokens) * (1 + paired)
+        if any(group.recipe and drawn_share(one, group) for group in groups):
+            work += run(replace(one, groups=groups), one.drawn_tokens)
     return work
 
 
@@ -125,7 +127,7 @@ def _branches(load: Load, group: Group) -> Work:
     for name, part in group.recipe.items():
         rank, (rows, columns) = part.compensation.branch_rank, group.linears[name]
         if rank is not None:
-            work += product((load.tokens + load.unseen) * group.share, rank.at_most(rows, columns), rows + columns)
+            work += product(load.all_tokens * group.share, rank.at_most(rows, columns), rows + columns)
     return work
 
 
@@ -134,12 +136,13 @@ def _moments(load: Load, group: Group) -> Work:
     if not gathers(load, group):
         return NOTHING
     count, tokens = streams(load, group), load.tokens * gathered_share(load, group)
-    tokens += kept_rows(load) if starving(load, group) else 0
+    tokens += load.drawn_tokens * drawn_share(load, group) + (kept_rows(load) if starving(load, group) else 0)
     pairs = count * (count - 1) // 2
     part = next(iter(group.recipe.values()))
     quantized = NOTHING if part.activations is None else part.activations.quantize_flops(tokens * group.width)
     # Of each product of a shard: zeros, the product, and its strips added to the sum; on a GPU one kernel.
     each = 1 if load.gpu else 2 + -(-group.width // TRIANGLE_BLOCK)
-    launched = steps(load.shards * (count + pairs) * each)
+    shards = load.shards + (-(-load.drawn_tokens // load.shard) if drawn_share(load, group) else 0)
+    launched = steps(shards * (count + pairs) * each)
     triangles = gram(tokens, group.width, TRIANGLE_BLOCK) * count
     return triangles + product(group.width, tokens, group.width) * pairs + quantized + launched

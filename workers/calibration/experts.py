@@ -41,6 +41,10 @@ class ExpertCalibration(Method):
         """Tokens that a linear with inputs of this width has to see."""
         return ceil(self.floor * width)
 
+    def lacking(self, width: int, tokens: float) -> bool:
+        """Whether so many tokens are too few for a linear with inputs of this width, and something is added to them."""
+        return self.samples and tokens < self.floor_of(width)
+
     def weight_of(self, width: int) -> int:
         """What the layer's tokens weigh in the statistics of a linear with inputs of this width, in tokens of its own."""
         return max(1, round(self.strength * width))
@@ -59,10 +63,12 @@ class ExpertCalibration(Method):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Starvation:
-    """A linear of an expert that saw too little. tokens: that the router sent. floor: that were wanted. rows: of the layer that
-    the expert was run on beside. weight: of these rows together, in tokens."""
+    """A linear of an expert that saw too little. tokens: that the router sent. drawn: how many of these are of sequences that
+    were drawn for such experts; None: none were. floor: tokens that were wanted. rows: of the layer that the expert was run on
+    beside. weight: of these rows together, in tokens."""
 
     tokens: int
+    drawn: int | None = None
     floor: int
     rows: int
     weight: int
@@ -70,7 +76,8 @@ class Starvation:
     @property
     def cause(self) -> str:
         """In words, with the figures."""
+        drawn = "" if self.drawn is None else f", {self.drawn} of them from drawn sequences"
         return (
-            f"{self.tokens} of {self.floor} tokens: statistics shrunk toward {self.rows} tokens of the layer, which weigh as "
-            f"much as {self.weight}"
+            f"{self.tokens} of {self.floor} tokens{drawn}: statistics shrunk toward {self.rows} tokens of the layer, which "
+            f"weigh as much as {self.weight}"
         )

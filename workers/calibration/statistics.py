@@ -59,6 +59,7 @@ class InputStatistics:
     gram: xx; None where no products were gathered. tokens: number of rows summed. others: the products of further streams,
     where they were gathered.
     absolute: sum |x|, [in] float64, where it was gathered; thresholds likewise, [in] float32. activations: how y was made of x.
+    drawn: of an expert's, how many of the tokens are of drawn sequences; None where none were drawn.
     starvation: of an expert's, that its own tokens were too few, and what was added to them, which `tokens` counts.
     """
 
@@ -68,6 +69,7 @@ class InputStatistics:
     absolute: Tensor | None = None
     thresholds: Tensor | None = None
     activations: ActivationFormat | None = None
+    drawn: int | None = None
     starvation: Starvation | None = None
 
     @property
@@ -130,6 +132,7 @@ class PackedMoments:
     absolute: Tensor | None
     thresholds: Tensor | None
     activations: ActivationFormat | None
+    drawn: int | None = None
     starvation: Starvation | None = None
 
     @classmethod
@@ -144,6 +147,7 @@ class PackedMoments:
             absolute=statistics.absolute,
             thresholds=statistics.thresholds,
             activations=statistics.activations,
+            drawn=statistics.drawn,
             starvation=statistics.starvation,
         )
 
@@ -163,6 +167,7 @@ class PackedMoments:
             absolute=self.absolute,
             thresholds=self.thresholds,
             activations=self.activations,
+            drawn=self.drawn,
             starvation=self.starvation,
         )
 
@@ -202,7 +207,7 @@ class Accumulator:
     """Sums shards in the order in which they are added, in float64, holding one sum."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu", gathering: Gathering = NOTHING_ELSE) -> None:
-        self._width, self._device, self._gathering = width, device, gathering
+        self.width, self._device, self._gathering = width, device, gathering
         self._triangles: dict[str, LowerTriangle] = {}
         if gathering.products:
             self._triangles["xx"] = LowerTriangle.zeros(width, torch.float64, device)
@@ -212,6 +217,11 @@ class Accumulator:
         self._tokens = 0
 
     @property
+    def tokens(self) -> int:
+        """Rows that were summed so far."""
+        return self._tokens
+
+    @property
     def bytes(self) -> int:
         """Memory of the sums."""
         found = (*self._triangles.values(), *self._crossed.values(), self._absolute)
@@ -219,8 +229,8 @@ class Accumulator:
 
     def add(self, shard: ShardMoments) -> None:
         """Adds one shard; ValueError when its width is another."""
-        if shard.width != self._width:
-            raise ValueError(f"a shard of width {shard.width} cannot join statistics of width {self._width}")
+        if shard.width != self.width:
+            raise ValueError(f"a shard of width {shard.width} cannot join statistics of width {self.width}")
         for name, triangle in shard.triangles.items():
             self._triangle(name).add_(triangle)
         for name, product in shard.crossed.items():
@@ -248,7 +258,7 @@ class Accumulator:
             add_gram_(self._triangle(name * 2).entries, stream)
         for one, other in combinations(streams, 2):
             if one + other not in self._crossed:
-                square = (self._width, self._width)
+                square = (self.width, self.width)
                 self._crossed[one + other] = torch.zeros(square, dtype=torch.float64, device=self._device)
             add_product_(self._crossed[one + other], streams[one], streams[other])
         self._add_vectors(
@@ -259,7 +269,7 @@ class Accumulator:
 
     def _triangle(self, name: str) -> LowerTriangle:
         if name not in self._triangles:
-            self._triangles[name] = LowerTriangle.zeros(self._width, torch.float64, self._device)
+            self._triangles[name] = LowerTriangle.zeros(self.width, torch.float64, self._device)
         return self._triangles[name]
 
     def _add_vectors(self, tokens: int, absolute: Tensor | None, thresholds: Tensor | None) -> None:
@@ -272,7 +282,7 @@ class Accumulator:
     def packed(self) -> PackedMoments:
         """The sum so far, in memory that further shards are added to; zeros when nothing was added."""
         return PackedMoments(
-            width=self._width,
+            width=self.width,
             triangles=self._triangles,
             crossed=self._crossed,
             tokens=self._tokens,

@@ -62,7 +62,7 @@ def token_set(
     sampling: Sampling,
     seed: int,
     field: str,
-    further: int = 0,
+    further: Sequence[int] = (),
     special_tokens: SpecialTokens = "text",
 ) -> TokenSet:
     """Windows of `length` tokens.
@@ -70,13 +70,13 @@ def token_set(
     tokenizer: the model's; not needed for prepared tokens.
     sequences: how many windows; None for as many non-overlapping ones as there are. sampling: consecutive windows from
     the start, or windows at random offsets (`random.Random(seed)`, overlaps possible). further: behind these, so many windows
-    that share no token with them, or as many as there are. special_tokens: what begins with the tokenizer's token for a
-    beginning, the text or each window; of prepared tokens nothing is changed.
+    of each kind that share no token with those before, or as many as there are. special_tokens: what begins with the
+    tokenizer's token for a beginning, the text or each window; of prepared tokens nothing is changed.
     field: where the source stands in the manifest, for messages. RequestError when there is too little text or no
     tokenizer, or an id that no model has. Whether ids are the model's is for `TokenSet.within` to say.
     """
     if isinstance(source, TokensSource):
-        ids = _prepared(source, length, sequences, field, further)
+        ids = _prepared(source, length, sequences, field, sum(further))
     else:
         with encoder(tokenizer, field) as running:
             found = windows(

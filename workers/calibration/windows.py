@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -50,11 +51,11 @@ def windows(
     sampling: Sampling,
     seed: int,
     field: str,
-    further: int = 0,
+    further: Sequence[int] = (),
     special_tokens: SpecialTokens = "text",
 ) -> Windows:
     """Windows of `length` tokens, see `tokens.token_set`. Consecutive ones read as much of the text as they need. further:
-    behind them, so many that share no token with them, or as many as the text has."""
+    behind them, so many of each kind that share no token with those before, or as many as the text has."""
     of_window = special_tokens == "window"
     before, behind = running.specials() if of_window else (array("I"), array("I"))
     inner = length - len(before) - len(behind)
@@ -64,7 +65,7 @@ def windows(
             f"{field}: windows of {length} tokens: expected more than {around}, the special tokens of each"
         )
     consecutive = sampling == "consecutive"
-    wanted = (sequences + further) * inner if consecutive and sequences is not None else None
+    wanted = (sequences + sum(further)) * inner if consecutive and sequences is not None else None
     stream = running.ids(lambda: pieces_of(source, field, running.text_of), wanted, field, framed=not of_window)
     available = len(stream) // inner
     count = available if sequences is None else sequences
@@ -73,11 +74,12 @@ def windows(
             f"{field}: {len(stream)} tokens make {available} windows of {inner}: expected at least {max(count, 1)}"
         )
     if consecutive:
-        starts = [index * inner for index in range(min(count + further, available))]
+        starts = [index * inner for index in range(min(count + sum(further), available))]
     else:
         draw = random.Random(seed)
         starts = [draw.randrange(len(stream) - inner + 1) for _ in range(count)]
-        starts += _apart(starts, further, len(stream), inner)
+        for kind in further:
+            starts += _apart(starts, kind, len(stream), inner)
     return [before + stream[start : start + inner] + behind for start in starts]
 
 

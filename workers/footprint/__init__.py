@@ -8,10 +8,10 @@ the source's tensors, and what is written, on the host.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from counterweight.workers.footprint.experts import feeding, kept_bytes
+from counterweight.workers.footprint.experts import drawn_share, feeding, kept_bytes
 from counterweight.workers.footprint.forward import activations, running, tuning, unseen_bytes
 from counterweight.workers.footprint.load import Group, Load, gathers, moments, packed
 from counterweight.workers.footprint.solving import solving
@@ -80,10 +80,8 @@ def footprint(load: Load) -> Footprint:
         peak, own = solving(one)
         held = weights - left + solved
         phases["forward"] = max(phases["forward"], held + rows + _forward(one, statistics[place], first=place == 0))
-        if load.held_out and place == 0:
-            # The shards that are held out follow the others, beside whose sums they run.
-            further = replace(load.solving(()), shard=min(load.shard, load.unseen))
-            running_on = statistics[0] + load.threads * running(further, stored=False)
+        for further in _further(one, first=place == 0):
+            running_on = statistics[place] + load.threads * running(further, stored=False)
             phases["forward"] = max(phases["forward"], held + rows + running_on)
         if rows:
             # Put together in the first pass, which has them twice.
@@ -115,6 +113,16 @@ def footprint(load: Load) -> Footprint:
         host=host,
         kept_peak=max(*phases.values(), weights + solving(load, keep=True)[0], phases["write"] + max(statistics)),
     )
+
+
+def _further(load: Load, *, first: bool) -> Iterator[Load]:
+    """The shards that follow those that everything is solved on, and run beside their sums: drawn ones, and in the first pass
+    those that are held out."""
+    if load.drawn:
+        lacking = [name for group in load.groups if drawn_share(load, group) for name in group.recipe]
+        yield replace(load.solving(lacking), shard=min(load.shard, load.drawn_tokens))
+    if load.held_out and first:
+        yield replace(load.solving(()), shard=min(load.shard, load.unseen))
 
 
 def _forward(load: Load, statistics: int, *, first: bool) -> int:

@@ -13,11 +13,21 @@ def gathered_share(load: Load, group: Group) -> float:
     return 1.0 if group.of_expert and load.experts is not None and load.experts.every_token else group.share
 
 
+def drawn_share(load: Load, group: Group) -> float:
+    """Share of the drawn tokens that a group's statistics are gathered on: that which reaches it, where the average expert sees
+    fewer of the others than the floor; that single ones do is not known ahead."""
+    return group.share if load.drawn and _lacking(load, group, load.tokens) else 0.0
+
+
 def starving(load: Load, group: Group) -> bool:
-    """Whether the average expert sees fewer tokens than the floor; that single ones do is not known ahead."""
-    if load.experts is None or not load.experts.samples or not group.of_expert or not _looks(load, group):
+    """Whether the average expert sees fewer tokens than the floor, those of drawn sequences included."""
+    return _lacking(load, group, load.tokens + load.drawn_tokens)
+
+
+def _lacking(load: Load, group: Group, tokens: int) -> bool:
+    if load.experts is None or not group.of_expert or not _looks(load, group):
         return False
-    return load.tokens * group.share < load.experts.floor_of(group.width)
+    return load.experts.lacking(group.width, tokens * group.share)
 
 
 def kept_rows(load: Load) -> int:
@@ -42,7 +52,7 @@ def kept_bytes(load: Load) -> int:
 
 def summed_tokens(load: Load, group: Group) -> float:
     """Tokens that a group's statistics count as when it is solved."""
-    own = load.tokens * gathered_share(load, group)
+    own = load.tokens * gathered_share(load, group) + load.drawn_tokens * drawn_share(load, group)
     return own + load.experts.weight_of(group.width) if load.experts is not None and starving(load, group) else own
 
 

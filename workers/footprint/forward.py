@@ -95,7 +95,7 @@ def tuning(load: Load) -> int:
     gradients (the stream and its norms; inputs and outputs of linears, half of which are kept twice, behind positions and
     activation); and what linears need."""
     options = next(part.tuning for group in load.groups for part in group.recipe.values() if part.tuning is not None)
-    hidden = 2 * load.compute * load.hidden * load.shard * load.shards
+    hidden = 2 * load.compute * load.hidden * load.tokens
     kept = 10 * load.hidden + sum(group.share * (group.width + 1.5 * group.outputs) for group in load.groups)
     step = round(options.batch * load.length * load.compute * kept)
     linears = [group.linears[name] for group in load.groups for name in group.recipe]

@@ -11,6 +11,7 @@ from counterweight.workers.matrix_bytes import DOUBLE, triangle
 from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.models.family import ModelFamily, is_expert
 from counterweight.workers.recipe import ModuleRecipe
+from counterweight.workers.tasks.setting import shard_sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +44,8 @@ class Load:
 
     family: of the model; heads: its attention's, of queries. groups: in the order in which they run, the attention's first.
     source_bytes: the block's tensors as stored. parameters: of the block. compute: bytes of an activation. shard, shards:
-    tokens of a shard, and how many there are; length: of a sequence; sequences: all that are solved on; held_out: further ones.
-    hidden: width of the stream.
+    tokens of the largest shard, and how many are solved on; length: of a sequence; sequences: all that are solved on;
+    drawn: further ones, that some experts are; held_out: further ones, that nothing is. hidden: width of the stream.
     attention_bytes: of the scores of a shard, where attention keeps them. paired: whether blocks see the compressed ones'
     outputs and the solve looks at the original's; compressed: whether they see them. passed: whether the original is run over
     the tokens before, for segments behind. stretched: whether shards come a few at a
@@ -73,6 +74,7 @@ class Load:
     passed: bool = False
     experts: ExpertCalibration | None = None
     passes: tuple[tuple[str, ...], ...] = ()
+    drawn: int = 0
     held_out: int = 0
     batch_bytes: int = BATCH_BYTES[False]
 
@@ -82,9 +84,24 @@ class Load:
         return self.sequences * self.length
 
     @property
+    def drawn_tokens(self) -> int:
+        """Further ones, that experts are solved on which see too few."""
+        return self.drawn * self.length
+
+    @property
     def unseen(self) -> int:
-        """Tokens that are not."""
+        """Further ones, that nothing is solved on."""
         return self.held_out * self.length
+
+    @property
+    def all_tokens(self) -> int:
+        """That run through the block."""
+        return self.tokens + self.drawn_tokens + self.unseen
+
+    @property
+    def all_shards(self) -> int:
+        """In which these come: those of a kind in shards of their own."""
+        return self.shards + sum(-(-kind // shard_sequences(self.length)) for kind in (self.drawn, self.held_out))
 
     @property
     def lends(self) -> bool:

@@ -49,13 +49,22 @@ class BlockSpec(Config):
 
     batch_bytes: int = BATCH_BYTES[False]
     """That solves of one shape may take together; no part of the result."""
+    drawn_from: int | None = None
+    """The first of the shards that were drawn for experts which saw too few tokens in those before: only these are solved on
+    them. null: none was."""
     held_out_from: int | None = None
-    """The first of the shards that nothing is solved on: what was is judged by them. null: all are solved on."""
+    """The first of the shards that nothing is solved on, behind the others: what was is judged by them. null: none is."""
 
     @property
     def solving(self) -> BlockSpec:
-        """The same on the shards that are solved on."""
-        return self if self.held_out_from is None else self.before(self.held_out_from)
+        """The same on the shards that everything is solved on."""
+        return self.before(self.ends[0])
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Behind the shards that everything is solved on; and behind those that were drawn for experts."""
+        seen = len(self.inputs) if self.held_out_from is None else self.held_out_from
+        return (seen if self.drawn_from is None else self.drawn_from), seen
 
     @property
     def every_token(self) -> bool:
@@ -102,10 +111,11 @@ class BlockSpec(Config):
         return digest([self.calibrate_key(), self.propagate, streams, gathers, self.passes, *self._younger_key()])
 
     def _younger_key(self) -> list[object]:
-        """What a key has only where it is asked for: in a sparse block; and with shards that are held out."""
+        """What a key has only where it is asked for: in a sparse block; with shards that are held out, or drawn."""
         experts = [] if self.experts is None else [self.experts.model_dump(mode="json"), versions(self.experts)]
         held_out = [] if self.held_out_from is None else [{"held out from": self.held_out_from}]
-        return [*experts, *held_out]
+        drawn = [] if self.drawn_from is None else [{"drawn from": self.drawn_from}]
+        return [*experts, *held_out, *drawn]
 
 
 class BlockTask(Config):

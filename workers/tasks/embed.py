@@ -30,8 +30,10 @@ class Embed(Config, DurableTask[HiddenRecord]):
     bytes: int = 0
     """Read and written, and floating-point operations of a rotation: for `Task.patience`, no part of the result."""
     flops: int = 0
+    drawn: int = 0
+    """Sequences before those that are held out, that only some experts are solved on: in shards of their own."""
     held_out: int = 0
-    """The last sequences, that nothing is solved on: in shards of their own."""
+    """The last sequences, that nothing is solved on: likewise."""
 
     @property
     def name(self) -> str:
@@ -43,7 +45,8 @@ class Embed(Config, DurableTask[HiddenRecord]):
 
     def key(self) -> str:
         held_out = [self.held_out] if self.held_out else []
-        return digest([self.kind, self.setting.determines(), self.tokens.sha256, self.tensor[1], *held_out])
+        drawn = [{"drawn": self.drawn}] if self.drawn else []
+        return digest([self.kind, self.setting.determines(), self.tokens.sha256, self.tensor[1], *held_out, *drawn])
 
     def workspace(self) -> Workspace:
         return self.setting.open_workspace()
@@ -63,9 +66,9 @@ class Embed(Config, DurableTask[HiddenRecord]):
         module = builder.embedding(weight, context.device, DTYPES[self.setting.compute_dtype])
         ids = workspace.get_tensors(self.tokens)["input_ids"]
         clock.lap("load")
-        solved = len(ids) - self.held_out
-        together = shard_sequences(ids.shape[1])
-        parts = [*ids[:solved].split(together), *(ids[solved:].split(together) if self.held_out else ())]
+        solved, together = len(ids) - self.drawn - self.held_out, shard_sequences(ids.shape[1])
+        kinds = [kind for kind in ids.split([solved, self.drawn, self.held_out]) if len(kind)]
+        parts = [part for kind in kinds for part in kind.split(together)]
         with torch.no_grad():
             shards = [module(part.long().to(context.device)) for part in parts]
         clock.lap("forward")

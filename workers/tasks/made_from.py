@@ -43,6 +43,7 @@ def made_from(spec: BlockSpec) -> dict[str, str]:
     for method, version in versions((spec.recipe, setting.rotation, spec.experts)).items():
         parts[f"version of {method}"] = str(version)
     parts["calibration.experts"] = "none" if spec.experts is None else _short(spec.experts.model_dump(mode="json"))
+    parts["calibration.drawn"] = "none" if spec.drawn_from is None else f"shards from {spec.drawn_from}"
     parts["calibration.held_out"] = "none" if spec.held_out_from is None else f"shards from {spec.held_out_from}"
     parts["calibration.segment_blocks"] = f"a segment from block {spec.since}" if spec.since else "none"
     if spec.tensors:

@@ -74,7 +74,8 @@ class ModuleReport(Config):
     error_quantized, error_compensated: squared error of the output over the tokens that the layer was solved on, quantized
     inputs included, relative to the original output, before and after the low-rank branch; None when no token reached the
     layer, and where `held_out` has the same of other tokens (records before November 2026 have both). held_out: None where
-    there were no others. Bits are of storage, in sum over the layer.
+    there were no others. drawn: how many of the tokens are of sequences that were drawn for experts which saw too few. Bits
+    are of storage, in sum over the layer.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ModuleReport(Config):
     group_size: int | None
     rank: int
     tokens: int
+    drawn: int = 0
     code_bits: int
     scale_bits: int
     factor_bits: int

@@ -151,6 +151,8 @@ def _tokens(tokens: TokensReport) -> Markup:
     source = [(str(name), code(_value(value))) for name, value in sorted(tokens.source.items()) if value is not None]
     total = tokens.sequences * tokens.sequence_length
     windows = f"{count(tokens.sequences, 'window')} of {count(tokens.sequence_length, 'token')}: {total:,} in all"
+    if tokens.drawn:
+        windows += f"; {count(tokens.drawn, 'further window')} drawn for experts that saw too few"
     if tokens.held_out:
         windows += f"; {count(tokens.held_out, 'further window')} held out"
     return facts([*source, ("windows", windows), ("digest", code(tokens.digest))])

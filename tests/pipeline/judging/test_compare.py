@@ -103,7 +103,7 @@ def test_what_cannot_be_compared_is_refused_in_a_line(root: Path, tmp_path: Path
     text, model = root / "validation.txt", root / "model"
     assert refused(root / "foreign").startswith("--against: expected the original")
     assert refused(root / "foreign", against=model).startswith("--text: no artifact among the models")
-    assert "expected artifact.json, or config.json" in refused(tmp_path, against=model, text=text)
+    assert "no artifact.json and no latest.json, nor config.json" in refused(tmp_path, against=model, text=text)
     checkpoint("llama", tmp_path / "other", torch.bfloat16, num_hidden_layers=2, seed=1)
     assert "the model that tiny was made from" in refused(root / "out" / "tiny", against=tmp_path / "other")
 

@@ -11,8 +11,10 @@ from pydantic import ValidationError
 from counterweight.pipeline.artifact.report import Quality, Report, TextReport, TokensReport
 from counterweight.pipeline.artifact.verdict import GateReport
 from counterweight.pipeline.judging.gates import base_model_problem, check, judge
+from counterweight.pipeline.judging.rivals import read_rivals
 from counterweight.pipeline.manifest import FurtherText, Gates, Validation
 from counterweight.pipeline.manifest.validation import Bound
+from counterweight.pipeline.tokens import read_tokens
 from counterweight.workers.calibration.source import TextSource
 from counterweight.workers.errors import GateError, ManifestError, RequestError
 from counterweight.workers.metrics import METRICS
@@ -211,6 +213,8 @@ def test_a_failed_bound_publishes_nothing_keeps_the_work_and_is_in_the_report(ma
 def test_an_artifact_may_not_be_worse_than_another_on_the_same_tokens(manifest: Path, tmp_path: Path) -> None:
     rival = run_local(job_of(manifest, f"spec.output.uri={tmp_path / 'rival'}", TEXTS)).document
     bound = f"{{metric: kl, text: other, no_worse_than: '{tmp_path / 'rival' / 'tiny'}'"
+    tokenizer = (manifest.parent / "model" / "tokenizer.json").read_bytes()
+    rival_uri = (tmp_path / "rival" / "tiny").as_uri()
     worse = (f"spec.output.uri={tmp_path / 'worse'}", TEXTS, "spec.recipe.weights.bits=3")
     with pytest.raises(
         GateError, match=r"worse \(KL 0\.\d+, file:.*rival/tiny 0\.\d+\) on 'other': expected at most 0\n"
@@ -225,6 +229,9 @@ def test_an_artifact_may_not_be_worse_than_another_on_the_same_tokens(manifest: 
     ):
         with pytest.raises(RequestError, match=rf"^spec.validation.bounds.0.no_worse_than: .*{problem}"):
             run_local(job_of(manifest, *worse, f"spec.validation.bounds=[{bound}}}]", change))
+    sparse = Validation(text=SOURCE, bounds=(Bound(metric="router_agreement", no_worse_than=rival_uri),))
+    with pytest.raises(RequestError, match="its report has no router_agreement"):
+        read_rivals(sparse, read_tokens(job_of(manifest), tokenizer).validation)
 
 
 def test_a_broken_base_model_is_not_blamed_on_compression(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 import yaml
 
+from counterweight.pipeline.jobs.drivers import Announcer
 from counterweight.pipeline.jobs.journal import Ended
 from counterweight.pipeline.jobs.lease import Lease, take
 from counterweight.pipeline.jobs.states import Cause
@@ -239,3 +240,34 @@ def test_one_token_opens_a_bounded_number_of_streams(house: House) -> None:
         assert house.get(f"/v1/jobs/{id}/logs").status_code == 429
         assert house.get(f"/v1/jobs/{id}/logs", "admin").status_code == 200
     assert house.get(f"/v1/jobs/{id}/logs").status_code == 200
+
+
+def test_a_job_at_its_end_is_deleted() -> None:
+    house = House()
+    id = house.submit()["id"]
+    place = f"/v1/jobs/{id}"
+    refused = house.ask("DELETE", place)
+    assert (refused.status_code, "expected it to be cancelled first" in refused.text) == (409, True)
+    house.post(f"{place}/cancel")
+    assert [house.ask("DELETE", place, who).status_code for who in ("viewer", "other")] == [403, 404]
+    for _ in range(2):
+        assert house.ask("DELETE", place).json()["state"] == "deleted"
+    assert house.get("/v1/jobs").json()["jobs"] == []
+    assert [one["id"] for one in house.get("/v1/jobs?state=deleted").json()["jobs"]] == [id]
+    assert house.submit()["id"] == house.submit()["id"] == f"{id}-1"
+    assert house.get(place).json()["journal"][-1]["line"] == "by submitter"
+
+
+def test_drivers_are_listed_and_a_job_that_none_can_run_says_so() -> None:
+    house = House()
+    id = house.submit()["id"]
+    assert house.get(f"/v1/jobs/{id}").json()["obstacle"] is None
+    body = document("gpu")
+    body["spec"]["resources"] = {"gpus_per_worker": 1}
+    other = house.post("/v1/jobs", body).json()["id"]
+    Announcer(house.jobs, "host:1", 0, said="waiting: 503 SlowDown").tick()
+    assert house.get(f"/v1/jobs/{other}").json()["obstacle"].startswith("no driver can run it: a worker needs 1 GPU")
+    assert house.get(f"/v1/jobs/{id}").json()["obstacle"] is None
+    (driver,) = house.get("/v1/drivers").json()["drivers"]
+    assert (driver["holder"], driver["gpus"], driver["said"]) == ("host:1", 0, None)
+    assert house.get("/v1/drivers", "admin").json()["drivers"][0]["said"] == "waiting: 503 SlowDown"

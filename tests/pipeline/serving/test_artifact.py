@@ -103,7 +103,7 @@ def test_serving_imports_nothing_of_the_service() -> None:
     program = (
         "import sys\nimport counterweight.pipeline.serving.intake, counterweight.pipeline.serving.served\n"
         "import counterweight.pipeline.serving.shards, counterweight.pipeline.serving.vllm.plugin\n"
-        "print([name for name in ('ray', 'boto3', 'datasets', 'vllm', 'transformers') if name in sys.modules])"
+        "print([name for name in ('ray', 'boto3', 'cronsim', 'datasets', 'vllm', 'transformers') if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
     assert ran.stdout.strip() == "[]"

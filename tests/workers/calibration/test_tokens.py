@@ -251,7 +251,7 @@ def test_datasets_is_imported_only_for_datasets() -> None:
 def test_further_consecutive_windows_lie_behind_as_far_as_the_text_goes(
     further: int, there: int, tmp_path: Path, text: TextSource, tokenizer: bytes
 ) -> None:
-    found = cut(text, tokenizer, further=further)
+    found = cut(text, tokenizer, further=(further,))
     assert found.sequences == 5 + there
     assert found.ids.flatten().tolist() == stream(tmp_path / "text.txt")[: 8 * found.sequences]
 
@@ -262,13 +262,18 @@ def test_further_random_windows_share_no_token_with_the_others(further: int, tmp
     numbers.write_text(" ".join(f"w{number % VOCABULARY}" for number in range(100)))
     source = TextSource(uri=numbers.as_uri())
     plain = cut(source, tokenizer, sampling="random")
-    found = cut(source, tokenizer, sampling="random", further=further)
+    found = cut(source, tokenizer, sampling="random", further=(further,))
     assert torch.equal(found.ids[:5], plain.ids)
     seen = {place for start in starts(plain.ids) for place in range(start, start + 8)}
     others = [{*range(start, start + 8)} for start in starts(found.ids[5:])]
     assert all(seen.isdisjoint(window) for window in others)
     assert sum(map(len, others)) == len(set().union(*others)), "nor with each other"
     assert 0 < len(others) <= further
+    again = cut(source, tokenizer, sampling="random", further=(further, 2))
+    assert torch.equal(again.ids[: len(found.ids)], found.ids), "of a kind behind them they do not depend"
+    assert seen.union(*others).isdisjoint(
+        place for start in starts(again.ids[len(found.ids) :]) for place in range(start, start + 8)
+    )
 
 
 def starts(ids: Tensor) -> list[int]:
@@ -279,7 +284,7 @@ def starts(ids: Tensor) -> list[int]:
 def test_a_text_without_more_windows_gives_none_further(tmp_path: Path, tokenizer: bytes) -> None:
     short = TextSource(uri=write_text(tmp_path / "short.txt", 43).as_uri())
     for sampling in ("consecutive", "random"):
-        assert cut(short, tokenizer, sampling=sampling, further=4).sequences in (
+        assert cut(short, tokenizer, sampling=sampling, further=(4,)).sequences in (
             (5,) if sampling == "consecutive" else range(5, 10)
         )
 
@@ -287,5 +292,5 @@ def test_a_text_without_more_windows_gives_none_further(tmp_path: Path, tokenize
 def test_prepared_tokens_go_on_too(tmp_path: Path) -> None:
     save_file({"input_ids": torch.arange(56).view(7, 8)}, tmp_path / "ids.safetensors")
     source = TokensSource(uri=(tmp_path / "ids.safetensors").as_uri())
-    assert cut(source, None, further=1).sequences == 6
-    assert cut(source, None, further=9).sequences == 7
+    assert cut(source, None, further=(1,)).sequences == 6
+    assert cut(source, None, further=(9,)).sequences == 7

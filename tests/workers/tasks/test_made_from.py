@@ -75,6 +75,7 @@ CHANGES: dict[str, tuple[Callable[[], BlockSpec], str]] = {
         "calibration.segment_blocks: none before, a segment from block 2 now",
     ),
     "calibration.experts": (changed(experts=ExpertCalibration()), "calibration.experts: not the same"),
+    "calibration.drawn": (changed(drawn_from=1), "calibration.drawn: none before, shards from 1 now"),
     "calibration.held_out": (
         changed(held_out_from=1),
         "calibration.held_out: none before, shards from 1 now",
