@@ -21,6 +21,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 OPERATIONS = ROOT / "docs" / "operations.md"
 PLANS = "2026-11-26-plans.md"
+BLOCK = "2026-11-26-time-model-gpu.md"
+DRAWING = "2026-11-26-drawing-mixtral.md"
 SIZES = (
     ("Llama-3-8B", "W4A16 GPTQ g128", "1"),
     ("Llama-3-8B", "W4A4 LRC 10 %", "8"),
@@ -205,10 +207,43 @@ def test_the_table_of_sizes_is_that_of_the_plans() -> None:
     assert with_sizes(text) == text
 
 
+def test_a_block_on_a_gpu_takes_what_was_measured() -> None:
+    """Seconds of calibrating and of solving, now and before."""
+    text = (RESULTS / BLOCK).read_text()
+    sections = text.split("## The same block before")
+    seconds = [
+        sum(
+            float(cell) for cell in re.findall(r"^\|[^|]+\| (?:calibrate|solve and store) \| \S+ \| (\S+) ", part, re.M)
+        )
+        for part in sections
+    ]
+    (solve,) = [float(one["measured, s"]) for one in rows(BLOCK, "Where the seconds went") if one["phase"] == "solve"]
+    readme = (ROOT / "README.md").read_text()
+    assert f"on an H200 in {seconds[0]:.0f} s, {seconds[1]:.0f} s before" in readme
+    assert f"{solve:.0f} s of them are the solves" in readme
+
+
+def test_what_drawn_sequences_cost() -> None:
+    """CPU seconds of a run with three times the sequences against one with none."""
+    cost = {one["drawn"]: float(one["CPU s"]) for one in rows(DRAWING, "128 sequences")}
+    assert round(cost["384"] / cost["0"], 1) == 1.5
+    assert "a run costs half of its CPU seconds again" in (ROOT / "README.md").read_text()
+
+
 def test_every_result_file_that_the_readme_names_is_looked_at() -> None:
     """Or has a generator of its own."""
     named = set(re.findall(r"\(benchmarks/results/([^)]+)\)", (ROOT / "README.md").read_text()))
-    looked = {"2026-11-22-speed-earlier.md", "2026-11-22-speed.md", GENERATION, MEMORY, BRANCHES, DECODING, PROMPTS}
+    looked = {
+        "2026-11-22-speed-earlier.md",
+        "2026-11-22-speed.md",
+        GENERATION,
+        MEMORY,
+        BRANCHES,
+        DECODING,
+        PROMPTS,
+        BLOCK,
+    }
+    looked |= {DRAWING, "serving.json"}  # the latter in tests/stock/test_matrix.py
     assert named - looked == {"2026-11-26-quality.md"}
 
 

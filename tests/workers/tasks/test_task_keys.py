@@ -36,9 +36,9 @@ WEIGHTS = {"bits": 4, "group_size": 32, "quantizer": {"kind": "rtn"}}
 LINEAR = "mlp.up_proj"
 
 
-def part(**compensation: Any) -> ModuleRecipe:
+def part(*, weights: dict[str, Any] = WEIGHTS, **compensation: Any) -> ModuleRecipe:
     asked = compensation or {"kind": "svd", "rank": {"count": 4}}
-    found = Recipe.model_validate({"weights": WEIGHTS, "compensation": asked}).for_module(f"model.layers.3.{LINEAR}")
+    found = Recipe.model_validate({"weights": weights, "compensation": asked}).for_module(f"model.layers.3.{LINEAR}")
     assert found is not None
     return found
 
@@ -99,7 +99,12 @@ def test_whether_statistics_are_kept_does_not_enter_the_key() -> None:
 def test_statistics_serve_every_rank() -> None:
     keys = {spec(part(kind="svd", rank=rank)).statistics_key() for rank in ({"count": 2}, {"budget_bits": 1.0})}
     assert len(keys) == 1
-    assert spec(part(kind="none")).statistics_key() in keys
+    assert spec(part(kind="none")).statistics_key() not in keys  # nothing looks at second moments
+    gptq = {**WEIGHTS, "quantizer": {"kind": "gptq"}}
+    without, svd = (
+        spec(part(weights=gptq, **asked)) for asked in ({"kind": "none"}, {"kind": "svd", "rank": {"count": 2}})
+    )
+    assert without.statistics_key() == svd.statistics_key()
     assert (
         Compress(block=spec(part(kind="svd", rank={"count": 2}))).key() != Compress(block=spec(part(kind="none"))).key()
     )
