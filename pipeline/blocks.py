@@ -139,7 +139,9 @@ def add_blocks(
             inputs, originals = before.outputs, before.original_outputs
         after = following(index)
         ahead = None if after is None else spec_of(after, recipes[after], (), (), propagate)
-        return Compress(block=spec_of(index, shared()[index], inputs, originals, propagate), following=ahead)
+        spec = spec_of(index, shared()[index], inputs, originals, propagate)
+        budgeted = tuple(name for name, part in recipes[index].items() if part.budget_bits is not None)
+        return Compress(block=spec.model_copy(update={"budgeted": budgeted}), following=ahead)
 
     def following(index: int) -> int | None:
         """The block that a worker takes behind this one, where that is known: workers take blocks in turn, or segments."""

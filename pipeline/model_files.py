@@ -56,7 +56,11 @@ def tokenizer_of(store: ObjectStore) -> TokenizerFiles | None:
     """The tokenizer of the checkpoint in this store; None without a tokenizer.json."""
     if not store.exists(TOKENIZER):
         return None
-    return TokenizerFiles(store.read_bounded(TOKENIZER, MAX_TOKENIZER_BYTES), _chat_template(store))
+    tokenizer = store.read_bounded(TOKENIZER, MAX_TOKENIZER_BYTES)
+    try:
+        return TokenizerFiles(tokenizer, _chat_template(store))
+    except CheckpointError as error:
+        return TokenizerFiles(tokenizer, no_chat=str(error))  # texts need no template
 
 
 def _chat_template(store: ObjectStore) -> ChatTemplate | None:

@@ -79,10 +79,11 @@ class ModuleRecipe(Config):
         by_size = self.compensation.anticipates or self.compensation.joint
         return self == other and self.weights.rows_are_independent and (same_size or not by_size)
 
-    def gathers(self) -> dict[str, object]:
-        """What calibration looks at: linears whose recipes differ in nothing else can be solved from the same statistics."""
+    def gathers(self, *, products: bool = False) -> dict[str, object]:
+        """What calibration looks at: linears whose recipes differ in nothing else can be solved from the same statistics.
+        products: whether second moments are gathered although no step looks at them."""
         others = self.model_dump(mode="json", exclude={"compensation"})
-        return {**others, "compensation": self.compensation.gathers(), "products": self.needs_products}
+        return {**others, "compensation": self.compensation.gathers(), "products": products or self.needs_products}
 
 
 class Recipe(Config):

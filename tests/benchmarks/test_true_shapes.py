@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from counterweight.pipeline.devices import memory_of
@@ -122,7 +123,7 @@ def test_time_grows_with_layers_and_the_peak_does_not(true_shapes: ModuleType, t
         source = open_model(true_shapes.make(config, tmp_path / str(layers)).as_uri())
         plans.append(make_plan(job(tmp_path / str(layers)), source, "H100-80G"))
     one, two, three = (plan.estimate.seconds for plan in plans if plan.estimate is not None)
-    assert three - two == pytest.approx(two - one, rel=0.02)
+    assert three - two == pytest.approx(two - one, rel=0.05)  # stretches of shards are whole
     assert len({plan.peak_bytes_per_worker for plan in plans}) == 1
 
 
@@ -167,8 +168,11 @@ def test_a_plan_of_a_large_model_is_quick(true_shapes: ModuleType, tmp_path: Pat
     """5 CPU seconds and 500 MiB, of which importing torch and transformers is most; with a margin for other machines."""
     shape = true_shapes.shapes()["Qwen3-235B-A22B"]
     true_shapes.make(shape.with_layers(94), tmp_path / "model")
+    save_file({"input_ids": torch.zeros(512, 2048, dtype=torch.int32)}, tmp_path / "tokens.safetensors")
     manifest = tmp_path / "job.json"
-    manifest.write_text(json.dumps(job(tmp_path / "model").model_dump(mode="json", by_alias=True)))
+    asked = job(tmp_path / "model").model_dump(mode="json", by_alias=True)
+    asked["spec"]["calibration"]["source"] = {"kind": "tokens", "uri": "file:tokens.safetensors"}
+    manifest.write_text(json.dumps(asked))
     measure = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
     measure += (
         "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime, used.ru_maxrss)"

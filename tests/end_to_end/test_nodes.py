@@ -81,7 +81,7 @@ def nodes_compute_with_the_drivers_code(cluster: Nodes, manifest: Path) -> None:
 
 def a_worker_larger_than_every_node_is_told_and_not_waited_for_for_ever(manifest: Path, asked: Sequence[str]) -> None:
     """At once, and in the end again."""
-    code, out, err = Run(manifest, *asked).finish()
+    code, out, err = Run(manifest, "--output", str(manifest.parent / "too-large"), *asked).finish()
     assert (code, out) == (4, ""), err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "none of 1 workers has answered" in line

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from counterweight.pipeline.artifact import verify
+from counterweight.pipeline.jobs.drivers import DRIVERS
 from counterweight.pipeline.prune import KINDS, Collector, Pruned, Tally, blob_names, prune
 from counterweight.workers.errors import CounterweightError, IntegrityError, RequestError, StorageError
 from counterweight.workers.ledger import LEDGER
@@ -111,6 +112,7 @@ def everything(root: Path, age: timedelta) -> dict[str, set[str]]:
             put(root, f".counterweight-probe/{ID}{ID}/race-1", age=age),
             put(root, f".counterweight-probe/{'f' * 32}/seen", age=age),
         },
+        "drivers": {put(root, f"{DRIVERS}/{ID}.json", age=age)},
         "killed prunes": {put(root, f"{PRUNES}/{ID}{ID}", age=age)},
     }
 

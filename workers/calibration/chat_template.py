@@ -43,9 +43,11 @@ def is_conversation(row: object) -> bool:
     )
 
 
-def without_template(messages: Sequence[Message], where: str) -> str:
-    """What renders a conversation where there is no template: RequestError, naming where it stands."""
-    raise RequestError(f"{where} holds messages, and the model has no chat template: expected text")
+def without_template(messages: Sequence[Message], where: str, reason: str = "") -> str:
+    """What renders a conversation where there is no template: RequestError, naming where it stands. reason: why the model's
+    cannot be read."""
+    lacks = f"its chat template cannot be read: {reason}" if reason else "the model has no chat template"
+    raise RequestError(f"{where} holds messages, and {lacks}: expected text")
 
 
 def compiled(data: bytes) -> tuple[Template, Mapping[str, str]]:

@@ -33,13 +33,14 @@ Pieces = Callable[[], Iterator[str]]
 class Encoder:
     """A running tokenizer. A context manager; RequestError, naming tokenizer.json, for whatever it does but give ids.
 
-    tokenizer: tokenizer.json; truncation and padding that it asks for are not done. chat: for data sets of conversations.
+    tokenizer: tokenizer.json; truncation and padding that it asks for are not done. chat: for data sets of conversations;
+    no_chat: why the model's cannot be read.
     """
 
-    def __init__(self, tokenizer: bytes, chat: ChatTemplate | None = None) -> None:
+    def __init__(self, tokenizer: bytes, chat: ChatTemplate | None = None, no_chat: str = "") -> None:
         if len(tokenizer) > MAX_TOKENIZER_BYTES:
             raise RequestError(f"tokenizer.json: {len(tokenizer)} bytes, expected at most {MAX_TOKENIZER_BYTES}")
-        self._chat, self._converses = chat, False
+        self._chat, self._no_chat, self._converses = chat, no_chat, False
         self._process = subprocess.Popen(
             # -P: the script's folder holds modules that are called as some of Python's own.
             [sys.executable, "-P", encoder_process.__file__],
@@ -77,7 +78,7 @@ class Encoder:
         """A conversation through the model's chat template. where: what it is called in messages. RequestError without a
         template, and for one that fails."""
         if self._chat is None:
-            return without_template(messages, where)
+            return without_template(messages, where, self._no_chat)
         try:
             if not self._converses:
                 self._ask(b"C", self._chat.to_bytes(), "")

@@ -22,10 +22,11 @@ Windows: TypeAlias = "list[array[int]]"
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """What a model brings: tokenizer.json, and the chat template where it has one."""
+    """What a model brings: tokenizer.json, and the chat template where it has one. no_chat: why what it has cannot be read."""
 
     tokenizer: bytes
     chat: ChatTemplate | None = None
+    no_chat: str = ""
 
 
 AnyTokenizer: TypeAlias = "TokenizerFiles | bytes | None"
@@ -39,7 +40,11 @@ def encoder(tokenizer: AnyTokenizer, field: str) -> Encoder:
             f"{field}: the model has no tokenizer.json: expected one, or a source of kind 'tokens'; of a tokenizer.model "
             "transformers' AutoTokenizer makes one (from_pretrained, save_pretrained)"
         )
-    return Encoder(tokenizer) if isinstance(tokenizer, bytes) else Encoder(tokenizer.tokenizer, tokenizer.chat)
+    return (
+        Encoder(tokenizer)
+        if isinstance(tokenizer, bytes)
+        else Encoder(tokenizer.tokenizer, tokenizer.chat, tokenizer.no_chat)
+    )
 
 
 def windows(

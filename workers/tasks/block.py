@@ -43,6 +43,9 @@ class BlockSpec(Config):
     `tokens`."""
     tokens: str = ""
     """sha256 of the calibration tokens, which decide the block's inputs; for people."""
+    budgeted: tuple[str, ...] = ()
+    """Linears whose ranks a whole model has shared out: their second moments were gathered for that, even where a rank of 0
+    leaves no step that looks at them. No part of the result."""
     passes: tuple[tuple[str, ...], ...] = ()
     """Linears that are solved after each pass over the shards, which gathers the statistics of their inputs alone: what takes
     less memory, and no part of the result. Those of one input are in one pass, and those of one expert. Empty: all are."""
@@ -107,7 +110,7 @@ class BlockSpec(Config):
     def statistics_key(self) -> str:
         """Key of what calibration leaves in a worker's memory: of tasks with equal keys one calibration is enough."""
         streams = len(self.original_inputs)
-        gathers = {name: part.gathers() for name, part in self.recipe.items()}
+        gathers = {name: part.gathers(products=name in self.budgeted) for name, part in self.recipe.items()}
         return digest([self.calibrate_key(), self.propagate, streams, gathers, self.passes, *self._younger_key()])
 
     def _younger_key(self) -> list[object]:

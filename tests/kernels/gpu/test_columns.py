@@ -11,6 +11,9 @@ from torch import Tensor
 
 from counterweight.kernels.gpu import columns as kernel
 from counterweight.kernels.weights import StoredWeight
+
+pytest.importorskip("pydantic")  # of the solver's options; the rest of this folder needs torch and triton alone
+
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers import GPTQ

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from counterweight.kernels.formats import ActivationFormat
 from counterweight.kernels.gpu.gram import STRIP, add_gram_, add_product_
+
+pytest.importorskip("pydantic")  # of the solver's options; the rest of this folder needs torch and triton alone
+
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics
 from counterweight.workers.calibration.triangle import TRIANGLE_BLOCK, LowerTriangle
 from counterweight.workers.shards import RunningStatistics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -66,8 +67,8 @@ class Counting:
         self._start = theatre.start
         theatre.start = self.start  # type: ignore[method-assign]
 
-    def start(self, record: JobRecord, log: SegmentWriter) -> Scripted:
-        attempt = self._start(record, log)
+    def start(self, record: JobRecord, beside: Sequence[JobRecord], log: SegmentWriter) -> Scripted:
+        attempt = self._start(record, beside, log)
         with self._lock:
             self._running.append(record.tenant)
             self.most = max(self.most, len(self._running))

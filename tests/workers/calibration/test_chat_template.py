@@ -119,6 +119,17 @@ def test_without_a_template_the_row_is_named(tmp_path: Path) -> None:
         drawn(data_set(tmp_path, [TALK]), tokenizer)
 
 
+def test_one_that_cannot_be_read_is_told_when_it_is_needed(tmp_path: Path) -> None:
+    """And not before: texts need none."""
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.json").write_text('"a text"')
+    tokenizer = tokenizer_of(open_store(tmp_path.as_uri()))
+    assert tokenizer is not None
+    said = r"holds messages, and its chat template cannot be read: chat_template\.json: a JSON str, expected an object"
+    with pytest.raises(RequestError, match=said):
+        drawn(data_set(tmp_path, [TALK]), tokenizer)
+
+
 @pytest.mark.parametrize(
     ("config", "source"),
     [

@@ -64,7 +64,7 @@ def test_every_family_passes_from_plan_to_report(name: str, tmp_path: Path, caps
         "spec.recipe.compensation={kind: lrc, rank: {count: 4}}",
     ]
     assert main(["plan", str(manifest), *(argument for change in changes for argument in ("--set", change))]) == 0
-    assert "does not fit  nothing" in " ".join(capsys.readouterr().out.split()).replace("fit nothing", "fit  nothing")
+    assert " does not fit " not in " ".join(capsys.readouterr().out.split())
     published = run_local(job_of(manifest, *changes))
     assert (local(published) / "report" / "report.html").stat().st_size > 1000
     model = load_model(published.uri, dtype=torch.float32)

@@ -58,7 +58,7 @@ def test_a_lapsed_job_on_gpus_keeps_its_place_and_is_not_taken_over_by_a_driver_
     driver = theatre.driver()
     driver.gpus = 0
     assert driver._next(jobs.all()) is None
-    assert theatre.states() == [State.LAPSED, State.QUEUED]
+    assert {job.id: job.state for job in jobs.all()} == {lost.id: State.LAPSED, waits.id: State.QUEUED}
 
 
 def test_a_job_that_nobody_who_stands_by_can_run_says_so() -> None:
