@@ -49,29 +49,7 @@ def feed_back_(codes: Tensor, error: Tensor, *, target: Tensor, aim: Tensor, fee
     aim of column k > j stands in row j. ValueError for anything else.
     """
     _check(grid, codes=codes, error=error, target=target, aim=aim, feed=feed)
-    weights, columns, channels = codes.shape
-    zeros = grid.steps if grid.zeros is None else grid.zeros
-    with launch.current(codes.device):
-        feed_back_kernel[(triton.cdiv(channels, CHANNELS), weights)](
-            codes,
-            error,
-            target,
-            aim,
-            feed,
-            grid.steps,
-            zeros,
-            *(tensor.stride(0) for tensor in (codes, error, target, aim)),
-            *grid.steps.stride()[:2],
-            *zeros.stride()[:2],
-            columns,
-            channels,
-            float(grid.lowest),
-            float(grid.highest),
-            ZEROS=grid.zeros is not None,
-            COLUMNS=triton.next_power_of_2(columns),
-            CHANNELS=CHANNELS,
-            num_warps=WARPS,
-        )
+    _launch(codes, error, target, aim, feed, grid, descent=False)
 
 
 def descend_(codes: Tensor, error: Tensor, *, before: Tensor, slope: Tensor, pull: Tensor, grid: BlockGrid) -> None:
@@ -83,24 +61,31 @@ def descend_(codes: Tensor, error: Tensor, *, before: Tensor, slope: Tensor, pul
     j. ValueError for anything else.
     """
     _check(grid, codes=codes, error=error, before=before, slope=slope, feed=pull)
+    _launch(codes, error, before, slope, pull, grid, descent=True)
+
+
+def _launch(
+    codes: Tensor, error: Tensor, base: Tensor, start: Tensor, within: Tensor, grid: BlockGrid, *, descent: bool
+) -> None:
     weights, columns, channels = codes.shape
     zeros = grid.steps if grid.zeros is None else grid.zeros
     with launch.current(codes.device):
-        descend_kernel[(triton.cdiv(channels, CHANNELS), weights)](
+        columns_kernel[(triton.cdiv(channels, CHANNELS), weights)](
             codes,
             error,
-            before,
-            slope,
-            pull,
+            base,
+            start,
+            within,
             grid.steps,
             zeros,
-            *(tensor.stride(0) for tensor in (codes, error, before, slope)),
+            *(tensor.stride(0) for tensor in (codes, error, base, start)),
             *grid.steps.stride()[:2],
             *zeros.stride()[:2],
             columns,
             channels,
             float(grid.lowest),
             float(grid.highest),
+            DESCENT=descent,
             ZEROS=grid.zeros is not None,
             COLUMNS=triton.next_power_of_2(columns),
             CHANNELS=CHANNELS,
@@ -139,18 +124,18 @@ def _row(tile, place, column):
 
 
 @triton.jit
-def feed_back_kernel(
+def columns_kernel(
     codes,
     error,
-    target,
-    aim,
-    feed,
+    base,
+    start,
+    within,
     steps,
     zeros,
     codes_stride,
     error_stride,
-    target_stride,
-    aim_stride,
+    base_stride,
+    start_stride,
     steps_stride,
     step_stride,
     zeros_stride,
@@ -159,17 +144,18 @@ def feed_back_kernel(
     channels,
     lowest,
     highest,
+    DESCENT: tl.constexpr,
     ZEROS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """grid (channels, weights)."""
+    """grid (channels, weights). base, start, within: target, aim, feed; with DESCENT before, slope, pull."""
     weight = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     column = tl.arange(0, COLUMNS)
     inside = channel < channels
     tile = tl.load(
-        aim + weight * aim_stride + column[:, None] * channels + channel[None, :],
+        start + weight * start_stride + column[:, None] * channels + channel[None, :],
         mask=(column < columns)[:, None] & inside[None, :],
         other=0.0,
     )
@@ -179,62 +165,19 @@ def feed_back_kernel(
         zero = tl.zeros((CHANNELS,), tl.float32)
         if ZEROS:
             zero = tl.load(zeros + weight * zeros_stride + place * zero_stride + channel, mask=inside, other=0.0)
-        code = _rounded(tl.div_rn(_row(tile, place, column), step), lowest - zero, highest - zero)
-        left = tl.load(target + weight * target_stride + at, mask=inside, other=0.0) - code * step
-        tl.store(codes + weight * codes_stride + at, code, mask=inside)
-        tl.store(error + weight * error_stride + at, left, mask=inside)
-        behind = (column > place) & (column < columns)
-        passed = tl.load(feed + (weight * columns + place) * columns + column, mask=behind, other=0.0)
-        tile += passed[:, None] * left[None, :]
-
-
-@triton.jit
-def descend_kernel(
-    codes,
-    error,
-    before,
-    slope,
-    pull,
-    steps,
-    zeros,
-    codes_stride,
-    error_stride,
-    before_stride,
-    slope_stride,
-    steps_stride,
-    step_stride,
-    zeros_stride,
-    zero_stride,
-    columns,
-    channels,
-    lowest,
-    highest,
-    ZEROS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """grid (channels, weights)."""
-    weight = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    column = tl.arange(0, COLUMNS)
-    inside = channel < channels
-    tile = tl.load(
-        slope + weight * slope_stride + column[:, None] * channels + channel[None, :],
-        mask=(column < columns)[:, None] & inside[None, :],
-        other=0.0,
-    )
-    for place in tl.range(0, columns):
-        at = place * channels + channel
-        step = tl.load(steps + weight * steps_stride + place * step_stride + channel, mask=inside, other=1.0)
-        zero = tl.zeros((CHANNELS,), tl.float32)
-        if ZEROS:
-            zero = tl.load(zeros + weight * zeros_stride + place * zero_stride + channel, mask=inside, other=0.0)
-        earlier = tl.load(before + weight * before_stride + at, mask=inside, other=0.0)
-        code = _rounded(earlier + tl.div_rn(_row(tile, place, column), step), lowest - zero, highest - zero)
-        change = (code - earlier) * step
-        tl.store(codes + weight * codes_stride + at, code, mask=inside)
+        given = tl.load(base + weight * base_stride + at, mask=inside, other=0.0)
+        value = tl.div_rn(_row(tile, place, column), step)
         to = error + weight * error_stride + at
-        tl.store(to, tl.load(to, mask=inside, other=0.0) - change, mask=inside)
+        if DESCENT:
+            code = _rounded(given + value, lowest - zero, highest - zero)
+            moved = (given - code) * step
+            left = tl.load(to, mask=inside, other=0.0) + moved
+        else:
+            code = _rounded(value, lowest - zero, highest - zero)
+            moved = given - code * step
+            left = moved
+        tl.store(codes + weight * codes_stride + at, code, mask=inside)
+        tl.store(to, left, mask=inside)
         behind = (column > place) & (column < columns)
-        taken = tl.load(pull + (weight * columns + place) * columns + column, mask=behind, other=0.0)
-        tile -= taken[:, None] * change[None, :]
+        counts = tl.load(within + (weight * columns + place) * columns + column, mask=behind, other=0.0)
+        tile += counts[:, None] * moved[None, :]

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from counterweight.kernels.gate.case import Case
-from counterweight.kernels.gpu.columns import CHANNELS, MOST_COLUMNS, WARPS, descend_kernel, feed_back_kernel
+from counterweight.kernels.gpu.columns import CHANNELS, MOST_COLUMNS, WARPS, columns_kernel
+
+_MATRICES = ("codes", "error", "base", "start")
+_POINTERS = (*_MATRICES, "within", "steps", "zeros")
+_STRIDES = (*(f"{matrix}_stride" for matrix in (*_MATRICES, "steps", "zeros")), "step_stride", "zero_stride")
 
 
-def _case(name: str, kernel: Any, matrices: tuple[str, ...], *, zeros: bool) -> Case:
-    strides = [f"{matrix}_stride" for matrix in matrices] + [
-        "steps_stride",
-        "step_stride",
-        "zeros_stride",
-        "zero_stride",
-    ]
-    pointers = [*matrices, "feed" if kernel is feed_back_kernel else "pull", "steps", "zeros"]
+def _case(name: str, *, descent: bool, zeros: bool) -> Case:
     return Case(
         name=name,
-        kernel=kernel,
+        kernel=columns_kernel,
         types={
-            **dict.fromkeys(pointers, "*fp32"),
-            **dict.fromkeys(strides, "i32"),
-            "columns": "i32",
-            "channels": "i32",
-            "lowest": "fp32",
-            "highest": "fp32",
+            **dict.fromkeys(_POINTERS, "*fp32"),
+            **dict.fromkeys((*_STRIDES, "columns", "channels"), "i32"),
+            **dict.fromkeys(("lowest", "highest"), "fp32"),
         },
-        constants={"ZEROS": zeros, "COLUMNS": MOST_COLUMNS, "CHANNELS": CHANNELS},
-        aligned=(*pointers, *strides, "columns", "channels"),
+        constants={"DESCENT": descent, "ZEROS": zeros, "COLUMNS": MOST_COLUMNS, "CHANNELS": CHANNELS},
+        aligned=(*_POINTERS, *_STRIDES, "columns", "channels"),
         options={"num_warps": WARPS},
     )
 
 
 CASES = [
-    _case("columns/feed back", feed_back_kernel, ("codes", "error", "target", "aim"), zeros=False),
-    _case("columns/feed back, zero points", feed_back_kernel, ("codes", "error", "target", "aim"), zeros=True),
-    _case("columns/descend", descend_kernel, ("codes", "error", "before", "slope"), zeros=False),
+    _case("columns/feed back", descent=False, zeros=False),
+    _case("columns/feed back, zero points", descent=False, zeros=True),
+    _case("columns/descend", descent=True, zeros=False),
 ]
