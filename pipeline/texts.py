@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from counterweight.pipeline.manifest import TEXT, Calibration, CompressionJob
 from counterweight.pipeline.manifest.job import TextShare
@@ -97,51 +97,42 @@ def read_texts(job: CompressionJob, tokenizer: AnyTokenizer, usual: SpecialToken
     """Reads and tokenizes the texts that `job` names, as far as its windows need; RequestError when one does not give what is
     asked of it, or prepared tokens are not there. tokenizer: the model's. usual: see `requests`."""
     started = time.perf_counter()
-    found: dict[str, Windows] = {}
-    running: Encoder | None = None
-    try:
-        for asked in requests(job, usual):
-            if isinstance(asked.source, TokensSource):
-                open_text(asked.source.uri, asked.field)
-                continue
-            running = running or encoder(tokenizer, asked.field)
-            found[asked.field] = windows(
-                asked.source,
-                running,
-                length=asked.length,
-                sequences=asked.sequences,
-                sampling=asked.sampling,
-                seed=asked.seed,
-                field=asked.field,
-                further=asked.further,
-                special_tokens=asked.special_tokens,
-            )
-    finally:
-        if running is not None:
-            running.close()
+    found = {asked.field: cut for asked, cut in _cut(requests(job, usual), tokenizer)}
     return Texts(found=found, usual=usual, seconds=time.perf_counter() - started)
 
 
 def check_texts(job: CompressionJob, tokenizer: AnyTokenizer, usual: SpecialTokens = "text") -> None:
     """Looks whether `read_texts` would get what is asked of each text, reading no more of it than that takes. RequestError."""
+    # As many tokens as windows need are enough, wherever the windows will lie.
+    least = (
+        replace(asked, sequences=asked.sequences or 1, sampling="consecutive", further=())
+        for asked in requests(job, usual)
+    )
+    for _ in _cut(least, tokenizer):
+        pass
+
+
+def _cut(asked: Iterable[Request], tokenizer: AnyTokenizer) -> Iterator[tuple[Request, Windows]]:
+    """The windows of each text; prepared tokens are only looked for. RequestError."""
     running: Encoder | None = None
     try:
-        for asked in requests(job, usual):
-            if isinstance(asked.source, TokensSource):
-                open_text(asked.source.uri, asked.field)
+        for one in asked:
+            if isinstance(one.source, TokensSource):
+                open_text(one.source.uri, one.field)
                 continue
-            running = running or encoder(tokenizer, asked.field)
-            # As many tokens as windows need are enough, wherever the windows will lie.
-            windows(
-                asked.source,
+            running = running or encoder(tokenizer, one.field)
+            cut = windows(
+                one.source,
                 running,
-                length=asked.length,
-                sequences=asked.sequences or 1,
-                sampling="consecutive",
-                seed=asked.seed,
-                field=asked.field,
-                special_tokens=asked.special_tokens,
+                length=one.length,
+                sequences=one.sequences,
+                sampling=one.sampling,
+                seed=one.seed,
+                field=one.field,
+                further=one.further,
+                special_tokens=one.special_tokens,
             )
+            yield one, cut
     finally:
         if running is not None:
             running.close()
