@@ -18,10 +18,10 @@ from counterweight.pipeline.artifact.document import (
     json_bytes,
 )
 from counterweight.pipeline.artifact.making import Earlier
-from counterweight.pipeline.artifact.reader import Artifact, Published
+from counterweight.pipeline.artifact.reader import Artifact, Published, parsed
 from counterweight.pipeline.artifact.report import Report
 from counterweight.pipeline.artifact.report_html import render
-from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError
+from counterweight.workers.errors import CheckpointError, IntegrityError, ObjectNotFoundError, RequestError
 from counterweight.workers.interchange.compressed_tensors import QUANT_METHOD
 from counterweight.workers.ledger import Ledger
 from counterweight.workers.storage import ObjectStore, sha256_hex
@@ -32,10 +32,10 @@ def publish(artifact: Artifact, report: Report, files: Mapping[str, FileEntry], 
     """Makes an assembled artifact visible; the report that was there first holds."""
     store = artifact.store
     text = _create_or_adopt(artifact, REPORT, report.model_dump_json(indent=1).encode())
-    report = Report.model_validate_json(text)
+    report = _written(artifact, text)
     page = _create_or_adopt(artifact, REPORT_PAGE, render(report).encode())
     everything = dict(files)
-    about = card(report, files, stock=_is_stock(artifact)).encode()
+    about = card(report, files, stock=_is_stock(artifact, files[CONFIG])).encode()
     store.write(artifact.key(CARD), about)
     for path, data in ((REPORT, text), (REPORT_PAGE, page), (CARD, about)):
         everything[path] = FileEntry(size=len(data), sha256=sha256_hex(data))
@@ -70,7 +70,7 @@ def latest(store: ObjectStore, name: str) -> Published | None:
     try:
         pointer = json.loads(store.read(f"{name}/{LATEST}"))
         return Artifact(store, name, check_key(str(pointer["id"]))).published()
-    except (ObjectNotFoundError, RequestError, ValueError, KeyError, TypeError):
+    except (ObjectNotFoundError, IntegrityError, RequestError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -89,9 +89,18 @@ def before(artifact: Artifact) -> Earlier | None:
     )
 
 
-def _is_stock(artifact: Artifact) -> bool:
-    """Whether stock transformers reads the weights."""
-    config = json.loads(artifact.store.read(artifact.key(CONFIG)))
+def _written(artifact: Artifact, text: bytes) -> Report:
+    """The report that a run of this job wrote; IntegrityError where it was damaged since."""
+    key = artifact.key(REPORT)
+    try:
+        return parsed(Report, artifact.store, key, "a report", text)
+    except CheckpointError as error:
+        raise IntegrityError(f"{error}: expected the one that a run of this job wrote") from error
+
+
+def _is_stock(artifact: Artifact, entry: FileEntry) -> bool:
+    """Whether stock transformers reads the weights. entry: of config.json."""
+    config = json.loads(artifact.store.read(artifact.key(CONFIG), sha256=entry.sha256))
     return bool(config["quantization_config"]["quant_method"] != QUANT_METHOD)
 
 

@@ -25,7 +25,7 @@ from counterweight.pipeline.artifact.tags import named_by_tag, tagged, tags
 from counterweight.workers.checkpoint.layout import check_index
 from counterweight.workers.checkpoint.strict_json import check_object, parse_object
 from counterweight.workers.config import Config, first_problem
-from counterweight.workers.errors import CheckpointError, ObjectNotFoundError, RequestError
+from counterweight.workers.errors import CheckpointError, IntegrityError, ObjectNotFoundError, RequestError
 from counterweight.workers.ledger import ADAPTER, ADAPTER_CONFIG, LEDGER, RESIDUAL_STORE, Ledger
 from counterweight.workers.storage import ObjectStore, open_store
 from counterweight.workers.storage.names import check_key
@@ -76,11 +76,14 @@ class Artifact:
         return f"{self.store.uri.rstrip('/')}/{self.name}/{self.id}"
 
     def published(self) -> Published | None:
-        """The artifact, when it is visible."""
+        """The artifact, when it is visible. IntegrityError where its document is not what a job writes: its name is ours, so it
+        was damaged, in storage or on the way."""
         try:
             document = read_document(open_store(self.uri))
         except ObjectNotFoundError:
             return None
+        except CheckpointError as error:
+            raise IntegrityError(f"{error}: expected the document that a run of this job wrote") from error
         return Published(self.uri, document, existing=True)
 
 

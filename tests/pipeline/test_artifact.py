@@ -109,6 +109,18 @@ def test_a_directory_without_its_document_is_no_artifact(artifact: Path) -> None
             resolve(uri)
 
 
+def test_a_document_of_ours_that_is_damaged_is_no_wrong_request(artifact: Path) -> None:
+    """Who asks by a job's own name and id expects what a run of it wrote; a URI may be anything."""
+    (artifact / DOCUMENT).write_bytes((artifact / DOCUMENT).read_bytes().replace(b'",', b'" ', 1))
+    store = open_store(artifact.parent.parent.as_uri())
+    with pytest.raises(
+        IntegrityError, match=r"artifact\.json: not an artifact's: .*: expected the document that a run"
+    ):
+        Artifact(store, "tiny", artifact.name).published()
+    with pytest.raises(CheckpointError, match=r"artifact\.json: not an artifact's: "):
+        resolve(artifact.as_uri())
+
+
 def test_a_document_that_is_a_directory_is_no_document(artifact: Path) -> None:
     (artifact / DOCUMENT).unlink()
     (artifact / DOCUMENT).mkdir()

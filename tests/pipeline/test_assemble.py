@@ -297,6 +297,19 @@ def test_a_driver_that_comes_long_after_another_has_published_does_not_turn_it_b
     assert resolve((tmp_path / "tiny").as_uri())[1] == newer.document
 
 
+@pytest.mark.parametrize(("path", "said"), [("report/report.json", "not a report: "), ("config.json", "sha256")])
+def test_what_is_read_back_to_be_published_and_is_damaged_is_no_wrong_request(
+    path: str, said: str, manifest: Path, tmp_path: Path
+) -> None:
+    made = run_local(job_of(manifest, f"spec.output.uri={tmp_path}", "spec.validation="))
+    root = local_path(made.uri)
+    report = Report.model_validate_json((root / "report" / "report.json").read_bytes())
+    files = {name: entry for name, entry in made.document.files.items() if not name.startswith("report/")}
+    (root / path).write_bytes((root / path).read_bytes().replace(b'":', b'" ', 1))
+    with pytest.raises(IntegrityError, match=said):
+        publish(Artifact(open_store(tmp_path.as_uri()), "tiny", made.document.id), report, files, ledger_of(root))
+
+
 def test_two_writers_never_mix_their_reports(manifest: Path, tmp_path: Path) -> None:
     """Whoever finds a report there takes it over, times and all."""
     job = job_of(manifest, f"spec.output.uri={tmp_path}")
