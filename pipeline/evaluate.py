@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from counterweight.pipeline.artifact import REPORT, open_artifact
+from counterweight.pipeline.artifact import REPORT
 from counterweight.pipeline.artifact.report import Report, TextReport, TokensReport, tokens_report
 from counterweight.pipeline.judging.rivals import read_report
 from counterweight.pipeline.judging.yardstick import Yardstick, device_of
@@ -61,8 +61,7 @@ def evaluate_artifact(uri: str, *, against: str | None = None, wanted: Wanted | 
     wanted = wanted or Wanted()
     device = device_of(wanted.device)
     report = read_report(uri)
-    _, document = open_artifact(uri)
-    source = open_model(against or document.base_model.uri)
+    source = open_model(against or report.model.uri)
     asked = measurable(source, wanted, report)
     with Yardstick(source, asked.tokens, report.validation_dtype, device, wanted.note) as yardstick:
         return yardstick.judge(uri).by_text(asked.about)

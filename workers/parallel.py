@@ -22,8 +22,8 @@ AHEAD = 2
 1.2 to 1.8 GB a second on one thread (`benchmarks/time_model.py`), a GPU runs a block over as many hidden states in less."""
 
 READERS = 4
-"""Requests for a checkpoint's tensors in flight, and threads that verify what came: in pieces of `checkpoint.ranges.MAX_READ`
-64 MiB are held beside the tensors."""
+"""Requests for a checkpoint's tensors, or an artifact's files, in flight, and threads that verify what came: in pieces of
+`checkpoint.ranges.MAX_READ` 64 MiB are held beside the tensors."""
 
 T = TypeVar("T")
 In = TypeVar("In")

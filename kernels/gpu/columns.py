@@ -2,7 +2,7 @@
 
 Each output channel goes its own way through the columns, so a program takes some channels through all of them: what later
 columns must know of earlier ones stays in registers, and nothing is started column by column. The same in torch, which says
-what is computed: `workers.quantization.within_block`.
+what is computed: `kernels.columns`.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -10,13 +10,12 @@ what is computed: `workers.quantization.within_block`.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from counterweight.kernels.columns import ColumnGrid
 from counterweight.kernels.gpu import launch
 
 MOST_COLUMNS = 64
@@ -26,21 +25,7 @@ CHANNELS, WARPS = 32, 1
 """Of a program. Few: 4096 output channels are then 128 programs, as many as a GPU has multiprocessors."""
 
 
-class BlockGrid(Protocol):
-    """The grid of a block's columns. steps: [weights, columns, out] float32. zeros: zero points likewise, None for a symmetric
-    grid. lowest, highest: codes, before the zero point is subtracted."""
-
-    @property
-    def steps(self) -> Tensor: ...
-    @property
-    def zeros(self) -> Tensor | None: ...
-    @property
-    def lowest(self) -> int: ...
-    @property
-    def highest(self) -> int: ...
-
-
-def feed_back_(codes: Tensor, error: Tensor, *, target: Tensor, aim: Tensor, feed: Tensor, grid: BlockGrid) -> None:
+def feed_back_(codes: Tensor, error: Tensor, *, target: Tensor, aim: Tensor, feed: Tensor, grid: ColumnGrid) -> None:
     """Rounds the columns of a block one after the other, each to the code nearest to its aim, and passes its error on to the
     aims of those behind it; fills in `codes` and `error`.
 
@@ -52,7 +37,7 @@ def feed_back_(codes: Tensor, error: Tensor, *, target: Tensor, aim: Tensor, fee
     _launch(codes, error, target, aim, feed, grid, descent=False)
 
 
-def descend_(codes: Tensor, error: Tensor, *, before: Tensor, slope: Tensor, pull: Tensor, grid: BlockGrid) -> None:
+def descend_(codes: Tensor, error: Tensor, *, before: Tensor, slope: Tensor, pull: Tensor, grid: ColumnGrid) -> None:
     """Sets each column of a block in turn to its best codes given all the others; fills in `codes` and keeps `error`, target
     minus value, up to date.
 
@@ -65,7 +50,7 @@ def descend_(codes: Tensor, error: Tensor, *, before: Tensor, slope: Tensor, pul
 
 
 def _launch(
-    codes: Tensor, error: Tensor, base: Tensor, start: Tensor, within: Tensor, grid: BlockGrid, *, descent: bool
+    codes: Tensor, error: Tensor, base: Tensor, start: Tensor, within: Tensor, grid: ColumnGrid, *, descent: bool
 ) -> None:
     weights, columns, channels = codes.shape
     zeros = grid.steps if grid.zeros is None else grid.zeros
@@ -93,7 +78,7 @@ def _launch(
         )
 
 
-def _check(grid: BlockGrid, *, codes: Tensor, feed: Tensor, **others: Tensor) -> None:
+def _check(grid: ColumnGrid, *, codes: Tensor, feed: Tensor, **others: Tensor) -> None:
     weights, columns, channels = codes.shape
     if not 1 <= columns <= MOST_COLUMNS or not launch.runs_on(codes.device):
         raise ValueError(f"codes: {columns} columns on {codes.device}: expected 1 .. {MOST_COLUMNS}, where kernels run")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from counterweight.pipeline.artifact.document import DOCUMENT, ArtifactDocument, FileEntry
 from counterweight.pipeline.artifact.reader import check_named, resolve
 from counterweight.pipeline.artifact.remote import RemoteArtifact, is_remote
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError
+from counterweight.workers.parallel import in_parallel
 from counterweight.workers.storage import ObjectStore, fetch, open_store, stream_sha256
 from counterweight.workers.storage.fetch import PARTIAL, Source
-
-FILES = 4
-"""That are fetched at once."""
 
 
 def verify(uri: str, done: Callable[[str, int], None] = lambda *_: None) -> ArtifactDocument:
@@ -76,13 +73,8 @@ def pull(uri: str, destination: Path, done: Callable[[str, int], None] = lambda 
         fetch(store, path, destination / path, size=entry.size, sha256=entry.sha256, root=destination)
         return item
 
-    with ThreadPoolExecutor(FILES, "pull") as threads:
-        try:
-            for path, entry in threads.map(one, sorted(document.files.items())):
-                done(path, entry.size)
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
+    for path, entry in in_parallel(one, sorted(document.files.items())):
+        done(path, entry.size)
     local.write(DOCUMENT, text)
     return document
 

@@ -5,8 +5,6 @@ COUNTERWEIGHT_SCREENSHOTS=DIR keeps what it looked like.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,22 +13,17 @@ import pytest
 
 from counterweight.pipeline.artifact.report import Report
 from counterweight.pipeline.artifact.report_html import render
+from tests.browsers import SCREENSHOTS, chromium
 from tests.pipeline.report_documents import PREFILL, mixtral, report, task
 from tests.pipeline.test_report_making import made
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-sync_api = pytest.importorskip("playwright.sync_api")
-
 LOOKS = [("light", 390), ("light", 820), ("light", 1440), ("dark", 390), ("print", 718)]
 """How it is shown, and how wide: a phone, a tablet, a screen; A4 within its margins."""
 
 COLOURS = ("color", "backgroundColor")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SCREENSHOTS = os.environ.get("COUNTERWEIGHT_SCREENSHOTS")
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
 OUTSIDE = """
 () => {
@@ -56,10 +49,8 @@ CLIPPED = """
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as started:
         yield started
-        started.close()
 
 
 def sparse() -> Report:

@@ -3,7 +3,7 @@
 Weights of one shape go through the loops together, [batch, in, out]: a step is a handful of in-place operations, whose cost is
 mostly that of the call where a weight is small. Each is transposed and permuted to its own order of rounding, so that a column
 of a weight is a contiguous row. Columns of a block update each other at once; what lies outside the block is updated by one
-matrix product per block and weight. What goes column by column is `within_block`'s.
+matrix product per block and weight. What goes column by column is `kernels.columns`'s.
 
 A weight's codes have the same bits in every batch: what is done to all weights at once is done entry by entry, and products
 are those of one weight.
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from counterweight.kernels.columns import ColumnGrid, columns_at_once, descend_, feed_back_
 from counterweight.workers.quantization.grid import Grid
-from counterweight.workers.quantization.within_block import ColumnGrid, columns_at_once, descend_, feed_back_
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

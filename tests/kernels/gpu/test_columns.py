@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from counterweight.kernels import columns as loops
+from counterweight.kernels.columns import ColumnGrid
 from counterweight.kernels.gpu import columns as kernel
 from counterweight.kernels.weights import StoredWeight
 
@@ -17,9 +19,7 @@ pytest.importorskip("pydantic")  # of the solver's options; the rest of this fol
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers import GPTQ
-from counterweight.workers.quantization import within_block
 from counterweight.workers.quantization.gptq import gptq
-from counterweight.workers.quantization.within_block import ColumnGrid
 from tests.kernels.gpu.guarded import bands_are_intact, guarded
 
 CASES = [(1, 16, 32, False), (2, 7, 70, True), (1, 64, 33, False)]
@@ -61,7 +61,7 @@ def test_errors_are_fed_back_as_in_torch(
 ) -> None:
     target, aim, feed, grid = problem(weights, columns, channels, zeros)
     codes, error = torch.empty_like(target), torch.empty_like(target)
-    within_block.feed_back_(codes, error, target=target, aim=aim.clone(), feed=feed, grid=grid)
+    loops.feed_back_(codes, error, target=target, aim=aim.clone(), feed=feed, grid=grid)
     found, left = guarded(torch.zeros_like(target).to(device)), guarded(torch.zeros_like(target).to(device))
     kernel.feed_back_(
         found, left, target=target.to(device), aim=aim.to(device), feed=feed.to(device), grid=on(device, grid)
@@ -80,7 +80,7 @@ def test_codes_descend_as_in_torch(
     before = (target / grid.steps).round().clamp(-2, 2)
     error = target - before * grid.steps
     codes, left = torch.empty_like(target), error.clone()
-    within_block.descend_(codes, left, before=before, slope=slope.clone(), pull=pull, grid=grid)
+    loops.descend_(codes, left, before=before, slope=slope.clone(), pull=pull, grid=grid)
     found, kept = guarded(torch.zeros_like(target).to(device)), guarded(error.to(device))
     kernel.descend_(
         found, kept, before=before.to(device), slope=slope.to(device), pull=pull.to(device), grid=on(device, grid)
@@ -104,7 +104,7 @@ def test_a_whole_weight_has_the_codes_that_it_has_elsewhere(
     calls: list[str] = []
 
     def chosen(where: torch.device, *, kernels: bool) -> StoredWeight:
-        monkeypatch.setattr(within_block, "runs_kernels", lambda _: kernels)
+        monkeypatch.setattr(loops, "runs_kernels", lambda _: kernels)
         statistics = InputStatistics.of(x.to(where))
         (found,) = gptq(GPTQ(block_size=128), weight.to(where), [statistics], form, torch.float32)
         return found.weight.to(torch.device("cpu"))

@@ -6,8 +6,6 @@ COUNTERWEIGHT_SCREENSHOTS=DIR keeps what it looked like.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +15,7 @@ import pytest
 from counterweight.pipeline.jobs.journal import Ended
 from counterweight.pipeline.jobs.lease import take
 from counterweight.pipeline.jobs.states import Cause
+from tests.browsers import SCREENSHOTS, chromium
 from tests.patience import PATIENCE
 from tests.pipeline.jobs.memory import record
 from tests.pipeline.service.house import House, document
@@ -25,22 +24,14 @@ from tests.pipeline.service.test_service_pull import served
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-sync_api = pytest.importorskip("playwright.sync_api")
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SCREENSHOTS = os.environ.get("COUNTERWEIGHT_SCREENSHOTS")
 LOOKS = [("light", 1200), ("dark", 390)]
 MANY_TABS = 40
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as started:
         yield started
-        started.close()
 
 
 def tab_to(page: Page, selector: str) -> None:
