@@ -86,6 +86,15 @@ class Record(Config):
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
+def blob_of(tensors: Mapping[str, Tensor]) -> Blob:
+    """The blob that tensors are as one safetensors file, which is written nowhere."""
+    digest, size = hashlib.sha256(), 0
+    for piece in safetensors_pieces(tensors):
+        digest.update(piece)
+        size += len(piece)
+    return Blob(sha256=digest.hexdigest(), size=size)
+
+
 class Workspace:
     """The durable state below one store; picklable, as its store is."""
 
@@ -93,19 +102,16 @@ class Workspace:
         """trusting: whether bytes that are there are taken for those that they should be, and not written again."""
         self.store, self._trusting = store, trusting
 
-    def put_tensors(self, tensors: Mapping[str, Tensor], *, durable: bool = True) -> Blob:
+    def put_tensors(self, tensors: Mapping[str, Tensor], *, durable: bool = True, blob: Blob | None = None) -> Blob:
         """Stores tensors as one safetensors blob; bytes that are already there are touched and not written again.
 
         durable: see `ObjectStore.open_writer`; False for hidden states, which a resumed job makes again when they are gone.
+        blob: their `blob_of`, where the caller knows it.
         """
-        digest, size = hashlib.sha256(), 0
-        for piece in safetensors_pieces(tensors):
-            digest.update(piece)
-            size += len(piece)
-        blob = Blob(sha256=digest.hexdigest(), size=size)
+        blob = blob_of(tensors) if blob is None else blob
         while True:
             if not (self._trusting and self.has(blob) and self.store.touch(blob.key, YOUNG)):
-                with self.store.open_writer(blob.key, durable=durable) as writer:
+                with self.store.open_writer(blob.key, durable=durable, sha256=blob.sha256) as writer:
                     for piece in safetensors_pieces(tensors):
                         writer.write(piece)
                     writer.commit()

@@ -196,9 +196,9 @@ class CrashingStore(FileStore):
             raise Crash
         return value
 
-    def open_writer(self, key: str, *, durable: bool = True) -> Writer:
+    def open_writer(self, key: str, *, durable: bool = True, sha256: str | None = None) -> Writer:
         """Every write of an artifact's file goes through one; it happens when it is committed."""
-        writer = super().open_writer(key, durable=durable)
+        writer = super().open_writer(key, durable=durable, sha256=sha256)
         if not key.startswith("_work/"):
             writer.commit = partial(self._at, "write", key, writer.commit)  # type: ignore[method-assign]
         return writer

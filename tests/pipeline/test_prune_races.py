@@ -113,9 +113,9 @@ class Stepping(FileStore):
         self._gate()
         return super().create(key, data)
 
-    def open_writer(self, key: str, *, durable: bool = True) -> Any:
+    def open_writer(self, key: str, *, durable: bool = True, sha256: str | None = None) -> Any:
         self._gate()
-        return super().open_writer(key, durable=durable)
+        return super().open_writer(key, durable=durable, sha256=sha256)
 
     def delete(self, key: str) -> None:
         self._gate()

@@ -52,6 +52,28 @@ def test_a_blob_is_named_by_its_bytes(workspace: Workspace, tmp_path: Path) -> N
     assert workspace.get_bytes(blob) == data
 
 
+def test_bytes_are_hashed_once_when_they_are_written(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+
+    class Counted:
+        def __init__(self) -> None:
+            self.digest = sha256()
+
+        def update(self, data: memoryview) -> None:
+            hashed.append(len(data))
+            self.digest.update(data)
+
+        def hexdigest(self) -> str:
+            return self.digest.hexdigest()
+
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", Counted)
+    blob = workspace.put_tensors(TENSORS)
+    monkeypatch.undo()
+    assert sum(hashed) == blob.size
+    assert sha256(workspace.get_bytes(blob)).hexdigest() == blob.sha256
+
+
 def test_the_order_of_tensors_does_not_matter(workspace: Workspace) -> None:
     assert workspace.put_tensors(TENSORS) == workspace.put_tensors(dict(reversed(TENSORS.items())))
 

@@ -44,7 +44,8 @@ class StaleWrite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What a `Writer` committed: size in bytes, and the sha256 (hex) of every byte as it was handed over."""
+    """What a `Writer` committed: size in bytes, and the sha256 (hex) of every byte as it was handed over, or as the caller knew
+    it."""
 
     size: int
     sha256: str
@@ -57,10 +58,11 @@ class Writer(abc.ABC):
     leaves neither a temporary file nor an open multipart upload behind. Not thread-safe, not picklable.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, sha256: str | None = None) -> None:
+        """sha256: of all that will be written, where the caller knows it."""
         self.uri = uri
         self._size = 0
-        self._digest = hashlib.sha256()
+        self._sha256, self._digest = sha256, hashlib.sha256()
         self._open = True
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -70,7 +72,8 @@ class Writer(abc.ABC):
         """
         self._require_open()
         view = memoryview(data).cast("B")
-        self._digest.update(view)
+        if self._sha256 is None:
+            self._digest.update(view)
         self._size += len(view)
         self._append(view)
 
@@ -83,7 +86,7 @@ class Writer(abc.ABC):
         self._require_open()
         self._publish()
         self._open = False
-        return Written(size=self._size, sha256=self._digest.hexdigest())
+        return Written(size=self._size, sha256=self._sha256 or self._digest.hexdigest())
 
     def abort(self) -> None:
         """Discards everything written; does nothing after commit or abort. Raises `StorageError`."""
@@ -213,8 +216,8 @@ class ObjectStore(abc.ABC):
         """
 
     @abc.abstractmethod
-    def open_writer(self, key: str, *, durable: bool = True) -> Writer:
-        """A `Writer` for an object of any size.
+    def open_writer(self, key: str, *, durable: bool = True, sha256: str | None = None) -> Writer:
+        """A `Writer` for an object of any size. sha256 (hex): of its bytes, where the caller knows it; not computed again.
 
         durable: committed bytes survive a power failure. False is for what can be made again: on `file:` the commit then
         does not wait for the disk (two flushes, some 5 ms each); on `s3:` there is no difference. Atomic either way.

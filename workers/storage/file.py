@@ -139,8 +139,8 @@ class FileStore(ObjectStore):
                 _flush_directory(path.parent)
             return won
 
-    def open_writer(self, key: str, *, durable: bool = True) -> Writer:
-        return _FileWriter(self._path(key), durable)
+    def open_writer(self, key: str, *, durable: bool = True, sha256: str | None = None) -> Writer:
+        return _FileWriter(self._path(key), durable, sha256)
 
     def copy(self, source_key: str, key: str) -> None:
         source, path = self._path(source_key), self._path(key)
@@ -295,8 +295,8 @@ class _Temporary:
 
 
 class _FileWriter(Writer):
-    def __init__(self, path: Path, durable: bool) -> None:
-        super().__init__(path.as_uri())
+    def __init__(self, path: Path, durable: bool, sha256: str | None) -> None:
+        super().__init__(path.as_uri(), sha256)
         self._path, self._durable = path, durable
         with _failing("write", path):
             self._temporary = _Temporary(path)

@@ -226,8 +226,8 @@ class S3Store(ObjectStore):
         except ObjectNotFoundError:
             return None
 
-    def open_writer(self, key: str, *, durable: bool = True) -> Writer:
-        return MultipartWriter(self._connection, self._bucket, self._name(key))
+    def open_writer(self, key: str, *, durable: bool = True, sha256: str | None = None) -> Writer:
+        return MultipartWriter(self._connection, self._bucket, self._name(key), sha256)
 
     def copy(self, source_key: str, key: str) -> None:
         uri, source_uri = self.uri_of(key), self.uri_of(source_key)

@@ -39,8 +39,8 @@ class MultipartWriter(Writer):
     is killed leaves an open upload, invisible to readers; `abort_stale_writes` removes it.
     """
 
-    def __init__(self, connection: Connection, bucket: str, name: str) -> None:
-        super().__init__(f"s3://{bucket}/{name}")
+    def __init__(self, connection: Connection, bucket: str, name: str, sha256: str | None = None) -> None:
+        super().__init__(f"s3://{bucket}/{name}", sha256)
         self._s3 = connection.client
         self._place = {"Bucket": bucket, "Key": name}
         self._settings = connection.settings

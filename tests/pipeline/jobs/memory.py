@@ -74,7 +74,7 @@ class MemoryStore(ObjectStore):
     def stream(self, key: str, *, start: int = 0, chunk: int = 0) -> Iterator[bytes]:
         raise NotImplementedError
 
-    def open_writer(self, key: str, *, durable: bool = True) -> Writer:
+    def open_writer(self, key: str, *, durable: bool = True, sha256: str | None = None) -> Writer:
         raise NotImplementedError
 
     def copy(self, source_key: str, key: str) -> None:
