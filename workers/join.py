@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
+import torch
 from torch import Tensor
 
-from counterweight.workers.checkpoint.writer import write_safetensors
+from counterweight.workers.ahead import ReadAhead
+from counterweight.workers.checkpoint.writer import write_in_turn, writing_order
 from counterweight.workers.errors import IntegrityError
 from counterweight.workers.storage import ObjectStore
 from counterweight.workers.storage.base import Written
@@ -14,36 +17,36 @@ from counterweight.workers.workspace import Blob, Workspace
 
 
 def join_tensors(
-    workspace: Workspace, parts: Sequence[tuple[Blob, Sequence[str]]], store: ObjectStore, key: str
+    workspace: Workspace,
+    parts: Sequence[tuple[Blob, Sequence[str]]],
+    store: ObjectStore,
+    key: str,
+    ahead: ReadAhead,
 ) -> Written:
-    """Writes the tensors of all parts as one file, one part in memory at a time, every byte read verified.
+    """Writes the tensors of all parts as one file, every byte read verified; of all parts the headers are read first, then one
+    part is in memory at a time, and another where `ahead` reads it meanwhile.
 
     parts: each blob with the names of its tensors; a name in two parts is an IntegrityError.
     """
-    return write_safetensors(store, key, _Parts(workspace, parts))
+    blob_of: dict[str, Blob] = {}
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for blob, names in parts:
+        entries = workspace.get_header(blob).entries
+        for name in names:
+            if name in blob_of:
+                raise IntegrityError(f"tensor {name} stands in two parts: {blob_of[name].key}, {blob.key}")
+            blob_of[name] = blob
+            layout[name] = (entries[name].dtype, entries[name].shape)
+    # Names of one blob follow each other, once for each dtype.
+    turns = [(blob, list(names)) for blob, names in groupby(writing_order(layout), blob_of.__getitem__)]
 
+    def read(place: int) -> dict[str, Tensor]:
+        return workspace.get_tensors(turns[place][0])
 
-class _Parts(Mapping[str, Tensor]):
-    """Tensors by name, loaded a blob at a time: names of one blob are asked for together, so one blob is kept."""
-
-    def __init__(self, workspace: Workspace, parts: Sequence[tuple[Blob, Sequence[str]]]) -> None:
-        self._workspace = workspace
-        self._blob_of: dict[str, Blob] = {}
-        for blob, names in parts:
+    def in_turn() -> Iterator[Tensor]:
+        for (_, names), tensors in zip(turns, ahead.in_turn(key, len(turns), read), strict=True):
             for name in names:
-                if name in self._blob_of:
-                    raise IntegrityError(f"tensor {name} stands in two parts: {self._blob_of[name].key}, {blob.key}")
-                self._blob_of[name] = blob
-        self._loaded: tuple[Blob, dict[str, Tensor]] | None = None
+                yield tensors.pop(name)
+            del tensors  # before the next part is waited for
 
-    def __getitem__(self, name: str) -> Tensor:
-        blob = self._blob_of[name]
-        if self._loaded is None or self._loaded[0] != blob:
-            self._loaded = (blob, self._workspace.get_tensors(blob))
-        return self._loaded[1][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._blob_of)
-
-    def __len__(self) -> int:
-        return len(self._blob_of)
+    return write_in_turn(store, key, layout, in_turn())

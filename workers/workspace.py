@@ -31,6 +31,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 from torch import Tensor
 
+from counterweight.workers.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
 from counterweight.workers.checkpoint.writer import read_safetensors, safetensors_pieces
 from counterweight.workers.config import Config, first_problem
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
@@ -125,6 +126,12 @@ class Workspace:
     def get_tensors(self, blob: Blob) -> dict[str, Tensor]:
         """The blob's tensors, every byte verified."""
         return read_safetensors(self.get_bytes(blob), file=self.store.uri_of(blob.key))
+
+    def get_header(self, blob: Blob) -> Header:
+        """What the blob says of its tensors, not verified: who reads them finds out."""
+        file = self.store.uri_of(blob.key)
+        length = header_length(self.store.read_range(blob.key, 0, LENGTH_BYTES), file=file, file_size=blob.size)
+        return parse_header(self.store.read_range(blob.key, LENGTH_BYTES, length), file=file, file_size=blob.size)
 
     def has(self, blob: Blob) -> bool:
         """Whether the blob's bytes are there, whole (by size; reading verifies them)."""

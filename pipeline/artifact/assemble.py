@@ -24,10 +24,12 @@ from counterweight.workers.interchange.peft import adapter_config
 from counterweight.workers.ledger import ADAPTER, ADAPTER_CONFIG, LEDGER, RESIDUAL_STORE, Ledger
 from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.storage import sha256_hex
+from counterweight.workers.storage.base import Written
 from counterweight.workers.tasks.block import BlockRecord
-from counterweight.workers.tasks.files import Checksum, Join
+from counterweight.workers.tasks.files import Checksum, Copy, Join
 from counterweight.workers.tasks.pass_through import PassThroughRecord
 from counterweight.workers.tasks.records import LedgerEntry
+from counterweight.workers.tasks.task import Task
 from counterweight.workers.workspace import Blob, Workspace
 
 
@@ -92,18 +94,18 @@ class Assembler:
         1. Every source tensor stands in the ledger exactly as often as it should: at least once, and quantized where the
            recipe said so (the block task has seen to that); anything else is an error.
         2. ledger.json, in which every file beside the weights stands, too.
-        3. Shards are copied under the names that transformers expects; the index follows.
-        4. Factors are joined into one adapter file, residual stores into another.
-        5. Workers read what was copied and joined, and compare it with what the tasks had written.
-        6. config.json; tokenizer, templates, licence and what else is carried over, as they are.
+        3. Workers have shards copied under the names that transformers expects, and beside that join factors into one adapter
+           file, residual stores into another; the index and the adapter's config follow.
+        4. Workers read what was copied and joined, and compare it with what the tasks had written.
+        5. config.json; tokenizer, templates, licence and what else is carried over, as they are.
         """
         beside = self._source.checkpoint.beside()
         ledger = self._parts.ledger(beside)
         self._check_account(ledger)
         self._claim(ledger.model_dump_json(indent=1).encode())
-        self._shards()
-        self._adapter(ledger)
-        self._residual()
+        self._weights()
+        self._index()
+        self._adapter_config(ledger)
         self._check_bytes()
         layout = self._source.layout
         linears = [layout.stock_name(name) for name in self._linears()]
@@ -128,36 +130,45 @@ class Assembler:
         while not self._workspace.spared(self._artifact.key(LEDGER)):
             self._write(LEDGER, ledger)
 
-    def _shards(self) -> None:
+    @property
+    def _shards(self) -> dict[str, BlockRecord | PassThroughRecord]:
+        """Checkpoint file -> the record of what lies in it."""
         first, *behind = self._parts.kept
         records: list[BlockRecord | PassThroughRecord] = [first, *self._parts.blocks, *behind]
-        weight_map: dict[str, str] = {}
-        total = 0
-        for number, record in enumerate(records, start=1):
-            path = f"model-{number:05}-of-{len(records):05}.safetensors"
-            self._copy(record.checkpoint, path)
-            weight_map |= dict.fromkeys(record.tensors, path)
-            total += record.checkpoint.size
+        return {
+            f"model-{number:05}-of-{len(records):05}.safetensors": record
+            for number, record in enumerate(records, start=1)
+        }
+
+    def _weights(self) -> None:
+        """The files that hold tensors. What is joined comes first: one worker is longer at it than others are at a shard."""
+        blocks = self._parts.blocks
+        factors = [(r.adapter, tuple(r.factors)) for r in blocks if r.adapter is not None]
+        stores = [(r.residual, tuple(r.residuals)) for r in blocks if r.residual is not None]
+        tasks: dict[str, Task[Written]] = {}
+        if factors:
+            tasks[ADAPTER] = self._join("adapter", factors, ADAPTER)
+        if stores:
+            tasks[RESIDUAL_STORE] = self._join("residual store", stores, RESIDUAL_STORE)
+        for path, record in self._shards.items():
+            tasks[path] = Copy(root=self._artifact.store.uri, blob=record.checkpoint, key=self._artifact.key(path))
+        for path, written in zip(tasks, self._dispatcher.run_all(list(tasks.values())), strict=True):
+            self._files[path] = FileEntry(size=written.size, sha256=written.sha256)
+
+    def _join(self, what: str, parts: Sequence[tuple[Blob, tuple[str, ...]]], path: str) -> Join:
+        return Join(workspace=self._workspace.store.uri, parts=parts, output=self._artifact.uri, path=path, what=what)
+
+    def _index(self) -> None:
+        weight_map = {name: path for path, record in self._shards.items() for name in record.tensors}
+        total = sum(record.checkpoint.size for record in self._shards.values())
         self._write(
             INDEX, json_bytes({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
         )
 
-    def _adapter(self, ledger: Ledger) -> None:
-        parts = [(r.adapter, tuple(r.factors)) for r in self._parts.blocks if r.adapter is not None]
-        if parts:
-            self._join("adapter", parts, ADAPTER)
+    def _adapter_config(self, ledger: Ledger) -> None:
+        if ADAPTER in self._files:
             family, formats = self._source.layout.family, self._stock_formats(ledger)
             self._write(ADAPTER_CONFIG, json_bytes(adapter_config(formats, self._artifact.name, family)))
-
-    def _residual(self) -> None:
-        parts = [(r.residual, tuple(r.residuals)) for r in self._parts.blocks if r.residual is not None]
-        if parts:
-            self._join("residual store", parts, RESIDUAL_STORE)
-
-    def _join(self, what: str, parts: Sequence[tuple[Blob, tuple[str, ...]]], path: str) -> None:
-        task = Join(workspace=self._workspace.store.uri, parts=parts, output=self._artifact.uri, path=path, what=what)
-        (written,) = self._dispatcher.run_all([task])
-        self._files[path] = FileEntry(size=written.size, sha256=written.sha256)
 
     def _check_bytes(self) -> None:
         """A finished shard may have rotted since its task was done. It is discarded then, so that the next run makes it
@@ -188,10 +199,6 @@ class Assembler:
             for group in layout.block_linears(index)
             for name in group
         ]
-
-    def _copy(self, blob: Blob, path: str) -> None:
-        self._artifact.store.copy(blob.key, self._artifact.key(path))
-        self._files[path] = FileEntry(size=blob.size, sha256=blob.sha256)
 
     def _write(self, path: str, data: bytes) -> None:
         self._artifact.store.write(self._artifact.key(path), data)

@@ -104,7 +104,7 @@ def timeline(costs: Costs, workers: int, threads: int) -> Timeline:
     references = stage("blocks", lambda: _run_blocks(costs, dispatcher, threads))
     if costs.distillation:
         stage("distill", lambda: dispatcher.run_all(_replicas(costs)))
-    stage("assemble", lambda: _assemble(costs, dispatcher, pool))
+    stage("assemble", lambda: _assemble(costs, dispatcher))
     if validation:
         nodes = [
             dispatcher.graph.add(giving(task), reads=(before,), after=(before,))
@@ -181,15 +181,18 @@ def _carried(costs: Costs, name: str) -> float:
     return costs.rates.read(size) + costs.rates.sent(size) + size / costs.rates.hash
 
 
-def _assemble(costs: Costs, dispatcher: Dispatcher, pool: SimulatedPool) -> None:
-    """The driver has the store copy one file after the other; a worker joins the branches; all read what was written."""
+def _assemble(costs: Costs, dispatcher: Dispatcher) -> None:
+    """Workers have shards copied, while one joins the branches, of which the next part is read beside; all read what was
+    written."""
     rates = costs.rates
     branches = sum(block.branch for block in costs.blocks)
     files = [block.stored - block.branch for block in costs.blocks] + [costs.bytes_of(name) for name in costs.outside]
-    pool.clock += 2 * sum(files) / rates.storage
+    making = [Simulated(f"copy {place}", {"copy": 2 * size / rates.storage}) for place, size in enumerate(files)]
     if branches:
-        dispatcher.run_all([Simulated("adapter", {"join": rates.received(branches) + rates.sent(branches)})])
-        files.append(branches)
+        join = rates.sent(branches) + (rates.received(branches) if rates.link is None else 0.0)
+        making.insert(0, Simulated("adapter", {"join": join}))
+        files.insert(0, branches)
+    dispatcher.run_all(making)
     dispatcher.run_all(
         [Simulated(f"check {place}", {"check": rates.received(size)}) for place, size in enumerate(files)]
     )

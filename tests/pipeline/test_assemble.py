@@ -226,8 +226,8 @@ def test_the_document_is_written_behind_its_files_and_the_pointer_last(
     assert document == DOCUMENT
     assert pointer == f"tiny/{LATEST}"
     assert files[-3:] == ["report/report.json", "report/report.html", "README.md"]
-    # The adapter is the workers' to write.
-    assert set(files) == set(published.document.files) - {"compensation/adapter_model.safetensors"}
+    # What holds tensors is the workers' to write.
+    assert set(files) == {path for path in published.document.files if not path.endswith(".safetensors")}
     # Hidden states behind the blocks are thrown away when the artifact is visible.
     assert discarded
     assert [operation for operation, _ in store.changes if operation == "delete"] == ["delete"] * len(discarded)
@@ -255,7 +255,7 @@ def test_a_driver_that_dies_at_any_write_leaves_nothing_half_visible_and_the_nex
                 break
         else:
             break
-    assert fatal > 12, "every write of the driver was to be tried"
+    assert fatal > 11, "every write of the driver was to be tried"
     monkeypatch.undo()
     published = run_local(job_of(manifest, f"spec.output.uri={tmp_path}"))
     assert files_of(local_path(published.uri)) == expected

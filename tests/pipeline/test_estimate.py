@@ -19,7 +19,7 @@ from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.pipeline.plan import make_plan
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.rates import GPUS as KNOWN
-from counterweight.pipeline.rates import Rates, rates_of
+from counterweight.pipeline.rates import HASH, STORAGE, Rates, rates_of
 from counterweight.workers.errors import RequestError
 from counterweight.workers.matrix_flops import Work
 from counterweight.workers.tasks.block import BlockSpec
@@ -250,6 +250,9 @@ def test_a_plan_names_what_the_job_asks_for(manifest: Path, source: ModelSource)
     branched = found(manifest, source, GPUS, "spec.recipe.compensation={kind: svd, rank: {count: 4}}")
     assert branched.steps["join"] > 0
     assert branched.steps["solve"] > plain.steps["solve"]
+    alone = found(manifest, source, "spec.resources={workers: 1, gpus_per_worker: 1}")
+    assert plain.steps["copy"] == pytest.approx(2 * plain.steps["check"] / (1 + STORAGE / HASH))
+    assert plain.stages["assemble"] < 0.7 * alone.stages["assemble"], "files are copied side by side"
     without = found(manifest, source, GPUS, "spec.validation=null")
     assert "validate" not in without.stages
     assert found(manifest, source, "spec.resources={workers: 1, gpus_per_worker: 1}").efficiency == 1

@@ -232,6 +232,7 @@ def test_tasks_of_a_job_know_their_sizes(overrides: Sequence[str], tmp_path: Pat
         "forward",
         "block",
         "keep",
+        "copy",
         "join",
         "checksum",
         "evaluate",

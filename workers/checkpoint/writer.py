@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -39,8 +40,6 @@ from counterweight.workers.storage import ObjectStore, Written
 PT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 """What transformers wants to find in a file that torch wrote."""
 
-_RANKS = {word: rank for rank, word in enumerate(DTYPES)}
-
 
 def write_safetensors(
     store: ObjectStore, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = PT_METADATA
@@ -55,14 +54,50 @@ def write_safetensors(
     before the first byte; `IntegrityError` when the store counted other bytes than were handed over;
     `StorageError` as the store does.
     """
-    plan = _plan(tensors, metadata, file=key)
+    layout = _layout(tensors, file=key)
+    return write_in_turn(store, key, layout, _in_turn(layout, tensors), metadata)
+
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Tensor -> its dtype and shape."""
+
+
+def writing_order(layout: Layout) -> list[str]:
+    """Names as a file has them."""
+    ranks = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
+    return sorted(layout, key=lambda name: (ranks[layout[name][0]], name))
+
+
+def write_in_turn(
+    store: ObjectStore,
+    key: str,
+    layout: Layout,
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str] = PT_METADATA,
+) -> Written:
+    """As `write_safetensors`, of tensors that come in `writing_order`; IntegrityError for one that is not what `layout`
+    says."""
+    plan = _plan(layout, metadata, file=key)
     with store.open_writer(key) as writer:
-        for piece in _pieces(plan, tensors):
+        for piece in _pieces(plan, _as_said(layout, plan.names, tensors)):
             writer.write(piece)
         written = writer.commit()
     if written.size != plan.size:
         raise IntegrityError(f"write {store.uri_of(key)}: {written.size} bytes written, expected {plan.size}")
     return written
+
+
+def _in_turn(layout: Layout, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    for name in writing_order(layout):
+        yield tensors[name]
+
+
+def _as_said(layout: Layout, names: Sequence[str], tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    for name, tensor in zip(names, tensors, strict=True):
+        found = (tensor.dtype, tuple(tensor.shape))
+        if found != layout[name]:
+            raise IntegrityError(f"tensor {show(name)}: {found}, expected {layout[name]}")
+        yield tensor
 
 
 def serialize_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = PT_METADATA) -> bytes:
@@ -82,7 +117,8 @@ def safetensors_pieces(
 
     A piece is valid until the next one is taken. Raises `CheckpointError` likewise.
     """
-    yield from _pieces(_plan(tensors, metadata, file="safetensors bytes"), tensors)
+    layout = _layout(tensors, file="safetensors bytes")
+    yield from _pieces(_plan(layout, metadata, file="safetensors bytes"), _in_turn(layout, tensors))
 
 
 def read_safetensors(data: bytes, *, file: str = "safetensors bytes") -> dict[str, Tensor]:
@@ -111,14 +147,20 @@ class _Plan:
     size: int
 
 
-def _plan(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, file: str) -> _Plan:
-    if len(tensors) > MAX_TENSORS:
-        raise CheckpointError(f"{file}: {len(tensors)} tensors, expected at most {MAX_TENSORS}")
-    words: dict[str, str] = {}
+def _layout(tensors: Mapping[str, Tensor], *, file: str) -> Layout:
     for name, tensor in tensors.items():
-        check_name(name, file=file)
-        words[name] = _checked_word(tensor, where=f"{file}: tensor {show(name)}")
-    names = tuple(sorted(tensors, key=lambda name: (_RANKS[words[name]], name)))
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise CheckpointError(
+                f"{file}: tensor {show(name)}: {tensor.layout} on {tensor.device}, expected a dense tensor that has its data"
+            )
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def _plan(layout: Layout, metadata: Mapping[str, str], *, file: str) -> _Plan:
+    if len(layout) > MAX_TENSORS:
+        raise CheckpointError(f"{file}: {len(layout)} tensors, expected at most {MAX_TENSORS}")
+    words = {name: _checked_word(name, *found, file=file) for name, found in layout.items()}
+    names = tuple(writing_order(layout))
     members: dict[str, object] = {}
     if metadata:
         members[METADATA] = dict(sorted(metadata.items()))
@@ -126,9 +168,9 @@ def _plan(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, file: s
             raise CheckpointError(f"{file}: {METADATA}, expected at most {MAX_METADATA_BYTES} bytes")
     position = 0
     for name in names:
-        tensor = tensors[name]
-        end = position + tensor.numel() * tensor.element_size()
-        members[name] = {"dtype": words[name], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        dtype, shape = layout[name]
+        end = position + math.prod(shape) * dtype.itemsize
+        members[name] = {"dtype": words[name], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = _json(members)
     text += b" " * (-len(text) % 8)
@@ -138,21 +180,21 @@ def _plan(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, file: s
     return _Plan(names=names, header=header, size=len(header) + position)
 
 
-def _checked_word(tensor: Tensor, *, where: str) -> str:
-    if tensor.layout != torch.strided or tensor.is_meta:
-        raise CheckpointError(f"{where}: {tensor.layout} on {tensor.device}, expected a dense tensor that has its data")
-    if tensor.ndim > MAX_DIMENSIONS:
-        raise CheckpointError(f"{where}: {tensor.ndim} dimensions, expected at most {MAX_DIMENSIONS}")
-    return dtype_word(tensor.dtype, where=where)
+def _checked_word(name: str, dtype: torch.dtype, shape: tuple[int, ...], *, file: str) -> str:
+    check_name(name, file=file)
+    where = f"{file}: tensor {show(name)}"
+    if len(shape) > MAX_DIMENSIONS:
+        raise CheckpointError(f"{where}: {len(shape)} dimensions, expected at most {MAX_DIMENSIONS}")
+    return dtype_word(dtype, where=where)
 
 
 def _json(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _pieces(plan: _Plan, tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+def _pieces(plan: _Plan, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
     yield memoryview(plan.header)
-    for name in plan.names:
-        flat = flat_bytes(tensors[name])
+    for tensor in tensors:
+        flat = flat_bytes(tensor)
         if flat.size:
             yield flat.data

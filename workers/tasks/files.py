@@ -1,4 +1,4 @@
-"""Files of an artifact: factors and residual stores of all blocks joined into one, and bytes checked."""
+"""Files of an artifact: shards copied, factors and residual stores of all blocks joined into one, and bytes checked."""
 
 from __future__ import annotations
 
@@ -14,6 +14,29 @@ from counterweight.workers.workspace import Blob, Workspace
 
 if TYPE_CHECKING:
     from counterweight.workers.context import TaskContext
+
+
+@dataclass(frozen=True)
+class Copy(Task[Written]):
+    """Has the store copy a finished blob to the object `key`; its size and sha256. root: URI of the store that both lie in."""
+
+    kind: ClassVar[str] = "copy"
+
+    root: str
+    blob: Blob
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"copy to {self.key}"
+
+    @property
+    def patience(self) -> float:
+        return patience(bytes=2 * self.blob.size)
+
+    def run(self, context: TaskContext) -> Written:
+        open_store(self.root).copy(self.blob.key, self.key)
+        return Written(size=self.blob.size, sha256=self.blob.sha256)
 
 
 @dataclass(frozen=True)
@@ -40,7 +63,8 @@ class Join(Task[Written]):
     def run(self, context: TaskContext) -> Written:
         from counterweight.workers.join import join_tensors
 
-        return join_tensors(Workspace(open_store(self.workspace)), self.parts, open_store(self.output), self.path)
+        workspace, output = Workspace(open_store(self.workspace)), open_store(self.output)
+        return join_tensors(workspace, self.parts, output, self.path, context.ahead)
 
 
 @dataclass(frozen=True)
