@@ -22,11 +22,11 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mappin
     calibration, resources, layout = job.spec.calibration, job.spec.resources, source.layout
     itemsize = ITEMSIZE[calibration.compute_dtype]
     together = shard_sequences(calibration.sequence_length)
-    shard = min(max(calibration.sequences, calibration.drawn), together) * calibration.sequence_length
+    largest = max(calibration.sequences, calibration.drawn, calibration.held_out_sequences)
     scores = 0
     if layout.family.eager_attention:
         # Scores, and the probabilities that are made of them in float32.
-        scores = shard * calibration.sequence_length * layout.heads * (itemsize + 4)
+        scores = calibration.sequence_length * layout.heads * (itemsize + 4)
     compressed = calibration.propagated == "compressed"
     shared_out = any(part.budget_bits is not None for part in recipe.values())
     regresses = any(part.regresses for part in recipe.values())
@@ -42,11 +42,11 @@ def load_of(job: CompressionJob, source: ModelSource, index: int, recipe: Mappin
         parameters=sum(prod(shape) for shape in layout.block_parameters(index).values()),
         compute=itemsize,
         hidden=layout.hidden_size,
-        shard=shard,
+        shard=min(largest, together) * calibration.sequence_length,
         shards=-(-calibration.sequences // together),
         length=calibration.sequence_length,
         sequences=calibration.sequences,
-        attention_bytes=scores,
+        token_scores=scores,
         paired=compressed and regresses,
         compressed=compressed,
         passed=not shared_out and index < (calibration.segment_start(layout.blocks - 1) or 0),

@@ -57,7 +57,10 @@ CASES: Mapping[str, Case] = {
     "activations, two threads": (many(RTN, 256, 2048, threads=2, sequences=48), "forward"),
     "activations, quantized": (many({**RTN, "activations": {"bits": 8}}, 256, 2048, sequences=32), "forward"),
     "activations, bfloat16": (many(RTN, 256, 3072, compute="bfloat16"), "forward"),
-    "held out": (many({**RTN, "activations": {"bits": 8}}, 256, 2048, held_out=16), "forward"),
+    "held out, more than is solved on": (
+        few({**RTN, "activations": {"bits": 8}}, 256, 2048, length=512, held_out=16),
+        "forward",
+    ),
     "held out, no products": (few(RTN, 1024, 4096, length=512, held_out=2), "solve"),
     "thresholds": (many({**RTN, "residual": {}}, 256, 1024), "forward"),
     "attention": (

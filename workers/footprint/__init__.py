@@ -9,7 +9,7 @@ the source's tensors, and what is written, on the host.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from counterweight.workers.footprint.experts import drawn_share, feeding, kept_bytes
 from counterweight.workers.footprint.forward import activations, running, tuning, unseen_bytes
@@ -107,7 +107,7 @@ def footprint(load: Load) -> Footprint:
     return Footprint(
         weights=with_running(load, scaled(load)),
         statistics=max(statistics),
-        activations=max(activations(one) for one in passes),
+        activations=max(activations(one.of_shards(one.tokens)) for one in passes),
         solve=solve,
         phases=phases,
         host=host,
@@ -120,13 +120,14 @@ def _further(load: Load, *, first: bool) -> Iterator[Load]:
     those that are held out."""
     if load.drawn:
         lacking = [name for group in load.groups if drawn_share(load, group) for name in group.recipe]
-        yield replace(load.solving(lacking), shard=min(load.shard, load.drawn_tokens))
+        yield load.solving(lacking).of_shards(load.drawn_tokens)
     if load.held_out and first:
-        yield replace(load.solving(()), shard=min(load.shard, load.unseen))
+        yield load.solving(()).of_shards(load.unseen)
 
 
 def _forward(load: Load, statistics: int, *, first: bool) -> int:
     """Of one pass over the shards, beside the weights. statistics: bytes of its sums; first: whether it makes the outputs."""
+    load = load.of_shards(load.tokens)
     shards = activations(load)
     kept = original(load) if first else 0
     products = sum(moments(load, group, SINGLE) for group in load.groups)

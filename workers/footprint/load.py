@@ -43,14 +43,13 @@ class Load:
     """What a task works on, and where.
 
     family: of the model; heads: its attention's, of queries. groups: in the order in which they run, the attention's first.
-    source_bytes: the block's tensors as stored. parameters: of the block. compute: bytes of an activation. shard, shards:
-    tokens of the largest shard, and how many are solved on; length: of a sequence; sequences: all that are solved on;
-    drawn: further ones, that some experts are; held_out: further ones, that nothing is. hidden: width of the stream.
-    attention_bytes: of the scores of a shard, where attention keeps them. paired: whether blocks see the compressed ones'
-    outputs and the solve looks at the original's; compressed: whether they see them. passed: whether the original is run over
-    the tokens before, for segments behind. stretched: whether shards come a few at a
-    time. threads: that share shards and solves. gpu: whether the arithmetic is done on one. experts, passes,
-    batch_bytes: see `BlockSpec`.
+    source_bytes: the block's tensors as stored. parameters: of the block. compute: bytes of an activation. hidden: width of the
+    stream. shard: tokens of the largest shard of any kind; shards: how many are solved on; length: of a sequence; sequences:
+    all that are solved on; drawn: further ones, that some experts are; held_out: further ones, that nothing is. token_scores:
+    bytes of the attention's scores of a token, where it keeps them. paired: whether blocks see the compressed ones' outputs and
+    the solve looks at the original's; compressed: whether they see them. passed: whether the original is run over the tokens
+    before, for segments behind. stretched: whether shards come a few at a time. threads: that share shards and solves. gpu:
+    whether the arithmetic is done on one. experts, passes, batch_bytes: see `BlockSpec`.
     """
 
     family: ModelFamily
@@ -64,7 +63,7 @@ class Load:
     shards: int
     length: int
     sequences: int
-    attention_bytes: int
+    token_scores: int
     paired: bool
     compressed: bool
     rotation: Rotation | None
@@ -94,6 +93,11 @@ class Load:
         return self.held_out * self.length
 
     @property
+    def attention_bytes(self) -> int:
+        """Of the scores of a shard."""
+        return self.shard * self.token_scores
+
+    @property
     def all_tokens(self) -> int:
         """That run through the block."""
         return self.tokens + self.drawn_tokens + self.unseen
@@ -111,6 +115,10 @@ class Load:
     def by_pass(self) -> list[Load]:
         """The same with the recipes of one pass's linears alone, pass by pass."""
         return [self.solving(names) for names in self.passes] or [self]
+
+    def of_shards(self, tokens: int) -> Load:
+        """The same on shards of one kind, of which there are so many tokens in all."""
+        return replace(self, shard=min(self.shard, tokens))
 
     def solving(self, names: Iterable[str]) -> Load:
         """The same where only the groups of the linears `names` are looked at."""

@@ -90,7 +90,7 @@ def preparing(load: Load) -> int:
     curious = [group for group in load.groups if any(scales(part) for part in group.recipe.values())]
     if not curious:
         return before
-    rows = sum(SINGLE * min(2048, load.shard) * group.width for group in curious)
+    rows = sum(SINGLE * min(2048, load.shard, load.tokens) * group.width for group in curious)
     peaks = []
     for group in curious:
         part = next(iter(group.recipe.values()))
