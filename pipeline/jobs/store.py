@@ -140,17 +140,29 @@ class JobStore:
         known = [one for one in listed.values() if one.record is not None]
         if not known:
             return []
-        now = self.store.now()
-        if len(known) == 1:
-            return [self._job(known[0], now)]
-        with ThreadPoolExecutor(REQUESTS, "jobs") as threads:
-            return list(threads.map(lambda one: self._job(one, now), known))
+        now = self.store.now()  # before anything is read, which may take long: dates of beats are as old as the listing
+        self._fetch(known)
+        return [self._job(one, now) for one in known]
+
+    def _fetch(self, listed: Sequence[_Listed]) -> None:
+        """Reads what is not remembered yet, several objects at once."""
+        records = [one.record.key for one in listed if one.record is not None and one.record.key not in self._records]
+        entries = [info.key for one in listed for info in one.journal if info.key not in self._entries]
+        if len(records) + len(entries) > 1:
+            with ThreadPoolExecutor(REQUESTS, "jobs") as threads:
+                list(threads.map(self._record, records))
+                list(threads.map(self._entry, entries))
 
     def _job(self, listed: _Listed, now: datetime) -> Job:
         assert listed.record is not None
-        record = self._remembered(listed.record.key, self._records, _RECORD)
-        journal = [Dated(self._remembered(info.key, self._entries, ENTRY), info.modified) for info in listed.journal]
-        return fold(record, listed.record.modified, journal, listed.beats, now)
+        journal = [Dated(self._entry(info.key), info.modified) for info in listed.journal]
+        return fold(self._record(listed.record.key), listed.record.modified, journal, listed.beats, now)
+
+    def _record(self, key: str) -> JobRecord:
+        return self._remembered(key, self._records, _RECORD)
+
+    def _entry(self, key: str) -> Entry:
+        return self._remembered(key, self._entries, ENTRY)
 
     def _remembered(self, key: str, known: dict[str, Parsed], kind: TypeAdapter[Parsed]) -> Parsed:
         if key not in known:

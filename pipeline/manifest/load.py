@@ -20,7 +20,7 @@ from counterweight.pipeline.manifest.explain import MAX_EXPLAINED, Complaint, ex
 from counterweight.pipeline.manifest.job import CompressionJob
 from counterweight.pipeline.manifest.overrides import apply_overrides
 from counterweight.pipeline.manifest.problems import Path, path_text, problem, refusal, show, source_text
-from counterweight.pipeline.manifest.schema import job_schema
+from counterweight.pipeline.manifest.schema import schema_of
 from counterweight.pipeline.manifest.uris import resolve_uris
 from counterweight.workers.errors import ManifestError, ObjectNotFoundError, RequestError, StorageError
 from counterweight.workers.storage import open_store, split_uri
@@ -82,7 +82,7 @@ def parse_manifest(data: bytes | str, *, name: str, base: str | None, overrides:
     changed = apply_overrides(document, overrides)
     if document.get("kind") == BATCH:
         raise problem(("kind",), f"{BATCH!r}: expected 'CompressionJob': a batch is for `counterweight submit`")
-    job, complaints = resolve_uris(validated(CompressionJob, document, changed, job_schema()), base)
+    job, complaints = resolve_uris(validated(CompressionJob, document, changed), base)
     if complaints:
         raise refusal([_line(complaint, changed) for complaint in complaints])
     return LoadedManifest(job=job, base=base)
@@ -97,9 +97,7 @@ def parse_document(data: bytes | str, name: str) -> dict[str, object]:
     return document
 
 
-def validated(
-    kind: type[AnyManifest], document: dict[str, object], changed: Sequence[Path], schema: dict[str, object]
-) -> AnyManifest:
+def validated(kind: type[AnyManifest], document: dict[str, object], changed: Sequence[Path]) -> AnyManifest:
     """The document as a manifest of a kind, whose JSON Schema explains what is wrong. changed: paths that were overridden.
     ManifestError with one line for each problem."""
     try:
@@ -107,7 +105,7 @@ def validated(
         # cannot.
         return kind.model_validate_json(json.dumps(document, allow_nan=False), strict=True)
     except ValidationError as error:
-        complaints = explain(error, document, schema)
+        complaints = explain(error, document, schema_of(kind))
         unexplained = max(0, error.error_count() - MAX_EXPLAINED)
         raise refusal([_line(complaint, changed) for complaint in complaints], unexplained) from error
 

@@ -18,12 +18,12 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 def job_schema() -> dict[str, object]:
     """The JSON Schema (draft 2020-12) of a `CompressionJob`; a fresh copy, the caller's to change."""
-    return _copy(CompressionJob)
+    return schema_of(CompressionJob)
 
 
 def batch_schema() -> dict[str, object]:
     """Likewise, of a `CompressionBatch`."""
-    return _copy(CompressionBatch)
+    return schema_of(CompressionBatch)
 
 
 def schema_text() -> str:
@@ -40,13 +40,14 @@ def schema_text() -> str:
     return json.dumps(schema, indent=2) + "\n"
 
 
-def _copy(kind: type[BaseModel]) -> dict[str, object]:
-    copy: dict[str, object] = json.loads(_schema_of(kind))
+def schema_of(kind: type[BaseModel]) -> dict[str, object]:
+    """The JSON Schema of a kind of manifest; a fresh copy. The first of a kind takes 0.2 s of a processor."""
+    copy: dict[str, object] = json.loads(_text_of(kind))
     return copy
 
 
 @cache
-def _schema_of(kind: type[BaseModel]) -> str:
+def _text_of(kind: type[BaseModel]) -> str:
     schema = {"$schema": DIALECT, **kind.model_json_schema()}
     _require_tags(schema)
     _tidy(schema)
@@ -57,7 +58,7 @@ def _definitions(*kinds: type[BaseModel]) -> dict[str, object]:
     """Those of several kinds, the kinds themselves included; what they share is the same."""
     found: dict[str, object] = {}
     for kind in kinds:
-        schema: dict[str, Any] = _copy(kind)
+        schema: dict[str, Any] = schema_of(kind)
         found |= schema.pop("$defs")
         del schema["$schema"]
         found[kind.__name__] = schema

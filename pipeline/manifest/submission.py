@@ -28,7 +28,6 @@ from counterweight.pipeline.manifest.load import (
 )
 from counterweight.pipeline.manifest.overrides import apply_overrides
 from counterweight.pipeline.manifest.problems import problem, show
-from counterweight.pipeline.manifest.schema import batch_schema
 from counterweight.pipeline.manifest.uris import resolve_uri
 from counterweight.workers.config import Config
 from counterweight.workers.errors import ManifestError, RequestError
@@ -62,7 +61,7 @@ def load_submission(location: str, changes: Sequence[str] = (), output: str | No
         job = parse_manifest(data, name=location, base=base, overrides=[*changes, *each]).job
         return Submission((SubmittedJob(job=job),), None)
     changed = apply_overrides(document, changes)
-    batch = validated(CompressionBatch, document, changed, batch_schema())
+    batch = validated(CompressionBatch, document, changed)
     return _submission(batch, partial(_read, base=base), each)
 
 
@@ -80,7 +79,7 @@ def parse_bundle(data: bytes | str, name: str) -> Submission:
             raise RequestError("expected a key of manifests")
         return parse_manifest(json.dumps(manifests[uri]), name="manifest.json", base=None, overrides=changes).job
 
-    wanted = validated(CompressionBatch, batch, [], batch_schema())
+    wanted = validated(CompressionBatch, batch, [])
     count = len(wanted.spec.jobs) * len(combinations(wanted.spec))
     if count * len(data) > MAX_WORK:
         raise problem(("batch", "spec"), f"{count} jobs in {len(data)} bytes: expected at most {MAX_WORK} as a product")

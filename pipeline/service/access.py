@@ -1,4 +1,5 @@
-"""Who asks, and what is there for them: dependencies of the API's routes.
+"""Who asks, and what is there for them: dependencies of the API's routes. Those that wait for nothing are coroutines: FastAPI
+runs any other in a thread, which costs more than they do.
 
 What belongs to another tenant is answered as what does not exist.
 """
@@ -6,7 +7,7 @@ What belongs to another tenant is answered as what does not exist.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -37,7 +38,13 @@ def admitted(request: Request, token: str | None) -> Principal:
     return found
 
 
-def _principal(request: Request, bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> Principal:
+async def _service(request: Request) -> Service:
+    return service_of(request)
+
+
+async def _principal(
+    request: Request, bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
+) -> Principal:
     single = len(request.headers.getlist("authorization")) == 1
     return admitted(request, bearer.credentials if bearer is not None and single else None)
 
@@ -49,8 +56,8 @@ def require(principal: Principal, role: Role) -> Principal:
     return principal
 
 
-def _at_least(role: Role) -> Callable[[Principal], Principal]:
-    def dependency(principal: Annotated[Principal, Depends(_principal)]) -> Principal:
+def _at_least(role: Role) -> Callable[[Principal], Awaitable[Principal]]:
+    async def dependency(principal: Annotated[Principal, Depends(_principal)]) -> Principal:
         return require(principal, role)
 
     return dependency
@@ -59,7 +66,7 @@ def _at_least(role: Role) -> Callable[[Principal], Principal]:
 Monitor = Annotated[Principal, Depends(_at_least(Role.MONITOR))]
 Viewer = Annotated[Principal, Depends(_at_least(Role.VIEWER))]
 Submitter = Annotated[Principal, Depends(_at_least(Role.SUBMITTER))]
-Context = Annotated[Service, Depends(service_of)]
+Context = Annotated[Service, Depends(_service)]
 
 
 def tenant_for(principal: Principal, asked: str | None) -> str:

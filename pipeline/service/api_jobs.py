@@ -58,7 +58,7 @@ LastEvent = Annotated[str | None, Header(alias="Last-Event-ID", description="Of 
 router = APIRouter(tags=["jobs"])
 
 
-def _order(
+async def _order(
     principal: Submitter, tenant: Tenant = None, priority: Priority = 0, again: Again = False, key: Key = None
 ) -> Order:
     return Order(tenant_for(principal, tenant), priority, again, key)

@@ -27,7 +27,7 @@ FIELD = "csrf"
 """Of a form: shows that one of our pages, for this token, made it."""
 
 
-def person(request: Request) -> Principal:
+async def person(request: Request) -> Principal:
     """Whose cookie it is; raises as `admitted`, and 403 for a token that may see no page."""
     return require(admitted(request, request.cookies.get(COOKIE)), Role.VIEWER)
 

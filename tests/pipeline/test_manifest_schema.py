@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from counterweight.pipeline.manifest import job_schema
+from counterweight.pipeline.manifest import job_schema, load, parse_manifest
 from counterweight.pipeline.manifest.document import parse_yaml
 from counterweight.pipeline.manifest.expectation import expectation, resolve
 from counterweight.pipeline.manifest.overrides import apply_overrides
@@ -43,6 +43,16 @@ def test_it_is_a_schema() -> None:
 def test_changing_a_copy_changes_no_other() -> None:
     job_schema().clear()
     assert job_schema()["type"] == "object"
+
+
+def test_a_right_manifest_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(kind: object) -> dict[str, object]:
+        raise AssertionError("of no use but for what is wrong")
+
+    monkeypatch.setattr(load, "schema_of", made)
+    parse_manifest(MINIMAL, name="job.yaml", base="file:///jobs")
+    with pytest.raises(AssertionError, match="of no use"):
+        parse_manifest("{}", name="job.yaml", base="file:///jobs")
 
 
 @pytest.mark.parametrize(("name", "node"), list(properties()))
