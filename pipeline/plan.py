@@ -239,8 +239,9 @@ def _estimate(
     rates: Rates,
 ) -> Estimate:
     """How long the job takes at these rates; blocks that are alike are priced once."""
+    alike = {id(block.load): block for block in blocks}
     prices = {
-        id(block.load): block_seconds(block.load, block.arithmetic, rates, judged=judged(job)) for block in blocks
+        key: block_seconds(block.load, block.arithmetic, rates, judged=judged(job)) for key, block in alike.items()
     }
     resources = job.spec.resources
     costs = Costs(

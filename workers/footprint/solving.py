@@ -33,7 +33,8 @@ class _Job:
 def solving(load: Load, *, keep: bool = False) -> tuple[int, int]:
     """Statistics and solves that run side by side at their peak, with what was solved before; and what all solves leave. keep:
     the statistics stay, for further solves."""
-    jobs = [_job(load, batch) for batch in batched(load)]
+    in_place = scaled(load) == SINGLE * load.parameters and not load.gpu
+    jobs = [_job(load, batch, in_place=in_place) for batch in batched(load)]
     if keep:
         jobs = [replace(job, taken=0, ended=0) for job in jobs]
     side_by_side = load.threads if any(group.width >= PARALLEL_WIDTH for group in load.groups if group.recipe) else 1
@@ -49,12 +50,11 @@ def solving(load: Load, *, keep: bool = False) -> tuple[int, int]:
     return peak, solved
 
 
-def _job(load: Load, batch: Sequence[Solve]) -> _Job:
-    """What solves that are done in one call take and leave."""
+def _job(load: Load, batch: Sequence[Solve], *, in_place: bool) -> _Job:
+    """What solves that are done in one call take and leave. in_place: they work on the parameters as those lie in memory."""
     first, count = batch[0], len(batch)
     tokens = min(summed_tokens(load, solve.group) for solve in batch)
     left = sum(_left(first.part, *shape, load.source_bytes / load.parameters) for shape in first.shapes)
-    in_place = scaled(load) == SINGLE * load.parameters and not load.gpu
     copies = 0 if in_place else SINGLE * sum(map(prod, first.shapes))
     packed = [moments(load, solve.group, DOUBLE) for solve in batch]
     judging = max(_judging(load, first, one) for one, _ in first.shapes)
