@@ -133,7 +133,7 @@ def main() -> None:
     body = table(["jobs", "clients", *(f"{name}, ms" for name in ranks), "all, s"], [[*row, f"{whole:.1f}"]])
     print(body)
     if arguments.record:
-        about = f"{machine()}; {versions('fastapi', 'uvicorn', 'httpx')}."
+        about = f"{machine()}; {versions('fastapi', 'uvicorn')}."
         print(record("submissions", "POST /v1/jobs by many clients", body, about))
 
 
