@@ -127,7 +127,10 @@ class Dispatcher:
         task = started.task
         if outcome.error is None:
             seconds = self._clock() - started.since
-            self._emit(TaskFinished(task.name, task.kind, outcome.worker, seconds, task.block_index))
+            moved = outcome.traffic
+            self._emit(
+                TaskFinished(task.name, task.kind, outcome.worker, seconds, task.block_index, moved.read, moved.written)
+            )
             return Finished(task, outcome.worker, value=outcome.value)
         tries = self._tries[task.name]
         verdict = self._policy.judge(Failure(outcome.error, outcome.worker_died), tries)

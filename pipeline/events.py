@@ -88,7 +88,8 @@ class TaskStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class TaskFinished(Event):
-    """A task gave back its value, `seconds` after it was started."""
+    """A task gave back its value, `seconds` after it was started. read_bytes, written_bytes: what passed between its worker and
+    stores meanwhile."""
 
     kind: ClassVar[str] = "task_finished"
 
@@ -97,6 +98,8 @@ class TaskFinished(Event):
     worker: int
     seconds: float
     block: int | None = None
+    read_bytes: int = 0
+    written_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from counterweight.pipeline.awake import Awake
 from counterweight.pipeline.child import call_me, die_with
 from counterweight.pipeline.pool import STARTS, Outcome, PoolSize
 from counterweight.workers.errors import CounterweightError, WorkerError
-from counterweight.workers.process import WorkerProcess, importing
+from counterweight.workers.process import Done, WorkerProcess, importing
 
 if TYPE_CHECKING:
     from counterweight.workers.identity import WorkerReport
@@ -185,7 +185,7 @@ class ForkedPool:
         ticket, first = seat.ticket, seat.since == 0
         seat.ticket, seat.since = 0, time.monotonic()
         if not first:
-            return [Outcome(ticket, worker, value=answer.value, error=answer.error)]
+            return [_outcome(ticket, worker, answer)]
         if answer.error is not None:
             raise WorkerError(f"worker {worker} cannot start: {answer.error}") from answer.error
         seat.deaths = 0
@@ -203,6 +203,13 @@ class ForkedPool:
         self._seats[worker] = self._fresh()
         self._seats[worker].deaths = deaths
         return [Outcome(seat.ticket, worker, error=WorkerError(cause), worker_died=True)] if seat.ticket else []
+
+
+def _outcome(ticket: int, worker: int, answer: _Answer) -> Outcome:
+    if answer.error is not None:
+        return Outcome(ticket, worker, error=answer.error)
+    assert isinstance(answer.value, Done)
+    return Outcome(ticket, worker, value=answer.value.value, traffic=answer.value.traffic)
 
 
 def _is_stopped(process: ForkProcess) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from counterweight.workers.storage.traffic import NONE, Traffic
+
 if TYPE_CHECKING:
     from counterweight.workers.identity import WorkerReport
     from counterweight.workers.tasks.setting import Device
@@ -23,13 +25,15 @@ STARTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A call that is over: its value, or the error. worker_died: what the worker held in memory is gone."""
+    """A call that is over: its value, or the error. worker_died: what the worker held in memory is gone. traffic: of the
+    worker with stores while it had the call, where it has a process of its own."""
 
     ticket: int
     worker: int
     value: object = None
     error: BaseException | None = None
     worker_died: bool = False
+    traffic: Traffic = NONE
 
 
 class WorkerPool(Protocol):

@@ -20,7 +20,7 @@ from counterweight.pipeline.cluster import Head
 from counterweight.pipeline.pool import START_SECONDS, STARTS, Outcome, PoolSize
 from counterweight.workers.errors import CounterweightError, WorkerError
 from counterweight.workers.identity import Identity, Token, WorkerReport
-from counterweight.workers.process import WorkerProcess
+from counterweight.workers.process import Done, WorkerProcess
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -212,7 +212,8 @@ class RayPool:
         seat = self._seats[worker]
         ticket, forgotten = seat.ticket, seat.state is State.SILENT
         try:
-            outcome = Outcome(ticket, worker, value=self._ray.get(reference))
+            done: Done[object] = self._ray.get(reference)
+            outcome = Outcome(ticket, worker, value=done.value, traffic=done.traffic)
         except self._ray.exceptions.RayTaskError as error:
             outcome = Outcome(ticket, worker, error=_raised(error))
         except self._ray.exceptions.RayError as error:  # the actor or its node is gone, or ran out of memory

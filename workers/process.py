@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from counterweight.workers.identity import Token, WorkerReport
+    from counterweight.workers.storage.traffic import Traffic
     from counterweight.workers.tasks.setting import Device
     from counterweight.workers.tasks.task import Task
 
@@ -58,6 +60,14 @@ def end_with_lost_threads() -> None:
             os._exit(LOST_THREAD)
 
 
+@dataclass(frozen=True, slots=True)
+class Done(Generic[R]):
+    """A task's value, and what passed between this process and stores meanwhile."""
+
+    value: R
+    traffic: Traffic
+
+
 class WorkerProcess:
     """Passes tasks on to a `Worker` that is imported and made in the process itself."""
 
@@ -79,6 +89,9 @@ class WorkerProcess:
 
         return OUTAGES.now
 
-    def run(self, task: Task[R]) -> R:
+    def run(self, task: Task[R]) -> Done[R]:
         """What the task gives back."""
-        return self._worker.run(task)
+        from counterweight.workers.storage.traffic import METER
+
+        before = METER.now
+        return Done(self._worker.run(task), METER.now - before)

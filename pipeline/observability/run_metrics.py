@@ -48,6 +48,12 @@ class RunMetrics:
             ["stage"],
             registry=registry,
         )
+        self._traffic = Counter(
+            "counterweight_storage_bytes",
+            "Bytes that tasks, by the stage in which they ended, read from stores and wrote to them.",
+            ["stage", "direction"],
+            registry=registry,
+        )
         self._workers = Gauge("counterweight_workers", "Workers of the last run.", registry=registry)
         self._ends = Counter("counterweight_runs", "Runs that ended, by how.", ["outcome"], registry=registry)
         self._current, self._since, self._size = "", 0.0, 0.0
@@ -63,8 +69,11 @@ class RunMetrics:
             self._leave(time, str(event["stage"]))
         elif kind == "task_finished":
             seconds = _number(event, "seconds")
+            stage = self._current or "opening"
             self._tasks.labels(str(event["task_kind"])).observe(seconds)
-            self._busy.labels(self._current or "opening").inc(seconds)
+            self._busy.labels(stage).inc(seconds)
+            for direction in ("read", "written"):
+                self._traffic.labels(stage, direction).inc(_number(event, f"{direction}_bytes"))
         elif kind == "task_retried":
             self._retries.labels(str(bool(event["worker_died"])).lower()).inc()
         elif kind == "block_done":

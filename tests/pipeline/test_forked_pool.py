@@ -125,6 +125,8 @@ def test_a_real_task_comes_back_with_its_value_and_an_error_as_it_was_raised(poo
     pool.submit(0, Inspect((tmp_path / "model").as_uri(), ["model.norm.weight"]))
     (outcome,) = outcomes_of(pool)
     assert set(cast(dict[str, object], outcome.value)) == {"model.norm.weight"}
+    assert 0 < outcome.traffic.read < 100_000
+    assert outcome.traffic.written == 0
     pool.submit(1, Inspect(tmp_path.as_uri(), ["x"]))
     (outcome,) = outcomes_of(pool)
     assert type(outcome.error) is CheckpointError

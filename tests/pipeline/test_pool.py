@@ -167,6 +167,7 @@ def test_a_call_comes_back_with_its_ticket_its_worker_and_its_value(pool: RayPoo
     for outcome in found:
         assert outcome.error is None
         assert set(outcome.value) == {"model.norm.weight"}
+        assert 0 < outcome.traffic.read < 100_000
 
 
 def test_an_error_raised_on_purpose_arrives_as_it_was(pool: RayPool, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from counterweight.workers.errors import IntegrityError, RequestError, StorageError
+from counterweight.workers.storage.traffic import METER
 
 # Large enough that per-chunk Python work vanishes beside the network, small enough to hold dozens of them.
 STREAM_CHUNK = 4 << 20
@@ -75,6 +76,7 @@ class Writer(abc.ABC):
         if self._sha256 is None:
             self._digest.update(view)
         self._size += len(view)
+        METER.wrote(len(view))
         self._append(view)
 
     def commit(self) -> Written:

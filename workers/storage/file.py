@@ -24,6 +24,7 @@ from counterweight.workers.errors import ObjectNotFoundError, RequestError, Stor
 from counterweight.workers.storage.base import STREAM_CHUNK, ObjectInfo, ObjectStore, StaleWrite, Writer
 from counterweight.workers.storage.names import TEMPORARY_PREFIX, check_key, check_prefix, check_range, is_key
 from counterweight.workers.storage.regular import check_regular, confined, open_regular
+from counterweight.workers.storage.traffic import METER
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 # Trying again cannot help: missing rights, or a file system that cannot do what is asked.
@@ -80,6 +81,7 @@ class FileStore(ObjectStore):
                     raise _shrunk(path, position)
                 pieces.append(piece)
                 position += len(piece)
+        METER.read(length)
         return b"".join(pieces)  # the one piece itself, uncopied, but for the largest ranges
 
     def stream(self, key: str, *, start: int = 0, chunk: int = STREAM_CHUNK) -> Iterator[bytes]:
@@ -98,6 +100,7 @@ class FileStore(ObjectStore):
                 if not piece:
                     raise _shrunk(path, position)
                 position += len(piece)
+                METER.read(len(piece))
                 yield piece
 
     def size(self, key: str) -> int:
@@ -125,6 +128,7 @@ class FileStore(ObjectStore):
         path = self._path(key)
         with _failing("create", path), _Temporary(path) as temporary:
             temporary.write(memoryview(data))
+            METER.wrote(len(data))
             temporary.flush()
             try:
                 os.link(temporary.path, path)

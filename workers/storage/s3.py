@@ -31,6 +31,7 @@ from counterweight.workers.storage.s3_client import (
     translated,
 )
 from counterweight.workers.storage.s3_writer import MultipartWriter, attempt_metadata, attempt_of
+from counterweight.workers.storage.traffic import METER
 
 # Of one body; a server that breaks off more often is down, and the task's own retry waits longer.
 MAX_RESUMES = 3
@@ -129,6 +130,7 @@ class S3Store(ObjectStore):
                     if not piece:
                         break
                     position += len(piece)
+                    METER.read(len(piece))
                     yield piece
             finally:
                 opened.body.close()
@@ -198,6 +200,7 @@ class S3Store(ObjectStore):
         metadata = attempt_metadata(attempt)
         for conflicts in range(_MAX_CONFLICTS):
             failure: StorageError | RequestError | None = None
+            METER.wrote(len(data))
             try:
                 self._s3().put_object(**self._at(key), Body=data, IfNoneMatch="*", Metadata=metadata)
                 return True

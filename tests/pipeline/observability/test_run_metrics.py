@@ -51,7 +51,7 @@ STORY: Sequence[Event] = (
     TaskStarted("block 0 (block)", "block", 0, 0, time=110.0),
     TaskRetried("block 0 (block)", 0, 1, 3, "killed", True, time=112.0),
     TaskStarted("block 0 (block)", "block", 1, 0, time=112.0),
-    TaskFinished("block 0 (block)", "block", 1, 8.0, 0, time=120.0),
+    TaskFinished("block 0 (block)", "block", 1, 8.0, 0, 5000, 700, time=120.0),
     BlockDone(0, 7.5, 1000, 0.2, 0.1, False, time=120.0),
     BlockDone(1, 7.5, 9000, 0.2, 0.1, True, time=120.0),
     FellBack("q_proj", "gptq", "not positive definite", time=120.0),
@@ -83,6 +83,8 @@ def test_what_a_run_does_is_counted() -> None:
     assert value("stage_capacity_seconds_total", stage="blocks") == 40
     assert value("stage_worker_seconds_total", stage="blocks") == 8
     assert value("stage_seconds_total", stage="publish") == 1
+    assert value("storage_bytes_total", stage="blocks", direction="read") == 5000
+    assert value("storage_bytes_total", stage="blocks", direction="written") == 700
     assert value("runs_total", outcome="published") == 1
 
 

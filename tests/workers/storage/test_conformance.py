@@ -15,6 +15,7 @@ import pytest
 
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError, RequestError, StorageError
 from counterweight.workers.storage import ObjectStore, StaleWrite, open_store, sha256_hex, split_uri
+from counterweight.workers.storage.traffic import METER, Traffic
 from tests.patience import PATIENCE
 
 MIB = 1 << 20
@@ -91,6 +92,20 @@ def test_a_directory_is_no_object(store: ObjectStore) -> None:
             use("a")
     store.delete("a")
     assert store.read("a/b") == b"data"
+
+
+def test_bytes_that_pass_are_counted(store: ObjectStore) -> None:
+    before = METER.now
+    store.write("a", bytes(1000))
+    assert store.create("b", bytes(30))
+    with store.open_writer("c") as writer:
+        writer.write(bytes(200))
+        writer.commit()
+    assert METER.now - before == Traffic(0, 1230)
+    store.read("a")
+    store.read_range("a", 10, 300)
+    list(store.stream("a", start=900))
+    assert METER.now - before == Traffic(1400, 1230)
 
 
 def test_read_range_is_a_slice_of_read(store: ObjectStore) -> None:
