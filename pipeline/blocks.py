@@ -32,6 +32,7 @@ from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.gains import Gains, GainsRecord
+from counterweight.workers.tasks.prefetch import Prefetch
 from counterweight.workers.tasks.records import HiddenRecord
 from counterweight.workers.workspace import Blob
 
@@ -99,10 +100,11 @@ def add_blocks(
     stretches: Sequence[range],
     segment: int | None = None,
     workers: int = 1,
+    ahead: bool = False,
 ) -> Blocks:
     """Nodes for all blocks behind the embedding. stretches: of the shards, in order, in which blocks are calibrated. segment:
     blocks after which one in `compressed` sees the original's activations again; None: none does. workers: that share the
-    blocks, so that each knows which it takes next."""
+    blocks, so that each knows which it takes next. ahead: whether they read one block while they do something else."""
     count = len(recipes)
     borders = range(0, count, segment or count)  # the first block of each segment
     # Whether what enters a block in the original model goes beside what enters the compressed one.
@@ -111,6 +113,9 @@ def add_blocks(
     """What makes the shards that enter each block in the original model: one node for all, or one for each stretch."""
     gains: dict[int, Node[GainsRecord]] = {}
     compresses: list[Node[BlockRecord]] = []
+    reading: dict[int, Node[None]] = {}
+    foreseen: set[int] = set()
+    """Blocks that a worker reads ahead while it compresses another one."""
 
     def entering(index: int) -> tuple[Blob, ...]:
         """The shards that enter a block in the original model, from the first as far as they are known."""
@@ -143,26 +148,48 @@ def add_blocks(
         budgeted = tuple(name for name, part in recipes[index].items() if part.budget_bits is not None)
         return Compress(block=spec.model_copy(update={"budgeted": budgeted}), following=ahead)
 
+    def begun(index: int) -> bool:
+        """Whether a worker has begun with a block."""
+        own = [*ends[index + 1], compresses[index], *([reading[index]] if index in reading else [])]
+        return any(node.running or node.ran for node in own)
+
     def following(index: int) -> int | None:
-        """The block that a worker takes behind this one, where that is known: workers take blocks in turn, or segments."""
-        found = index + workers if propagate == "original" else index + 1
-        if propagate == "compressed" and found in borders:
-            found = index // borders.step * borders.step + workers * borders.step
+        """The block that a worker takes behind this one, where that is known: in turn with those who have none, or the next of
+        its segment."""
+        if propagate == "original" and begun(index):
+            left = [block for block in range(index + 1, count) if block not in foreseen and not begun(block)]
+            found = next(iter(left[workers - graph.busy :]), count)
+        elif propagate == "original":
+            found = index + workers  # this task is only looked up: nobody has begun
+        else:
+            found = index + 1
+            if found in borders:
+                found = index // borders.step * borders.step + workers * borders.step
         # With a budget it may hold the statistics, and the weights with them.
         known = budget is None and (propagate == "original" or len(borders) >= workers)
-        return found if known and found < count and not compresses[found].done else None
+        if not known or found >= count or compresses[found].done:
+            return None
+        foreseen.add(found)
+        return found
+
+    def prefetch(index: int) -> Prefetch:
+        return Prefetch(block=spec_of(index, recipes[index], (), (), "original"))
 
     through = count if propagate == "original" or budget is not None else borders[-1]
+    # The first block of each worker: it waits for what enters it. Later ones are read while others are solved.
+    early = range(min(workers, through) if ahead and workers > 1 else 0)
     for index in range(through):
         size = 0 if budget is None else budget.bytes[index]
         before = ends[index] if len(ends[index]) > 1 else [ends[index][0]] * len(stretches)
         own: list[Node[HiddenRecord]] = []
+        if index in early:
+            reading[index] = graph.add(partial(prefetch, index), wanted=False)
         for place, stretch in enumerate(stretches):
             own.append(
                 graph.add(
                     partial(calibrate, index, stretch),
                     reads=before[place : place + 1],
-                    uses=own[-1] if own else None,
+                    uses=own[-1] if own else reading.get(index),
                     rereads=before[:place],
                     wanted=False,
                     bytes=size,

@@ -166,6 +166,12 @@ class Graph:
         node.waits = sum(not other.done for other in (*reads, *rereads, *after))
         return node
 
+    @property
+    def busy(self) -> int:
+        """How many workers run something, or wait for more of what they hold."""
+        held = (node for own in self._held.values() for node in own.values() if node.unfinished)
+        return len({node.stream for node in (*self._running.values(), *held)})
+
     def open(self) -> None:
         """Looks up what earlier jobs have finished, as far as keys are known: behind a gap they are not."""
         if self._workspace is None:

@@ -149,6 +149,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
         ),
         segment=spec.calibration.segment_blocks,
         workers=job.dispatcher.workers,
+        ahead=job.setting.device == "cuda",
     )
 
 

@@ -19,6 +19,7 @@ from counterweight.workers.tasks.block import BlockRecord, BlockTask
 from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.gains import Gains, GainsRecord
+from counterweight.workers.tasks.prefetch import Prefetch
 from counterweight.workers.tasks.records import HiddenRecord, Timing
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.workspace import Blob
@@ -113,6 +114,9 @@ class SimulatedPool:
         """Seconds of a task, step by step, and what it gives back."""
         if isinstance(task, Simulated):
             return task.steps, HiddenRecord.model_construct(outputs=(SHARD,) * task.shards, timing=NO_TIME)
+        if isinstance(task, Prefetch):
+            self._ahead[worker] = (task.block.index, self.clock)
+            return {}, None
         if isinstance(task, Calibrate):
             steps = self._calibrated(worker, task, task.start, task.stop)
             outputs = (SHARD,) * (task.stop - task.start)

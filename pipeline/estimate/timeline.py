@@ -20,6 +20,7 @@ from counterweight.pipeline.rates import Rates
 from counterweight.pipeline.validate import shares
 from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.matrix_flops import Work, elementwise, product
+from counterweight.workers.parallel import AHEAD
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.records import HiddenRecord
 from counterweight.workers.tasks.setting import shard_sequences
@@ -140,7 +141,7 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node
     table = costs.bytes_of(costs.source.layout.names.embedding)
     embed = Simulated(
         "embedding",
-        {"embed": rates.read(table) + rates.moved(table + hidden) + rates.sent(hidden)},
+        {"embed": rates.read(table) + rates.moved(table + hidden) + _written(hidden, rates, threads)},
         shards,
     )
 
@@ -167,6 +168,7 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node
         stretches=stretches(shards, len(costs.blocks), dispatcher.workers, threads, gpu=rates.link is not None),
         segment=calibration.segment_blocks,
         workers=dispatcher.workers,
+        ahead=rates.link is not None,
     )
     kept = [Simulated(f"kept {name}", {"carry over": _carried(costs, name)}) for name in costs.outside]
     outside = [graph.add(giving(task)) for task in kept]
@@ -174,6 +176,13 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node
     dispatcher.run(blocks.compress)
     dispatcher.run(outside)
     return references
+
+
+def _written(hidden: float, rates: Rates, threads: int) -> float:
+    """Seconds for shards that one task writes: on a GPU behind what it computes, on a CPU side by side."""
+    if rates.link is None:
+        return rates.sent(hidden) / threads
+    return max(hidden / rates.storage, rates.sent(hidden) / AHEAD)
 
 
 def _carried(costs: Costs, name: str) -> float:

@@ -78,6 +78,7 @@ def simulated(
         stretches=parts or stretches(SHARDS, count, workers, 1),
         segment=segment,
         workers=workers,
+        ahead=ahead,
     )
     dispatcher.run(blocks.compress)
     if block is BLOCK and not ahead and segment is None:
@@ -105,11 +106,12 @@ def test_blocks_take_as_long_as_the_schedule_says(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_what_is_read_ahead_is_waited_for_in_the_first_blocks_alone(workers: int) -> None:
-    """Where solving takes longer than reading, and blocks are of one owner after the other."""
+def test_what_is_read_ahead_is_waited_for_in_the_first_block_alone(workers: int) -> None:
+    """Where solving takes longer than reading, and blocks are of one owner after the other: a worker reads its first while it
+    waits for what enters it, and each further one while the one before is solved."""
     assert LOAD < SOLVE
     waited = simulated(16, workers) - simulated(16, workers, ahead=True)
-    assert waited == pytest.approx((16 // workers - 1) * LOAD, rel=0.1)
+    assert waited == pytest.approx((16 // workers - 1 + workers - 1) * LOAD, rel=0.1)
     assert simulated(4, 1) - simulated(4, 1, "compressed", ahead=True) == pytest.approx(3 * LOAD)
 
 

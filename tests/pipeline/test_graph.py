@@ -19,6 +19,7 @@ from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.embed import Embed
 from counterweight.workers.tasks.gains import Gains, GainsRecord
+from counterweight.workers.tasks.prefetch import Prefetch
 from counterweight.workers.tasks.records import HiddenRecord, Timing
 from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.workspace import AnyRecord, Blob, Workspace
@@ -81,6 +82,7 @@ class Cluster:
         hold: int = 100,
         stretch: int = len(FIRST),
         segment: int | None = None,
+        ahead: bool = False,
     ):
         self.workspace, self.propagate, self.count, self.hold = workspace, propagate, count, hold
         self.shared = 0
@@ -97,6 +99,7 @@ class Cluster:
             stretches=[range(len(FIRST))[start : start + stretch] for start in range(0, len(FIRST), stretch)],
             segment=segment,
             workers=workers,
+            ahead=ahead,
         )
         self.graph.open()
         self.running: dict[int, Node[object]] = {}
@@ -196,7 +199,7 @@ class Cluster:
 
     def _readable(self, worker: int, node: Node[object]) -> bool:
         """A task whose statistics are not in memory reads the block's inputs."""
-        if isinstance(node.made(), Embed):
+        if isinstance(node.made(), Embed | Prefetch):
             return True
         task = block_task(node)
         shards = self.holds[worker].get(task.block.index) if task.block.propagate == "original" else None
@@ -214,10 +217,12 @@ class Cluster:
         kept = list(self.holds[worker].items())[-self.hold :] if self.hold else []
         self.holds[worker] = {**dict(kept), index: end}
 
-    def _work(self, worker: int, node: Node[object]) -> HiddenRecord | BlockRecord | GainsRecord:
+    def _work(self, worker: int, node: Node[object]) -> HiddenRecord | BlockRecord | GainsRecord | None:
         if isinstance(node.made(), Embed):
             self.workspace.put(*FIRST)
             return HiddenRecord(outputs=FIRST, timing=Timing())
+        if isinstance(node.made(), Prefetch):
+            return None
         task = block_task(node)
         spec = task.block
         outputs = tuple(blob(spec.propagate, spec.index, each.sha256) for each in spec.inputs)
@@ -261,7 +266,7 @@ class Cluster:
 
 def block_task(node: Node[object]) -> BlockTask:
     task = node.made()
-    assert isinstance(task, Calibrate | Gains | Compress)
+    assert isinstance(task, Prefetch | Calibrate | Gains | Compress)
     return task
 
 
@@ -522,6 +527,35 @@ def test_what_a_worker_reads_ahead_is_the_block_that_it_takes_next() -> None:
     assert [beside[index] for index in (0, 1, 2, 4, 5, 6)] == [1, 2, 3, 5, 6, 7]
     assert ahead(3, 2, propagate="compressed") == {0: None, 1: None, 2: None}
     assert ahead(3, 1, budget=True) == {0: None, 1: None, 2: None}
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_worker_reads_its_first_block_while_it_waits_for_what_enters_it(dies: bool) -> None:
+    """One that dies then leaves its block to whoever is idle, and it is not read early again."""
+    cluster = Cluster(MemoryWorkspace(), count=4, workers=3, ahead=True)
+    cluster.assign()
+    assert cluster.started == [("prefetch", 0, 0), ("prefetch", 1, 1), ("prefetch", 2, 2)]
+    cluster.finish(1)
+    cluster.finish(2)
+    cluster.assign()
+    assert len(cluster.started) == 3, "who has read a block waits for it"
+    if dies:
+        cluster.graph.lost(1)
+    cluster.run()
+    owners = {(kind, index): worker for kind, index, worker in reversed(cluster.started)}
+    if not dies:
+        assert all(owners["forward", index] == owners["prefetch", index] for index in range(3))
+    assert cluster.halves("prefetch") == [0, 1, 2]
+    assert cluster.halves("forward") == [0, 1, 2, 3]
+
+
+def test_a_single_worker_and_those_of_a_finished_job_read_nothing_early() -> None:
+    for cluster in (
+        Cluster(MemoryWorkspace(), count=3, workers=1, ahead=True),
+        Cluster(finished(3), count=3, workers=2, ahead=True),
+    ):
+        cluster.run()
+        assert cluster.halves("prefetch") == []
 
 
 def test_compressed_outputs_that_are_gone_are_made_again_from_the_last_that_are_there() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
@@ -13,6 +14,8 @@ from counterweight.workers.tasks.task import DurableTask
 from counterweight.workers.workspace import Blob, Workspace
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from counterweight.workers.context import TaskContext
 
 
@@ -69,9 +72,11 @@ class Embed(Config, DurableTask[HiddenRecord]):
         solved, together = len(ids) - self.drawn - self.held_out, shard_sequences(ids.shape[1])
         kinds = [kind for kind in ids.split([solved, self.drawn, self.held_out]) if len(kind)]
         parts = [part for kind in kinds for part in kind.split(together)]
-        with torch.no_grad():
-            shards = [module(part.long().to(context.device)) for part in parts]
-        clock.lap("forward")
-        outputs = tuple(put_hidden(workspace, shard) for shard in shards)
+
+        def compute(part: Tensor) -> tuple[None, Tensor]:
+            with torch.no_grad():
+                return None, module(part.long().to(context.device))
+
+        outputs = context.shards.run(parts, lambda part: part, compute, lambda _: None, partial(put_hidden, workspace))
         clock.lap("write")
-        return HiddenRecord(outputs=outputs, timing=clock.timing())
+        return HiddenRecord(outputs=tuple(outputs), timing=clock.timing())

@@ -14,7 +14,7 @@ from counterweight.pipeline.units import bytes_text, seconds_text
 from counterweight.workers.metrics import METRICS
 
 KINDS = {
-    **dict.fromkeys(("describe", "inspect"), "load"),
+    **dict.fromkeys(("describe", "inspect", "prefetch"), "load"),
     **dict.fromkeys(("embed", "forward", "sample", "original", "evaluate"), "forward"),
     **dict.fromkeys(("keep", "copy", "join", "checksum"), "write"),
 }
