@@ -33,7 +33,8 @@ class Node(Generic[R_co]):
     worker. rereads: nodes whose hidden states enter it too where no worker holds these statistics. wanted: whether it is run
     for its own sake, and not only for those that depend on it. bytes: what it leaves in its worker's memory until those that
     use it are done. before: a node that uses up the same statistics and therefore waits for this one, which leaves them as they
-    are: work for another job, done only where that node is to run, and left where it fails.
+    are: work for another job, done only where that node is to run, and left where it fails. soon: whether it
+    begins before those that were added before it, because it takes longer than they do.
     """
 
     make: Callable[[], Task[R_co]]
@@ -44,6 +45,7 @@ class Node(Generic[R_co]):
     wanted: bool = True
     bytes: int = 0
     before: Node[object] | None = None
+    soon: bool = False
     # -----
     place: int
     """Position in the graph: those that it depends on come before it."""
@@ -139,6 +141,7 @@ class Graph:
         wanted: bool = True,
         bytes: int = 0,
         before: Node[object] | None = None,
+        soon: bool = False,
     ) -> Node[R]:
         """A further node, behind those that it depends on; see `Node`."""
         node = Node(
@@ -150,6 +153,7 @@ class Graph:
             wanted=wanted,
             bytes=bytes,
             before=before,
+            soon=soon,
             place=len(self.nodes),
             stream=len(self.nodes) if uses is None else uses.stream,
         )
@@ -202,6 +206,7 @@ class Graph:
                 held[node.place] = node.uses.holder
         if self._busy(worker):
             starts = []
+        starts = [place for place in starts if self.nodes[place].soon] or starts
         chosen = self._placement.choose(worker, held, orphans, starts)
         if chosen is None:
             return None

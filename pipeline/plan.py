@@ -14,9 +14,9 @@ from counterweight.pipeline.estimate import (
     Estimate,
     block_seconds,
     estimate,
-    evaluations,
     judged,
     reference_bytes,
+    validation_bytes,
 )
 from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
@@ -210,12 +210,12 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         largest=where,
         artifact_bytes=artifact,
         bits_per_weight=8 * stored / max(quantized, 1),
-        # The source by inventory and blocks, what was written by its check, and both once more by every worker that validates.
+        # The source by inventory and blocks, what was written by its check, and both again by the validation.
         storage_read_bytes=total * 2
         + boundary * (len(blocks) + passed)
         + sum(block.source_bytes for block in blocks[:passed])
         + artifact
-        + evaluations(job) * (total + artifact)
+        + validation_bytes(job, total, artifact)
         + reference
         + states_read,
         storage_written_bytes=2 * artifact + boundary * (len(blocks) + passed + 1) + reference + states_written,

@@ -6,12 +6,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from counterweight.pipeline.estimate.costs import BlockSeconds, block_seconds
-from counterweight.pipeline.estimate.timeline import Costs, judged, timeline, window_tokens, windows_of_workers
+from counterweight.pipeline.estimate.timeline import (
+    Costs,
+    judged,
+    timeline,
+    window_tokens,
+    windows_of_originals,
+    windows_of_workers,
+)
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.units import seconds_text
 from counterweight.workers.config import Config
 
-__all__ = ["BlockSeconds", "Costs", "Estimate", "block_seconds", "estimate", "evaluations", "judged", "reference_bytes"]
+__all__ = [
+    "BlockSeconds",
+    "Costs",
+    "Estimate",
+    "block_seconds",
+    "estimate",
+    "judged",
+    "reference_bytes",
+    "validation_bytes",
+]
 
 
 SHOWN = 0.01
@@ -88,6 +104,8 @@ def reference_bytes(job: CompressionJob, hidden: int) -> int:
     return windows * window_tokens(job) * hidden * judged(job)
 
 
-def evaluations(job: CompressionJob) -> int:
-    """Tasks of the validation, of which each reads the model and the artifact."""
-    return len(windows_of_workers(job, job.spec.resources.workers))
+def validation_bytes(job: CompressionJob, source: int, artifact: int) -> int:
+    """What the tasks of the validation read of the original and of the artifact, of so many bytes."""
+    workers, gpu = job.spec.resources.workers, job.spec.resources.gpus_per_worker > 0
+    originals = windows_of_originals(job, workers, gpu=gpu)
+    return len(originals) * source + len(windows_of_workers(job, workers)) * artifact

@@ -17,7 +17,7 @@ from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.rates import Rates
-from counterweight.pipeline.validate import shares
+from counterweight.pipeline.validate import original_shares, shares
 from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.matrix_flops import Work, elementwise, product
 from counterweight.workers.parallel import AHEAD
@@ -172,7 +172,7 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node
     )
     kept = [Simulated(f"kept {name}", {"carry over": _carried(costs, name)}) for name in costs.outside]
     outside = [graph.add(giving(task)) for task in kept]
-    references = [graph.add(giving(task)) for task in _originals(costs, dispatcher.workers)]
+    references = _originals(costs, dispatcher)
     dispatcher.run(blocks.compress)
     dispatcher.run(outside)
     return references
@@ -222,6 +222,12 @@ def windows_of_workers(job: CompressionJob, workers: int) -> list[range]:
     return shares(windows, window_tokens(job), workers)
 
 
+def windows_of_originals(job: CompressionJob, workers: int, *, gpu: bool) -> list[list[range]]:
+    """Windows of each worker, those together that one task runs through the original; none without a validation."""
+    windows = sum(map(len, windows_of_workers(job, 1)))
+    return original_shares(windows, window_tokens(job), workers, gpu=gpu) if windows else []
+
+
 def window_tokens(job: CompressionJob) -> int:
     """Tokens of a window of the validation."""
     validation = job.spec.validation
@@ -229,14 +235,18 @@ def window_tokens(job: CompressionJob) -> int:
     return own or job.spec.calibration.sequence_length
 
 
-def _originals(costs: Costs, workers: int) -> list[Simulated]:
-    """Each reads the whole model and runs its windows under it; on a GPU the next block is read beside."""
-    read = costs.rates.read(sum(map(costs.bytes_of, costs.source.tensors)))
-    read += costs.rates.moved(costs.judged * costs.source.parameters)
-    return [
-        Simulated(f"original {share.start}", _validated(costs, read, share, 1, costs.rates.sent(_left(costs, share))))
-        for share in windows_of_workers(costs.job, workers)
-    ]
+def _originals(costs: Costs, dispatcher: Dispatcher) -> list[Node[HiddenRecord]]:
+    """As `validate.add_originals`: each reads the whole model and runs its windows under it, on a GPU the next block beside.
+    The node of each worker's windows."""
+    whole = costs.rates.read(sum(map(costs.bytes_of, costs.source.tensors)))
+    whole += costs.rates.moved(costs.judged * costs.source.parameters)
+    found: list[Node[HiddenRecord]] = []
+    for together in windows_of_originals(costs.job, dispatcher.workers, gpu=costs.rates.link is not None):
+        windows = range(together[0].start, together[-1].stop)
+        steps = _validated(costs, whole, windows, 1, costs.rates.sent(_left(costs, windows)))
+        node = dispatcher.graph.add(giving(Simulated(f"original {windows.start}", steps)), soon=len(together) > 1)
+        found += [node] * len(together)
+    return found
 
 
 def _validation(costs: Costs, workers: int) -> list[Simulated]:

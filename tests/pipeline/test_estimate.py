@@ -11,7 +11,7 @@ import pytest
 
 from counterweight.pipeline.blocks import EDGE, add_blocks, stretches
 from counterweight.pipeline.dispatch import Dispatcher
-from counterweight.pipeline.estimate import BlockSeconds, Estimate
+from counterweight.pipeline.estimate import BlockSeconds, Estimate, validation_bytes
 from counterweight.pipeline.estimate.costs import STREAMED
 from counterweight.pipeline.estimate.pool import Simulated, SimulatedPool
 from counterweight.pipeline.graph import Graph
@@ -258,6 +258,19 @@ def test_a_plan_names_what_the_job_asks_for(manifest: Path, source: ModelSource)
     without = found(manifest, source, GPUS, "spec.validation=null")
     assert "validate" not in without.stages
     assert found(manifest, source, "spec.resources={workers: 1, gpus_per_worker: 1}").efficiency == 1
+
+
+def test_gpus_read_the_original_once_for_few_windows_and_the_artifact_each(manifest: Path, source: ModelSource) -> None:
+    text = "spec.validation={text: {uri: validation.txt}, sequence_length: 8192, windows: 4}"
+    both = validation_bytes(job_of(manifest, GPUS, text), 1000, 10)
+    assert both == 1000 + 2 * 10
+    assert validation_bytes(job_of(manifest, text, "spec.resources.workers=2"), 1000, 10) == 2 * (1000 + 10)
+    assert validation_bytes(job_of(manifest, GPUS, "spec.validation=null"), 1000, 10) == 0
+    read = found(manifest, source, GPUS, text).steps["read for validation"]
+    alone = found(manifest, source, "spec.resources={workers: 1, gpus_per_worker: 1}", text).steps[
+        "read for validation"
+    ]
+    assert alone < read < 1.9 * alone
 
 
 def test_nothing_is_said_without_rates(manifest: Path, source: ModelSource, tmp_path: Path) -> None:

@@ -549,6 +549,18 @@ def test_a_worker_reads_its_first_block_while_it_waits_for_what_enters_it(dies: 
     assert cluster.halves("forward") == [0, 1, 2, 3]
 
 
+def test_what_takes_longer_than_others_begins_before_those_that_were_added_before_it() -> None:
+    graph = Graph()
+    first = graph.add(lambda: EMBED)
+    long = graph.add(lambda: EMBED, soon=True)
+    behind = graph.add(lambda: EMBED, soon=True, after=[first])
+    assert graph.assign(0) is long
+    assert graph.assign(1) is first
+    assert graph.assign(2) is None, "what it is made from is not there"
+    graph.settle(first, 1, HiddenRecord(outputs=(), timing=Timing()))
+    assert graph.assign(1) is behind
+
+
 def test_a_single_worker_and_those_of_a_finished_job_read_nothing_early() -> None:
     for cluster in (
         Cluster(MemoryWorkspace(), count=3, workers=1, ahead=True),

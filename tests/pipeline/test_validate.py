@@ -9,6 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from counterweight.pipeline.artifact.report import Report
 from counterweight.pipeline.preflight import look
 from counterweight.pipeline.tokens import read_tokens
+from counterweight.pipeline.validate import READ_TOKENS, original_shares, shares
 from counterweight.workers.errors import GateError
 from counterweight.workers.tasks.evaluate import Evaluate
 from counterweight.workers.tasks.original import Original
@@ -68,6 +69,53 @@ def test_the_windows_are_shared_out_without_gap_or_overlap_and_the_figures_do_no
         assert names[0].startswith("validation of windows 0 to ")
         figures.append((report.baseline, report.quantized, report.compensated))
     assert figures[1:] == figures[:1] * 3
+
+
+def test_originals_are_no_more_than_a_gpu_has_tokens_for() -> None:
+    """Few windows are one task's, for all workers; on a CPU, and of many, each worker's are one's."""
+    length = 2048
+    batch, few, many = shard_sequences(length), 160, 8 * READ_TOKENS // length
+    assert [len(each) for each in original_shares(few, length, 8, gpu=True)] == [8]
+    assert [len(each) for each in original_shares(2 * READ_TOKENS // length, length, 8, gpu=True)] == [4, 4]
+    assert [len(each) for each in original_shares(many, length, 8, gpu=True)] == [1] * 8
+    assert [len(each) for each in original_shares(few, length, 8, gpu=False)] == [1] * 8
+    for windows in (batch + 1, few, many):
+        together = original_shares(windows, length, 8, gpu=True)
+        assert [share for each in together for share in each] == shares(windows, length, 8)
+
+
+def test_windows_that_one_task_runs_through_the_original_are_judged_by_all_workers_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs, of a sparse model: each finds its own windows, and where the original's routers send their tokens."""
+    manifest = write_job(tmp_path / "job", layers=1, case="mixtral")
+    text = write_text(tmp_path / "job" / "validation.txt", 5 * 2048, seed=1)
+    asked = (
+        f"spec.validation.text.uri={text}",
+        "spec.validation.sequence_length=2048",
+        "spec.recipe={weights: {bits: 2, group_size: 32}}",
+    )
+    figures = []
+    for together in (False, True):
+        with monkeypatch.context() as patch:
+            if together:
+                patch.setattr(
+                    "counterweight.pipeline.validate.original_shares",
+                    lambda *arguments, **_: original_shares(*arguments, gpu=True),
+                )
+            pool = LocalPool(2)
+            report = report_of(
+                run_local(job_of(manifest, f"spec.output.uri={tmp_path / str(together)}", *asked), pool).uri
+            )
+        tasks = [task for _, task in pool.calls]
+        assert sum(isinstance(task, Original) for task in tasks) == (1 if together else 2)
+        assert sum(isinstance(task, Evaluate) for task in tasks) == 2
+        if together:
+            kinds = [task.kind for task in tasks]
+            assert kinds.index(Original.kind) < kinds.index("forward"), "the longest task is begun first"
+        figures.append((report.judged, report.routers))
+    assert figures[0] == figures[1]
+    assert 0 < figures[0][1]["quantized"][0] < 1
 
 
 def test_without_a_validation_nothing_is_measured(manifest: Path, tmp_path: Path) -> None:

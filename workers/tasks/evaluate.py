@@ -59,7 +59,9 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
     original: Original
     """What the original was run on, in which dtype: all variants are on the same tokens, in the same dtype."""
     found: OriginalRecord
-    """What it made of them."""
+    """What it made of them, and perhaps of others."""
+    first: int | None = None
+    """The first of the windows that `found` is of; null: none but these. No part of the result."""
     artifact: str
     """Root URI of the artifact's files."""
     ledger: str
@@ -119,21 +121,25 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
             release(device)
             return compressed_blocks(model, index, measured, device, dtype)
 
+        length = ids.shape[1]
+        before = 0 if self.first is None else asked.start - self.first  # windows of `found` that are others'
+        outputs = self.found.outputs[before // shard_sequences(length) :][: len(batches)]
         packed = {} if self.found.routed is None else workspace.get_tensors(self.found.routed)
-        routes = Routes({int(block): choices for block, choices in packed.items()})
+        own = slice(before * length, (before + len(ids)) * length)
+        routes = Routes({int(block): choices[own] for block, choices in packed.items()})
         agreed: dict[str, dict[int, list[float]]] = {
             BASELINE: {block: [1.0] * len(ids) for block in sorted(routes.packed)}
         }
 
         def routed(index: int, variant: str, chosen: Chosen) -> None:
-            if shares := routes.agreement(index, chosen, ids.shape[1]):
+            if shares := routes.agreement(index, chosen, length):
                 agreed.setdefault(variant, {})[index] = shares
 
         turn = context.ahead.in_turn(self.name, builder.blocks, blocks)
         hidden = advance(dict.fromkeys(measured, first), turn, context.pool, routed)
         found = measure(
             hidden,
-            lambda batch: get_hidden(workspace, self.found.outputs[batch], device),
+            lambda batch: get_hidden(workspace, outputs[batch], device),
             batches,
             {BASELINE: original_head, **dict.fromkeys(measured, own_head)},
             context.pool,
