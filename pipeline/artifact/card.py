@@ -12,8 +12,9 @@ from counterweight.workers.metrics import METRICS
 
 CARD = "README.md"
 
-PLACE = "file:///path/of/this/folder"
-"""What stands in a card for where the artifact is: `push` puts the repository's name there."""
+FOLDER = "path/of/this/folder"
+PLACE = f"file:///{FOLDER}"
+"""What stand in a card for where the artifact is, to stock loaders and to ours: `push` puts the repository's name there."""
 
 _HUB = re.compile(r"hf:(?://)?(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})(?:@.*)?")
 _SNAPSHOT = re.compile(
@@ -75,6 +76,16 @@ def _figures(report: Report) -> str:
     return "\n".join(lines)
 
 
+_WITH_PEFT = f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{FOLDER}")
+model.hf_quantizer.compressor.decompress_model(model)
+model = PeftModel.from_pretrained(model, "{FOLDER}", subfolder="compensation")
+```"""
+
+
 def _loading(*, branch: bool, stock: bool) -> str:
     ours = '```python\nimport counterweight\n\nmodel = counterweight.load_model("' + PLACE + '")\n```'
     if not stock:
@@ -84,8 +95,8 @@ def _loading(*, branch: bool, stock: bool) -> str:
         )
     if branch:
         return (
-            f"{ours}\n\nStock transformers, with compressed-tensors, loads the quantized model without its low-rank branch; "
-            "`compensation/` holds the branch as a PEFT adapter."
+            f"{ours}\n\nStock transformers, with compressed-tensors, loads the quantized model without its low-rank "
+            f"branch, and PEFT the branch, from `compensation/`:\n\n{_WITH_PEFT}"
         )
     return f"Stock transformers, with compressed-tensors, and vLLM load it as it is; so does Counterweight:\n\n{ours}"
 

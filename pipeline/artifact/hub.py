@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from counterweight.pipeline.artifact.card import CARD, PLACE
+from counterweight.pipeline.artifact.card import CARD, FOLDER, PLACE
 from counterweight.pipeline.artifact.document import DOCUMENT, ArtifactDocument, FileEntry
 from counterweight.pipeline.artifact.reader import read_document
 from counterweight.pipeline.artifact.reader import resolve as find
@@ -79,7 +79,7 @@ def _renamed(folder: Path, document: ArtifactDocument, name: str) -> Mapping[str
     changed: dict[str, bytes] = {}
     if CARD in document.files:
         card = (folder / CARD).read_text()
-        changed[CARD] = card.replace(PLACE, f"{HUB}{name}").encode()
+        changed[CARD] = card.replace(PLACE, f"{HUB}{name}").replace(FOLDER, name).encode()
     if ADAPTER_CONFIG in document.files:
         config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
         if "base_model_name_or_path" in config:  # not where PEFT is to refuse the adapter

@@ -47,9 +47,10 @@ class TestEach:
 def test_the_demo_needs_nothing_but_the_repository(path: Path) -> None:
     spec = load_manifest(str(path)).job.spec
     assert spec.model.uri == (MANIFESTS / "demo" / "model").resolve().as_uri()
-    assert spec.calibration.source.kind == "standard_library"
     assert spec.validation is not None
-    assert spec.validation.text.kind == "standard_library"
+    for source in (spec.calibration.source, spec.validation.text):
+        assert isinstance(source, TextSource)
+        assert Path(source.uri.removeprefix("file://")).parent == (MANIFESTS / "demo" / "text").resolve()
     assert spec.resources.gpus_per_worker == 0
 
 

@@ -40,7 +40,8 @@ def test_where_a_model_lies_that_is_on_no_hub_is_nobodys_affair(uri: str) -> Non
 
 def test_it_says_how_the_artifact_loads() -> None:
     assert "as it is; so does Counterweight" in made().text
-    assert "`compensation/` holds the branch as a PEFT adapter" in made(files=(ADAPTER,)).text
+    with_branch = made(files=(ADAPTER,)).text
+    assert 'from_pretrained(model, "path/of/this/folder", subfolder="compensation")' in with_branch
     own = made(stock=False).text
     assert "after `import counterweight.auto`" in own
     assert "refuse it" in own

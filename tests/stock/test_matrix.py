@@ -47,7 +47,7 @@ def plug_in(place: Path) -> Any:
 
 def adapted(place: Path) -> Any:
     model = stock(place)
-    logits(model)  # weights are unpacked on their first use
+    model.hf_quantizer.compressor.decompress_model(model)
     return PeftModel.from_pretrained(model, place / "compensation").eval()
 
 

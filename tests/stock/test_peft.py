@@ -90,9 +90,9 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def stock(directory: Path) -> PreTrainedModel:
-    """The quantized model as transformers loads it, unpacked: PEFT looks for weights, which appear on the first run."""
+    """The quantized model as transformers loads it, unpacked as the README says it."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    logits(model, token_ids(1, 2))
+    model.hf_quantizer.compressor.decompress_model(model)
     return model
 
 
