@@ -214,6 +214,7 @@ class Orchestrator:
             compensated=None if first is None else first.compensated,
             compensated_prefill=None if first is None else first.compensated_prefill,
             kl_by_position={} if first is None else first.kl_by_position,
+            windows={} if first is None else first.windows,
             texts=texts,
             routers={
                 variant: {block: mean(shares) for block, shares in blocks.items()}
@@ -234,10 +235,12 @@ class Orchestrator:
         problem = base_model_problem(report.judged, self._source.layout.vocabulary)
         if problem is not None:
             self._log.note(problem)
-        gates = (*judge(validation, report.judged, rivals), *judge_tasks(validation.tasks, whole.scores))
-        found = {"gates": gates, "base_model_problem": problem}
-        further = {"benchmarks": benchmarks(whole.scores), "generation": whole.generation}
-        return report.model_copy(update={**found, **further})
+        report = report.model_copy(update={"benchmarks": benchmarks(whole.scores), "generation": whole.generation})
+        gates = (
+            *judge(validation, report.judged, rivals, report.generation),
+            *judge_tasks(validation.tasks, whole.scores),
+        )
+        return report.model_copy(update={"gates": gates, "base_model_problem": problem})
 
 
 def _recipe(spec: JobSpec) -> dict[str, object]:

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from counterweight.pipeline.artifact import Artifact, FileEntry
-from counterweight.pipeline.artifact.report import TaskReport, TextReport, TokensReport, quality, tokens_report
+from counterweight.pipeline.artifact.report import (
+    TaskReport,
+    TextReport,
+    TokensReport,
+    by_window,
+    quality,
+    tokens_report,
+)
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.graph import Graph, Node, giving
 from counterweight.pipeline.manifest import Validation
@@ -15,7 +22,14 @@ from counterweight.pipeline.tokens import Tokens
 from counterweight.workers.ledger import LEDGER
 from counterweight.workers.metrics import kl_by_position
 from counterweight.workers.metrics.metric import mean
-from counterweight.workers.tasks.evaluate import Evaluate, EvaluateRecord, WindowMetrics, WindowProfiles
+from counterweight.workers.tasks.evaluate import (
+    BASELINE,
+    COMPENSATED,
+    Evaluate,
+    EvaluateRecord,
+    WindowMetrics,
+    WindowProfiles,
+)
 from counterweight.workers.tasks.original import Original, OriginalRecord
 from counterweight.workers.tasks.setting import shard_sequences
 
@@ -47,6 +61,7 @@ class Windows:
             found[name] = TextReport(
                 tokens=tokens,
                 kl_by_position={variant: _means(along[part]) for variant, along in self.profiles.items()},
+                windows={variant: by_window(self.metrics[variant][part]) for variant in (BASELINE, COMPENSATED)},
                 **{variant: quality(windows[part]) for variant, windows in self.metrics.items()},
             )
         return found

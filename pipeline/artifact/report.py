@@ -18,7 +18,7 @@ from counterweight.workers.calibration.source import SpecialTokens
 from counterweight.workers.config import Config
 from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.errors import RequestError
-from counterweight.workers.metrics import METRICS, Metric
+from counterweight.workers.metrics import METRICS, Measure
 from counterweight.workers.tasks.block import BlockRecord
 from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, PREFILL, QUANTIZED, VARIANTS, WindowMetrics
 from counterweight.workers.tasks.records import ModuleReport, Timing
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+WindowsReport = Mapping[str, Mapping[str, tuple[float, ...]]]
+"""Variant -> metric -> its number for each window, in order."""
+
+WINDOW_DIGITS = 7
+"""Of a window's number: what float32 holds."""
 
 
 class Quality(Config):
@@ -42,7 +48,7 @@ class Quality(Config):
     kl: float
     top1_agreement: float
 
-    def of(self, metric: Metric) -> float | None:
+    def of(self, metric: Measure) -> float | None:
         """The metric's number; None in a report that is older than the metric."""
         value: float | None = getattr(self, metric.name, None)
         return value
@@ -74,7 +80,8 @@ class TokensReport(Config):
 
 class TextReport(Judged):
     """All models on one text, see `Report`. kl_by_position: variant -> mean divergence from the original in nats over positions
-    0, 1, 2 to 3, 4 to 7 and so on of a window; empty in reports that are older."""
+    0, 1, 2 to 3, 4 to 7 and so on of a window; windows: of the original and the compensated model, for bounds with a
+    significance. Both are empty in reports that are older."""
 
     tokens: TokensReport
     baseline: Quality
@@ -82,6 +89,7 @@ class TextReport(Judged):
     compensated: Quality
     compensated_prefill: Quality | None = None
     kl_by_position: Mapping[str, tuple[float, ...]] = Field(default_factory=dict)
+    windows: WindowsReport = Field(default_factory=dict)
 
 
 def labelled(found: Mapping[str, T]) -> dict[str, T]:
@@ -163,7 +171,8 @@ class Report(Judged):
     compensated: Quality | None
     compensated_prefill: Quality | None = None
     kl_by_position: Mapping[str, tuple[float, ...]] = Field(default_factory=dict)
-    """See `TextReport`."""
+    windows: WindowsReport = Field(default_factory=dict)
+    """Both: see `TextReport`."""
     texts: Mapping[str, TextReport] = Field(default_factory=dict)
     """Further texts by name: what all models are worth on each of them."""
     benchmarks: Mapping[str, BenchmarkReport] = Field(default_factory=dict)
@@ -204,6 +213,7 @@ class Report(Judged):
             compensated=self.compensated,
             compensated_prefill=self.compensated_prefill,
             kl_by_position=self.kl_by_position,
+            windows=self.windows,
         )
         return {TEXT: first, **self.texts}
 
@@ -236,6 +246,15 @@ def quality(windows: Sequence[WindowMetrics]) -> Quality:
     except OverflowError as error:
         raise RequestError("validation: a metric is beyond float64: expected a model that predicts its text") from error
     return Quality.model_validate(summary)
+
+
+def by_window(windows: Sequence[WindowMetrics]) -> dict[str, tuple[float, ...]]:
+    """Every metric that the model has -> its number for each window, to as many digits as it is known."""
+    return {
+        metric.name: tuple(float(f"{window[metric.name]:.{WINDOW_DIGITS}g}") for window in windows)
+        for metric in METRICS
+        if all(metric.name in window for window in windows)
+    }
 
 
 def bits_per_weight(records: Iterable[BlockRecord], kept_bits: int, parameters: int) -> BitsPerWeight:

@@ -45,8 +45,10 @@ class SampleReport(Config):
 
 
 class GenerationReport(Config):
-    """Greedy samples. new_tokens: of each. longest_common: variant -> mean over samples of `SampleReport.common`."""
+    """Greedy samples. prompt_tokens: of each prompt, 0 in reports that are older; new_tokens: of what follows it.
+    longest_common: variant -> mean over samples of `SampleReport.common`."""
 
+    prompt_tokens: int = 0
     new_tokens: int
     longest_common: Mapping[str, float]
     samples: tuple[SampleReport, ...]

@@ -41,6 +41,7 @@ def side_by_side(asked: Generation, found: Mapping[str, GenerateRecord]) -> Gene
         for index, prompt in enumerate(original.prompts)
     )
     return GenerationReport(
+        prompt_tokens=asked.prompt_tokens,
         new_tokens=asked.new_tokens,
         longest_common={variant: sum(sample.common[variant] for sample in samples) / len(samples) for variant in found},
         samples=samples,

@@ -238,3 +238,6 @@ def _without_younger(validation: dict[str, Any]) -> None:
         for gate in gates.keys() - FIRST_GATES:
             if gates[gate] is None:
                 del gates[gate]
+    for bound in validation.get("bounds", ()):
+        if bound["significance"] is None:
+            del bound["significance"]

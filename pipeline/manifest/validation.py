@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints, create_model, model_validator
 from counterweight.pipeline.manifest.calibration import Section, Tokens
 from counterweight.workers.calibration.source import SpecialTokens
 from counterweight.workers.dtypes import ModelDtype
-from counterweight.workers.metrics import METRICS
+from counterweight.workers.metrics import BOUNDED, METRICS, longest_common
 
 TEXT = "text"
 """What the text is called that every validation has, beside further ones."""
@@ -60,8 +60,8 @@ class Bound(Section):
     `no_worse_than` says what is allowed.
     """
 
-    metric: Annotated[str, Field(json_schema_extra={"enum": [metric.name for metric in METRICS]})]
-    """What is bounded."""
+    metric: Annotated[str, Field(json_schema_extra={"enum": [measure.name for measure in BOUNDED]})]
+    """What is bounded: a metric of text, or `longest_common`, of the samples of `generation`."""
     text: TextName = TEXT
     """The text that it is measured on: `text`, or a name of `texts`."""
     variant: Literal["quantized", "compensated", "compensated_prefill"] = "compensated"
@@ -82,6 +82,10 @@ class Bound(Section):
     """
     slack: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """By how much it may be worse all the same, in the metric's unit; with `no_worse_than` alone."""
+    significance: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """What is beyond `max_ratio`, `max_drop` or `no_worse_than` fails only where a bootstrap of the windows' differences finds
+    at this level that the compensated model is worse; with a metric of text. null: whatever is beyond it fails.
+    """
 
     @property
     def kind(self) -> str:
@@ -90,9 +94,9 @@ class Bound(Section):
 
     @model_validator(mode="after")
     def _says_one_thing_that_makes_sense(self) -> Bound:
-        metric = next((each for each in METRICS if each.name == self.metric), None)
+        metric = next((each for each in BOUNDED if each.name == self.metric), None)
         if metric is None:
-            known = ", ".join(each.name for each in METRICS)
+            known = ", ".join(each.name for each in BOUNDED)
             raise ValueError(f"metric: {self.metric!r}: expected one of {known}")
         said = [name for name in KINDS if getattr(self, name) is not None]
         if len(said) != 1:
@@ -106,7 +110,17 @@ class Bound(Section):
             )
         if self.slack and said != ["no_worse_than"]:
             raise ValueError("slack: expected no_worse_than beside it")
+        if self.significance is not None:
+            self._check_that_it_can_be_tested(said[0])
         return self
+
+    def _check_that_it_can_be_tested(self, kind: str) -> None:
+        if kind in ("at_most", "at_least"):
+            raise ValueError("significance: expected max_ratio, max_drop or no_worse_than: a test compares two models")
+        if self.variant != "compensated" or self.metric == longest_common.MEASURE.name:
+            raise ValueError(
+                "significance: expected a metric of text, of the compensated model: it has numbers of windows"
+            )
 
 
 class HarnessTask(Section):
@@ -191,6 +205,10 @@ class Validation(Section):
         for index, bound in enumerate(self.bounds):
             if bound.text not in self.sources:
                 raise ValueError(f"bounds.{index}.text: {bound.text!r}: expected one of {', '.join(self.sources)}")
+            if bound.metric == longest_common.MEASURE.name and (self.generation is None or bound.text != TEXT):
+                raise ValueError(
+                    f"bounds.{index}.metric: {bound.metric}: expected generation, whose prompts are of {TEXT!r}"
+                )
         return self
 
     @property

@@ -7,13 +7,14 @@ from counterweight.workers.metrics import (
     kl_by_position,
     kl_last_quarter,
     kl_p99,
+    longest_common,
     perplexity,
     router_agreement,
     top1_agreement,
 )
-from counterweight.workers.metrics.metric import Comparison, Metric, Profile
+from counterweight.workers.metrics.metric import Comparison, Measure, Metric, Profile
 
-__all__ = ["METRICS", "PROFILES", "Comparison", "Metric", "Profile"]
+__all__ = ["BOUNDED", "METRICS", "PROFILES", "Comparison", "Measure", "Metric", "Profile"]
 
 METRICS: tuple[Metric, ...] = (
     perplexity.METRIC,
@@ -23,7 +24,10 @@ METRICS: tuple[Metric, ...] = (
     top1_agreement.METRIC,
     router_agreement.METRIC,
 )
-"""In the order in which people see them."""
+"""Of text, in the order in which people see them."""
+
+BOUNDED: tuple[Measure, ...] = (*METRICS, longest_common.MEASURE)
+"""What the bounds of a manifest may name."""
 
 PROFILES: tuple[Profile, ...] = (kl_by_position.PROFILE,)
 """What is measured along a window."""

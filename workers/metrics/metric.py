@@ -28,19 +28,17 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    """name: in records, reports and gates. label: with its unit, for a table. short: for a line. digits: a format. of_window:
-    its number for one window, None for a model that has none. over_windows: their summary. higher_is_better: whether it is.
-    relative: whether a gate bounds its multiple of the original's, as `<name>_ratio`, and not itself. sparse: whether only
-    models with experts have it. description: of the gate.
+class Measure:
+    """A number that models are judged by, however it is found. name: in records, reports and gates. label: with its unit, for a
+    table. short: for a line. digits: a format. higher_is_better: whether it is. relative: whether a gate bounds its multiple of
+    the original's, as `<name>_ratio`, and not itself. sparse: whether only models with experts have it. description: of the
+    gate.
     """
 
     name: str
     label: str
     short: str
     digits: str
-    of_window: Callable[[Comparison], float | None]
-    over_windows: Callable[[Sequence[float]], float]
     higher_is_better: bool = False
     relative: bool = False
     sparse: bool = False
@@ -50,6 +48,14 @@ class Metric:
     def gate(self) -> str:
         """What the gate on it is called in a manifest."""
         return f"{self.name}_ratio" if self.relative else self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric(Measure):
+    """A measure of text. of_window: its number for one window, None for a model that has none. over_windows: their summary."""
+
+    of_window: Callable[[Comparison], float | None]
+    over_windows: Callable[[Sequence[float]], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

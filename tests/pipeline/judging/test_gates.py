@@ -9,9 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from counterweight.pipeline.artifact.report import Quality, Report, TextReport, TokensReport
-from counterweight.pipeline.artifact.verdict import GateReport
+from counterweight.pipeline.artifact.verdict import GateReport, GenerationReport
 from counterweight.pipeline.judging.gates import base_model_problem, check, judge
-from counterweight.pipeline.judging.rivals import read_rivals
+from counterweight.pipeline.judging.paired import bootstrap
+from counterweight.pipeline.judging.rivals import read_report, read_rivals
 from counterweight.pipeline.manifest import FurtherText, Gates, Validation
 from counterweight.pipeline.manifest.validation import Bound
 from counterweight.pipeline.tokens import read_tokens
@@ -156,6 +157,40 @@ def test_a_bound_is_on_the_text_and_the_model_that_it_names() -> None:
         assert gate.said.endswith("on 'code': expected at most 1") == (text == "code")
 
 
+@pytest.mark.parametrize(("drops", "passed"), [((0.1, 0.2, 0.1, 0.2) * 4, False), ((0.9, -0.7, 0.5, -0.3) * 4, True)])
+def test_what_windows_do_not_show_is_chance(drops: tuple[float, ...], passed: bool) -> None:
+    """Both are worse by more than is allowed; the second by windows that are now better and now worse."""
+    better = tuple(1.0 + index / 100 for index in range(len(drops)))
+    windows = {"baseline": better, "compensated": tuple(one + drop for one, drop in zip(better, drops, strict=True))}
+    text = measured(served()).model_copy(update={"windows": {name: {"perplexity": of} for name, of in windows.items()}})
+    bound = {"metric": "perplexity", "max_ratio": 1.05}
+    (plain,) = judged(text, bounds=(Bound.model_validate(bound),))
+    (tested,) = judged(text, bounds=(Bound.model_validate({**bound, "significance": 0.05}),))
+    assert not plain.passed
+    assert tested.passed == passed
+    chance = bootstrap([after - before for before, after in zip(better, windows["compensated"], strict=True)])
+    assert f"p {chance:.3g}): expected at most 1.05, at a significance of 0.05" in tested.said
+    with pytest.raises(RequestError, match="no number of perplexity for each window"):
+        judged(measured(served()), bounds=(Bound.model_validate({**bound, "significance": 0.05}),))
+
+
+@pytest.mark.parametrize(
+    ("bound", "said"),
+    [
+        ({"at_least": 6.0}, "5.00: expected at least 6"),
+        ({"max_drop": 2.5}, "3.00 worse (common tokens 5.00, original 8.00): expected at most 2.5"),
+        ({"at_least": 4.5, "variant": "quantized"}, "4.00: expected at least 4.5"),
+    ],
+)
+def test_what_models_write_can_be_bounded(bound: dict[str, object], said: str) -> None:
+    samples = GenerationReport(
+        new_tokens=8, longest_common={"baseline": 8.0, "quantized": 4.0, "compensated": 5.0}, samples=()
+    )
+    named = Bound.model_validate({"metric": "longest_common", **bound})
+    (gate,) = judge(validation(generation={}, bounds=(named,)), {"text": measured(served())}, generation=samples)
+    assert (gate.passed, gate.said) == (False, said)
+
+
 @pytest.mark.parametrize(
     ("bound", "problem"),
     [
@@ -167,6 +202,10 @@ def test_a_bound_is_on_the_text_and_the_model_that_it_names() -> None:
         ({"metric": "kl", "max_ratio": 1.0}, "max_ratio: expected at_most"),
         ({"metric": "kl", "at_most": 1.0, "slack": 0.1}, "slack: expected no_worse_than"),
         ({"metric": "kl", "at_most": 1.0, "text": "code"}, "bounds.0.text"),
+        ({"metric": "kl", "at_most": 1.0, "significance": 0.05}, "significance: expected max_ratio, max_drop or"),
+        ({"metric": "kl", "max_drop": 1.0, "variant": "quantized", "significance": 0.05}, "of the compensated model"),
+        ({"metric": "longest_common", "max_drop": 1.0, "significance": 0.05}, "expected a metric of text"),
+        ({"metric": "longest_common", "at_least": 4.0}, "longest_common: expected generation"),
     ],
 )
 def test_a_bound_that_makes_no_sense_is_refused(manifest: Path, bound: dict[str, object], problem: str) -> None:
@@ -220,9 +259,10 @@ def test_an_artifact_may_not_be_worse_than_another_on_the_same_tokens(manifest: 
         GateError, match=r"worse \(KL 0\.\d+, file:.*rival/tiny 0\.\d+\) on 'other': expected at most 0\n"
     ):
         run_local(job_of(manifest, *worse, f"spec.validation.bounds=[{bound}}}]"))
-    assert (
-        run_local(job_of(manifest, *worse, f"spec.validation.bounds=[{bound}, slack: 1.0}}]")).document.id != rival.id
-    )
+    tested = run_local(job_of(manifest, *worse, f"spec.validation.bounds=[{bound}, slack: 1.0, significance: 0.05}}]"))
+    assert tested.document.id != rival.id
+    (gate,) = read_report(tested.uri).gates
+    assert gate.said.endswith("on 'other': expected at most 1, at a significance of 0.05")
     for change, problem in (
         ("spec.validation.texts={other: {source: {uri: other.txt}, windows: 3}}", "not about the tokens of 'other'"),
         ("spec.validation.compute_dtype=bfloat16", "measured in float32: expected bfloat16"),

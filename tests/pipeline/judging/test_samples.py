@@ -30,7 +30,8 @@ def test_samples_are_what_the_models_write(tmp_path: Path, compensation: str) ->
         f"spec.recipe.compensation={compensation}",
     )
     asked = f"spec.validation.generation={{prompts: {PROMPTS}, prompt_tokens: {LENGTH}, new_tokens: {NEW}}}"
-    published = run_local(job_of(manifest, asked, *coarse))
+    bound = "spec.validation.bounds=[{metric: longest_common, variant: quantized, at_least: 0}]"
+    published = run_local(job_of(manifest, asked, bound, *coarse))
     artifact = local_path(published.uri)
     report = Report.model_validate_json((artifact / "report" / "report.json").read_bytes())
     assert report.generation is not None
@@ -52,6 +53,7 @@ def test_samples_are_what_the_models_write(tmp_path: Path, compensation: str) ->
         }
     assert report.generation.longest_common["baseline"] == NEW
     assert report.generation.longest_common["quantized"] < NEW
+    assert [gate.measured for gate in report.gates] == [report.generation.longest_common["quantized"]]
     page = (artifact / "report" / "report.html").read_text()
     assert " ".join(written["quantized"][0]) in page
 
