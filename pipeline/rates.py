@@ -69,8 +69,11 @@ class Rates(Config):
         return count / self.storage + count / self.hash
 
     def read(self, count: float) -> float:
-        """Seconds for tensors of a checkpoint, verified by several threads where a GPU's host has cores for them."""
-        return count / self.storage + count / self.hash / (1 if self.link is None else READERS)
+        """Seconds for tensors of a checkpoint. Where a GPU's host has cores for them several threads read and verify, some this
+        while others do that."""
+        if self.link is None:
+            return self.received(count)
+        return max(count / self.storage, self.received(count) / READERS)
 
     sent = received
     """Bytes that are hashed and written."""

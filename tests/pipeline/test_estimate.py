@@ -22,6 +22,7 @@ from counterweight.pipeline.rates import GPUS as KNOWN
 from counterweight.pipeline.rates import HASH, STORAGE, Rates, rates_of
 from counterweight.workers.errors import RequestError
 from counterweight.workers.matrix_flops import Work
+from counterweight.workers.parallel import READERS
 from counterweight.workers.tasks.block import BlockSpec
 from tests.pipeline.tiny import job_of, write_job
 
@@ -186,6 +187,8 @@ def test_bytes_are_moved_read_and_hashed_in_turn() -> None:
     rates = ONES.model_copy(update={"storage": 2.0, "hash": 4.0, "link": 8.0})
     assert (rates.received(8), rates.sent(8), rates.moved(8)) == (6, 6, 1)
     assert ONES.moved(8) == 0
+    assert (ONES.read(8), rates.read(8)) == (16, 4), "a GPU's host verifies what has come while more comes"
+    assert rates.model_copy(update={"hash": 0.25}).read(8) == 36 / READERS
 
 
 def test_the_rates_of_a_gpu_that_was_measured_are_those_that_were() -> None:

@@ -7,9 +7,10 @@ recorded for it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,13 @@ from counterweight.workers.storage import ObjectStore
 
 BATCH_BYTES = READERS * MAX_READ
 """Of codes that are held at once, where no single encoded weight has more."""
+
+
+Loaded = Callable[[str, Tensor], None]
+
+
+def _nothing(name: str, tensor: Tensor) -> None:
+    """What is done with a tensor that is not verified."""
 
 
 class Checkpoint:
@@ -152,11 +160,17 @@ class Checkpoint:
         others come, the storage cannot be relied on: `IntegrityError`, and a retry makes sense.
         """
         entries = self._wanted(names, sha256)
-        tensors = self._load(entries)
+        digests: dict[str, str] = {}
+
+        def verify(name: str, tensor: Tensor) -> None:
+            digests[name] = tensor_digest(tensor)
+
+        tensors = self._load(entries, _nothing if sha256 is None else verify)
         if sha256 is not None:
-            digests = in_parallel(tensor_digest, [tensors[entry.name] for entry in entries])
-            for entry, digest in zip(entries, digests, strict=True):
-                if digest != sha256[entry.name]:
+            decoded = [entry.name for entry in entries if entry.name not in digests]
+            digests.update(zip(decoded, in_parallel(tensor_digest, [tensors[name] for name in decoded]), strict=True))
+            for entry in entries:
+                if (digest := digests[entry.name]) != sha256[entry.name]:
                     tensors[entry.name] = self._reread(entry, digest, sha256[entry.name])
         with _naming(self._store.uri):
             for entry in entries:
@@ -218,8 +232,9 @@ class Checkpoint:
         """What becomes of the files beside the weights."""
         return beside(self._store, self._shards)
 
-    def _load(self, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
-        tensors = self._load_stored([entry for entry in entries if entry.name not in self._encoded])
+    def _load(self, entries: Sequence[TensorEntry], loaded: Loaded) -> dict[str, Tensor]:
+        """loaded: see `_load_stored`; not called of encoded weights."""
+        tensors = self._load_stored([entry for entry in entries if entry.name not in self._encoded], loaded)
         tensors.update(self._decoded([self._encoded[entry.name] for entry in entries if entry.name in self._encoded]))
         return tensors
 
@@ -246,23 +261,31 @@ class Checkpoint:
             for weight, tensor in zip(batch, in_parallel(decode, batch), strict=True):
                 yield weight.decoded.name, tensor
 
-    def _load_stored(self, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
+    def _load_stored(self, entries: Sequence[TensorEntry], loaded: Loaded = _nothing) -> dict[str, Tensor]:
+        """loaded: called with each tensor as soon as it is whole, by one of the threads that read, while others go on."""
         allocated = {entry.name: allocate(entry) for entry in entries}
+        groups = plan_reads(entries)
+        missing, lock = [len(group) for group in groups], Lock()
 
-        def fill(read: Read) -> int:
+        def fill(piece: tuple[int, Read]) -> int:
+            group, read = piece
             data = self._fetch(read)
             for part in read.parts:
                 target = allocated[part.entry.name][1][part.offset : part.offset + part.length]
                 target[:] = data[part.position : part.position + part.length]
+            with lock:
+                missing[group] -= 1
+                whole = not missing[group]
+            for part in read.parts if whole else ():
+                loaded(part.entry.name, allocated[part.entry.name][0])
             return read.length
 
-        reads = [read for group in plan_reads(entries) for read in group]
-        for length in in_parallel(fill, reads):
+        for length in in_parallel(fill, [(place, read) for place, group in enumerate(groups) for read in group]):
             self.bytes_read += length
         return {name: tensor for name, (tensor, _) in allocated.items()}
 
     def _reread(self, entry: TensorEntry, first: str, expected: str) -> Tensor:
-        tensor = self._load([entry])[entry.name]
+        tensor = self._load([entry], _nothing)[entry.name]
         self._check_again(entry, first, tensor_digest(tensor), expected)
         return tensor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from counterweight.workers.checkpoint import Checkpoint, tensor_digest
 from counterweight.workers.checkpoint.ranges import MAX_READ
 from counterweight.workers.errors import CheckpointError, IntegrityError, ObjectNotFoundError
 from counterweight.workers.storage import open_store
+from tests.patience import PATIENCE
 from tests.workers.checkpoint.builders import (
     INDEX,
     RecordingStore,
@@ -149,6 +151,25 @@ def test_a_recorded_digest_is_verified(sharded: Checkpoint) -> None:
     assert torch.equal(sharded.read_many(["a", "b"], sha256=digests)["b"], TENSORS["b"])
     with pytest.raises(CheckpointError, match=r"no sha256 recorded for tensor 'c'"):
         sharded.read_many(["a", "c"], sha256=digests)
+
+
+def test_a_tensor_is_verified_while_others_are_read(sharded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second file is given out when the digest of a tensor of the first is asked for, and not before."""
+    expected = {name: sharded.digest(name) for name in TENSORS}
+    store, asked = sharded._store, Event()
+    read = store.read_range
+
+    def late(key: str, start: int, length: int) -> bytes:
+        assert key == next(iter(SHARDS)) or asked.wait(PATIENCE), "the digest waits for the other file"
+        return read(key, start, length)
+
+    def digest(tensor: Tensor) -> str:
+        asked.set()
+        return tensor_digest(tensor)
+
+    monkeypatch.setattr(store, "read_range", late)
+    monkeypatch.setattr("counterweight.workers.checkpoint.reader.tensor_digest", digest)
+    assert sharded.read_many(TENSORS, sha256=expected).keys() == TENSORS.keys()
 
 
 def test_a_source_that_changed_is_refused(tmp_path: Path) -> None:
