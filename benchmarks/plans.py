@@ -84,6 +84,7 @@ def row(model: str, plan: Plan, estimate: Estimate) -> list[str]:
         "" if target is None else f"{target} min",
         f"{estimate.gpu_hours:.2f}",
         f"{estimate.efficiency:.0%}" if estimate.workers > 1 else "",
+        f"{estimate.efficiency_started:.0%}" if estimate.workers > 1 else "",
         bytes_text(plan.peak_bytes_per_worker) + (" (does not fit)" if plan.problems else ""),
         f"{bytes_text(plan.storage_read_bytes)} / {bytes_text(plan.storage_written_bytes)}",
         ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in most),
@@ -118,8 +119,8 @@ def body_of(models: Sequence[str], device: str) -> str:
             source = open_model(make(shape.with_layers(shape.config["num_hidden_layers"]), Path(scratch)).as_uri())
             for name, recipe in RECIPES.items():
                 parts[name] += rows_of(model, source, recipe, device)
-    header = ["model", "workers", "time", "target", "GPU-hours", "efficiency", "peak of a GPU", "read / written"]
-    header += ["workers' time", "stages"]
+    header = ["model", "workers", "time", "target", "GPU-hours", "efficiency", "after start-up", "peak of a GPU"]
+    header += ["read / written", "workers' time", "stages"]
     tables = [f"## {name}\n\n{table(header, rows)}" for name, rows in parts.items()]
     return "\n\n".join([*tables, described(GPUS[device])])
 

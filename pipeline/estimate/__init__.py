@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from counterweight.pipeline.estimate.costs import BlockSeconds, block_seconds
 from counterweight.pipeline.estimate.timeline import (
+    START,
     Costs,
     judged,
     timeline,
@@ -58,6 +59,12 @@ class Estimate(Config):
         return self.seconds_of_one / (self.workers * self.seconds)
 
     @property
+    def efficiency_started(self) -> float:
+        """Likewise without what it takes until the workers answer, which no number of them shortens."""
+        start = self.stages[START]
+        return (self.seconds_of_one - start) / (self.workers * (self.seconds - start))
+
+    @property
     def slowest(self) -> str:
         """The step that takes most of the workers' time, or `waiting`."""
         spent = {**self.steps, "waiting": sum(self.idle.values())}
@@ -77,7 +84,10 @@ class Estimate(Config):
         ]
         if self.workers > 1:
             alone = seconds_text(self.seconds_of_one)
-            rows.insert(1, ("efficiency", f"{self.efficiency:.0%} of {self.workers} workers: one takes {alone}"))
+            started = f"{self.efficiency_started:.0%} after their start"
+            rows.insert(
+                1, ("efficiency", f"{self.efficiency:.0%} of {self.workers} workers, {started}: one takes {alone}")
+            )
         return rows
 
 

@@ -32,6 +32,9 @@ WINDOWS = 160
 """Of a validation that names no number, as many as WikiText-2's test has of 2048 tokens: how long its text is, headers do not
 tell."""
 
+START = "start"
+"""The stage before there are workers."""
+
 JUDGED = 8
 """Operations on each logit of a window: its probability, and what is compared with the original's."""
 
@@ -91,7 +94,7 @@ def timeline(costs: Costs, workers: int, threads: int) -> Timeline:
     on_gpu = costs.rates.link is not None
     pool = SimulatedPool(workers, threads, costs.blocks, costs.rates.task, kept, ahead=on_gpu)
     dispatcher = Dispatcher(pool, RetryPolicy(), lambda _: None, Graph())
-    stages, idle = {"start": costs.rates.start}, {"start": costs.rates.start * workers}
+    stages, idle = {START: costs.rates.start}, {START: costs.rates.start * workers}
     validation = _validation(costs, workers)
 
     def stage(name: str, run: Callable[[], T]) -> T:

@@ -245,6 +245,11 @@ def test_workers_work_or_wait(manifest: Path, source: ModelSource) -> None:
     assert estimate.gpu_hours == pytest.approx(2 * estimate.seconds / 3600)
     assert estimate.seconds_of_one > estimate.seconds > KNOWN["H100-80G"].start + between
     assert 0.5 < estimate.efficiency < 1
+    start = KNOWN["H100-80G"].start
+    assert estimate.efficiency_started * 2 * (estimate.seconds - start) == pytest.approx(
+        estimate.seconds_of_one - start
+    )
+    assert any("after their start" in said for _, said in estimate.rows())
 
 
 def test_a_plan_names_what_the_job_asks_for(manifest: Path, source: ModelSource) -> None:
