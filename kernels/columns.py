@@ -77,16 +77,16 @@ def descend_(codes: Tensor, error: Tensor, *, before: Tensor, slope: Tensor, pul
 
         in_a_kernel(codes, error, before=before, slope=slope, pull=pull, grid=grid)
         return
-    earlier, after, errors, slopes = (matrix.unbind(1) for matrix in (before, codes, error, slope))
+    earlier, after, slopes = (matrix.unbind(1) for matrix in (before, codes, slope))
     change = torch.empty_like(codes[:, 0])
     passed, pulls = change.unsqueeze(1), _behind(pull)
     steps, bounds = grid.steps.unbind(1), grid.bounds()
     for place in range(codes.shape[1]):
         _clamp(torch.addcdiv(earlier[place], slopes[place], steps[place], out=after[place]).round_(), bounds[place])
         torch.sub(after[place], earlier[place], out=change).mul_(steps[place])
-        errors[place].sub_(change)
         slope = slope.narrow(1, 1, slope.shape[1] - 1)
         slope.addcmul_(pulls[place], passed, value=-1)
+    error.sub_((codes - before).mul_(grid.steps))
 
 
 def _clamp(codes: Tensor, bounds: tuple[int, int] | tuple[Tensor, Tensor]) -> None:

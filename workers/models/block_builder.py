@@ -53,7 +53,7 @@ class BlockBuilder:
         self.tied: bool = bool(self.config.tie_word_embeddings)
         self.experts: int = 0
         self.active_experts: int = 0
-        self._layer_classes: dict[str, type[nn.Module]] = {}
+        self._shells: dict[str, tuple[PreTrainedModel, type[nn.Module]]] = {}
         if self.family.experts is not None:
             self.experts = int(getattr(self.config, self.family.experts.count_key))
             self.active_experts = int(getattr(self.config, self.family.experts.active_key))
@@ -115,17 +115,21 @@ class BlockBuilder:
 
     def _layer(self, index: int) -> nn.Module:
         with _building(f"block {index}"):
-            layer: nn.Module = self._layer_class(index)(self.config, index)
+            _, layer_class = self._shell(index)
+            layer: nn.Module = layer_class(self.config, index)
         return layer
 
-    def _layer_class(self, index: int) -> type[nn.Module]:
-        """The class of block `index`, which depends on its type alone."""
+    def _shell(self, index: int) -> tuple[PreTrainedModel, type[nn.Module]]:
+        """What is around block `index`, a base model without layers, and the block's class: both depend on its type alone, and
+        building them takes longer than the block."""
         types = getattr(self.config, "layer_types", None)
         kind = "" if types is None else str(types[index])
-        if kind not in self._layer_classes:
+        if kind not in self._shells:
             base = _base_class(self.config)(_with_layers(self.config, [index]))
-            self._layer_classes[kind] = type(base.layers[0])
-        return self._layer_classes[kind]
+            layer_class = type(base.layers[0])
+            base.layers, base.norm, base.embed_tokens = nn.ModuleList(), nn.Identity(), None
+            self._shells[kind] = base.eval(), layer_class
+        return self._shells[kind]
 
     def _unfused(self, layer: nn.Module) -> nn.Module:
         layout = self.family.experts
@@ -214,13 +218,10 @@ class BlockBuilder:
         return model
 
     def _around(self, layer: nn.Module, index: int, device: torch.device) -> PreTrainedModel:
-        with torch.device("meta"):
-            base = _base_class(self.config)(_with_layers(self.config, [index]))
-        base.layers = nn.ModuleList([layer])
-        base.norm = nn.Identity()
-        base.embed_tokens = None
+        base: PreTrainedModel = copy.deepcopy(self._shell(index)[0])
+        base.layers.append(layer.eval())
         base.rotary_emb = _rotary(base, self.config, device)
-        return base.eval()
+        return base
 
 
 class Block:

@@ -7,6 +7,7 @@ with them, zero points included, so what is searched and solved with is what wil
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,7 @@ def _search(
     """Scale (stored dtype) and zero point (float32) of `groups` [batch, rows, groups, columns], each [batch, rows, groups, 1].
     counts: how much each column counts, [batch, 1, groups, columns]."""
     low, high = _range(groups, format)
+    at_once = max(1, _chunk_elements(groups.device) // groups.numel())
 
     def place(index: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
         factor = 1 - search.shrink * index / (search.candidates - 1)
@@ -106,39 +108,43 @@ def _search(
 
     index, sign, least = torch.zeros_like(low), torch.ones_like(low), torch.full_like(low, torch.inf)
 
-    def consider(index_tried: Tensor, sign_tried: Tensor) -> None:
+    def consider(indices: Tensor, signs: Tensor) -> None:
+        """Candidates [tried, batch, rows, groups, 1]; of equal ones the first wins."""
         nonlocal index, sign, least
-        error = _errors(search.norm, groups, counts, *place(index_tried, sign_tried), format)
-        better = error < least
-        index, sign = torch.where(better, index_tried, index), torch.where(better, sign_tried, sign)
-        least = torch.where(better, error, least)
+        for some in zip(indices.split(at_once), signs.split(at_once), strict=True):
+            errors = _errors(search.norm, groups, counts, *place(*some), format)
+            for index_tried, sign_tried, error in zip(*some, errors, strict=True):
+                better = error < least
+                index, sign = torch.where(better, index_tried, index), torch.where(better, sign_tried, sign)
+                least = torch.where(better, error, least)
 
-    for direction in (1, -1) if search.signed and format.symmetric else (1,):
-        for tried in range(0, search.candidates, STRIDE):
-            consider(torch.full_like(low, tried), torch.full_like(low, direction))
-    coarse = index
-    for offset in (offset for near in range(1, STRIDE) for offset in (-near, near)):
-        consider((coarse + offset).clamp_(0, search.candidates - 1), sign)
+    directions = (1, -1) if search.signed and format.symmetric else (1,)
+    tried = [(index, sign) for sign in directions for index in range(0, search.candidates, STRIDE)]
+    consider(*(low.new_tensor(part).view(-1, 1, 1, 1, 1).expand(-1, *low.shape) for part in zip(*tried, strict=True)))
+    offsets = low.new_tensor([offset for near in range(1, STRIDE) for offset in (-near, near)])
+    near = (index + offsets.view(-1, 1, 1, 1, 1)).clamp_(0, search.candidates - 1)
+    consider(near, sign.expand_as(near))
     return place(index, sign)
 
 
 def _errors(
     norm: float, groups: Tensor, counts: Tensor | None, scale: Tensor, zero: Tensor, format: WeightFormat
 ) -> Tensor:
-    """What rounding `groups` to this grid costs each group, [batch, rows, groups, 1]; as many rows at a time as `_at_once`."""
+    """What rounding `groups` to these grids costs each group, [tried, batch, rows, groups, 1] as `scale` and `zero`; as many
+    rows at a time as `_at_once`."""
     step = scale.float()
     found = torch.empty_like(step)
     rows, weights = _at_once(groups)
-    exact, error = (groups.new_empty(weights * rows * groups[0, 0].numel()) for _ in range(2))
+    exact, error = (groups.new_empty(len(step) * weights * rows * groups[0, 0].numel()) for _ in range(2))
     for start in range(0, len(groups), weights):
         of = slice(start, start + weights)
         own = None if counts is None else counts[of]
         for first in range(0, groups.shape[1], rows):
-            part = (of, slice(first, first + rows))
-            count = groups[part].numel()
-            space = exact[:count].view(groups[part].shape), error[:count].view(groups[part].shape)
+            part = (slice(None), of, slice(first, first + rows))
+            shape = (len(step), *groups[part[1:]].shape)
+            space = exact[: math.prod(shape)].view(shape), error[: math.prod(shape)].view(shape)
             torch.sum(
-                _costs(norm, groups[part], own, step[part], zero[part], format, space),
+                _costs(norm, groups[part[1:]], own, step[part], zero[part], format, space),
                 -1,
                 keepdim=True,
                 out=found[part],
@@ -155,7 +161,7 @@ def _costs(
     format: WeightFormat,
     workspace: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """What rounding each entry costs, in steps, in the workspace: two tensors of the groups' shape."""
+    """What rounding each entry costs, in steps, in the workspace: two tensors [tried, *groups]."""
     exact, error = workspace
     torch.div(groups, step, out=exact)
     torch.round(exact, out=error)
