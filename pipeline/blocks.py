@@ -101,8 +101,10 @@ def add_blocks(
     segment: int | None = None,
     workers: int = 1,
     ahead: bool = False,
+    lasting: Callable[[int], bool] = lambda _: True,
 ) -> Blocks:
-    """Nodes for all blocks behind the embedding. stretches: of the shards, in order, in which blocks are calibrated. segment:
+    """Nodes for all blocks behind the embedding. lasting: whether hidden states behind a block are written to the store, as its
+    spec says. stretches: of the shards, in order, in which blocks are calibrated. segment:
     blocks after which one in `compressed` sees the original's activations again; None: none does. workers: that share the
     blocks, so that each knows which it takes next. ahead: whether they read one block while they do something else."""
     count = len(recipes)
@@ -124,7 +126,8 @@ def add_blocks(
 
     def calibrate(index: int, stretch: range) -> Calibrate:
         spec = spec_of(index, recipes[index], entering(index), (), "original")
-        passing = propagate == "compressed" and budget is None
+        # Of a block that is compressed only the outputs can be wanted still, by those behind it.
+        passing = (propagate == "compressed" and budget is None) or (not gains and compresses[index].done)
         return Calibrate(block=spec, shards=stretches[-1].stop, start=stretch.start, stop=stretch.stop, passing=passing)
 
     def measure(index: int) -> Gains:
@@ -191,6 +194,7 @@ def add_blocks(
                     reads=before[place : place + 1],
                     uses=own[-1] if own else reading.get(index),
                     rereads=before[:place],
+                    lasting=lasting(index),
                     wanted=False,
                     bytes=size,
                 )
@@ -204,7 +208,8 @@ def add_blocks(
         if propagate == "original":
             added = graph.add(make, after=after, uses=ends[index + 1][-1], rereads=ends[index])
         else:
-            added = graph.add(make, reads=ends[index] if index in borders else (compresses[-1],), after=after)
+            reads = ends[index] if index in borders else (compresses[-1],)
+            added = graph.add(make, reads=reads, lasting=lasting(index), after=after)
         compresses.append(added)
     return Blocks(
         tuple(compresses), tuple(node for own in ends[1:] for node in own), lambda index: compress(index).block

@@ -12,7 +12,7 @@ from counterweight.pipeline.graph import Graph, Node, giving
 from counterweight.pipeline.policies import Failure, RetryPolicy, Verdict, describe
 from counterweight.pipeline.pool import Outcome, WorkerPool
 from counterweight.pipeline.silence import Running, Silence
-from counterweight.workers.errors import CounterweightError, WorkerError
+from counterweight.workers.errors import CounterweightError, ObjectNotFoundError, WorkerError
 from counterweight.workers.tasks.task import Task
 
 R = TypeVar("R")
@@ -23,14 +23,14 @@ WAIT_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A task that left its worker: with what it gave back, or to be tried again (retry), perhaps because the worker died. left:
-    it failed for good, and the job does without it."""
+    """A task that left its worker: with what it gave back, or to be tried again (retry), perhaps because something that it
+    reads is gone. left: it failed for good, and the job does without it."""
 
     task: Task[object]
     worker: int
     value: object = None
     retry: bool = False
-    worker_died: bool = False
+    gone: bool = False
     left: bool = False
 
 
@@ -66,7 +66,11 @@ class Dispatcher:
     def collect(self, awaited: Sequence[Node[object]] = ()) -> list[Finished]:
         """What finished within `WAIT_SECONDS`. Raises the task's error when it is final, and WorkerError when nothing has for
         longer than it may take. awaited: nodes that it is done for, told then."""
-        found = [self._settle(outcome) for outcome in self._pool.wait(WAIT_SECONDS)]
+        outcomes = self._pool.wait(WAIT_SECONDS)
+        for outcome in outcomes:
+            if outcome.worker_died:
+                self.graph.lost(outcome.worker)
+        found = [self._settle(outcome) for outcome in outcomes if outcome.ticket]
         if found:
             self._silence.broken()
         else:
@@ -88,18 +92,19 @@ class Dispatcher:
                 raise WorkerError(f"{_place(waiting)}: nothing runs and nothing that it waits for can start")
             for found in self.collect(list(wanted)):
                 node = self._nodes.pop(found.task.name)
-                if found.worker_died:
-                    self.graph.lost(found.worker)
                 if found.left:
                     self.graph.leave(node)
                     continue
                 if found.retry:
-                    self.graph.failed(node)
+                    self.graph.failed(node, gone=found.gone)
                     continue
                 self.graph.settle(node, found.worker, found.value)
                 for one in wanted:
                     if one is node:
                         finished(one)
+            unread = self.graph.unread()
+            if self._pool.passes_on and unread:
+                self._pool.forget(unread)
             self._start_some()
         return [node.value for node in wanted]
 
@@ -139,10 +144,10 @@ class Dispatcher:
             if node is None or node.before is None:
                 raise _named(task, outcome.error, tries)
             self._emit(Note(f"{task.name}: left to that job: {describe(outcome.error)}"))
-            return Finished(task, outcome.worker, worker_died=outcome.worker_died, left=True)
+            return Finished(task, outcome.worker, left=True)
         cause = describe(outcome.error)
         self._emit(TaskRetried(task.name, outcome.worker, tries, self._policy.attempts, cause, outcome.worker_died))
-        return Finished(task, outcome.worker, retry=True, worker_died=outcome.worker_died)
+        return Finished(task, outcome.worker, retry=True, gone=isinstance(outcome.error, ObjectNotFoundError))
 
 
 def _place(node: Node[R]) -> str:

@@ -34,6 +34,7 @@ from counterweight.workers.process import Done, WorkerProcess, importing
 if TYPE_CHECKING:
     from counterweight.workers.identity import WorkerReport
     from counterweight.workers.tasks.task import Task
+    from counterweight.workers.workspace import Blob
 
 NAME = "worker"
 """What the kernel calls these processes."""
@@ -107,6 +108,8 @@ class ForkedPool:
         self.size, self.threads = size.workers, size.cpus
         self._context = multiprocessing.get_context("fork")
         self._seats: list[Seat] = []
+        self.passes_on = size.workers == 1
+        self._unread: list[Blob] = []
         self._report: WorkerReport | None = None
         self._tickets = 0
         self._awake, self._looked = Awake(clock), 0.0
@@ -130,7 +133,8 @@ class ForkedPool:
         self._tickets += 1
         seat.ticket = self._tickets
         with suppress(BrokenPipeError):  # it has died; `wait` finds that out
-            seat.connection.send(task)
+            seat.connection.send((task, self._unread))
+        self._unread = []
         return self._tickets
 
     def wait(self, seconds: float) -> list[Outcome]:
@@ -150,6 +154,9 @@ class ForkedPool:
             else:
                 outcomes += self._answered(worker, message)
         return outcomes
+
+    def forget(self, unread: Sequence[Blob]) -> None:
+        self._unread += unread
 
     def close(self) -> None:
         for seat in self._seats:
@@ -202,7 +209,7 @@ class ForkedPool:
             raise WorkerError(f"{cause}: {deaths} processes in a row before they answered")
         self._seats[worker] = self._fresh()
         self._seats[worker].deaths = deaths
-        return [Outcome(seat.ticket, worker, error=WorkerError(cause), worker_died=True)] if seat.ticket else []
+        return [Outcome(seat.ticket, worker, error=WorkerError(cause), worker_died=True)]
 
 
 def _outcome(ticket: int, worker: int, answer: _Answer) -> Outcome:
@@ -255,10 +262,10 @@ def _serve(connection: Connection, held: Sequence[Connection], printed: int, par
     say(_answer(partial(worker.ready, None)))
     while True:
         try:
-            task: Task[object] = connection.recv()
+            task, unread = connection.recv()
         except (EOFError, ConnectionResetError):
             return  # the parent has closed the pool
-        say(_answer(partial(worker.run, task)))
+        say(_answer(partial(worker.run, task, unread)))
 
 
 def _of_its_own(printed: int, parent: int) -> None:

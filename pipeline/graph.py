@@ -30,7 +30,9 @@ class Node(Generic[R_co]):
 
     make: the task, called when all of `reads`, `rereads` and `after` have values. reads: nodes whose hidden states enter it.
     after: nodes whose values it is made from. uses: the node whose statistics it works on, in the memory of that node's
-    worker. rereads: nodes whose hidden states enter it too where no worker holds these statistics. wanted: whether it is run
+    worker. rereads: nodes whose hidden states enter it too where no worker holds these statistics. lasting: whether the hidden
+    states that it makes are written to the store; otherwise they are in memory, as far as there is room, and gone with its
+    worker. wanted: whether it is run
     for its own sake, and not only for those that depend on it. bytes: what it leaves in its worker's memory until those that
     use it are done. before: a node that uses up the same statistics and therefore waits for this one, which leaves them as they
     are: work for another job, done only where that node is to run, and left where it fails. soon: whether it
@@ -42,6 +44,7 @@ class Node(Generic[R_co]):
     after: Sequence[Node[object]] = ()
     uses: Node[object] | None = None
     rereads: Sequence[Node[object]] = ()
+    lasting: bool = True
     wanted: bool = True
     bytes: int = 0
     before: Node[object] | None = None
@@ -58,7 +61,9 @@ class Node(Generic[R_co]):
     reused: bool = False
     """Whether the value was found when the job was opened."""
     present: bool = False
-    """Whether its hidden states are in the store, as far as is known."""
+    """Whether its hidden states are in the store or in memory, as far as is known."""
+    keeper: int | None = None
+    """The worker that has them in memory, where they may be nowhere else."""
     ran: bool = False
     """Whether it was run by this job."""
     running: bool = False
@@ -125,6 +130,7 @@ class Graph:
         self._placement = placement or Placement()
         self._hold_bytes = hold_bytes
         self._needs = Needs(self.nodes)
+        self._unread: list[Blob] = []
         self._running: dict[int, Node[object]] = {}
         """By their places."""
         self._held: dict[int, dict[int, Node[object]]] = {}
@@ -138,6 +144,7 @@ class Graph:
         after: Sequence[Node[object]] = (),
         uses: Node[object] | None = None,
         rereads: Sequence[Node[object]] = (),
+        lasting: bool = True,
         wanted: bool = True,
         bytes: int = 0,
         before: Node[object] | None = None,
@@ -150,6 +157,7 @@ class Graph:
             after=after,
             uses=uses,
             rereads=rereads,
+            lasting=lasting,
             wanted=wanted,
             bytes=bytes,
             before=before,
@@ -212,6 +220,8 @@ class Graph:
             return None
         node = self.nodes[chosen]
         node.running = True
+        if node.done:
+            node.task = None  # made again, from what is known by now: its hidden states alone may be wanted
         self._running[node.place] = node
         return node
 
@@ -220,26 +230,35 @@ class Graph:
         self._stopped(node)
         self._finish(node, value)
         node.ran, node.present = True, True
+        node.keeper = worker
         self._needs.settled(node)
         if node.uses is not None:
             self._hold(node.uses, worker)
         self._hold(node, worker)
+        self._let_forget(node, *node.reads, *node.rereads)
 
-    def failed(self, node: Node[object]) -> None:
+    def unread(self) -> list[Blob]:
+        """Hidden states that no node reads any more, each named once: no worker need keep them in memory."""
+        found, self._unread = self._unread, []
+        return found
+
+    def failed(self, node: Node[object], *, gone: bool = False) -> None:
         """A node's task came back without a value and is to be done again. What it worked on is in no memory any more, and
-        what it reads may be gone from the store: perhaps because another job has finished it."""
+        what it reads may be gone from the store: perhaps because another job has finished it. gone: something that it reads
+        is, from memory too."""
         self._stopped(node)
         if node.uses is not None:
             self._let_go(node.uses)
-        self._look_again(node)
+        self._look_again(node, gone=gone)
         if self._workspace is not None and not node.done:
             self._look_up(node, self._workspace)
         self._needs.forget()
+        self._let_forget(*node.reads, *node.rereads)
 
     def leave(self, node: Node[object]) -> None:
         """A node that another job would like to have failed for good: it is not done here."""
-        self.failed(node)
         node.wanted = False
+        self.failed(node)
 
     def discard(self, nodes: Iterable[Node[object]]) -> None:
         """Deletes hidden states that no node has to read any more."""
@@ -247,14 +266,27 @@ class Graph:
             if node.present and self._workspace is not None:
                 for blob in node.hidden_states:
                     self._workspace.discard(blob)
-            node.present = False
+            node.present, node.keeper = False, None
         self._needs.forget()
 
     def lost(self, worker: int) -> None:
         """A worker's process died: what it held in memory is gone, what was committed is not."""
         for node in list(self._held.get(worker, {}).values()):
             self._let_go(node)
+        for node in self.nodes:
+            if node.keeper == worker:
+                node.keeper = None
+                node.present = node.lasting or self._there(node)
         self._needs.forget()
+
+    def _let_forget(self, *nodes: Node[object]) -> None:
+        """Where nobody is to read their hidden states any more, they need not be in memory."""
+        for node in nodes:
+            readers = (*node.readers, *node.rereaders)
+            if node.keeper is None or any(reader.place in self._needs.places for reader in readers):
+                continue
+            self._unread += node.hidden_states
+            node.keeper, node.present = None, node.lasting
 
     def _stopped(self, node: Node[object]) -> None:
         node.running = False
@@ -330,14 +362,19 @@ class Graph:
             self._let_go(other)
             total -= other.bytes
 
-    def _look_again(self, node: Node[object]) -> None:
-        """After a failure: which of the hidden states behind it are still there, back to the first that are."""
+    def _look_again(self, node: Node[object], *, gone: bool = False) -> None:
+        """After a failure: which of the hidden states behind it are still there, back to the first that are. gone: not all of
+        those that it reads are."""
         for other in (*node.reads, *node.rereads):
             if other.done and other.present:
+                if gone and other.keeper is not None:
+                    self._unread += other.hidden_states
+                    other.keeper = None
                 other.present = self._there(other)
             if not other.present:
                 self._look_again(other)
 
     def _there(self, node: Node[object]) -> bool:
         workspace = self._workspace
-        return workspace is None or all(workspace.has(blob) for blob in node.hidden_states)
+        kept = node.keeper is not None and not node.lasting
+        return kept or workspace is None or all(workspace.has(blob) for blob in node.hidden_states)

@@ -57,5 +57,10 @@ def misfits(job: CompressionJob, need: int, where: str, device: str | None, memo
             yield f"{resources.workers} workers of {bytes_text(each)} need {total}: this machine has {bytes_text(machine)}"
 
 
+def host_bytes(job: CompressionJob, device: str | None) -> int | None:
+    """Of this machine, a worker's share; None where the workers' GPU is named, whose host is another."""
+    return _machine_bytes() // job.spec.resources.workers if device is None else None
+
+
 def _machine_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -87,7 +87,8 @@ class Orchestrator:
         self._timeline, self._workers = Timeline(), pool.size
         log.add(self._timeline)
         self._documents = read_documents(job.spec.validation, opened.source.store)
-        self._setting = setting_of(job, self._source, device, run=uuid.uuid4().hex if alone else "")
+        room = opened.plan.hidden_states.memory_bytes if pool.passes_on else 0
+        self._setting = setting_of(job, self._source, device, run=uuid.uuid4().hex if alone else "", room=room)
 
     def run(self) -> Published:
         """To the end. Raises what is final: a wrong request, a failed gate, failing surroundings."""

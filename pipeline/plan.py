@@ -12,15 +12,17 @@ from itertools import groupby
 from counterweight.pipeline.estimate import (
     Costs,
     Estimate,
+    again,
     block_seconds,
     estimate,
     judged,
     reference_bytes,
     validation_bytes,
 )
+from counterweight.pipeline.hidden_states import HiddenStatesPlan, hidden_states, reserved
 from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
-from counterweight.pipeline.memory import PROCESS_BYTES, Memory, misfits, worker_memory
+from counterweight.pipeline.memory import PROCESS_BYTES, Memory, host_bytes, misfits, worker_memory
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.rates import MEASURED, Rates, rates_of
 from counterweight.pipeline.resolve import (
@@ -144,6 +146,7 @@ class Plan(Config):
     """Blocks that are solved in several passes over the calibration tokens, and why."""
     distillation: DistillationPlan | None = None
     """Of training the compressed model as a whole."""
+    hidden_states: HiddenStatesPlan
     header_bytes_read: int
     device: str | None
     """The GPU that it was asked about, or a file of measured rates; null: none."""
@@ -165,15 +168,16 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     memory = worker_memory(job, gpu, gpu_bytes)
     resolved = tuple(_resolved(job, source))
     check_drawn(job.spec.calibration, source, [block.recipe for block in resolved])
-    held = _held_bytes(job, resolved)
-    costed = tuple(_costed(source, resolved, None if memory is None else memory.bytes - held))
-    blocks = tuple(block.plan for block in costed)
+    on_gpu = job.spec.resources.gpus_per_worker > 0
     calibration = job.spec.calibration
     tokens, drawn, unseen = (
         count * calibration.sequence_length
         for count in (calibration.sequences, calibration.drawn, calibration.held_out_sequences)
     )
     boundary = (tokens + drawn + unseen) * source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
+    held = _held_bytes(job, resolved) + (0 if on_gpu else reserved(job, boundary))
+    costed = tuple(_costed(source, resolved, None if memory is None else memory.bytes - held))
+    blocks = tuple(block.plan for block in costed)
     total = sum(_bytes(source, name) for name in source.tensors)
     loads = [block.load for block in costed]
     stored = quantized_bytes(loads)
@@ -181,7 +185,6 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     artifact = stored + kept_bytes(source, sum(block.parameters for block in blocks) - quantized)
     passed = sum(load.passed for load in loads)
     largest = max(blocks, key=lambda block: block.peak_bytes)
-    on_gpu = job.spec.resources.gpus_per_worker > 0
     passes = f" in {len(largest.passes)} passes over the tokens" if len(largest.passes) > 1 else ""
     most, where = largest.peak_bytes + held, f"block {largest.index}{passes}, {largest.peak_phase}"
     training = _distillation_plan(job, source, loads)
@@ -191,10 +194,18 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         (0, 0) if training is None else (training.state_read_bytes, training.state_written_bytes)
     )
     reference = reference_bytes(job, source.layout.hidden_size)
-    peak = most + (0 if on_gpu else PROCESS_BYTES)
-    host = PROCESS_BYTES + max(block.host_bytes for block in blocks) if on_gpu else peak
+    host = PROCESS_BYTES + (max(block.host_bytes for block in blocks) if on_gpu else most)
+    machine = host_bytes(job, gpu) if on_gpu or memory is None else memory.bytes + PROCESS_BYTES
+    # Beside the statistics of a block that stay, for the jobs of a sweep that need the same.
+    busy = host if on_gpu else max(host, PROCESS_BYTES + max(block.kept_peak_bytes for block in blocks))
+    hidden = hidden_states(job, boundary, len(blocks) + passed, None if machine is None else machine - busy)
+    host += hidden.memory_bytes if on_gpu else hidden.memory_bytes - reserved(job, boundary)
+    peak = most if on_gpu else host
     rates = None if device is None else rates_of(device)
     timed = on_gpu == (gpu is not None)
+    costs = None if rates is None or not timed else _costs(job, source, costed, training, rates, hidden)
+    if costs is not None:
+        hidden = hidden.model_copy(update={"lost_seconds": again(costs.blocks, hidden.lost_blocks)})
     return Plan(
         name=job.metadata.name,
         model=source.uri,
@@ -212,18 +223,19 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         bits_per_weight=8 * stored / max(quantized, 1),
         # The source by inventory and blocks, what was written by its check, and both again by the validation.
         storage_read_bytes=total * 2
-        + boundary * (len(blocks) + passed)
+        + hidden.read_bytes
         + sum(block.source_bytes for block in blocks[:passed])
         + artifact
         + validation_bytes(job, total, artifact)
         + reference
         + states_read,
-        storage_written_bytes=2 * artifact + boundary * (len(blocks) + passed + 1) + reference + states_written,
+        storage_written_bytes=2 * artifact + hidden.written_bytes + reference + states_written,
         flops=sum(block.flops for block in blocks) + (0 if training is None else training.flops),
         distillation=training,
         header_bytes_read=source.checkpoint.bytes_read,
         device=device,
-        estimate=None if rates is None or not timed else _estimate(job, source, costed, training, rates),
+        hidden_states=hidden,
+        estimate=None if costs is None else _estimate(job, costs, costed[0].load.threads),
         divided=tuple(_divisions(blocks, memory)),
         problems=tuple(misfits(job, most, where, gpu, memory)),
         keeps_statistics=all(len(block.passes) <= 1 for block in blocks)
@@ -231,31 +243,36 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     )
 
 
-def _estimate(
+def _estimate(job: CompressionJob, costs: Costs, threads: int) -> Estimate:
+    """How long the job takes."""
+    return estimate(costs, job.spec.resources.workers, threads, job.spec.resources.gpus_per_worker)
+
+
+def _costs(
     job: CompressionJob,
     source: ModelSource,
     blocks: Sequence[_Costed],
     training: DistillationPlan | None,
     rates: Rates,
-) -> Estimate:
-    """How long the job takes at these rates; blocks that are alike are priced once."""
-    alike = {id(block.load): block for block in blocks}
+    hidden: HiddenStatesPlan,
+) -> Costs:
+    """What the job's tasks take at these rates; blocks that are alike are priced once."""
+    alike = {(id(block.load), hidden.written(place)): block for place, block in enumerate(blocks)}
     prices = {
-        key: block_seconds(block.load, block.arithmetic, rates, judged=judged(job)) for key, block in alike.items()
+        key: block_seconds(block.load, block.arithmetic, rates, judged=judged(job), kept=hidden.kept, written=key[1])
+        for key, block in alike.items()
     }
-    resources = job.spec.resources
-    costs = Costs(
+    return Costs(
         job=job,
         source=source,
         rates=rates,
         recipes=[block.plan.recipe for block in blocks],
-        blocks=[prices[id(block.load)] for block in blocks],
+        blocks=[prices[id(block.load), hidden.written(place)] for place, block in enumerate(blocks)],
         calibrated=[block.plan.calibrated_bytes for block in blocks],
         distillation=[]
         if training is None
         else [training.flops / training.replicas / rates.products32] * training.replicas,
     )
-    return estimate(costs, resources.workers, blocks[0].load.threads, resources.gpus_per_worker)
 
 
 def _held_bytes(job: CompressionJob, blocks: Sequence[_Resolved]) -> int:

@@ -18,6 +18,7 @@ def rows(found: Foresight, gpus_per_worker: float) -> list[tuple[str, str]]:
         ("artifact", _artifact(made)),
         ("calibration", f"{made.tokens:,} tokens" + (f", {made.drawn_tokens:,} drawn" if made.drawn_tokens else "")),
         ("peak per worker", _peak(made, gpus_per_worker)),
+        ("hidden states", made.hidden_states.text()),
         ("arithmetic", f"{made.flops / 1e12:.3g} TFLOP ({_phases(made)})"),
         ("storage", f"{bytes_text(made.storage_read_bytes)} read, {bytes_text(made.storage_written_bytes)} written"),
         *(

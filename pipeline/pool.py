@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from counterweight.workers.identity import WorkerReport
     from counterweight.workers.tasks.setting import Device
     from counterweight.workers.tasks.task import Task
+    from counterweight.workers.workspace import Blob
 
 
 START_SECONDS = float(os.environ.get("COUNTERWEIGHT_START_SECONDS", "300"))
@@ -44,6 +45,8 @@ class WorkerPool(Protocol):
     """Workers that were asked for; fewer may be there."""
     threads: int
     """Of each worker, that share the shards of a task."""
+    passes_on: bool
+    """Whether every task finds the hidden states that those before it have left in memory, as long as nobody died."""
 
     def idle(self) -> Sequence[int]:
         """Workers that have answered and have no task, longest idle first."""
@@ -52,7 +55,11 @@ class WorkerPool(Protocol):
         """Starts a task on an idle worker; returns a ticket."""
 
     def wait(self, seconds: float) -> list[Outcome]:
-        """Outcomes that arrived, waiting at most `seconds` for the first. WorkerError when nobody can be waited for."""
+        """Outcomes that arrived, waiting at most `seconds` for the first; and of workers that died without a task, with ticket
+        0. WorkerError when nobody can be waited for."""
+
+    def forget(self, unread: Sequence[Blob]) -> None:
+        """Hidden states that no task reads any more: their memory is free when the next task begins."""
 
     def close(self) -> None:
         """Ends the workers."""

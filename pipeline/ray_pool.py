@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from counterweight.workers.tasks.task import Task
+    from counterweight.workers.workspace import Blob
 
 PULSE_SECONDS = 3.0
 """Between questions to a busy worker whether it is still there."""
@@ -111,6 +112,8 @@ class RayPool:
         if missing := shortage(self._nodes(), size):
             note(missing)
         self._seats = [self._fresh() for _ in range(size.workers)]
+        self.passes_on = size.workers == 1
+        self._unread: list[Blob] = []
         self._tickets = 0
         self._alone = self._clock()
         """Since when no worker can be counted on."""
@@ -133,7 +136,8 @@ class RayPool:
         if seat.state is not State.IDLE:
             raise ValueError(f"worker {worker}: is {seat.state.value}: expected an idle one")
         self._tickets += 1
-        seat.answer, seat.ticket, seat.state = seat.actor.run.remote(task), self._tickets, State.BUSY
+        seat.answer, seat.ticket, seat.state = seat.actor.run.remote(task, self._unread), self._tickets, State.BUSY
+        self._unread = []
         seat.heard = self._clock()
         return self._tickets
 
@@ -159,6 +163,9 @@ class RayPool:
                 outcomes += self._outcome(worker, reference)
         self._give_up()
         return outcomes
+
+    def forget(self, unread: Sequence[Blob]) -> None:
+        self._unread += unread
 
     def close(self) -> None:
         for seat in self._seats:

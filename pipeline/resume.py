@@ -36,8 +36,8 @@ GONE = "finished before, and what was stored of it is gone"
 WAITS = f"finished before as far as is known now: the {INPUTS} are not yet"
 
 
-def setting_of(job: CompressionJob, source: ModelSource, device: str, run: str = "") -> Setting:
-    """What all tasks of a job share. device: the kind that workers compute on. run: see `Setting.run`."""
+def setting_of(job: CompressionJob, source: ModelSource, device: str, run: str = "", room: int = 0) -> Setting:
+    """What all tasks of a job share. device: the kind that workers compute on. run, room: see `Setting`."""
     return Setting(
         source=source.uri,
         config=source.checkpoint.config,
@@ -47,6 +47,7 @@ def setting_of(job: CompressionJob, source: ModelSource, device: str, run: str =
         rotation=job.spec.recipe.rotation,
         parameters=source.parameters,
         run=run,
+        room=room,
     )
 
 

@@ -108,6 +108,11 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
     each block without what enters it."""
     spec, source = job.job.spec, job.source
     recipes: list[BlockRecipe] = [block.recipe for block in outlined]
+    passing = job.plan.hidden_states
+
+    def lasting(index: int) -> bool:
+        return not job.setting.room or passing.lasting(index)
+
     propagate = spec.calibration.propagated
 
     def spec_of(
@@ -123,6 +128,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
                 "original_inputs": original_inputs,
                 "recipe": recipe,
                 "propagate": propagate,
+                "lasting": lasting(index),
             }
         )
 
@@ -150,6 +156,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
         segment=spec.calibration.segment_blocks,
         workers=job.dispatcher.workers,
         ahead=job.setting.device == "cuda",
+        lasting=lasting,
     )
 
 

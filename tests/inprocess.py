@@ -19,6 +19,7 @@ from counterweight.workers.errors import CounterweightError
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.worker import Worker
+from counterweight.workers.workspace import Blob
 from tests.models import write_text
 
 
@@ -29,10 +30,11 @@ class InProcessPool:
     """
 
     def __init__(self, workers: int = 1, threads: int = 1, hold_bytes: int = HOLD_BYTES) -> None:
-        self.size, self.threads = workers, threads
+        self.size, self.threads, self.passes_on = workers, threads, workers == 1
         self.calls: list[tuple[int, str]] = []
         self._workers = [Worker("cpu", threads, hold_bytes) for _ in range(workers)]
         self._finished: list[Outcome] = []
+        self._unread: list[Blob] = []
         self._waits, self._since = 0, dict.fromkeys(range(workers), 0)
 
     def idle(self) -> list[int]:
@@ -43,7 +45,8 @@ class InProcessPool:
         self.calls.append((worker, task.kind))
         ticket = len(self.calls)
         try:
-            value = self._workers[worker].run(task)
+            value = self._workers[worker].run(task, self._unread)
+            self._unread = []
             self._finished.append(Outcome(ticket, worker, value=value))
         except CounterweightError as error:
             self._finished.append(Outcome(ticket, worker, error=error))
@@ -54,6 +57,9 @@ class InProcessPool:
         self._waits += 1
         self._since |= {outcome.worker: self._waits for outcome in finished}
         return finished
+
+    def forget(self, unread: Sequence[Blob]) -> None:
+        self._unread += unread
 
     def close(self) -> None:
         for worker in self._workers:

@@ -11,7 +11,7 @@ from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.statistics import Gathering
 from counterweight.workers.clock import Clock
-from counterweight.workers.context import DTYPES, TaskContext, get_hidden, put_hidden
+from counterweight.workers.context import DTYPES, TaskContext
 from counterweight.workers.coverage import feed, judged_by, row_sample
 from counterweight.workers.held_out import HeldOutRows, Rows
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
@@ -20,6 +20,7 @@ from counterweight.workers.memory import release, trim
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import SharedInputGroup, is_expert
+from counterweight.workers.passing import pass_on, receive
 from counterweight.workers.prepare import prepare
 from counterweight.workers.shards import Load, Output, RunningStatistics, run_shards
 from counterweight.workers.solve import LayerState, gains
@@ -84,7 +85,7 @@ def streams(context: TaskContext, spec: BlockSpec, workspace: Workspace) -> tupl
     """Loaders of the shards that enter the block, and of those that enter it in the original model where they differ."""
 
     def loader(blob: Blob) -> Load:
-        return lambda: get_hidden(workspace, blob, context.device)
+        return lambda: receive(context, workspace, blob)
 
     return [loader(blob) for blob in spec.inputs], [loader(blob) for blob in spec.original_inputs]
 
@@ -108,7 +109,9 @@ def calibrated(
     inputs, originals = (each[start:] for each in streams(context, spec, workspace))
 
     def emit(output: Tensor) -> Blob | None:
-        return put_hidden(workspace, output) if _makes_outputs(spec) else None
+        if not _makes_outputs(spec):
+            return None
+        return pass_on(context, workspace, output, room=spec.setting.room, lasting=spec.lasting)
 
     if begun.original is None:
         outputs = look(context, spec, begun, workspace, emit, start=start)

@@ -20,12 +20,13 @@ from counterweight.workers.calibrated_block import (
 )
 from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.clock import Clock
-from counterweight.workers.context import DTYPES, TaskContext, put_hidden
+from counterweight.workers.context import DTYPES, TaskContext
 from counterweight.workers.interchange.compressed_tensors import scale_dtype
 from counterweight.workers.loaded_block import read_ahead, smoothed
 from counterweight.workers.memory import release, trim
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.families import family_of
+from counterweight.workers.passing import pass_on
 from counterweight.workers.shard import write_block
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.records import ModuleReport
@@ -163,6 +164,6 @@ def propagated(
         read=lambda load: load(),
         compute=lambda hidden: (None, block.run(hidden)),
         take=lambda _: None,
-        write=lambda output: put_hidden(workspace, output),
+        write=lambda output: pass_on(context, workspace, output, room=spec.setting.room, lasting=spec.lasting),
     )
     return tuple(outputs)

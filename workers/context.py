@@ -11,6 +11,7 @@ from counterweight.workers.held_blocks import HOLD_BYTES, HeldBlocks
 from counterweight.workers.held_training import HeldTraining
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.parallel import OrderedPool, Overlapped, Shards, SideBySide
+from counterweight.workers.passing import Mailbox, OwnMemory
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.setting import Setting
 from counterweight.workers.transfer import to_device, to_host
@@ -21,7 +22,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 class TaskContext:
     """device: where tensors are computed with. pool: threads that share the solves. shards: how blocks are run over shards.
-    ahead: what is read while it computes. held: blocks whose statistics are in memory. training: the model that is trained."""
+    ahead: what is read while it computes. held: blocks whose statistics are in memory. training: the model that is trained.
+    mailbox: hidden states in memory."""
 
     def __init__(self, device: torch.device, threads: int, hold_bytes: int = HOLD_BYTES) -> None:
         self.device = device
@@ -30,6 +32,7 @@ class TaskContext:
         self.ahead = ReadAhead(on=device.type != "cpu")
         self.held = HeldBlocks(hold_bytes)
         self.training = HeldTraining()
+        self.mailbox: Mailbox = OwnMemory()
         self._sources: dict[str, tuple[Checkpoint, BlockBuilder]] = {}
 
     def source(self, setting: Setting) -> tuple[Checkpoint, BlockBuilder]:

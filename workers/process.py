@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from counterweight.workers.identity import Token, WorkerReport
     from counterweight.workers.storage.traffic import Traffic
     from counterweight.workers.tasks.setting import Device
     from counterweight.workers.tasks.task import Task
+    from counterweight.workers.workspace import Blob
 
 R = TypeVar("R")
 
@@ -89,9 +90,9 @@ class WorkerProcess:
 
         return OUTAGES.now
 
-    def run(self, task: Task[R]) -> Done[R]:
-        """What the task gives back."""
+    def run(self, task: Task[R], unread: Sequence[Blob] = ()) -> Done[R]:
+        """What the task gives back. unread: hidden states that no task reads any more."""
         from counterweight.workers.storage.traffic import METER
 
         before = METER.now
-        return Done(self._worker.run(task), METER.now - before)
+        return Done(self._worker.run(task, unread), METER.now - before)

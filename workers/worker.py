@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.memory import gpu_bytes, ran_out, release, settle
 from counterweight.workers.tasks.setting import Device
 from counterweight.workers.tasks.task import Task
+from counterweight.workers.workspace import Blob
 
 R = TypeVar("R")
 
@@ -42,8 +44,10 @@ class Worker:
         """Memory of its GPU; 0 without one."""
         return gpu_bytes(self.context.device)
 
-    def run(self, task: Task[R]) -> R:
-        """What the task gives back, or its error. OutOfMemoryError where this process gets no more memory."""
+    def run(self, task: Task[R], unread: Iterable[Blob] = ()) -> R:
+        """What the task gives back, or its error. unread: hidden states that no task reads any more. OutOfMemoryError where
+        this process gets no more memory."""
+        self.context.mailbox.forget(unread)
         if self.context.training.keep(task.trains):
             release(self.context.device)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from counterweight.pipeline.estimate.costs import BlockSeconds, block_seconds
+from counterweight.pipeline.estimate.costs import BlockSeconds, again, block_seconds
 from counterweight.pipeline.estimate.timeline import (
     START,
     Costs,
@@ -23,6 +23,7 @@ __all__ = [
     "BlockSeconds",
     "Costs",
     "Estimate",
+    "again",
     "block_seconds",
     "estimate",
     "judged",

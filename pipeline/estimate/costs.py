@@ -7,7 +7,7 @@ last that is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from counterweight.pipeline.rates import Rates
@@ -62,16 +62,28 @@ class BlockSeconds:
         return {name: self.steps[name] for name in ENDING}
 
 
-def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates, *, judged: int = 4) -> BlockSeconds:
-    """Of a block's tasks on one worker. judged: bytes of an activation when the model is validated."""
+def again(blocks: Sequence[BlockSeconds], count: int) -> float:
+    """At worst, of a death: so many blocks are run again, of which only outputs are wanted, and one as a whole."""
+
+    def passing(block: BlockSeconds) -> float:
+        return sum(block.beginning().values()) + sum(block.streamed(block.shards, passing=True).values())
+
+    return count * max(map(passing, blocks)) + max(sum(block.steps.values()) for block in blocks)
+
+
+def block_seconds(
+    load: Load, arithmetic: Arithmetic, rates: Rates, *, judged: int = 4, kept: float = 0.0, written: float = 1.0
+) -> BlockSeconds:
+    """Of a block's tasks on one worker. judged: bytes of an activation when the model is validated. kept: share of the hidden
+    states that is read from memory; written: of those behind the block that goes to the store."""
     threads = min(load.threads, load.shards)
     side_by_side = load.threads if any(group.width >= PARALLEL_WIDTH for group in load.groups if group.recipe) else 1
     branch = sum(factors(group) for group in load.groups)
     solved = sum(rows * columns for group in load.groups for rows, columns in _solved(group))
-    kept = load.compute * (load.parameters - solved)
-    stored = sum(packed(group) for group in load.groups) + branch + kept
+    stored = sum(packed(group) for group in load.groups) + branch + load.compute * (load.parameters - solved)
     rotated = rotating(load)
     hidden = load.all_tokens * load.hidden * load.compute
+    passing_on = _Passing(hidden, kept, written)
     running = load.parameters * load.compute
     once = run(load, load.all_tokens)
     forward = rates.seconds(arithmetic.forward + once * -float(load.passed), itemsize=load.compute) / threads
@@ -82,7 +94,7 @@ def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates, *, judged: i
         "rotate": rates.seconds(rotated)
         + (rates.moved(load.source_bytes + SINGLE * load.parameters) if rotated.total else 0),
         "prepare": rates.seconds(arithmetic.prepare + rotated * -1.0),
-        "hidden states": _waiting(load, rates, hidden, passes(load), forward + statistics),
+        "hidden states": _waiting(load, rates, passing_on, passes(load), forward + statistics),
         "forward": forward,
         "statistics": statistics,
         "tune": rates.seconds(arithmetic.tune),
@@ -97,23 +109,45 @@ def block_seconds(load: Load, arithmetic: Arithmetic, rates: Rates, *, judged: i
         branch=round(branch),
         evaluated=rates.seconds(run(load, load.tokens), itemsize=judged) / load.tokens,
         read_back=rates.seconds(elementwise(DEQUANTIZED * solved)),
-        edge=(passes(load) + 1) * (rates.received(hidden) + rates.moved(hidden)) / load.all_shards if load.gpu else 0.0,
+        edge=(passes(load) * passing_on.reading(rates) + passing_on.writing(rates)) / load.all_shards
+        if load.gpu
+        else 0.0,
         passed={
-            "hidden states": _waiting(load, rates, hidden, 1, passing),
+            "hidden states": _waiting(load, rates, passing_on, 1, passing),
             "forward": passing,
             "statistics": 0.0,
         },
     )
 
 
-def _waiting(load: Load, rates: Rates, hidden: float, times: int, computing: float) -> float:
-    """Seconds for hidden states, of so many bytes behind a block, that are read `times` times and written once. computing:
-    seconds of the arithmetic, beside which a GPU's host does so."""
-    once = rates.received(hidden) + rates.moved(hidden)
+@dataclass(frozen=True, slots=True)
+class _Passing:
+    """Hidden states of so many bytes that enter and leave a block. kept, written: as in `block_seconds`."""
+
+    bytes: float
+    kept: float
+    written: float
+
+    def reading(self, rates: Rates) -> float:
+        """Seconds of one thread."""
+        return rates.received(self.bytes * (1.0 - self.kept)) + rates.moved(self.bytes)
+
+    def writing(self, rates: Rates) -> float:
+        """Likewise; all are hashed."""
+        return self.bytes / rates.hash + self.written * self.bytes / rates.storage + rates.moved(self.bytes)
+
+    def stored(self, rates: Rates, times: int) -> float:
+        """Seconds of the storage, where they are read `times` times."""
+        return (times * (1.0 - self.kept) + self.written) * self.bytes / rates.storage
+
+
+def _waiting(load: Load, rates: Rates, hidden: _Passing, times: int, computing: float) -> float:
+    """Seconds for hidden states that are read `times` times and written once. computing: seconds of the arithmetic, beside
+    which a GPU's host does so."""
+    reading, writing = times * hidden.reading(rates), hidden.writing(rates)
     if not load.gpu:
-        return (times + 1) * once / min(load.threads, load.shards)
-    through_storage = (times + 1) * hidden / rates.storage
-    return max(0.0, max(through_storage, times * once / AHEAD) - computing)
+        return (reading + writing) / min(load.threads, load.shards)
+    return max(0.0, max(hidden.stored(rates, times), reading / AHEAD, writing / AHEAD) - computing)
 
 
 def _statistics(load: Load, work: Work, rates: Rates) -> float:

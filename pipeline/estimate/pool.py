@@ -75,7 +75,7 @@ class SimulatedPool:
         *,
         ahead: bool = False,
     ) -> None:
-        self.size, self.threads = size, threads
+        self.size, self.threads, self.passes_on = size, threads, size == 1
         self.clock = 0.0
         self.steps: Counter[str] = Counter()
         self._blocks, self._between, self._bytes = blocks, between, bytes
@@ -106,6 +106,9 @@ class SimulatedPool:
         self.clock, ticket, worker, value = heapq.heappop(self._pending)
         self._idle.append(worker)
         return [Outcome(ticket, worker, value=value)]
+
+    def forget(self, unread: Sequence[Blob]) -> None:
+        """Nothing is kept."""
 
     def close(self) -> None:
         """Nothing runs."""

@@ -97,6 +97,35 @@ class DistillationStage(Section):
         return self
 
 
+_SIZE = Field(
+    pattern=r"^(0|[1-9][0-9]{0,8})([.][0-9]{1,3})?(MiB|GiB)$",
+    json_schema_extra={"patternErrorMessage": "a number of MiB or GiB, such as 20GiB"},
+)
+
+
+def _bytes_of(size: str | None) -> int | None:
+    return None if size is None else int(float(size[:-3]) * _UNITS[size[-3:]])
+
+
+class HiddenStates(Section):
+    """How hidden states get from block to block; without influence on the result."""
+
+    memory: Annotated[str, _SIZE] | None = None
+    """Memory of its host in which a single worker passes them on, such as 16GiB; what does not fit goes through the output's
+    `_work`, and so does everything with several workers. 0MiB: everything. null: what a CPU worker has beside its tasks, and
+    24GiB at most of a GPU's host.
+    """
+    durable_every: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    """Blocks between two places at which they are written even so: when a worker or the job dies, the original blocks behind
+    the last of these are run again. 0: nowhere, but behind the embedding. null: 1 on CPUs, 8 with GPUs.
+    """
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` in bytes."""
+        return _bytes_of(self.memory)
+
+
 class Resources(Section):
     """What the job may use; without influence on the result."""
 
@@ -106,26 +135,18 @@ class Resources(Section):
     """GPUs of a worker: a whole number, or a share from 0.01 where workers share one; 0: the CPU computes."""
     cpus_per_worker: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU cores of a worker; null: the cluster's cores divided by the workers."""
-    memory_per_worker: (
-        Annotated[
-            str,
-            Field(
-                pattern=r"^(0|[1-9][0-9]{0,8})([.][0-9]{1,3})?(MiB|GiB)$",
-                json_schema_extra={"patternErrorMessage": "a number of MiB or GiB, such as 20GiB"},
-            ),
-        ]
-        | None
-    ) = None
+    memory_per_worker: Annotated[str, _SIZE] | None = None
     """Memory of a worker, such as 20GiB: of its process, or of its GPU. Blocks that need more are solved in several passes over
     the calibration tokens; null: a CPU worker's share of the machine, and of a GPU what `plan --device` is told.
     """
 
+    hidden_states: HiddenStates = Field(default_factory=HiddenStates)
+    """How they get from block to block."""
+
     @property
     def memory_bytes(self) -> int | None:
         """`memory_per_worker` in bytes."""
-        if self.memory_per_worker is None:
-            return None
-        return int(float(self.memory_per_worker[:-3]) * _UNITS[self.memory_per_worker[-3:]])
+        return _bytes_of(self.memory_per_worker)
 
     @field_validator("gpus_per_worker")
     @classmethod

@@ -23,6 +23,7 @@ from counterweight.workers.errors import (
     WorkerError,
 )
 from counterweight.workers.tasks.task import Task
+from counterweight.workers.workspace import Blob
 
 DIED = "died"
 """In a script: the worker's process is gone."""
@@ -54,7 +55,7 @@ class ScriptedPool:
     """Each task takes the next item of its kind's script; without one it gives back its value."""
 
     def __init__(self, size: int, script: dict[str, Sequence[Any]] | None = None) -> None:
-        self.size, self.threads = size, 1
+        self.size, self.threads, self.passes_on = size, 1, False
         self.calls: list[tuple[int, str]] = []
         self.order: Callable[[list[Outcome]], list[Outcome]] = lambda outcomes: outcomes[:1]
         self._script = {method: list(items) for method, items in (script or {}).items()}
@@ -89,6 +90,9 @@ class ScriptedPool:
         self._waiting = [outcome for outcome in self._waiting if outcome not in chosen]
         self._idle += [outcome.worker for outcome in chosen]
         return chosen
+
+    def forget(self, unread: Sequence[Blob]) -> None:
+        raise AssertionError("nothing is passed on")
 
     def close(self) -> None:
         return None
@@ -205,11 +209,27 @@ def test_one_step_says_who_is_idle_and_what_was_lost() -> None:
     running.start(1, second)
     assert pool.idle() == []
     (lost,) = running.collect()
-    assert (lost.task, lost.worker, lost.retry, lost.worker_died, lost.value) == (first, 0, True, True, None)
+    assert (lost.task, lost.worker, lost.retry, lost.value) == (first, 0, True, None)
     assert pool.idle() == [0]
     (done,) = running.collect()
     assert (done.task, done.worker, done.retry, done.value) == (second, 1, False, ("m1", 1))
     assert pool.idle() == [0, 1]
+
+
+def test_a_worker_that_dies_without_a_task_is_lost_to_the_graph_and_costs_no_try(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = ScriptedPool(1)
+    running = dispatcher(pool)
+    lost: list[int] = []
+    monkeypatch.setattr(running.graph, "lost", lost.append)
+    running.start(0, tasks(1)[0])
+    pool.order = lambda outcomes: [Outcome(0, 0, error=WorkerError("died"), worker_died=True)]
+    assert running.collect() == []
+    assert lost == [0]
+    pool.order = lambda outcomes: outcomes[:1]
+    (done,) = running.collect()
+    assert done.value == ("m0", 0)
 
 
 def test_a_task_that_failed_goes_to_the_worker_that_has_waited_longest() -> None:

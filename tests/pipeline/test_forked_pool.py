@@ -176,7 +176,8 @@ def test_a_worker_that_is_killed_while_idle_or_busy_is_noticed(pool: ForkedPool)
     assert all("killed by SIGKILL" in str(outcome.error) and outcome.worker_died for outcome in found)
     full(pool)
     os.kill(actor_pids(os.getpid())[0], signal.SIGKILL)
-    until(lambda: pool.wait(0.2) == [] and len(pool.idle()) == 1)
+    (lost,) = outcomes_of(pool, 1)
+    assert (lost.ticket, lost.worker_died) == (0, True), "what it had in memory is lost"
     full(pool)
 
 

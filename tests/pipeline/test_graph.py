@@ -68,7 +68,9 @@ BlockTask = Calibrate | Gains | Compress
 class Cluster:
     """Simulated workers on one graph; each holds the statistics of the last block that it calibrated, with a budget of all.
 
-    stretch: shards that a block is calibrated on at a time. holds: worker -> block -> shards that its sums are over.
+    stretch: shards that a block is calibrated on at a time. holds: worker -> block -> shards that its sums are over. every:
+    blocks between two whose hidden states are written, 0 for none; the others' are in the worker's memory, which all can read.
+    None: all are written.
     """
 
     def __init__(
@@ -83,9 +85,12 @@ class Cluster:
         stretch: int = len(FIRST),
         segment: int | None = None,
         ahead: bool = False,
+        every: int | None = None,
     ):
         self.workspace, self.propagate, self.count, self.hold = workspace, propagate, count, hold
         self.shared = 0
+        self.every = every
+        self.memory: dict[int, set[Blob]] = {worker: set() for worker in range(workers)}
         self.graph = Graph(workspace, hold_bytes=hold)
         embedded: Node[HiddenRecord] = self.graph.add(lambda: EMBED)
         shares = Budget(blocks=frozenset(range(count)), share=self._share, bytes=[1] * count)
@@ -100,6 +105,7 @@ class Cluster:
             segment=segment,
             workers=workers,
             ahead=ahead,
+            lasting=self.lasting,
         )
         self.graph.open()
         self.running: dict[int, Node[object]] = {}
@@ -112,6 +118,19 @@ class Cluster:
     @property
     def done(self) -> bool:
         return all(node.done for node in self.blocks.compress)
+
+    def lasting(self, block: int) -> bool:
+        """Whether hidden states behind a block are written."""
+        return self.every is None or (self.every > 0 and (block + 1) % self.every == 0)
+
+    def _has(self, each: Blob) -> bool:
+        return self.workspace.has(each) or any(each in kept for kept in self.memory.values())
+
+    def _pass_on(self, worker: int, block: int, outputs: Iterable[Blob]) -> None:
+        if self.lasting(block):
+            self.workspace.put(*outputs)
+        else:
+            self.memory[worker].update(outputs)
 
     def _share(self, gains: Any) -> list[BlockRecipe]:
         assert sorted(gains) == list(range(self.count)), "shared out before all gains are known"
@@ -165,14 +184,17 @@ class Cluster:
         node = self.running.pop(worker)
         if dies:
             self.holds[worker] = {}
+            self.memory[worker] = set()
             self.graph.lost(worker)
             self.graph.failed(node)
-        elif fails or not self._readable(worker, node):
+        elif fails or not (readable := self._readable(worker, node)):
             if not isinstance(node.made(), Embed):
                 self._forget(worker, block_task(node).block.index)
-            self.graph.failed(node)
+            self.graph.failed(node, gone=not fails and not readable)
         else:
             self.graph.settle(node, worker, self._work(worker, node))
+        unread = self.graph.unread()
+        self.memory = {worker: kept.difference(unread) for worker, kept in self.memory.items()}
 
     def work(self, worker: int) -> None:
         """A worker does its task; nobody hears of it."""
@@ -205,7 +227,7 @@ class Cluster:
         shards = self.holds[worker].get(task.block.index) if task.block.propagate == "original" else None
         start, stop = (task.start, task.stop) if isinstance(task, Calibrate) else [len(task.block.inputs)] * 2
         again = shards is None or shards != start or (isinstance(task, Calibrate) and not start)
-        return all(self.workspace.has(each) for each in task.block.inputs[0 if again else start : stop])
+        return all(self._has(each) for each in task.block.inputs[0 if again else start : stop])
 
     def _calibrated(self, worker: int, task: BlockTask) -> None:
         """The statistics are in memory from now on, those of others as far as there is room."""
@@ -231,7 +253,7 @@ class Cluster:
         if isinstance(task, Calibrate):
             assert spec.propagate == "original", "with compressed propagation there is only the whole task"
             own = outputs[task.start : task.stop]
-            self.workspace.put(*own)
+            self._pass_on(worker, spec.index, own)
             if task.stop == task.shards:
                 record = HiddenRecord(outputs=outputs, timing=Timing())
                 self.workspace.commit(CALIBRATE, spec.calibrate_key(), record)
@@ -243,7 +265,9 @@ class Cluster:
         if spec.propagate == "original":
             self._forget(worker, spec.index)
         checkpoint = blob("checkpoint", spec.index)
-        self.workspace.put(checkpoint, *(outputs if self.propagate == "compressed" else ()))
+        self.workspace.put(checkpoint)
+        if self.propagate == "compressed":
+            self._pass_on(worker, spec.index, outputs)
         record = BlockRecord(
             index=spec.index,
             checkpoint=checkpoint,
@@ -825,6 +849,7 @@ def test_whatever_happens_in_whatever_order_the_chain_ends(data: st.DataObject) 
         hold=hold,
         stretch=stretch,
         segment=segment,
+        every=data.draw(st.sampled_from([None, 0, 1, 2, 3])),
     )
     cluster.faulty = True
     faults = data.draw(st.integers(0, 6))
@@ -848,3 +873,20 @@ def test_whatever_happens_in_whatever_order_the_chain_ends(data: st.DataObject) 
     assert [record.index for record in cluster.blocks.records] == list(range(count))
     if not cluster.running:
         assert cluster.graph.assign(0) is None
+        assert not any(cluster.memory.values()), "kept in memory, and nobody reads it"
+
+
+@pytest.mark.parametrize("propagate", ["original", "compressed"])
+def test_a_worker_that_dies_while_it_is_idle_takes_its_hidden_states_with_it(propagate: Propagate) -> None:
+    """They are made again at once, from the last that were written."""
+    cluster = Cluster(MemoryWorkspace(), count=5, workers=1, propagate=propagate, every=2)
+    while len(cluster.blocks.reused) + sum(node.done for node in cluster.blocks.compress) < 3:
+        cluster.assign()
+        cluster.finish(0)
+    before = len(cluster.started)
+    cluster.memory[0] = set()
+    cluster.graph.lost(0)
+    cluster.run()
+    again = [index for _, index, _ in cluster.started[before:]]
+    assert again == [2, 3, 3, 4, 4] if propagate == "original" else [2, 3, 4]
+    assert cluster.recalculated == []

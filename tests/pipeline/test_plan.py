@@ -185,7 +185,10 @@ def test_segments_cost_a_pass_of_the_original_through_the_blocks_before_the_last
     source = open_model((tmp_path / "model").as_uri())
 
     def planned(*overrides: str) -> plan.Plan:
-        return make_plan(job_of(manifest, "spec.calibration.propagate=compressed", *overrides), source)
+        through_the_store = "spec.resources.hidden_states.memory=0MiB"
+        return make_plan(
+            job_of(manifest, "spec.calibration.propagate=compressed", through_the_store, *overrides), source
+        )
 
     one, two = planned(), planned("spec.calibration.segment_blocks=2")
     before, behind = two.blocks[:2], two.blocks[2:]
@@ -198,7 +201,7 @@ def test_segments_cost_a_pass_of_the_original_through_the_blocks_before_the_last
     read = two.storage_read_bytes - one.storage_read_bytes
     assert read == hidden + sum(block.source_bytes for block in before)
     assert planned("spec.calibration.segment_blocks=3") == one
-    original = make_plan(job_of(manifest), source)
+    original = make_plan(job_of(manifest, "spec.resources.hidden_states.memory=0MiB"), source)
     assert planned("spec.calibration.segment_blocks=1") == original
     sharing = [planned(BUDGET, f"spec.calibration.segment_blocks={blocks}").flops for blocks in (2, 3)]
     assert sharing[0] == sharing[1]

@@ -68,7 +68,7 @@ class MutePool:
     def __init__(
         self, clock: Clock, size: int, *, present: bool = True, answers: float | None = None, step: float = 0.0
     ) -> None:
-        self.size, self.threads = size, 1
+        self.size, self.threads, self.passes_on = size, 1, False
         self._clock, self._answers, self._step = clock, answers, step
         self._idle = list(range(size)) if present else []
         self._taken: dict[int, tuple[int, float]] = {}
@@ -89,6 +89,9 @@ class MutePool:
         over = [t for t, (_, since) in self._taken.items() if 0 <= self._clock() - since - self._answers < seconds]
         self._idle += [self._taken[ticket][0] for ticket in over]
         return [Outcome(ticket, self._taken[ticket][0]) for ticket in over]
+
+    def forget(self, unread: Sequence[Blob]) -> None:
+        raise AssertionError("nothing is passed on")
 
     def close(self) -> None:
         return None

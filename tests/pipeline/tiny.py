@@ -48,6 +48,7 @@ from counterweight.workers.identity import Identity, WorkerReport
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.worker import Worker
+from counterweight.workers.workspace import Blob
 from tests.models import Case, checkpoint, write_text
 from tests.patience import PATIENCE
 
@@ -114,12 +115,13 @@ class LocalPool:
     """Workers in threads of this process, with the faults that a test asks for."""
 
     def __init__(self, size: int = 1, *, fault: Fault = lambda *_: None, threads: int = 1) -> None:
-        self.size, self.threads = size, threads
+        self.size, self.threads, self.passes_on = size, threads, size == 1
         self.calls: list[tuple[int, Task[Any]]] = []
         self.restarts: list[int] = []
         self._fault = fault
         self._slots = [self._fresh() for _ in range(size)]
         self._pending: dict[Future[Any], tuple[int, int]] = {}
+        self._unread: list[Blob] = []
         self._tickets = 0
         self._idle = list(range(size))
 
@@ -140,7 +142,8 @@ class LocalPool:
         self.calls.append((worker, task))
         fault = self._fault(worker, task)
         slot = self._slots[worker]
-        future: Future[Any] = slot.thread.submit(_call, slot.worker, task, fault)
+        future: Future[Any] = slot.thread.submit(_call, slot.worker, task, fault, self._unread)
+        self._unread = []
         self._tickets += 1
         self._pending[future] = (self._tickets, worker)
         return self._tickets
@@ -153,6 +156,9 @@ class LocalPool:
         self.restarts.append(worker)
         self._slots[worker].thread.shutdown()
         self._slots[worker] = self._fresh()
+
+    def forget(self, unread: Sequence[Blob]) -> None:
+        self._unread += unread
 
     def close(self) -> None:
         for slot in self._slots:
@@ -174,12 +180,12 @@ class _Died(WorkerError):
     """Stands for the news that a process is gone."""
 
 
-def _call(worker: Worker, task: Task[Any], fault: BaseException | Death | None) -> Any:
+def _call(worker: Worker, task: Task[Any], fault: BaseException | Death | None, unread: Sequence[Blob]) -> Any:
     if isinstance(fault, BaseException):
         raise fault
     if fault is Death.BEFORE:
         raise _Died("worker died: killed by the test")
-    value = worker.run(task)
+    value = worker.run(task, unread)
     if fault is Death.AFTER:
         raise _Died("worker died: killed by the test")
     return value

@@ -50,6 +50,9 @@ class BlockSpec(Config):
     """Linears that are solved after each pass over the shards, which gathers the statistics of their inputs alone: what takes
     less memory, and no part of the result. Those of one input are in one pass, and those of one expert. Empty: all are."""
 
+    lasting: bool = True
+    """Whether hidden states behind the block are written to the store even where they are kept in memory; no part of the
+    result."""
     batch_bytes: int = BATCH_BYTES[False]
     """That solves of one shape may take together; no part of the result."""
     drawn_from: int | None = None

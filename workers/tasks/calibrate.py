@@ -46,6 +46,7 @@ class Calibrate(BlockTask, Task[HiddenRecord]):
 
     def run(self, context: TaskContext) -> HiddenRecord:
         from counterweight.workers.calibrated_block import calibrated
+        from counterweight.workers.passing import waits
 
         block, workspace = self.block.before(self.stop), self.block.setting.open_workspace()
         if self.passing:
@@ -55,7 +56,7 @@ class Calibrate(BlockTask, Task[HiddenRecord]):
                 f"block {block.index}: propagate {block.propagate}: expected original, where blocks are calibrated apart"
             )
         found = context.held.take(block.statistics_key())
-        if found is not None and not all(map(workspace.has, found.outputs)):
+        if found is not None and not all(waits(context, workspace, blob) for blob in found.outputs):
             found = None  # a job that shares them was published since, and has discarded them
         if found is None:
             found = calibrated(context, block, workspace, start=self.start, more=self.stop < self.shards)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
@@ -58,7 +57,8 @@ class Embed(Config, DurableTask[HiddenRecord]):
         import torch
 
         from counterweight.workers.clock import Clock
-        from counterweight.workers.context import DTYPES, put_hidden
+        from counterweight.workers.context import DTYPES
+        from counterweight.workers.passing import pass_on
 
         clock = Clock(context.device)
         checkpoint, builder = context.source(self.setting)
@@ -77,6 +77,9 @@ class Embed(Config, DurableTask[HiddenRecord]):
             with torch.no_grad():
                 return None, module(part.long().to(context.device))
 
-        outputs = context.shards.run(parts, lambda part: part, compute, lambda _: None, partial(put_hidden, workspace))
+        def emit(shard: Tensor) -> Blob:
+            return pass_on(context, workspace, shard, room=self.setting.room, lasting=True)
+
+        outputs = context.shards.run(parts, lambda part: part, compute, lambda _: None, emit)
         clock.lap("write")
         return HiddenRecord(outputs=tuple(outputs), timing=clock.timing())

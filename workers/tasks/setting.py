@@ -41,6 +41,8 @@ class Setting(Config):
     """Where the arithmetic was asked to run: bits differ between kinds of device, so results do not mix."""
     rotation: Rotation | None = None
     """Coordinates in which the model is compressed; null: its own."""
+    room: int = 0
+    """Bytes of hidden states that a worker keeps in memory for the tasks that read them; no part of a result."""
     parameters: int = 0
     """Of the source model, for `Task.patience`; no part of a result."""
     run: str = ""

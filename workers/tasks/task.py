@@ -79,7 +79,9 @@ class DurableTask(Task[Kept]):
     def run(self, context: TaskContext) -> Kept:
         """1. Somebody may have finished it. 2. Otherwise it is done here. 3. The record that was committed first holds."""
         workspace = self.workspace()
+        from counterweight.workers.passing import waits
+
         done = self.lookup(workspace)
-        if done is not None and all(workspace.has(blob) for blob in done.hidden_states):
+        if done is not None and all(waits(context, workspace, blob) for blob in done.hidden_states):
             return done
         return workspace.commit(self.kind, self.key(), self.compute(context, workspace))

@@ -1,0 +1,95 @@
+"""How a job's hidden states get from block to block: what is kept in memory, what is written, what a death costs."""
+
+from __future__ import annotations
+
+from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.units import bytes_text, seconds_text
+from counterweight.workers.config import Config
+
+GPU_EVERY = 8
+"""Blocks between two boundaries that are written, with GPUs, unless the manifest says otherwise. A GPU runs a block over its
+shards in the time that storage takes to write them, so that writing costs as much as running a block again: seven are run again
+at worst, and seven of eight boundaries are not written. A CPU takes far longer to run them, and writes every boundary."""
+
+GPU_ROOM = 24 << 30
+"""Memory of the host for them, for a worker with a GPU, unless the manifest says otherwise: what enters and what leaves a block
+of Llama-3-8B is 16 GiB on 512 x 2048 tokens in bfloat16."""
+
+
+class HiddenStatesPlan(Config):
+    """boundary_bytes: of what passes from one block to the next. memory_bytes: of these that a worker keeps in memory, 0: none.
+    durable_every: blocks between two boundaries that are written to the store, 0: none is, so far as memory has room."""
+
+    boundary_bytes: int
+    memory_bytes: int
+    durable_every: int
+    blocks: int
+    lost_seconds: float | None = None
+    """Of work that is done again at worst when a worker or the job dies; null where nothing is known of the device."""
+
+    @property
+    def kept(self) -> float:
+        """Share of the shards that is read from memory: what enters a block and what leaves it are there at a time."""
+        return min(1.0, self.memory_bytes / max(1, 2 * self.boundary_bytes))
+
+    def lasting(self, block: int) -> bool:
+        """Whether what leaves a block is written."""
+        return not self.memory_bytes or (bool(self.durable_every) and (block + 1) % self.durable_every == 0)
+
+    def written(self, block: int) -> float:
+        """Share of what leaves a block that is written: all, or what memory has no room for."""
+        return 1.0 if self.lasting(block) else 1.0 - self.kept
+
+    @property
+    def read_bytes(self) -> int:
+        """From the store, by all blocks."""
+        return round(self.blocks * self.boundary_bytes * (1.0 - self.kept))
+
+    @property
+    def written_bytes(self) -> int:
+        """To the store, by the embedding and all blocks."""
+        return round(self.boundary_bytes * (1.0 + sum(map(self.written, range(self.blocks)))))
+
+    @property
+    def lost_blocks(self) -> int:
+        """Blocks, at worst, that are run again after a death, beside the one that was under way."""
+        return 0 if not self.memory_bytes else min(self.durable_every or self.blocks, self.blocks) - 1
+
+    def text(self) -> str:
+        """For people."""
+        boundary = f"{bytes_text(self.boundary_bytes)} behind each block"
+        if not self.memory_bytes:
+            return f"{boundary}, through the store"
+        every = self.durable_every
+        grain = {0: "none is written", 1: "each is written"}.get(every, f"one of {every} is written")
+        again = f"{self.lost_blocks} blocks and the one under way" if self.lost_blocks else "the block under way"
+        seconds = "" if self.lost_seconds is None else f", {seconds_text(self.lost_seconds)}"
+        return (
+            f"{boundary}, in {bytes_text(self.memory_bytes)} of memory; {grain}, {bytes_text(self.written_bytes)} in all; "
+            f"a death costs {again} at worst{seconds}"
+        )
+
+
+def reserved(job: CompressionJob, boundary: int) -> int:
+    """Memory that the manifest sets apart, as far as it can be used: it is not there for tasks."""
+    resources = job.spec.resources
+    asked = resources.hidden_states.memory_bytes if resources.workers == 1 else 0
+    return min(2 * boundary, asked or 0)
+
+
+def hidden_states(job: CompressionJob, boundary: int, blocks: int, free: int | None) -> HiddenStatesPlan:
+    """Of so many blocks. boundary: bytes behind each. free: bytes that a worker's host has beside its tasks; None: not known.
+    Of one worker: several have no memory in common."""
+    asked, gpu = job.spec.resources.hidden_states, job.spec.resources.gpus_per_worker > 0
+    if asked.memory_bytes is not None:
+        room = reserved(job, boundary)
+    else:
+        bounds = [GPU_ROOM if gpu else None, free]
+        room = max(0, min(2 * boundary, *(bound for bound in bounds if bound is not None)))
+    every = asked.durable_every if asked.durable_every is not None else GPU_EVERY if gpu else 1
+    return HiddenStatesPlan(
+        boundary_bytes=boundary,
+        memory_bytes=room if job.spec.resources.workers == 1 else 0,
+        durable_every=every,
+        blocks=blocks,
+    )
