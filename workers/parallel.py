@@ -17,9 +17,10 @@ PARALLEL_WIDTH = 1024
 """Input columns of the widest layer from which solves run side by side. Below, an operation on one column is so short
 that threads wait for the interpreter instead of computing: 768 columns take 0.18 s one by one and 0.16-0.5 s on two threads."""
 
-AHEAD = 2
-"""Shards that are read while another one is computed, and as many that are written, where one thread computes. A worker hashes
-1.2 to 1.8 GB a second on one thread (`benchmarks/time_model.py`), a GPU runs a block over as many hidden states in less."""
+AHEAD, BEHIND = 2, 4
+"""Shards that are read while another one is computed, and that are hashed and written, where one thread computes. A worker
+hashes 1.2 to 1.8 GB a second on one thread (`benchmarks/time_model.py`); a block of Llama-3-8B runs over some 4 GB a second at
+an H100's rates. What is read may come from memory, where nothing is hashed; what is made always is."""
 
 READERS = 4
 """Requests for a checkpoint's tensors, or an artifact's files, in flight, and threads that verify what came: in pieces of
@@ -124,13 +125,13 @@ class SideBySide:
 
 
 class Overlapped:
-    """This thread computes; others read up to `AHEAD` shards before it and write up to `AHEAD` behind it."""
+    """This thread computes; others read up to `AHEAD` shards before it and write up to `BEHIND` behind it."""
 
     computing = 1
 
     def __init__(self) -> None:
         self._readers = ThreadPoolExecutor(AHEAD, thread_name_prefix="read")
-        self._writers = ThreadPoolExecutor(AHEAD, thread_name_prefix="write")
+        self._writers = ThreadPoolExecutor(BEHIND, thread_name_prefix="write")
 
     def run(
         self,
@@ -153,7 +154,7 @@ class Overlapped:
                 del item, found
                 writing.append(self._writers.submit(write, output))
                 del output
-                if len(writing) > AHEAD:
+                if len(writing) > BEHIND:
                     written.append(writing.popleft().result())
             written.extend(future.result() for future in writing)
             return written

@@ -17,7 +17,7 @@ from counterweight.workers.arithmetic.preparing import rotating
 from counterweight.workers.footprint.load import Group, Load, factors, packed
 from counterweight.workers.matrix_bytes import SINGLE
 from counterweight.workers.matrix_flops import Work, elementwise
-from counterweight.workers.parallel import AHEAD, PARALLEL_WIDTH
+from counterweight.workers.parallel import AHEAD, BEHIND, PARALLEL_WIDTH
 
 BEGINNING, STREAMED, ENDING = (
     ("read", "rotate", "prepare"),
@@ -147,7 +147,7 @@ def _waiting(load: Load, rates: Rates, hidden: _Passing, times: int, computing: 
     reading, writing = times * hidden.reading(rates), hidden.writing(rates)
     if not load.gpu:
         return (reading + writing) / min(load.threads, load.shards)
-    return max(0.0, max(hidden.stored(rates, times), reading / AHEAD, writing / AHEAD) - computing)
+    return max(0.0, max(hidden.stored(rates, times), reading / AHEAD, writing / BEHIND) - computing)
 
 
 def _statistics(load: Load, work: Work, rates: Rates) -> float:

@@ -20,7 +20,7 @@ from counterweight.pipeline.rates import Rates
 from counterweight.pipeline.validate import original_shares, shares
 from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.matrix_flops import Work, elementwise, product
-from counterweight.workers.parallel import AHEAD
+from counterweight.workers.parallel import BEHIND
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.records import HiddenRecord
 from counterweight.workers.tasks.setting import shard_sequences
@@ -185,7 +185,7 @@ def _written(hidden: float, rates: Rates, threads: int) -> float:
     """Seconds for shards that one task writes: on a GPU behind what it computes, on a CPU side by side."""
     if rates.link is None:
         return rates.sent(hidden) / threads
-    return max(hidden / rates.storage, rates.sent(hidden) / AHEAD)
+    return max(hidden / rates.storage, rates.sent(hidden) / BEHIND)
 
 
 def _carried(costs: Costs, name: str) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from counterweight.workers.parallel import AHEAD, OrderedPool, Overlapped, Shards, SideBySide
+from counterweight.workers.parallel import AHEAD, BEHIND, OrderedPool, Overlapped, Shards, SideBySide
 from tests.patience import PATIENCE
 
 
@@ -168,7 +168,7 @@ def test_reading_and_writing_do_not_run_away() -> None:
     def compute(item: int) -> tuple[None, int]:
         time.sleep(0.002)
         assert len(read) <= len(computed) + AHEAD + 1
-        assert len(computed) <= len(written) + AHEAD + 1
+        assert len(computed) <= len(written) + BEHIND + 1
         computed.append(item)
         return None, item
 

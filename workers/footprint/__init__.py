@@ -26,7 +26,7 @@ from counterweight.workers.footprint.weights import (
     with_running,
 )
 from counterweight.workers.matrix_bytes import DOUBLE, SINGLE, triangle
-from counterweight.workers.parallel import AHEAD
+from counterweight.workers.parallel import AHEAD, BEHIND
 
 __all__ = ["Footprint", "Group", "Load", "footprint"]
 
@@ -101,7 +101,7 @@ def footprint(load: Load) -> Footprint:
     host = 0
     if load.gpu:
         # Hidden states as bytes and as a tensor, of the shards that are read and written; or what is written.
-        moved = max(2 * AHEAD * 2 * load.shard * load.hidden * load.compute, packing)
+        moved = max(2 * (AHEAD + BEHIND) * load.shard * load.hidden * load.compute, packing)
         # The next block is read beside what becomes of this one.
         host = max(reading(load), scaled(load) + moved + load.source_bytes)
     return Footprint(

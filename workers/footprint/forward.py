@@ -7,7 +7,7 @@ from math import prod
 from counterweight.workers.footprint.experts import gathered_share, kept_rows
 from counterweight.workers.footprint.load import Group, Load, gathers, moments
 from counterweight.workers.matrix_bytes import DECODE, DOUBLE, SINGLE
-from counterweight.workers.parallel import AHEAD
+from counterweight.workers.parallel import AHEAD, BEHIND
 
 LIMIT, ENOUGH = 1024, 32  # `held_out.py` and `coverage.py` say the same, but import torch
 
@@ -19,7 +19,7 @@ def activations(load: Load) -> int:
     waiting = products if load.shards > threads > 1 else 0
     if load.gpu:
         # Hidden states that were read for the next shards, and those that are being written.
-        waiting += AHEAD * (2 + load.paired) * load.shard * load.hidden * load.compute
+        waiting += (AHEAD * (1 + load.paired) + BEHIND) * load.shard * load.hidden * load.compute
     return threads * running(load, stored=False) + waiting
 
 
