@@ -10,7 +10,7 @@ SEEDS ?= 0:500
 
 HARNESS := build/harness
 
-.PHONY: harness demo test fuzz fuzz-api faults arithmetic arithmetic-short quality-check serve-test lint types layers check sbom docs clean
+.PHONY: harness demo test fuzz fuzz-api faults arithmetic arithmetic-short quality-check serve-test mlflow-test lint types layers check sbom docs clean
 
 demo: $(INSTALLED)
 	@$(BIN)/counterweight run manifests/demo.yaml
@@ -67,6 +67,13 @@ $(SERVING)/.installed: pyproject.toml
 	@$(SERVING)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(SERVING)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
+
+# What MLflow's own server is told, in an environment of its own, because it is large.
+MLFLOW := build/mlflow
+mlflow-test: $(INSTALLED)
+	@test -x $(MLFLOW)/bin/python || $(PYTHON) -m venv $(MLFLOW)
+	@$(MLFLOW)/bin/pip install --quiet --disable-pip-version-check 'mlflow==3.17.2'
+	COUNTERWEIGHT_MLFLOW=$(MLFLOW) $(BIN)/python -m pytest tests/pipeline/observability/test_mlflow_server.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

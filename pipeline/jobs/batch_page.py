@@ -84,7 +84,8 @@ def tradeoff(points: Sequence[Point], title: str, front: Sequence[str], measure:
         *dots,
     )
     samples = legend([("after", "on the Pareto front"), ("before", "dominated")], shapes=["dot", "dot"])
-    return section(f"{title} against bits per weight", samples, picture)
+    wide = tag("div", picture, class_="scroll wide", tabindex=0)
+    return section(f"{title} against bits per weight", samples, wide)
 
 
 def _scale(values: Sequence[float], start: float, end: float) -> Linear:

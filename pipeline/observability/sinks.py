@@ -43,6 +43,7 @@ def _mlflow(note: Note) -> Reader:
 
     from counterweight.pipeline.observability.tracking import Tracking
 
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is for the artifact's URI
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "counterweight")
     return Tracking(MlflowClient(), experiment, note, (MlflowException, OSError))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path as FilePath
 from typing import Annotated
+from zoneinfo import ZoneInfo
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
@@ -48,7 +50,19 @@ REFRESH_SECONDS = 5
 SHOWN = 50
 """Jobs of a page."""
 
+
+def moment(text: str, zone: str = "UTC") -> str:
+    """An instant (ISO 8601) as people read it, in a time zone: `2026-03-29 03:30:00 CEST`. What is none stays as it is."""
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    shown = at.astimezone(ZoneInfo(zone)).strftime("%Y-%m-%d %H:%M:%S %Z")
+    return Markup('<time datetime="{}">{}</time>').format(text, shown)
+
+
 _templates = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+_templates.filters["moment"] = moment
 
 Proven = Annotated[Mapping[str, str], Depends(proven_form)]
 Sent = Annotated[Mapping[str, str], Depends(form_of)]
@@ -146,6 +160,7 @@ def job_page(request: Request, service: Context, who: Person, id: str) -> Respon
         away=away,
         log=last_lines(service, job),
         artifact=artifact_path(service, job),
+        service=str(request.base_url),
         may_cancel=who.role.rank >= Role.SUBMITTER.rank,
     )
 

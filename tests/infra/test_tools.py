@@ -97,6 +97,17 @@ def test_kuberay_takes_its_objects_and_no_others(kuberay: tuple[dict[str, Any], 
     assert list(validator.iter_errors(wrong))
 
 
+def test_promtool_takes_rules_configuration_and_every_query_of_the_board(tmp_path: Path) -> None:
+    folder = INFRA / "observability"
+    tool("promtool", "check", "rules", folder / "rules.yml")
+    tool("promtool", "check", "config", "--syntax-only", folder / "prometheus.yml")
+    panels = json.loads((folder / "grafana.json").read_text())["panels"]
+    asked = [target["expr"].replace("$__rate_interval", "5m") for panel in panels for target in panel["targets"]]
+    rules = [{"record": f"board:{number}", "expr": query} for number, query in enumerate(asked)]
+    (tmp_path / "board.yml").write_text(yaml.safe_dump({"groups": [{"name": "board", "rules": rules}]}))
+    assert f"{len(asked)} rules found" in tool("promtool", "check", "rules", tmp_path / "board.yml")
+
+
 QUIET = {"CHECKPOINT_DISABLE": "1", "TF_CLI_CONFIG_FILE": os.devnull}
 
 

@@ -138,6 +138,7 @@ footer { margin-top: 40px; color: var(--soft); font-size: 0.85rem; }
   .n th:first-child { white-space: normal; }
   .pair svg text { font-size: 15px; }
   .panels text { font-size: 9.5px; }
+  .wide svg.plot { width: 640px; }
 }
 @media print {
   html { font-size: 12.5px; }

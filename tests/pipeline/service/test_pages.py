@@ -196,14 +196,27 @@ def test_lines_of_lists_of_what_is_missing_and_of_what_is_no_yaml() -> None:
 
 def test_batches_have_their_plots_and_schedules_their_firings(house: House) -> None:
     browser = Browser(house)
-    for kind, asked in (("batch", bundle()), ("schedule", bundle("nightly", schedule="0 2 * * *"))):
+    nightly = bundle("nightly", schedule="0 2 * * *", timeZone="Europe/Zurich")
+    for kind, asked in (("batch", bundle()), ("schedule", nightly)):
         assert browser.post("/submit", {"kind": kind, "manifest": yaml.safe_dump(asked)}).status_code == 303
     (batch,) = house.get("/v1/batches").json()["batches"]
     assert batch["id"] in browser.get("/batches").text
     page = browser.get(f"/batches/{batch['id']}").text
     assert "tiny-calibration-seed-2" in page
     assert "Perplexity against bits per weight" in page or "No job has measured it." in page
-    assert "2026-01-01T02:00:00+00:00" in browser.get("/schedules").text
+    first = '<time datetime="2026-01-01T01:00:00+00:00">2026-01-01 02:00:00 CET</time>'
+    assert first in browser.get("/schedules").text
+
+
+def test_an_artifact_has_the_commands_that_pull_and_serve_it(house: House, tmp_path: Path) -> None:
+    id = house.submit()["id"]
+    lease = take(house.jobs, id, "driver")
+    assert lease is not None
+    assert lease.end(Ended(cause=Cause.DONE, exit_code=0, artifact=f"{tmp_path.as_uri()}/tiny/0123456789abcdef"))
+    page = Browser(house).get(f"/jobs/{id}").text
+    assert f"counterweight pull {tmp_path.as_uri()}/tiny/0123456789abcdef tiny\n" in page
+    assert "counterweight pull http://service/v1/artifacts/tiny/0123456789abcdef tiny\n" in page
+    assert "vllm serve tiny\n" in page
 
 
 def test_pages_run_no_scripts_load_nothing_and_are_labelled(house: House) -> None:
