@@ -42,6 +42,9 @@ TARGETS = {"Llama-3-8B": 3, "Qwen3-30B-A3B": 5, "Mixtral-8x7B": 8, "Llama-3-70B"
 NAMED = 4
 """Steps that a row names."""
 
+WANTED = 0.85
+"""Efficiency of several workers that the project wants."""
+
 
 def job_of(model: str, uri: str, recipe: Mapping[str, Any], workers: int) -> CompressionJob:
     """The manifest of a row."""
@@ -92,15 +95,35 @@ def row(model: str, plan: Plan, estimate: Estimate) -> list[str]:
     ]
 
 
-def rows_of(model: str, source: ModelSource, recipe: Mapping[str, Any], device: str) -> list[list[str]]:
+def shortfall(model: str, recipe: str, one: Estimate, several: Estimate) -> list[str]:
+    """What lies between several workers and as many times the speed of one, in seconds of the job after the workers' start:
+    what they do beyond what one does, and what they wait, over their number, is all of the difference."""
+    workers, start = several.workers, several.stages["start"]
+    alone, together = one.seconds - start, several.seconds - start
+    more = {name: (seconds - one.steps[name]) / workers for name, seconds in several.steps.items()}
+    more |= {f"waiting, {stage}": seconds / workers for stage, seconds in several.idle.items() if stage != "start"}
+    most = sorted(more.items(), key=lambda item: -item[1])[: NAMED + 1]
+    return [
+        model,
+        recipe,
+        f"{alone:.0f}",
+        f"{alone / workers:.0f}",
+        f"{together:.0f}",
+        f"{alone / workers / WANTED:.0f}",
+        f"{one.seconds / workers / WANTED - start:.0f}",
+        ", ".join(f"{name} {seconds:.1f}" for name, seconds in most),
+    ]
+
+
+def plans_of(model: str, source: ModelSource, recipe: Mapping[str, Any], device: str) -> list[tuple[Plan, Estimate]]:
     """Of one model, for each number of workers."""
-    found: list[list[str]] = []
+    found: list[tuple[Plan, Estimate]] = []
     for workers in WORKERS:
         plan = make_plan(job_of(model, source.uri, recipe, workers), source, device)
         if plan.estimate is None:
             raise ValueError(f"--device: {device}: expected one of {', '.join(GPUS)}")
-        found.append(row(model, plan, plan.estimate))
-        print(*found[-1], sep=" | ", flush=True)
+        found.append((plan, plan.estimate))
+        print(*row(model, *found[-1]), sep=" | ", flush=True)
     return found
 
 
@@ -113,16 +136,24 @@ def described(rates: Rates) -> str:
 def body_of(models: Sequence[str], device: str) -> str:
     """All tables."""
     parts: dict[str, list[list[str]]] = {name: [] for name in RECIPES}
+    lost: list[list[str]] = []
     for model in models:
         with tempfile.TemporaryDirectory() as scratch:
             shape = shapes()[model]
             source = open_model(make(shape.with_layers(shape.config["num_hidden_layers"]), Path(scratch)).as_uri())
             for name, recipe in RECIPES.items():
-                parts[name] += rows_of(model, source, recipe, device)
+                plans = plans_of(model, source, recipe, device)
+                parts[name] += [row(model, plan, estimate) for plan, estimate in plans]
+                lost.append(shortfall(model, name, plans[0][1], plans[-1][1]))
     header = ["model", "workers", "time", "target", "GPU-hours", "efficiency", "after start-up", "peak of a GPU"]
     header += ["read / written", "workers' time", "stages"]
     tables = [f"## {name}\n\n{table(header, rows)}" for name, rows in parts.items()]
-    return "\n\n".join([*tables, described(GPUS[device])])
+    wanted = f"{WANTED:.0%}"
+    header = ["model", "recipe", "one worker, s", "an eighth", "eight workers, s", f"{wanted} would be"]
+    header += [f"{wanted} with start-up", "what eight do beyond one, and wait, s of the job"]
+    about = "Seconds after the workers have started; where less than an eighth is wanted, no schedule reaches it."
+    shortfalls = f"## What is in the way of {wanted}\n\n{about}\n\n{table(header, lost)}"
+    return "\n\n".join([*tables, shortfalls, described(GPUS[device])])
 
 
 def main() -> None:

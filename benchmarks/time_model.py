@@ -15,6 +15,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -32,7 +35,7 @@ from counterweight.pipeline.estimate.costs import BEGINNING, ENDING, STREAMED
 from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import open_model
-from counterweight.pipeline.rates import START, TASK, Rates
+from counterweight.pipeline.rates import TASK, Rates
 from counterweight.pipeline.resolve import block_recipe
 from counterweight.workers.arithmetic import arithmetic
 from counterweight.workers.calibration.statistics import Accumulator
@@ -141,7 +144,7 @@ def measured_rates(device: Device, size: int | None = None) -> Rates:
         hash=rate(len(data), lambda: hashlib.sha256(data).digest(), host),
         link=None if device == "cpu" else rate(half.nbytes, lambda: to_device(to_host(half), half.device)) * 2,
         storage=_storage_rate(data),
-        start=START,
+        start=_start_seconds(device),
         task=TASK,
     )
 
@@ -150,6 +153,19 @@ def _named(device: Device) -> str:
     if device == "cpu":
         return f"{machine()}, one thread, CPU seconds"
     return f"{torch.cuda.get_device_name()}, {machine()}"
+
+
+def _start_seconds(device: Device) -> float:
+    """Of a process of its own until it has a worker that can compute, with torch and transformers imported; on a CPU, CPU
+    seconds."""
+    opened = f"torch.ones(1, device=Worker({device!r}).context.device)"
+    run = f"import torch; from counterweight.workers.worker import Worker; {opened}"
+    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", run], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if device == "cuda":
+        return time.perf_counter() - begun
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def _storage_rate(data: bytes) -> float:

@@ -75,6 +75,10 @@ class Rates(Config):
             return self.received(count)
         return max(count / self.storage, self.received(count) / READERS)
 
+    def checked(self, count: float) -> float:
+        """Seconds for a file of which a GPU's host hashes a piece while it reads the next."""
+        return self.received(count) if self.link is None else max(count / self.storage, count / self.hash)
+
     sent = received
     """Bytes that are hashed and written."""
 

@@ -206,7 +206,7 @@ def _assemble(costs: Costs, dispatcher: Dispatcher) -> None:
         files.insert(0, branches)
     dispatcher.run_all(making)
     dispatcher.run_all(
-        [Simulated(f"check {place}", {"check": rates.received(size)}) for place, size in enumerate(files)]
+        [Simulated(f"check {place}", {"check": rates.checked(size)}) for place, size in enumerate(files)]
     )
 
 

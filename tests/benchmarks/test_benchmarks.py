@@ -232,12 +232,13 @@ def test_the_time_model_is_held_against_a_block() -> None:
 
 
 def test_rates_are_measured_for_a_plan(tmp_path: Path) -> None:
-    from counterweight.pipeline.rates import rates_of
+    from counterweight.pipeline.rates import START, rates_of
 
     def measured() -> bool:
         ran("time_model", "--rates", tmp_path / "rates.json")
         rates = rates_of(str(tmp_path / "rates.json"))
         assert rates is not None
+        assert 0.5 < rates.start != START
         return rates.products32 > rates.products64 > rates.elementwise
 
     assert any(measured() for _ in range(TRIES)), "others share the processor's caches and cores, but not each time"

@@ -187,6 +187,8 @@ def test_bytes_are_moved_read_and_hashed_in_turn() -> None:
     rates = ONES.model_copy(update={"storage": 2.0, "hash": 4.0, "link": 8.0})
     assert (rates.received(8), rates.sent(8), rates.moved(8)) == (6, 6, 1)
     assert ONES.moved(8) == 0
+    assert (ONES.checked(8), rates.checked(8)) == (16, 4)
+    assert rates.model_copy(update={"hash": 1.0}).checked(8) == 8
     assert (ONES.read(8), rates.read(8)) == (16, 4), "a GPU's host verifies what has come while more comes"
     assert rates.model_copy(update={"hash": 0.25}).read(8) == 36 / READERS
 
@@ -261,7 +263,7 @@ def test_a_plan_names_what_the_job_asks_for(manifest: Path, source: ModelSource)
     assert branched.steps["join"] > 0
     assert branched.steps["solve"] > plain.steps["solve"]
     alone = found(manifest, source, "spec.resources={workers: 1, gpus_per_worker: 1}")
-    assert plain.steps["copy"] == pytest.approx(2 * plain.steps["check"] / (1 + STORAGE / HASH))
+    assert plain.steps["copy"] == pytest.approx(2 * plain.steps["check"] * HASH / STORAGE)
     assert plain.stages["assemble"] < 0.7 * alone.stages["assemble"], "files are copied side by side"
     without = found(manifest, source, GPUS, "spec.validation=null")
     assert "validate" not in without.stages

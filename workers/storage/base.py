@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import TracebackType
@@ -274,8 +275,12 @@ def sha256_hex(data: bytes | bytearray | memoryview) -> str:
 
 
 def stream_sha256(store: ObjectStore, key: str) -> str:
-    """The sha256 of an object, read piece by piece."""
+    """The sha256 of an object, read piece by piece, each while a thread hashes the one before it."""
     digest = hashlib.sha256()
-    for piece in store.stream(key):
-        digest.update(piece)
+    with ThreadPoolExecutor(1, thread_name_prefix="hash") as hasher:
+        hashing: Future[None] | None = None
+        for piece in store.stream(key):
+            if hashing is not None:
+                hashing.result()
+            hashing = hasher.submit(digest.update, piece)
     return digest.hexdigest()

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 
 from counterweight.workers.errors import CounterweightError, ObjectNotFoundError, RequestError, StorageError
-from counterweight.workers.storage import file, open_named, open_store, sha256_hex
+from counterweight.workers.storage import file, open_named, open_store, sha256_hex, stream_sha256
 from counterweight.workers.storage.file import FileStore
 from tests.patience import PATIENCE
 
@@ -394,3 +397,31 @@ def test_only_durable_writes_wait_for_the_disk(
         writer.commit()
     assert bool(synced) is flushed
     assert store.read("a") == b"bytes"
+
+
+def test_a_piece_is_hashed_while_the_next_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, expected = Event(), sha256_hex(b"onetwo")
+    (tmp_path / "a").write_bytes(b"onetwo")
+    store = FileStore(tmp_path)
+
+    def pieces(key: str) -> Iterator[bytes]:
+        yield b"one"
+        asked.set()
+        yield b"two"
+
+    class Late:
+        """Takes in the first piece when the second is asked for, and not before."""
+
+        def __init__(self) -> None:
+            self._own = hashlib.sha256()
+
+        def update(self, piece: bytes) -> None:
+            assert asked.wait(PATIENCE), "the second piece waits for the first"
+            self._own.update(piece)
+
+        def hexdigest(self) -> str:
+            return self._own.hexdigest()
+
+    monkeypatch.setattr(store, "stream", pieces)
+    monkeypatch.setattr("counterweight.workers.storage.base.hashlib", SimpleNamespace(sha256=Late))
+    assert stream_sha256(store, "a") == expected
