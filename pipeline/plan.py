@@ -198,13 +198,19 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     machine = host_bytes(job, gpu) if on_gpu or memory is None else memory.bytes + PROCESS_BYTES
     # Beside the statistics of a block that stay, for the jobs of a sweep that need the same.
     busy = host if on_gpu else max(host, PROCESS_BYTES + max(block.kept_peak_bytes for block in blocks))
-    hidden = hidden_states(job, boundary, len(blocks) + passed, None if machine is None else machine - busy)
+    room = None if machine is None else machine - busy
+    hidden = hidden_states(job, boundary, len(blocks) + passed, room)
     host += hidden.memory_bytes if on_gpu else hidden.memory_bytes - reserved(job, boundary)
     peak = most if on_gpu else host
     rates = None if device is None else rates_of(device)
     timed = on_gpu == (gpu is not None)
-    costs = None if rates is None or not timed else _costs(job, source, costed, training, rates, hidden)
-    if costs is not None:
+    made: Estimate | None = None
+    if rates is not None and timed:
+        costs = _costs(job, source, costed, training, rates, hidden)
+        single = _with_one_worker(job)
+        keeping = hidden_states(single, boundary, len(blocks) + passed, room)
+        of_one = _costs(single, source, costed, training, rates, keeping)
+        made = estimate(costs, of_one, job.spec.resources, costed[0].load.threads)
         hidden = hidden.model_copy(update={"lost_seconds": again(costs.blocks, hidden.lost_blocks)})
     return Plan(
         name=job.metadata.name,
@@ -235,7 +241,7 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         header_bytes_read=source.checkpoint.bytes_read,
         device=device,
         hidden_states=hidden,
-        estimate=None if costs is None else _estimate(job, costs, costed[0].load.threads),
+        estimate=made,
         divided=tuple(_divisions(blocks, memory)),
         problems=tuple(misfits(job, most, where, gpu, memory)),
         keeps_statistics=all(len(block.passes) <= 1 for block in blocks)
@@ -243,9 +249,9 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     )
 
 
-def _estimate(job: CompressionJob, costs: Costs, threads: int) -> Estimate:
-    """How long the job takes."""
-    return estimate(costs, job.spec.resources.workers, threads, job.spec.resources.gpus_per_worker)
+def _with_one_worker(job: CompressionJob) -> CompressionJob:
+    resources = job.spec.resources.model_copy(update={"workers": 1})
+    return job.model_copy(update={"spec": job.spec.model_copy(update={"resources": resources})})
 
 
 def _costs(

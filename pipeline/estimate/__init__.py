@@ -16,6 +16,7 @@ from counterweight.pipeline.estimate.timeline import (
     windows_of_workers,
 )
 from counterweight.pipeline.manifest import CompressionJob
+from counterweight.pipeline.manifest.job import Resources
 from counterweight.pipeline.units import seconds_text
 from counterweight.workers.config import Config
 
@@ -92,15 +93,17 @@ class Estimate(Config):
         return rows
 
 
-def estimate(costs: Costs, workers: int, threads: int, gpus: float) -> Estimate:
-    """Of a job on so many workers, of so many threads (1 on a GPU) and GPUs each."""
+def estimate(costs: Costs, of_one: Costs, resources: Resources, threads: int) -> Estimate:
+    """Of a job on its workers, of so many threads each (1 on a GPU). of_one: what its tasks take where there is one worker, in
+    whose memory hidden states stay."""
+    workers = resources.workers
     found = timeline(costs, workers, threads)
-    one = found if workers == 1 else timeline(costs, 1, threads)
+    one = found if workers == 1 else timeline(of_one, 1, threads)
     return Estimate(
         rates=costs.rates.source,
         workers=workers,
         seconds=found.seconds,
-        gpu_hours=found.seconds * workers * gpus / 3600,
+        gpu_hours=found.seconds * workers * resources.gpus_per_worker / 3600,
         seconds_of_one=one.seconds,
         stages=found.stages,
         idle=found.idle,

@@ -247,6 +247,8 @@ def test_workers_work_or_wait(manifest: Path, source: ModelSource) -> None:
     assert estimate.gpu_hours == pytest.approx(2 * estimate.seconds / 3600)
     assert estimate.seconds_of_one > estimate.seconds > KNOWN["H100-80G"].start + between
     assert 0.5 < estimate.efficiency < 1
+    alone = found(manifest, source, "spec.resources={workers: 1, gpus_per_worker: 1}")
+    assert estimate.seconds_of_one == alone.seconds, "as it is where its hidden states stay in memory"
     start = KNOWN["H100-80G"].start
     assert estimate.efficiency_started * 2 * (estimate.seconds - start) == pytest.approx(
         estimate.seconds_of_one - start
