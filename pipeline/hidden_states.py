@@ -84,7 +84,8 @@ def hidden_states(job: CompressionJob, boundary: int, blocks: int, free: int | N
     if asked.memory_bytes is not None:
         room = reserved(job, boundary)
     else:
-        bounds = [GPU_ROOM if gpu else None, free]
+        # Half of it: a machine that is used to its last byte ends processes.
+        bounds = [GPU_ROOM if gpu else None, None if free is None else free // 2]
         room = max(0, min(2 * boundary, *(bound for bound in bounds if bound is not None)))
     every = asked.durable_every if asked.durable_every is not None else GPU_EVERY if gpu else 1
     return HiddenStatesPlan(

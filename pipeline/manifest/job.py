@@ -112,8 +112,8 @@ class HiddenStates(Section):
 
     memory: Annotated[str, _SIZE] | None = None
     """Memory of its host in which a single worker passes them on, such as 16GiB; what does not fit goes through the output's
-    `_work`, and so does everything with several workers. 0MiB: everything. null: what a CPU worker has beside its tasks, and
-    24GiB at most of a GPU's host.
+    `_work`, and so does everything with several workers. 0MiB: everything. null: half of what a worker's machine has beside
+    its tasks, and 24GiB at most of a GPU's host.
     """
     durable_every: Annotated[int, Field(ge=0, le=10_000)] | None = None
     """Blocks between two places at which they are written even so: when a worker or the job dies, the original blocks behind
