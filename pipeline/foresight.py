@@ -12,6 +12,7 @@ from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.pipeline.plan import Plan, make_plan
 from counterweight.pipeline.preflight import beyond_positions, look_only
+from counterweight.pipeline.processor import emulated
 from counterweight.pipeline.resume import foreseen
 
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -44,6 +45,8 @@ def foresee(job: CompressionJob, device: str | None = None) -> Foresight:
 def _notes(job: CompressionJob, source: ModelSource, device: str | None) -> Iterator[str]:
     if (beyond := beyond_positions(job, source.checkpoint.config)) is not None:
         yield beyond
+    if device is None and (slow := emulated(job)) is not None:
+        yield slow
     if source.checkpoint.asks_for_code:
         yield f"auto_map: code of the repository is never run; transformers' own runs {source.layout.model_type}"
     if job.spec.resources.gpus_per_worker > 0 and device is None and not any(map(os.path.exists, GPUS)):

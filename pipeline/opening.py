@@ -14,6 +14,7 @@ from counterweight.pipeline.plan import Plan, make_plan
 from counterweight.pipeline.policies import STALE, RetryPolicy
 from counterweight.pipeline.pool import WorkerPool
 from counterweight.pipeline.preflight import Ready, beyond_positions, look
+from counterweight.pipeline.processor import emulated
 from counterweight.pipeline.tokens import Tokens, read_tokens
 from counterweight.workers.calibration.source import ModelSamples
 from counterweight.workers.calibration.tokens import TokenSet
@@ -74,6 +75,8 @@ def open_job(
         raise RequestError("spec.resources: " + "; ".join(plan.problems))
     if (beyond := beyond_positions(job, source.checkpoint.config)) is not None:
         log.note(beyond)
+    if here and (slow := emulated(job)) is not None:
+        log.note(slow)
     sampled = isinstance(job.spec.calibration.source, ModelSamples)
     drawn = _sampled(job, source, dispatcher, device()) if sampled else None
     tokens = read_tokens(job, None, drawn, ready.texts)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from counterweight.pipeline.model_files import config_of, positions_of
+from counterweight.pipeline.processor import multiplies_bfloat16
 from counterweight.workers.models.families import family_of
 
 WINDOW = 2048
@@ -43,7 +44,7 @@ def starter(model: str, called: str, choices: Choices) -> str:
         "type": str(config["model_type"]),
         "positions": str(positions_of(config) or "an unknown number of"),
         "window": str(window),
-        "dtype": "bfloat16" if _dtype(config) != "float32" else "float32",
+        "dtype": "bfloat16" if _dtype(config) != "float32" and multiplies_bfloat16() else "float32",
         "group": _group(config),
         "calibration": _source(choices.text, "train"),
         "validation": _source(choices.held, "test"),
