@@ -2,16 +2,83 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+PR_SET_CHILD_SUBREAPER = 36
+"""Of Linux's prctl(2): orphans of our children become ours, so that none is left when the next run begins."""
+
+
+def adopt_orphans() -> None:
+    """What the children of this process leave behind is counted with them, see `measured`."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Of a command with all that it has started. wall, cpu: seconds. peak: bytes of its largest process."""
+
+    wall: float
+    cpu: float
+    peak: int
+    last_line: str
+
+
+def measured(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Usage:
+    """Runs a command in `folder`, with further variables, while this process has no other children; CalledProcessError, with
+    what it said, where it fails. last_line: of its stdout."""
+    cpu, peak, code = 0.0, 0, 0
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complained:
+        started = time.perf_counter()
+        child = subprocess.Popen(command, cwd=folder, env={**os.environ, **environment}, stdout=said, stderr=complained)
+        wall = 0.0
+        with suppress(ChildProcessError):
+            while True:
+                process, status, used = os.wait4(-1, 0)
+                if process == child.pid:
+                    wall, code = time.perf_counter() - started, os.waitstatus_to_exitcode(status)
+                    child.returncode = code
+                cpu += used.ru_utime + used.ru_stime
+                peak = max(peak, used.ru_maxrss * 1024)
+        said.seek(0)
+        complained.seek(0)
+        if code:
+            raise subprocess.CalledProcessError(code, list(command), said.read(), complained.read())
+        return Usage(wall, cpu, peak, (said.read().splitlines() or [""])[-1])
+
+
+def matrix_rates() -> str:
+    """What this machine's processor multiplies matrices at, on one thread, by torch: a line for people."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        matrix = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(dtype)
+        seconds = []
+        for _ in range(4):
+            before = time.process_time()
+            matrix @ matrix
+            seconds.append(time.process_time() - before)
+        found.append(f"{str(dtype).removeprefix('torch.')} {2 * 1024**3 / min(seconds) / 1e9:.0f}")
+    torch.set_num_threads(threads)
+    return f"Products of matrices, 1e9 operations a second on one thread: {', '.join(found)}."
 
 
 def machine() -> str:

@@ -3,58 +3,32 @@
     python benchmarks/pairs.py --before ../before --manifest manifests/demo.yaml --record
 
 `--before` is a checkout of the other revision that has the package's folder; both run with this environment's libraries. CPU
-seconds are of the command and of Ray's daemons, but not of its workers, whom their parent does not wait for.
+seconds are of the command and of all that it starts.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from contextlib import suppress
 from pathlib import Path
 
-from common import ROOT, machine, record, table, versions
-
-PR_SET_CHILD_SUBREAPER = 36
-"""Of Linux's prctl(2): orphans of our children become ours, so that none is left when the next run begins."""
+from common import ROOT, Usage, adopt_orphans, machine, matrix_rates, measured, record, table, versions
 
 COMMAND = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); from counterweight.pipeline.cli import main; sys.exit(main())"
 )
 
 
-def run(checkout: Path, manifest: Path, overrides: list[str]) -> tuple[float, float]:
-    """Wall and CPU seconds of one run into an empty place."""
+def run(checkout: Path, manifest: Path, overrides: list[str]) -> Usage:
+    """One run into an empty place."""
     with tempfile.TemporaryDirectory() as output:
         chosen = [part for override in overrides for part in ("--set", override)]
         arguments = ["run", str(manifest), "--output", Path(output).as_uri(), *chosen]
-        before, started = cpu_seconds(), time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-c", COMMAND, str(checkout), *arguments],
-            cwd=checkout,
-            env={**os.environ, "PYTHONPATH": str(checkout)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=True,
-        )
-        wall = time.perf_counter() - started
-        with suppress(ChildProcessError):
-            while True:
-                os.wait()
-        return wall, cpu_seconds() - before
-
-
-def cpu_seconds() -> float:
-    """Of all children that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+        command = [sys.executable, "-c", COMMAND, str(checkout), *arguments]
+        return measured(command, checkout, {"PYTHONPATH": str(checkout)})
 
 
 def main() -> None:
@@ -66,30 +40,30 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    about = f"{machine()}. {versions('torch', 'transformers', 'ray')}."
+    adopt_orphans()
+    about = f"{machine()}. {versions('torch', 'transformers', 'ray')}. {matrix_rates()}"
     checkouts = {"before": arguments.before.resolve(), "after": arguments.after.resolve()}
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in checkouts}
+    found: dict[str, list[Usage]] = {name: [] for name in checkouts}
     for repeat in range(arguments.repeats):
         order = list(checkouts) if repeat % 2 == 0 else list(reversed(checkouts))
         for name in order:
             found[name].append(run(checkouts[name], arguments.manifest.resolve(), arguments.set))
-            print(name, "{:.2f} s wall, {:.2f} s CPU".format(*found[name][-1]), flush=True)
+            print(f"{name} {found[name][-1].wall:.2f} s wall, {found[name][-1].cpu:.2f} s CPU", flush=True)
     rows = [
         [
             name,
             revision(checkouts[name]),
-            *(f"{statistics.median(run[unit] for run in runs):.2f}" for unit in (0, 1)),
-            ", ".join(f"{wall:.1f}" for wall, _ in runs),
+            f"{statistics.median(run.wall for run in runs):.2f}",
+            f"{statistics.median(run.cpu for run in runs):.2f}",
+            ", ".join(f"{run.wall:.1f}" for run in runs),
         ]
         for name, runs in found.items()
     ]
-    ratios = [
-        statistics.median(after[unit] / before[unit] for before, after in zip(*found.values(), strict=True))
-        for unit in (0, 1)
-    ]
+    pairs = list(zip(*found.values(), strict=True))
+    wall = statistics.median(after.wall / before.wall for before, after in pairs)
+    cpu = statistics.median(after.cpu / before.cpu for before, after in pairs)
     body = table(["", "revision", "wall, median s", "CPU, median s", "every run's wall"], rows)
-    body += f"\n\nMedian of the pairs' ratios, after / before: wall {ratios[0]:.3f}, CPU {ratios[1]:.3f}."
+    body += f"\n\nMedian of the pairs' ratios, after / before: wall {wall:.3f}, CPU {cpu:.3f}."
     print(body)
     if arguments.record:
         title = f"Whole process of {arguments.manifest.stem}, two revisions"

@@ -63,6 +63,26 @@ def test_gram() -> None:
     assert len(rows(ran("gram", "--tokens", 128, "--widths", 64, 96))) == 2
 
 
+def test_peers(place: Path) -> None:
+    """Ours alone and without validation: peers have environments of their own."""
+    texts = place / "data" / "wikitext2"
+    sizes = ("--sequences", 8, "--windows", 0, "--length", 32, "--repeats", 1, "--recipe", "W3 per channel")
+    given = (
+        "--model",
+        place / "job" / "model",
+        "--calibration",
+        texts / "wiki.valid.txt",
+        "--test",
+        texts / "wiki.test.raw",
+    )
+    ((recipe, tool, seconds, whole, _, peak),) = (
+        row.strip("| ").split(" | ") for row in rows(ran("peers", *given, *sizes))
+    )
+    assert (recipe, tool) == ("W3 per channel", "counterweight")
+    assert float(seconds.split(" / ")[0]) < float(whole.split(" / ")[0])
+    assert float(peak) > 100  # MiB: torch alone takes more
+
+
 def test_solvers() -> None:
     printed = ran("solvers", "--widths", 128, 256, "--experts", 4)
     # Experts, twice (as they are found, and in the whole); five solves at two widths and at those extrapolated; Mixtral.
