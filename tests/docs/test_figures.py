@@ -23,6 +23,7 @@ OPERATIONS = ROOT / "docs" / "operations.md"
 PLANS = "2026-11-26-plans.md"
 BLOCK = "2026-11-26-time-model-gpu.md"
 DRAWING = "2026-11-26-drawing-mixtral.md"
+HIDDEN = "2026-11-26-hidden-states.md"
 SIZES = (
     ("Llama-3-8B", "W4A16 GPTQ g128", "1"),
     ("Llama-3-8B", "W4A4 LRC 10 %", "8"),
@@ -100,7 +101,19 @@ class Said:
     found: Callable[[], list[float]]
 
 
+def handed_on(out: str, back: str) -> float:
+    """CPU seconds of a GB of hidden states on its way from block to block. out, back: rows of the result."""
+    return sum(float(row(HIDDEN, label)["median"]) for label in (out, back))
+
+
 SAID = (
+    Said(
+        "takes N CPU s a GB through a file store and N in memory",
+        lambda: [
+            handed_on("hand on, through the store", "take over, from the store"),
+            handed_on("hand on, in memory", "take over, from memory"),
+        ],
+    ),
     Said("takes N s and N s against N s and N s of llm-compressor", lambda: [FIRST[0], SECOND[0], FIRST[1], SECOND[1]]),
     Said("(N and N times faster)", lambda: [FIRST[2], SECOND[2]]),
     Said("took N s and N s against N s and N s: as long", lambda: [FIRST[3], SECOND[3], FIRST[4], SECOND[4]]),
@@ -242,6 +255,7 @@ def test_every_result_file_that_the_readme_names_is_looked_at() -> None:
         DECODING,
         PROMPTS,
         BLOCK,
+        HIDDEN,
     }
     looked |= {DRAWING, "serving.json"}  # the latter in tests/stock/test_matrix.py
     assert named - looked == {"2026-11-26-quality.md"}
