@@ -99,6 +99,11 @@ def solve(size: float, right_sides: float) -> Work:
     return Work(factorizations=2 * size**2 * right_sides)
 
 
+def triangular(size: float, right_sides: float) -> Work:
+    """One triangular solve, [size, size]."""
+    return Work(factorizations=size**2 * right_sides)
+
+
 def eigh(size: float) -> Work:
     """Eigenvalues and vectors of a symmetric [size, size]: nominally 9 n^3, the symmetric QR algorithm's (Golub & Van Loan,
     section 8.3.5). LAPACK's divide and conquer takes from about 4 n^3 to that."""
@@ -128,6 +133,17 @@ def right_divide(rows: float, size: float) -> Work:
     return cholesky(size) + solve(size, rows)
 
 
+CONDITION = 1e7
+"""Of a damped Gram matrix, up to which float32 solves with its float64 factor: that of the factor is the root of it, 3e3,
+which leaves four digits of seven."""
+
+
+def solves_in_single(width: int, damping: float) -> bool:
+    """Whether a Gram matrix [width, width] with this share of its mean diagonal on the diagonal is solved with in float32: its
+    largest eigenvalue is at most its trace, so its condition number at most width / damping."""
+    return width <= CONDITION * damping
+
+
 def spectrum(rows: int, columns: int) -> Work:
     """Singular values and left vectors of [rows, columns] float64 by way of the smaller Gram matrix, that matrix included."""
     smaller = min(rows, columns)
@@ -137,7 +153,7 @@ def spectrum(rows: int, columns: int) -> Work:
 
 
 RANGE_PRODUCTS = 16
-"""Products with M G M^T that the range finder takes: see `compensation.range_finder`."""
+"""Products with M G M^T that the range finder takes at most: see `compensation.range_finder`."""
 RANGE_DEGREE = 5
 """Of its filters at most."""
 RANGE_LEAST = 512

@@ -37,7 +37,7 @@ from counterweight.workers.methods.compensations.rank import CountRank, Rank
 from counterweight.workers.methods.weights.stored import StoredWeights
 from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics, one_batch
 from counterweight.workers.quantization.result import Fallback, QuantizationResult
-from counterweight.workers.quantization.target import damped, right_divide
+from counterweight.workers.quantization.target import damped, right_divide, solving_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +57,10 @@ def lrc(
     scale_dtype: torch.dtype,
     factor_dtype: torch.dtype,
 ) -> list[LRCResult]:
-    """Codes and branch of each of `layers`: weights [out, in], of one shape, with statistics of their inputs; closed forms in
-    float64. Whenever a layer needs codes, those of all are chosen in one batch, of each those that it gets alone. Raises
-    ValueError as `weights` does, and for a rank that a layer is too small for. A layer that saw no token gets plain SVD of
-    what its rounding left."""
+    """Codes and branch of each of `layers`: weights [out, in], of one shape, with statistics of their inputs. Gram matrices are
+    factorized in float64 and, where their damping allows it, solved with in float32 (`solving_dtype`). Whenever a layer needs
+    codes, those of all are chosen in one batch, of each those that it gets alone. Raises ValueError as `weights` does, and for
+    a rank that a layer is too small for. A layer that saw no token gets plain SVD of what its rounding left."""
     metrics = [InputStatistics(gram=seen.product("yy"), tokens=seen.tokens) for _, seen in layers]
     fits = [_fit(options, weights, *layer, factor_dtype) for layer in layers]
     results: dict[int, LRCResult] = {}
@@ -172,12 +172,43 @@ def _initial_metric(weight: Tensor, statistics: InputStatistics, damping: float)
 
 def remainder(statistics: InputStatistics, streams: str, damping: float) -> Tensor:
     """Sum over tokens of a' b'^T for two streams a and b less what a damped y predicts linearly of them: the Schur
-    complement, [in, in] float64. Semidefinite when a is b; of a recipe that is weight-only nothing but the damping is left."""
+    complement, [in, in] float64. Semidefinite when a is b; of a recipe that is weight-only nothing but the damping is left.
+
+    With a = y + e, b = y + f and d the damping it is
+
+        e f^T + d - (e y^T - d) (y y^T + d)^-1 (y f^T - d),
+
+    whose second term is of the size of the result, not of the Gram matrices: float32 is enough for it.
+    """
     first, second = streams[0], streams[1]
     yy = statistics.product("yy")
-    predicted = right_divide(statistics.product(f"{first}y"), yy, damping) @ statistics.product(f"y{second}")
-    left = statistics.product(streams) - predicted
-    return (left + left.T) / 2 if first == second else left
+    added = damping * yy.diagonal().mean()
+
+    def beside(stream: str) -> Tensor:
+        """y f^T - d."""
+        found = statistics.product(f"y{stream}") - yy
+        found.diagonal().sub_(added)
+        return found
+
+    right = beside(second)
+    left = right if first == second else beside(first)
+    predicted = _through_inverse(left, right, damped(yy, damping), solving_dtype(len(yy), damping))
+    noise = statistics.product(streams) - statistics.product(f"{first}y")
+    noise.sub_(statistics.product(f"y{second}")).add_(yy).diagonal().add_(added)
+    return noise.sub_(predicted)
+
+
+def _through_inverse(left: Tensor, right: Tensor, regular: Tensor, dtype: torch.dtype) -> Tensor:
+    """left^T regular^-1 right, factorized in float64 and solved in `dtype`; symmetric where left is right."""
+    root, failed = torch.linalg.cholesky_ex(regular)
+    if int(failed):
+        inverse: Tensor = torch.linalg.pinv(regular, hermitian=True)
+        return left.T @ (inverse @ right)
+    root = root.to(dtype)
+    solved = torch.linalg.solve_triangular(root, right.to(dtype), upper=False)
+    other = solved if left is right else torch.linalg.solve_triangular(root, left.to(dtype), upper=False)
+    found: Tensor = other.T @ solved
+    return found
 
 
 def updated_branch(
@@ -190,9 +221,10 @@ def updated_branch(
     """
     matrix, gram = weight - codes, statistics.product("xx")
     if options.refit == "joint" and statistics.tokens:
-        moved = codes @ (gram - statistics.product("yx"))
+        dtype_solved = solving_dtype(len(gram), options.damping)
+        moved = codes.to(dtype_solved) @ (gram - statistics.product("yx")).to(dtype_solved)
         if "t" in statistics.streams:
-            moved += weight @ (statistics.product("tx") - gram)
+            moved += weight.to(dtype_solved) @ (statistics.product("tx") - gram).to(dtype_solved)
         matrix = matrix + right_divide(moved, gram, options.damping)
     metric = damped(gram, options.damping) if statistics.tokens else torch.eye(len(gram)).to(gram)
     _, vectors = directions(matrix, metric, CountRank(count=rank))

@@ -4,7 +4,8 @@ A's whole spectrum.
 They are the leading eigenvectors of A A^T = M G M^T, which is only ever multiplied by a few columns. A randomized range finder
 (Halko, Martinsson & Tropp, "Finding Structure with Randomness", SIAM Review 2011) with oversampling, whose power iteration is a
 Chebyshev filter (Zhou, Saad, Tiago & Chelikowsky, 2006): a polynomial that is small below the smallest Ritz value and grows
-fastest above it. Products are taken in float32; the basis, its orthonormality and Rayleigh-Ritz are float64.
+fastest above it. Filters win less each time, so it ends behind one that has won less than `LEFT` of what the basis holds beside
+the wanted directions. Products are taken in float32; the basis, its orthonormality and Rayleigh-Ritz are float64.
 
 Error bound, which tests/workers/compensation/test_range_finder.py checks over flat, decaying, clustered and ill-conditioned
 spectra: the vectors hold at least 1 - `CAPTURED` of the energy that the exact ones hold, and what they leave is at most
@@ -45,13 +46,14 @@ def leading(matrix: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Ten
 
     start = torch.randn(rows, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     basis = torch.linalg.qr(start.to(matrix.device)).Q
-    image, done = product(basis), 1
+    image, done, held = product(basis), 1, 0.0
     while True:
         small = basis.T @ image
         values, turn = torch.linalg.eigh((small + small.T) / 2)
         basis, image = basis @ turn, image @ turn
+        before_it, held = held, float(values[-rank:].sum())
         degree = _degree(float(values[0]), float(values[-1]), RANGE_PRODUCTS - done)
-        if degree == 0:
+        if degree == 0 or held - before_it <= max(LEFT * float(values[:-rank].sum()), ROUNDING * held):
             break
         cut = max(float(values[0]), float(values[-1]) / _AMPLIFIED**2)
         before, filtered = basis, image * (2 / cut) - basis

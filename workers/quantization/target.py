@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.matrix_flops import solves_in_single
 
 
 def regressed(
@@ -43,11 +44,17 @@ def damped(gram: Tensor, share: float) -> Tensor:
 
 
 def right_divide(products: Tensor, gram: Tensor, damping: float) -> Tensor:
-    """products (gram + damping * mean diagonal)^-1 for a symmetric, semidefinite gram [in, in]; both float64."""
+    """products (gram + damping * mean diagonal)^-1 for a symmetric, semidefinite gram [in, in] float64. Factorized in float64,
+    solved in the dtype of `products`, see `solving_dtype`."""
     regular = damped(gram, damping)
     root, failed = torch.linalg.cholesky_ex(regular)
     if int(failed):
-        inverse: Tensor = torch.linalg.pinv(regular, hermitian=True)
+        inverse: Tensor = torch.linalg.pinv(regular, hermitian=True).to(products.dtype)
         return products @ inverse
-    solved: Tensor = torch.cholesky_solve(products.T, root)
+    solved: Tensor = torch.cholesky_solve(products.T, root.to(products.dtype))
     return solved.T
+
+
+def solving_dtype(width: int, damping: float) -> torch.dtype:
+    """In which a Gram matrix [width, width] that is damped by this share is solved with."""
+    return torch.float32 if solves_in_single(width, damping) else torch.float64

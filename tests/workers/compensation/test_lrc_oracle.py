@@ -9,13 +9,14 @@ from torch import Tensor
 from counterweight.kernels.formats import LowRank
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
+from counterweight.workers.compensation import lrc
 from counterweight.workers.compensation.lrc import initial_branch, remainder, start_wins, updated_branch
 from counterweight.workers.compensation.objective import energy, squared_error
 from counterweight.workers.methods.compensations import LRC, SVD
 from counterweight.workers.methods.compensations.rank import CountRank
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers import RTN
-from counterweight.workers.quantization.target import regressed
+from counterweight.workers.quantization.target import regressed, right_divide
 from tests.workers.kinds import KINDS, Layer
 
 NEGLIGIBLE = 1e-8
@@ -97,6 +98,32 @@ def test_what_the_codes_input_cannot_predict_is_semidefinite(kind: str, case: tu
     assert float(left.min()) >= -1e-7 * float(statistics.gram.diagonal().max())
     if case[0] is None:  # y is x: what is left is what the damping keeps the regression from
         assert float(left.max()) <= 0.01 * float(statistics.gram.diagonal().mean()) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_holds_what_the_codes_input_cannot_predict(kind: str, case: tuple[int | None, float]) -> None:
+    """Against the Schur complement as it is written in textbooks, in float64; with little damping neither is in float32."""
+    statistics = Streams(kind, *case).statistics
+    for streams in ("xx", "tx") if "t" in statistics.streams else ("xx",):
+        for damping, most in ((0.01, 1e-5), (1e-8, 1e-6)):
+            left, right = statistics.product(f"{streams[0]}y"), statistics.product(f"y{streams[1]}")
+            wanted = statistics.product(streams) - right_divide(left, statistics.product("yy"), damping) @ right
+            apart = (remainder(statistics, streams, damping) - wanted).norm()
+            # Of the textbook's form the rounding is of the size of the products that cancel.
+            assert float(apart) <= most * float(wanted.norm()) + 1e-11 * float(statistics.gram.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_regresses_as_well_as_float64(
+    kind: str, case: tuple[int | None, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Update-LR with the usual damping: the loss on the tokens, and that of a branch that is solved for in float64."""
+    streams = Streams(kind, *case)
+    weight, codes = streams.weight.double(), streams.codes.double()
+    found = streams.loss(updated_branch(LRC(), weight, codes, streams.statistics, 10, torch.float64))
+    monkeypatch.setattr(lrc, "solving_dtype", lambda width, damping: torch.float64)
+    wide = streams.loss(updated_branch(LRC(), weight, codes, streams.statistics, 10, torch.float64))
+    assert found == pytest.approx(wide, rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,7 @@ from counterweight.workers import matrix_flops
 from counterweight.workers.compensation.range_finder import CAPTURED, LEFT, ROUNDING, leading
 from counterweight.workers.compensation.regression import directions
 from counterweight.workers.methods.compensations.rank import CountRank, EnergyRank
-from tests.flop_counter import counted, deviations
+from tests.flop_counter import counted
 
 SIZE = 512
 
@@ -108,11 +108,12 @@ def test_is_taken_where_the_rank_is_small_and_known_and_nowhere_else() -> None:
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(512, 512, 32), (512, 640, 100), (1024, 512, 16)])
 @pytest.mark.parametrize("metric", [True, False])
-def test_computes_what_is_planned(rows: int, columns: int, rank: int, metric: bool) -> None:
-    """Of a spectrum without outliers; the basis may be made orthonormal once more than the plan says."""
+def test_computes_at_most_what_is_planned(rows: int, columns: int, rank: int, metric: bool) -> None:
+    """Of a spectrum without outliers; the basis may be made orthonormal once more than the plan says. It ends where a further
+    filter would win nothing."""
     matrix, gram = draw(rows, columns), torch.eye(columns, dtype=torch.float64) if metric else None
     executed = counted(lambda: leading(matrix, gram, rank))
     planned = matrix_flops.range_finder(rows, columns, rank, metric=metric)
-    off = deviations(planned, executed, exact=0.01, entries=0.3)
-    assert not off.keys() & {"products32"}
-    assert all(share < 0.4 for share in off.values())
+    assert 0.3 * planned.products32 < executed.products32 < 1.01 * planned.products32
+    for kind in ("products64", "factorizations", "decompositions", "elementwise"):
+        assert getattr(executed, kind) < 1.4 * getattr(planned, kind)

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from counterweight.workers import matrix_bytes, matrix_flops
-from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, product, product64, right_divide
+from counterweight.workers.matrix_flops import (
+    NOTHING,
+    Work,
+    cholesky,
+    elementwise,
+    product,
+    product64,
+    right_divide,
+    solves_in_single,
+    triangular,
+)
 from counterweight.workers.methods.compensations.branch import Branch
 from counterweight.workers.methods.compensations.svd import SVD
 
@@ -31,7 +41,7 @@ class LRC(Branch):
     calibration tokens is smaller.
     """
 
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
     joint: ClassVar[bool] = True
 
     kind: Literal["lrc"] = "lrc"
@@ -112,11 +122,14 @@ class LRC(Branch):
 
     def _metric_flops(self, rows: int, columns: int, *, original: bool) -> Work:
         # What a damped y predicts of x, for the metric; with another original input also what it predicts of that.
-        remainder = right_divide(columns, columns) + product64(columns, columns, columns) + elementwise(columns**2)
-        metric = remainder + elementwise(2 * columns**2)
+        one = product if solves_in_single(columns, self.damping) else product64
+        solved, factor = triangular(columns, columns), cholesky(columns)
+        predicted = factor + solved + one(columns, columns, columns) + elementwise(5 * columns**2)
         if not original:
-            return metric
-        return metric + remainder + product64(rows, columns, columns) + right_divide(rows, columns)
+            return predicted
+        # Of two streams: both are solved for.
+        both = predicted * 2 + solved + elementwise(columns**2)
+        return both + product64(rows, columns, columns) + right_divide(rows, columns)
 
     def solve_flops(
         self,
@@ -130,13 +143,16 @@ class LRC(Branch):
     ) -> Work:
         entries, square, rank = rows * columns, columns**2, self.rank.at_most(rows, columns)
         whitened, projected = product64(rows, columns, columns), product64(rank, rows, columns)
+        one = product if solves_in_single(columns, self.damping) else product64
         known = rank if self.rank.known_ahead else None
         # Beside the branch, which is multiplied out for the target and for what rounding leaves.
         codes = weights.target_flops(rows, columns, branch=True) + weights.quantize_flops(rows, columns)
         codes += product(rows, rank, columns) * 2 + elementwise(4 * entries)
         # What the codes leave: its products with what the input is not, and their regression.
         moved = (
-            whitened * (1 + original) + right_divide(rows, columns) + elementwise((1 + original) * (square + entries))
+            one(rows, columns, columns) * (1 + original)
+            + right_divide(rows, columns)
+            + elementwise((1 + original) * (square + entries))
         )
         refit = NOTHING
         if self.refits:
