@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import nlargest
 
 from counterweight.pipeline.rates import Rates
 from counterweight.workers.arithmetic import Arithmetic
@@ -68,7 +69,7 @@ def again(blocks: Sequence[BlockSeconds], count: int) -> float:
     def passing(block: BlockSeconds) -> float:
         return sum(block.beginning().values()) + sum(block.streamed(block.shards, passing=True).values())
 
-    return count * max(map(passing, blocks)) + max(sum(block.steps.values()) for block in blocks)
+    return sum(nlargest(count, map(passing, blocks))) + max(sum(block.steps.values()) for block in blocks)
 
 
 def block_seconds(

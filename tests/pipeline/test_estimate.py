@@ -11,7 +11,7 @@ import pytest
 
 from counterweight.pipeline.blocks import EDGE, add_blocks, stretches
 from counterweight.pipeline.dispatch import Dispatcher
-from counterweight.pipeline.estimate import BlockSeconds, Estimate, validation_bytes
+from counterweight.pipeline.estimate import BlockSeconds, Estimate, again, validation_bytes
 from counterweight.pipeline.estimate.costs import STREAMED
 from counterweight.pipeline.estimate.pool import Simulated, SimulatedPool
 from counterweight.pipeline.graph import Graph
@@ -132,6 +132,14 @@ def test_stretches_of_a_gpu_are_about_as_long_as_is_best(workers: int) -> None:
     assert seconds(chosen) <= 1.03 * best
     assert seconds(2) > 1.3 * best, "a few shards would do as well"
     assert seconds(shards) > 1.3 * best, "blocks one after the other would do as well"
+
+
+def test_a_death_costs_passes_without_statistics_and_a_block() -> None:
+    """The dearest: of blocks behind which hidden states are written, one is among two."""
+    written = replace(BLOCK, passed={**BLOCK.passed, "hidden states": 0.2 * SHARDS})
+    whole, passed = LOAD + SHARDS * SHARD + SOLVE, LOAD + SHARDS * 0.3
+    assert again([BLOCK, BLOCK, written], 0) == pytest.approx(whole)
+    assert again([BLOCK, BLOCK, written], 2) == pytest.approx(whole + 2 * passed + 0.1 * SHARDS)
 
 
 def test_compressed_blocks_come_one_after_the_other() -> None:
