@@ -32,8 +32,9 @@ from pydantic import Field
 
 from counterweight.pipeline.artifact import Published
 from counterweight.pipeline.cluster import cluster
-from counterweight.pipeline.evaluate import Wanted, evaluate_artifact
+from counterweight.pipeline.evaluate import evaluate_artifact
 from counterweight.pipeline.events import EventLog
+from counterweight.pipeline.judging.wanted import Wanted
 from counterweight.pipeline.manifest import TEXT, CompressionJob, load_manifest
 from counterweight.pipeline.pool import PoolSize, threads_per_worker
 from counterweight.pipeline.ray_pool import RayPool
@@ -208,7 +209,7 @@ class Bench:
     def on_second(self, published: Published, length: int) -> tuple[float, float]:
         """Perplexity of original and artifact, in windows of `length` tokens."""
         wanted = Wanted(text=self.second, windows=SECOND_WINDOWS, sequence_length=length)
-        found = evaluate_artifact(published.uri, wanted=wanted)[TEXT]
+        found = evaluate_artifact(published.uri, wanted)[TEXT]
         return found.baseline.perplexity, found.compensated.perplexity
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from counterweight.pipeline.artifact import REPORT
 from counterweight.pipeline.artifact.report import Report, TextReport, TokensReport, tokens_report
 from counterweight.pipeline.judging.rivals import read_report
+from counterweight.pipeline.judging.wanted import Wanted
 from counterweight.pipeline.judging.yardstick import Yardstick, device_of
 from counterweight.pipeline.manifest import TEXT
 from counterweight.pipeline.model_source import ModelSource, open_model
@@ -19,19 +19,6 @@ from counterweight.workers.calibration.source import SpecialTokens, TextSource, 
 from counterweight.workers.calibration.tokens import TokenSet, token_set
 from counterweight.workers.config import first_problem
 from counterweight.workers.errors import CheckpointError, RequestError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What is to be measured, and where, as `eval` and `compare` are asked for it. text: URI; None: those of a report. windows:
-    how many of it; None: all, or as many as the report has. sequence_length: tokens of one; None: the report's. note: told what
-    is being done."""
-
-    text: str | None = None
-    windows: int | None = None
-    sequence_length: int | None = None
-    device: str = "cpu"
-    note: Callable[[str], None] = lambda line: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +39,7 @@ class _Text:
     special_tokens: SpecialTokens
 
 
-def evaluate_artifact(uri: str, *, against: str | None = None, wanted: Wanted | None = None) -> dict[str, TextReport]:
+def evaluate_artifact(uri: str, wanted: Wanted | None = None) -> dict[str, TextReport]:
     """Name of a text -> what all models are worth on it, as in a report: the original, quantized, compensated.
 
     What is not given is taken from the artifact's own report, each of its texts too. RequestError when the report has no text
@@ -61,7 +48,7 @@ def evaluate_artifact(uri: str, *, against: str | None = None, wanted: Wanted | 
     wanted = wanted or Wanted()
     device = device_of(wanted.device)
     report = read_report(uri)
-    source = open_model(against or report.model.uri)
+    source = open_model(wanted.against or report.model.uri)
     asked = measurable(source, wanted, report)
     with Yardstick(source, asked.tokens, report.validation_dtype, device, wanted.note) as yardstick:
         return yardstick.judge(uri).by_text(asked.about)

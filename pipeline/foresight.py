@@ -49,5 +49,7 @@ def _notes(job: CompressionJob, source: ModelSource, device: str | None) -> Iter
         yield slow
     if source.checkpoint.asks_for_code:
         yield f"auto_map: code of the repository is never run; transformers' own runs {source.layout.model_type}"
+    if job.spec.validation is not None and job.spec.validation.tasks:
+        yield "spec.validation.tasks: their time is not in the plan: it is that of their items, on three models"
     if job.spec.resources.gpus_per_worker > 0 and device is None and not any(map(os.path.exists, GPUS)):
         yield "this machine has no GPU: workers here would compute on the CPU"

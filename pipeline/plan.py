@@ -43,6 +43,8 @@ from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.footprint import Load, footprint
 from counterweight.workers.footprint.distillation import Texts, state_traffic, trained_parameters, training_bytes
 from counterweight.workers.footprint.division import fitted
+from counterweight.workers.footprint.whole import whole_bytes
+from counterweight.workers.harness import BATCH
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.recipe import ModuleRecipe
 
@@ -133,7 +135,7 @@ class Plan(Config):
     host_bytes_per_worker: int
     """On the host, the process included."""
     largest: str
-    """What takes most: block and phase, or the distillation."""
+    """What takes most: block and phase, the distillation, or the validation where it runs a model as a whole."""
     artifact_bytes: int = 0
     """Of the artifact's weights, branches, stores and kept tensors, with `source_bytes` beside it."""
     bits_per_weight: float = 0.0
@@ -190,6 +192,8 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     training = _distillation_plan(job, source, loads)
     if training is not None and training.peak_bytes > most:
         most, where = training.peak_bytes, "distillation"
+    if (whole := _whole_bytes(job, source)) > most:
+        most, where = whole, "validation, a model as a whole"
     states_read, states_written = (
         (0, 0) if training is None else (training.state_read_bytes, training.state_written_bytes)
     )
@@ -309,6 +313,24 @@ def _distillation_plan(job: CompressionJob, source: ModelSource, loads: Sequence
         flops=training_flops(loads, stage.training, texts, source.layout.vocabulary),
         state_read_bytes=read,
         state_written_bytes=written,
+    )
+
+
+def _whole_bytes(job: CompressionJob, source: ModelSource) -> int:
+    """Of a worker that runs the original as a whole, which is the largest of the models; 0 where none is."""
+    validation = job.spec.validation
+    if validation is None or not validation.runs_whole:
+        return 0
+    layout, samples = source.layout, validation.generation
+    written = 0 if samples is None else samples.prompts * (samples.prompt_tokens + samples.new_tokens)
+    length = validation.sequence_length or job.spec.calibration.sequence_length
+    asked = BATCH * length if validation.tasks else 0
+    return whole_bytes(
+        source.parameters,
+        ITEMSIZE[validation.compute_dtype],
+        tokens=max(written, asked),
+        state=2 * layout.blocks * layout.hidden_size,  # keys and values are at most as wide as the stream
+        scored=max(samples.prompts if samples is not None else 0, asked) * layout.vocabulary,
     )
 
 

@@ -115,6 +115,8 @@ def timeline(costs: Costs, workers: int, threads: int) -> Timeline:
             for task, before in zip(validation, references, strict=True)
         ]
         stage("validate", lambda: dispatcher.run(nodes))
+    if samples := _samples(costs):
+        stage("whole models", lambda: dispatcher.run_all(samples))
     return Timeline(stages=stages, idle=idle, steps=dict(pool.steps))
 
 
@@ -270,6 +272,30 @@ def _validation(costs: Costs, workers: int) -> list[Simulated]:
             ),
         )
         for share in windows_of_workers(costs.job, workers)
+    ]
+
+
+def _samples(costs: Costs) -> list[Simulated]:
+    """Of each model, which is read as a whole: its prompts together, then a token at a time, and every one of them passes over
+    all weights."""
+    validation = costs.job.spec.validation
+    if validation is None or (asked := validation.generation) is None:
+        return []
+    rates, parameters = costs.rates, costs.source.parameters
+    token = sum(block.evaluated for block in costs.blocks)
+    token += rates.seconds(_judging(costs), itemsize=costs.judged)
+    step = asked.prompts * token + rates.seconds(elementwise(parameters))
+    written = asked.prompts * asked.prompt_tokens * token + asked.new_tokens * step
+    dense = sum(block.read_back for block in costs.blocks)
+    sizes = {"baseline": sum(map(costs.bytes_of, costs.source.tensors)), "quantized": costs.stored}
+    if any(block.branch for block in costs.blocks):
+        sizes["compensated"] = costs.stored
+    return [
+        Simulated(
+            f"samples of {name}",
+            {"read": rates.read(size) + rates.moved(costs.judged * parameters) + dense, "samples": written},
+        )
+        for name, size in sizes.items()
     ]
 
 

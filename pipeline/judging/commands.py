@@ -8,21 +8,37 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from counterweight.pipeline.command_options import with_options
+from counterweight.pipeline.judging.wanted import Wanted
 from counterweight.pipeline.terminal import absolute, print_json, print_rows, print_table
 
 if TYPE_CHECKING:
     from counterweight.pipeline.artifact.report import Judged, Quality
-    from counterweight.pipeline.evaluate import Wanted
     from counterweight.pipeline.judging.compare import Row
 
-Against = Annotated[
-    str | None, typer.Option(help="Where the original model is; default: where it was.", show_default=False)
-]
-Text = Annotated[str | None, typer.Option(help="URI or path of a text; default: the report's.", show_default=False)]
-Windows = Annotated[int | None, typer.Option(help="Windows to measure; default: the report's, or all.")]
-Length = Annotated[int | None, typer.Option(help="Tokens of a window; default: the report's.")]
-DeviceName = Annotated[str, typer.Option(help="cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
+
+
+def measured_on(
+    against: Annotated[
+        str | None, typer.Option(help="Where the original model is; default: where it was.", show_default=False)
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="URI or path of a text; default: the report's.", show_default=False)
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="Windows to measure; default: the report's, or all.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a window; default: the report's.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> Wanted:
+    """What the options say that both commands have."""
+    return Wanted(
+        against=None if against is None else absolute(against),
+        text=None if text is None else absolute(text),
+        windows=windows,
+        sequence_length=sequence_length,
+        device=device,
+        note=told,
+    )
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +47,7 @@ def register(app: typer.Typer) -> None:
     app.command()(compare)
 
 
+@with_options(measured_on)
 def evaluate(
     artifact: Annotated[
         str,
@@ -39,11 +56,7 @@ def evaluate(
             show_default=False,
         ),
     ],
-    against: Against = None,
-    text: Text = None,
-    windows: Windows = None,
-    sequence_length: Length = None,
-    device: DeviceName = "cpu",
+    wanted: Wanted,
     as_json: AsJson = False,
 ) -> None:
     """Validate an artifact again: perplexity, KL and agreement, against the model it was made from."""
@@ -51,11 +64,10 @@ def evaluate(
     from counterweight.pipeline.evaluate import evaluate_artifact
     from counterweight.pipeline.judging.foreign import is_ours
 
-    wanted = _wanted(text, windows, sequence_length, device)
     if not is_ours(absolute(artifact)):
-        _print_comparison([artifact], against, wanted, as_json=as_json)
+        _print_comparison([artifact], wanted, as_json=as_json)
         return
-    found = evaluate_artifact(absolute(artifact), against=None if against is None else absolute(against), wanted=wanted)
+    found = evaluate_artifact(absolute(artifact), wanted)
     first, *further = found
     if as_json:
         texts = {name: _figures(found[name]) for name in further}
@@ -67,36 +79,31 @@ def evaluate(
         print_rows(title, rows)
 
 
+@with_options(measured_on)
 def compare(
     models: Annotated[
         list[str],
         typer.Argument(help="Artifacts, and checkpoints of any kind that transformers loads.", show_default=False),
     ],
-    against: Against = None,
-    text: Text = None,
-    windows: Windows = None,
-    sequence_length: Length = None,
-    device: DeviceName = "cpu",
+    wanted: Wanted,
     output: Annotated[
         Path | None, typer.Option(help="Folder for compare.json and compare.html.", show_default=False)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure models side by side on the same tokens: bits per weight against perplexity, KL and agreement."""
-    wanted = _wanted(text, windows, sequence_length, device)
-    rows = _print_comparison(models, against, wanted, as_json=as_json)
+    rows = _print_comparison(models, wanted, as_json=as_json)
     if output is not None:
         from counterweight.pipeline.judging.compare_page import write_comparison
 
         write_comparison(rows, output)
 
 
-def _print_comparison(models: Sequence[str], against: str | None, wanted: Wanted, *, as_json: bool) -> tuple[Row, ...]:
+def _print_comparison(models: Sequence[str], wanted: Wanted, *, as_json: bool) -> tuple[Row, ...]:
     from counterweight.pipeline.judging.compare import compare as measured
     from counterweight.pipeline.judging.compare_page import table_rows
 
-    original = None if against is None else absolute(against)
-    rows = measured([absolute(model) for model in models], against=original, wanted=wanted)
+    rows = measured([absolute(model) for model in models], wanted)
     if as_json:
         print_json([row.facts() for row in rows])
         return rows
@@ -105,18 +112,6 @@ def _print_comparison(models: Sequence[str], against: str | None, wanted: Wanted
             typer.echo(name)
         print_table(table_rows(rows, name))
     return rows
-
-
-def _wanted(text: str | None, windows: int | None, sequence_length: int | None, device: str) -> Wanted:
-    from counterweight.pipeline.evaluate import Wanted
-
-    return Wanted(
-        text=None if text is None else absolute(text),
-        windows=windows,
-        sequence_length=sequence_length,
-        device=device,
-        note=told,
-    )
 
 
 def told(line: str) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from counterweight.pipeline.artifact import open_artifact
 from counterweight.pipeline.artifact.report import Quality, Report, TextReport
-from counterweight.pipeline.evaluate import Wanted, measurable
+from counterweight.pipeline.evaluate import measurable
 from counterweight.pipeline.judging.foreign import Foreign, is_ours
 from counterweight.pipeline.judging.rivals import read_report
+from counterweight.pipeline.judging.wanted import Wanted
 from counterweight.pipeline.judging.yardstick import Yardstick, device_of
 from counterweight.pipeline.model_source import open_model
 from counterweight.workers.errors import RequestError
@@ -42,18 +43,18 @@ class Row:
         }
 
 
-def compare(uris: Sequence[str], *, against: str | None = None, wanted: Wanted | None = None) -> tuple[Row, ...]:
+def compare(uris: Sequence[str], wanted: Wanted | None = None) -> tuple[Row, ...]:
     """The original, then each model in the order given.
 
-    uris: artifacts of ours, checkpoints that transformers loads. against: the original; None: that of the first artifact of
-    ours, or else the first plain model. Texts and lengths that are not given are those of the first report. RequestError for a
+    uris: artifacts of ours, checkpoints that transformers loads. wanted: without an original, that of the first artifact of
+    ours, or else the first plain model; texts and lengths that are not given are those of the first report. RequestError for a
     model that cannot be loaded, and for an artifact that was made from another original.
     """
     wanted = wanted or Wanted()
     device = device_of(wanted.device)
     ours = {uri: read_report(uri) for uri in uris if is_ours(uri)}
     others = {uri: Foreign.open(uri) for uri in uris if uri not in ours}
-    source = open_model(against or _original(ours, others))
+    source = open_model(wanted.against or _original(ours, others))
     first = next(iter(ours.values()), None)
     asked = measurable(source, wanted, first)
     weights = source.parameters

@@ -100,6 +100,34 @@ def test_a_hole_takes_no_room(true_shapes: ModuleType, tmp_path: Path) -> None:
     assert sum(file.stat().st_blocks * 512 for file in files) < 1 << 20
 
 
+def test_samples_need_the_whole_model_and_a_pass_over_it_for_each_token(
+    true_shapes: ModuleType, tmp_path: Path
+) -> None:
+    config = true_shapes.shapes()["Llama-3-8B"].config
+    source = open_model(true_shapes.make(config, tmp_path).as_uri())
+    plain = job(tmp_path, workers=1).model_dump(mode="json")
+    text = {"text": {"kind": "standard_library", "part": "evaluation"}, "windows": 8, "compute_dtype": "bfloat16"}
+
+    def planned(**more: object) -> Plan:
+        spec = {**plain["spec"], "validation": {**text, **more}}
+        return make_plan(CompressionJob.model_validate({**plain, "spec": spec}), source, "H100-80G")
+
+    without, few, many = planned(), planned(generation={"new_tokens": 8}), planned(generation={"new_tokens": 4096})
+    assert "whole" not in without.largest
+    assert few.largest == many.largest == "validation, a model as a whole"
+    assert without.peak_bytes_per_worker < 2 * source.parameters < few.peak_bytes_per_worker
+    # Keys and values of 4 prompts, at most as wide as the stream, in 16 bits.
+    tokens = 4 * (4096 - 8)
+    assert many.peak_bytes_per_worker - few.peak_bytes_per_worker == tokens * 2 * 2 * 32 * 4096
+    assert without.estimate is not None
+    assert few.estimate is not None
+    assert many.estimate is not None
+    assert "whole models" not in without.estimate.stages
+    assert many.estimate.stages["whole models"] > 10 * few.estimate.stages["whole models"] > 0
+    asked = planned(tasks={"questions": {"uri": "questions.yaml"}})
+    assert asked.largest == "validation, a model as a whole"
+
+
 def test_weights_are_random_and_the_same_again(true_shapes: ModuleType, tmp_path: Path) -> None:
     config = true_shapes.narrowed(true_shapes.shapes()["Llama-3-8B"].with_layers(1), 32)
     sources = [open_model(true_shapes.make(config, tmp_path / n, weights=True).as_uri()) for n in ("one", "two")]

@@ -9,15 +9,16 @@ import torch
 
 from counterweight.pipeline.artifact import pull
 from counterweight.pipeline.artifact.report import Quality
-from counterweight.pipeline.evaluate import Wanted, evaluate_artifact
+from counterweight.pipeline.evaluate import evaluate_artifact
+from counterweight.pipeline.judging.wanted import Wanted
 from counterweight.workers.errors import RequestError
 from tests.models import checkpoint, write_text
 from tests.pipeline.tiny import LocalPool, job_of, local_path, run_local, write_job
 
 
-def evaluated(uri: str, against: str | None = None, **wanted: Any) -> dict[str, Quality]:
+def evaluated(uri: str, **wanted: Any) -> dict[str, Quality]:
     """The figures of the first text."""
-    return evaluate_artifact(uri, against=against, wanted=Wanted(**wanted))["text"].qualities
+    return evaluate_artifact(uri, Wanted(**wanted))["text"].qualities
 
 
 @pytest.fixture(scope="module")

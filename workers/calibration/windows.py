@@ -33,12 +33,18 @@ AnyTokenizer: TypeAlias = "TokenizerFiles | bytes | None"
 """A model's files, a tokenizer.json alone, or none."""
 
 
+CONVERT = (
+    "python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('MODEL').save_pretrained('MODEL')\""
+)
+"""Makes tokenizer.json of a tokenizer.model, in the folder MODEL."""
+
+
 def encoder(tokenizer: AnyTokenizer, field: str) -> Encoder:
     """The model's tokenizer, running; RequestError, naming `field`, without a tokenizer.json."""
     if tokenizer is None:
         raise RequestError(
-            f"{field}: the model has no tokenizer.json: expected one, or a source of kind 'tokens'; of a tokenizer.model "
-            "transformers' AutoTokenizer makes one (from_pretrained, save_pretrained)"
+            f"{field}: the model has no tokenizer.json: expected one, or a source of kind 'tokens'; to make one of a "
+            f"tokenizer.model: pip install sentencepiece, and {CONVERT}"
         )
     return (
         Encoder(tokenizer)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from counterweight.pipeline.cli import main
-from counterweight.pipeline.evaluate import Wanted
 from counterweight.pipeline.judging.compare import Row, compare
 from counterweight.pipeline.judging.compare_page import render_comparison
+from counterweight.pipeline.judging.wanted import Wanted
 from counterweight.workers.errors import RequestError
 from tests.models import checkpoint
 from tests.pipeline.tiny import job_of, local_path, run_local, write_job
@@ -93,9 +93,10 @@ def test_the_command_prints_a_table_or_facts_and_writes_a_page(
 
 
 def refused(uri: Path, *, against: Path | None = None, text: Path | None = None) -> str:
-    wanted = Wanted(text=None if text is None else text.as_uri(), sequence_length=16, windows=1)
+    original, words = (None if path is None else path.as_uri() for path in (against, text))
+    wanted = Wanted(against=original, text=words, sequence_length=16, windows=1)
     with pytest.raises(RequestError) as caught:
-        compare([uri.as_uri()], against=None if against is None else against.as_uri(), wanted=wanted)
+        compare([uri.as_uri()], wanted)
     return str(caught.value)
 
 
