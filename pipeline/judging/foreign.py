@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from counterweight.pipeline.artifact import DOCUMENT
 from counterweight.pipeline.artifact.document import LATEST
 from counterweight.pipeline.judging.yardstick import Yardstick
 from counterweight.pipeline.model_files import resolve
 from counterweight.pipeline.validate import Windows
+from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.context import DTYPES
 from counterweight.workers.errors import CheckpointError, RequestError
+from counterweight.workers.foreign import PackedFormat, format_of
 from counterweight.workers.storage import open_store
 from counterweight.workers.storage.names import file_root
 from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, QUANTIZED
@@ -33,11 +36,13 @@ def is_ours(uri: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """A checkpoint in a folder of this machine. kind: its quant_method, or `plain`. bytes: of its weights' files."""
+    """A checkpoint in a folder of this machine. kind: its quant_method, or `plain`. bytes: of its weights' files. packed: how
+    its weights are decoded; None where transformers does it."""
 
     folder: Path
     kind: str
     bytes: int
+    packed: PackedFormat | None = None
 
     @classmethod
     def open(cls, uri: str) -> Foreign:
@@ -56,14 +61,15 @@ class Foreign:
         except ValueError as error:
             raise CheckpointError(f"{uri}: config.json: {error}") from error
         quantization = config.get("quantization_config") if isinstance(config, dict) else None
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        return cls(folder, str(method or "plain"), sum(path.stat().st_size for path in files))
+        quantization = quantization if isinstance(quantization, dict) else {}
+        method = str(quantization.get("quant_method") or "plain")
+        return cls(folder, method, sum(path.stat().st_size for path in files), format_of(quantization))
 
     def judge(self, yardstick: Yardstick) -> Windows:
         """On the yardstick's windows; the model is in memory as a whole."""
         device, note = yardstick.worker.context.device, yardstick.note
         note(f"loading {self.folder} ({self.kind}) through transformers")
-        model = self._load(DTYPES[yardstick.dtype]).to(device).eval()
+        model = self.load(DTYPES[yardstick.dtype]).to(device).eval()
         ids = yardstick.tokens.ids.long().to(device)
 
         def told(done: int) -> None:
@@ -77,24 +83,48 @@ class Foreign:
             profiles={variant: list(measured.profiles) for variant, measured in same.items()},
         )
 
-    def _load(self, dtype: torch.dtype) -> PreTrainedModel:
-        """RequestError for what transformers refuses here, and where it would make weights up."""
+    def load(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model in memory. RequestError for what transformers refuses here, and where it would make weights up."""
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                self.folder,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+            found = self._stock(dtype) if self.packed is None else self._decoded(self.packed, dtype)
         except (ImportError, OSError, RuntimeError, ValueError, KeyError) as error:
             said = " ".join(str(error).split())[:300]
             raise RequestError(f"{self.folder}: transformers cannot load it here ({self.kind}): {said}") from error
-        missing = sorted(info["missing_keys"])
-        if missing:
+        if found.missing:
             raise RequestError(
-                f"{self.folder}: transformers finds no {missing[0]} ({len(missing)} such): it would invent them"
+                f"{self.folder}: transformers finds no {found.missing[0]} ({len(found.missing)} such): it would invent them"
             )
-        loaded: PreTrainedModel = model
-        return loaded
+        return found.model
+
+    def _stock(self, dtype: torch.dtype) -> _Loaded:
+        """As transformers loads it, with what it has of the quantization."""
+        return _Loaded.of(
+            AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=dtype, local_files_only=True, use_safetensors=True, **_ASKED
+            )
+        )
+
+    def _decoded(self, packed: PackedFormat, dtype: torch.dtype) -> _Loaded:
+        """The plain model, of weights that are decoded here: transformers would need the tool that wrote them."""
+        checkpoint = Checkpoint.open(open_store(self.folder.as_uri()), quantized=True)
+        tensors = packed.weights(checkpoint.read_many(checkpoint.names))
+        config = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        del config.quantization_config
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return _Loaded.of(model.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **_ASKED))
+
+
+_ASKED = {"trust_remote_code": False, "output_loading_info": True}
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """missing: weights that the model has and its checkpoint does not."""
+
+    model: PreTrainedModel
+    missing: list[str]
+
+    @classmethod
+    def of(cls, found: tuple[PreTrainedModel, Mapping[str, Iterable[str]]]) -> _Loaded:
+        model, info = found
+        return cls(model, sorted(info["missing_keys"]))
