@@ -43,8 +43,7 @@ from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.footprint import Load, footprint
 from counterweight.workers.footprint.distillation import Texts, state_traffic, trained_parameters, training_bytes
 from counterweight.workers.footprint.division import fitted
-from counterweight.workers.footprint.whole import whole_bytes
-from counterweight.workers.harness import BATCH
+from counterweight.workers.footprint.whole import BATCH, whole_bytes
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.recipe import ModuleRecipe
 

@@ -16,13 +16,11 @@ from pydantic import JsonValue
 
 from counterweight.workers.config import Config
 from counterweight.workers.errors import RequestError
+from counterweight.workers.footprint.whole import BATCH
 from counterweight.workers.tasks.harness import TaskScore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-BATCH = 8
-"""Requests that run together; logits differ in their last bits with it."""
 
 MISSING = "lm-evaluation-harness is not installed here: pip install 'counterweight[lm-eval]'"
 

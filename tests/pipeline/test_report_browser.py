@@ -47,6 +47,25 @@ CLIPPED = """
 """Text that does not fit into its own box."""
 
 
+HIDDEN = """
+() => [...document.querySelectorAll('.pair .scroll')]
+  .filter((node) => node.scrollWidth > node.clientWidth + 1)
+  .map((node) => node.textContent.slice(0, 60))
+"""
+"""Tables with columns that only scrolling shows."""
+
+OVERLAPPING = """
+() => [...document.querySelectorAll('svg.plot')].flatMap((plot) => {
+  const texts = [...plot.querySelectorAll('text')], boxes = texts.map((text) => text.getBoundingClientRect());
+  return texts.flatMap((text, i) => texts.slice(0, i).filter((_, j) =>
+    boxes[i].left < boxes[j].right && boxes[j].left < boxes[i].right &&
+    boxes[i].top < boxes[j].bottom - 2 && boxes[j].top < boxes[i].bottom - 2
+  ).map((other) => `${text.textContent} over ${other.textContent}`));
+})
+"""
+"""Words of a plot that lie over each other."""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with chromium() as started:
@@ -84,6 +103,9 @@ def test_nothing_overflows_and_nothing_is_complained_about(
         assert said == []
         assert page.evaluate(OUTSIDE) == []
         assert page.evaluate(CLIPPED) == []
+        if width == max(wide for _, wide in LOOKS):
+            assert page.evaluate(HIDDEN) == []
+            assert page.evaluate(OVERLAPPING) == []
         ink, paper = (page.evaluate(f"() => getComputedStyle(document.body).{what}") for what in COLOURS)
         assert (brightness(paper) > brightness(ink)) == (look != "dark")
     page.close()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from counterweight.workers.matrix_bytes import SINGLE
 
+BATCH = 8
+"""Requests of the harness that run together; logits differ in their last bits with it."""
+
 LOGITS = 2
 """Copies of a batch's logits in float32: themselves, and their log-probabilities."""
 

@@ -251,18 +251,18 @@ class TaskColumns:
         marked = {
             round(t.value) for t in Linear(0.0, max(numbers, default=0) + 1.0, 0.0, 1.0, count=8, whole=True).ticks()
         }
-        limit = level.end
-        for word, run in groupby(range(len(self.tasks)), key=lambda i: _group(self.tasks[i])):
-            members = list(run)
+        limit = level.end + 16
+        runs = [(word, list(run)) for word, run in groupby(range(len(self.tasks)), key=lambda i: _group(self.tasks[i]))]
+        for word, members in reversed(runs):
             if word:
-                # Text is about 6.5 wide a letter; what stands at the right edge must not leave the picture.
+                # Text is about 6.5 wide a letter; it must leave neither the picture nor room for less than a space behind it.
                 half = 3.25 * len(word)
-                x = min((centres[members[0]] + centres[members[-1]]) / 2, level.end - half + 6)
-                limit = min(limit, x - half)
+                x = min((centres[members[0]] + centres[members[-1]]) / 2, limit - 10 - half)
+                limit = x - half
                 ticks.append((x, word))
             else:
                 ticks += [(centres[i], str(n)) for i in members if (n := _block(self.tasks[i])) in marked]
-        return [(x, label) for x, label in ticks if not label.isdecimal() or x < limit - 10]
+        return [(x, label) for x, label in ticks if not label.isdecimal() or x < min(limit, level.end) - 10]
 
 
 def _block(task: TaskReport) -> int | None:

@@ -63,7 +63,8 @@ th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var
 th { font-weight: 500; }
 tbody th code { font-weight: 400; }
 thead th { color: var(--soft); font-weight: 500; font-size: 0.85rem; vertical-align: bottom; }
-.n td, .n th { text-align: right; white-space: nowrap; }
+.n td, .n th { text-align: right; }
+.n td { white-space: nowrap; }
 .n td:first-child, .n th:first-child { text-align: left; }
 .n td:last-child, .n th:last-child { padding-right: 4px; }
 td code, th code { white-space: nowrap; }
@@ -135,7 +136,6 @@ footer { margin-top: 40px; color: var(--soft); font-size: 0.85rem; }
   .facts dd { margin-bottom: 8px; }
   table { font-size: 0.85rem; }
   th, td { padding-right: 10px; }
-  .n th:first-child { white-space: normal; }
   .pair svg text { font-size: 15px; }
   .panels text { font-size: 9.5px; }
   .wide svg.plot { width: 640px; }
