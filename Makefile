@@ -10,7 +10,7 @@ SEEDS ?= 0:500
 
 HARNESS := build/harness
 
-.PHONY: harness demo test fuzz fuzz-api faults arithmetic arithmetic-short quality-check serve-test mlflow-test lint types layers check sbom docs clean
+.PHONY: harness demo test fuzz fuzz-api faults arithmetic arithmetic-short quality-check serve-test peers-test mlflow-test lint types layers check sbom docs clean
 
 demo: $(INSTALLED)
 	@$(BIN)/counterweight run manifests/demo.yaml
@@ -74,6 +74,11 @@ mlflow-test: $(INSTALLED)
 	@test -x $(MLFLOW)/bin/python || $(PYTHON) -m venv $(MLFLOW)
 	@$(MLFLOW)/bin/pip install --quiet --disable-pip-version-check 'mlflow==3.17.2'
 	COUNTERWEIGHT_MLFLOW=$(MLFLOW) $(BIN)/python -m pytest tests/pipeline/observability/test_mlflow_server.py
+
+# The demo's model through llm-compressor, GPTQModel, AutoRound and AutoAWQ, each in an environment of its own (2 to 3 GB): what we
+# read of their checkpoints is what they read.
+peers-test: $(INSTALLED)
+	$(BIN)/python benchmarks/exports.py --model manifests/demo/model --text manifests/demo/text/calibration.txt --validation manifests/demo/text/evaluation.txt
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -108,6 +108,16 @@ def revision() -> str:
     return found.stdout.strip() or "unknown"
 
 
+def environment(root: Path, requirements: Sequence[str]) -> str:
+    """The interpreter of a virtual environment with these requirements, made when it is missing."""
+    python = root / "bin" / "python"
+    if not (root / "installed").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(root)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *requirements], check=True)
+        (root / "installed").touch()
+    return str(python)
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, machine, record, table, versions
+from common import ROOT, environment, machine, record, table, versions
 
 ENVIRONMENTS = ROOT / ".benchmark-envs"
 PEER = "llmcompressor==0.14.0.1"
@@ -42,23 +42,14 @@ spec:
 """
 
 
-def environment(name: str, requirements: list[str]) -> str:
-    """The interpreter of an environment with these requirements, made when it is missing."""
-    root = ENVIRONMENTS / name
-    python = root / "bin" / "python"
-    if not (root / "installed").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(root)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *requirements], check=True)
-        (root / "installed").touch()
-    return str(python)
-
-
 def peer_python() -> str:
-    return environment("llmcompressor", [TORCH, PEER])
+    return environment(ENVIRONMENTS / "llmcompressor", [TORCH, PEER])
 
 
 def our_python() -> str:
-    return environment("counterweight", ["--constraint", str(ROOT / "constraints.txt"), "--editable", str(ROOT)])
+    return environment(
+        ENVIRONMENTS / "counterweight", ["--constraint", str(ROOT / "constraints.txt"), "--editable", str(ROOT)]
+    )
 
 
 def output_of(command: list[str]) -> str:
