@@ -33,6 +33,14 @@ def submit(
     again: Annotated[bool, typer.Option("--again", help="A further job or batch, though it was submitted.")] = False,
     priority: Annotated[int, typer.Option(min=-100, max=100, help="One step is worth an hour of waiting.")] = 0,
     tenant: Annotated[str, typer.Option(help="For whom, where tenants have limits.")] = "default",
+    max_failures: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Replaces spec.max_failures of a batch: beyond it, what has not begun is cancelled.",
+            show_default=False,
+        ),
+    ] = None,
     address: Annotated[
         str | None,
         typer.Option(
@@ -55,7 +63,8 @@ def submit(
     from counterweight.pipeline.jobs.requests import submitted
     from counterweight.pipeline.manifest import load_submission
 
-    asked = load_submission(manifest, set_ or [], None if output is None else absolute(output))
+    changes = [*(set_ or []), *([] if max_failures is None else [f"spec.max_failures={max_failures}"])]
+    asked = load_submission(manifest, changes, None if output is None else absolute(output))
     jobs = jobs_at(store or _output(asked))
     known = submitted(jobs, asked, tenant=tenant, priority=priority, again=again)
     wanted = known.drivers if drive else 0

@@ -119,6 +119,13 @@ def test_no_more_jobs_start_than_the_batch_allows(command: Callable[..., Any], m
     assert (len(said["queue"]), len(said["startable"])) == (3, 2)
 
 
+def test_how_many_may_fail_can_be_said_when_it_is_submitted(
+    command: Callable[..., Any], manifest: Path, jobs: JobStore
+) -> None:
+    id = command("submit", manifest, "--no-drive", "--max-failures", 2)["id"]
+    assert get_batch(jobs, id).record.max_failures == 2
+
+
 def test_a_batch_stands_as_its_jobs_do(command: Callable[..., Any], manifest: Path, jobs: JobStore) -> None:
     id = command("submit", manifest, "--no-drive")["id"]
     first, second, third = (job.id for job in get_batch(jobs, id).jobs)
