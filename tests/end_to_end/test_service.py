@@ -1,4 +1,5 @@
-"""The real service, a real S3 server and a Ray cluster of two workers' nodes: a job over HTTP whose driver is killed."""
+"""The real service, a real S3 server and a Ray cluster of two nodes: a job whose driver is killed, over HTTP and, where there
+is a browser, from the page."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -21,10 +22,14 @@ from transformers import AutoModelForCausalLM
 
 from counterweight.pipeline.artifact import verify
 from counterweight.pipeline.cli import main
+from tests.browsers import CHROMIUM, chromium
 from tests.nodes import HEAD, Nodes, nodes
 from tests.patience import PATIENCE
 from tests.pipeline.tiny import lengthened, write_job
 from tests.servers import S3Server, ceph_server
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 pytestmark = pytest.mark.end_to_end
 
@@ -87,10 +92,36 @@ def service(surroundings: Nodes, manifest: dict[str, Any], tmp_path: Path) -> It
         process.communicate(timeout=PATIENCE)
 
 
+@pytest.fixture
+def page() -> Iterator[Page | None]:
+    """Of a browser; None where there is none."""
+    if CHROMIUM is None:
+        yield None
+        return
+    with chromium() as browser:
+        opened = browser.new_page()
+        opened.set_default_timeout(1000 * PATIENCE)
+        yield opened
+
+
 @pytest.mark.integration
-def test_a_job_over_http_whose_driver_is_killed(
-    service: str, surroundings: Nodes, manifest: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_job_whose_driver_is_killed(
+    service: str,
+    page: Page | None,
+    surroundings: Nodes,
+    manifest: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if page is not None:
+        page.goto(service)
+        page.fill("#token", TOKEN)
+        page.click("main button")
+        page.click("text=Submit")
+        page.fill("textarea", yaml.safe_dump(manifest))
+        page.click("main button")
+        page.click("a:has-text('tiny')")
+        page.wait_for_url("**/jobs/*")
     work = ["work", "--store", f"{ROOT}/store", "--address", surroundings.head, "--until"]
     kinds: list[str] = []
     drivers: list[subprocess.Popen[bytes]] = []
@@ -98,8 +129,9 @@ def test_a_job_over_http_whose_driver_is_killed(
         with httpx.Client(base_url=service, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=PATIENCE) as client:
             assert client.get("/readyz").json() == {"status": "ok"}
             made = client.post("/v1/jobs", json=manifest)
-            assert made.status_code == 201, made.text
+            assert made.status_code == (201 if page is None else 200), made.text
             id = made.json()["id"]
+            assert page is None or page.url == f"{service}/jobs/{id}"
             drivers.append(started(*work, id, log=tmp_path / "first.log"))
             with client.stream("GET", f"/v1/jobs/{id}/events") as events:
                 for line in events.iter_lines():
@@ -122,7 +154,13 @@ def test_a_job_over_http_whose_driver_is_killed(
 
     monkeypatch.setenv("COUNTERWEIGHT_TOKEN", TOKEN)
     pulled = tmp_path / "pulled"
-    assert main(["pull", f"{service}/v1/artifacts/tiny/latest", str(pulled)]) == 0
+    place = f"{service}/v1/artifacts/tiny/latest"
+    if page is not None:
+        page.reload()
+        assert page.locator("dd.state").inner_text() == "succeeded"
+        commands = page.locator("section[aria-labelledby=artifact] pre").inner_text()
+        (place,) = re.findall(rf"pull ({service}\S+) tiny", commands)
+    assert main(["pull", place, str(pulled)]) == 0
     assert verify(pulled.as_uri()).id == facts["artifact"].rpartition("/")[2]
     model = AutoModelForCausalLM.from_pretrained(pulled)
     assert torch.isfinite(model(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
