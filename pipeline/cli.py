@@ -295,7 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return DEFECT
     if code == INTERRUPTED:  # some versions of typer return it, others raise
         what, code = ("terminated", TERMINATED) if received.terminated else ("interrupted", INTERRUPTED)
-        typer.echo(f"{what}: finished blocks are kept; run the same command again to resume", err=True)
+        words = (word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("-"))
+        resumable = next(words, None) == "run"
+        kept = ": finished blocks are kept; run the same command again to resume" if resumable else ""
+        typer.echo(f"{what}{kept}", err=True)
     return code if isinstance(code, int) else 0
 
 

@@ -358,6 +358,17 @@ def test_an_interrupt_is_130_and_one_line(command: Command, job: Path, monkeypat
     ]
 
 
+def test_what_is_not_a_job_keeps_no_blocks_when_it_is_interrupted(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("counterweight.pipeline.jobs.commands.jobs_at", interrupted)
+    ran = command("status")
+    assert (ran.code, ran.err) == (130, "interrupted\n")
+
+
 # -- what is printed ------------------------------------------------------------------------------------------------
 
 
