@@ -26,6 +26,7 @@ from counterweight.kernels.residual import Correction
 from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.batches import BATCH_BYTES, batch_size, batches
 from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.compensation.spectrum import spectrum
 from counterweight.workers.held_out import Rows
 from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup
 from counterweight.workers.parallel import PARALLEL_WIDTH, OrderedPool
@@ -272,7 +273,13 @@ def _judged(layer: LayerState, rows: Rows | None) -> HeldOutErrors | None:
     if rows is None:
         return None
     quantized, compensated = layer.errors_on(rows.x, rows.original)
-    return HeldOutErrors(tokens=len(rows.x), of_layer=rows.of_layer, quantized=quantized, compensated=compensated)
+    return HeldOutErrors(
+        tokens=len(rows.x),
+        of_layer=rows.of_layer,
+        quantized=quantized,
+        compensated=compensated,
+        spectrum=() if layer.branch is None else spectrum(layer.branch, rows.x),
+    )
 
 
 def tensor_bits(tensor: Tensor) -> int:

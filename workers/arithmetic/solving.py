@@ -103,8 +103,16 @@ def _judging_rows(load: Load, one: Solve) -> Work:
         branch = NOTHING if rank is None else product(rows, rank.at_most(rows, columns), columns)
         quantized = NOTHING if part.activations is None else part.activations.quantize_flops(tokens * columns)
         work += product(tokens, columns, rows) * (2 + (rank is not None)) + branch + quantized
+        work += NOTHING if rank is None else _spectrum(tokens, rows, columns, rank.at_most(rows, columns))
         work += elementwise(2 * rows * columns)
     return work
+
+
+def _spectrum(tokens: float, rows: int, columns: int, rank: int) -> Work:
+    """Of what a branch adds: its factor of the tokens, both factors' triangles, and their product's singular values."""
+    inner, outer = min(tokens, rank), min(rows, rank)
+    triangles = matrix_flops.qr(max(tokens, rank), inner) + matrix_flops.qr(max(rows, rank), outer)
+    return product(tokens, columns, rank) + triangles + product64(inner, rank, outer) + matrix_flops.svd(inner, outer)
 
 
 def _left(rows: int, columns: int) -> Work:

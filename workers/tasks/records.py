@@ -60,12 +60,15 @@ class FallbackReport(Config):
 class HeldOutErrors(Config):
     """Errors of a linear, as in `ModuleReport`, on tokens that nothing was solved on. tokens: how many. of_layer: of an expert
     that sees hardly any, that the router sent them elsewhere. quantized, compensated: None when the layer makes zeros of them.
+    spectrum: shares of what the branch adds to the output that its best 1, 2, 4, ... and all directions hold; empty without
+    a branch.
     """
 
     tokens: int
     of_layer: bool = False
     quantized: float | None
     compensated: float | None
+    spectrum: tuple[float, ...] = ()
 
 
 class ModuleReport(Config):

@@ -85,6 +85,14 @@ class Panel:
         return any(len(spread.names) > 1 for spread in self.spreads)
 
 
+def by_kind(modules: Iterable[ModuleReport]) -> dict[str, list[ModuleReport]]:
+    """The modules of each kind, kinds in the order of a block's computation."""
+    found: dict[str, list[ModuleReport]] = {}
+    for module in modules:
+        found.setdefault(place_of(module.name).kind, []).append(module)
+    return {kind: found[kind] for kind in sorted(found, key=_rank)}
+
+
 def panels(modules: Iterable[ModuleReport]) -> list[Panel]:
     """The modules by kind, kinds in the order of a block's computation, blocks ascending."""
     kinds: dict[str, dict[int, list[tuple[str, float, float]]]] = {}

@@ -12,6 +12,7 @@ from counterweight.pipeline.artifact.report_html.coverage import coverage_sectio
 from counterweight.pipeline.artifact.report_html.judged import judged_sections
 from counterweight.pipeline.artifact.report_html.markup import Markup, tag
 from counterweight.pipeline.artifact.report_html.modules import measured_on, middle
+from counterweight.pipeline.artifact.report_html.spectra import spectra_section
 from counterweight.pipeline.artifact.report_html.style import STYLE
 from counterweight.pipeline.artifact.report_html.tables import code, facts, fold, section, table
 from counterweight.pipeline.artifact.report_html.text import NONE, count, percent, recipe_line
@@ -48,6 +49,7 @@ def render(report: Report) -> str:
         judged_sections(report),
         cost.bits_section(report),
         quality.error_section(report),
+        *spectra_section(report),
         coverage_section(report.modules),
         fallback_section(report.modules),
         cost.task_section(report),

@@ -110,6 +110,7 @@ svg .write, svg .host, svg .device,
 .swatch rect, svg path { fill: var(--colour); }
 svg .ring { fill: var(--page); stroke: var(--colour); }
 svg .range, .swatch rect.range { fill: var(--colour); opacity: 0.38; }
+svg .curve { fill: none; stroke: var(--colour); stroke-width: 2; }
 svg .bridge { stroke: var(--colour); stroke-width: 3; opacity: 0.35; }
 svg .segment { stroke: var(--page); stroke-width: 1.5; }
 svg .reused { opacity: 0.4; }
