@@ -9,6 +9,8 @@ MINUTES ?= 60
 SEEDS ?= 0:500
 
 HARNESS := build/harness
+# One more than there are processors: many tests wait for a process, a lease or a network.
+TESTERS := $(shell $(PYTHON) -c 'import os; print(min(4, len(os.sched_getaffinity(0)) + 1))')
 
 .PHONY: harness demo test fuzz fuzz-api faults arithmetic arithmetic-short quality-check serve-test peers-test mlflow-test lint types layers check sbom docs clean
 
@@ -17,7 +19,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo "the whole suite: about 24 minutes on 2 cores" >&2
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
+	$(BIN)/python -m pytest -n $(TESTERS) --dist=worksteal
 
 # Hostile configs, headers, tokenizers, texts, data sets, manifests and artifacts from random seeds, for MINUTES; the suite has
 # a short form of it. A failure names its target and seed: `python -m tests.fuzz --target NAME --seed N` makes it again.

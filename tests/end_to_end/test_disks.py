@@ -52,11 +52,11 @@ def left_over(place: Path) -> list[str]:
 def test_wherever_the_disk_is_full_the_next_run_ends_in_the_same_bytes(
     manifest: Path, undisturbed: Path, taken: int, disk: Disk
 ) -> None:
-    """A disk that grows from run to run, by a tenth of what the job leaves: it is full at the start, while workers compute and
-    while the driver puts the artifact together."""
+    """A disk that grows from run to run, by a tenth of what the job leaves, and by less near the end: it is full at the start,
+    while workers compute and while the driver puts the artifact together."""
     job, said = job_of(manifest, f"spec.output.uri={disk.place.as_uri()}"), list[str]()
-    for tenths in range(1, 11):
-        disk.resize(taken * tenths // 10)
+    for hundredths in (*range(10, 90, 10), *range(90, 101, 2)):
+        disk.resize(taken * hundredths // 100)
         try:
             published = run_local(job, LocalPool(2))
         except SurroundingsError as error:

@@ -392,6 +392,7 @@ def test_no_figure_of_a_report_is_left_out() -> None:
         "distillation",  # in test_distillation
         "routers",  # in test_routers
         "validation_dtype",
+        "windows",  # of the first text, for tests of significance: in tests/pipeline/judging
         *("texts", "kl_by_position"),  # in test_validate
         *("gates", "base_model_problem", "benchmarks", "generation"),  # in tests/pipeline/judging
         *("sizes", "making", "earlier"),  # in test_report_making
