@@ -1,5 +1,5 @@
-"""Makes the artifacts of `tests.serving.cases`, and pulls one from an S3 server: `python -m tests.serving.make FOLDER`, in the
-project's own environment."""
+"""Makes the artifacts of `tests.serving.cases` and of `adapters`, and pulls one from an S3 server:
+`python -m tests.serving.make FOLDER`, in the project's own environment."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from counterweight.workers.storage import open_store
 from tests.inprocess import local, run_job
 from tests.models import checkpoint
 from tests.servers import moto_server
+from tests.serving.adapters import ADAPTED
 from tests.serving.cases import SERVED, folder_of
 
 PULLED = "W4A4 LRC, rotated"
@@ -23,7 +24,7 @@ PULLED = "W4A4 LRC, rotated"
 
 def make(folder: Path) -> None:
     """One artifact a case; those that are there stay."""
-    for name, case in SERVED.items():
+    for name, case in {**SERVED, **ADAPTED}.items():
         place = folder / folder_of(name)
         if (place / "artifact" / "artifact.json").exists():
             continue

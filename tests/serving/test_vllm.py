@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make serve-test")
 
+from tests.serving.adapters import ADAPTED
 from tests.serving.cases import SERVED, folder_of
 from tests.serving.engine import ENVIRONMENT, NEW_TOKENS, PROMPTS, Answer, difference, ours, vllm
 from tests.serving.record import digest
@@ -144,6 +145,26 @@ def test_stock_vllm_has_the_codes_logits_or_refuses(figures: dict[str, dict[str,
         own = 0.0 if SERVED[name].exact else noise(artifact(name), expected, compensated=False)
         assert difference(answers(found), expected) < CLOSE + 3 * own, name
     assert {name: figures[name]["stock"] for name in STOCK} == STOCK, printed[-2000:]
+
+
+@pytest.mark.parametrize("name", ["tied and biased", *ADAPTED])
+def test_stock_vllm_adds_the_branch_as_its_lora_adapter(
+    name: str, tmp_path: Path, figures: dict[str, dict[str, Any]]
+) -> None:
+    place, told = artifact(name), tmp_path / "told.json"
+    command = [sys.executable, "-m", "tests.serving.adapters", str(place), str(told)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert told.exists(), ran.stderr[-3000:]
+    found, expected = json.loads(told.read_text()), ours(place)
+    assert [answer["tokens"] for answer in found] == [answer.tokens for answer in expected]
+    largest = max(
+        abs(a - b)
+        for answer, other in zip(found, expected, strict=True)
+        for a, b in zip(answer["new"], other.new, strict=True)
+    )
+    figures.setdefault(name, {})["lora"] = largest
+    assert largest < CLOSE
+    assert [answer.tokens for answer in ours(place, compensated=False)] != [answer.tokens for answer in expected]
 
 
 @pytest.mark.parametrize("name", ["W4A16", "W3 + SVD, a rank for each module", "QDEC"])
