@@ -156,8 +156,8 @@ def test_a_job_whose_driver_is_killed(
     pulled = tmp_path / "pulled"
     place = f"{service}/v1/artifacts/tiny/latest"
     if page is not None:
-        page.reload()
-        assert page.locator("dd.state").inner_text() == "succeeded"
+        # The page loads itself again and again until the job is at its end.
+        page.locator("dd.state", has_text="succeeded").wait_for(timeout=1000 * PATIENCE)
         commands = page.locator("section[aria-labelledby=artifact] pre").inner_text()
         (place,) = re.findall(rf"pull ({service}\S+) tiny", commands)
     assert main(["pull", place, str(pulled)]) == 0
