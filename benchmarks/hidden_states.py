@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from common import ROOT, machine, record, table, versions
+from common import ROOT, adopt_orphans, machine, measured, record, table, versions
 
 from counterweight.workers.passing import NAME, pass_on, receive
 from counterweight.workers.storage import open_store
@@ -100,11 +98,9 @@ def job(manifest: str, grain: Sequence[str]) -> tuple[float, float, float]:
         command = [sys.executable, "-m", "counterweight.pipeline.cli", "run", manifest, "--output", scratch, "--quiet"]
         for one in settings:
             command += ["--set", one]
-        times, bytes_before, begun = os.times(), written(), time.perf_counter()
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        wall, after = time.perf_counter() - begun, os.times()
-        cpu = after.children_user + after.children_system - times.children_user - times.children_system
-        return wall, cpu, written() - bytes_before
+        before = written()
+        usage = measured(command, ROOT, {})
+        return usage.wall, usage.cpu, written() - before
 
 
 def jobs(manifest: str, repeats: int) -> list[list[str]]:
@@ -135,6 +131,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--record", action="store_true")
     asked = parser.parse_args()
+    adopt_orphans()
     about = f"{machine()}. {versions('torch')}. {asked.repeats} repeats; least, median."
     parts = [
         table(["CPU s per GB", "least", "median"], shards(asked.repeats)),

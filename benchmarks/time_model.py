@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, record, table, versions
+from common import ROOT, machine, measured, record, table, versions
 from torch import Tensor
 from true_shapes import make, narrowed, shapes
 
@@ -160,12 +158,8 @@ def _start_seconds(device: Device) -> float:
     seconds."""
     opened = f"torch.ones(1, device=Worker({device!r}).context.device)"
     run = f"import torch; from counterweight.workers.worker import Worker; {opened}"
-    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", run], check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if device == "cuda":
-        return time.perf_counter() - begun
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    usage = measured([sys.executable, "-c", run], ROOT, {})
+    return usage.wall if device == "cuda" else usage.cpu
 
 
 def _storage_rate(data: bytes) -> float:
@@ -313,11 +307,11 @@ def _work_of(cases: Mapping[str, Case], rates: Rates, device: Device) -> str:
     for name, case in cases.items():
         with tempfile.TemporaryDirectory() as scratch:
             found = compared(case, rates, Path(scratch), device)
-        for task, predicted, measured in found.tasks():
-            tasks.append([name, task, f"{predicted:.2f}", f"{measured:.2f}", f"{predicted / measured:.2f}"])
+        for task, predicted, taken in found.tasks():
+            tasks.append([name, task, f"{predicted:.2f}", f"{taken:.2f}", f"{predicted / taken:.2f}"])
             print(*tasks[-1], sep="  ", flush=True)
-        for phase, steps, measured in found.phases():
-            phases.append([name, phase, steps, f"{measured:.2f}"])
+        for phase, steps, taken in found.phases():
+            phases.append([name, phase, steps, f"{taken:.2f}"])
             print(" ", *phases[-1], sep="  ", flush=True)
         if device == "cuda":
             own, planned = found.timing.device_peak_bytes / 2**30, found.peak / 2**30

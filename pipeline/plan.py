@@ -198,10 +198,7 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     )
     reference = reference_bytes(job, source.layout.hidden_size)
     host = PROCESS_BYTES + (max(block.host_bytes for block in blocks) if on_gpu else most)
-    machine = host_bytes(job, gpu) if on_gpu or memory is None else memory.bytes + PROCESS_BYTES
-    # Beside the statistics of a block that stay, for the jobs of a sweep that need the same.
-    busy = host if on_gpu else max(host, PROCESS_BYTES + max(block.kept_peak_bytes for block in blocks))
-    room = None if machine is None else machine - busy
+    room = _room(job, gpu, memory, host, blocks)
     hidden = hidden_states(job, boundary, len(blocks) + passed, room)
     host += hidden.memory_bytes if on_gpu else hidden.memory_bytes - reserved(job, boundary)
     peak = most if on_gpu else host
@@ -209,10 +206,11 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     timed = on_gpu == (gpu is not None)
     made: Estimate | None = None
     if rates is not None and timed:
+        alone = _with_one_worker(job)
+        of_one = _costs(
+            alone, source, costed, training, rates, hidden_states(alone, boundary, len(blocks) + passed, room)
+        )
         costs = _costs(job, source, costed, training, rates, hidden)
-        single = _with_one_worker(job)
-        keeping = hidden_states(single, boundary, len(blocks) + passed, room)
-        of_one = _costs(single, source, costed, training, rates, keeping)
         made = estimate(costs, of_one, job.spec.resources, costed[0].load.threads)
         hidden = hidden.model_copy(update={"lost_seconds": again(costs.blocks, hidden.lost_blocks)})
     return Plan(
@@ -250,6 +248,20 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
         keeps_statistics=all(len(block.passes) <= 1 for block in blocks)
         and (memory is None or max(block.kept_peak_bytes for block in blocks) <= memory.bytes),
     )
+
+
+def _room(
+    job: CompressionJob, gpu: str | None, memory: Memory | None, host: int, blocks: Sequence[BlockPlan]
+) -> int | None:
+    """Bytes that a worker's host has for hidden states beside its tasks, which take `host`; None where the machine is not
+    known."""
+    if job.spec.resources.gpus_per_worker > 0:
+        machine, busy = host_bytes(job, gpu), host
+    else:
+        machine = host_bytes(job, gpu) if memory is None else memory.bytes + PROCESS_BYTES
+        # Beside the statistics of a block that stay, for the jobs of a sweep that need the same.
+        busy = max(host, PROCESS_BYTES + max(block.kept_peak_bytes for block in blocks))
+    return None if machine is None else machine - busy
 
 
 def _with_one_worker(job: CompressionJob) -> CompressionJob:

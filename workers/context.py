@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from counterweight.workers.ahead import ReadAhead
 from counterweight.workers.checkpoint.reader import Checkpoint
@@ -14,8 +13,6 @@ from counterweight.workers.parallel import OrderedPool, Overlapped, Shards, Side
 from counterweight.workers.passing import Mailbox, OwnMemory
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.setting import Setting
-from counterweight.workers.transfer import to_device, to_host
-from counterweight.workers.workspace import Blob, Workspace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,13 +47,3 @@ class TaskContext:
         self.shards.close()
         self.training.keep(None)
         self.pool.close()
-
-
-def put_hidden(workspace: Workspace, hidden: Tensor) -> Blob:
-    """Stores one shard of hidden states, which can be made again."""
-    return workspace.put_tensors({"hidden": to_host(hidden)}, durable=False)
-
-
-def get_hidden(workspace: Workspace, blob: Blob, device: torch.device) -> Tensor:
-    """One shard of hidden states [sequences, length, hidden], verified, on the device."""
-    return to_device(workspace.get_tensors(blob)["hidden"], device)

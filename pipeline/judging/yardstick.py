@@ -17,12 +17,13 @@ from counterweight.pipeline.artifact import open_artifact
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.validate import Windows
 from counterweight.workers.calibration.tokens import TokenSet
-from counterweight.workers.context import DTYPES, get_hidden
+from counterweight.workers.context import DTYPES
 from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.errors import RequestError
 from counterweight.workers.keys import digest
 from counterweight.workers.ledger import LEDGER
 from counterweight.workers.models.source import read_head
+from counterweight.workers.passing import receive
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.evaluate import Evaluate
 from counterweight.workers.tasks.inspect import Inspect
@@ -93,7 +94,7 @@ class Yardstick:
     @torch.no_grad()
     def log_probabilities(self, batch: int) -> Tensor:
         """The original's, of the next token, of a batch of windows: [windows, length, vocabulary] float32."""
-        hidden = get_hidden(self.workspace, self.found.outputs[batch], self.worker.context.device)
+        hidden = receive(self.worker.context, self.workspace, self.found.outputs[batch])
         return functional.log_softmax(self._head(hidden).float(), dim=-1)
 
     def judge(self, uri: str) -> Windows:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from counterweight.workers.context import get_hidden, put_hidden
+from counterweight.workers.context import TaskContext
+from counterweight.workers.passing import pass_on, receive
 from counterweight.workers.storage import open_store
 from counterweight.workers.transfer import to_device, to_host
 from counterweight.workers.workspace import Workspace
@@ -17,9 +18,10 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hidden_states_come_back_as_they_were(dtype: torch.dtype, tmp_path: Path) -> None:
-    workspace = Workspace(open_store(tmp_path.as_uri()))
+    context, workspace = TaskContext(CPU, 1), Workspace(open_store(tmp_path.as_uri()))
     hidden = torch.randn(2, 8, 16).to(dtype)
-    found = get_hidden(workspace, put_hidden(workspace, hidden), CPU)
+    found = receive(context, workspace, pass_on(context, workspace, hidden, room=0, lasting=True))
+    context.close()
     assert found.dtype is dtype
     assert torch.equal(found, hidden)
 

@@ -91,11 +91,12 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
 
         from counterweight.workers.clock import Clock
         from counterweight.workers.compressed import CompressedModel
-        from counterweight.workers.context import DTYPES, get_hidden
+        from counterweight.workers.context import DTYPES
         from counterweight.workers.evaluation import advance, compressed_blocks, measure, variants_of
         from counterweight.workers.memory import release
         from counterweight.workers.models.routing import Routes
         from counterweight.workers.models.source import read_head
+        from counterweight.workers.passing import receive
 
         asked, clock = self.original, Clock(context.device)
         device, dtype = context.device, DTYPES[asked.dtype]
@@ -139,7 +140,7 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
         hidden = advance(dict.fromkeys(measured, first), turn, context.pool, routed)
         found = measure(
             hidden,
-            lambda batch: get_hidden(workspace, outputs[batch], device),
+            lambda batch: receive(context, workspace, outputs[batch]),
             batches,
             {BASELINE: original_head, **dict.fromkeys(measured, own_head)},
             context.pool,

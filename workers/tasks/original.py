@@ -66,12 +66,13 @@ class Original(Config, DurableTask[OriginalRecord]):
         import torch
 
         from counterweight.workers.clock import Clock
-        from counterweight.workers.context import DTYPES, put_hidden
+        from counterweight.workers.context import DTYPES
         from counterweight.workers.evaluation import advance
         from counterweight.workers.loaded_block import load_block
         from counterweight.workers.memory import release
         from counterweight.workers.models.block_builder import Block
         from counterweight.workers.models.routing import Routes
+        from counterweight.workers.passing import pass_on
 
         clock, dtype = Clock(context.device), DTYPES[self.dtype]
         checkpoint, builder = context.source(self.setting)
@@ -94,7 +95,7 @@ class Original(Config, DurableTask[OriginalRecord]):
         turn = context.ahead.in_turn(self.name, builder.blocks, blocks)
         found = advance({self.kind: hidden}, turn, context.pool, routed)[self.kind]
         clock.lap("forward")
-        outputs = tuple(put_hidden(workspace, batch) for batch in found)
+        outputs = tuple(pass_on(context, workspace, batch, room=0, lasting=True) for batch in found)
         packed = {str(block): choices for block, choices in routes.packed.items()}
         stored = workspace.put_tensors(packed, durable=False) if packed else None
         clock.lap("write")
