@@ -69,11 +69,12 @@ def _panel(one: Spectra) -> Markup:
     every = -(-len(steps) // LABELS)
     ticks = [(level.at(place), str(1 << place)) for place in range(0, len(steps) - 1, every)]
     ticks = [tick for tick in ticks if tick[0] < area.right - 16]
-    half = steps[-2][1] if len(steps) > 1 else 1.0
+    names = _names(len(steps))
+    said = ", ".join(f"{name} {percent(middle)}" for name, (_, middle, _) in zip(names, steps, strict=True))
     return drawing(
         260,
         172,
-        f"{one.kind}: of what branches add the best direction holds {percent(steps[0][1])}, half of them {percent(half)}",
+        f"{one.kind}: of what branches add {said}",
         words(area.left, 12, one.kind, class_="strong"),
         rising_axis(area, rising),
         level_axis(area, [*ticks, (area.right, "all")], title="directions"),
@@ -81,13 +82,13 @@ def _panel(one: Spectra) -> Markup:
         tag("polyline", points=_points(line), class_="after curve"),
         *(
             mark("circle", f"{name}: median {percent(middle)}", cx=x, cy=y, r=2.5, class_="after dot")
-            for (x, y), (_, middle, _), name in zip(line, steps, _names(len(steps)), strict=True)
+            for (x, y), (_, middle, _), name in zip(line, steps, names, strict=True)
         ),
     )
 
 
 def _names(steps: int) -> list[str]:
-    return [*(f"{1 << place} of the directions" for place in range(steps - 1)), "all directions"]
+    return [*(f"best {1 << place} of the directions" for place in range(steps - 1)), "all directions"]
 
 
 def _points(points: Sequence[tuple[float, float]]) -> str:
