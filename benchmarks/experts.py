@@ -29,6 +29,7 @@ from counterweight.workers.calibration.shrinkage import shrunk
 from counterweight.workers.calibration.source import TextSource
 from counterweight.workers.calibration.statistics import InputStatistics, PackedMoments
 from counterweight.workers.calibration.tokens import token_set
+from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.models.experts import LinearExperts
 from counterweight.workers.recipe import Recipe
@@ -61,12 +62,12 @@ def windows(model: str, text: str, count: int, length: int) -> Tensor:
 def routed(model: str, block: int, texts: Sequence[Tensor]) -> tuple[LinearExperts, list[Routed]]:
     """The experts of a block, and what each text sends them in the original model."""
     source = open_model(Path(model).resolve().as_uri())
-    builder = BlockBuilder(source.checkpoint.config)
-    embed = builder.embedding(source.checkpoint.read(builder.names.embedding), CPU, torch.float32)
+    checkpoint, builder = Checkpoint.open(source.store), BlockBuilder(source.checkpoint.config)
+    embed = builder.embedding(checkpoint.read(builder.names.embedding), CPU, torch.float32)
     with torch.no_grad():
         hidden = [[embed(part) for part in text.split(AT_A_TIME)] for text in texts]
     for index in range(block + 1):
-        tensors = source.checkpoint.read_many(source.block_tensors(index))
+        tensors = checkpoint.read_many(source.block_tensors(index))
         parts = source.layout.sources(index, source.checkpoint.names)
         parameters = {name: part.of(tensors[part.source]) for name, part in parts.items()}
         running = builder.block(index, parameters, CPU, torch.float32)

@@ -23,7 +23,7 @@ from common import machine, record, table, versions
 from torch import Tensor
 from torch.nn import functional
 
-from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.gpu.activations import prepare
 from counterweight.kernels.gpu.error_compensation import compensate_
 from counterweight.kernels.gpu.experts import align_tokens, block_of, expert_gemm

@@ -23,8 +23,9 @@ from common import ROOT, adopt_orphans, machine, measured, record, table, versio
 
 from counterweight.workers.passing import NAME, pass_on, receive
 from counterweight.workers.storage import open_store
+from counterweight.workers.tensor_blobs import blob_of
 from counterweight.workers.worker import Worker
-from counterweight.workers.workspace import Blob, Workspace, blob_of
+from counterweight.workers.workspace import Blob, Workspace
 
 SHARD = (4, 2048, 4096)
 """Sequences, length, hidden size."""

@@ -12,13 +12,14 @@ from branch_methods import Replacement
 from torch import Tensor, nn
 from torch.nn import functional
 
-from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.workers.calibration.source import TextSource
 from counterweight.workers.calibration.statistics import Gathering, InputStatistics
 from counterweight.workers.calibration.tokens import token_set
+from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.evaluation import advance, measure
 from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.metrics import kl, perplexity
@@ -109,7 +110,7 @@ def opened(uri: str, recipe: Recipe, calibration: str, tests: Sequence[str], siz
     builder, rotation = BlockBuilder(source.checkpoint.config, frozenset(source.checkpoint.names)), recipe.rotation
     if rotation is None:
         raise ValueError("recipe: no rotation: expected one")
-    tensors = {name: tensor.float() for name, tensor in outside(source.checkpoint, builder).items()}
+    tensors = {name: tensor.float() for name, tensor in outside(Checkpoint.open(source.store), builder).items()}
     embed = builder.embedding(rotation.embedding(tensors[builder.names.embedding]), CPU, torch.float32)
     ends = rotation.outside(head_of(tensors, builder.names), builder.layout)[0]
     cuts = [(calibration, size.sequences), *((text, size.windows) for text in tests)]
@@ -143,10 +144,11 @@ def staged(
 ) -> list[Stage]:
     """Every block, rotated and smoothed, with what enters its linears. seen, unseen: hidden states behind the embedding."""
     builder = BlockBuilder(source.checkpoint.config, frozenset(source.checkpoint.names))
+    checkpoint = Checkpoint.open(source.store)
     heads, values = builder.config.num_attention_heads, builder.config.num_key_value_heads
     stages = []
     for index in range(builder.blocks):
-        tensors = source.checkpoint.read_many(source.block_tensors(index))
+        tensors = checkpoint.read_many(source.block_tensors(index))
         slices = source.layout.sources(index, source.checkpoint.names)
         parameters = {name: part.of(tensors[part.source]) for name, part in slices.items()}
         parameters, online = rotation.block(builder.config.model_type, parameters, heads, values)

@@ -37,6 +37,7 @@ from counterweight.pipeline.rates import TASK, Rates
 from counterweight.pipeline.resolve import block_recipe
 from counterweight.workers.arithmetic import arithmetic
 from counterweight.workers.calibration.statistics import Accumulator
+from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.context import DTYPES
 from counterweight.workers.footprint import footprint
 from counterweight.workers.matrix_flops import cholesky, eigh, product
@@ -45,6 +46,7 @@ from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.records import Timing
 from counterweight.workers.tasks.setting import Device, Setting, shard_sequences
+from counterweight.workers.tensor_blobs import put_tensors
 from counterweight.workers.transfer import to_device, to_host
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Blob
@@ -227,10 +229,11 @@ def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
         rotation=job.spec.recipe.rotation,
     )
     inputs = _hidden(setting, case, source.layout.hidden_size)
+    checkpoint = Checkpoint.open(source.store)
     spec = BlockSpec(
         setting=setting,
         index=0,
-        tensors={name: source.checkpoint.digest(name) for name in source.block_tensors(0)},
+        tensors={name: checkpoint.digest(name) for name in source.block_tensors(0)},
         inputs=inputs,
         recipe=recipe,
         propagate="original",
@@ -285,7 +288,7 @@ def _hidden(setting: Setting, case: Case, width: int) -> tuple[Blob, ...]:
         hidden = torch.randn(sequences, case.length, width, generator=generator, device=setting.device)
         return hidden.to(DTYPES[setting.compute_dtype]).cpu()
 
-    return tuple(workspace.put_tensors({"hidden": shard(start)}) for start in range(0, case.sequences, of_shard))
+    return tuple(put_tensors(workspace, {"hidden": shard(start)}) for start in range(0, case.sequences, of_shard))
 
 
 def _shown(rates: Rates) -> str:

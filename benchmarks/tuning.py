@@ -24,6 +24,7 @@ from counterweight.pipeline.model_source import open_model
 from counterweight.workers.calibration.source import TextSource
 from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.calibration.tokens import token_set
+from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers import GPTQ, RTN, Quantizer
 from counterweight.workers.methods.scales import MeanSquare
@@ -74,12 +75,13 @@ def problems(model: str, text: str, blocks: int, sequences: int, length: int) ->
         field="TEXT",
     ).ids
     builder = BlockBuilder(source.checkpoint.config, frozenset(source.checkpoint.names))
-    embed = builder.embedding(source.checkpoint.read(builder.names.embedding), CPU, torch.float32)
+    checkpoint = Checkpoint.open(source.store)
+    embed = builder.embedding(checkpoint.read(builder.names.embedding), CPU, torch.float32)
     with torch.no_grad():
         seen, unseen = (embed(part.long()) for part in (tokens[:sequences], tokens[-sequences:]))
     found = []
     for index in range(blocks):
-        tensors = source.checkpoint.read_many(source.block_tensors(index))
+        tensors = checkpoint.read_many(source.block_tensors(index))
         parts = source.layout.sources(index, source.checkpoint.names)
         parameters = {name: part.of(tensors[part.source]) for name, part in parts.items()}
         block = builder.block(index, parameters, CPU, torch.float32)

@@ -1,7 +1,7 @@
-"""What a compensated layer is made of beside its weight: how its input is quantized, and low-rank factors.
+"""Low-rank branches: what a compensated layer has beside its weight.
 
-These are values, not modules: plain frozen dataclasses of tensors that every storey can pass around. Weights are in `weights`;
-`linear` computes with all of them.
+A value, not a module: a plain frozen dataclass of tensors that every storey can pass around. Weights are in `weights`; `linear`
+computes with both.
 """
 
 from __future__ import annotations
@@ -13,16 +13,6 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.weights.packing import packed_width
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ActivationFormat:
-    """Dynamic, symmetric quantization of a layer's input. bits of a code; clip: share of the largest magnitude that codes
-    reach; group_size: channels of a token that share a scale, or None for one scale per token."""
-
-    bits: int
-    clip: float = 1.0
-    group_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from counterweight.kernels.decoding import is_decoding
-from counterweight.kernels.formats import ActivationFormat, LowRank
+from counterweight.kernels.formats import LowRank
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.kernels.residual import Correction

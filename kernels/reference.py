@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat, LowRank
+from counterweight.kernels.formats import LowRank
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.weights import StoredWeight
 
 

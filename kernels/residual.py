@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from counterweight.kernels.forms import CHUNK
 from counterweight.kernels.weights.packing import pack, unpack
 
-CHUNK = 1024
-"""Input channels among which one thread block chooses."""
 _BUCKETS = 32
 _STORED_BITS = (2, 4, 8)  # widths of which none straddles two words
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.model_source import ModelSource, check_stored_head
-from counterweight.workers.checkpoint.digest import TensorDigest
+from counterweight.workers.checkpoint.inspector import TensorDigest
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.tasks.inspect import Inspect
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from counterweight.pipeline.model_files import resolve, tokenizer_of
 from counterweight.workers.calibration.windows import TokenizerFiles
-from counterweight.workers.checkpoint.reader import Checkpoint
+from counterweight.workers.checkpoint.catalogue import Catalogue
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.models.config_values import check_layers
 from counterweight.workers.models.families import family_of
@@ -29,7 +29,7 @@ class ModelSource:
 
     uri: str
     store: ObjectStore
-    checkpoint: Checkpoint
+    checkpoint: Catalogue
     layout: ModelLayout
 
     @cached_property
@@ -94,7 +94,7 @@ def open_model(
     """
     root = resolve(uri)
     store = open_store(root)
-    checkpoint = Checkpoint.open(store)
+    checkpoint = Catalogue.open(store)
     check_layers(checkpoint.config, (*checkpoint.names, *checkpoint.parts))
     ends = family_of(checkpoint.config.get("model_type")).ends
     layout = describe(checkpoint.config, ends.intersection(checkpoint.names))

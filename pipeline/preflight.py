@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from counterweight.pipeline.judging.task_files import read_documents
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_files import check_files, positions_of, resolve, tokenizer_of
 from counterweight.pipeline.texts import Texts, check_texts, read_texts, usual_special_tokens
@@ -41,8 +42,6 @@ def look(job: CompressionJob) -> Ready:
     except RequestError as error:
         raise RequestError(f"spec.output.uri: {error}") from error
     if job.spec.validation is not None and job.spec.validation.tasks:
-        from counterweight.pipeline.judging.task_files import read_documents  # torch, which other jobs do without here
-
         read_documents(job.spec.validation, model)
     texts = read_texts(job, tokenizer_of(model), usual_special_tokens(config))
     return Ready(root=root, output=output, texts=texts)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from math import ceil, inf, isfinite
 
-from counterweight.kernels.residual import CHUNK
+from counterweight.kernels.forms import CHUNK
 from counterweight.workers.methods.residual import Bandwidths, LatencyBudget, Residual
 from counterweight.workers.recipe import ModuleRecipe
 

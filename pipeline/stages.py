@@ -35,6 +35,7 @@ from counterweight.workers.tasks.original import Original
 from counterweight.workers.tasks.pass_through import PassThrough, PassThroughRecord
 from counterweight.workers.tasks.records import HiddenRecord, LedgerEntry
 from counterweight.workers.tasks.setting import Setting, shard_sequences
+from counterweight.workers.tensor_blobs import put_tensors
 from counterweight.workers.workspace import Blob, Workspace
 
 
@@ -277,7 +278,7 @@ def shard_count(tokens: TokenSet | None) -> int:
 
 def stored_tokens(job: Job, tokens: TokenSet) -> Blob:
     """The ids as a blob of the workspace."""
-    return job.workspace.put_tensors({"input_ids": tokens.ids})
+    return put_tensors(job.workspace, {"input_ids": tokens.ids})
 
 
 def block_done(record: BlockRecord, *, reused: bool) -> BlockDone:

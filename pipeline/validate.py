@@ -18,6 +18,7 @@ from counterweight.pipeline.artifact.report import (
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.graph import Graph, Node, giving
 from counterweight.pipeline.manifest import Validation
+from counterweight.pipeline.shares import original_shares
 from counterweight.pipeline.tokens import Tokens
 from counterweight.workers.ledger import LEDGER
 from counterweight.workers.metrics import kl_by_position
@@ -31,7 +32,6 @@ from counterweight.workers.tasks.evaluate import (
     WindowProfiles,
 )
 from counterweight.workers.tasks.original import Original, OriginalRecord
-from counterweight.workers.tasks.setting import shard_sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,6 @@ class Windows:
         return found
 
 
-READ_TOKENS = 1 << 19
-"""Tokens that a GPU runs through a model in about the time in which the model is read: an H100 at 2.5 GB/s of storage takes
-380 thousand of a dense one, 1.4 million of Mixtral (`pipeline.rates`)."""
-
-
 @dataclass(frozen=True, slots=True)
 class Reference:
     """Windows that one task of the validation measures, and what the original makes of them. task: the original on these
@@ -99,14 +94,6 @@ def add_originals(graph: Graph, whole: Original, length: int, workers: int) -> l
         node = graph.add(giving(of(range(first, together[-1].stop))), soon=len(together) > 1)
         found += [Reference(of(share), node, first) for share in together]
     return found
-
-
-def original_shares(windows: int, length: int, workers: int, *, gpu: bool) -> list[list[range]]:
-    """The windows of each worker, those together that one task runs through the original."""
-    each = shares(windows, length, workers)
-    tasks = min(len(each), -(-windows * length // READ_TOKENS)) if gpu else len(each)
-    together = -(-len(each) // tasks)
-    return [each[first : first + together] for first in range(0, len(each), together)]
 
 
 def validate(
@@ -158,14 +145,6 @@ def described(validation: Validation | None, tokens: Tokens) -> dict[str, Tokens
         name: tokens_report(source, tokens.validation[name], special_tokens=specials)
         for name, (source, _) in validation.sources.items()
     }
-
-
-def shares(windows: int, length: int, workers: int) -> list[range]:
-    """The windows of each worker: whole batches, because the last bits of a matrix product may depend on its number of rows (an
-    expert's few tokens)."""
-    batch = shard_sequences(length)
-    share = -(-windows // (batch * workers)) * batch
-    return [range(start, min(start + share, windows)) for start in range(0, windows, share)]
 
 
 def _means(windows: Sequence[WindowProfiles]) -> tuple[float, ...]:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from counterweight.kernels.backend import Kernels, experts_on_kernels, on_kernels
 from counterweight.kernels.decoding import tell_length
-from counterweight.kernels.formats import ActivationFormat, LowRank
+from counterweight.kernels.formats import LowRank
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.kernels.residual import Correction

@@ -33,6 +33,7 @@ from counterweight.workers.models.config_values import check_layers
 from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.quantization.inputs import all_finite
 from counterweight.workers.storage import ObjectStore, sha256_hex
+from counterweight.workers.transforms.online import hadamard
 
 MAX_LEDGER_BYTES = 256 << 20
 """Of a ledger.json; a tensor takes some 300 bytes, and a model has at most 200,000."""
@@ -213,7 +214,7 @@ def _linear(
         weight=weight,
         low_rank=branch,
         activations=form.activations,
-        transform=form.hadamard,
+        transform=hadamard(form),
         residual=residual,
     )
     return linear.to(device)
@@ -221,7 +222,7 @@ def _linear(
 
 def _check_width(module: str, form: ModuleFormat, shape: tuple[int, ...]) -> None:
     """CheckpointError where what is done to the input of a linear of `shape` [out, in] does not fit its width."""
-    columns, tiles, transform = shape[-1], form.activation_group_size, form.hadamard
+    columns, tiles, transform = shape[-1], form.activation_group_size, hadamard(form)
     if tiles is not None and columns % tiles:
         raise CheckpointError(f"{module}: activation_group_size: {tiles}: expected a divisor of {columns}")
     if transform is not None and transform.width != columns:

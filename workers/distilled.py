@@ -25,6 +25,7 @@ from counterweight.workers.tasks.distill import Distill, DistillRecord, TrainedB
 from counterweight.workers.tasks.epoch import Epoch, EpochRecord
 from counterweight.workers.tasks.replica import Replica, ReplicaRecord
 from counterweight.workers.tasks.training import StoredBlock, TrainingSpec
+from counterweight.workers.tensor_blobs import get_tensors, put_tensors
 from counterweight.workers.workspace import Blob, Workspace
 
 
@@ -108,17 +109,17 @@ def _state(record: EpochRecord, workspace: Workspace, device: torch.device) -> S
 
 
 def _get(blob: Blob, workspace: Workspace, device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in workspace.get_tensors(blob).items()}
+    return {name: tensor.to(device) for name, tensor in get_tensors(workspace, blob).items()}
 
 
 def _put(workspace: Workspace, tensors: Mapping[str, Tensor]) -> Blob:
-    return workspace.put_tensors({name: tensor.cpu() for name, tensor in tensors.items()})
+    return put_tensors(workspace, {name: tensor.cpu() for name, tensor in tensors.items()})
 
 
 def read_student(context: TaskContext, spec: TrainingSpec, workspace: Workspace) -> Student:
     """The compressed model, ready to be trained in float32."""
     checkpoint, builder = context.source(spec.setting)
-    first, last = (workspace.get_tensors(blob) for blob in spec.outside)
+    first, last = (get_tensors(workspace, blob) for blob in spec.outside)
     blocks: list[Block] = []
     linears: dict[str, TrainableLinear] = {}
     norms: dict[str, nn.Parameter] = {}
@@ -148,7 +149,7 @@ def read_student(context: TaskContext, spec: TrainingSpec, workspace: Workspace)
 
 def _store(block: StoredBlock, student: Student, layout: ModelLayout, workspace: Workspace) -> TrainedBlock:
     """The block's shards with what training made of it in the place of what was there."""
-    tensors = workspace.get_tensors(block.checkpoint)
+    tensors = get_tensors(workspace, block.checkpoint)
     factors: dict[str, Tensor] = {}
     for module in block.formats:
         linear = student.linears[module].stored()
@@ -160,8 +161,8 @@ def _store(block: StoredBlock, student: Student, layout: ModelLayout, workspace:
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
     factors = {name: tensor.cpu() for name, tensor in factors.items()}
     return TrainedBlock(
-        checkpoint=workspace.put_tensors(tensors),
-        adapter=workspace.put_tensors(factors) if factors else None,
+        checkpoint=put_tensors(workspace, tensors),
+        adapter=put_tensors(workspace, factors) if factors else None,
         tensors={name: tensor_digest(tensor) for name, tensor in tensors.items()},
         factors={name: tensor_digest(tensor) for name, tensor in factors.items()},
     )
@@ -170,7 +171,7 @@ def _store(block: StoredBlock, student: Student, layout: ModelLayout, workspace:
 def _tensors(block: StoredBlock, workspace: Workspace) -> dict[str, Tensor]:
     """Everything that is stored of the block."""
     blobs = [blob for blob in (block.checkpoint, block.adapter) if blob is not None]
-    return {name: tensor for blob in blobs for name, tensor in workspace.get_tensors(blob).items()}
+    return {name: tensor for blob in blobs for name, tensor in get_tensors(workspace, blob).items()}
 
 
 def _chosen(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -179,7 +180,7 @@ def _chosen(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Te
 
 def read_texts(context: TaskContext, spec: TrainingSpec, workspace: Workspace) -> list[Text]:
     """What is trained on, and each held-out text."""
-    ids = workspace.get_tensors(spec.tokens)["input_ids"].long().to(context.device)
-    targets = torch.cat([workspace.get_tensors(blob)["hidden"] for blob in spec.targets]).to(context.device)
+    ids = get_tensors(workspace, spec.tokens)["input_ids"].long().to(context.device)
+    targets = torch.cat([get_tensors(workspace, blob)["hidden"] for blob in spec.targets]).to(context.device)
     sizes = [spec.trained, *spec.held_out]
     return [Text(ids=own, targets=meant) for own, meant in zip(ids.split(sizes), targets.split(sizes), strict=True)]

@@ -6,14 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from counterweight.kernels.formats import ActivationFormat
-from counterweight.kernels.hadamard import Hadamard
-from counterweight.kernels.weights import WeightForm
+from counterweight.kernels.forms import ActivationFormat, WeightForm
 from counterweight.workers.config import Config
 
 
 class OnlineTransform(Config):
-    """A Hadamard transform of a layer's input at inference: see `kernels.hadamard.Hadamard`."""
+    """A Hadamard transform of a layer's input at inference: see `kernels.hadamard.Hadamard`, and `transforms.online`."""
 
     size: int = Field(ge=1)
     seed: int | None
@@ -48,11 +46,6 @@ class ModuleFormat(Config):
     def weight(self) -> WeightForm:
         """What is to be known of the weight beside its tensors."""
         return WeightForm(kind=self.kind, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
-
-    @property
-    def hadamard(self) -> Hadamard | None:
-        """The transform of the input at inference, None when there is none."""
-        return None if self.online is None else Hadamard(**self.online.model_dump())
 
     @property
     def activations(self) -> ActivationFormat | None:

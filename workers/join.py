@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-import torch
 from torch import Tensor
 
 from counterweight.workers.ahead import ReadAhead
+from counterweight.workers.checkpoint.dtypes import StoredDtype
 from counterweight.workers.checkpoint.writer import write_in_turn, writing_order
 from counterweight.workers.errors import IntegrityError
 from counterweight.workers.storage import ObjectStore
 from counterweight.workers.storage.base import Written
+from counterweight.workers.tensor_blobs import get_tensors
 from counterweight.workers.workspace import Blob, Workspace
 
 
@@ -29,7 +30,7 @@ def join_tensors(
     parts: each blob with the names of its tensors; a name in two parts is an IntegrityError.
     """
     blob_of: dict[str, Blob] = {}
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    layout: dict[str, tuple[StoredDtype, tuple[int, ...]]] = {}
     for blob, names in parts:
         entries = workspace.get_header(blob).entries
         for name in names:
@@ -41,7 +42,7 @@ def join_tensors(
     turns = [(blob, list(names)) for blob, names in groupby(writing_order(layout), blob_of.__getitem__)]
 
     def read(place: int) -> dict[str, Tensor]:
-        return workspace.get_tensors(turns[place][0])
+        return get_tensors(workspace, turns[place][0])
 
     def in_turn() -> Iterator[Tensor]:
         for (_, names), tensors in zip(turns, ahead.in_turn(key, len(turns), read), strict=True):

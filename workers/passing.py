@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from counterweight.workers.errors import IntegrityError
+from counterweight.workers.tensor_blobs import blob_of, get_tensors, put_tensors
 from counterweight.workers.transfer import to_device, to_host
-from counterweight.workers.workspace import Blob, Workspace, blob_of
+from counterweight.workers.workspace import Blob, Workspace
 
 if TYPE_CHECKING:
     from counterweight.workers.context import TaskContext
@@ -88,7 +89,7 @@ def pass_on(context: TaskContext, workspace: Workspace, hidden: Tensor, *, room:
     # Pinned memory comes in powers of two: a copy takes what its bytes say.
     kept = room > 0 and context.mailbox.keep(blob, own.clone() if hidden.is_cuda else own, room)
     if lasting or not kept:
-        workspace.put_tensors({NAME: own}, durable=False, blob=blob)
+        put_tensors(workspace, {NAME: own}, durable=False, blob=blob)
     return blob
 
 
@@ -96,7 +97,7 @@ def receive(context: TaskContext, workspace: Workspace, blob: Blob) -> Tensor:
     """A shard of hidden states [sequences, length, hidden] on the worker's device, not to be changed; from the store every byte
     is verified. ObjectNotFoundError where it is gone."""
     found = context.mailbox.find(blob)
-    return to_device(workspace.get_tensors(blob)[NAME] if found is None else found, context.device)
+    return to_device(get_tensors(workspace, blob)[NAME] if found is None else found, context.device)
 
 
 def waits(context: TaskContext, workspace: Workspace, blob: Blob) -> bool:

@@ -22,6 +22,7 @@ from counterweight.workers.parallel import in_parallel
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.made_from import made_from
 from counterweight.workers.tasks.records import LedgerEntry, ModuleReport, Timing
+from counterweight.workers.tensor_blobs import put_tensors
 from counterweight.workers.workspace import Blob, Workspace
 
 
@@ -100,7 +101,7 @@ def _stored(workspace: Workspace, parts: Sequence[Mapping[str, Tensor]]) -> list
     """Each part as a blob, None where it is empty, and the digests of its tensors, which others find while one writes."""
     parts = [{name: tensor.cpu() for name, tensor in part.items()} for part in parts]
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
-        writing = [writer.submit(workspace.put_tensors, part) if part else None for part in parts]
+        writing = [writer.submit(put_tensors, workspace, part) if part else None for part in parts]
         digests = [dict(zip(part, in_parallel(tensor_digest, list(part.values())), strict=True)) for part in parts]
         return [(None if blob is None else blob.result(), found) for blob, found in zip(writing, digests, strict=True)]
 

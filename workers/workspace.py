@@ -20,19 +20,16 @@ longer (SIGSTOP, a machine asleep) in the middle of a request could break it.
 
 from __future__ import annotations
 
-import hashlib
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from counterweight.workers.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
-from counterweight.workers.checkpoint.writer import read_safetensors, safetensors_pieces
 from counterweight.workers.config import Config, first_problem
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
 from counterweight.workers.storage import ObjectInfo, ObjectStore
@@ -87,15 +84,6 @@ class Record(Config):
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-def blob_of(tensors: Mapping[str, Tensor]) -> Blob:
-    """The blob that tensors are as one safetensors file, which is written nowhere."""
-    digest, size = hashlib.sha256(), 0
-    for piece in safetensors_pieces(tensors):
-        digest.update(piece)
-        size += len(piece)
-    return Blob(sha256=digest.hexdigest(), size=size)
-
-
 class Workspace:
     """The durable state below one store; picklable, as its store is."""
 
@@ -103,17 +91,16 @@ class Workspace:
         """trusting: whether bytes that are there are taken for those that they should be, and not written again."""
         self.store, self._trusting = store, trusting
 
-    def put_tensors(self, tensors: Mapping[str, Tensor], *, durable: bool = True, blob: Blob | None = None) -> Blob:
-        """Stores tensors as one safetensors blob; bytes that are already there are touched and not written again.
+    def put(self, blob: Blob, pieces: Callable[[], Iterable[memoryview]], *, durable: bool = True) -> Blob:
+        """Stores a blob's bytes; those that are already there are touched and not written again.
 
-        durable: see `ObjectStore.open_writer`; False for hidden states, which a resumed job makes again when they are gone.
-        blob: their `blob_of`, where the caller knows it.
+        pieces: begins the bytes anew. durable: see `ObjectStore.open_writer`; False for hidden states, which a resumed job
+        makes again when they are gone.
         """
-        blob = blob_of(tensors) if blob is None else blob
         while True:
             if not (self._trusting and self.has(blob) and self.store.touch(blob.key, YOUNG)):
                 with self.store.open_writer(blob.key, durable=durable, sha256=blob.sha256) as writer:
-                    for piece in safetensors_pieces(tensors):
+                    for piece in pieces():
                         writer.write(piece)
                     writer.commit()
             if self.spared(blob.key):
@@ -122,10 +109,6 @@ class Workspace:
     def get_bytes(self, blob: Blob) -> bytes:
         """The blob's bytes, every one verified. IntegrityError, ObjectNotFoundError."""
         return self.store.read(blob.key, sha256=blob.sha256)
-
-    def get_tensors(self, blob: Blob) -> dict[str, Tensor]:
-        """The blob's tensors, every byte verified."""
-        return read_safetensors(self.get_bytes(blob), file=self.store.uri_of(blob.key))
 
     def get_header(self, blob: Blob) -> Header:
         """What the blob says of its tensors, not verified: who reads them finds out."""

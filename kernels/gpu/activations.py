@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.gpu import launch
 from counterweight.kernels.gpu.hadamard import transform
 from counterweight.kernels.gpu.integer_gemm import IntegerWeight

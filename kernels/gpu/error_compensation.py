@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from counterweight.kernels.forms import CHUNK
 from counterweight.kernels.gpu import launch
-from counterweight.kernels.residual import CHUNK, ResidualStore
+from counterweight.kernels.residual import ResidualStore
 
 MOST_PER_CHUNK = 128
 """Of 1024 channels. More than some 17 cannot hide behind the layer's own 4-bit weights: a bus of 50 GB/s beside a memory of

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.gpu import layout
 from counterweight.kernels.gpu import linear as single
 from counterweight.kernels.gpu.activations import prepare

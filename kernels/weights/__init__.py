@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 
-from counterweight.kernels.weights.stored_weight import StoredWeight, WeightForm
+from counterweight.kernels.weights.stored_weight import StoredWeight
 
-__all__ = ["StoredWeight", "WeightForm", "format_of", "formats"]
+__all__ = ["StoredWeight", "format_of", "formats"]
 
 
 @cache

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from counterweight.kernels.forms import WeightForm
 from counterweight.kernels.weights.stored_weight import (
     SCALE_DTYPES,
     StoredWeight,
-    WeightForm,
     expect_finite,
     expect_names,
     expect_tensor,

@@ -16,22 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from counterweight.kernels.forms import WeightForm
+
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes in which a checkpoint stores scales."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightForm:
-    """What a loader must know of a stored weight beside its tensors.
-
-    kind: of `StoredWeight.kind`. bits: of a code. group_size: input columns that share a scale; None: one scale per output
-    channel. symmetric: whether there are no zero points.
-    """
-
-    kind: str = "uniform"
-    bits: int
-    group_size: int | None = None
-    symmetric: bool = True
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from counterweight.kernels.forms import WeightForm
 from counterweight.kernels.weights.packing import pack, packed_width, unpack
 from counterweight.kernels.weights.stored_weight import (
     SCALE_DTYPES,
     StoredWeight,
-    WeightForm,
     expect_finite,
     expect_names,
     expect_tensor,

@@ -17,7 +17,7 @@ from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.rates import Rates
-from counterweight.pipeline.validate import original_shares, shares
+from counterweight.pipeline.shares import original_shares, shares
 from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.matrix_flops import Work, elementwise, product
 from counterweight.workers.parallel import BEHIND

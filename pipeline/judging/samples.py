@@ -14,6 +14,7 @@ from counterweight.pipeline.stages import Job
 from counterweight.pipeline.tokens import Tokens
 from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, QUANTIZED
 from counterweight.workers.tasks.generate import GenerateRecord
+from counterweight.workers.tensor_blobs import put_tensors
 from counterweight.workers.workspace import Blob
 
 
@@ -22,7 +23,7 @@ def put_prompts(job: Job, asked: Generation, tokens: Tokens) -> Blob:
     ids = tokens.validation[TEXT].ids[: asked.prompts, : asked.prompt_tokens].contiguous()
     files = job.source.tokenizer()
     known = {} if files is None else {"tokenizer": torch.frombuffer(bytearray(files.tokenizer), dtype=torch.uint8)}
-    return job.workspace.put_tensors({"input_ids": ids, **known})
+    return put_tensors(job.workspace, {"input_ids": ids, **known})
 
 
 def side_by_side(asked: Generation, found: Mapping[str, GenerateRecord]) -> GenerationReport:

@@ -22,6 +22,7 @@ from counterweight.workers.tasks.generate import Generate, GenerateRecord
 from counterweight.workers.tasks.harness import Harness, HarnessRecord
 from counterweight.workers.tasks.task import DurableTask
 from counterweight.workers.tasks.whole import WholeModel
+from counterweight.workers.tensor_blobs import put_tensors
 
 R = TypeVar("R", HarnessRecord, GenerateRecord)
 
@@ -51,7 +52,7 @@ def measure_on_whole(
         return found
     models = _models(job, artifact, files, parts)
     if documents is not None:
-        blob = job.workspace.put_tensors({"documents": as_bytes(documents)})
+        blob = put_tensors(job.workspace, {"documents": as_bytes(documents)})
         records = _each(job, models, found, lambda model: Harness(**dict(model), documents=blob))
         scores = {variant: record.tasks for variant, record in records.items()}
         found.scores = {**scores, COMPENSATED: scores.get(COMPENSATED, scores[QUANTIZED])}

@@ -29,6 +29,7 @@ from counterweight.workers.tasks.evaluate import Evaluate
 from counterweight.workers.tasks.inspect import Inspect
 from counterweight.workers.tasks.original import Original, OriginalRecord
 from counterweight.workers.tasks.setting import Device, Setting
+from counterweight.workers.tensor_blobs import put_tensors
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Workspace
 
@@ -70,7 +71,7 @@ class Yardstick:
                 device=device,
             ),
             tensors=self.digests,
-            tokens=self.workspace.put_tensors({"input_ids": tokens.ids}),
+            tokens=put_tensors(self.workspace, {"input_ids": tokens.ids}),
             start=0,
             stop=tokens.sequences,
             dtype=dtype,

@@ -20,6 +20,7 @@ from counterweight.workers.interchange.compressed_tensors import read_weight
 from counterweight.workers.interchange.peft import factor_names, read_branch
 from counterweight.workers.interchange.residual_store import read_residual, residual_names
 from counterweight.workers.ledger import ADAPTER, LEDGER, RESIDUAL_STORE, Ledger
+from counterweight.workers.transforms.online import hadamard
 
 KEPT = ("weight",)
 """Tensors of a linear that is not quantized."""
@@ -69,7 +70,7 @@ class ServedArtifact:
             stored = self._beside(RESIDUAL_STORE, residual_names(module, form))
             residual = read_residual(stored, module, form, weight.shape)
         return CompressedLinear(
-            weight=weight, low_rank=branch, activations=form.activations, transform=form.hadamard, residual=residual
+            weight=weight, low_rank=branch, activations=form.activations, transform=hadamard(form), residual=residual
         )
 
     def _beside(self, file: str, names: Sequence[str]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.workers.calibration.statistics import Gathering, InputStatistics
 
 INPUT = Gathering(activations=ActivationFormat(bits=4, clip=0.9))

@@ -23,6 +23,7 @@ from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.plan import Plan, make_plan
 from counterweight.pipeline.units import bytes_text
+from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.footprint import footprint
 from counterweight.workers.footprint.solves import batched
 from counterweight.workers.models.block_builder import BlockBuilder
@@ -132,11 +133,11 @@ def test_weights_are_random_and_the_same_again(true_shapes: ModuleType, tmp_path
     config = true_shapes.narrowed(true_shapes.shapes()["Llama-3-8B"].with_layers(1), 32)
     sources = [open_model(true_shapes.make(config, tmp_path / n, weights=True).as_uri()) for n in ("one", "two")]
     name = "model.layers.0.mlp.down_proj.weight"
-    one, two = (source.checkpoint.read(name) for source in sources)
+    one, two = (Checkpoint.open(source.store).read(name) for source in sources)
     assert one.shape == (128, 448)
     assert torch.equal(one, two)
     assert one.float().std() == pytest.approx(0.02, rel=0.05)
-    assert torch.equal(sources[0].checkpoint.read("model.norm.weight").float(), torch.ones(128))
+    assert torch.equal(Checkpoint.open(sources[0].store).read("model.norm.weight").float(), torch.ones(128))
 
 
 def test_no_layer_is_no_model(true_shapes: ModuleType) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat, LowRank
+from counterweight.kernels.formats import LowRank
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.linear import CompensatedLinear
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.kernels.weights.uniform import UniformWeight

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from counterweight.kernels.weights import WeightForm
+from counterweight.kernels.forms import WeightForm
 from counterweight.kernels.weights.packing import pack, packed_width, unpack
 from counterweight.kernels.weights.uniform import UniformWeight
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from counterweight.kernels.forms import WeightForm
 from counterweight.kernels.linear import CompensatedLinear
-from counterweight.kernels.weights import StoredWeight, WeightForm, format_of, formats
+from counterweight.kernels.weights import StoredWeight, format_of, formats
 from counterweight.kernels.weights.sign import SignWeight
 from counterweight.kernels.weights.uniform import UniformWeight
 

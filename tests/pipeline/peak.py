@@ -27,10 +27,12 @@ from counterweight.pipeline.memory import PROCESS_BYTES
 from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.plan import BlockPlan, make_plan
 from counterweight.pipeline.resolve import block_recipe
+from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.memory import release
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.setting import Setting, shard_sequences
+from counterweight.workers.tensor_blobs import put_tensors
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Blob, Workspace
 from tests.models import BASE, CASES, Case, checkpoint, read_config
@@ -129,7 +131,7 @@ def prepared(measured: Measured, root: Path) -> Prepared:
     spec = BlockSpec(
         setting=setting,
         index=0,
-        tensors={name: source.checkpoint.digest(name) for name in source.block_tensors(0)},
+        tensors={name: Checkpoint.open(source.store).digest(name) for name in source.block_tensors(0)},
         inputs=(*inputs, *drawn, *further),
         original_inputs=(*originals, *original_drawn, *original_further) if paired else (),
         recipe=recipe,
@@ -150,7 +152,7 @@ def _hidden(workspace: Workspace, sequences: int, measured: Measured, hidden: in
     while left:
         count = min(left, shard_sequences(measured.length))
         shard = torch.randn(count, measured.length, hidden, generator=generator).to(dtype)
-        shards.append(workspace.put_tensors({"hidden": shard}, durable=False))
+        shards.append(put_tensors(workspace, {"hidden": shard}, durable=False))
         left -= count
     return tuple(shards)
 

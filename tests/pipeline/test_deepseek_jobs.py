@@ -16,6 +16,7 @@ from counterweight import load_model
 from counterweight.pipeline.artifact import Published
 from counterweight.pipeline.cli import main
 from counterweight.pipeline.model_source import open_model
+from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.errors import CheckpointError, RequestError
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.models.source import whole
@@ -83,7 +84,7 @@ def test_a_block_scaled_source_is_the_model_of_the_decoded_weights(source: Sourc
     model, directory = source
     opened = open_model(directory.as_uri())
     assert opened.tensors
-    read = whole(opened.checkpoint, BlockBuilder(opened.checkpoint.config), torch.device("cpu"), torch.float32)
+    read = whole(Checkpoint.open(opened.store), BlockBuilder(opened.checkpoint.config), torch.device("cpu"), torch.float32)
     torch.testing.assert_close(logits(read), logits(model), rtol=0, atol=1e-5)
     assert (logits(build("deepseek_v3")) - logits(model)).abs().max() > 1e-2  # as it was before fp8
 
@@ -138,7 +139,7 @@ def test_the_same_weights_in_fp8_and_in_bfloat16_give_the_same_artifact(source: 
 
 def digests(directory: Path) -> dict[str, str]:
     opened = open_model(directory.as_uri())
-    return {name: found.sha256 for name, found in opened.checkpoint.inspect(opened.tensors).items()}
+    return {name: found.sha256 for name, found in Checkpoint.open(opened.store).inspect(opened.tensors).items()}
 
 
 @pytest.mark.parametrize(

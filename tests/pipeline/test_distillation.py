@@ -33,6 +33,7 @@ from counterweight.workers.tasks.epoch import Epoch, EpochRecord
 from counterweight.workers.tasks.original import Original
 from counterweight.workers.tasks.replica import Replica, ReplicaRecord
 from counterweight.workers.tasks.task import Task
+from counterweight.workers.tensor_blobs import get_tensors
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import COMMITS, Blob, Workspace
 from tests.flop_counter import counted
@@ -493,7 +494,7 @@ class Weighing(Watching):
         if isinstance(task, (Replica, Epoch)):
             record = task.lookup(task.workspace())
             assert record is not None
-            tensors = task.workspace().get_tensors(record.state)
+            tensors = get_tensors(task.workspace(), record.state)
             self.bytes[record.state.sha256] = sum(tensor.nbytes for tensor in tensors.values())
         return ticket
 

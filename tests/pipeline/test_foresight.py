@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,10 @@ import pytest
 from counterweight.pipeline.foresight import foresee
 from counterweight.pipeline.preflight import look
 from counterweight.workers.errors import CounterweightError, RequestError
+from tests.patience import PATIENCE
 from tests.pipeline.tiny import job_of, run_local, write_job
+
+DEMO = Path(__file__).parents[2] / "manifests" / "demo.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +114,26 @@ def test_the_artifacts_bits_are_those_of_the_report(manifest: Path) -> None:
     assert plan.bits_per_weight == pytest.approx(published.document.bits_per_weight.total, rel=1e-3)
     weights = sum(entry.size for path, entry in published.document.files.items() if path.endswith(".safetensors"))
     assert plan.artifact_bytes == pytest.approx(weights, rel=0.1)  # of a model this small headers count
+
+
+# The command in a fresh interpreter, then what of these it has loaded: the last line of stdout.
+PLAN = """
+import sys
+from counterweight.pipeline.cli import main
+code = main(["plan", *sys.argv[1:]])
+print(code, *sorted({"torch", "transformers", "ray"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["a text", "a data set"])
+def test_nothing_is_computed_with_torch(rows: bool, tmp_path: Path) -> None:
+    settings = [f"spec.output.uri={tmp_path / 'out'}", "spec.resources.gpus_per_worker=1"]
+    if rows:
+        text = (DEMO.parent / "demo" / "text" / "calibration.txt").read_text(encoding="utf-8")
+        lines = [json.dumps({"text": part}) for part in text.split("\n\n")]
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+        settings.append(f"spec.calibration.source={{kind: dataset, path: {tmp_path / 'rows.jsonl'}}}")
+    options = [str(DEMO), "--device", "H100-80G", *(word for setting in settings for word in ("--set", setting))]
+    ran = subprocess.run([sys.executable, "-c", PLAN, *options], capture_output=True, text=True, timeout=PATIENCE)
+    assert ran.stdout.splitlines()[-1:] == ["0"], ran.stderr
+    assert "calibration      16,384 tokens" in ran.stdout

@@ -19,8 +19,9 @@ from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.task import Task
+from counterweight.workers.tensor_blobs import blob_of
 from counterweight.workers.worker import Worker
-from counterweight.workers.workspace import Workspace, blob_of
+from counterweight.workers.workspace import Workspace
 from tests.pipeline.tiny import Death, Events, Fault, LocalPool, files_of, job_of, local_path, run_local, write_job
 
 LAYERS = 4

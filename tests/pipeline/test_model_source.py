@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from counterweight.pipeline.model_files import HUB_FILES
 from counterweight.pipeline.model_source import check_stored_head, open_model
 from counterweight.workers.calibration.windows import TokenizerFiles
+from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.errors import CheckpointError, RequestError, StorageError
 from tests.models import checkpoint, read_tensors
 
@@ -66,7 +67,7 @@ def test_a_tied_head_may_be_stored_when_it_is_the_embedding(tmp_path: Path) -> N
     directory = model(tmp_path, "llama-tied-biased")
     rewrite(directory, lm_head__weight=read_tensors(directory)["model.embed_tokens.weight"].clone())
     source = open_model(directory.as_uri())
-    same = source.checkpoint.inspect(["lm_head.weight", "model.embed_tokens.weight"])
+    same = Checkpoint.open(source.store).inspect(["lm_head.weight", "model.embed_tokens.weight"])
     check_stored_head(source, {name: found.sha256 for name, found in same.items()})
     with pytest.raises(CheckpointError, match=r"tie_word_embeddings: true: but lm_head.weight differs"):
         check_stored_head(source, {"lm_head.weight": "a", "model.embed_tokens.weight": "b"})
@@ -144,6 +145,6 @@ def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links(
     source = open_model("hf:owner/name")
     assert source.uri == (root / "snapshots" / commit).as_uri()
     name = source.tensors[0]
-    assert source.checkpoint.read(name).numel() > 0
+    assert Checkpoint.open(source.store).read(name).numel() > 0
     with pytest.raises(StorageError, match=r"spec.model.uri: hf:owner/other"):
         open_model("hf:owner/other")

@@ -23,6 +23,7 @@ from counterweight.workers.storage.file import FileStore
 from counterweight.workers.storage.names import TEMPORARY_PREFIX
 from counterweight.workers.tasks.embed import Embed
 from counterweight.workers.tasks.records import HiddenRecord, Timing
+from counterweight.workers.tensor_blobs import put_tensors
 from counterweight.workers.workspace import LAPSE, PRUNES, Blob, Record, Workspace
 from tests.pipeline.tiny import Events, LocalPool, files_of, job_of, local_path, run_local, until, write_job
 from tests.servers import S3Server, moto_server
@@ -66,7 +67,7 @@ def set_all(root: Path, age: timedelta) -> None:
 
 
 def put_blob(root: Path, number: float, *, age: timedelta) -> Blob:
-    blob = Workspace(FileStore(root)).put_tensors({"x": torch.tensor([number])})
+    blob = put_tensors(Workspace(FileStore(root)), {"x": torch.tensor([number])})
     set_age(root / blob.key, age)
     return blob
 
@@ -500,9 +501,9 @@ def place(moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], st
 def test_on_s3_what_nothing_refers_to_goes_by_the_servers_clock(place: Callable[[str], str]) -> None:
     store = open_store(place("out"))
     workspace = Workspace(store)
-    task = HiddenRecord(outputs=(workspace.put_tensors({"x": torch.ones(1)}),), timing=Timing())
+    task = HiddenRecord(outputs=(put_tensors(workspace, {"x": torch.ones(1)}),), timing=Timing())
     workspace.commit(Embed.kind, "key", task)
-    loose = workspace.put_tensors({"x": torch.zeros(1)})
+    loose = put_tensors(workspace, {"x": torch.zeros(1)})
     store.write(f"tiny/{ID}/ledger.json", b"{}")
     store.write(f"other/{ID}/ledger.json", b"{}")
     store.write(f"other/{ID}/artifact.json", b"{}")

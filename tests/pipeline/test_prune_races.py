@@ -18,6 +18,7 @@ from counterweight.pipeline.prune import Collector
 from counterweight.workers import workspace as workspace_module
 from counterweight.workers.storage import ObjectInfo, open_store
 from counterweight.workers.storage.file import FileStore
+from counterweight.workers.tensor_blobs import get_tensors, put_tensors
 from counterweight.workers.workspace import COMMITS, Blob, Record, Workspace
 from tests.patience import PATIENCE
 
@@ -127,7 +128,7 @@ def job(store: FileStore) -> Result:
     workspace = Workspace(store)
     found = workspace.lookup("block", "key", Result)
     if found is None or not all(workspace.has(blob) for blob in found.stored):
-        blob = workspace.put_tensors(TENSORS)
+        blob = put_tensors(workspace, TENSORS)
         found = workspace.commit("block", "key", Result(checkpoint=blob))
     return found
 
@@ -138,23 +139,23 @@ def collect(store: FileStore) -> None:
 
 def blob_alone(workspace: Workspace) -> None:
     """A task was killed between its blob and its record, weeks ago."""
-    workspace.put_tensors(TENSORS)
+    put_tensors(workspace, TENSORS)
 
 
 def record_and_blob(workspace: Workspace) -> None:
     """The work was done weeks ago."""
-    workspace.commit("block", "key", Result(checkpoint=workspace.put_tensors(TENSORS)))
+    workspace.commit("block", "key", Result(checkpoint=put_tensors(workspace, TENSORS)))
 
 
 def another_record(workspace: Workspace) -> None:
     """Another task has found the same bytes."""
-    workspace.commit("block", "other", Result(checkpoint=workspace.put_tensors(TENSORS)))
+    workspace.commit("block", "other", Result(checkpoint=put_tensors(workspace, TENSORS)))
 
 
 def record_alone(workspace: Workspace) -> None:
     """The blob was discarded."""
     record_and_blob(workspace)
-    workspace.discard(workspace.put_tensors(TENSORS))
+    workspace.discard(put_tensors(workspace, TENSORS))
 
 
 def check(root: Path) -> None:
@@ -163,7 +164,7 @@ def check(root: Path) -> None:
     assert (root / COMMITS / "block" / "key.json").exists()
     found = workspace.lookup("block", "key", Result)
     assert found is not None
-    assert workspace.get_tensors(found.checkpoint).keys() == TENSORS.keys()
+    assert get_tensors(workspace, found.checkpoint).keys() == TENSORS.keys()
 
 
 @pytest.mark.parametrize("before", [blob_alone, record_and_blob, another_record, record_alone])

@@ -8,8 +8,8 @@ from tokenizers.processors import TemplateProcessing
 
 from counterweight.pipeline.artifact.report import Report
 from counterweight.pipeline.preflight import look
+from counterweight.pipeline.shares import READ_TOKENS, original_shares, shares
 from counterweight.pipeline.tokens import read_tokens
-from counterweight.pipeline.validate import READ_TOKENS, original_shares, shares
 from counterweight.workers.errors import GateError
 from counterweight.workers.tasks.evaluate import Evaluate
 from counterweight.workers.tasks.original import Original

@@ -18,6 +18,7 @@ from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.embed import Embed
 from counterweight.workers.tasks.setting import Setting
+from counterweight.workers.tensor_blobs import put_tensors
 from counterweight.workers.workspace import Blob, Workspace
 from tests.models import EMBEDDING, read_config, read_tensors
 
@@ -63,7 +64,7 @@ class Site:
 
     def put_tokens(self, ids: Tensor) -> Blob:
         """Token ids as a blob of the workspace."""
-        return self.workspace.put_tensors({"input_ids": ids.int()})
+        return put_tensors(self.workspace, {"input_ids": ids.int()})
 
     def embed(self, ids: Tensor) -> Embed:
         """The task that makes block 0's inputs."""

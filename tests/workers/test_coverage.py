@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.statistics import Gathering, InputStatistics

@@ -21,6 +21,7 @@ from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.embed import Embed
+from counterweight.workers.tensor_blobs import get_tensors
 from counterweight.workers.worker import Worker
 from tests.models import VOCABULARY
 from tests.workers.test_block import block_of, inputs_of, loaders, shards
@@ -163,10 +164,10 @@ def test_they_are_shards_of_their_own(tmp_path: Path) -> None:
     task: Embed = site.embed(torch.arange(6 * 8).reshape(6, 8) % VOCABULARY)
     drawn = task.model_copy(update={"drawn": 3, "held_out": 1})
     worker = Worker("cpu")
-    outputs = [site.workspace.get_tensors(blob)["hidden"] for blob in worker.run(drawn).outputs]
+    outputs = [get_tensors(site.workspace, blob)["hidden"] for blob in worker.run(drawn).outputs]
     (whole,) = worker.run(task).outputs
     worker.close()
     assert [len(shard) for shard in outputs] == [2, 3, 1]
-    assert torch.equal(torch.cat(outputs), site.workspace.get_tensors(whole)["hidden"])
+    assert torch.equal(torch.cat(outputs), get_tensors(site.workspace, whole)["hidden"])
     others = [task, task.model_copy(update={"held_out": 1}), task.model_copy(update={"drawn": 3})]
     assert drawn.key() not in {other.key() for other in others}

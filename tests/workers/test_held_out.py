@@ -22,6 +22,7 @@ from counterweight.workers.shards import run_shards
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.embed import Embed
+from counterweight.workers.tensor_blobs import get_tensors
 from counterweight.workers.worker import Worker
 from tests.models import VOCABULARY
 from tests.workers.specs import Site
@@ -142,7 +143,7 @@ def test_they_are_shards_of_their_own(tmp_path: Path) -> None:
     task: Embed = site.embed(torch.arange(6 * 8).reshape(6, 8) % VOCABULARY)
     worker = Worker("cpu")
     outputs = [
-        [len(site.workspace.get_tensors(blob)["hidden"]) for blob in worker.run(one).outputs]
+        [len(get_tensors(site.workspace, blob)["hidden"]) for blob in worker.run(one).outputs]
         for one in (task, task.model_copy(update={"held_out": 2}))
     ]
     worker.close()

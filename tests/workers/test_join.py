@@ -13,6 +13,7 @@ from counterweight.workers.errors import IntegrityError
 from counterweight.workers.join import join_tensors
 from counterweight.workers.storage import sha256_hex
 from counterweight.workers.storage.file import FileStore
+from counterweight.workers.tensor_blobs import put_tensors
 from counterweight.workers.workspace import Workspace
 
 PARTS = [
@@ -40,7 +41,7 @@ def test_the_file_is_that_of_all_tensors_together_and_each_part_is_read_once_for
 ) -> None:
     store, ahead = CountingStore(tmp_path), ReadAhead(on=on)
     workspace = Workspace(store)
-    blobs = [workspace.put_tensors(part) for part in PARTS]
+    blobs = [put_tensors(workspace, part) for part in PARTS]
     parts = [(blob, tuple(part)) for blob, part in zip(blobs, PARTS, strict=True)]
     written = join_tensors(workspace, parts, store, "joined", ahead)
     ahead.close()
@@ -54,7 +55,7 @@ def test_the_file_is_that_of_all_tensors_together_and_each_part_is_read_once_for
 def test_a_name_in_two_parts_and_a_header_that_lies_leave_no_file(tmp_path: Path) -> None:
     store, ahead = FileStore(tmp_path), ReadAhead(on=False)
     workspace = Workspace(store)
-    blob, other = workspace.put_tensors(PARTS[0]), workspace.put_tensors({"b.1": torch.ones(1)})
+    blob, other = put_tensors(workspace, PARTS[0]), put_tensors(workspace, {"b.1": torch.ones(1)})
     with pytest.raises(IntegrityError, match=r"tensor b\.1 stands in two parts: "):
         join_tensors(workspace, [(blob, ("b.1",)), (other, ("b.1",))], store, "joined", ahead)
     path = tmp_path / blob.key

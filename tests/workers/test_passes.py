@@ -20,6 +20,7 @@ from counterweight.workers.models.lent import LentLinear
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.gains import Gains
+from counterweight.workers.tensor_blobs import put_tensors
 from counterweight.workers.worker import Worker
 from tests.models import build, checkpoint, save_fused
 from tests.workers.specs import RECIPE, Site
@@ -45,7 +46,7 @@ def spec_of(
     """A block on three shards of noise."""
     generator = torch.Generator().manual_seed(0)
     shards = [torch.randn(2, 24, site.builder.hidden_size, generator=generator) for _ in range(3)]
-    inputs = tuple(site.workspace.put_tensors({"hidden": shard}, durable=False) for shard in shards)
+    inputs = tuple(put_tensors(site.workspace, {"hidden": shard}, durable=False) for shard in shards)
     return site.block(0, inputs, recipe, propagate, experts)
 
 
@@ -210,7 +211,7 @@ def test_an_input_that_is_not_finite_is_told_in_whichever_pass_it_is_seen(tmp_pa
     site = site_of("llama", tmp_path)
     spec = spec_of(site, RECIPE)
     hidden = torch.full((1, 8, site.builder.hidden_size), torch.inf)
-    bad = site.workspace.put_tensors({"hidden": hidden}, durable=False)
+    bad = put_tensors(site.workspace, {"hidden": hidden}, durable=False)
     spec = spec.model_copy(update={"inputs": (*spec.inputs, bad), "passes": (("mlp.down_proj",), ("mlp.up_proj",))})
     with pytest.raises(RequestError, match=r"the input of mlp\.down_proj is not finite"):
         run(Compress(block=spec))

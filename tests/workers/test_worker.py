@@ -25,6 +25,7 @@ from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.inspect import Inspect
 from counterweight.workers.tasks.pass_through import PassThrough
 from counterweight.workers.tasks.setting import shard_sequences
+from counterweight.workers.tensor_blobs import get_tensors, put_tensors
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Blob
 from tests.models import LM_HEAD, NORM, Case, build, checkpoint, save_fused, token_ids
@@ -82,8 +83,8 @@ def content(record: BlockRecord) -> dict[str, Any]:
 
 def run_compensated(site: Site, record: BlockRecord, hidden: Tensor, index: int) -> Tensor:
     """What the stored shard of block `index` makes of hidden states, put together by the formats of the record alone."""
-    builder, stored = site.builder, site.workspace.get_tensors(record.checkpoint)
-    factors = {} if record.adapter is None else site.workspace.get_tensors(record.adapter)
+    builder, stored = site.builder, get_tensors(site.workspace, record.checkpoint)
+    factors = {} if record.adapter is None else get_tensors(site.workspace, record.adapter)
     linears: dict[str, CompressedLinear] = {}
     kept: dict[str, Tensor] = {}
     for parameter in builder.layout.block_parameters(index):
@@ -119,7 +120,7 @@ def test_inspection_finds_digests_and_numbers_that_are_none(site: Site, make: Ma
 def test_embedding_cuts_shards_of_a_fixed_number_of_tokens(site: Site, make: MakeWorker) -> None:
     ids = token_ids(SHARD + 2, LENGTH)
     outputs = make().run(site.embed(ids)).outputs
-    hidden = [site.workspace.get_tensors(blob)["hidden"] for blob in outputs]
+    hidden = [get_tensors(site.workspace, blob)["hidden"] for blob in outputs]
     assert [len(shard) for shard in hidden] == [SHARD, 2]
     assert SHARD > 2
     assert torch.equal(torch.cat(hidden), site.tensors["model.embed_tokens.weight"][ids].float())
@@ -227,8 +228,8 @@ def test_forward_passes_on_what_the_original_block_makes(site: Site, make: MakeW
     outputs = worker.run(calibration(spec)).outputs
     block = load_block(worker.context, site.setting, 0, spec.tensors, torch.float32).block
     for before, after in zip(inputs, outputs, strict=True):
-        hidden = site.workspace.get_tensors(before)["hidden"]
-        assert torch.equal(site.workspace.get_tensors(after)["hidden"], block.run(hidden))
+        hidden = get_tensors(site.workspace, before)["hidden"]
+        assert torch.equal(get_tensors(site.workspace, after)["hidden"], block.run(hidden))
 
 
 def test_finished_work_is_looked_up(site: Site, make: MakeWorker, tmp_path: Path) -> None:
@@ -297,9 +298,9 @@ def test_compressed_propagation_hands_on_the_compensated_blocks_outputs(site: Si
     inputs = embedded(worker, site, sequences=SHARD + 1, length=LENGTH)
     first = worker.run(Compress(block=site.block(0, inputs, propagate="compressed")))
     for before, after in zip(inputs, first.outputs, strict=True):
-        hidden = site.workspace.get_tensors(before)["hidden"]
+        hidden = get_tensors(site.workspace, before)["hidden"]
         expected = run_compensated(site, first, hidden, 0)
-        assert torch.equal(site.workspace.get_tensors(after)["hidden"], expected)
+        assert torch.equal(get_tensors(site.workspace, after)["hidden"], expected)
 
 
 def test_compressed_propagation_differs_from_block_one_on(site: Site, make: MakeWorker) -> None:
@@ -329,7 +330,7 @@ def test_what_is_kept_is_carried_over_bit_for_bit(
     recipe = {**RECIPE, "keep": ["lm_head", "*.o_proj"]}
     spec = site.block(0, embedded(worker, site), recipe)
     record = worker.run(Compress(block=spec))
-    stored, source = site.workspace.get_tensors(record.checkpoint), site.tensors
+    stored, source = get_tensors(site.workspace, record.checkpoint), site.tensors
     kept = [entry for entry in record.ledger if entry.fate == "kept"]
     assert any(entry.source.endswith("o_proj.weight") for entry in kept)
     assert any("norm" in entry.source for entry in kept)
@@ -338,8 +339,8 @@ def test_what_is_kept_is_carried_over_bit_for_bit(
         assert stored[name].dtype is dtype
         assert torch.equal(stored[name], source[entry.source])
     outside = worker.run(PassThrough(setting=site.setting, tensors={NORM: site.digests[NORM]}))
-    assert torch.equal(site.workspace.get_tensors(outside.checkpoint)[NORM], source[NORM])
-    hidden = site.workspace.get_tensors(spec.inputs[0])["hidden"]
+    assert torch.equal(get_tensors(site.workspace, outside.checkpoint)[NORM], source[NORM])
+    hidden = get_tensors(site.workspace, spec.inputs[0])["hidden"]
     assert hidden.dtype is torch.bfloat16
 
 
@@ -386,7 +387,7 @@ def assert_accounted(site: Site, spec: BlockSpec, record: BlockRecord) -> None:
     assert sorted(stored) == sorted(record.tensors)
     elements = sum(torch.Size(entry.shape).numel() for entry in record.ledger)
     assert elements == sum(site.tensors[name].numel() for name in spec.tensors)
-    tensors = site.workspace.get_tensors(record.checkpoint)
+    tensors = get_tensors(site.workspace, record.checkpoint)
     assert {name: tensor_digest(tensor) for name, tensor in tensors.items()} == record.tensors
     quantized = {entry.source for entry in record.ledger if entry.fate == "quantized"}
     assert quantized
@@ -410,10 +411,10 @@ def test_module_errors_are_those_of_the_stored_bytes(site: Site, make: MakeWorke
             lambda _, arguments, name=name: seen.setdefault(name, []).append(arguments[0].flatten(0, 1).double())
         )
     for blob in inputs:
-        block.run(site.workspace.get_tensors(blob)["hidden"])
-    stored = site.workspace.get_tensors(record.checkpoint)
+        block.run(get_tensors(site.workspace, blob)["hidden"])
+    stored = get_tensors(site.workspace, record.checkpoint)
     assert record.adapter is not None
-    factors = site.workspace.get_tensors(record.adapter)
+    factors = get_tensors(site.workspace, record.adapter)
     for module in record.modules:
         form = record.formats[module.name]
         local = module.name.removeprefix("model.layers.0.")
@@ -440,7 +441,7 @@ def test_outside_the_blocks_tensors_are_kept(site: Site, make: MakeWorker) -> No
 
 
 def block_key(site: Site, recipe: Any = RECIPE, propagate: Any = "original", seed: int = 0) -> str:
-    inputs = (site.workspace.put_tensors({"hidden": torch.full((1, 2, 64), float(seed))}),)
+    inputs = (put_tensors(site.workspace, {"hidden": torch.full((1, 2, 64), float(seed))}),)
     return site.block(0, inputs, recipe, propagate).key()
 
 
@@ -481,7 +482,7 @@ def test_one_weight_changes_the_key(site: Site, tmp_path: Path) -> None:
     other = Site(source=changed, work=site.work)
     assert block_key(other) != block_key(site)
     # Block 1 has other weights, and knows nothing of block 0's.
-    inputs = (site.workspace.put_tensors({"hidden": torch.zeros(1, 2, 64)}),)
+    inputs = (put_tensors(site.workspace, {"hidden": torch.zeros(1, 2, 64)}),)
     assert other.block(1, inputs).key() == site.block(1, inputs).key()
 
 
@@ -506,7 +507,7 @@ def test_the_model_and_its_name_are_not_the_same(site: Site) -> None:
 
 
 def test_jobs_that_differ_in_recipe_share_the_forward_pass(site: Site) -> None:
-    inputs = (site.workspace.put_tensors({"hidden": torch.zeros(1, 2, 64)}),)
+    inputs = (put_tensors(site.workspace, {"hidden": torch.zeros(1, 2, 64)}),)
     one, other = site.block(0, inputs), site.block(0, inputs, GPTQ)
     assert one.calibrate_key() == other.calibrate_key()
     assert one.key() != other.key()

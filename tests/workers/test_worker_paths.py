@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.loaded_block import load_block
 from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
+from counterweight.workers.tensor_blobs import get_tensors
 from counterweight.workers.worker import Worker
 from tests.inprocess import run_job
 from tests.models import checkpoint
@@ -57,7 +59,7 @@ def test_paired_inputs_carry_the_original_stream_beside_the_compressed_one(site:
     record = worker.run(Compress(block=spec))
     assert len(record.outputs) == len(record.original_outputs) == len(hidden)
     loaded = load_block(worker.context, site.setting, 0, spec.tensors, torch.float32)
-    read = site.workspace.get_tensors
+    read = partial(get_tensors, site.workspace)
     expected = loaded.block.run(read(hidden[0])["hidden"])
     assert torch.equal(read(record.original_outputs[0])["hidden"], expected)
     assert not torch.allclose(read(record.outputs[0])["hidden"], expected, atol=1e-3)

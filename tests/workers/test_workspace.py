@@ -16,6 +16,7 @@ import torch
 from counterweight.workers import workspace as workspace_module
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
 from counterweight.workers.storage import open_store
+from counterweight.workers.tensor_blobs import get_tensors, put_tensors
 from counterweight.workers.workspace import BLOBS, COMMITS, DELETING, LAPSE, PRUNES, Blob, Record, Workspace
 from tests.patience import PATIENCE
 
@@ -39,13 +40,13 @@ def files(root: Path) -> list[str]:
 
 
 def test_tensors_come_back_bit_for_bit(workspace: Workspace) -> None:
-    found = workspace.get_tensors(workspace.put_tensors(TENSORS))
+    found = get_tensors(workspace, put_tensors(workspace, TENSORS))
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], TENSORS[name]) and found[name].dtype == TENSORS[name].dtype for name in TENSORS)
 
 
 def test_a_blob_is_named_by_its_bytes(workspace: Workspace, tmp_path: Path) -> None:
-    blob = workspace.put_tensors(TENSORS)
+    blob = put_tensors(workspace, TENSORS)
     data = (tmp_path / blob.key).read_bytes()
     assert blob == Blob(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
     assert blob.key == f"{BLOBS}/{blob.sha256}"
@@ -68,14 +69,14 @@ def test_bytes_are_hashed_once_when_they_are_written(workspace: Workspace, monke
 
     sha256 = hashlib.sha256
     monkeypatch.setattr(hashlib, "sha256", Counted)
-    blob = workspace.put_tensors(TENSORS)
+    blob = put_tensors(workspace, TENSORS)
     monkeypatch.undo()
     assert sum(hashed) == blob.size
     assert sha256(workspace.get_bytes(blob)).hexdigest() == blob.sha256
 
 
 def test_the_order_of_tensors_does_not_matter(workspace: Workspace) -> None:
-    assert workspace.put_tensors(TENSORS) == workspace.put_tensors(dict(reversed(TENSORS.items())))
+    assert put_tensors(workspace, TENSORS) == put_tensors(workspace, dict(reversed(TENSORS.items())))
 
 
 def age(path: Path, seconds: float) -> None:
@@ -87,10 +88,10 @@ def is_young(path: Path) -> bool:
 
 
 def test_what_is_there_is_made_young_and_not_written_again(workspace: Workspace, tmp_path: Path) -> None:
-    path = tmp_path / workspace.put_tensors(TENSORS).key
+    path = tmp_path / put_tensors(workspace, TENSORS).key
     before = path.stat().st_ino
     age(path, 7200)
-    workspace.put_tensors(TENSORS)
+    put_tensors(workspace, TENSORS)
     assert path.stat().st_ino == before
     assert is_young(path)
 
@@ -165,26 +166,26 @@ def test_a_record_that_a_prune_removes_meanwhile_is_committed_anew(
 
 
 def test_half_a_blob_is_written_again(workspace: Workspace, tmp_path: Path) -> None:
-    blob = workspace.put_tensors(TENSORS)
+    blob = put_tensors(workspace, TENSORS)
     path = tmp_path / blob.key
     path.write_bytes(path.read_bytes()[:-1])
     assert not workspace.has(blob)
-    assert workspace.put_tensors(TENSORS) == blob
+    assert put_tensors(workspace, TENSORS) == blob
     assert workspace.has(blob)
 
 
 def test_other_bytes_are_never_taken(workspace: Workspace, tmp_path: Path) -> None:
-    blob = workspace.put_tensors(TENSORS)
+    blob = put_tensors(workspace, TENSORS)
     path = tmp_path / blob.key
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(IntegrityError, match=blob.sha256[:16]):
-        workspace.get_tensors(blob)
+        get_tensors(workspace, blob)
 
 
 def test_a_discarded_blob_is_gone(workspace: Workspace) -> None:
-    blob = workspace.put_tensors(TENSORS)
+    blob = put_tensors(workspace, TENSORS)
     workspace.discard(blob)
     assert not workspace.has(blob)
     with pytest.raises(ObjectNotFoundError):
@@ -234,7 +235,7 @@ def test_what_is_no_record_is_refused(workspace: Workspace, tmp_path: Path, text
 
 
 def test_travels_to_another_process(workspace: Workspace) -> None:
-    blob = workspace.put_tensors(TENSORS)
+    blob = put_tensors(workspace, TENSORS)
     assert pickle.loads(pickle.dumps(workspace)).get_bytes(blob) == workspace.get_bytes(blob)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.backend import runs_kernels
-from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.workers.calibration.thresholds import Thresholds
 from counterweight.workers.calibration.triangle import TRIANGLE_BLOCK, LowerTriangle

@@ -11,8 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from counterweight.workers.checkpoint.digest import TensorDigest, tensor_digest
+    from counterweight.workers.checkpoint.digest import tensor_digest
     from counterweight.workers.checkpoint.header import TensorEntry
+    from counterweight.workers.checkpoint.inspector import TensorDigest
     from counterweight.workers.checkpoint.reader import Checkpoint
     from counterweight.workers.checkpoint.writer import read_safetensors, serialize_safetensors, write_safetensors
 
@@ -28,7 +29,7 @@ __all__ = [
 
 _MODULES = {
     "Checkpoint": "reader",
-    "TensorDigest": "digest",
+    "TensorDigest": "inspector",
     "TensorEntry": "header",
     "read_safetensors": "writer",
     "serialize_safetensors": "writer",

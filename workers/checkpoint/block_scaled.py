@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-import torch
-from torch import Tensor
-
-from counterweight.workers.checkpoint.encoding import DECODED, EncodedWeight
-from counterweight.workers.checkpoint.header import DTYPES, TensorEntry
+from counterweight.workers.checkpoint.dtypes import DTYPES, F8_E4M3, F32, StoredDtype
+from counterweight.workers.checkpoint.encoding import EncodedWeight
+from counterweight.workers.checkpoint.header import TensorEntry
 from counterweight.workers.checkpoint.refusal import refusal, show
 
-CODES = torch.float8_e4m3fn
+CODES = F8_E4M3
 SCALE = "_scale_inv"
 
 MAX_BLOCK = 1024
@@ -62,9 +60,9 @@ class BlockScaling:
         return cls(rows=rows, columns=columns)
 
     @property
-    def dtypes(self) -> Mapping[str, torch.dtype]:
+    def dtypes(self) -> Mapping[str, StoredDtype]:
         """See `Encoding.dtypes`."""
-        return {**DTYPES, "F8_E4M3": CODES}
+        return {**DTYPES, CODES.word: CODES}
 
     def weights(self, entries: Mapping[str, TensorEntry]) -> dict[str, EncodedWeight]:
         """See `Encoding.weights`: weights without scales and scales of another dtype or shape are refused."""
@@ -79,29 +77,16 @@ class BlockScaling:
                 problems.append(f"{where}: F8_E4M3 of shape {list(entry.shape)}, expected a matrix")
             elif scale is None:
                 problems.append(f"{where}: F8_E4M3 without scales, expected them as {show(name + SCALE)}")
-            elif scale.dtype != torch.float32 or scale.shape != self._grid(entry.shape):
+            elif scale.dtype != F32 or scale.shape != self._grid(entry.shape):
                 problems.append(
                     f"{scale.file}: tensor {show(scale.name)}: {scale.dtype} of shape {list(scale.shape)}, "
-                    f"expected float32 of {list(self._grid(entry.shape))}"
+                    f"expected F32 of {list(self._grid(entry.shape))}"
                 )
             else:
                 found[name] = EncodedWeight.of(entry, scale, name, entry.shape)
         if problems:
             raise refusal("scales of blocks", problems)
         return found
-
-    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """codes [out, in] float8, scales [ceil(out / rows), ceil(in / columns)] float32 -> the weight [out, in] bfloat16.
-
-        Products in float32, rounded once. Beside both, one row of blocks is held in float32. NaN in codes or scales and
-        products beyond bfloat16 come out as no finite numbers.
-        """
-        weight = torch.empty(codes.shape, dtype=DECODED)
-        for place, start in enumerate(range(0, len(codes), self.rows)):
-            rows = slice(start, start + self.rows)
-            spread = scales[place].repeat_interleave(self.columns)[: codes.shape[1]]
-            weight[rows] = codes[rows].float() * spread
-        return weight
 
     def _grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         out, width = shape

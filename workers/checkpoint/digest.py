@@ -1,71 +1,14 @@
-"""The digest of a tensor's content, and whether its elements are finite, in one pass over its bytes.
-
-What is hashed: the sha256 of the dtype's word, the shape, a line feed, and then the elements, row-major and
-little-endian; for a bfloat16 matrix of 2 by 3, `BF16[2,3]` + LF + 12 bytes. Neither the name nor the place in
-a file takes part: equal tensors have equal digests wherever they are stored.
-"""
+"""Digests of tensors in memory: equal to those of the same tensors in a file (`inspector` says of what)."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
-from counterweight.workers.checkpoint.buffers import Bytes, flat_bytes
-from counterweight.workers.checkpoint.header import dtype_word
-
-# An infinity or a NaN has every bit of the exponent set: (unsigned type of the same width, those bits).
-_EXPONENTS: dict[torch.dtype, tuple[str, int]] = {
-    torch.bfloat16: ("<u2", 0x7F80),
-    torch.float16: ("<u2", 0x7C00),
-    torch.float32: ("<u4", 0x7F80_0000),
-    torch.float64: ("<u8", 0x7FF0_0000_0000_0000),
-}
-
-# The masked copy stays in the second-level cache: 7 GB/s in one thread, against 1.2 GB/s of sha256 beside it
-# (AMD EPYC with SHA extensions).
-_SCAN_BYTES = 256 << 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorDigest:
-    """sha256: hex, of what the module's page says. finite: no NaN and no infinity (True for integers and
-    booleans)."""
-
-    sha256: str
-    finite: bool
-
-
-class Inspector:
-    """Digests a tensor's bytes as they come, in bounded memory."""
-
-    def __init__(self, dtype: torch.dtype, shape: Sequence[int]) -> None:
-        sizes = ",".join(map(str, shape))
-        word = dtype_word(dtype, where=f"tensor of shape [{sizes}]")
-        self._digest = hashlib.sha256(f"{word}[{sizes}]\n".encode())
-        self._exponent = _EXPONENTS.get(dtype)
-        self._finite = True
-
-    def update(self, piece: Bytes) -> None:
-        """Takes the next bytes, whole elements of them."""
-        self._digest.update(piece.data)
-        if self._exponent is None or not self._finite:
-            return
-        kind, exponent = self._exponent
-        bits = piece.view(kind)
-        mask = bits.dtype.type(exponent)
-        step = _SCAN_BYTES // bits.itemsize
-        for begin in range(0, bits.size, step):
-            if int((bits[begin : begin + step] & mask).max()) == exponent:
-                self._finite = False
-                return
-
-    def result(self) -> TensorDigest:
-        """What was found in all bytes so far."""
-        return TensorDigest(sha256=self._digest.hexdigest(), finite=self._finite)
+from counterweight.workers.checkpoint.buffers import flat_bytes, stored_dtype
+from counterweight.workers.checkpoint.dtypes import StoredDtype
+from counterweight.workers.checkpoint.inspector import Inspector, TensorDigest
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -73,6 +16,13 @@ def tensor_digest(tensor: Tensor) -> str:
 
     Raises `CheckpointError` for a dtype that the format's tables do not have.
     """
-    inspector = Inspector(tensor.dtype, tensor.shape)
-    inspector.update(flat_bytes(tensor))
-    return inspector.result().sha256
+    dtype = stored_dtype(tensor.dtype, where=f"tensor of shape {list(tensor.shape)}")
+    return stacked_digest(dtype, tensor.shape, [tensor]).sha256
+
+
+def stacked_digest(dtype: StoredDtype, shape: Sequence[int], parts: Iterable[Tensor]) -> TensorDigest:
+    """`tensor_digest`, and finiteness, of the tensor of this shape whose `parts` on the first axis come in order."""
+    inspector = Inspector(dtype, shape)
+    for part in parts:
+        inspector.update(flat_bytes(part))
+    return inspector.result()

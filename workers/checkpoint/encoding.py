@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
+from counterweight.workers.checkpoint.dtypes import BF16, StoredDtype
 from counterweight.workers.checkpoint.header import TensorEntry
 from counterweight.workers.checkpoint.stacked import apart
 
-DECODED = torch.bfloat16
+DECODED = BF16
 """Of every encoded weight, as it is read."""
 
 
@@ -52,14 +50,11 @@ class EncodedWeight:
 
 
 class Encoding(Protocol):
-    """How a source's weights are encoded."""
+    """How a source's weights are encoded, as headers show it; `decoding.decode` reads them."""
 
     @property
-    def dtypes(self) -> Mapping[str, torch.dtype]:
+    def dtypes(self) -> Mapping[str, StoredDtype]:
         """The format's words for the dtypes that such a checkpoint may have."""
 
     def weights(self, entries: Mapping[str, TensorEntry]) -> dict[str, EncodedWeight]:
         """Encoded weights by name. CheckpointError, listing them, for those whose tensors are not whole."""
-
-    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """One weight, bfloat16. Codes and scales that stand for no numbers come out as no finite numbers."""

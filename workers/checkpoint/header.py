@@ -16,13 +16,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 
-import torch
-
-from counterweight.workers.checkpoint.limits import MAX_TENSORS as MAX_TENSORS
+from counterweight.workers.checkpoint.dtypes import DTYPES, StoredDtype
 from counterweight.workers.checkpoint.refusal import show
 from counterweight.workers.errors import CheckpointError
 
 LENGTH_BYTES = 8
+
+MAX_TENSORS = 200_000
+"""A trillion-parameter model with one tensor per expert's linear has about 140,000."""
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_NAME_LENGTH = 512  # characters; the longest in use are near 100
@@ -30,23 +31,6 @@ MAX_DIMENSIONS = 16  # the deepest weights in use (convolutions in space and tim
 MAX_METADATA_BYTES = 1 << 20  # free text that nothing here reads
 _MAX_ENTRY_BYTES = 4096  # sixteen dimensions of nineteen digits take 400
 _MAX_COUNT_DIGITS = 19  # as many as 2**63 has
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""The format's words for the dtypes read and written here, in the order in which the safetensors library
-writes them."""
-
-_WORDS: Mapping[torch.dtype, str] = {dtype: word for word, dtype in DTYPES.items()}
 
 METADATA = "__metadata__"
 
@@ -76,7 +60,7 @@ class TensorEntry:
     """
 
     name: str
-    dtype: torch.dtype
+    dtype: StoredDtype
     shape: tuple[int, ...]
     file: str
     start: int
@@ -112,7 +96,7 @@ def parse_header(
     file: str,
     file_size: int,
     already: int = 0,
-    dtypes: Mapping[str, torch.dtype] = DTYPES,
+    dtypes: Mapping[str, StoredDtype] = DTYPES,
 ) -> Header:
     """Parses the header's JSON (without the eight length bytes) of a file of `file_size` bytes.
 
@@ -160,15 +144,6 @@ def check_name(name: str, *, file: str) -> None:
         )
     if not name.isprintable() or name == METADATA:
         raise CheckpointError(f"{file}: tensor {show(name)}: name, expected printable characters")
-
-
-def dtype_word(dtype: torch.dtype, *, where: str) -> str:
-    """The format's word for `dtype`. Raises `CheckpointError`, beginning with `where`, for one not in
-    `DTYPES`."""
-    word = _WORDS.get(dtype)
-    if word is None:
-        raise CheckpointError(f"{where}: dtype {dtype}, expected one of {', '.join(DTYPES)}")
-    return word
 
 
 def _escaped(length: int) -> int:
@@ -269,7 +244,7 @@ def _metadata(scanner: _Scanner) -> Mapping[str, str]:
     return metadata
 
 
-def _entry(pairs: object, name: str, file: str, data_start: int, dtypes: Mapping[str, torch.dtype]) -> TensorEntry:
+def _entry(pairs: object, name: str, file: str, data_start: int, dtypes: Mapping[str, StoredDtype]) -> TensorEntry:
     assert isinstance(pairs, list)  # the pattern admits nothing but an object
     fields = dict(pairs)
     if len(pairs) != len(_FIELDS) or fields.keys() != _FIELDS:

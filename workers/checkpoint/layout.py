@@ -16,17 +16,17 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from counterweight.workers.checkpoint.limits import MAX_TENSORS
+from counterweight.workers.checkpoint.block_scaled import BlockScaling
+from counterweight.workers.checkpoint.encoding import Encoding
+from counterweight.workers.checkpoint.header import MAX_TENSORS
+from counterweight.workers.checkpoint.mxfp4 import Mxfp4
 from counterweight.workers.checkpoint.refusal import refusal, show
 from counterweight.workers.checkpoint.strict_json import parse_object
 from counterweight.workers.errors import CheckpointError, ObjectNotFoundError
 from counterweight.workers.models.families import is_known
 from counterweight.workers.storage import ObjectStore
-
-if TYPE_CHECKING:
-    from counterweight.workers.checkpoint.encoding import Encoding
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -121,9 +121,6 @@ def read_config(store: ObjectStore) -> Mapping[str, Any]:
 def _encoding(config: Mapping[str, Any]) -> Encoding | None:
     if "quantization_config" not in config:
         return None
-    from counterweight.workers.checkpoint.block_scaled import BlockScaling  # torch, which a first look does without
-    from counterweight.workers.checkpoint.mxfp4 import Mxfp4
-
     try:
         return BlockScaling.of(config) or Mxfp4.of(config)
     except CheckpointError as error:

@@ -13,11 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from counterweight.workers.checkpoint.encoding import DECODED, EncodedWeight
-from counterweight.workers.checkpoint.header import DTYPES, TensorEntry
+from counterweight.workers.checkpoint.dtypes import DTYPES, U8, StoredDtype
+from counterweight.workers.checkpoint.encoding import EncodedWeight
+from counterweight.workers.checkpoint.header import TensorEntry
 from counterweight.workers.checkpoint.refusal import refusal, show
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -27,8 +25,6 @@ BLOCK = 32
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """By the lower three bits of a code; the fourth is the sign."""
 
-_BIAS = 127
-_NAN = 255
 _KNOWN = frozenset({"quant_method", "modules_to_not_convert", "dequantize"})
 
 
@@ -48,7 +44,7 @@ class Mxfp4:
         return cls()
 
     @property
-    def dtypes(self) -> Mapping[str, torch.dtype]:
+    def dtypes(self) -> Mapping[str, StoredDtype]:
         """See `Encoding.dtypes`."""
         return DTYPES
 
@@ -58,7 +54,7 @@ class Mxfp4:
         problems: list[str] = []
         for codes in entries.values():
             name, where = codes.name.removesuffix(BLOCKS), f"{codes.file}: tensor {show(codes.name)}"
-            if codes.dtype != torch.uint8 or name == codes.name:
+            if codes.dtype != U8 or name == codes.name:
                 continue
             scales = entries.get(name + SCALES)
             if name in entries:
@@ -67,10 +63,10 @@ class Mxfp4:
                 problems.append(f"{where}: shape {list(codes.shape)}, expected [experts, out, in / 32, 16]")
             elif scales is None:
                 problems.append(f"{where}: without scales, expected them as {show(name + SCALES)}")
-            elif scales.dtype != torch.uint8 or scales.shape != codes.shape[:-1]:
+            elif scales.dtype != U8 or scales.shape != codes.shape[:-1]:
                 problems.append(
                     f"{scales.file}: tensor {show(scales.name)}: {scales.dtype} of shape {list(scales.shape)}, "
-                    f"expected uint8 of {list(codes.shape[:-1])}"
+                    f"expected U8 of {list(codes.shape[:-1])}"
                 )
             else:
                 experts, out, groups, _ = codes.shape
@@ -78,19 +74,3 @@ class Mxfp4:
         if problems:
             raise refusal("weights in MXFP4", problems)
         return found
-
-    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """codes [experts, out, in / 32, 16] uint8, scales [experts, out, in / 32] uint8 -> [experts, in, out] bfloat16.
-
-        Beside both, one expert is held in float64.
-        """
-        experts, out, groups, _ = codes.shape
-        values = torch.tensor([*MAGNITUDES, *(-value for value in MAGNITUDES)], dtype=torch.float64)
-        exponents = torch.arange(256, dtype=torch.float64) - _BIAS
-        factors = exponents.exp2().index_fill(0, torch.tensor(_NAN), torch.nan)
-        weight = torch.empty(experts, groups * BLOCK, out, dtype=DECODED)
-        for expert in range(experts):
-            pairs = torch.stack((codes[expert] & 15, codes[expert] >> 4), dim=-1).flatten(-2)  # [out, groups, 32]
-            decoded = values[pairs.int()] * factors[scales[expert].int()].unsqueeze(-1)
-            weight[expert] = decoded.flatten(-2).T
-        return weight

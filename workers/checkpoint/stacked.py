@@ -5,14 +5,8 @@ What lies apart in a row-major file can be read apart: each is a byte range of i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from counterweight.workers.checkpoint.buffers import flat_bytes
-from counterweight.workers.checkpoint.digest import Inspector, TensorDigest
 from counterweight.workers.checkpoint.header import TensorEntry
 
 
@@ -28,11 +22,3 @@ def apart(entry: TensorEntry) -> list[TensorEntry]:
         )
         for place in range(count)
     ]
-
-
-def stacked_digest(dtype: torch.dtype, shape: Sequence[int], parts: Iterable[Tensor]) -> TensorDigest:
-    """`tensor_digest`, and finiteness, of the tensor of this shape whose `parts` on the first axis come in order."""
-    inspector = Inspector(dtype, shape)
-    for part in parts:
-        inspector.update(flat_bytes(part))
-    return inspector.result()

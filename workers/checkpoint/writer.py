@@ -1,7 +1,7 @@
 """Safetensors files, written tensor by tensor; and small ones, as bytes.
 
 The bytes are a function of names, values and metadata alone: tensors in the safetensors library's own order
-(dtypes as in `header.DTYPES`, widest first, then names), the header padded with spaces to a multiple of
+(dtypes as in `dtypes.DTYPES`, widest first, then names), the header padded with spaces to a multiple of
 eight. For one metadata key the file is the library's, byte for byte; it writes several keys in no fixed
 order, here they are sorted.
 """
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from counterweight.workers.checkpoint.buffers import allocate, check_booleans, flat_bytes
+from counterweight.workers.checkpoint.buffers import allocate, check_booleans, flat_bytes, stored_dtype
+from counterweight.workers.checkpoint.dtypes import DTYPES, StoredDtype
 from counterweight.workers.checkpoint.header import (
-    DTYPES,
     LENGTH_BYTES,
     MAX_DIMENSIONS,
     MAX_HEADER_BYTES,
@@ -29,7 +29,6 @@ from counterweight.workers.checkpoint.header import (
     MAX_TENSORS,
     METADATA,
     check_name,
-    dtype_word,
     header_length,
     parse_header,
 )
@@ -58,14 +57,14 @@ def write_safetensors(
     return write_in_turn(store, key, layout, _in_turn(layout, tensors), metadata)
 
 
-Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+Layout = Mapping[str, tuple[StoredDtype, tuple[int, ...]]]
 """Tensor -> its dtype and shape."""
 
 
 def writing_order(layout: Layout) -> list[str]:
     """Names as a file has them."""
-    ranks = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
-    return sorted(layout, key=lambda name: (ranks[layout[name][0]], name))
+    ranks = {word: rank for rank, word in enumerate(DTYPES)}
+    return sorted(layout, key=lambda name: (ranks[layout[name][0].word], name))
 
 
 def write_in_turn(
@@ -79,7 +78,7 @@ def write_in_turn(
     says."""
     plan = _plan(layout, metadata, file=key)
     with store.open_writer(key) as writer:
-        for piece in _pieces(plan, _as_said(layout, plan.names, tensors)):
+        for piece in _pieces(plan, _as_said(layout, plan.names, tensors, file=key)):
             writer.write(piece)
         written = writer.commit()
     if written.size != plan.size:
@@ -92,9 +91,9 @@ def _in_turn(layout: Layout, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
         yield tensors[name]
 
 
-def _as_said(layout: Layout, names: Sequence[str], tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+def _as_said(layout: Layout, names: Sequence[str], tensors: Iterable[Tensor], *, file: str) -> Iterator[Tensor]:
     for name, tensor in zip(names, tensors, strict=True):
-        found = (tensor.dtype, tuple(tensor.shape))
+        found = (_dtype_of(name, tensor, file=file), tuple(tensor.shape))
         if found != layout[name]:
             raise IntegrityError(f"tensor {show(name)}: {found}, expected {layout[name]}")
         yield tensor
@@ -153,13 +152,18 @@ def _layout(tensors: Mapping[str, Tensor], *, file: str) -> Layout:
             raise CheckpointError(
                 f"{file}: tensor {show(name)}: {tensor.layout} on {tensor.device}, expected a dense tensor that has its data"
             )
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return {name: (_dtype_of(name, tensor, file=file), tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def _dtype_of(name: str, tensor: Tensor, *, file: str) -> StoredDtype:
+    return stored_dtype(tensor.dtype, where=f"{file}: tensor {show(name)}")
 
 
 def _plan(layout: Layout, metadata: Mapping[str, str], *, file: str) -> _Plan:
     if len(layout) > MAX_TENSORS:
         raise CheckpointError(f"{file}: {len(layout)} tensors, expected at most {MAX_TENSORS}")
-    words = {name: _checked_word(name, *found, file=file) for name, found in layout.items()}
+    for name, (_, shape) in layout.items():
+        _check(name, shape, file=file)
     names = tuple(writing_order(layout))
     members: dict[str, object] = {}
     if metadata:
@@ -170,7 +174,7 @@ def _plan(layout: Layout, metadata: Mapping[str, str], *, file: str) -> _Plan:
     for name in names:
         dtype, shape = layout[name]
         end = position + math.prod(shape) * dtype.itemsize
-        members[name] = {"dtype": words[name], "shape": list(shape), "data_offsets": [position, end]}
+        members[name] = {"dtype": dtype.word, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = _json(members)
     text += b" " * (-len(text) % 8)
@@ -180,12 +184,12 @@ def _plan(layout: Layout, metadata: Mapping[str, str], *, file: str) -> _Plan:
     return _Plan(names=names, header=header, size=len(header) + position)
 
 
-def _checked_word(name: str, dtype: torch.dtype, shape: tuple[int, ...], *, file: str) -> str:
+def _check(name: str, shape: tuple[int, ...], *, file: str) -> None:
     check_name(name, file=file)
-    where = f"{file}: tensor {show(name)}"
     if len(shape) > MAX_DIMENSIONS:
-        raise CheckpointError(f"{where}: {len(shape)} dimensions, expected at most {MAX_DIMENSIONS}")
-    return dtype_word(dtype, where=where)
+        raise CheckpointError(
+            f"{file}: tensor {show(name)}: {len(shape)} dimensions, expected at most {MAX_DIMENSIONS}"
+        )
 
 
 def _json(value: object) -> bytes:

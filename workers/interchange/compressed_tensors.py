@@ -12,6 +12,7 @@ from counterweight.kernels.weights import StoredWeight, format_of
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.models.family import ModelFamily, is_expert
+from counterweight.workers.transforms.online import hadamard
 
 QUANT_METHOD = "counterweight"
 """`quant_method` of an artifact that only our own loader may open; also the prefix of its `model_type`."""
@@ -123,7 +124,7 @@ def transform_groups(formats: Mapping[str, ModuleFormat]) -> dict[str, object]:
     Hadamard matrices are ours for powers of two, in equal blocks (`head_dim`) or as a whole."""
     groups: dict[int, list[str]] = {}
     for name, form in formats.items():
-        transform = form.hadamard
+        transform = hadamard(form)
         if transform is None or transform.inner != 1 or transform.seed is not None:
             continue
         if transform.order & (transform.order - 1) == 0:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from counterweight.kernels.forms import CHUNK
 from counterweight.workers import matrix_bytes
 from counterweight.workers.config import Config, Method
 from counterweight.workers.matrix_flops import Work, elementwise
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
     from counterweight.kernels.residual import Correction
     from counterweight.workers.calibration.statistics import InputStatistics
-
-_CHUNK = 1024  # kernels/residual.py says the same, but imports torch
 
 
 class Bandwidths(Config):
@@ -50,7 +49,7 @@ class Residual(Method):
 
     bits: Literal[4] = 4
     """Bits of a residual code; at equal traffic 2, 8 and 16 bits are worse (Park et al., 2025)."""
-    channels_per_chunk: Annotated[int, Field(strict=True, ge=1, le=_CHUNK)] | LatencyBudget = 8
+    channels_per_chunk: Annotated[int, Field(strict=True, ge=1, le=CHUNK)] | LatencyBudget = 8
     """How many input channels of every 1024 are corrected for each token; or what they may cost on a target GPU, and every
     layer gets as many as it can hide."""
     selection: Literal["chunked", "bucketed", "exact", "static"] = "chunked"
@@ -63,7 +62,7 @@ class Residual(Method):
     def channels(self, columns: int) -> int:
         """How many channels of a layer of `columns` input channels are corrected; at least 1. ValueError while they are a
         budget."""
-        return max(1, self.per_chunk * columns // _CHUNK)
+        return max(1, self.per_chunk * columns // CHUNK)
 
     def store_bytes(self, rows: int, columns: int) -> int:
         """Memory of making a store at its peak, beside what quantization left [rows, columns] float32: codes in float32, then

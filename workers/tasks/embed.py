@@ -59,6 +59,7 @@ class Embed(Config, DurableTask[HiddenRecord]):
         from counterweight.workers.clock import Clock
         from counterweight.workers.context import DTYPES
         from counterweight.workers.passing import pass_on
+        from counterweight.workers.tensor_blobs import get_tensors
 
         clock = Clock(context.device)
         checkpoint, builder = context.source(self.setting)
@@ -67,7 +68,7 @@ class Embed(Config, DurableTask[HiddenRecord]):
         if self.setting.rotation is not None:
             weight = self.setting.rotation.embedding(weight)
         module = builder.embedding(weight, context.device, DTYPES[self.setting.compute_dtype])
-        ids = workspace.get_tensors(self.tokens)["input_ids"]
+        ids = get_tensors(workspace, self.tokens)["input_ids"]
         clock.lap("load")
         solved, together = len(ids) - self.drawn - self.held_out, shard_sequences(ids.shape[1])
         kinds = [kind for kind in ids.split([solved, self.drawn, self.held_out]) if len(kind)]

@@ -97,6 +97,7 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
         from counterweight.workers.models.routing import Routes
         from counterweight.workers.models.source import read_head
         from counterweight.workers.passing import receive
+        from counterweight.workers.tensor_blobs import get_tensors
 
         asked, clock = self.original, Clock(context.device)
         device, dtype = context.device, DTYPES[asked.dtype]
@@ -109,7 +110,7 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
             raise IntegrityError(f"{error}: not what was written") from error
         variants = variants_of(model)
         measured = [variant for variant in dict.fromkeys(variants.values()) if variant != BASELINE]
-        ids = workspace.get_tensors(asked.tokens)["input_ids"][asked.start : asked.stop].long().to(device)
+        ids = get_tensors(workspace, asked.tokens)["input_ids"][asked.start : asked.stop].long().to(device)
         batches = ids.split(shard_sequences(ids.shape[1]))
         # The compressed model may live in other coordinates than the original, its variants share theirs.
         embed = model.builder.embedding(model.embedding(), device, dtype)
@@ -125,7 +126,7 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
         length = ids.shape[1]
         before = 0 if self.first is None else asked.start - self.first  # windows of `found` that are others'
         outputs = self.found.outputs[before // shard_sequences(length) :][: len(batches)]
-        packed = {} if self.found.routed is None else workspace.get_tensors(self.found.routed)
+        packed = {} if self.found.routed is None else get_tensors(workspace, self.found.routed)
         own = slice(before * length, (before + len(ids)) * length)
         routes = Routes({int(block): choices[own] for block, choices in packed.items()})
         agreed: dict[str, dict[int, list[float]]] = {

@@ -57,9 +57,10 @@ class Generate(WholeModel, DurableTask[GenerateRecord]):
         from counterweight.workers.calibration.sampling import continue_greedily
         from counterweight.workers.clock import Clock
         from counterweight.workers.memory import release
+        from counterweight.workers.tensor_blobs import get_tensors
 
         clock = Clock(context.device)
-        tensors = workspace.get_tensors(self.prompts)
+        tensors = get_tensors(workspace, self.prompts)
         ids = tensors["input_ids"].long().to(context.device)
         model = self.model(context, decode_only=True)
         clock.lap("load")

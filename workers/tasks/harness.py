@@ -62,9 +62,10 @@ class Harness(WholeModel, DurableTask[HarnessRecord]):
         from counterweight.workers.clock import Clock
         from counterweight.workers.harness import Documents, ask
         from counterweight.workers.memory import release
+        from counterweight.workers.tensor_blobs import get_tensors
 
         clock = Clock(context.device)
-        data = bytes(workspace.get_tensors(self.documents)["documents"].numpy())
+        data = bytes(get_tensors(workspace, self.documents)["documents"].numpy())
         documents = Documents.model_validate_json(data)
         model = self.model(context, decode_only=False)
         clock.lap("load")

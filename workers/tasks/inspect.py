@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from counterweight.workers.checkpoint.digest import TensorDigest
-from counterweight.workers.checkpoint.reader import Checkpoint
+from counterweight.workers.checkpoint.inspector import TensorDigest
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.task import Task
@@ -37,4 +36,6 @@ class Inspect(Task[dict[str, TensorDigest]]):
         return patience(bytes=self.bytes)
 
     def run(self, context: TaskContext) -> dict[str, TensorDigest]:
+        from counterweight.workers.checkpoint.reader import Checkpoint
+
         return Checkpoint.open(open_store(self.source)).inspect(self.names)

@@ -73,12 +73,13 @@ class Original(Config, DurableTask[OriginalRecord]):
         from counterweight.workers.models.block_builder import Block
         from counterweight.workers.models.routing import Routes
         from counterweight.workers.passing import pass_on
+        from counterweight.workers.tensor_blobs import get_tensors, put_tensors
 
         clock, dtype = Clock(context.device), DTYPES[self.dtype]
         checkpoint, builder = context.source(self.setting)
         name = builder.names.embedding
         embed = builder.embedding(checkpoint.read(name, sha256=self.tensors[name]), context.device, dtype)
-        ids = workspace.get_tensors(self.tokens)["input_ids"][self.start : self.stop].long().to(context.device)
+        ids = get_tensors(workspace, self.tokens)["input_ids"][self.start : self.stop].long().to(context.device)
         with torch.no_grad():
             hidden = [embed(batch) for batch in ids.split(shard_sequences(ids.shape[1]))]
         setting, routes = self.setting.uncompressed(), Routes()
@@ -97,6 +98,6 @@ class Original(Config, DurableTask[OriginalRecord]):
         clock.lap("forward")
         outputs = tuple(pass_on(context, workspace, batch, room=0, lasting=True) for batch in found)
         packed = {str(block): choices for block, choices in routes.packed.items()}
-        stored = workspace.put_tensors(packed, durable=False) if packed else None
+        stored = put_tensors(workspace, packed, durable=False) if packed else None
         clock.lap("write")
         return OriginalRecord(outputs=outputs, routed=stored, timing=clock.timing())

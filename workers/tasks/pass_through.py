@@ -66,6 +66,7 @@ class PassThrough(Config, DurableTask[PassThroughRecord]):
         from counterweight.workers.block import tensor_bits
         from counterweight.workers.checkpoint.digest import tensor_digest
         from counterweight.workers.clock import Clock
+        from counterweight.workers.tensor_blobs import put_tensors
 
         clock = Clock(context.device)
         checkpoint, builder = context.source(self.setting)
@@ -74,7 +75,7 @@ class PassThrough(Config, DurableTask[PassThroughRecord]):
         if self.setting.rotation is not None:
             tensors, sources = self.setting.rotation.outside(tensors, builder.layout)
         clock.lap("load")
-        blob = workspace.put_tensors(tensors)
+        blob = put_tensors(workspace, tensors)
         clock.lap("write")
         return PassThroughRecord(
             checkpoint=blob,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.kernels.weights.uniform import UniformWeight

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from counterweight.kernels.forms import CHUNK
 from counterweight.kernels.gate.case import ARCHS, Case
 from counterweight.kernels.gpu.error_compensation import FETCHING_WARPS, add_rows_kernel, blocks, select_kernel
-from counterweight.kernels.residual import CHUNK
 from counterweight.kernels.weights.packing import packed_width
 
 _SELECT = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.gpu.activations import prepare, unsupported
 from counterweight.kernels.gpu.integer_gemm import IntegerWeight, prepare_integer
 from counterweight.kernels.gpu.layout import PackedWeight, PreparedInput, prepare_weight

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.gpu.gram import STRIP, add_gram_, add_product_
 
 pytest.importorskip("pydantic")  # of the solver's options; the rest of this folder needs torch and triton alone

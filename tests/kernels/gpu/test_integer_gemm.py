@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat, LowRank
+from counterweight.kernels.formats import LowRank
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.gpu.activations import prepare
 from counterweight.kernels.gpu.integer_gemm import IntegerWeight, integer_gemm, prepare_integer, unsupported
 from counterweight.kernels.gpu.layout import PreparedInput

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from counterweight.kernels.backend import on_kernels
-from counterweight.kernels.formats import ActivationFormat, LowRank
+from counterweight.kernels.formats import LowRank
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.gpu.host_memory import HostArena
 from counterweight.kernels.gpu.linear import KernelLinear
 from counterweight.kernels.hadamard import Hadamard

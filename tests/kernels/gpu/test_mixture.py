@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from counterweight.kernels.backend import experts_on_kernels
-from counterweight.kernels.formats import ActivationFormat, LowRank
+from counterweight.kernels.formats import LowRank
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.gpu.mixture import KernelExperts, unsupported
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.linear import CompensatedLinear

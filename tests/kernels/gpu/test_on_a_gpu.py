@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat, LowRank
+from counterweight.kernels.formats import LowRank
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.gpu.hadamard import transform
 from counterweight.kernels.gpu.host_memory import HostArena
 from counterweight.kernels.gpu.linear import KernelLinear

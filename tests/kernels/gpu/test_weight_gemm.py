@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.gpu.layout import PackedWeight, PreparedInput, prepare_weight
 from counterweight.kernels.gpu.weight_gemm import decode_tiling, dense_tiling, splits_of, weight_gemm, whole_splits
 from counterweight.kernels.reference import linear

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat, LowRank
+from counterweight.kernels.formats import LowRank
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.kernels.reference import linear
 from counterweight.kernels.residual import Correction, ResidualStore

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.pipeline.serving.served import served
 from counterweight.pipeline.serving.shards import gathers, rank_columns, rank_rows, rank_slice
 from tests.pipeline.serving.layers import IN, LAYERS, OUT, expected, random, store

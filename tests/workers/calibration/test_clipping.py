@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.workers.calibration.clipping import activation_format, best_clip
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments

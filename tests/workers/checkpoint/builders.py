@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from counterweight.workers.checkpoint import Checkpoint, serialize_safetensors
-from counterweight.workers.checkpoint.header import DTYPES
+from counterweight.workers.checkpoint.buffers import TORCH_DTYPES
+from counterweight.workers.checkpoint.dtypes import DTYPES
 from counterweight.workers.storage.file import FileStore
 
 INDEX = "model.safetensors.index.json"
@@ -42,7 +43,7 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> 
 
 def every_dtype(rows: int = 3) -> dict[str, Tensor]:
     """A tensor [rows, 5] of each dtype, by the format's word."""
-    return {word: random_tensor(dtype, (rows, 5)) for word, dtype in DTYPES.items()}
+    return {word: random_tensor(TORCH_DTYPES[word], (rows, 5)) for word in DTYPES}
 
 
 def write_checkpoint(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from counterweight.workers.checkpoint import Checkpoint, reader, tensor_digest
 from counterweight.workers.checkpoint.block_scaled import MAX_BLOCK, BlockScaling
+from counterweight.workers.checkpoint.dtypes import BF16
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.storage.file import FileStore
 from tests.models import block_scaled, decoded_by_hand
@@ -48,7 +49,7 @@ def test_weights_are_decoded_as_by_hand(block: tuple[int, int], tmp_path: Path) 
     expected = decoded_by_hand(tensors[NAME], tensors[SCALE], block)
     assert checkpoint.names == (NAME, "norm.weight")
     assert checkpoint.parts == {SCALE: f"scales of {NAME}, decoded with it"}
-    assert (checkpoint.entry(NAME).dtype, checkpoint.entry(NAME).shape) == (torch.bfloat16, (50, 41))
+    assert (checkpoint.entry(NAME).dtype, checkpoint.entry(NAME).shape) == (BF16, (50, 41))
     read = checkpoint.read_many([NAME, "norm.weight"])
     assert bits(read[NAME]) == bits(expected)
     assert read[NAME].dtype == torch.bfloat16
@@ -164,15 +165,15 @@ def test_a_nested_config_cannot_say_it(tmp_path: Path) -> None:
 
 SCALES: dict[str, tuple[Tensor | None, str]] = {
     "missing": (None, "F8_E4M3 without scales, expected them as '.*down_proj.weight_scale_inv'"),
-    "a row too few": (torch.ones(2, 3), r"float32 of shape \[2, 3\], expected float32 of \[3, 3\]"),
-    "a column too many": (torch.ones(3, 4), r"expected float32 of \[3, 3\]"),
-    "flat": (torch.ones(9), r"expected float32 of \[3, 3\]"),
+    "a row too few": (torch.ones(2, 3), r"F32 of shape \[2, 3\], expected F32 of \[3, 3\]"),
+    "a column too many": (torch.ones(3, 4), r"expected F32 of \[3, 3\]"),
+    "flat": (torch.ones(9), r"expected F32 of \[3, 3\]"),
     "a scalar": (torch.tensor(1.0), r"shape \[\]"),
-    "transposed blocks": (torch.ones(4, 2), r"expected float32 of \[3, 3\]"),
-    "bfloat16": (torch.ones(3, 3, dtype=torch.bfloat16), "bfloat16 of shape"),
-    "float64": (torch.ones(3, 3, dtype=torch.float64), "float64 of shape"),
-    "integers": (torch.ones(3, 3, dtype=torch.int32), "int32 of shape"),
-    "codes": (torch.ones(3, 3).to(torch.float8_e4m3fn), "float8_e4m3fn of shape"),
+    "transposed blocks": (torch.ones(4, 2), r"expected F32 of \[3, 3\]"),
+    "bfloat16": (torch.ones(3, 3, dtype=torch.bfloat16), "BF16 of shape"),
+    "float64": (torch.ones(3, 3, dtype=torch.float64), "F64 of shape"),
+    "integers": (torch.ones(3, 3, dtype=torch.int32), "I32 of shape"),
+    "codes": (torch.ones(3, 3).to(torch.float8_e4m3fn), "F8_E4M3 of shape"),
 }
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from counterweight.workers.checkpoint import TensorDigest, tensor_digest
-from counterweight.workers.checkpoint.buffers import flat_bytes
-from counterweight.workers.checkpoint.digest import Inspector
+from counterweight.workers.checkpoint.buffers import flat_bytes, stored_dtype
+from counterweight.workers.checkpoint.inspector import Inspector
 from counterweight.workers.errors import CheckpointError
 from tests.workers.checkpoint.builders import FLOATS, bits, every_dtype
 
 
 def inspected(tensor: torch.Tensor, piece: int = 1 << 30) -> TensorDigest:
-    inspector = Inspector(tensor.dtype, tensor.shape)
+    inspector = Inspector(stored_dtype(tensor.dtype, where="a tensor"), tensor.shape)
     flat = flat_bytes(tensor)
     for begin in range(0, flat.size, piece):
         inspector.update(flat[begin : begin + piece])

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from counterweight.workers.checkpoint.dtypes import U8
 from counterweight.workers.checkpoint.header import TensorEntry
 from counterweight.workers.checkpoint.ranges import plan_reads
 
 
 def entry(name: str, start: int, length: int, file: str = "f") -> TensorEntry:
-    return TensorEntry(name=name, dtype=torch.uint8, shape=(length,), file=file, start=start, length=length)
+    return TensorEntry(name=name, dtype=U8, shape=(length,), file=file, start=start, length=length)
 
 
 @st.composite

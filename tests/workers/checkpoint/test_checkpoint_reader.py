@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from counterweight.workers.checkpoint import Checkpoint, tensor_digest
+from counterweight.workers.checkpoint.dtypes import BF16
 from counterweight.workers.checkpoint.ranges import MAX_READ
 from counterweight.workers.errors import CheckpointError, IntegrityError, ObjectNotFoundError
 from counterweight.workers.storage import open_store
@@ -46,7 +47,7 @@ def test_names_entries_and_config(sharded: Checkpoint) -> None:
     assert (entry.file, entry.shape, entry.dtype) == (
         "model-00002-of-00002.safetensors",
         (3,),
-        torch.bfloat16,
+        BF16,
     )
     with pytest.raises(CheckpointError, match=r"no tensor 'zzz'"):
         sharded.entry("zzz")

@@ -14,7 +14,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from counterweight.workers.checkpoint import read_safetensors, serialize_safetensors, write_safetensors
-from counterweight.workers.checkpoint.header import DTYPES, METADATA
+from counterweight.workers.checkpoint.buffers import TORCH_DTYPES
+from counterweight.workers.checkpoint.dtypes import DTYPES
+from counterweight.workers.checkpoint.header import METADATA
 from counterweight.workers.checkpoint.writer import safetensors_pieces
 from counterweight.workers.errors import CheckpointError, IntegrityError, StorageError
 from counterweight.workers.storage import Writer
@@ -30,7 +32,7 @@ NAMES = st.text(
 def tensor_sets(draw: st.DrawFn) -> dict[str, Tensor]:
     shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
     return {
-        name: random_tensor(draw(st.sampled_from(list(DTYPES.values()))), draw(shapes), seed)
+        name: random_tensor(draw(st.sampled_from([TORCH_DTYPES[word] for word in DTYPES])), draw(shapes), seed)
         for seed, name in enumerate(draw(st.sets(NAMES, max_size=6)))
     }
 

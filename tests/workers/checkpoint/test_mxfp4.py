@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from counterweight.workers.checkpoint import Checkpoint, reader, tensor_digest
+from counterweight.workers.checkpoint.decoding import decode
+from counterweight.workers.checkpoint.dtypes import BF16
 from counterweight.workers.checkpoint.mxfp4 import Mxfp4
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.storage.file import FileStore
@@ -47,7 +49,7 @@ def by_hand(code: int, scale: int) -> float:
 def test_every_code_is_what_its_bits_say(scale: int) -> None:
     """256 bytes in sixteen blocks: the lower four bits first, and the matrix transposed."""
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).reshape(1, 4, 4, 16)
-    found = Mxfp4().decode(codes, torch.full((1, 4, 4), scale, dtype=torch.uint8))
+    found = decode(Mxfp4(), codes, torch.full((1, 4, 4), scale, dtype=torch.uint8))
     values = [by_hand(code, scale) for byte in range(256) for code in (byte & 15, byte >> 4)]
     expected = torch.tensor(values, dtype=torch.float64).reshape(4, 128).T
     assert found.dtype == torch.bfloat16
@@ -58,7 +60,7 @@ def test_every_code_is_what_its_bits_say(scale: int) -> None:
 @pytest.mark.parametrize("scale", [255, 254])
 def test_what_stands_for_no_finite_number_comes_out_as_none(scale: int) -> None:
     codes = torch.full((1, 1, 1, 16), 0x77, dtype=torch.uint8)  # 6: 6 * 2^127 is beyond bfloat16
-    found = Mxfp4().decode(codes, torch.full((1, 1, 1), scale, dtype=torch.uint8))
+    found = decode(Mxfp4(), codes, torch.full((1, 1, 1), scale, dtype=torch.uint8))
     assert not found.isfinite().any()
 
 
@@ -71,7 +73,7 @@ def test_weights_are_decoded_as_transformers_does(tmp_path: Path) -> None:
         f"{NAME}_scales": f"scales of {NAME}, decoded with it",
     }
     assert checkpoint.config == {"model_type": "gpt_oss"}
-    assert (checkpoint.entry(NAME).dtype, checkpoint.entry(NAME).shape) == (torch.bfloat16, (3, 64, 5))
+    assert (checkpoint.entry(NAME).dtype, checkpoint.entry(NAME).shape) == (BF16, (3, 64, 5))
     checkpoint.expect({NAME: (3, 64, 5), "norm.weight": (7,)})
     expected = convert_moe_packed_tensors(tensors[f"{NAME}_blocks"], tensors[f"{NAME}_scales"])
     read = checkpoint.read_many([NAME, "norm.weight"])
@@ -118,9 +120,9 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "flat blocks": (put(f"{NAME}_blocks", torch.zeros(3, 5, 32, dtype=torch.uint8)), "expected [experts, out, in / 32"),
     "scales of another shape": (
         put(f"{NAME}_scales", torch.zeros(3, 5, 3, dtype=torch.uint8)),
-        "torch.uint8 of shape [3, 5, 3], expected uint8 of [3, 5, 2]",
+        "U8 of shape [3, 5, 3], expected U8 of [3, 5, 2]",
     ),
-    "scales of another dtype": (put(f"{NAME}_scales", torch.zeros(3, 5, 2)), "torch.float32 of shape [3, 5, 2]"),
+    "scales of another dtype": (put(f"{NAME}_scales", torch.zeros(3, 5, 2)), "F32 of shape [3, 5, 2]"),
     "both": (put(NAME, torch.zeros(3, 64, 5)), f"expected no '{NAME}' beside it"),
 }
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from counterweight.workers.checkpoint import Checkpoint, TensorEntry, tensor_digest
-from counterweight.workers.checkpoint.stacked import apart, stacked_digest
+from counterweight.workers.checkpoint.buffers import stored_dtype
+from counterweight.workers.checkpoint.digest import stacked_digest
+from counterweight.workers.checkpoint.dtypes import F32
+from counterweight.workers.checkpoint.stacked import apart
 from tests.workers.checkpoint.builders import FLOATS, random_tensor, write_checkpoint
 
 
@@ -21,16 +24,16 @@ def test_the_parts_are_the_whole(dtype: torch.dtype, shape: tuple[int, ...], tmp
     assert len(parts) == shape[0]
     assert all(torch.equal(part, own) for part, own in zip(parts, whole, strict=True))
     assert all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
-    assert stacked_digest(dtype, shape, parts).sha256 == tensor_digest(whole)
+    assert stacked_digest(stored_dtype(dtype, where="x"), shape, parts).sha256 == tensor_digest(whole)
 
 
 def test_what_is_not_finite_is_seen_in_any_part() -> None:
     parts = [torch.ones(2), torch.tensor([1.0, torch.inf])]
-    assert not stacked_digest(torch.float32, (2, 2), parts).finite
-    assert stacked_digest(torch.float32, (2, 2), parts[:1] * 2).finite
+    assert not stacked_digest(F32, (2, 2), parts).finite
+    assert stacked_digest(F32, (2, 2), parts[:1] * 2).finite
 
 
 def test_a_scalar_has_no_parts() -> None:
-    entry = TensorEntry(name="x", dtype=torch.float32, shape=(), file="f", start=0, length=4)
+    entry = TensorEntry(name="x", dtype=F32, shape=(), file="f", start=0, length=4)
     with pytest.raises(ValueError, match="x: a scalar: expected a tensor with a first axis"):
         apart(entry)

@@ -9,7 +9,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat, LowRank
+from counterweight.kernels.formats import LowRank
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from counterweight.workers.compensation.lrc import LRCResult, initial_branch, lrc, updated_branch

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from counterweight.kernels.formats import ActivationFormat, LowRank
+from counterweight.kernels.formats import LowRank
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.workers.block import CompressedLinear
 from counterweight.workers.compensation.regression import stored
 from counterweight.workers.distillation.replicas import Part, averaged

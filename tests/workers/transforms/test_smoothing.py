@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterweight.kernels.formats import ActivationFormat
+from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.hadamard import Hadamard
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.compensation.aser import outlier_channels, outlier_scales, without_channels

@@ -14,7 +14,7 @@ from counterweight.workers.methods.transforms.transform import Transform
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from counterweight.kernels.formats import ActivationFormat
+    from counterweight.kernels.forms import ActivationFormat
     from counterweight.kernels.hadamard import Hadamard
 
 
