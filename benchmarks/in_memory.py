@@ -72,7 +72,7 @@ class Model:
         for text in self.texts:
             hidden = advance({TRIAL: text.hidden}, ({TRIAL: block} for block in blocks), POOL, lambda *_: None)
             heads = dict.fromkeys((BASELINE, TRIAL), self.head)
-            windows = measure(hidden, text.original.__getitem__, text.tokens, heads, POOL, {})[TRIAL]
+            windows = measure({BASELINE: text.original, **hidden}, torch.cat(text.tokens), heads, POOL, {})[TRIAL]
             for metric, digits in ((perplexity.METRIC, ".2f"), (kl.METRIC, ".5f")):
                 found.append(f"{metric.over_windows([window[metric.name] for window in windows.metrics]):{digits}}")
         return found

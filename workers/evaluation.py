@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,11 @@ from counterweight.workers.errors import RequestError
 from counterweight.workers.metrics import METRICS, PROFILES, Comparison
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.routing import watched
-from counterweight.workers.parallel import OrderedPool
+from counterweight.workers.parallel import PIECE_TOKENS, OrderedPool
 from counterweight.workers.tasks.evaluate import (
     BASELINE,
     COMPENSATED,
+    HEAD_TOKENS,
     PREFILL,
     QUANTIZED,
     WindowMetrics,
@@ -70,17 +71,24 @@ def advance(
     pool: OrderedPool,
     routed: Callable[[int, str, Chosen], None],
 ) -> dict[str, list[Tensor]]:
-    """Runs each variant's hidden states (a list of batches) through its own blocks. routed: told of each block and variant what
-    its router chose."""
-    current = {variant: list(batches) for variant, batches in hidden.items()}
+    """Runs each variant's hidden states (a list of batches [windows, length, hidden]) through its own blocks. routed: told of
+    each block and variant what its router chose, of some windows after the others."""
+    current = {variant: [_pieces(batch) for batch in batches] for variant, batches in hidden.items()}
     for index, variants in enumerate(blocks):
         for variant, batches in current.items():
             with watched(variants[variant]) as router:
-                done = list(pool.map(router.run, batches))
-            current[variant] = [output for output, _ in done]
+                done = list(pool.map(router.run, chain.from_iterable(batches)))
+            outputs = iter([output for output, _ in done])
+            current[variant] = [[next(outputs) for _ in batch] for batch in batches]
             routed(index, variant, [chosen for _, chosen in done])
+            del done, outputs
         del variants  # before the next one is loaded
-    return current
+    return {variant: [torch.cat(batch) for batch in batches] for variant, batches in current.items()}
+
+
+def _pieces(batch: Tensor) -> list[Tensor]:
+    """What one thread runs at a time of a batch of windows [windows, length, ...]: all on a GPU."""
+    return [batch] if batch.is_cuda else list(batch.split(max(1, PIECE_TOKENS // batch.shape[1])))
 
 
 def variants_of(model: CompressedModel) -> dict[str, str]:
@@ -105,39 +113,46 @@ def compressed_blocks(
 
 @torch.no_grad()
 def measure(
-    hidden: Mapping[str, Sequence[Tensor]],
-    original: Callable[[int], Tensor],
-    tokens: Sequence[Tensor],
+    hidden: Mapping[str, Iterable[Tensor]],
+    ids: Tensor,
     heads: Mapping[str, nn.Module],
     pool: OrderedPool,
     routed: Mapping[str, Mapping[int, Sequence[float]]],
 ) -> dict[str, Measured]:
     """Numbers of each window under the original and under each variant, from what enters their final norms.
 
-    hidden: variant -> batches [windows, length, hidden]; original: batch -> likewise. heads: of the original and of each
-    variant. routed: variant, the original too -> sparse block -> share of each window's tokens that go where the original
+    hidden: variant, the original too -> batches [windows, length, hidden], which are taken as they are needed; ids: [windows,
+    length]. heads: of each variant. routed: variant -> sparse block -> share of each window's tokens that go where the original
     sends them.
     """
-    firsts = [0, *accumulate(len(batch) for batch in tokens)]
 
-    def one(batch: int) -> dict[str, Measured]:
-        found = {variant: Measured() for variant in (BASELINE, *hidden)}
-        for row, (ids, before) in enumerate(zip(tokens[batch], original(batch), strict=True)):
-            reference = _log_probabilities(heads[BASELINE], before)
-            for variant, windows in found.items():
+    def one(window: tuple[int, Mapping[str, Tensor]]) -> dict[str, Measured]:
+        index, states = window
+        parts: dict[str, list[Comparison]] = {variant: [] for variant in hidden}
+        for start in range(0, ids.shape[1], HEAD_TOKENS):
+            positions = slice(start, start + HEAD_TOKENS)
+            following = ids[index, 1:][positions]
+            reference = _log_probabilities(heads[BASELINE], states[BASELINE][positions])
+            for variant, compared in parts.items():
                 own = reference
                 if variant != BASELINE:
-                    own = _log_probabilities(heads[variant], hidden[variant][batch][row])
-                agreed = [shares[firsts[batch] + row] for shares in routed.get(variant, {}).values()]
-                windows.add(Measured.of(variant, Comparison(reference, own, ids, agreed)))
-        return found
+                    own = _log_probabilities(heads[variant], states[variant][positions])
+                compared.append(Comparison.of(reference, own, following))
+        return {
+            variant: Measured.of(
+                variant,
+                Comparison.joined(compared, [shares[index] for shares in routed.get(variant, {}).values()]),
+            )
+            for variant, compared in parts.items()
+        }
 
-    merged = {variant: Measured() for variant in (BASELINE, *hidden)}
-    for found in pool.map(one, range(len(tokens))):
-        for variant, windows in found.items():
-            merged[variant].add(windows)
+    merged = {variant: Measured() for variant in hidden}
+    windows = zip(*(chain.from_iterable(batches) for batches in hidden.values()), strict=True)
+    for found in pool.map(one, enumerate(dict(zip(hidden, states, strict=True)) for states in windows)):
+        for variant, measured in found.items():
+            merged[variant].add(measured)
     return merged
 
 
 def _log_probabilities(head: nn.Module, hidden: Tensor) -> Tensor:
-    return functional.log_softmax(head(hidden.unsqueeze(0))[0].float(), dim=-1)  # [length, vocabulary]
+    return functional.log_softmax(head(hidden.unsqueeze(0))[0].float(), dim=-1)  # [positions, vocabulary]

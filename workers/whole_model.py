@@ -64,7 +64,8 @@ def measure_whole(
         if own.shape != before.shape:
             raise RequestError(f"a vocabulary of {own.shape[-1]}: expected {before.shape[-1]}, the original's")
         for row, window in enumerate(ids):
-            found[BASELINE].add(Measured.of(BASELINE, Comparison(before[row], before[row], window)))
-            found[QUANTIZED].add(Measured.of("the model", Comparison(before[row], own[row], window)))
+            expected = before[row]
+            found[BASELINE].add(Measured.of(BASELINE, Comparison.of(expected, expected, window[1:])))
+            found[QUANTIZED].add(Measured.of("the model", Comparison.of(expected, own[row], window[1:])))
         done(len(found[BASELINE].metrics))
     return found

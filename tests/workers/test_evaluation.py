@@ -28,6 +28,7 @@ from counterweight.workers.storage import sha256_hex
 from counterweight.workers.tasks.evaluate import (
     BASELINE,
     COMPENSATED,
+    HEAD_TOKENS,
     PREFILL,
     QUANTIZED,
     Evaluate,
@@ -164,6 +165,15 @@ def test_each_variant_is_measured_as_it_is_loaded(made: Made, found: EvaluateRec
     parts = [divergence[:, start:stop].mean(1) for start, stop in pairwise([0, 1, 2, 4, 8, 16, LENGTH])]
     for along, expected in zip(found.profiles[variant], torch.stack(parts, 1), strict=True):
         assert along["kl_by_position"] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
+
+
+def test_a_window_whose_logits_are_in_memory_part_by_part(made: Made, worker: Worker, tmp_path: Path) -> None:
+    ids = token_ids(2, HEAD_TOKENS + 44)
+    windows = worker.run(evaluate_spec(worker, made, tmp_path, ids)).windows
+    reference = log_probabilities(AutoModelForCausalLM.from_pretrained(made.source, dtype=torch.float32).eval(), ids)
+    own = load_model(made.artifacts["compensated"].as_uri(), dtype=torch.float32)
+    assert_close(windows[BASELINE], expected_metrics(reference, reference, ids))
+    assert_close(windows[COMPENSATED], expected_metrics(reference, log_probabilities(own, ids), ids))
 
 
 def test_the_baseline_is_no_distance_from_itself(found: EvaluateRecord) -> None:

@@ -4,27 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Comparison:
-    """One window under two models. reference, own: log-probabilities of the next token under the original and under the model
-    that is judged, [length, vocabulary] float32. ids: the window's tokens, [length]. routed: share of them that go to the same
-    experts under both, of each sparse block."""
+    """Positions of one window under two models, the original and the one that is judged.
 
-    def __init__(self, reference: Tensor, own: Tensor, ids: Tensor, routed: Sequence[float] = ()) -> None:
-        self.reference, self.own, self.ids, self.routed = reference, own, ids, routed
+    divergence: KL(original || this) of the next token, in nats, [positions] float32. likelihood: this model's log-probability
+    of the token that follows, where there is one, [positions, the window's last without] float32. agreed: whether both find the
+    same next token most probable, [positions] bool. routed: share of the window's tokens that go to the same experts under
+    both, of each sparse block.
+    """
 
-    @cached_property
-    def divergence(self) -> Tensor:
-        """KL(original || this) at each position, in nats, [length] float32."""
+    divergence: Tensor
+    likelihood: Tensor
+    agreed: Tensor
+    routed: Sequence[float] = ()
+
+    @classmethod
+    def of(cls, reference: Tensor, own: Tensor, following: Tensor) -> Comparison:
+        """reference, own: log-probabilities of the next token under the original and under this model, [positions, vocabulary]
+        float32; the same tensor where this is the original. following: the tokens that follow, one less at a window's end."""
+        import torch
         from torch.nn import functional
 
-        return functional.kl_div(self.own, self.reference, reduction="none", log_target=True).sum(-1)
+        likelihood = own[: len(following)].gather(1, following.long().to(own.device)[:, None])[:, 0]
+        if own is reference:
+            zeros = own[:, 0] - own[:, 0]  # but where logits are not finite: a whole row is NaN then
+            return cls(divergence=zeros, likelihood=likelihood, agreed=torch.ones_like(zeros, dtype=torch.bool))
+        return cls(
+            divergence=functional.kl_div(own, reference, reduction="none", log_target=True).sum(-1),
+            likelihood=likelihood,
+            agreed=own.argmax(-1) == reference.argmax(-1),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Comparison], routed: Sequence[float] = ()) -> Comparison:
+        """A window, of its parts in order."""
+        import torch
+
+        return cls(
+            divergence=torch.cat([part.divergence for part in parts]),
+            likelihood=torch.cat([part.likelihood for part in parts]),
+            agreed=torch.cat([part.agreed for part in parts]),
+            routed=routed,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,7 @@ def _negative_log_likelihood(window: Comparison) -> float:
     """Mean over tokens, in nats; sums in float64."""
     import torch
 
-    targets = window.ids[1:].long().to(window.own.device)
-    return float(-window.own[:-1].gather(1, targets[:, None]).mean(dtype=torch.float64))
+    return float(-window.likelihood.mean(dtype=torch.float64))
 
 
 def _perplexity(values: Sequence[float]) -> float:

@@ -6,7 +6,7 @@ from counterweight.workers.metrics.metric import Comparison, Metric, mean
 
 
 def _agreement(window: Comparison) -> float:
-    return float((window.own.argmax(-1) == window.reference.argmax(-1)).double().mean())
+    return float(window.agreed.double().mean())
 
 
 METRIC = Metric(

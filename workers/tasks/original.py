@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from counterweight.workers.config import Config
 from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.keys import digest
+from counterweight.workers.parallel import PIECE_TOKENS
 from counterweight.workers.tasks.patience import patience
 from counterweight.workers.tasks.records import HiddenRecord
 from counterweight.workers.tasks.setting import Setting, shard_sequences
@@ -48,7 +49,9 @@ class Original(Config, DurableTask[OriginalRecord]):
 
     def key(self) -> str:
         shared = {**self.setting.uncompressed().determines(), "compute_dtype": self.dtype}
-        return digest([self.kind, shared, "routed", dict(self.tensors), self.tokens.sha256, self.start, self.stop])
+        return digest(
+            [self.kind, shared, "routed", PIECE_TOKENS, dict(self.tensors), self.tokens.sha256, self.start, self.stop]
+        )
 
     @property
     def name(self) -> str:
