@@ -30,7 +30,7 @@ from counterweight.workers.calibration.statistics import InputStatistics
 from counterweight.workers.compensation.spectrum import spectrum
 from counterweight.workers.held_out import Rows
 from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup
-from counterweight.workers.parallel import PARALLEL_WIDTH, OrderedPool
+from counterweight.workers.parallel import OrderedPool
 from counterweight.workers.recipe import ModuleRecipe, solved_together
 from counterweight.workers.solve import LayerState, solve
 from counterweight.workers.tasks.records import STARVED, FallbackReport, HeldOutErrors, ModuleReport
@@ -107,8 +107,7 @@ def compress(
         device=torch.device(device),
     )
     one = partial(_solve, asked)
-    side_by_side = any(weights[job.names[0]].shape[1] >= PARALLEL_WIDTH for job in jobs)
-    for batch, solved in zip(together, pool.map(one, together) if side_by_side else map(one, together), strict=True):
+    for batch, solved in zip(together, pool.map(one, together), strict=True):
         for job in batch:
             if job.last and not job.alone:
                 del statistics[job.group]

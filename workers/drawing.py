@@ -10,6 +10,7 @@ from torch import Tensor
 from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.statistics import Gathering, ShardMoments
 from counterweight.workers.models.family import SharedInputGroup
+from counterweight.workers.parallel import Share
 
 if TYPE_CHECKING:
     from counterweight.workers.shards import RunningStatistics
@@ -31,9 +32,11 @@ class DrawnStatistics:
         self.gatherings: Mapping[SharedInputGroup, Gathering] = {group: sums.gatherings[group] for group in lacking}
         self._sums = sums
 
-    def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None) -> ShardMoments | None:
+    def of(
+        self, group: SharedInputGroup, rows: Tensor, original: Tensor | None, share: Share[None]
+    ) -> ShardMoments | None:
         """See `RunningStatistics`."""
-        return self._sums.of(group, rows, original)
+        return self._sums.of(group, rows, original, share)
 
     def add(self, moments: dict[SharedInputGroup, ShardMoments | None], given: list[Tensor]) -> None:
         """See `Gatherer`. Of the tokens that experts are given none is kept: the layer's are those of the first shards."""

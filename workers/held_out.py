@@ -11,6 +11,7 @@ from torch import Tensor
 from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.statistics import Gathering
 from counterweight.workers.models.family import SharedInputGroup, is_expert
+from counterweight.workers.parallel import Share
 
 if TYPE_CHECKING:
     from counterweight.workers.models.block_builder import Block
@@ -48,7 +49,7 @@ class HeldOutRows:
         kept = [*self._own.values(), *self._originals.values(), *(() if self.sample is None else [self.sample])]
         return sum(sample.bytes for sample in kept)
 
-    def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None) -> Rows:
+    def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None, share: Share[None]) -> Rows:
         """Of one shard [..., in], no more than the limit."""
         flat, step = rows.reshape(-1, rows.shape[-1]), 1
         while len(flat) > LIMIT * step:

@@ -1,7 +1,8 @@
 """Ordered, bounded parallel maps whose results do not depend on the number of threads.
 
 On a CPU a worker runs its shards and its solves on a few threads, each of which computes with one thread inside torch:
-an operation then has the same bits whatever the thread count, and the order of reductions is the order of the items.
+an operation then has the same bits whatever the thread count, and the order of reductions is the order of the items. Threads
+that find no shard or solve to begin take parts of one that another has begun (`OrderedPool.share`).
 On a GPU one thread computes, because the device is the parallel part; others read and write shards meanwhile.
 """
 
@@ -12,10 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Protocol, TypeVar
-
-PARALLEL_WIDTH = 1024
-"""Input columns of the widest layer from which solves run side by side. Below, an operation on one column is so short
-that threads wait for the interpreter instead of computing: 768 columns take 0.18 s one by one and 0.16-0.5 s on two threads."""
 
 AHEAD, BEHIND = 2, 4
 """Shards that are read while another one is computed, and that are hashed and written, where one thread computes. A worker
@@ -28,14 +25,23 @@ READERS = 4
 
 PIECE_TOKENS = 1024
 """Tokens of a shard that one thread of a CPU runs at a time. Part of the numerics, because products of other shapes may have
-other bits. A block of the reference Llama over 32 x 256 tokens takes 0.287 CPU s at once, in pieces of 2048, 1024 and 512
-tokens 0.249, 0.232 and 0.241, whose activations a cache holds; of the small Mixtral 0.230, and 0.203, 0.222 and 0.275."""
+other bits. A block of the reference Llama over 32 x 256 tokens takes 0.287 CPU s at once, and 0.249, 0.232 and 0.241 in pieces
+of 2048, 1024 and 512 tokens, whose activations a cache holds; of the small Mixtral 0.230, and 0.203, 0.222 and 0.275."""
 
 T = TypeVar("T")
 In = TypeVar("In")
 Out = TypeVar("Out")
 R = TypeVar("R")
 W = TypeVar("W")
+
+
+Share = Callable[[Sequence[Callable[[], R]]], list[R]]
+"""Does all parts of a work, in any order; what they return, in theirs."""
+
+
+def in_turn(parts: Sequence[Callable[[], R]]) -> list[R]:
+    """A `Share` of this thread alone."""
+    return [part() for part in parts]
 
 
 def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
@@ -70,6 +76,34 @@ class OrderedPool:
             for future in waiting:
                 future.cancel()
 
+    def share(self, parts: Sequence[Callable[[], R]]) -> list[R]:
+        """See `Share`. This thread does them, and so do threads of the pool that have nothing else to do, so that parts may be
+        shared again. The failure of the first part that fails is raised when none is being done any more."""
+        if self._executor is None or len(parts) < 2:
+            return in_turn(parts)
+        left, done, failed = deque(range(len(parts))), dict[int, R](), dict[int, BaseException]()
+
+        def take() -> None:
+            while left:
+                try:
+                    place = left.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                try:
+                    done[place] = parts[place]()
+                except BaseException as error:  # noqa: BLE001  raised by the thread that shares
+                    failed[place] = error
+                    left.clear()
+
+        helping = [self._executor.submit(take) for _ in range(min(self.threads, len(parts)) - 1)]
+        take()
+        for helper in helping:
+            if not helper.cancel():
+                helper.result()
+        if failed:
+            raise failed[min(failed)]
+        return [done[place] for place in range(len(parts))]
+
     def close(self) -> None:
         """Waits for running items and ends the threads."""
         if self._executor is not None:
@@ -80,7 +114,14 @@ class Shards(Protocol):
     """How a worker goes through shards: each is read, computed and written, and results are taken in the shards' order."""
 
     computing: int
-    """How many are computed at a time."""
+    """How many threads compute at a time."""
+
+    piece_tokens: int | None
+    """Of a shard, that a thread runs at a time; None: all."""
+
+    def share(self, parts: Sequence[Callable[[], R]]) -> list[R]:
+        """See `Share`; called while a shard is computed."""
+        ...
 
     def run(
         self,
@@ -100,11 +141,17 @@ class Shards(Protocol):
 
 
 class SideBySide:
-    """Several threads, each of which reads, computes and writes a shard."""
+    """Several threads, each of which reads, computes and writes a shard, or takes parts of another's."""
+
+    piece_tokens: int | None = PIECE_TOKENS
 
     def __init__(self, pool: OrderedPool) -> None:
         self.computing = pool.threads
         self._pool = pool
+
+    def share(self, parts: Sequence[Callable[[], R]]) -> list[R]:
+        """See `OrderedPool.share`."""
+        return self._pool.share(parts)
 
     def run(
         self,
@@ -133,6 +180,7 @@ class Overlapped:
     """This thread computes; others read up to `AHEAD` shards before it and write up to `BEHIND` behind it."""
 
     computing = 1
+    piece_tokens: int | None = None
 
     def __init__(self) -> None:
         self._readers = ThreadPoolExecutor(AHEAD, thread_name_prefix="read")
@@ -167,6 +215,10 @@ class Overlapped:
             for waiting in (reading, writing):
                 for future in waiting:
                     future.cancel()
+
+    def share(self, parts: Sequence[Callable[[], R]]) -> list[R]:
+        """One after the other."""
+        return in_turn(parts)
 
     def close(self) -> None:
         """Waits for what is read and written and ends the threads."""

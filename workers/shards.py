@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
@@ -16,43 +15,20 @@ from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, ShardMoments
 from counterweight.workers.drawing import DrawnStatistics
 from counterweight.workers.errors import RequestError
-from counterweight.workers.hooks import expert_hook, input_hooks
-from counterweight.workers.models.family import SharedInputGroup, expert_of, is_expert
-from counterweight.workers.parallel import Shards
-from counterweight.workers.quantization.inputs import all_finite, check_activations
+from counterweight.workers.models.family import SharedInputGroup, is_expert
+from counterweight.workers.parallel import Shards, Share
+from counterweight.workers.pieces import Found, Gatherer, ShardRun
+from counterweight.workers.quantization.inputs import all_finite
 
 if TYPE_CHECKING:
     from counterweight.workers.models.block_builder import (
         Block,  # transformers, which who only reads reports does not need
     )
-    from counterweight.workers.models.experts import SeparateExperts
 
 Output = TypeVar("Output")
-Found = TypeVar("Found")
 
 Load = Callable[[], Tensor]
 """Reads one shard of hidden states [sequences, length, hidden]."""
-
-
-class Gatherer(Protocol[Found]):
-    """What looks at the rows that enter a block's linears, shard by shard.
-
-    gatherings: the groups of linears, and what is gathered of each. every_token: experts see all tokens, and not those that the
-    router sends them. sample: keeps some of the tokens that experts are given; None: none is kept.
-    """
-
-    gatherings: Mapping[SharedInputGroup, Gathering]
-    every_token: bool
-    sample: RowSample | None
-
-    def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None) -> Found:
-        """What one shard gives. rows: [..., in]; original: in the original model, where that differs. Threads call it."""
-        ...
-
-    def add(self, found: dict[SharedInputGroup, Found], given: list[Tensor]) -> None:
-        """Takes a shard's out of `found`, in the order of the shards, so that nothing of one stays while the next one runs.
-        given: the tokens that its experts were given, of which some are kept; taken out likewise."""
-        ...
 
 
 class RunningStatistics:
@@ -78,13 +54,15 @@ class RunningStatistics:
         kept = 0 if self.sample is None else self.sample.bytes
         return kept + sum(accumulator.bytes for accumulator in self._sums.values())
 
-    def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None) -> ShardMoments | None:
+    def of(
+        self, group: SharedInputGroup, rows: Tensor, original: Tensor | None, share: Share[None]
+    ) -> ShardMoments | None:
         """The moments of a shard's rows [..., in]. None where kernels run: one thread computes there, so they are added at once
         and take no memory."""
         if runs_kernels(rows.device):
             self._sums[group].add_rows(rows, original)
             return None
-        return ShardMoments.of(rows, self.gatherings[group], original)
+        return ShardMoments.of(rows, self.gatherings[group], original, share)
 
     def add(self, moments: dict[SharedInputGroup, ShardMoments | None], given: list[Tensor]) -> None:
         """See `Gatherer`."""
@@ -142,52 +120,15 @@ def run_shards(
     block in the original model; empty when that is the same. emit: what to do with a shard's output (write it, drop it), that
     of the originals if there are any. shards: how they are gone through.
     """
-    replicas: queue.SimpleQueue[Block] = queue.SimpleQueue()
-    for _ in range(shards.computing):
-        replicas.put(block.replica())
-
-    # A router may send other tokens to an expert than in the original model, so that rows have no partners.
-    partnered = [group for group in gatherer.gatherings if not is_expert(group[0])]
-    routed = partnered if gatherer.every_token else list(gatherer.gatherings)
-    forced = [group for group in gatherer.gatherings if group not in routed]
+    shard = ShardRun(block, gatherer, shards)
 
     def read(loads: tuple[Load, Load | None]) -> tuple[Tensor, Tensor | None]:
         load, load_original = loads
         return load(), None if load_original is None else load_original()
 
-    def run(hidden: tuple[Tensor, Tensor | None]) -> tuple[tuple[dict[SharedInputGroup, Found], list[Tensor]], Tensor]:
-        entered, original = hidden
-        replica = replicas.get()
-        meant: dict[SharedInputGroup, Tensor] = {}
-        found: dict[SharedInputGroup, Found] = {}
-        given: list[Tensor] = []
-
-        def take(group: SharedInputGroup, rows: Tensor) -> None:
-            check_activations(f"the input of {group[0]}", rows)
-            found[group] = gatherer.of(group, rows, meant.get(group))
-
-        def look(experts: SeparateExperts, tokens: Tensor) -> None:
-            if gatherer.sample is not None:
-                given.append(tokens)
-            with input_hooks(replica, forced, take):
-                for expert in sorted({expert_of(group[0]) for group in forced}):
-                    experts.run(expert, tokens)
-
-        try:
-            if original is not None:
-                with input_hooks(replica, partnered, meant.__setitem__):
-                    output = replica.run(original)
-            with input_hooks(replica, routed, take), expert_hook(replica, look):
-                seen = replica.run(entered)
-            output = seen if original is None else output
-            check_activations("the block's output", output)
-            return (found, given), output
-        finally:
-            replicas.put(replica)
-
     nothing: list[Load | None] = [None] * len(inputs)
     return shards.run(
-        list(zip(inputs, originals or nothing, strict=True)), read, run, lambda seen: gatherer.add(*seen), emit
+        list(zip(inputs, originals or nothing, strict=True)), read, shard, lambda seen: gatherer.add(*seen), emit
     )
 
 

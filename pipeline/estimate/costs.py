@@ -18,7 +18,7 @@ from counterweight.workers.arithmetic.preparing import rotating
 from counterweight.workers.footprint.load import Group, Load, factors, packed
 from counterweight.workers.matrix_bytes import SINGLE
 from counterweight.workers.matrix_flops import Work, elementwise
-from counterweight.workers.parallel import AHEAD, BEHIND, PARALLEL_WIDTH
+from counterweight.workers.parallel import AHEAD, BEHIND
 
 BEGINNING, STREAMED, ENDING = (
     ("read", "rotate", "prepare"),
@@ -77,8 +77,7 @@ def block_seconds(
 ) -> BlockSeconds:
     """Of a block's tasks on one worker. judged: bytes of an activation when the model is validated. kept: share of the hidden
     states that is read from memory; written: of those behind the block that goes to the store."""
-    threads = min(load.threads, load.shards)
-    side_by_side = load.threads if any(group.width >= PARALLEL_WIDTH for group in load.groups if group.recipe) else 1
+    threads = min(load.threads, load.shards * -(-load.shard // load.piece))
     branch = sum(factors(group) for group in load.groups)
     solved = sum(rows * columns for group in load.groups for rows, columns in _solved(group))
     stored = sum(packed(group) for group in load.groups) + branch + load.compute * (load.parameters - solved)
@@ -99,7 +98,7 @@ def block_seconds(
         "forward": forward,
         "statistics": statistics,
         "tune": rates.seconds(arithmetic.tune),
-        "solve": (rates.seconds(arithmetic.solve) + rates.moved(4 * solved)) / side_by_side,
+        "solve": (rates.seconds(arithmetic.solve) + rates.moved(4 * solved)) / load.threads,
         # Of every tensor a digest too, which a GPU's host has cores to find while the tensors are sent.
         "write": rates.sent(stored) + (0.0 if load.gpu else stored / rates.hash) + rates.moved(stored),
     }

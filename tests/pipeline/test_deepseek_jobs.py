@@ -84,7 +84,9 @@ def test_a_block_scaled_source_is_the_model_of_the_decoded_weights(source: Sourc
     model, directory = source
     opened = open_model(directory.as_uri())
     assert opened.tensors
-    read = whole(Checkpoint.open(opened.store), BlockBuilder(opened.checkpoint.config), torch.device("cpu"), torch.float32)
+    read = whole(
+        Checkpoint.open(opened.store), BlockBuilder(opened.checkpoint.config), torch.device("cpu"), torch.float32
+    )
     torch.testing.assert_close(logits(read), logits(model), rtol=0, atol=1e-5)
     assert (logits(build("deepseek_v3")) - logits(model)).abs().max() > 1e-2  # as it was before fp8
 

@@ -38,7 +38,7 @@ RECIPES: dict[str, Any] = {
 def test_the_artifact_is_that_of_one_worker(recipe: str, tmp_path: Path) -> None:
     checkpoint("llama", tmp_path / "model", num_hidden_layers=3, max_position_embeddings=LENGTH)
     made = {}
-    for workers, threads in ((1, 1), (2, 1), (3, 2)):
+    for workers, threads in ((1, 1), (2, 4), (3, 2)):
         output = tmp_path / str(workers)
         published = run_job(
             tmp_path / "model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -85,6 +86,44 @@ def test_threads_run_at_the_same_time() -> None:
     pool = OrderedPool(3)
     assert sorted(pool.map(lambda _: barrier.wait(), range(3))) == [0, 1, 2]
     pool.close()
+
+
+def test_parts_are_shared_and_come_back_in_their_order(pool: OrderedPool) -> None:
+    def slow_first(item: int) -> int:
+        time.sleep(0.01 if item % 3 == 0 else 0.0)
+        return item
+
+    assert pool.share([partial(slow_first, item) for item in range(9)]) == list(range(9))
+    assert pool.share([]) == []
+
+
+def test_all_threads_take_parts_and_may_share_theirs() -> None:
+    pool, barrier, inner = (
+        OrderedPool(3),
+        threading.Barrier(3, timeout=PATIENCE),
+        threading.Barrier(3, timeout=PATIENCE),
+    )
+    assert sorted(pool.share([barrier.wait] * 3)) == [0, 1, 2]
+    # Of whoever shares while another is busy, or has nothing to do.
+    assert list(pool.map(lambda _: sum(pool.share([lambda: 1] * 20)), range(6))) == [20] * 6
+    assert sorted(next(iter(pool.map(lambda _: pool.share([inner.wait] * 3), [0])))) == [0, 1, 2]
+    pool.close()
+
+
+def test_the_failure_of_a_part_is_raised_when_no_other_is_being_done(pool: OrderedPool) -> None:
+    doing: list[int] = []
+
+    def fail(item: int) -> int:
+        doing.append(item)
+        if item == 1:
+            raise KeyError(item)
+        time.sleep(0.01)
+        doing.remove(item)
+        return item
+
+    with pytest.raises(KeyError, match="1"):
+        pool.share([partial(fail, item) for item in range(50)])
+    assert doing == [1]
 
 
 def test_closing_ends_the_threads() -> None:

@@ -14,9 +14,9 @@ solves with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from counterweight.kernels.forms import ActivationFormat
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.workers.calibration.thresholds import Thresholds
 from counterweight.workers.calibration.triangle import TRIANGLE_BLOCK, LowerTriangle
+from counterweight.workers.parallel import PIECE_TOKENS, Share, in_turn
 
 if TYPE_CHECKING:
     from counterweight.workers.calibration.experts import Starvation
@@ -184,19 +185,37 @@ class ShardMoments:
     thresholds: Tensor | None
 
     @classmethod
-    def of(cls, rows: Tensor, gathering: Gathering = NOTHING_ELSE, original: Tensor | None = None) -> ShardMoments:
-        """Moments of the rows x [..., in] of one shard; original: the rows t of the same tokens."""
+    def of(
+        cls,
+        rows: Tensor,
+        gathering: Gathering = NOTHING_ELSE,
+        original: Tensor | None = None,
+        share: Share[None] = in_turn,
+    ) -> ShardMoments:
+        """Moments of the rows x [..., in] of one shard; original: the rows t of the same tokens. share: does the products."""
         x = rows.reshape(-1, rows.shape[-1])
-        streams = _streams(x, gathering, original)
+        streams = _streams(x, gathering, original, partial(_quantized, share=share))
 
         @cache
         def wide(name: str) -> Tensor:
             return (x if name == "x" else streams[name]).float()
 
+        square = (x.shape[1], x.shape[1])
+        pairs = [name * 2 for name in streams]
+        triangles = {pair: LowerTriangle.empty(x.shape[1], torch.float32, x.device) for pair in pairs}
+        crossed: dict[str, Tensor] = {}
+        products: list[Callable[[], None]] = []  # the largest first, so that threads end together
+        for one, other in combinations(streams, 2):
+            crossed[one + other] = torch.empty(square, device=x.device)
+            products.append(partial(_multiply, wide(one), wide(other), crossed[one + other]))
+        for name in streams:
+            strips = reversed(list(triangles[name * 2].strips()))
+            products += [partial(_multiply, wide(name)[:, a:b], wide(name)[:, :b], strip) for a, b, strip in strips]
+        share(products)
         return cls(
             width=int(x.shape[1]),
-            triangles={name * 2: _lower(wide(name)) for name in streams},
-            crossed={one + other: wide(one).T @ wide(other) for one, other in combinations(streams, 2)},
+            triangles=triangles,
+            crossed=crossed,
             tokens=len(x),
             absolute=wide("x").abs().sum(0) if gathering.absolute else None,
             thresholds=Thresholds.of(wide("x")) if gathering.thresholds else None,
@@ -253,7 +272,7 @@ class Accumulator:
         from counterweight.kernels.gpu.gram import add_gram_, add_product_
 
         x = rows.reshape(-1, rows.shape[-1])
-        streams = _streams(x, self._gathering, original)
+        streams = _streams(x, self._gathering, original, fake_quantize_activations)
         for name, stream in streams.items():
             add_gram_(self._triangle(name * 2).entries, stream)
         for one, other in combinations(streams, 2):
@@ -296,7 +315,9 @@ class Accumulator:
         return self.packed().unpacked()
 
 
-def _streams(x: Tensor, gathering: Gathering, original: Tensor | None) -> dict[str, Tensor]:
+def _streams(
+    x: Tensor, gathering: Gathering, original: Tensor | None, quantize: Callable[[Tensor, ActivationFormat], Tensor]
+) -> dict[str, Tensor]:
     """x [tokens, in], and what else is multiplied of the same tokens, in the dtype of the forward pass; none where no
     products are gathered."""
     if not gathering.products:
@@ -304,16 +325,25 @@ def _streams(x: Tensor, gathering: Gathering, original: Tensor | None) -> dict[s
     streams = {"x": x}
     if gathering.activations is not None:
         # In the dtype of the forward pass, as the layer itself will do it.
-        streams["y"] = fake_quantize_activations(x, gathering.activations)
+        streams["y"] = quantize(x, gathering.activations)
     if original is not None:
         streams["t"] = original.reshape(x.shape)
     return streams
 
 
-def _lower(x: Tensor) -> LowerTriangle:
-    """The lower triangle of x^T x in float32, strip by strip: half of the products, because the matrix is symmetric.
-    x: float32."""
-    lower = LowerTriangle.empty(x.shape[1], torch.float32, x.device)
-    for start, stop, strip in lower.strips():
-        torch.mm(x[:, start:stop].T, x[:, :stop], out=strip)
-    return lower
+def _quantized(x: Tensor, form: ActivationFormat, share: Share[None]) -> Tensor:
+    """Activations [tokens, in] as codes see them; of each token by itself."""
+    found = torch.empty_like(x)
+
+    def quantize(rows: Tensor, out: Tensor) -> None:
+        out.copy_(fake_quantize_activations(rows, form))
+
+    pieces = zip(x.split(PIECE_TOKENS), found.split(PIECE_TOKENS), strict=True)
+    share([partial(quantize, rows, out) for rows, out in pieces])
+    return found
+
+
+def _multiply(one: Tensor, other: Tensor, out: Tensor) -> None:
+    """The sum of outer products of the rows of two float32 streams; of a stream with itself strip by strip of the lower
+    triangle, which is half of the products."""
+    torch.mm(one.T, other, out=out)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from counterweight.workers.footprint.experts import drawn_share, feeding, kept_bytes
-from counterweight.workers.footprint.forward import activations, running, tuning, unseen_bytes
+from counterweight.workers.footprint.forward import activations, held_out, running, tuning, unseen_bytes
 from counterweight.workers.footprint.load import Group, Load, gathers, moments, packed
 from counterweight.workers.footprint.solving import solving
 from counterweight.workers.footprint.weights import (
@@ -81,7 +81,7 @@ def footprint(load: Load) -> Footprint:
         held = weights - left + solved
         phases["forward"] = max(phases["forward"], held + rows + _forward(one, statistics[place], first=place == 0))
         for further in _further(one, first=place == 0):
-            running_on = statistics[place] + load.threads * running(further, stored=False)
+            running_on = statistics[place] + load.threads * further
             phases["forward"] = max(phases["forward"], held + rows + running_on)
         if rows:
             # Put together in the first pass, which has them twice.
@@ -115,14 +115,14 @@ def footprint(load: Load) -> Footprint:
     )
 
 
-def _further(load: Load, *, first: bool) -> Iterator[Load]:
-    """The shards that follow those that everything is solved on, and run beside their sums: drawn ones, and in the first pass
+def _further(load: Load, *, first: bool) -> Iterator[int]:
+    """Of a shard that follows those that everything is solved on, and runs beside their sums: drawn ones, and in the first pass
     those that are held out."""
     if load.drawn:
         lacking = [name for group in load.groups if drawn_share(load, group) for name in group.recipe]
-        yield load.solving(lacking).of_shards(load.drawn_tokens)
+        yield running(load.solving(lacking).of_shards(load.drawn_tokens), stored=False)
     if load.held_out and first:
-        yield load.solving(()).of_shards(load.unseen)
+        yield held_out(load)
 
 
 def _forward(load: Load, statistics: int, *, first: bool) -> int:

@@ -17,6 +17,9 @@ def activations(load: Load) -> int:
     products = sum(_products(load, group) for group in load.groups)
     threads = min(load.threads, load.shards)
     waiting = products if load.shards > threads > 1 else 0
+    if load.in_pieces:
+        # Threads without a shard of their own take pieces of another's.
+        waiting += (load.threads - threads) * _piece(load)
     if load.gpu:
         # Hidden states that were read for the next shards, and those that are being written.
         waiting += (AHEAD * (1 + load.paired) + BEHIND) * load.shard * load.hidden * load.compute
@@ -26,6 +29,8 @@ def activations(load: Load) -> int:
 def running(load: Load, *, stored: bool) -> int:
     """One shard in the block at the peak, with the products of the inputs that it has come by; or stored: where nothing is
     gathered, and every linear is read back before it is multiplied."""
+    if load.in_pieces and not stored:
+        return _shard_of_pieces(load)
     token = load.compute * load.hidden
     # What entered, the residual stream, and what the norm made of it.
     stream = 3 * token + (token if load.paired else 0) + (token if kept_rows(load) and not stored else 0)
@@ -35,22 +40,72 @@ def running(load: Load, *, stored: bool) -> int:
         before = products
         products += 0 if stored else _products(load, group)
         tokens = load.shard * (group.share if stored else gathered_share(load, group))
-        rows = [rows for rows, _ in group.linears.values()]
-        if group is load.groups[0]:
-            # Queries, keys and values; while they get their positions, three more of the widest.
-            inside = load.compute * (sum(rows) + 3 * max(rows))
-        else:
-            # Of a gated pair: one behind its activation, the other, and their product; of an expert's the first before it too.
-            more = 1 + group.of_expert if len(rows) > 1 else 0
-            inside = load.compute * (sum(rows) + more * max(rows))
+        inside = _inside(load, group)
         read = max((prod(shape) for shape in group.linears.values()), default=0) * DECODE if stored else 0
         peaks.append(round(tokens * inside) + products + read)
         if group.recipe and not stored:
             looking, multiplying = _gathered(load, group)
             peaks.append(round(tokens * group.width * looking) + before)
             peaks.append(round(tokens * group.width * multiplying) + products)
-    meant = load.compute * load.shard * sum(group.width for group in load.groups if group.recipe) if load.paired else 0
-    return load.shard * stream + max(peaks) + meant
+    return load.shard * stream + max(peaks) + _meant(load)
+
+
+def _shard_of_pieces(load: Load, *, solved: bool = True) -> int:
+    """One shard that runs piece by piece: what entered, what comes out, and the inputs of all linears are kept of the whole
+    shard, until they are looked at, one group after the other. solved: whether products are taken of them."""
+    stream = load.shard * load.compute * load.hidden
+    given = stream if kept_rows(load) else 0
+    entering = _entering(load)
+    rows, products = sum(size for _, size in entering), 0
+    peaks = [2 * stream + rows + _piece(load)]
+    for group, size in entering:
+        peaks.append(3 * stream + rows + size + products)  # of the pieces, and put together
+        if solved:
+            _, multiplying = _gathered(load, group)  # it is quantized piece by piece, which takes less
+            products += _products(load, group)
+            peaks.append(3 * stream + rows - size + size // load.compute * multiplying + products)
+        rows -= size
+    return max(peaks) + given + _meant(load)
+
+
+def held_out(load: Load) -> int:
+    """One shard that nothing is solved on: rows of all inputs are kept, and no products are taken."""
+    load = load.of_shards(load.unseen)
+    return _shard_of_pieces(load, solved=False) if load.in_pieces else running(load.solving(()), stored=False)
+
+
+def _entering(load: Load) -> list[tuple[Group, int]]:
+    """The groups of linears that are looked at, with the bytes of what enters them of a shard."""
+    return [
+        (group, load.compute * round(load.shard * gathered_share(load, group)) * group.width)
+        for group in load.groups
+        if group.recipe
+    ]
+
+
+def _piece(load: Load) -> int:
+    """What a piece takes while it runs, beside what is kept of it."""
+    stream = 2 * load.compute * load.hidden  # the residual, and what a norm makes of it
+    inside = max(round(gathered_share(load, group) * _inside(load, group)) for group in load.groups)
+    return load.piece * (stream + max(inside, load.token_scores))
+
+
+def _inside(load: Load, group: Group) -> int:
+    """Bytes of a token between a group of linears and the next."""
+    rows = [rows for rows, _ in group.linears.values()]
+    if group is load.groups[0]:
+        # Queries, keys and values; while they get their positions, three more of the widest.
+        return load.compute * (sum(rows) + 3 * max(rows))
+    # Of a gated pair: one behind its activation, the other, and their product; of an expert's the first before it too.
+    more = 1 + group.of_expert if len(rows) > 1 else 0
+    return load.compute * (sum(rows) + more * max(rows))
+
+
+def _meant(load: Load) -> int:
+    """The inputs of the linears in the original model, of a shard."""
+    if not load.paired:
+        return 0
+    return load.compute * load.shard * sum(group.width for group in load.groups if group.recipe)
 
 
 def _products(load: Load, group: Group) -> int:

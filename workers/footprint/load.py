@@ -10,6 +10,7 @@ from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.matrix_bytes import DOUBLE, triangle
 from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.models.family import ModelFamily, is_expert
+from counterweight.workers.parallel import PIECE_TOKENS
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.tasks.setting import shard_sequences
 
@@ -91,6 +92,16 @@ class Load:
     def unseen(self) -> int:
         """Further ones, that nothing is solved on."""
         return self.held_out * self.length
+
+    @property
+    def piece(self) -> int:
+        """Tokens of a shard that a thread runs at a time."""
+        return self.shard if self.gpu else min(self.shard, max(1, PIECE_TOKENS // self.length) * self.length)
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether a shard is more than one of them."""
+        return self.piece < self.shard
 
     @property
     def attention_bytes(self) -> int:

@@ -13,7 +13,6 @@ from counterweight.workers.footprint.load import Load, moments, squares, streams
 from counterweight.workers.footprint.solves import Solve, batched
 from counterweight.workers.footprint.weights import scaled
 from counterweight.workers.matrix_bytes import DECODE, DOUBLE, SINGLE
-from counterweight.workers.parallel import PARALLEL_WIDTH
 from counterweight.workers.recipe import ModuleRecipe
 
 
@@ -37,12 +36,11 @@ def solving(load: Load, *, keep: bool = False) -> tuple[int, int]:
     jobs = [_job(load, batch, in_place=in_place) for batch in batched(load)]
     if keep:
         jobs = [replace(job, taken=0, ended=0) for job in jobs]
-    side_by_side = load.threads if any(group.width >= PARALLEL_WIDTH for group in load.groups if group.recipe) else 1
     waiting = sum(moments(load, group, DOUBLE) for group in load.groups if group.recipe)
     peak = waiting
     solved = 0
     for place, first in enumerate(jobs):
-        running = jobs[place : place + side_by_side]
+        running = jobs[place : place + load.threads]
         held = sum(job.squares + max(job.taken or job.ended, job.peak) for job in running)
         peak = max(peak, solved + waiting - sum(job.taken for job in running) + held)
         solved += first.left

@@ -13,6 +13,7 @@ pytest.importorskip("pydantic")  # of the solver's options; the rest of this fol
 
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics
 from counterweight.workers.calibration.triangle import TRIANGLE_BLOCK, LowerTriangle
+from counterweight.workers.parallel import in_turn
 from counterweight.workers.shards import RunningStatistics
 from tests.kernels.gpu.expected import lower_gram
 from tests.kernels.gpu.guarded import bands_are_intact, guarded
@@ -141,7 +142,7 @@ def test_a_shard_is_added_as_it_is_seen_where_kernels_run(
         monkeypatch.setattr(f"counterweight.workers.{module}.runs_kernels", lambda _: True)
     sums = RunningStatistics(Block(), {group: Gathering()})  # type: ignore[arg-type]
     for rows in shards:
-        found = {group: sums.of(group, rows, None)}
+        found = {group: sums.of(group, rows, None, in_turn)}
         assert found == {group: None}
         sums.add(found, [])
     rows = torch.cat([shard.flatten(0, 1) for shard in shards]).double()
