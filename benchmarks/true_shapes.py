@@ -85,11 +85,11 @@ def narrowed(config: Mapping[str, Any], by: int) -> dict[str, Any]:
 
 
 def make(config: Mapping[str, Any], to: Path, *, weights: bool = False, seed: int = 0, device: str = "cpu") -> Path:
-    """Writes a checkpoint of this config.json, whose tensors transformers' own modules say; its folder. weights: random ones
+    """Writes a checkpoint of this config.json, with the tensors that a plan expects of it; its folder. weights: random ones
     instead of holes, drawn on `device`. UnsupportedModelError, CheckpointError."""
-    from counterweight.workers.models.block_builder import BlockBuilder
+    from counterweight.pipeline.model_source import describe
 
-    tensors = BlockBuilder(config).layout.expected([])
+    tensors = describe(config, frozenset()).expected([])
     to.mkdir(parents=True, exist_ok=True)
     files = list(_files(tensors))
     weight_map: dict[str, str] = {}

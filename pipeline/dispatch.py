@@ -86,11 +86,16 @@ class Dispatcher:
         """Runs the graph until the `wanted` nodes are done; their values. Other nodes that can run are started too, earlier
         ones first, and may still be running at the end. finished: called with each of the wanted when it is."""
         self._start_some()
-        while not all(node.done for node in wanted):
+        awaited = {id(node): node for node in wanted}
+        pending = list(wanted)
+        while pending:
+            if pending[-1].done:
+                pending.pop()
+                continue
             if not self._running and self._pool.idle():
                 waiting = next(node for node in wanted if not node.done)
                 raise WorkerError(f"{_place(waiting)}: nothing runs and nothing that it waits for can start")
-            for found in self.collect(list(wanted)):
+            for found in self.collect(pending):
                 node = self._nodes.pop(found.task.name)
                 if found.left:
                     self.graph.leave(node)
@@ -99,9 +104,8 @@ class Dispatcher:
                     self.graph.failed(node, gone=found.gone)
                     continue
                 self.graph.settle(node, found.worker, found.value)
-                for one in wanted:
-                    if one is node:
-                        finished(one)
+                if (one := awaited.get(id(node))) is not None:
+                    finished(one)
             unread = self.graph.unread()
             if self._pool.passes_on and unread:
                 self._pool.forget(unread)
@@ -111,11 +115,13 @@ class Dispatcher:
     def run_all(
         self,
         tasks: Sequence[Task[R]],
-        done: Callable[[int], None] = lambda _: None,
+        done: Callable[[int], None] | None = None,
     ) -> list[R]:
         """Runs independent tasks on any workers; their values in the tasks' order. done: called with the number of
         finished tasks after each."""
         nodes = [self.graph.add(giving(task)) for task in tasks]
+        if done is None:
+            return self.run(nodes)
         return self.run(nodes, lambda _: done(sum(node.done for node in nodes)))
 
     def _start_some(self) -> None:

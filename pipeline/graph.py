@@ -204,7 +204,12 @@ class Graph:
             before = node.uses
             if before is not None and before.holder is None and before.place in needed:
                 continue  # most of those that are known wait for the stretch before
-            if node.stream in streams or not self._ready(node, needed) or self._spared(node, needed):
+            if node.stream in streams:
+                continue
+            if before is None and not (node.reads or node.rereads):
+                starts.append(place)  # a job has hundreds that wait for nothing
+                continue
+            if not self._ready(node, needed) or self._spared(node, needed):
                 continue
             if node.uses is None:
                 starts.append(node.place)

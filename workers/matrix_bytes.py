@@ -5,6 +5,8 @@ Torch-free, so that a plan can ask. What goes in is counted by whoever holds it;
 
 from __future__ import annotations
 
+from functools import cache
+
 from counterweight.workers import matrix_flops
 
 SINGLE, DOUBLE = 4, 8
@@ -17,6 +19,7 @@ DECODE = 3 * SINGLE
 TRIANGLE_BLOCK = 128  # of calibration/triangle.py, which imports torch
 
 
+@cache  # a plan asks it of each expert
 def triangle(size: int) -> int:
     """Elements of a symmetric [size, size] matrix that is held by the strips of its lower triangle."""
     strips = ((start, min(start + TRIANGLE_BLOCK, size)) for start in range(0, size, TRIANGLE_BLOCK))

@@ -60,6 +60,15 @@ def test_all_are_here() -> None:
     assert tried | {"true_shapes", "exports"} == scripts
 
 
+def test_planning() -> None:
+    """What a plan takes of a model of one block, a row for each recipe."""
+    (one, two) = rows(ran("planning", "Llama-3-8B", "--repeats", 1, "--layers", 1))
+    for row in (one, two):
+        seconds, _, peak = (float(cell) for cell in row.strip("| ").split(" | ")[3:])
+        assert 0.1 < seconds < 10
+        assert 20 < peak < 150, "without torch"
+
+
 def test_gram() -> None:
     assert len(rows(ran("gram", "--tokens", 128, "--widths", 64, 96))) == 2
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import accumulate
 
 from counterweight.workers.batches import BATCH_BYTES
@@ -31,15 +32,16 @@ def fitted(load: Load, budget: int) -> tuple[Load, Footprint]:
     small = replace(load, batch_bytes=min(load.batch_bytes, BATCH_BYTES[False]))
     passes, found = _divided(small, budget)
     done = replace(small, passes=passes)
-    return _batched(done, budget) if load.gpu else (done, found)
+    return _batched(done, found, budget) if load.gpu else (done, found)
 
 
-def _batched(load: Load, budget: int) -> tuple[Load, Footprint]:
+def _batched(load: Load, found: Footprint, budget: int) -> tuple[Load, Footprint]:
     """In the largest batches, of powers of two, that do not raise the peak above `FILLED` of the budget; on the way to a peak
-    that is above it anyway they cost nothing."""
-    most = max(footprint(load).peak, int(FILLED * budget))
+    that is above it anyway they cost nothing. found: in the smallest."""
+    most = max(found.peak, int(FILLED * budget))
     rooms = [load.batch_bytes << shift for shift in range(max(1, (budget // load.batch_bytes).bit_length()))]
 
+    @cache
     def with_room(room: int) -> tuple[Load, Footprint]:
         roomy = replace(load, batch_bytes=room)
         return roomy, footprint(roomy)
@@ -57,12 +59,20 @@ def _divided(load: Load, budget: int) -> tuple[Passes, Footprint]:
     if len(units) < 2:
         return (), whole
 
+    @cache
     def with_passes(count: int) -> tuple[Passes, Footprint]:
         passes = _in_runs(units, count)
         return passes, footprint(replace(load, passes=passes))
 
-    counts = range(2, len(units) + 1)
-    place = bisect_left(counts, True, key=lambda count: with_passes(count)[1].peak <= budget)
+    def fits(count: int) -> bool:
+        return with_passes(count)[1].peak <= budget
+
+    # By doubling first: the more passes, the longer their memory takes to be told, and few are enough as a rule.
+    above = 2
+    while above < len(units) and not fits(above):
+        above = min(2 * above, len(units))
+    counts = range(max(2, above // 2 + 1), above + 1)
+    place = bisect_left(counts, True, key=fits)
     return with_passes(counts[min(place, len(counts) - 1)])
 
 

@@ -11,39 +11,9 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from counterweight.workers.checkpoint.refusal import show
 from counterweight.workers.errors import CheckpointError, UnsupportedModelError
-from counterweight.workers.models.config_values import check_values, said
+from counterweight.workers.models.config_values import bounds, check_values, said
 from counterweight.workers.models.families import family_of
 from counterweight.workers.models.family import ModelFamily
-
-MAX_LAYERS = 1024
-"""More layers than any published model; a config that claims more is refused before anything is built."""
-
-MAX_EXPERTS = 1024
-"""Of one block; twice the most that a published model has. Each becomes three modules, which take half a millisecond."""
-
-MAX_WIDTH = 1 << 20
-"""Bound on every other size in a config: a hostile file must not make us build (even on the meta device) without limit."""
-
-SIZE_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
-"""Of every family."""
-
-
-def bounds(family: ModelFamily) -> dict[str, tuple[int, int]]:
-    """Field of a config of this family -> the least and the most that it may say."""
-    found = dict.fromkeys((*SIZE_FIELDS, *family.sizes), (1, MAX_WIDTH)) | {"num_hidden_layers": (1, MAX_LAYERS)}
-    if family.experts is not None:
-        found |= dict.fromkeys((family.experts.count_key, family.experts.active_key), (1, MAX_EXPERTS))
-    if family.prediction_layers is not None:
-        found[family.prediction_layers] = (0, MAX_LAYERS)
-    return found
 
 
 def parse_config(config: Mapping[str, Any], *, headless: bool = True) -> PreTrainedConfig:

@@ -1,4 +1,4 @@
-"""What a config.json may say, whatever its family: told from its values alone, before transformers makes anything of them."""
+"""What a config.json may say: told from its values alone, before transformers makes anything of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from counterweight.workers.errors import CheckpointError
+from counterweight.workers.models.family import ModelFamily
 
 MAX_COUNT = 1 << 20
 """Bound on every count (`num_labels`, `n_group`, `num_hidden_layers` of a part that is never built): transformers makes a list
@@ -14,6 +15,26 @@ of that length of some, and which ones differs between its versions."""
 
 MAX_INTEGER = 1 << 31
 """Bound on every other whole number: a position, an id."""
+
+MAX_LAYERS = 1024
+"""More layers than any published model; a config that claims more is refused before anything is built."""
+
+MAX_EXPERTS = 1024
+"""Of one block; twice the most that a published model has. Each becomes three modules, which take half a millisecond."""
+
+MAX_WIDTH = 1 << 20
+"""Bound on every other size in a config: a hostile file must not make us build (even on the meta device) without limit."""
+
+SIZE_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+"""Of every family."""
 
 MAX_DEPTH = 32
 """Objects and lists inside each other; published configs have 4."""
@@ -24,6 +45,16 @@ _LAYER = re.compile(r"(?:^|[.])layers[.]([0-9]{1,6})[.]")
 
 _POSITIVE = re.compile(r".*theta")
 _NOT_NEGATIVE = re.compile(r".*(_eps|epsilon)")
+
+
+def bounds(family: ModelFamily) -> dict[str, tuple[int, int]]:
+    """Field of a config of this family -> the least and the most that it may say."""
+    found = dict.fromkeys((*SIZE_FIELDS, *family.sizes), (1, MAX_WIDTH)) | {"num_hidden_layers": (1, MAX_LAYERS)}
+    if family.experts is not None:
+        found |= dict.fromkeys((family.experts.count_key, family.experts.active_key), (1, MAX_EXPERTS))
+    if family.prediction_layers is not None:
+        found[family.prediction_layers] = (0, MAX_LAYERS)
+    return found
 
 
 def check_values(config: Mapping[str, Any]) -> None:

@@ -114,9 +114,9 @@ class ModelFamily:
     multimodal model, what is around its text model, which all else here speaks of; None for a text model.
 
     What its config.json may say beside what every model's says:
-    sizes: fields that hold a size, from 1 to `config.MAX_WIDTH`. size_problem: what they must have to do with each other.
-    only: field -> the values that are served, of those that transformers knows. partial_rotary: attention can turn the first
-    channels of a head only (`partial_rotary_factor`); elsewhere a rotary embedding has to have the width of a head.
+    sizes: fields that hold a size, from 1 to `config_values.MAX_WIDTH`. size_problem: what they must have to do with each
+    other. only: field -> the values that are served, of those that transformers knows. partial_rotary: attention can turn the
+    first channels of a head only (`partial_rotary_factor`); elsewhere a rotary embedding has to have the width of a head.
     layer_types: what that field may say of a block.
     prediction_layers: field that holds how many layers for multi-token prediction a checkpoint has behind its blocks, which
     transformers does not run and artifacts leave out. prediction_prefix: of such layers' tensors, where they lie elsewhere.

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING
 
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.models.plain import plain_layout
-from tests.models import BASE, LLAMA3_ROPE
+from tests.models import BASE, DEEPSEEK, LLAMA3_ROPE, MOE, YARN_MLA_ROPE
 
 HEAD = "lm_head.weight"
 MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -24,13 +24,20 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3 with biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen3_moe": ("qwen3_moe", MOE),
+    "deepseek": ("deepseek_v3", DEEPSEEK),
+    "deepseek, all sparse": ("deepseek_v3", {**DEEPSEEK, "first_k_dense_replace": 0}),
+    "deepseek, all dense": ("deepseek_v3", {**DEEPSEEK, "first_k_dense_replace": 3}),
+    "deepseek with YaRN": ("deepseek_v3", {**DEEPSEEK, "rope_parameters": YARN_MLA_ROPE}),
 }
 
 
 def config(family: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json as transformers writes it, with the sizes that it leaves out where they are defaults."""
-    made = CONFIG_MAPPING[family](**{**BASE, **changes})
-    return {**json.loads(made.to_json_string()), **{field: BASE[field] for field in BASE if field.startswith("num_")}}
+    asked = {**BASE, **changes}
+    made = CONFIG_MAPPING[family](**asked)
+    return {**json.loads(made.to_json_string()), **{field: asked[field] for field in BASE if field.startswith("num_")}}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -66,6 +73,30 @@ def test_it_is_what_transformers_builds(name: str, stored: tuple[str, ...]) -> N
 )
 def test_of_what_is_not_usual_it_says_nothing(changes: dict[str, Any]) -> None:
     usual = config("llama", {})
+    assert plain_layout(usual, ()) is not None
+    assert plain_layout({**usual, **changes}, ()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mixtral", {"num_experts_per_tok": 5}),
+        ("mixtral", {"num_local_experts": 2000}),
+        ("mixtral", {"sliding_window": 8}),
+        ("qwen3_moe", {"decoder_sparse_step": 2}),
+        ("qwen3_moe", {"mlp_only_layers": [0]}),
+        ("deepseek", {"n_group": 3}),
+        ("deepseek", {"topk_group": 5}),
+        ("deepseek", {"num_key_value_heads": 2}),
+        ("deepseek", {"q_lora_rank": None}),
+        ("deepseek", {"attention_bias": True}),
+        ("deepseek", {"qk_rope_head_dim": 7}),
+        ("deepseek with YaRN", {"rope_parameters": {"rope_type": "yarn", "factor": 0.5, "rope_theta": 1e4}}),
+    ],
+    ids=str,
+)
+def test_likewise_of_sparse_models(name: str, changes: dict[str, Any]) -> None:
+    usual = config(*MODELS[name])
     assert plain_layout(usual, ()) is not None
     assert plain_layout({**usual, **changes}, ()) is None
 

@@ -154,9 +154,9 @@ PROJECTOR = "multi_modal_projector.linear_2.weight"
     ("projector", "problem"),
     [
         (None, "no weight of multi_modal_projector.linear_2: expected it, to be rotated with the text model"),
-        (torch.zeros(63, 64), "float32 of shape [63, 64]: expected floats with 64 rows"),
-        (torch.zeros(64, 64, dtype=torch.int8), "int8 of shape [64, 64]: expected floats with 64 rows"),
-        (torch.tensor(1.0), "float32 of shape []: expected floats with 64 rows"),
+        (torch.zeros(63, 64), "F32 of shape [63, 64]: expected floats with 64 rows"),
+        (torch.zeros(64, 64, dtype=torch.int8), "I8 of shape [64, 64]: expected floats with 64 rows"),
+        (torch.tensor(1.0), "F32 of shape []: expected floats with 64 rows"),
     ],
     ids=str,
 )
