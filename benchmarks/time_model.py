@@ -120,7 +120,8 @@ def measured_rates(device: Device, size: int | None = None) -> Rates:
     wide, half = x.double(), x.bfloat16()
     positive = wide.T @ wide
     buffer, one = torch.empty_like(x), torch.ones(64, device=device)
-    data = bytes(32 << 20)
+    data, resting = bytes(32 << 20), torch.ones(16 << 20)
+    copy = torch.empty_like(resting)
 
     def rate(count: float, run: Callable[[], object], watch: Stopwatch = watch) -> float:
         return count / watch.mean(run)
@@ -142,6 +143,7 @@ def measured_rates(device: Device, size: int | None = None) -> Rates:
         elementwise=rate(x.numel(), lambda: torch.mul(x, x, out=buffer)),
         step=watch.mean(lambda: one.add_(1.0), times=1000),
         hash=rate(len(data), lambda: hashlib.sha256(data).digest(), host),
+        copied=rate(resting.nbytes, lambda: copy.copy_(resting), host),
         link=None if device == "cpu" else rate(half.nbytes, lambda: to_device(to_host(half), half.device)) * 2,
         storage=_storage_rate(data),
         start=_start_seconds(device),

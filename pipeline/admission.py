@@ -18,9 +18,25 @@ Node = Mapping[str, float]
 
 def room(nodes: Sequence[Node], size: PoolSize) -> int:
     """How many workers the nodes could hold if nobody else used them."""
+    return sum(_places(node, size) for node in nodes)
+
+
+def _places(node: Node, size: PoolSize) -> int:
     asked = {name: amount for name, amount in (("CPU", float(size.cpus)), ("GPU", size.gpus)) if amount > 0}
     # Shares of a GPU are decimal fractions, which floats only come close to.
-    return sum(min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in asked.items()) for node in nodes)
+    return min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in asked.items())
+
+
+STORE_SHARE = 0.75
+"""Of a node's object store that hidden states may take: from 0.8 on Ray writes objects to its disk, and shards of other nodes
+need a place where they are read."""
+
+
+def shared_bytes(nodes: Sequence[Node], size: PoolSize) -> int:
+    """What each worker can leave in the object store of its node, wherever it finds its place."""
+    held = [(_places(node, size), node.get("object_store_memory", 0.0)) for node in nodes]
+    shares = [int(store * STORE_SHARE) // min(places, size.workers) for places, store in held if places]
+    return min(shares, default=0)
 
 
 def shortage(nodes: Sequence[Node], size: PoolSize) -> str:

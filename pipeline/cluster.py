@@ -11,14 +11,18 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 
 from counterweight.pipeline.pool import PoolSize
 from counterweight.pipeline.reaper import reaper
 from counterweight.pipeline.signals import kept
 from counterweight.workers.errors import WorkerError
 
-EMBEDDED_STORE_BYTES = 128 << 20
-"""Ray's object store in the embedded cluster: tasks exchange records of kilobytes; tensors go through storage."""
+RECORDS_BYTES = 128 << 20
+"""Ray's object store in an embedded cluster of one worker: tasks exchange records of kilobytes."""
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Ray keeps the object store: files in memory, of which a page is taken when it is first written to."""
 
 LOOPBACK, BESIDE = "127.0.0.1", "127.0.0.2"
 """Addresses of the embedded node. On the first, Ray's processes accept connections from this machine alone, on any other from
@@ -101,7 +105,7 @@ def _start(size: PoolSize) -> None:
                 num_cpus=max(size.workers * size.cpus, 1),
                 num_gpus=gpus,
                 include_dashboard=False,
-                object_store_memory=EMBEDDED_STORE_BYTES,
+                object_store_memory=store_bytes(size),
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _node_ip_address=LOOPBACK if _private() else BESIDE,
@@ -112,6 +116,16 @@ def _start(size: PoolSize) -> None:
         else:
             return
     raise WorkerError(f"Ray did not start on this machine in {ATTEMPTS} attempts: {cause}")
+
+
+def store_bytes(size: PoolSize) -> int:
+    """Bound of the object store: with several workers, which pass hidden states through it, half of the memory that the system
+    has for such files."""
+    try:
+        free = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return RECORDS_BYTES
+    return max(RECORDS_BYTES, free.f_bavail * free.f_frsize // 2 if size.workers > 1 else 0)
 
 
 def _connect(address: str) -> None:

@@ -107,7 +107,7 @@ class Dispatcher:
                 if (one := awaited.get(id(node))) is not None:
                     finished(one)
             unread = self.graph.unread()
-            if self._pool.passes_on and unread:
+            if self._pool.room != 0 and unread:
                 self._pool.forget(unread)
             self._start_some()
         return [node.value for node in wanted]

@@ -108,7 +108,7 @@ class ForkedPool:
         self.size, self.threads = size.workers, size.cpus
         self._context = multiprocessing.get_context("fork")
         self._seats: list[Seat] = []
-        self.passes_on = size.workers == 1
+        self.room = None if size.workers == 1 else 0
         self._unread: list[Blob] = []
         self._report: WorkerReport | None = None
         self._tickets = 0

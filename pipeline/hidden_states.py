@@ -1,6 +1,13 @@
-"""How a job's hidden states get from block to block: what is kept in memory, what is written, what a death costs."""
+"""How a job's hidden states get from block to block: what is kept in memory, what is written, what a death costs.
+
+A single worker keeps them in its own memory, several in Ray's object store (`pipeline.passing`). Either way each has room for
+what enters and what leaves a block: what it has made is kept until the block behind is compressed, and meanwhile it may begin
+with its next block.
+"""
 
 from __future__ import annotations
+
+from math import ceil
 
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.units import bytes_text, seconds_text
@@ -17,7 +24,8 @@ of Llama-3-8B is 16 GiB on 512 x 2048 tokens in bfloat16."""
 
 
 class HiddenStatesPlan(Config):
-    """boundary_bytes: of what passes from one block to the next. memory_bytes: of these that a worker keeps in memory, 0: none.
+    """boundary_bytes: of what passes from one block to the next. memory_bytes: of these that each worker keeps in memory, 0:
+    none.
     durable_every: blocks between two boundaries that are written to the store, 0: none is, so far as memory has room."""
 
     boundary_bytes: int
@@ -73,13 +81,24 @@ class HiddenStatesPlan(Config):
 def reserved(job: CompressionJob, boundary: int) -> int:
     """Memory that the manifest sets apart, as far as it can be used: it is not there for tasks."""
     resources = job.spec.resources
-    asked = resources.hidden_states.memory_bytes if resources.workers == 1 else 0
-    return min(2 * boundary, asked or 0)
+    return min(2 * boundary, resources.hidden_states.memory_bytes or 0)
+
+
+NODE_GPUS = 8
+"""Of a machine with several, as they are sold."""
+
+
+def away(job: CompressionJob) -> float | None:
+    """Share of what workers pass on in memory that lies on another node than its reader; None of one worker, in whose own
+    memory it is. Workers without GPUs are taken to share one node."""
+    resources = job.spec.resources
+    nodes = max(1, ceil(resources.workers * resources.gpus_per_worker / NODE_GPUS))
+    return None if resources.workers == 1 else 1.0 - 1.0 / nodes
 
 
 def hidden_states(job: CompressionJob, boundary: int, blocks: int, free: int | None) -> HiddenStatesPlan:
-    """Of so many blocks. boundary: bytes behind each. free: bytes that a worker's host has beside its tasks; None: not known.
-    Of one worker: several have no memory in common."""
+    """Of so many blocks. boundary: bytes behind each. free: bytes that a worker's host has for it beside its tasks; None: not
+    known."""
     asked, gpu = job.spec.resources.hidden_states, job.spec.resources.gpus_per_worker > 0
     if asked.memory_bytes is not None:
         room = reserved(job, boundary)
@@ -90,7 +109,7 @@ def hidden_states(job: CompressionJob, boundary: int, blocks: int, free: int | N
     every = asked.durable_every if asked.durable_every is not None else GPU_EVERY if gpu else 1
     return HiddenStatesPlan(
         boundary_bytes=boundary,
-        memory_bytes=room if job.spec.resources.workers == 1 else 0,
+        memory_bytes=room,
         durable_every=every,
         blocks=blocks,
     )

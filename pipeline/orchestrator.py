@@ -54,6 +54,7 @@ from counterweight.pipeline.stages import (
     gather_parts,
     measure,
 )
+from counterweight.pipeline.units import bytes_text
 from counterweight.pipeline.validate import Windows, described
 from counterweight.workers.errors import RequestError
 from counterweight.workers.keys import digest
@@ -87,7 +88,12 @@ class Orchestrator:
         self._timeline, self._workers = Timeline(), pool.size
         log.add(self._timeline)
         self._documents = read_documents(job.spec.validation, opened.source.store)
-        room = opened.plan.hidden_states.memory_bytes if pool.passes_on else 0
+        planned = opened.plan.hidden_states.memory_bytes
+        room = planned if pool.room is None else min(planned, pool.room)
+        if room < planned:
+            log.note(
+                f"hidden states: {bytes_text(room)} of memory for each worker: {bytes_text(planned)} would be used"
+            )
         self._setting = setting_of(job, self._source, device, run=uuid.uuid4().hex if alone else "", room=room)
 
     def run(self) -> Published:

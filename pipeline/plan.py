@@ -19,7 +19,7 @@ from counterweight.pipeline.estimate import (
     reference_bytes,
     validation_bytes,
 )
-from counterweight.pipeline.hidden_states import HiddenStatesPlan, hidden_states, reserved
+from counterweight.pipeline.hidden_states import HiddenStatesPlan, away, hidden_states, reserved
 from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.memory import PROCESS_BYTES, Memory, host_bytes, misfits, worker_memory
@@ -280,7 +280,9 @@ def _costs(
     """What the job's tasks take at these rates; blocks that are alike are priced once."""
     alike = {(id(block.load), hidden.written(place)): block for place, block in enumerate(blocks)}
     prices = {
-        key: block_seconds(block.load, block.arithmetic, rates, judged=judged(job), kept=hidden.kept, written=key[1])
+        key: block_seconds(
+            block.load, block.arithmetic, rates, judged=judged(job), kept=hidden.kept, written=key[1], away=away(job)
+        )
         for key, block in alike.items()
     }
     return Costs(

@@ -45,8 +45,9 @@ class WorkerPool(Protocol):
     """Workers that were asked for; fewer may be there."""
     threads: int
     """Of each worker, that share the shards of a task."""
-    passes_on: bool
-    """Whether every task finds the hidden states that those before it have left in memory, as long as nobody died."""
+    room: int | None
+    """Bytes of hidden states that a worker can leave in memory for the tasks that read them, on whichever worker, as long as
+    nobody dies; 0: none; None: as many as its memory has."""
 
     def idle(self) -> Sequence[int]:
         """Workers that have answered and have no task, longest idle first."""

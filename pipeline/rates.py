@@ -21,14 +21,19 @@ from counterweight.workers.parallel import READERS
 
 Rate = Annotated[float, Field(gt=0)]
 
+COPIED = 6e9
+"""Bytes per second that one thread copies into Ray's object store, where it has had the memory before: what handing on in it
+takes beyond handing on in a worker's own (`benchmarks/results/2026-11-26-hidden-states.md`)."""
+
 
 class Rates(Config):
     """What is done in a second, where nothing else is said. source: where the figures come from.
 
     Operations of the kinds of `workers.matrix_flops.Work`, on the device, or on one thread of a CPU; products16 and grams16: of
     numbers of 16 bits. step: seconds of an operation of torch that is started and computes next to nothing. hash: bytes of
-    sha256 on one thread of the host. link: bytes between host and device; null: they are one. storage: bytes that a worker
-    reads or writes. start: seconds until a worker answers. task: seconds between two tasks of a worker.
+    sha256 on one thread of the host; copied: bytes that it copies. link: bytes between host and device; null: they are one.
+    storage: bytes that a worker reads or writes. start: seconds until a worker answers. task: seconds between two tasks of a
+    worker.
     """
 
     source: str
@@ -42,6 +47,7 @@ class Rates(Config):
     elementwise: Rate
     step: Rate
     hash: Rate
+    copied: Rate = COPIED
     link: Rate | None
     storage: Rate
     start: Annotated[float, Field(ge=0)]

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from counterweight.pipeline.admission import Node, resources, shortage
+from counterweight.pipeline.admission import Node, resources, shared_bytes, shortage
 from counterweight.pipeline.awake import Awake
 from counterweight.pipeline.cluster import Head
+from counterweight.pipeline.passing import Kept, References
 from counterweight.pipeline.pool import START_SECONDS, STARTS, Outcome, PoolSize
+from counterweight.pipeline.ray_worker import WorkerActor
 from counterweight.workers.errors import CounterweightError, WorkerError
 from counterweight.workers.identity import Identity, Token, WorkerReport
-from counterweight.workers.process import Done, WorkerProcess
+from counterweight.workers.process import Done
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+    from counterweight.pipeline.ray_worker import Reference
     from counterweight.workers.tasks.task import Task
     from counterweight.workers.workspace import Blob
 
@@ -103,7 +106,7 @@ class RayPool:
 
         self._ray = ray
         # Two threads: one for the task, one that says that the process is there.
-        self._class = ray.remote(WorkerProcess).options(
+        self._class = ray.remote(WorkerActor).options(
             num_cpus=size.cpus, num_gpus=size.gpus, max_restarts=0, max_task_retries=0, max_concurrency=2
         )
         self._size, self._token, self._expected, self._note = size, token, expected, note
@@ -111,9 +114,11 @@ class RayPool:
         self.size, self.threads = size.workers, 1 if size.gpus else size.cpus
         if missing := shortage(self._nodes(), size):
             note(missing)
-        self._seats = [self._fresh() for _ in range(size.workers)]
-        self.passes_on = size.workers == 1
+        self._shares = size.workers > 1
+        self.room = shared_bytes(self._nodes(), size) if self._shares else None
+        self._references: References[Reference] = References()
         self._unread: list[Blob] = []
+        self._seats = [self._fresh() for _ in range(size.workers)]
         self._tickets = 0
         self._alone = self._clock()
         """Since when no worker can be counted on."""
@@ -136,7 +141,8 @@ class RayPool:
         if seat.state is not State.IDLE:
             raise ValueError(f"worker {worker}: is {seat.state.value}: expected an idle one")
         self._tickets += 1
-        seat.answer, seat.ticket, seat.state = seat.actor.run.remote(task, self._unread), self._tickets, State.BUSY
+        seat.answer = seat.actor.run_given.remote(task, self._unread, self._references.given(worker, task))
+        seat.ticket, seat.state = self._tickets, State.BUSY
         self._unread = []
         seat.heard = self._clock()
         return self._tickets
@@ -165,14 +171,17 @@ class RayPool:
         return outcomes
 
     def forget(self, unread: Sequence[Blob]) -> None:
-        self._unread += unread
+        if self._shares:
+            self._references.forget(unread)
+        else:
+            self._unread += unread
 
     def close(self) -> None:
         for seat in self._seats:
             self._ray.kill(seat.actor)
 
     def _fresh(self) -> Seat:
-        actor = self._class.remote(self._size.device, self._size.cpus)
+        actor = self._class.remote(self._size.device, self._size.cpus, self._shares)
         return Seat(actor=actor, answer=actor.ready.remote(self._token))
 
     def _received(self, references: list[object], seconds: float) -> list[object]:
@@ -219,10 +228,10 @@ class RayPool:
         seat = self._seats[worker]
         ticket, forgotten = seat.ticket, seat.state is State.SILENT
         try:
-            done: Done[object] = self._ray.get(reference)
+            done, made = self._result(reference)
             outcome = Outcome(ticket, worker, value=done.value, traffic=done.traffic)
         except self._ray.exceptions.RayTaskError as error:
-            outcome = Outcome(ticket, worker, error=_raised(error))
+            made, outcome = {}, Outcome(ticket, worker, error=_raised(error))
         except self._ray.exceptions.RayError as error:  # the actor or its node is gone, or ran out of memory
             place = seat.place
             self._replace(worker, _line(error))
@@ -232,7 +241,12 @@ class RayPool:
         if forgotten:
             self._note(f"worker {worker}{seat.place} answers again")
             return []
+        self._references.add(worker, made)
         return [outcome]
+
+    def _result(self, reference: object) -> tuple[Done[object], Mapping[str, Kept[Reference]]]:
+        found: tuple[Done[object], Mapping[str, Kept[Reference]]] = self._ray.get(reference)
+        return found
 
     def _rest(self, seat: Seat) -> None:
         seat.answer, seat.state, seat.since = None, State.IDLE, self._clock()
@@ -240,6 +254,7 @@ class RayPool:
     def _replace(self, worker: int, cause: str, *, deaths: int = 0) -> None:
         """Starts another process in the place of one that is gone; gives the worker up where these die before they answer."""
         self._ray.kill(self._seats[worker].actor)
+        self._references.lost(worker)
         seat = self._fresh()
         seat.deaths, seat.cause = deaths, cause
         if deaths >= STARTS:
@@ -277,6 +292,7 @@ class RayPool:
             answered, _ = self._ray.wait([seat.pulse], timeout=LATE_SECONDS)
             if not answered:
                 seat.state = State.SILENT
+                self._references.lost(worker)
                 error = WorkerError(f"worker {worker}{seat.place} has not answered for {SILENT_SECONDS:.0f} s")
                 found.append(Outcome(seat.ticket, worker, error=error, worker_died=True))
         return found

@@ -13,6 +13,7 @@ from counterweight.pipeline.events import BlockDone, Event, EventLog, FellBack, 
 from counterweight.pipeline.manifest import CompressionJob, parse_manifest
 from counterweight.pipeline.opening import open_job
 from counterweight.pipeline.orchestrator import Orchestrator
+from counterweight.pipeline.passing import References
 from counterweight.pipeline.pool import Outcome
 from counterweight.pipeline.progress import Progress
 from counterweight.workers.errors import CounterweightError
@@ -20,6 +21,7 @@ from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Blob
+from tests.common_memory import Member, Shard
 from tests.models import write_text
 
 
@@ -30,9 +32,11 @@ class InProcessPool:
     """
 
     def __init__(self, workers: int = 1, threads: int = 1, hold_bytes: int = HOLD_BYTES) -> None:
-        self.size, self.threads, self.passes_on = workers, threads, workers == 1
+        self.size, self.threads = workers, threads
+        self.room: int | None = None
         self.calls: list[tuple[int, str]] = []
-        self._workers = [Worker("cpu", threads, hold_bytes) for _ in range(workers)]
+        self._members = [Member(Worker("cpu", threads, hold_bytes), shares=workers > 1) for _ in range(workers)]
+        self._references: References[Shard] = References()
         self._finished: list[Outcome] = []
         self._unread: list[Blob] = []
         self._waits, self._since = 0, dict.fromkeys(range(workers), 0)
@@ -45,7 +49,9 @@ class InProcessPool:
         self.calls.append((worker, task.kind))
         ticket = len(self.calls)
         try:
-            value = self._workers[worker].run(task, self._unread)
+            given = self._references.given(worker, task)
+            value, made = self._members[worker].run(task, self._unread, given)
+            self._references.add(worker, made)
             self._unread = []
             self._finished.append(Outcome(ticket, worker, value=value))
         except CounterweightError as error:
@@ -60,10 +66,11 @@ class InProcessPool:
 
     def forget(self, unread: Sequence[Blob]) -> None:
         self._unread += unread
+        self._references.forget(unread)
 
     def close(self) -> None:
-        for worker in self._workers:
-            worker.close()
+        for member in self._members:
+            member.worker.close()
 
 
 @dataclass

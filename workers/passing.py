@@ -28,8 +28,8 @@ class Mailbox(Protocol):
     """Memory in which shards wait for the tasks that read them. Threads call it."""
 
     def keep(self, blob: Blob, hidden: Tensor, room: int) -> bool:
-        """Takes a shard [sequences, length, hidden] of the host's memory, where all that is kept is within `room` bytes then;
-        whether it is kept."""
+        """Takes a shard [sequences, length, hidden] of the host's memory, where all that this worker has made and that is kept
+        is within `room` bytes then; whether it is kept."""
         ...
 
     def find(self, blob: Blob) -> Tensor | None:
@@ -52,12 +52,14 @@ class OwnMemory:
 
     def keep(self, blob: Blob, hidden: Tensor, room: int) -> bool:
         """See `Mailbox`."""
+        # Pinned memory comes in powers of two: a copy takes what its bytes say.
+        own = hidden.clone() if hidden.is_pinned() else hidden
         with self._lock:
             if blob.sha256 in self._kept:
                 return True
             if self.bytes + hidden.nbytes > room:
                 return False
-            self._kept[blob.sha256] = hidden, hidden._version
+            self._kept[blob.sha256] = own, own._version
             self.bytes += hidden.nbytes
             return True
 
@@ -86,8 +88,7 @@ def pass_on(context: TaskContext, workspace: Workspace, hidden: Tensor, *, room:
     # Contiguous, as it comes back from the store: products can depend on how a matrix lies in memory.
     own = to_host(hidden.detach()).contiguous()
     blob = blob_of({NAME: own})
-    # Pinned memory comes in powers of two: a copy takes what its bytes say.
-    kept = room > 0 and context.mailbox.keep(blob, own.clone() if hidden.is_cuda else own, room)
+    kept = room > 0 and context.mailbox.keep(blob, own, room)
     if lasting or not kept:
         put_tensors(workspace, {NAME: own}, durable=False, blob=blob)
     return blob

@@ -73,17 +73,25 @@ def again(blocks: Sequence[BlockSeconds], count: int) -> float:
 
 
 def block_seconds(
-    load: Load, arithmetic: Arithmetic, rates: Rates, *, judged: int = 4, kept: float = 0.0, written: float = 1.0
+    load: Load,
+    arithmetic: Arithmetic,
+    rates: Rates,
+    *,
+    judged: int = 4,
+    kept: float = 0.0,
+    written: float = 1.0,
+    away: float | None = None,
 ) -> BlockSeconds:
     """Of a block's tasks on one worker. judged: bytes of an activation when the model is validated. kept: share of the hidden
-    states that is read from memory; written: of those behind the block that goes to the store."""
+    states that is read from memory; away: of these, share that lies on another node, None where the memory is the worker's
+    own; written: share of those behind the block that goes to the store."""
     threads = min(load.threads, load.shards * -(-load.shard // load.piece))
     branch = sum(factors(group) for group in load.groups)
     solved = sum(rows * columns for group in load.groups for rows, columns in _solved(group))
     stored = sum(packed(group) for group in load.groups) + branch + load.compute * (load.parameters - solved)
     rotated = rotating(load)
     hidden = load.all_tokens * load.hidden * load.compute
-    passing_on = _Passing(hidden, kept, written)
+    passing_on = _Passing(hidden, kept, written, away)
     running = load.parameters * load.compute
     once = run(load, load.all_tokens)
     forward = rates.seconds(arithmetic.forward + once * -float(load.passed), itemsize=load.compute) / threads
@@ -122,23 +130,32 @@ def block_seconds(
 
 @dataclass(frozen=True, slots=True)
 class _Passing:
-    """Hidden states of so many bytes that enter and leave a block. kept, written: as in `block_seconds`."""
+    """Hidden states of so many bytes that enter and leave a block. kept, written, away: as in `block_seconds`. Other nodes are
+    reached at the rate of the storage: by one link."""
 
     bytes: float
     kept: float
     written: float
+    away: float | None
+
+    @property
+    def fetched(self) -> float:
+        """Share that is read from the memory of other nodes."""
+        return self.kept * (self.away or 0.0)
 
     def reading(self, rates: Rates) -> float:
         """Seconds of one thread."""
-        return rates.received(self.bytes * (1.0 - self.kept)) + rates.moved(self.bytes)
+        fetching = self.fetched * self.bytes / rates.storage
+        return rates.received(self.bytes * (1.0 - self.kept)) + fetching + rates.moved(self.bytes)
 
     def writing(self, rates: Rates) -> float:
-        """Likewise; all are hashed."""
-        return self.bytes / rates.hash + self.written * self.bytes / rates.storage + rates.moved(self.bytes)
+        """Likewise; all are hashed, and what others read is copied."""
+        copying = 0.0 if self.away is None else self.kept * self.bytes / rates.copied
+        return self.bytes / rates.hash + copying + self.written * self.bytes / rates.storage + rates.moved(self.bytes)
 
     def stored(self, rates: Rates, times: int) -> float:
-        """Seconds of the storage, where they are read `times` times."""
-        return (times * (1.0 - self.kept) + self.written) * self.bytes / rates.storage
+        """Seconds of the link to storage and other nodes, where they are read `times` times."""
+        return (times * (1.0 - self.kept + self.fetched) + self.written) * self.bytes / rates.storage
 
 
 def _waiting(load: Load, rates: Rates, hidden: _Passing, times: int, computing: float) -> float:

@@ -75,7 +75,8 @@ class SimulatedPool:
         *,
         ahead: bool = False,
     ) -> None:
-        self.size, self.threads, self.passes_on = size, threads, size == 1
+        self.size, self.threads = size, threads
+        self.room: int | None = 0
         self.clock = 0.0
         self.steps: Counter[str] = Counter()
         self._blocks, self._between, self._bytes = blocks, between, bytes

@@ -111,9 +111,9 @@ class HiddenStates(Section):
     """How hidden states get from block to block; without influence on the result."""
 
     memory: Annotated[str, _SIZE] | None = None
-    """Memory of its host in which a single worker passes them on, such as 16GiB; what does not fit goes through the output's
-    `_work`, and so does everything with several workers. 0MiB: everything. null: half of what a worker's machine has beside
-    its tasks, and 24GiB at most of a GPU's host.
+    """Memory of its host in which each worker keeps them for those that read them, such as 16GiB: a single one its own, several
+    that of Ray's object store. What does not fit goes through the output's `_work`. 0MiB: everything. null: half of what a
+    worker's machine has for it beside its tasks, and 24GiB at most of a GPU's host.
     """
     durable_every: Annotated[int, Field(ge=0, le=10_000)] | None = None
     """Blocks between two places at which they are written even so: when a worker or the job dies, the original blocks behind

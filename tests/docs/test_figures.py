@@ -108,9 +108,10 @@ def handed_on(out: str, back: str) -> float:
 
 SAID = (
     Said(
-        "takes N CPU s a GB through a file store and N in memory",
+        "takes N CPU s a GB through a file store, N in the object store and N in memory",
         lambda: [
             handed_on("hand on, through the store", "take over, from the store"),
+            handed_on("hand on, in the object store", "take over, from the object store"),
             handed_on("hand on, in memory", "take over, from memory"),
         ],
     ),

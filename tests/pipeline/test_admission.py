@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from counterweight.pipeline.admission import room, shortage
+from counterweight.pipeline.admission import room, shared_bytes, shortage
 from counterweight.pipeline.pool import PoolSize
 
 ONE, TWO = {"CPU": 1.0}, {"CPU": 2.0, "memory": 1e9}
@@ -31,6 +31,23 @@ def test_room(nodes: Sequence[Mapping[str, float]], cpus: int, gpus: float, foun
     size = PoolSize(workers=found, cpus=cpus, gpus=gpus)
     assert room(nodes, size) == found
     assert shortage(nodes, size) == ""
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "found"),
+    [
+        (2, [{**TWO, "object_store_memory": 800.0}], 300),  # three quarters, for two
+        (1, [{**TWO, "object_store_memory": 800.0}], 600),
+        (8, [{**GPU, "object_store_memory": 800.0}, {**TWO, "object_store_memory": 400.0}], 75),  # wherever it lies
+        (2, [{**TWO, "object_store_memory": 800.0}, {"object_store_memory": 8.0}], 300),  # nobody finds a place there
+        (2, [{**TWO, "object_store_memory": 800.0}, ONE], 0),
+        (2, [], 0),
+    ],
+)
+def test_hidden_states_take_their_share_of_the_smallest_object_store(
+    workers: int, nodes: Sequence[Mapping[str, float]], found: int
+) -> None:
+    assert shared_bytes(nodes, PoolSize(workers=workers, cpus=1, gpus=0.0)) == found
 
 
 def test_what_is_missing_is_one_line() -> None:

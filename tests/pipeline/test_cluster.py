@@ -12,12 +12,26 @@ from pathlib import Path
 
 import pytest
 
+from counterweight.pipeline import cluster
 from counterweight.pipeline.cluster import ATTEMPTS
+from counterweight.pipeline.pool import PoolSize
 from counterweight.pipeline.reaper import descendants
 from tests.pipeline.tiny import Run, lengthened, write_job
 
 LISTENS = "0A"
 """State of a socket in /proc/net/tcp."""
+
+
+def test_the_object_store_of_several_workers_is_bound_by_half_of_the_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = os.statvfs(cluster.SHARED_MEMORY)
+    half = max(128 << 20, free.f_bavail * free.f_frsize // 2)
+    several, one = PoolSize(workers=2, cpus=1, gpus=0.0), PoolSize(workers=1, cpus=1, gpus=0.0)
+    assert cluster.store_bytes(several) == pytest.approx(half, rel=0.2), "others use that memory, too"
+    assert cluster.store_bytes(one) == 128 << 20
+    monkeypatch.setattr(cluster, "SHARED_MEMORY", tmp_path / "none")
+    assert cluster.store_bytes(several) == 128 << 20
 
 
 def listening(pids: set[int]) -> set[str]:

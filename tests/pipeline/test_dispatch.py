@@ -55,7 +55,8 @@ class ScriptedPool:
     """Each task takes the next item of its kind's script; without one it gives back its value."""
 
     def __init__(self, size: int, script: dict[str, Sequence[Any]] | None = None) -> None:
-        self.size, self.threads, self.passes_on = size, 1, False
+        self.size, self.threads = size, 1
+        self.room: int | None = 0
         self.calls: list[tuple[int, str]] = []
         self.order: Callable[[list[Outcome]], list[Outcome]] = lambda outcomes: outcomes[:1]
         self._script = {method: list(items) for method, items in (script or {}).items()}

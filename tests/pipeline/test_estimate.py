@@ -12,14 +12,15 @@ import pytest
 from counterweight.pipeline.blocks import EDGE, add_blocks, stretches
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.estimate import BlockSeconds, Estimate, again, validation_bytes
-from counterweight.pipeline.estimate.costs import STREAMED
+from counterweight.pipeline.estimate.costs import STREAMED, _Passing
 from counterweight.pipeline.estimate.pool import Simulated, SimulatedPool
 from counterweight.pipeline.graph import Graph
+from counterweight.pipeline.hidden_states import away
 from counterweight.pipeline.model_source import ModelSource, open_model
 from counterweight.pipeline.plan import make_plan
 from counterweight.pipeline.policies import RetryPolicy
+from counterweight.pipeline.rates import COPIED, HASH, STORAGE, Rates, rates_of
 from counterweight.pipeline.rates import GPUS as KNOWN
-from counterweight.pipeline.rates import HASH, STORAGE, Rates, rates_of
 from counterweight.workers.errors import RequestError
 from counterweight.workers.matrix_flops import Work
 from counterweight.workers.parallel import READERS
@@ -246,6 +247,35 @@ def found(manifest: Path, source: ModelSource, *overrides: str) -> Estimate:
     return estimate
 
 
+def test_hidden_states_of_several_workers_are_copied_and_those_of_other_nodes_fetched() -> None:
+    """Against the seconds of a thread that are worked out here."""
+    rates, size = KNOWN["H100-80G"], 1e9
+    moved, hashed = size / 50e9, size / HASH
+    of_one, beside = _Passing(size, 1.0, 0.0, None), _Passing(size, 1.0, 0.0, 0.0)
+    apart, spilled = _Passing(size, 1.0, 0.0, 0.5), _Passing(size, 0.75, 0.25, 0.0)
+    assert of_one.reading(rates) == beside.reading(rates) == pytest.approx(moved)
+    assert apart.reading(rates) - moved == apart.stored(rates, 1) == pytest.approx(0.5 * size / STORAGE)
+    assert of_one.writing(rates) == pytest.approx(hashed + moved)
+    assert beside.writing(rates) == apart.writing(rates) == pytest.approx(hashed + moved + size / COPIED)
+    assert spilled.reading(rates) == pytest.approx(moved + 0.25 * (size / STORAGE + hashed))
+    assert spilled.writing(rates) == pytest.approx(hashed + moved + 0.75 * size / COPIED + 0.25 * size / STORAGE)
+
+
+@pytest.mark.parametrize(
+    ("resources", "expected"),
+    [
+        ("workers: 1", None),
+        ("workers: 3", 0.0),
+        ("workers: 8, gpus_per_worker: 1", 0.0),
+        ("workers: 32, gpus_per_worker: 1", 0.75),
+    ],
+)
+def test_hidden_states_lie_on_as_many_nodes_as_workers_need(
+    manifest: Path, resources: str, expected: float | None
+) -> None:
+    assert away(job_of(manifest, f"spec.resources={{{resources}}}")) == expected
+
+
 def test_workers_work_or_wait(manifest: Path, source: ModelSource) -> None:
     estimate = found(manifest, source, GPUS)
     between = KNOWN["H100-80G"].task
@@ -256,7 +286,7 @@ def test_workers_work_or_wait(manifest: Path, source: ModelSource) -> None:
     assert estimate.seconds_of_one > estimate.seconds > KNOWN["H100-80G"].start + between
     assert 0.5 < estimate.efficiency < 1
     alone = found(manifest, source, "spec.resources={workers: 1, gpus_per_worker: 1}")
-    assert estimate.seconds_of_one == alone.seconds, "as it is where its hidden states stay in memory"
+    assert estimate.seconds_of_one == alone.seconds, "of a job of one worker"
     start = KNOWN["H100-80G"].start
     assert estimate.efficiency_started * 2 * (estimate.seconds - start) == pytest.approx(
         estimate.seconds_of_one - start

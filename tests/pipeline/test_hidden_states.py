@@ -12,6 +12,7 @@ import torch
 
 from counterweight.pipeline.hidden_states import HiddenStatesPlan
 from counterweight.pipeline.model_source import open_model
+from counterweight.pipeline.passing import CommonMemory, Given, References
 from counterweight.pipeline.plan import make_plan
 from counterweight.workers.errors import IntegrityError, RequestError
 from counterweight.workers.passing import NAME, OwnMemory, pass_on, receive
@@ -22,6 +23,7 @@ from counterweight.workers.tasks.task import Task
 from counterweight.workers.tensor_blobs import blob_of
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Workspace
+from tests.pipeline.passing_tasks import Receive
 from tests.pipeline.tiny import Death, Events, Fault, LocalPool, files_of, job_of, local_path, run_local, write_job
 
 LAYERS = 4
@@ -52,9 +54,9 @@ def made(folder: Path, output: Path, *overrides: str, pool: LocalPool | None = N
     return files_of(local_path(run_local(job, pool).uri))
 
 
-def stopped(folder: Path, output: Path, *overrides: str) -> LocalPool:
+def stopped(folder: Path, output: Path, *overrides: str, workers: int = 1) -> LocalPool:
     """The pool of a job that ends when its last block is calibrated."""
-    pool = LocalPool(fault=at(LAST, RequestError("stopped")))
+    pool = LocalPool(workers, fault=at(LAST, RequestError("stopped")))
     with pytest.raises(RequestError, match="stopped"):
         made(folder, output, *overrides, pool=pool)
     return pool
@@ -142,6 +144,78 @@ def test_a_job_that_was_killed_goes_on_from_the_last_boundary_that_was_written(
     assert [task.block.index for _, task in pool.calls if isinstance(task, Compress)] == [LAST]
 
 
+@pytest.mark.parametrize(("workers", "overrides"), [(2, (grain(0),)), (3, (grain(3), SPILLS))])
+def test_several_workers_pass_them_on_in_memory_to_the_same_bytes(
+    folder: Path,
+    tmp_path: Path,
+    workers: int,
+    overrides: Sequence[str],
+    through_the_store: tuple[str, dict[str, bytes]],
+) -> None:
+    recipe, expected = through_the_store
+    pool = LocalPool(workers)
+    own = (*RECIPES[recipe], *overrides, f"spec.resources.workers={workers}")
+    assert made(folder, tmp_path, *own, pool=pool) == expected
+    blocks = {worker: task.block.index for worker, task in pool.calls if isinstance(task, Compress)}
+    assert len(blocks) > 1 or recipe == "compressed", "all blocks were one worker's"
+    assert not pool._references._kept, "nobody reads any of them"
+
+
+def test_several_workers_write_the_boundaries_that_one_writes(folder: Path, tmp_path: Path) -> None:
+    two = "spec.resources.workers=2"
+    assert written(stopped(folder, tmp_path, grain(2), two, workers=2), tmp_path) == [-1, 1]
+    pool = LocalPool(2)
+    assert made(folder, tmp_path, grain(2), two, pool=pool) == made(folder, tmp_path / "other", grain(2))
+    assert sorted(set(calibrated(pool))) == [2, 3], "from the last boundary that was written"
+
+
+@pytest.mark.parametrize("block", [1, LAST])
+def test_what_one_of_several_workers_held_is_made_again_when_it_dies(
+    folder: Path, tmp_path: Path, undisturbed: dict[str, bytes], block: int
+) -> None:
+    """By the others and the one that takes its place. What others held is not made again where nobody lacks it."""
+    pool = LocalPool(2, fault=at(block, Death.BEFORE))
+    overrides = (grain(0), "spec.resources.workers=2")
+    assert made(folder, tmp_path, *overrides, pool=pool) == undisturbed
+    assert len(pool.restarts) == 1
+    assert [task.block.index for _, task in pool.calls if isinstance(task, Compress)].count(block) == 2
+
+
+def test_common_memory_keeps_what_it_has_room_for_and_what_it_does_not_is_written(tmp_path: Path) -> None:
+    shards = [torch.full((1, 2, 4), float(value)) for value in range(3)]
+    full: list[bool] = []
+    memory: CommonMemory[torch.Tensor] = CommonMemory(
+        lambda hidden: None if full else hidden.clone(), lambda kept: kept
+    )
+    blobs = [blob_of({NAME: shard}) for shard in shards]
+    room = 2 * shards[0].nbytes
+    memory.begin(Given(taken=shards[0].nbytes))
+    assert [memory.keep(blob, shard, room) for blob, shard in zip(blobs, shards, strict=True)] == [True, False, False]
+    assert memory.keep(blobs[0], shards[0], room), "it is there already"
+    found = memory.find(blobs[0])
+    assert found is not None
+    assert torch.equal(found, shards[0])
+    references: References[torch.Tensor] = References()
+    references.add(0, memory.end())
+    assert memory.find(blobs[0]) is None, "it is the driver's"
+    full.append(True)
+    assert not memory.keep(blobs[1], shards[1], room), "the object store has no room"
+    full.clear()
+    assert memory.keep(blobs[1], shards[1], 1 * shards[0].nbytes), "what found no room takes none"
+    references.add(1, memory.end())
+
+    reader = Receive(tmp_path.as_uri(), blobs)
+    assert references.given(0, reader).taken == references.given(1, reader).taken == shards[0].nbytes
+    assert references.given(2, reader).taken == 0
+    memory.begin(references.given(2, reader))
+    assert [memory.find(blob) is not None for blob in blobs] == [True, True, False]
+    references.lost(0)
+    references.forget(blobs[2:])
+    assert set(references.given(2, reader).shards) == {blobs[1].sha256}
+    references.forget(blobs)
+    assert references.given(1, reader) == Given()
+
+
 def test_another_job_is_not_deceived_by_records_of_hidden_states_that_were_in_memory(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -167,7 +241,7 @@ def test_memory_stays_within_its_room_and_is_free_at_the_end(
     plan = make_plan(job, open_model(job.spec.model.uri)).hidden_states
     run_local(job, pool)
     assert peaks == {2 * plan.boundary_bytes: 2 * plan.boundary_bytes}
-    mailbox = pool._slots[0].worker.context.mailbox
+    mailbox = pool._slots[0].member.worker.context.mailbox
     assert isinstance(mailbox, OwnMemory)
     assert mailbox.bytes == 0
 
@@ -213,7 +287,7 @@ def test_the_plan_counts_bytes_and_what_a_death_costs(folder: Path) -> None:
     assert counted(grain(2)) == (2 * boundary, 0, 3 * boundary, 1)
     assert counted(grain(0)) == (2 * boundary, 0, boundary, 3)
     assert counted(grain(0), NO_MEMORY) == (0, 4 * boundary, 5 * boundary, 0)
-    assert counted("spec.resources.workers=2") == (0, 4 * boundary, 5 * boundary, 0)
+    assert counted("spec.resources.workers=2") == (2 * boundary, 0, 5 * boundary, 0), "of each"
     memory, read, wrote, _ = counted(grain(0), SPILLS)
     assert memory == int(0.1 * 2**20)
     assert read == pytest.approx(4 * (boundary - memory / 2), abs=1)

@@ -19,15 +19,17 @@ from counterweight.pipeline.place import Place
 from counterweight.pipeline.policies import describe
 from counterweight.pipeline.pool import Outcome, PoolSize, threads_per_worker
 from counterweight.pipeline.ray_pool import RayPool
+from counterweight.pipeline.ray_worker import WorkerActor
 from counterweight.pipeline.run import pool_size
-from counterweight.workers.errors import CheckpointError, RequestError, WorkerError
+from counterweight.workers.errors import CheckpointError, ObjectNotFoundError, RequestError, WorkerError
 from counterweight.workers.identity import Identity, Token, identity
-from counterweight.workers.process import WorkerProcess
 from counterweight.workers.tasks.inspect import Inspect
 from counterweight.workers.tasks.setting import Device
+from counterweight.workers.workspace import Blob
 from tests.models import checkpoint
 from tests.patience import PATIENCE
-from tests.pipeline.tiny import actor_pids, job_of, until, write_job
+from tests.pipeline.passing_tasks import PassOn, Receive
+from tests.pipeline.tiny import actor_pids, files_of, job_of, local_path, run_local, run_on, until, write_job
 
 SIZE = PoolSize(workers=2, cpus=1, gpus=1.0)
 ROOM = PoolSize(workers=4, cpus=1, gpus=1.0)
@@ -187,9 +189,14 @@ def test_a_defect_is_one_line_and_its_traceback_is_not_lost(pool: RayPool) -> No
     assert "Traceback" in str(outcome.error.__cause__) or "inspect.py" in str(outcome.error.__cause__)
 
 
-def test_a_killed_worker_is_noticed_and_replaced_and_the_other_works_on(pool: RayPool, model: str) -> None:
+def test_a_killed_worker_is_noticed_and_replaced_and_the_other_works_on(
+    pool: RayPool, model: str, tmp_path: Path
+) -> None:
     full(pool)
     before = processes(2)
+    assert pool.room is not None
+    made = [PassOn(tmp_path.as_uri(), worker + 1.0, pool.room) for worker in (0, 1)]
+    hidden = [outcome_of(pool, pool.submit(worker, task)).value for worker, task in enumerate(made)]
     victim = before[0]
     os.kill(victim, signal.SIGSTOP)  # it cannot answer before it dies
     tickets = [pool.submit(worker, Inspect(model, ["model.norm.weight"])) for worker in (0, 1)]
@@ -212,6 +219,10 @@ def test_a_killed_worker_is_noticed_and_replaced_and_the_other_works_on(pool: Ra
     assert len(str(dead.error)) < 300, "Ray's dozen lines"
     assert "\n" not in str(dead.error)
     assert alive.error is None
+    kept = outcome_of(pool, pool.submit(alive.worker, Receive(tmp_path.as_uri(), [hidden[alive.worker]])))
+    assert kept.value == [64.0 * (alive.worker + 1)]
+    lost = outcome_of(pool, pool.submit(alive.worker, Receive(tmp_path.as_uri(), [hidden[dead.worker]])))
+    assert isinstance(lost.error, ObjectNotFoundError), "hidden states outlast their worker"
     full(pool)
     again = outcome_of(pool, pool.submit(dead.worker, Inspect(model, ["model.norm.weight"])))
     assert set(again.value) == {"model.norm.weight"}
@@ -220,21 +231,49 @@ def test_a_killed_worker_is_noticed_and_replaced_and_the_other_works_on(pool: Ra
     assert set(before) & set(after), "the other worker was replaced as well"
 
 
+def test_hidden_states_lie_in_the_object_store_until_nobody_reads_them(pool: RayPool, tmp_path: Path) -> None:
+    """And nowhere else. Who reads what is gone is told so."""
+    full(pool)
+    assert pool.room is not None
+    assert pool.room > 1 << 20
+    blobs: list[Blob] = []
+    for value in (1.0, 2.0):
+        made = outcome_of(pool, pool.submit(0, PassOn(tmp_path.as_uri(), value, pool.room)))
+        assert made.error is None
+        blobs.append(made.value)
+    for worker in (0, 1):
+        assert outcome_of(pool, pool.submit(worker, Receive(tmp_path.as_uri(), blobs))).value == [64.0, 128.0]
+    assert not list(tmp_path.rglob("*"))
+    pool.forget(blobs[:1])
+    outcome = outcome_of(pool, pool.submit(1, Receive(tmp_path.as_uri(), blobs)))
+    assert isinstance(outcome.error, ObjectNotFoundError)
+
+
+def test_a_job_whose_hidden_states_pass_through_the_object_store_has_the_same_bytes(
+    pool: RayPool, tmp_path: Path
+) -> None:
+    manifest = write_job(tmp_path, layers=4)
+    settings = ("spec.validation=", "spec.resources.workers=2", "spec.resources.hidden_states.durable_every=0")
+    published = run_on(pool, job_of(manifest, *settings, f"spec.output.uri={tmp_path / 'ray'}"))
+    expected = run_local(job_of(manifest, "spec.validation=", f"spec.output.uri={tmp_path / 'here'}"))
+    assert files_of(local_path(published.uri)) == files_of(local_path(expected.uri))
+
+
 def test_a_worker_that_dies_before_its_first_answer_is_replaced(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = tmp_path / "died"
 
-    class DiesOnce(WorkerProcess):
+    class DiesOnce(WorkerActor):
         """The first process of a worker ends while it starts."""
 
-        def __init__(self, device: Device, threads: int) -> None:
+        def __init__(self, device: Device, threads: int, shares: bool) -> None:
             if not mark.exists():
                 mark.touch()
                 os._exit(1)
-            super().__init__(device, threads)
+            super().__init__(device, threads, shares)
 
-    monkeypatch.setattr(module, "WorkerProcess", DiesOnce)
+    monkeypatch.setattr(module, "WorkerActor", DiesOnce)
     notes: list[str] = []
     own = RayPool(PoolSize(workers=1, cpus=1, gpus=0.0), note=notes.append)
     full(own)
@@ -245,7 +284,7 @@ def test_a_worker_that_dies_before_its_first_answer_is_replaced(
 
 
 def test_a_worker_whose_processes_die_at_once_is_given_up(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WorkerProcess", Dying)
+    monkeypatch.setattr(module, "WorkerActor", Dying)
     notes: list[str] = []
     pool = RayPool(PoolSize(workers=1, cpus=1, gpus=0.0), note=notes.append)
     with pytest.raises(WorkerError, match=r"none of 1 workers has answered for .*: "):

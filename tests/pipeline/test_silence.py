@@ -68,7 +68,8 @@ class MutePool:
     def __init__(
         self, clock: Clock, size: int, *, present: bool = True, answers: float | None = None, step: float = 0.0
     ) -> None:
-        self.size, self.threads, self.passes_on = size, 1, False
+        self.size, self.threads = size, 1
+        self.room: int | None = 0
         self._clock, self._answers, self._step = clock, answers, step
         self._idle = list(range(size)) if present else []
         self._taken: dict[int, tuple[int, float]] = {}

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from enum import Enum
@@ -38,9 +38,10 @@ from counterweight.pipeline.manifest import CompressionJob, load_manifest
 from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.opening import Opened
 from counterweight.pipeline.orchestrator import Orchestrator
+from counterweight.pipeline.passing import Given, Kept, References
 from counterweight.pipeline.plan import make_plan
 from counterweight.pipeline.policies import Resume
-from counterweight.pipeline.pool import Outcome
+from counterweight.pipeline.pool import Outcome, WorkerPool
 from counterweight.pipeline.progress import Progress
 from counterweight.pipeline.tokens import read_tokens
 from counterweight.workers.errors import WorkerError
@@ -49,6 +50,7 @@ from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Blob
+from tests.common_memory import Member, Shard
 from tests.models import Case, checkpoint, write_text
 from tests.patience import PATIENCE
 
@@ -107,7 +109,7 @@ Fault = Callable[[int, Task[Any]], BaseException | Death | None]
 
 @dataclass(slots=True)
 class _Slot:
-    worker: Worker
+    member: Member
     thread: ThreadPoolExecutor
 
 
@@ -115,23 +117,25 @@ class LocalPool:
     """Workers in threads of this process, with the faults that a test asks for."""
 
     def __init__(self, size: int = 1, *, fault: Fault = lambda *_: None, threads: int = 1) -> None:
-        self.size, self.threads, self.passes_on = size, threads, size == 1
+        self.size, self.threads = size, threads
+        self.room: int | None = None
         self.calls: list[tuple[int, Task[Any]]] = []
         self.restarts: list[int] = []
         self._fault = fault
         self._slots = [self._fresh() for _ in range(size)]
         self._pending: dict[Future[Any], tuple[int, int]] = {}
+        self._references: References[Shard] = References()
         self._unread: list[Blob] = []
         self._tickets = 0
         self._idle = list(range(size))
 
     def _fresh(self) -> _Slot:
-        return _Slot(Worker("cpu", self.threads), ThreadPoolExecutor(1))
+        return _Slot(Member(Worker("cpu", self.threads), shares=self.size > 1), ThreadPoolExecutor(1))
 
     def first(self) -> WorkerReport:
         """What `RayPool` says of the first worker that answered."""
         return WorkerReport(
-            device=self._slots[0].worker.ready(), identity=Identity(code=""), host="here", pid=os.getpid()
+            device=self._slots[0].member.worker.ready(), identity=Identity(code=""), host="here", pid=os.getpid()
         )
 
     def idle(self) -> list[int]:
@@ -142,7 +146,8 @@ class LocalPool:
         self.calls.append((worker, task))
         fault = self._fault(worker, task)
         slot = self._slots[worker]
-        future: Future[Any] = slot.thread.submit(_call, slot.worker, task, fault, self._unread)
+        given = self._references.given(worker, task)
+        future: Future[Any] = slot.thread.submit(_call, slot.member, task, fault, self._unread, given)
         self._unread = []
         self._tickets += 1
         self._pending[future] = (self._tickets, worker)
@@ -155,15 +160,18 @@ class LocalPool:
     def _restart(self, worker: int) -> None:
         self.restarts.append(worker)
         self._slots[worker].thread.shutdown()
+        self._slots[worker].member.die()
+        self._references.lost(worker)
         self._slots[worker] = self._fresh()
 
     def forget(self, unread: Sequence[Blob]) -> None:
         self._unread += unread
+        self._references.forget(unread)
 
     def close(self) -> None:
         for slot in self._slots:
             slot.thread.shutdown(cancel_futures=True)
-            slot.worker.close()
+            slot.member.worker.close()
 
     def _outcome(self, future: Future[Any]) -> Outcome:
         ticket, worker = self._pending.pop(future)
@@ -172,7 +180,9 @@ class LocalPool:
             self._restart(worker)
         self._idle.append(worker)
         if error is None:
-            return Outcome(ticket, worker, value=future.result())
+            value, made = future.result()
+            self._references.add(worker, made)
+            return Outcome(ticket, worker, value=value)
         return Outcome(ticket, worker, error=error, worker_died=isinstance(error, _Died))
 
 
@@ -180,15 +190,17 @@ class _Died(WorkerError):
     """Stands for the news that a process is gone."""
 
 
-def _call(worker: Worker, task: Task[Any], fault: BaseException | Death | None, unread: Sequence[Blob]) -> Any:
+def _call(
+    member: Member, task: Task[Any], fault: BaseException | Death | None, unread: Sequence[Blob], given: Given[Shard]
+) -> tuple[Any, Mapping[str, Kept[Shard]]]:
     if isinstance(fault, BaseException):
         raise fault
     if fault is Death.BEFORE:
         raise _Died("worker died: killed by the test")
-    value = worker.run(task, unread)
+    found = member.run(task, unread, given)
     if fault is Death.AFTER:
         raise _Died("worker died: killed by the test")
-    return value
+    return found
 
 
 class Events(Progress):
@@ -230,12 +242,19 @@ def run_local(
     """Runs a job in this process; closes the pool."""
     pool = LocalPool() if pool is None else pool
     try:
-        source = open_model(job.spec.model.uri)
-        with EventLog(Events() if progress is None else progress) as log:
-            opened = Opened(source=source, tokens=read_tokens(job, source.tokenizer()), plan=make_plan(job, source))
-            return Orchestrator(job, opened, pool, "cpu", log, resume).run()
+        return run_on(pool, job, progress, resume)
     finally:
         pool.close()
+
+
+def run_on(
+    pool: WorkerPool, job: CompressionJob, progress: Progress | None = None, resume: Resume = Resume.AUTO
+) -> Published:
+    """Runs a job on workers that compute on the CPU."""
+    source = open_model(job.spec.model.uri)
+    with EventLog(Events() if progress is None else progress) as log:
+        opened = Opened(source=source, tokens=read_tokens(job, source.tokenizer()), plan=make_plan(job, source))
+        return Orchestrator(job, opened, pool, "cpu", log, resume).run()
 
 
 def files_of(root: Path) -> dict[str, bytes]:

@@ -140,8 +140,12 @@ class BlockTask(Config):
         return self.block.index
 
     @property
+    def reads(self) -> tuple[Blob, ...]:
+        return (*self.block.inputs, *self.block.original_inputs)
+
+    @property
     def patience(self) -> float:
-        hidden = sum(blob.size for blob in (*self.block.inputs, *self.block.original_inputs))
+        hidden = sum(blob.size for blob in self.reads)
         return patience(bytes=self.block.bytes + 2 * hidden, flops=self.block.flops, device=self.block.setting.device)
 
     def workspace(self) -> Workspace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
-from counterweight.workers.workspace import Record, Workspace
+from counterweight.workers.workspace import Blob, Record, Workspace
 
 if TYPE_CHECKING:
     from counterweight.workers.context import TaskContext
@@ -39,6 +39,11 @@ class Task(ABC, Generic[R_co]):
     @abstractmethod
     def patience(self) -> float:
         """Seconds after which it is taken to hang, from what it reads, writes and computes: see `workers.tasks.patience`."""
+
+    @property
+    def reads(self) -> tuple[Blob, ...]:
+        """Hidden states that it may read, where they may be in memory."""
+        return ()
 
     @property
     def trains(self) -> str | None:
