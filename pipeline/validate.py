@@ -85,11 +85,13 @@ def add_originals(graph: Graph, whole: Original, length: int, workers: int) -> l
     than a block then, and is begun before them.
     """
 
+    divided = original_shares(whole.stop, length, workers, gpu=whole.setting.device == "cuda")
+
     def of(windows: range) -> Original:
-        return whole.model_copy(update={"start": windows.start, "stop": windows.stop})
+        return whole.model_copy(update={"start": windows.start, "stop": windows.stop, "shared": len(divided) > 1})
 
     found: list[Reference] = []
-    for together in original_shares(whole.stop, length, workers, gpu=whole.setting.device == "cuda"):
+    for together in divided:
         first = together[0].start
         node = graph.add(giving(of(range(first, together[-1].stop))), soon=len(together) > 1)
         found += [Reference(of(share), node, first) for share in together]
@@ -116,6 +118,7 @@ def validate(
             first=reference.first,
             artifact=artifact.uri,
             ledger=files[LEDGER].sha256,
+            shared=len(references) > 1,
             written=True,
         )
 

@@ -11,7 +11,8 @@ Files below an artifact's root that this module knows:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from pydantic import ValidationError
@@ -110,6 +111,14 @@ class CompressedModel:
         Linears that are quantized hold no weight until `install` puts their compressed selves in place.
         """
         return read_block(self.builder, index, self.ledger.formats, self._read_many, device, dtype)
+
+    @contextmanager
+    def shared(self, content: str) -> Iterator[None]:
+        """See `Checkpoint.shared`, of all its files."""
+        with ExitStack() as files:
+            for part in {self._checkpoint, *self._file_of.values()}:
+                files.enter_context(part.shared(content))
+            yield
 
     @property
     def _ends(self) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,12 +20,16 @@ from transformers import AutoModelForCausalLM
 
 from counterweight import load_model
 from counterweight.pipeline.artifact import REPORT, REPORT_PAGE
+from counterweight.workers.compressed import CompressedModel
 from counterweight.workers.dtypes import ModelDtype
 from counterweight.workers.errors import CheckpointError, CounterweightError, IntegrityError, RequestError
 from counterweight.workers.ledger import LEDGER
 from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.metrics import METRICS
 from counterweight.workers.storage import sha256_hex
+from counterweight.workers.storage.file import FileStore
+from counterweight.workers.storage.traffic import METER
+from counterweight.workers.tasks import evaluate
 from counterweight.workers.tasks.evaluate import (
     BASELINE,
     COMPENSATED,
@@ -244,6 +249,36 @@ def test_what_is_one_model_is_measured_once(made: Made, worker: Worker, tmp_path
     assert set(store) == {BASELINE, QUANTIZED, COMPENSATED, PREFILL}
     assert store[PREFILL] == store[QUANTIZED]
     assert store[COMPENSATED] != store[QUANTIZED]
+
+
+def test_workers_of_one_machine_read_an_artifact_once(
+    made: Made, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory stands for a remote store. What another worker has read of it, and nothing else, is read no second time."""
+    root = made.artifacts["compensated"]
+
+    def remote(_: str) -> FileStore:
+        store = FileStore(root)
+        store.uri = "s3://bucket/artifact"
+        return store
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(evaluate, "open_store", remote)
+    apart, shared = (
+        evaluate_spec(worker, made, tmp_path / str(shared), token_ids(2, LENGTH)).model_copy(update={"shared": shared})
+        for shared in (False, True)
+    )
+    other = CompressedModel.open(remote(""))
+    with other.shared(shared.ledger):
+        before = METER.now.read
+        for index in range(other.builder.blocks):
+            other.block(index, torch.device("cpu"), torch.float32)
+        blocks = METER.now.read - before
+        records = worker.run(apart)
+        both = METER.now.read - before
+        assert worker.run(shared).windows == records.windows
+        assert METER.now.read - before - both == both - 2 * blocks
+    assert blocks > 0
 
 
 def test_a_finished_evaluation_is_looked_up(made: Made, worker: Worker, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from threading import Lock
 
@@ -21,6 +22,7 @@ from counterweight.workers.checkpoint.refusal import show
 from counterweight.workers.checkpoint.stacked import apart
 from counterweight.workers.errors import CheckpointError, IntegrityError
 from counterweight.workers.parallel import READERS, in_parallel
+from counterweight.workers.storage.node_cache import NodeCache
 
 BATCH_BYTES = READERS * MAX_READ
 """Of codes that are held at once, where no single encoded weight has more."""
@@ -39,6 +41,17 @@ class Checkpoint(Catalogue):
     Reading decodes an encoded weight; digests and finiteness are those of what it decodes to. Reads run in threads of their
     own, but one `Checkpoint` is for one caller at a time.
     """
+
+    _node: NodeCache | None = None
+
+    @contextmanager
+    def shared(self, content: str) -> Iterator[None]:
+        """While it is open, workers of this machine that share the same `content` read each range once, see `NodeCache`."""
+        with NodeCache(self._store, content) as self._node:
+            try:
+                yield
+            finally:
+                self._node = None
 
     def read(self, name: str, *, sha256: str | None = None) -> Tensor:
         """One tensor on the CPU, in memory of its own; `sha256` as for `read_many`."""
@@ -201,7 +214,8 @@ class Checkpoint(Catalogue):
 
     def _fetch(self, read: Read) -> Bytes:
         # Not every store has a range of no bytes.
-        data = self._store.read_range(read.file, read.start, read.length) if read.length else b""
+        source = self._store if self._node is None else self._node
+        data = source.read_range(read.file, read.start, read.length) if read.length else b""
         return np.frombuffer(data, dtype=np.uint8)
 
 

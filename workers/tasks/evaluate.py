@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -20,6 +21,7 @@ from counterweight.workers.tasks.task import DurableTask
 from counterweight.workers.workspace import Record, Workspace
 
 if TYPE_CHECKING:
+    from counterweight.workers.compressed import CompressedModel
     from counterweight.workers.context import TaskContext
     from counterweight.workers.evaluation import Chosen
     from counterweight.workers.models.block_builder import Block
@@ -69,6 +71,8 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
     """Root URI of the artifact's files."""
     ledger: str
     """sha256 of the artifact's ledger, which holds the digest of every stored tensor."""
+    shared: bool = False
+    """Whether other workers read the artifact at the same time, perhaps on the same machine. No part of the result."""
     written: bool = False
     """Whether the job itself has written the artifact: what is wrong with it nobody has asked for."""
 
@@ -90,10 +94,21 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
         return self.original.workspace()
 
     def compute(self, context: TaskContext, workspace: Workspace) -> EvaluateRecord:
+        from counterweight.workers.compressed import CompressedModel
+
+        try:
+            model = CompressedModel.open(open_store(self.artifact), ledger_sha256=self.ledger)
+        except CheckpointError as error:
+            if not self.written:
+                raise
+            raise IntegrityError(f"{error}: not what was written") from error
+        with model.shared(self.ledger) if self.shared else nullcontext():
+            return self._judge(model, context, workspace)
+
+    def _judge(self, model: CompressedModel, context: TaskContext, workspace: Workspace) -> EvaluateRecord:
         import torch
 
         from counterweight.workers.clock import Clock
-        from counterweight.workers.compressed import CompressedModel
         from counterweight.workers.context import DTYPES
         from counterweight.workers.evaluation import advance, compressed_blocks, measure, variants_of
         from counterweight.workers.memory import release
@@ -105,12 +120,6 @@ class Evaluate(Config, DurableTask[EvaluateRecord]):
         asked, clock = self.original, Clock(context.device)
         device, dtype = context.device, DTYPES[asked.dtype]
         checkpoint, builder = context.source(asked.setting)
-        try:
-            model = CompressedModel.open(open_store(self.artifact), ledger_sha256=self.ledger)
-        except CheckpointError as error:
-            if not self.written:
-                raise
-            raise IntegrityError(f"{error}: not what was written") from error
         variants = variants_of(model)
         measured = [variant for variant in dict.fromkeys(variants.values()) if variant != BASELINE]
         ids = get_tensors(workspace, asked.tokens)["input_ids"][asked.start : asked.stop].long().to(device)

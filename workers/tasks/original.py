@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
@@ -46,6 +47,8 @@ class Original(Config, DurableTask[OriginalRecord]):
     stop: int
     dtype: ModelDtype = "float32"
     """Type that the model computes in."""
+    shared: bool = False
+    """Whether other workers read the model at the same time, perhaps on the same machine. No part of the result."""
 
     def key(self) -> str:
         shared = {**self.setting.uncompressed().determines(), "compute_dtype": self.dtype}
@@ -66,6 +69,11 @@ class Original(Config, DurableTask[OriginalRecord]):
         return self.setting.open_workspace()
 
     def compute(self, context: TaskContext, workspace: Workspace) -> OriginalRecord:
+        checkpoint, _ = context.source(self.setting)
+        with checkpoint.shared(digest(dict(self.tensors))) if self.shared else nullcontext():
+            return self._run(context, workspace)
+
+    def _run(self, context: TaskContext, workspace: Workspace) -> OriginalRecord:
         import torch
 
         from counterweight.workers.clock import Clock
