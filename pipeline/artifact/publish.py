@@ -31,8 +31,9 @@ from counterweight.workers.storage.names import check_key
 def publish(artifact: Artifact, report: Report, files: Mapping[str, FileEntry], ledger: Ledger) -> Published:
     """Makes an assembled artifact visible; the report that was there first holds."""
     store = artifact.store
-    text = _create_or_adopt(artifact, REPORT, report.model_dump_json(indent=1).encode())
-    report = _written(artifact, text)
+    own = report.model_dump_json(indent=1).encode()
+    text = _create_or_adopt(artifact, REPORT, own)
+    report = report if text is own else _written(artifact, text)
     page = _create_or_adopt(artifact, REPORT_PAGE, render(report).encode())
     everything = dict(files)
     about = card(report, files, stock=_is_stock(artifact, files[CONFIG])).encode()

@@ -60,6 +60,17 @@ def test_all_are_here() -> None:
     assert tried | {"true_shapes", "exports"} == scripts
 
 
+def test_driver() -> None:
+    """A job of two blocks of 128 experts, to its published artifact: a row for one worker and one for eight."""
+    found = [row.strip("| ").split(" | ") for row in rows(ran("driver", "--layers", 2))]
+    assert [cells[0] for cells in found] == ["1", "8"]
+    few, many = (int(cells[1]) for cells in found)
+    assert 20 < few < many, "eight workers take a block's shards in more stretches"
+    for cells in found:
+        assert 0 < float(cells[3]) < 20
+        assert 0 < float(cells[-1].removesuffix("%")) < 20
+
+
 def test_planning() -> None:
     """What a plan takes of a model of one block, a row for each recipe."""
     (one, two) = rows(ran("planning", "Llama-3-8B", "--repeats", 1, "--layers", 1))

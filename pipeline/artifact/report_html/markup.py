@@ -12,6 +12,9 @@ LEAVES = frozenset(("meta", "link", "circle", "line", "path", "polygon", "polyli
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """What cannot be shown or would deceive: control characters, lone surrogates, changes of direction."""
 
+_PLAIN = re.compile(r"[\w .,:+*/()=-]*", re.ASCII)
+"""What stands for itself: most of the cells of a table with a hundred thousand of them."""
+
 Attribute = str | int | float | None
 
 
@@ -23,7 +26,7 @@ class Markup(str):
 
 def escape(text: str) -> Markup:
     """`text` as it may stand between tags and in attributes; hidden characters become U+FFFD."""
-    return Markup(html.escape(_HIDDEN.sub("\ufffd", text), quote=True))
+    return Markup(text if _PLAIN.fullmatch(text) else html.escape(_HIDDEN.sub("\ufffd", text), quote=True))
 
 
 def tag(name: str, /, *children: str, **attributes: Attribute) -> Markup:
@@ -40,6 +43,12 @@ def tag(name: str, /, *children: str, **attributes: Attribute) -> Markup:
     if not children and name in LEAVES:
         return Markup("".join([*parts, "/>"]))
     return Markup("".join([*parts, ">", join(children), f"</{name}>"]))
+
+
+def elements(name: str, contents: Iterable[str]) -> Markup:
+    """One element around each of the contents, without attributes."""
+    opened, closed = f"<{name}>", f"</{name}>"
+    return Markup("".join(f"{opened}{part if type(part) is Markup else escape(part)}{closed}" for part in contents))
 
 
 def join(parts: Iterable[str]) -> Markup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from counterweight.pipeline.artifact.report_html.markup import Markup, join, tag
+from counterweight.pipeline.artifact.report_html.markup import Markup, elements, join, tag
 from counterweight.pipeline.artifact.report_html.svg import swatch
 
 Row = Sequence[str]
@@ -16,7 +16,7 @@ def table(head: Row, rows: Iterable[Row], *, class_: str = "n", row_classes: Seq
     for index, row in enumerate(rows):
         name, *cells = row
         marks = row_classes[index] if index < len(row_classes) else None
-        body.append(tag("tr", tag("th", name, scope="row"), *(tag("td", cell) for cell in cells), class_=marks))
+        body.append(tag("tr", tag("th", name, scope="row"), elements("td", cells), class_=marks))
     header = tag("tr", *(tag("th", cell, scope="col") for cell in head))
     return tag("div", tag("table", tag("thead", header), tag("tbody", *body), class_=class_), class_="scroll")
 
