@@ -169,7 +169,8 @@ class AnsweringPool:
     """Workers that answer at once. spent: CPU seconds of making the answers."""
 
     def __init__(self, size: int, answers: Answers) -> None:
-        self.size, self.threads, self.passes_on = size, 1, size == 1
+        self.size, self.threads = size, 1
+        self.room: int | None = None
         self.spent, self.tasks = 0.0, 0
         self._answers = answers
         self._idle = list(range(size))
