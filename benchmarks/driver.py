@@ -170,7 +170,7 @@ class AnsweringPool:
 
     def __init__(self, size: int, answers: Answers) -> None:
         self.size, self.threads = size, 1
-        self.room: int | None = None
+        self.room: int | None = 0
         self.spent, self.tasks = 0.0, 0
         self._answers = answers
         self._idle = list(range(size))
