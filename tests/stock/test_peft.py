@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
 from counterweight import load_model
 from tests.inprocess import local, run_job
@@ -107,6 +109,34 @@ def test_stock_peft_has_our_compensated_logits(name: str, make: Make) -> None:
     size = float(ours.abs().max())
     assert (ours - without).abs().max() > 1e-2 * size
     torch.testing.assert_close(logits(adapted, ids), ours, rtol=0, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize(("activations", "same"), [(None, True), ({"bits": 8}, False)])
+def test_weights_that_are_unpacked_while_they_are_loaded(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activations: Mapping[str, Any] | None, same: bool
+) -> None:
+    """`AutoPeftModelForCausalLM` as docs/serving.md has it, and without an argument where a copy's config.json says so."""
+    directory = make("llama", {"compensation": SVD, **({} if activations is None else {"activations": activations})})
+    base = PeftConfig.from_pretrained(directory / "compensation").base_model_name_or_path
+    assert isinstance(base, str)
+    shutil.copytree(directory, tmp_path / base)
+    monkeypatch.chdir(tmp_path)
+    unpacked = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    unpacked.hf_quantizer.compressor.decompress_model(unpacked)
+    ids = token_ids(2, 24)
+    expected = logits(PeftModel.from_pretrained(unpacked, f"{base}/compensation"), ids)
+    asked = AutoPeftModelForCausalLM.from_pretrained(
+        f"{base}/compensation", quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    assert torch.equal(logits(asked, ids), expected) == same
+    with pytest.raises(AttributeError, match="no attribute 'weight'"):
+        AutoPeftModelForCausalLM.from_pretrained(f"{base}/compensation")
+    config = json.loads((tmp_path / base / "config.json").read_text())
+    config["quantization_config"]["dequantize"] = True
+    (tmp_path / base / "config.json").write_text(json.dumps(config))
+    assert torch.equal(
+        logits(AutoPeftModelForCausalLM.from_pretrained(f"{base}/compensation"), ids), logits(asked, ids)
+    )
 
 
 def test_ranks_differ_where_they_are_chosen_by_energy(make: Make) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from counterweight import load_model
 from counterweight.pipeline.artifact.report import Report
 from counterweight.pipeline.artifact.verdict import GateReport
 from counterweight.pipeline.judging import task_files
@@ -202,6 +204,27 @@ def test_scores_are_those_of_the_harness_own_route(tmp_path: Path) -> None:
         assert found.scores[variant]["acc"] == expected["results"]["stock"]["acc,none"]
     assert len({scores["acc"] for scores in found.scores.values()}) > 1
     assert "Tasks" in (artifact / "report" / "report.html").read_text()
+
+
+@needs_harness
+@torch.no_grad()
+def test_the_harness_own_route_takes_a_branch_where_weights_are_unpacked_at_once(tmp_path: Path) -> None:
+    """`pretrained=FOLDER,peft=FOLDER/compensation`, of a copy whose config.json says `dequantize` (docs/serving.md)."""
+    from lm_eval.models.huggingface import HFLM
+
+    manifest = with_special_tokens(write_job(tmp_path / "job", layers=1))
+    coarse = ("spec.recipe.weights.bits=2", "spec.recipe.compensation={kind: svd, rank: {count: 8}}")
+    artifact = local_path(run_local(job_of(manifest, *coarse)).uri)
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["dequantize"] = True
+    (copy / "config.json").write_text(json.dumps(config))
+    ids = torch.arange(3, 51).view(2, 24)
+    model = HFLM(pretrained=str(copy), peft=str(copy / "compensation"), device="cpu", batch_size=8).model
+    ours, without = (
+        load_model(artifact.as_uri(), compensated=compensated)(ids).logits.float() for compensated in (True, False)
+    )
+    assert (model(ids).logits.float() - ours).norm() < 0.2 * (without - ours).norm()
 
 
 @needs_harness
