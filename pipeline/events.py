@@ -6,7 +6,7 @@ Nothing that takes time is imported here: the command shows a display before any
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import ClassVar, Protocol, Self
@@ -51,6 +51,16 @@ class Doing(Event):
     kind: ClassVar[str] = "doing"
 
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expected(Event):
+    """How long the job takes as its plan says, before anything of it is measured. stages: name -> seconds, in order; `start` is
+    the time until workers answer."""
+
+    kind: ClassVar[str] = "expected"
+
+    stages: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,9 +158,17 @@ class Plan(Config):
     """Whether a worker can keep the statistics of a block that was solved, for the jobs of a sweep that need the same."""
 
 
-def make_plan(job: CompressionJob, source: ModelSource, device: str | None = None, *, gpu_bytes: int = 0) -> Plan:
+def make_plan(
+    job: CompressionJob,
+    source: ModelSource,
+    device: str | None = None,
+    *,
+    gpu_bytes: int = 0,
+    rates: Rates | None = None,
+) -> Plan:
     """The plan of a job. device: a name of `devices.MEMORY` or a file of rates, RequestError for another. gpu_bytes: memory of
-    the GPU that workers have, for which blocks are divided where none is named; 0: not known. ManifestError for
+    the GPU that workers have, for which blocks are divided where none is named; 0: not known. rates: of the workers, where no
+    device is named. ManifestError for
     what the recipe asks and the model cannot give (a rank above a layer's size, a group size that does not divide a width, an
     override that matches nothing)."""
     check_recipe(job.spec.recipe, source)
@@ -202,8 +210,8 @@ def make_plan(job: CompressionJob, source: ModelSource, device: str | None = Non
     hidden = hidden_states(job, boundary, len(blocks) + passed, room)
     host += hidden.memory_bytes if on_gpu else hidden.memory_bytes - reserved(job, boundary)
     peak = most if on_gpu else host
-    rates = None if device is None else rates_of(device)
-    timed = on_gpu == (gpu is not None)
+    timed = device is None or on_gpu == (gpu is not None)
+    rates = rates if device is None else rates_of(device)
     made: Estimate | None = None
     if rates is not None and timed:
         alone = _with_one_worker(job)

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
@@ -18,6 +18,7 @@ from counterweight.pipeline.events import (
     BlockDone,
     Doing,
     Event,
+    Expected,
     FellBack,
     Note,
     Planned,
@@ -28,21 +29,15 @@ from counterweight.pipeline.events import (
     TaskStarted,
     WindowsDone,
 )
-from counterweight.pipeline.remaining import BlockCount, Validation, left
+from counterweight.pipeline.remaining import BLOCKS, VALIDATE, Clock, Remaining
 from counterweight.pipeline.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
-Clock = Callable[[], float]
-"""Seconds since some fixed moment, never going back."""
-
 REFRESHES_PER_SECOND = 4.0
 BAR_WIDTH = 40  # characters
-
-BLOCKS, VALIDATE = "blocks", "validate"
-"""Stages whose end can be told."""
 
 
 class Progress(ABC):
@@ -95,17 +90,19 @@ def _aligned(lines: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 class PlainProgress(Progress):
     """One line per event, for logs; each is flushed, so that the last one survives a kill."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, clock: Clock = time.monotonic) -> None:
         self._stream = stream
-        self._count = BlockCount()
+        self._time = Remaining(clock)
         self._started: dict[int, int] = {}
 
     def on(self, event: Event) -> None:
+        self._time.on(event)
         match event:
             case StageEntered(stage) | Doing(stage):
                 self._line(f"stage {one_line(stage)}")
+            case Expected(stages):
+                self._line(f"about {seconds_text(sum(stages.values()))} by its plan, which what is measured corrects")
             case Planned(blocks, reused):
-                self._count = BlockCount(blocks)
                 self._line(f"{blocks} blocks, {reused} of them finished before")
             # A further task of a block on the worker that did the first is no news.
             case TaskStarted(block=int(block), worker=worker) if self._started.get(block) != worker:
@@ -114,7 +111,7 @@ class PlainProgress(Progress):
             case BlockDone():
                 self._block_done(event)
             case WindowsDone(done, total):
-                self._line(f"validation {done}/{total} done")
+                self._line(f"validation {done}/{total} done{self._left()}")
             case Note(text) | TaskRetried(text=text) | FellBack(text=text):
                 self._line(f"note: {one_line(text)}")
             case Summary(lines):
@@ -122,14 +119,17 @@ class PlainProgress(Progress):
                     self._line(f"{label}  {value}")
 
     def _block_done(self, event: BlockDone) -> None:
-        self._count = self._count.finished(0.0, reused=event.reused)
         errors = _errors(event.error_quantized, event.error_compensated)
-        count = f"({self._count.done}/{self._count.blocks})"
+        count = f"({self._time.count.done}/{self._time.count.blocks})"
         if event.reused:
             self._line(f"block {event.block} reused {count}, {errors}")
         else:
             cost = f"in {seconds_text(event.seconds)}, peak {bytes_text(event.peak_bytes)}"
-            self._line(f"block {event.block} done {count} {cost}, {errors}")
+            self._line(f"block {event.block} done {count} {cost}, {errors}{self._left()}")
+
+    def _left(self) -> str:
+        left = self._time.left() if self._time.planned else None
+        return "" if left is None else f", about {seconds_text(left)} left"
 
     def _line(self, text: str) -> None:
         self._stream.write(f"{text}\n")
@@ -141,12 +141,10 @@ class _View:
     """What the live display shows. A second thread draws it at any time, so its values are replaced, not changed."""
 
     stage: str = "starting"
-    count: BlockCount = field(default_factory=BlockCount)
     running: dict[int, int] = field(default_factory=dict)
     """Worker -> the block it is on."""
     peak_bytes: int = 0
     last: str = ""
-    validation: Validation | None = None
 
 
 class LiveProgress(Progress):
@@ -156,7 +154,7 @@ class LiveProgress(Progress):
         from rich.live import Live
 
         self._console, self._clock = console, clock
-        self._view = _View()
+        self._view, self._time = _View(), Remaining(clock)
         self._began = clock()
         self._live = Live(
             console=console,
@@ -178,24 +176,20 @@ class LiveProgress(Progress):
 
     def on(self, event: Event) -> None:
         view = self._view
+        self._time.on(event)
         match event:
             case StageEntered(stage):
                 view.stage = stage
-                view.validation = Validation(self._clock()) if stage == VALIDATE else None
             case Doing(text):
                 view.stage = one_line(text)
-            case Planned(blocks, behind=behind):
-                now = self._clock()
-                view.count = BlockCount(blocks, since=now, latest=now, behind=behind)
+            case Planned() | Expected() | WindowsDone():
+                pass  # in the time that is left, and in the bars
             case TaskStarted(block=int(block), worker=worker):
                 view.running = {**view.running, worker: block}
             case TaskFinished(worker=worker):
                 view.running = {other: block for other, block in view.running.items() if other != worker}
             case BlockDone():
                 self._block_done(event)
-            case WindowsDone(done, total):
-                since = self._clock() if view.validation is None else view.validation.since
-                view.validation = Validation(since, done, total, self._clock())
             case Note(text) | TaskRetried(text=text) | FellBack(text=text):
                 self._note(text)
                 return
@@ -208,7 +202,6 @@ class LiveProgress(Progress):
 
     def _block_done(self, event: BlockDone) -> None:
         view = self._view
-        view.count = view.count.finished(self._clock(), reused=event.reused)
         view.running = {worker: block for worker, block in view.running.items() if block != event.block}
         how = "reused" if event.reused else f"in {seconds_text(event.seconds)}"
         view.last = f"block {event.block} {how}, {_errors(event.error_quantized, event.error_compensated)}"
@@ -235,8 +228,8 @@ class LiveProgress(Progress):
         from rich.console import Group
 
         view, now = self._view, self._clock()
-        count, validation = view.count, view.validation
-        rows: list[RenderableType] = [self._heading(view.stage, count, now)]
+        count, validation = self._time.count, self._time.validation
+        rows: list[RenderableType] = [self._heading(view.stage, now)]
         if count.blocks:
             rows.append(self._bar("blocks", count.done, count.blocks))
         if validation is not None and validation.total:
@@ -244,13 +237,13 @@ class LiveProgress(Progress):
         rows += self._facts()
         return Group(*rows)
 
-    def _heading(self, stage: str, count: BlockCount, now: float) -> Text:
+    def _heading(self, stage: str, now: float) -> Text:
         from rich.text import Text
 
         elapsed = f"   {seconds_text(now - self._began)} elapsed"
         line = Text.assemble((one_line(stage), "bold cyan"), elapsed, no_wrap=True, overflow="ellipsis")
-        if stage in (BLOCKS, VALIDATE) and count.blocks:
-            remaining = left(count, self._view.validation, now)
+        remaining = self._time.left()
+        if remaining is not None or (stage in (BLOCKS, VALIDATE) and self._time.count.blocks):
             line.append("   time left unknown" if remaining is None else f"   {seconds_text(remaining)} left")
         return line
 

@@ -186,6 +186,25 @@ GPUS: Mapping[str, Rates] = {
 }
 """GPU -> its rates; SXM modules where there are any. Names as in `devices.MEMORY`."""
 
+UNMEASURED = Rates(
+    source="a core of a server's processor, rounded (benchmarks/results/2026-11-25-time-model.md)",
+    products16=8e10,
+    products32=8e10,
+    grams16=8e10,
+    grams32=8e10,
+    products64=4e10,
+    factorizations=2e10,
+    decompositions=1e10,
+    elementwise=2e9,
+    step=3e-6,
+    hash=HASH,
+    link=None,
+    storage=STORAGE,
+    start=START,
+    task=TASK,
+)
+"""Of a CPU that nobody has measured: what a running job expects of its time until it has measured some."""
+
 MEASURED = ".json"
 """Ending of a file with measured rates, which stands in a device's place."""
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING
 
 from counterweight.pipeline.cluster import cluster
-from counterweight.pipeline.events import Doing, EventLog
+from counterweight.pipeline.events import Doing, EventLog, Expected
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.observability.sinks import sinks
 from counterweight.pipeline.place import Place
@@ -57,6 +57,8 @@ def run_job(
         ready = look(job)  # what is wrong with a model or a text is known before anything is started for it
         if place.ray and resume is not Resume.NEVER and (done := _finished(job, ready, size, log)) is not None:
             return done
+        if stages := _expected(job, ready, place):
+            log.emit(Expected(stages))
         with _pool(place, size, ready.output, log) as pool:
             log.emit(Doing("loading torch" if place.ray else "loading torch and transformers"))
             # Ray's workers load torch and transformers now, and so does this process with torch. Not while Ray starts: an
@@ -81,10 +83,18 @@ def _finished(job: CompressionJob, ready: Ready, size: PoolSize, log: EventLog) 
     return finished(job, ready, size.device, size.workers, log)
 
 
+def _expected(job: CompressionJob, ready: Ready, place: Place) -> Mapping[str, float]:
+    """Stage -> seconds, as far as they are known."""
+    with importing():
+        from counterweight.pipeline.expecting import expected_stages
+    return expected_stages(job, ready.root, forked=not place.ray)
+
+
 @contextmanager
 def _pool(place: Place, size: PoolSize, output: ObjectStore, log: EventLog) -> Iterator[StartedPool]:
     """The workers of a job, which end with the context."""
     if not place.ray:
+        log.emit(Doing("starting workers"))
         from counterweight.pipeline.forked_pool import ForkedPool
 
         with closing(ForkedPool(size, note=log.note)) as forked:

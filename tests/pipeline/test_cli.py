@@ -95,7 +95,9 @@ def refused(ran: Ran, *expected: str, job: Path) -> None:
     assert ran.out == ""
     assert "Traceback" not in ran.err
     assert ran.errors
-    others = [line for line in ran.err.splitlines() if line not in ran.errors and not line.startswith("stage ")]
+    others = [
+        line for line in ran.err.splitlines() if line not in ran.errors and not line.startswith(("stage ", "about "))
+    ]
     assert others == []
     for text in expected:
         assert text in ran.err
@@ -353,7 +355,7 @@ def test_an_interrupt_is_130_and_one_line(command: Command, job: Path, monkeypat
     monkeypatch.setattr("counterweight.pipeline.orchestrator.inventory", interrupted)
     ran = command("run", job)
     assert ran.code == 130
-    assert [line for line in ran.err.splitlines() if not line.startswith("stage ")] == [
+    assert [line for line in ran.err.splitlines() if not line.startswith(("stage ", "about "))] == [
         "interrupted: finished blocks are kept; run the same command again to resume",
     ]
 

@@ -10,7 +10,17 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from counterweight.pipeline.events import BlockDone, Note, Planned, StageEntered, Summary, TaskStarted, WindowsDone
+from counterweight.pipeline.events import (
+    BlockDone,
+    Doing,
+    Expected,
+    Note,
+    Planned,
+    StageEntered,
+    Summary,
+    TaskStarted,
+    WindowsDone,
+)
 from counterweight.pipeline.progress import LiveProgress, PlainProgress, Progress, make_progress
 from counterweight.pipeline.remaining import BlockCount
 
@@ -91,6 +101,24 @@ class TestPlain:
         done(progress, 0, before=before, after=after)
         assert stream.getvalue().splitlines()[-1] == f"block 0 done (1/1) in 0.4 s, peak 612 MiB, {text}"
 
+    def test_lines_say_what_is_left_where_a_plan_was_made(self) -> None:
+        stream, clock = io.StringIO(), Clock()
+        progress = PlainProgress(stream, clock=clock)
+        progress.on(Expected({"start": 5.0, "blocks": 20.0, "validate": 10.0}))
+        progress.on(StageEntered("blocks"))
+        progress.on(Planned(2, 0))
+        clock.now += 20
+        done(progress, 0)
+        clock.now += 20
+        done(progress, 1)
+        progress.on(StageEntered("validate"))
+        clock.now += 5
+        progress.on(WindowsDone(1, 4))
+        lines = stream.getvalue().splitlines()
+        assert lines[0] == "about 35.0 s by its plan, which what is measured corrects"
+        ends = [line.rpartition(", about ")[2] for line in lines if line.endswith("left")]
+        assert ends == ["40.0 s left", "20.0 s left", "15.0 s left"]
+
     def test_the_second_half_of_a_block_is_no_event_but_another_worker_is(self) -> None:
         stream = io.StringIO()
         progress = PlainProgress(stream)
@@ -161,6 +189,43 @@ class TestLive:
             progress.on(Summary([("perplexity", "12.31"), ("report", "u" * 300)]))
         assert "u" * 300 in self.raw(console)
         assert "perplexity  12.31" in self.written(console)
+
+    def test_time_is_left_from_the_first_second(self) -> None:
+        """As the plan says until a block is measured; then blocks at their pace, and what follows them as much slower."""
+        console, clock = self.console(), Clock()
+
+        def left() -> str:
+            return self.last_frame(console).partition("elapsed")[2].partition("left")[0].strip()
+
+        with LiveProgress(console, clock=clock) as progress:
+            progress.on(Doing("looking at the model and its texts"))
+            assert left() == ""
+            progress.on(Expected({"start": 5.0, "inventory": 1.0, "blocks": 20.0, "assemble": 2.0, "validate": 10.0}))
+            assert left() == "38.0 s"
+            clock.now += 3
+            progress.on(Doing("loading torch"))
+            assert left() == "35.0 s"
+            clock.now += 4
+            progress.on(StageEntered("inventory"))
+            assert left() == "33.0 s", "the start has taken longer, and is over"
+            progress.on(StageEntered("blocks"))
+            progress.on(Planned(4, 1))
+            assert left() == "32.0 s"
+            reused(progress, 0)
+            assert left() == "27.0 s", "three of four blocks"
+            clock.now += 15
+            done(progress, 1)
+            assert left() == "1 min 06 s", "two blocks of 15 s, 12 s at a third of the pace"
+            clock.now += 30
+            done(progress, 2)
+            done(progress, 3)
+            progress.on(StageEntered("validate"))
+            assert left() == "30.0 s", "ten, at a third of the pace"
+            clock.now += 4
+            progress.on(WindowsDone(1, 2))
+            assert left() == "4.0 s"
+            progress.on(StageEntered("publish"))
+            assert left() == "0.0 s"
 
     def test_the_peak_is_the_largest_of_this_job(self) -> None:
         console = self.console()
