@@ -9,6 +9,7 @@ value decompositions are nominal: both iterate, and divide and conquer skips wha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from counterweight.kernels.hadamard_orders import factor_sizes, largest_order
 
@@ -160,11 +161,16 @@ RANGE_LEAST = 512
 """Rows and columns from which the range finder is taken. Below, the whole spectrum takes less than a second."""
 
 
+ASKED = 4096
+"""Answers that are kept: a plan asks the same of each of thousands of experts."""
+
+
 def range_columns(rank: int) -> int:
     """Columns of the range finder's basis: the rank, and an oversampling."""
     return rank + max(16, rank // 8)
 
 
+@lru_cache(maxsize=ASKED)
 def squares_first(rows: int, columns: int, rank: int, *, metric: bool) -> bool:
     """Whether the range finder takes M G M^T as one matrix: less than its factors in turn where the rank is large."""
     count = range_columns(rank)
@@ -172,6 +178,7 @@ def squares_first(rows: int, columns: int, rank: int, *, metric: bool) -> bool:
     return formed.total < (_through(rows, columns, count, metric, back=True) * RANGE_PRODUCTS).total
 
 
+@lru_cache(maxsize=ASKED)
 def finds_range(rows: int, columns: int, rank: int, *, metric: bool) -> bool:
     """Whether the range finder is taken for `rank` leading directions of M G^(1/2), M [rows, columns]: where they are few and
     it is less work than the whole spectrum. metric: whether there is a G."""
