@@ -21,18 +21,19 @@ def rows(found: Foresight, gpus_per_worker: float) -> list[tuple[str, str]]:
         ("hidden states", made.hidden_states.text()),
         ("arithmetic", f"{made.flops / 1e12:.3g} TFLOP ({_phases(made)})"),
         ("storage", f"{bytes_text(made.storage_read_bytes)} read, {bytes_text(made.storage_written_bytes)} written"),
-        *(
-            [("time", "not known: name the workers' GPU, or a file of rates, with --device")]
-            if made.estimate is None
-            else []
-        ),
-        *(() if made.estimate is None else made.estimate.rows()),
+        *([_no_time(made, gpus_per_worker)] if made.estimate is None else made.estimate.rows()),
         ("headers read", bytes_text(made.header_bytes_read)),
         ("divided", "; ".join(made.divided) or "nothing"),
         *(("reuse", line) for line in found.reuse),
         *(("note", line) for line in found.notes),
         _fit(made.problems, known=gpus_per_worker == 0 or made.device is not None),
     ]
+
+
+def _no_time(made: Plan, gpus_per_worker: float) -> tuple[str, str]:
+    if made.device is not None and not gpus_per_worker:
+        return "time", f"not known: {made.device} is a GPU, and workers use none (spec.resources.gpus_per_worker: 0)"
+    return "time", "not known: name the workers' GPU, or a file of rates, with --device"
 
 
 def _artifact(made: Plan) -> str:

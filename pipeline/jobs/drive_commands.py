@@ -159,4 +159,7 @@ def limits(
         print_json(bounds.model_dump())
         return
     shown = {"concurrency": bounds.concurrency, "per tenant": bounds.per_tenant, **bounds.tenants}
-    print_rows(f"limits of {jobs.store.uri}", [(name, str(bound)) for name, bound in shown.items()])
+    print_rows(
+        f"limits of {jobs.store.uri}",
+        [(name, "any number" if bound is None else str(bound)) for name, bound in shown.items()],
+    )

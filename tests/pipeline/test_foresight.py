@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from counterweight.pipeline import plan_text
 from counterweight.pipeline.foresight import foresee
 from counterweight.pipeline.preflight import look
 from counterweight.workers.errors import CounterweightError, RequestError
@@ -117,6 +118,12 @@ def test_the_artifacts_bits_are_those_of_the_report(manifest: Path) -> None:
 
 
 # The command in a fresh interpreter, then what of these it has loaded: the last line of stdout.
+def test_a_gpu_is_named_for_workers_that_use_none(tmp_path: Path) -> None:
+    job = job_of(DEMO, f"spec.output.uri={tmp_path}")
+    (time,) = (text for label, text in plan_text.rows(foresee(job, "H100-80G"), 0) if label == "time")
+    assert time == "not known: H100-80G is a GPU, and workers use none (spec.resources.gpus_per_worker: 0)"
+
+
 PLAN = """
 import sys
 from counterweight.pipeline.cli import main

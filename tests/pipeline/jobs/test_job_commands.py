@@ -252,6 +252,8 @@ def test_cancelling_says_how_the_job_stands(command: Command, id: str) -> None:
 
 
 def test_limits_are_kept_in_the_store(command: Command, id: str) -> None:
+    shown = command("limits")
+    assert "any number" in shown.out + shown.err
     command("limits", "--concurrency", "4", "--per-tenant", "2", "--tenant", "a=1")
     assert command("limits", "--json").json == {
         "version": 1,
