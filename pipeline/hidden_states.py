@@ -7,8 +7,6 @@ with its next block.
 
 from __future__ import annotations
 
-from math import ceil
-
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.units import bytes_text, seconds_text
 from counterweight.workers.config import Config
@@ -91,9 +89,14 @@ NODE_GPUS = 8
 def away(job: CompressionJob) -> float | None:
     """Share of what workers pass on in memory that lies on another node than its reader; None of one worker, in whose own
     memory it is. Workers without GPUs are taken to share one node."""
-    resources = job.spec.resources
-    nodes = max(1, ceil(resources.workers * resources.gpus_per_worker / NODE_GPUS))
-    return None if resources.workers == 1 else 1.0 - 1.0 / nodes
+    workers = job.spec.resources.workers
+    return None if workers == 1 else 1.0 - on_a_node(job, workers) / workers
+
+
+def on_a_node(job: CompressionJob, workers: int) -> int:
+    """How many of the job's workers, who are so many, are on one node."""
+    each = job.spec.resources.gpus_per_worker
+    return max(1, min(workers, int(NODE_GPUS / each) if each else workers))
 
 
 def hidden_states(job: CompressionJob, boundary: int, blocks: int, free: int | None) -> HiddenStatesPlan:

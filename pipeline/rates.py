@@ -74,12 +74,14 @@ class Rates(Config):
         """Seconds for bytes that are read from storage and verified, one after the other as a worker's thread does it."""
         return count / self.storage + count / self.hash
 
-    def read(self, count: float) -> float:
+    def read(self, count: float, sharing: int = 1) -> float:
         """Seconds for tensors of a checkpoint. Where a GPU's host has cores for them several threads read and verify, some this
-        while others do that."""
+        while others do that. sharing: workers of a GPU's host who read the same at the same time: each fetches a part for all
+        (`workers.storage.node_cache`), and verifies everything."""
         if self.link is None:
             return self.received(count)
-        return max(count / self.storage, self.received(count) / READERS)
+        fetching = count / sharing / self.storage
+        return max(fetching, (fetching + count / self.hash) / READERS)
 
     def checked(self, count: float) -> float:
         """Seconds for a file of which a GPU's host hashes a piece while it reads the next."""

@@ -12,6 +12,7 @@ from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.estimate.costs import BlockSeconds
 from counterweight.pipeline.estimate.pool import Simulated, SimulatedPool
 from counterweight.pipeline.graph import Graph, Node, giving
+from counterweight.pipeline.hidden_states import on_a_node
 from counterweight.pipeline.inventory import batches
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
@@ -243,10 +244,11 @@ def window_tokens(job: CompressionJob) -> int:
 def _originals(costs: Costs, dispatcher: Dispatcher) -> list[Node[HiddenRecord]]:
     """As `validate.add_originals`: each reads the whole model and runs its windows under it, on a GPU the next block beside.
     The node of each worker's windows."""
-    whole = costs.rates.read(sum(map(costs.bytes_of, costs.source.tensors)))
+    divided = windows_of_originals(costs.job, dispatcher.workers, gpu=costs.rates.link is not None)
+    whole = costs.rates.read(sum(map(costs.bytes_of, costs.source.tensors)), on_a_node(costs.job, len(divided)))
     whole += costs.rates.moved(costs.judged * costs.source.parameters)
     found: list[Node[HiddenRecord]] = []
-    for together in windows_of_originals(costs.job, dispatcher.workers, gpu=costs.rates.link is not None):
+    for together in divided:
         windows = range(together[0].start, together[-1].stop)
         steps = _validated(costs, whole, windows, 1, costs.rates.sent(_left(costs, windows)))
         node = dispatcher.graph.add(giving(Simulated(f"original {windows.start}", steps)), soon=len(together) > 1)
@@ -257,7 +259,8 @@ def _originals(costs: Costs, dispatcher: Dispatcher) -> list[Node[HiddenRecord]]
 def _validation(costs: Costs, workers: int) -> list[Simulated]:
     """Each reads the whole artifact, runs its windows under the models that are in it, and compares them with the original."""
     models = 2 if any(block.branch for block in costs.blocks) else 1
-    read = costs.rates.read(costs.stored) + sum(block.read_back for block in costs.blocks) * models
+    read = costs.rates.read(costs.stored, on_a_node(costs.job, workers))
+    read += sum(block.read_back for block in costs.blocks) * models
     read += costs.rates.moved(costs.judged * costs.source.parameters)
     token = costs.rates.seconds(_judging(costs), itemsize=costs.judged) * (models + 1)
     return [

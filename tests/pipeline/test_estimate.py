@@ -276,6 +276,13 @@ def test_hidden_states_lie_on_as_many_nodes_as_workers_need(
     assert away(job_of(manifest, f"spec.resources={{{resources}}}")) == expected
 
 
+def test_what_workers_of_a_node_read_together_each_fetches_a_part_of_and_verifies_as_a_whole() -> None:
+    rates, size = KNOWN["H100-80G"], 1e9
+    assert rates.read(size) == pytest.approx(size / STORAGE)
+    for sharing in (2, 8):
+        assert rates.read(size, sharing) == pytest.approx((size / STORAGE / sharing + size / HASH) / READERS)
+
+
 def test_workers_work_or_wait(manifest: Path, source: ModelSource) -> None:
     estimate = found(manifest, source, GPUS)
     between = KNOWN["H100-80G"].task
