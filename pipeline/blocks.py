@@ -179,13 +179,13 @@ def add_blocks(
         return Prefetch(block=spec_of(index, recipes[index], (), (), "original"))
 
     through = count if propagate == "original" or budget is not None else borders[-1]
-    # The first block of each worker: it waits for what enters it. Later ones are read while others are solved.
-    early = range(min(workers, through) if ahead and workers > 1 else 0)
+    # Each is read by a worker that waits for what enters it, where it was not read while another one was solved.
+    early = ahead and workers > 1
     for index in range(through):
         size = 0 if budget is None else budget.bytes[index]
         before = ends[index] if len(ends[index]) > 1 else [ends[index][0]] * len(stretches)
         own: list[Node[HiddenRecord]] = []
-        if index in early:
+        if early:
             reading[index] = graph.add(partial(prefetch, index), wanted=False)
         for place, stretch in enumerate(stretches):
             own.append(

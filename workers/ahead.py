@@ -22,8 +22,9 @@ class ReadAhead:
         self._waiting: tuple[str, Future[object]] | None = None
 
     def begin(self, key: str, read: Callable[[], object]) -> None:
-        """Starts to read what will be taken by this key. An error of it is raised by who takes it, and by nobody else."""
-        if self._thread is not None:
+        """Starts to read what will be taken by this key, where that has not begun. An error of it is raised by who takes it,
+        and by nobody else."""
+        if self._thread is not None and (self._waiting is None or self._waiting[0] != key):
             self.drop()
             self._waiting = (key, self._thread.submit(read))
 

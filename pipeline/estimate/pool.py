@@ -119,7 +119,8 @@ class SimulatedPool:
         if isinstance(task, Simulated):
             return task.steps, HiddenRecord.model_construct(outputs=(SHARD,) * task.shards, timing=NO_TIME)
         if isinstance(task, Prefetch):
-            self._ahead[worker] = (task.block.index, self.clock)
+            if self._ahead.get(worker, (None,))[0] != task.block.index:
+                self._ahead[worker] = (task.block.index, self.clock)
             return {}, None
         if isinstance(task, Calibrate):
             steps = self._calibrated(worker, task, task.start, task.stop)

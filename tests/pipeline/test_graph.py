@@ -554,7 +554,7 @@ def test_what_a_worker_reads_ahead_is_the_block_that_it_takes_next() -> None:
 
 
 @pytest.mark.parametrize("dies", [False, True])
-def test_a_worker_reads_its_first_block_while_it_waits_for_what_enters_it(dies: bool) -> None:
+def test_a_worker_reads_a_block_while_it_waits_for_what_enters_it(dies: bool) -> None:
     """One that dies then leaves its block to whoever is idle, and it is not read early again."""
     cluster = Cluster(MemoryWorkspace(), count=4, workers=3, ahead=True)
     cluster.assign()
@@ -568,8 +568,8 @@ def test_a_worker_reads_its_first_block_while_it_waits_for_what_enters_it(dies: 
     cluster.run()
     owners = {(kind, index): worker for kind, index, worker in reversed(cluster.started)}
     if not dies:
-        assert all(owners["forward", index] == owners["prefetch", index] for index in range(3))
-    assert cluster.halves("prefetch") == [0, 1, 2]
+        assert all(owners["forward", index] == owners["prefetch", index] for index in range(4))
+    assert cluster.halves("prefetch") == [0, 1, 2, 3]
     assert cluster.halves("forward") == [0, 1, 2, 3]
 
 

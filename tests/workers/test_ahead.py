@@ -25,6 +25,7 @@ def never() -> str:
 def test_what_was_begun_is_taken_and_read_once() -> None:
     ahead = ReadAhead(on=True)
     ahead.begin("a", lambda: "found")
+    ahead.begin("a", never)
     assert ahead.take("a", never) == "found"
     assert ahead.take("a", lambda: "again") == "again"
     ahead.close()
