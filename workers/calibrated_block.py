@@ -103,8 +103,8 @@ def calibrated(
     begun = context.held.take(spec.before(start).statistics_key()) if start else None
     clock = Clock(context.device, None if begun is None else begun.timing)
     if begun is None:
-        context.held.make_room()
-        release(context.device)
+        if context.held.make_room():
+            release(context.device)  # whatever else ends before gives back what it held itself
         start, begun = 0, _begun(context, spec, workspace, clock)
     inputs, originals = (each[start:] for each in streams(context, spec, workspace))
 

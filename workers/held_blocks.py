@@ -31,11 +31,14 @@ class HeldBlocks:
         self._kept.discard(key)
         return self._blocks.pop(key, None)
 
-    def make_room(self) -> None:
-        """Before a further block is calibrated: drops what is not kept, then the oldest, until the rest is within the limit."""
+    def make_room(self) -> bool:
+        """Before a further block is calibrated: drops what is not kept, then the oldest, until the rest is within the limit.
+        Whether it has dropped anything."""
+        before = len(self._blocks)
         for key in list(self._blocks):
             if key not in self._kept or sum(block.bytes for block in self._blocks.values()) > self._limit:
                 self.take(key)
+        return len(self._blocks) < before
 
     def clear(self) -> None:
         """Drops everything."""

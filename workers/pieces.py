@@ -70,7 +70,8 @@ class ShardRun(Generic[Found]):
     def __init__(self, block: Block, gatherer: Gatherer[Found], shards: Shards) -> None:
         self._gatherer, self._shards = gatherer, shards
         self._replicas: queue.SimpleQueue[Block] = queue.SimpleQueue()
-        for _ in range(shards.computing):
+        self._replicas.put(block)
+        for _ in range(shards.computing - 1):
             self._replicas.put(block.replica())
         # A router may send other tokens to an expert than in the original model, so that rows have no partners.
         self._partnered = [group for group in gatherer.gatherings if not is_expert(group[0])]

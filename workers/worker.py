@@ -33,6 +33,7 @@ class Worker:
         torch.backends.cuda.matmul.allow_tf32 = False
         on_gpu = device == "cuda" and torch.cuda.is_available()
         self.context = TaskContext(torch.device("cuda" if on_gpu else "cpu"), 1 if on_gpu else threads, hold_bytes)
+        self._failed = False  # the last task, which then has let go of nothing
         settle()
 
     def ready(self) -> str:
@@ -48,14 +49,17 @@ class Worker:
         """What the task gives back, or its error. unread: hidden states that no task reads any more. OutOfMemoryError where
         this process gets no more memory."""
         self.context.mailbox.forget(unread)
-        if self.context.training.keep(task.trains):
+        if self.context.training.keep(task.trains) or self._failed:
             release(self.context.device)
+        self._failed = True
         try:
-            return task.run(self.context)
+            found = task.run(self.context)
         except Exception as error:
             if not ran_out(error):
                 raise
             raise OutOfMemoryError(f"out of memory: {error}".splitlines()[0].rstrip(": ")) from error
+        self._failed = False
+        return found
 
     def close(self) -> None:
         """Drops what is held and ends the threads."""

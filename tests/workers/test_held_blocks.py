@@ -37,7 +37,8 @@ def test_a_block_that_is_not_kept_goes_when_the_next_is_calibrated() -> None:
     held = HeldBlocks(10)
     held.hold(block("a"))
     held.hold(block("b"), keep=True)
-    held.make_room()
+    assert held.make_room()
+    assert not held.make_room()
     assert keys(held, "ab") == "b"
 
 

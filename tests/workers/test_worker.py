@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from counterweight.workers.block import CompressedLinear, install
 from counterweight.workers.checkpoint.digest import tensor_digest
+from counterweight.workers.config import Config
+from counterweight.workers.context import TaskContext
 from counterweight.workers.errors import CheckpointError, ObjectNotFoundError
 from counterweight.workers.interchange.compressed_tensors import read_weight
 from counterweight.workers.interchange.peft import read_branch
@@ -25,6 +27,7 @@ from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.inspect import Inspect
 from counterweight.workers.tasks.pass_through import PassThrough
 from counterweight.workers.tasks.setting import shard_sequences
+from counterweight.workers.tasks.task import Task
 from counterweight.workers.tensor_blobs import get_tensors, put_tensors
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Blob
@@ -526,3 +529,37 @@ def test_a_block_that_feeds_on_compressed_ones_has_no_first_half(site: Site, mak
     spec = site.block(0, embedded(worker, site), GPTQ, propagate="compressed")
     with pytest.raises(ValueError, match="block 0: propagate compressed: expected original"):
         worker.run(calibration(spec))
+
+
+class Once(Config, Task[int]):
+    """Fails as it is told."""
+
+    kind: ClassVar[str] = "once"
+    fails: bool
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    @property
+    def patience(self) -> float:
+        return 1.0
+
+    def run(self, context: TaskContext) -> int:
+        if self.fails:
+            raise CheckpointError("on purpose")
+        return 1
+
+
+def test_what_a_task_leaves_that_fails_is_given_back_before_the_next(
+    make: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[torch.device] = []
+    monkeypatch.setattr("counterweight.workers.worker.release", released.append)
+    one = make()
+    one.run(Once(fails=False))
+    with pytest.raises(CheckpointError, match="on purpose"):
+        one.run(Once(fails=True))
+    assert not released
+    assert one.run(Once(fails=False)) == one.run(Once(fails=False)) == 1
+    assert len(released) == 1
