@@ -164,7 +164,11 @@ def hub_answers(uri: str, field: str) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         refused = error.response is not None and error.response.status_code in (400, 401, 403)
         raise (RequestError if refused else StorageError)(_line(uri, error, field)) from error
-    except OSError as error:  # what the hub answers, a cache without it, a disk that is full
+    except Exception as error:
+        # No way to the hub, a cache without it, a disk that is full; the first is an error of the library for HTTP, of whose
+        # class those of the hub are, whichever library that is.
+        if not isinstance(error, (OSError, *errors.HfHubHTTPError.__bases__)):
+            raise
         raise StorageError(_line(uri, error, field)) from error
 
 

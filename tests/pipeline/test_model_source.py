@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
-from counterweight.pipeline.model_files import HUB_FILES
+from counterweight.pipeline.model_files import HUB_FILES, hub_answers
 from counterweight.pipeline.model_source import check_stored_head, open_model
 from counterweight.workers.calibration.windows import TokenizerFiles
 from counterweight.workers.checkpoint.reader import Checkpoint
@@ -148,3 +149,9 @@ def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links(
     assert Checkpoint.open(source.store).read(name).numel() > 0
     with pytest.raises(StorageError, match=r"spec.model.uri: hf:owner/other"):
         open_model("hf:owner/other")
+
+
+def test_no_way_to_the_hub_is_no_defect() -> None:
+    hub = HfApi(endpoint="http://127.0.0.1:1", token=False)
+    with pytest.raises(StorageError, match="repository: hf:owner/name: "), hub_answers("hf:owner/name", "repository"):
+        hub.create_repo("owner/name")
