@@ -33,7 +33,7 @@ def is_known(model_type: object) -> bool:
 
 def family_of(model_type: object) -> ModelFamily:
     """The family of a `model_type`; UnsupportedModelError, listing the known ones, when there is none."""
-    if isinstance(model_type, str) and is_known(model_type):
-        return families()[model_type]
+    if isinstance(model_type, str) and (family := families().get(model_type)) is not None:
+        return family
     known = ", ".join(sorted(families()))
     raise UnsupportedModelError(f"config.json: model_type: {model_type!r}: expected one of {known}")
