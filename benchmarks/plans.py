@@ -46,7 +46,9 @@ WANTED = 0.85
 """Efficiency of several workers that the project wants."""
 
 
-def job_of(model: str, uri: str, recipe: Mapping[str, Any], workers: int) -> CompressionJob:
+def job_of(
+    model: str, uri: str, recipe: Mapping[str, Any], workers: int, propagate: str = "original"
+) -> CompressionJob:
     """The manifest of a row."""
     return CompressionJob.model_validate(
         {
@@ -60,6 +62,7 @@ def job_of(model: str, uri: str, recipe: Mapping[str, Any], workers: int) -> Com
                     "sequences": 512,
                     "sequence_length": 2048,
                     "compute_dtype": "bfloat16",
+                    "propagate": propagate,
                 },
                 "recipe": recipe,
                 "validation": {

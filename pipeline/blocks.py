@@ -1,7 +1,7 @@
 """The blocks of a model as nodes of the graph.
 
     propagate: original     embed ──> calibrate 0 ──> calibrate 1 ──> ...      compress k uses what calibrate k left in memory
-    propagate: compressed   embed ──> compress 0  ──> compress 1  ──> ...
+    propagate: compressed   embed ──> compress 0  ──> compress 1  ──> ...                on several workers: `shared_blocks`
     ... in segments         embed ──> calibrate 0 ──> calibrate 1 ──> ..., of which each segment's first compress takes the last
     a budget of bits        calibrate k ──> gains k, all gains ──> the shares ──> every compress
 
@@ -27,13 +27,24 @@ from math import sqrt
 from typing import Literal, Protocol
 
 from counterweight.pipeline.graph import Graph, Node
+from counterweight.pipeline.shared_blocks import (
+    SharedBlock,
+    add_parts,
+    add_propagation,
+    balanced,
+    in_stretches,
+    sharing,
+)
+from counterweight.workers.arithmetic.units import Unit
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.gains import Gains, GainsRecord
 from counterweight.workers.tasks.prefetch import Prefetch
+from counterweight.workers.tasks.propagate import PropagatedRecord
 from counterweight.workers.tasks.records import HiddenRecord
+from counterweight.workers.tasks.solve import SolvedRecord
 from counterweight.workers.workspace import Blob
 
 BlockRecipe = Mapping[str, ModuleRecipe]
@@ -66,10 +77,11 @@ class Budget:
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """A model's blocks in the graph. compress: one node a block. calibrate: of all blocks, where they are calibrated apart.
-    spec: what a block is made from, once its node is known."""
+    shared: of what workers make of a block that they share. spec: what a block is made from, once its node is known."""
 
     compress: tuple[Node[BlockRecord], ...]
     calibrate: tuple[Node[HiddenRecord], ...]
+    shared: tuple[Node[SolvedRecord] | Node[PropagatedRecord], ...]
     spec: Callable[[int], BlockSpec]
 
     @property
@@ -84,9 +96,9 @@ class Blocks:
 
     @property
     def discardable(self) -> list[Blob]:
-        """Every blob of hidden states that can be made again: all but the embedding's output, from which a job that shares
-        these blocks, and runs now, finds its way when the others are gone."""
-        return [blob for node in (*self.calibrate, *self.compress) for blob in node.hidden_states]
+        """Every blob of hidden states, and of parts of blocks, that can be made again: all but the embedding's output, from
+        which a job that shares these blocks, and runs now, finds its way when the others are gone."""
+        return [blob for node in (*self.calibrate, *self.shared, *self.compress) for blob in node.hidden_states]
 
 
 def add_blocks(
@@ -102,11 +114,13 @@ def add_blocks(
     workers: int = 1,
     ahead: bool = False,
     lasting: Callable[[int], bool] = lambda _: True,
+    units: Sequence[Sequence[Unit]] = (),
 ) -> Blocks:
     """Nodes for all blocks behind the embedding. lasting: whether hidden states behind a block are written to the store, as its
     spec says. stretches: of the shards, in order, in which blocks are calibrated. segment:
     blocks after which one in `compressed` sees the original's activations again; None: none does. workers: that share the
-    blocks, so that each knows which it takes next. ahead: whether they read one block while they do something else."""
+    blocks, so that each knows which it takes next. ahead: whether they read one block while they do something else. units: of
+    each block, which workers may share it by; empty: they do not."""
     count = len(recipes)
     borders = range(0, count, segment or count)  # the first block of each segment
     # Whether what enters a block in the original model goes beside what enters the compressed one.
@@ -115,6 +129,9 @@ def add_blocks(
     """What makes the shards that enter each block in the original model: one node for all, or one for each stretch."""
     gains: dict[int, Node[GainsRecord]] = {}
     compresses: list[Node[BlockRecord]] = []
+    shares: dict[int, SharedBlock] = {}
+    behind: list[Sequence[Node[BlockRecord]] | Sequence[Node[PropagatedRecord]]] = []
+    """What makes the shards behind each block in `compressed`."""
     reading: dict[int, Node[None]] = {}
     foreseen: set[int] = set()
     """Blocks that a worker reads ahead while it compresses another one."""
@@ -138,18 +155,30 @@ def add_blocks(
     def shared() -> Sequence[BlockRecipe]:
         return recipes if budget is None else budget.share({index: node.value for index, node in gains.items()})
 
-    def compress(index: int) -> Compress:
+    def spec(index: int) -> BlockSpec:
         if propagate == "original" or index in borders:
             inputs = entering(index)
             originals = inputs if paired else ()
         else:
-            before = compresses[index - 1].value
-            inputs, originals = before.outputs, before.original_outputs
-        after = following(index)
-        ahead = None if after is None else spec_of(after, recipes[after], (), (), propagate)
-        spec = spec_of(index, shared()[index], inputs, originals, propagate)
+            inputs = tuple(blob for node in behind[index - 1] for blob in node.value.outputs)
+            originals = tuple(blob for node in behind[index - 1] for blob in node.value.original_outputs)
+        found = spec_of(index, shared()[index], inputs, originals, propagate)
         budgeted = tuple(name for name, part in recipes[index].items() if part.budget_bits is not None)
-        return Compress(block=spec.model_copy(update={"budgeted": budgeted}), following=ahead)
+        return found.model_copy(update={"budgeted": budgeted})
+
+    def compress(index: int) -> Compress:
+        if index in shares:
+            return shares[index].compress()
+        return Compress(block=spec(index), following=outlined(following(index)))
+
+    def outlined(index: int | None) -> BlockSpec | None:
+        return None if index is None else spec_of(index, recipes[index], (), (), propagate)
+
+    def beside(index: int) -> BlockSpec | None:
+        """The block that workers read while they solve one that they share."""
+        found = index + 1
+        wanted = budget is None and found < count and found not in borders and not compresses[found].done
+        return outlined(found if wanted else None)
 
     def begun(index: int) -> bool:
         """Whether a worker has begun with a block."""
@@ -203,16 +232,38 @@ def add_blocks(
             gains[index] = graph.add(partial(measure, index), uses=own[-1], rereads=ends[index])
         ends.append(own)
     after = tuple(gains.values())
+    # Workers that would wait for those which have a segment of their own share its blocks.
+    together = sharing(workers, count, segment)
+    apart = in_stretches(stretches[-1].stop, together)
+    unjoined: SharedBlock | None = None
     for index in range(count):
         make = partial(compress, index)
         if propagate == "original":
-            added = graph.add(make, after=after, uses=ends[index + 1][-1], rereads=ends[index])
+            compresses.append(graph.add(make, after=after, uses=ends[index + 1][-1], rereads=ends[index]))
+            continue
+        parts = balanced(units[index], together) if units and together > 1 else []
+        entered = ends[index] if index in borders else behind[-1]
+        block = partial(spec, index)
+        solve = add_parts(graph, block, parts, reads=entered, after=after, following=partial(beside, index))
+        if unjoined is not None:
+            compresses.append(unjoined.add_compress(graph))
+            unjoined = None
+        if parts:
+            apiece = index not in borders and index - 1 in shares
+            reads = [[node] for node in entered] if apiece else [entered] * len(apart)
+            unjoined = add_propagation(graph, block, solve, apart, reads=reads, lasting=lasting(index))
+            shares[index] = unjoined
+            behind.append(unjoined.propagate)
         else:
-            reads = ends[index] if index in borders else (compresses[-1],)
-            added = graph.add(make, reads=reads, lasting=lasting(index), after=after)
-        compresses.append(added)
+            compresses.append(graph.add(make, reads=entered, lasting=lasting(index), after=after))
+            behind.append(compresses[-1:])
+    if unjoined is not None:
+        compresses.append(unjoined.add_compress(graph))
     return Blocks(
-        tuple(compresses), tuple(node for own in ends[1:] for node in own), lambda index: compress(index).block
+        tuple(compresses),
+        tuple(node for own in ends[1:] for node in own),
+        tuple(node for share in shares.values() for node in share.nodes),
+        lambda index: compress(index).block,
     )
 
 

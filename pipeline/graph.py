@@ -32,7 +32,7 @@ class Node(Generic[R_co]):
     after: nodes whose values it is made from. uses: the node whose statistics it works on, in the memory of that node's
     worker. rereads: nodes whose hidden states enter it too where no worker holds these statistics. lasting: whether the hidden
     states that it makes are written to the store; otherwise they are in memory, as far as there is room, and gone with its
-    worker. wanted: whether it is run
+    worker. makes: whether it makes the hidden states that its value names, and no other node does. wanted: whether it is run
     for its own sake, and not only for those that depend on it. bytes: what it leaves in its worker's memory until those that
     use it are done. before: a node that uses up the same statistics and therefore waits for this one, which leaves them as they
     are: work for another job, done only where that node is to run, and left where it fails. soon: whether it
@@ -45,6 +45,7 @@ class Node(Generic[R_co]):
     uses: Node[object] | None = None
     rereads: Sequence[Node[object]] = ()
     lasting: bool = True
+    makes: bool = True
     wanted: bool = True
     bytes: int = 0
     before: Node[object] | None = None
@@ -145,6 +146,7 @@ class Graph:
         uses: Node[object] | None = None,
         rereads: Sequence[Node[object]] = (),
         lasting: bool = True,
+        makes: bool = True,
         wanted: bool = True,
         bytes: int = 0,
         before: Node[object] | None = None,
@@ -158,6 +160,7 @@ class Graph:
             uses=uses,
             rereads=rereads,
             lasting=lasting,
+            makes=makes,
             wanted=wanted,
             bytes=bytes,
             before=before,
@@ -235,7 +238,7 @@ class Graph:
         self._stopped(node)
         self._finish(node, value)
         node.ran, node.present = True, True
-        node.keeper = worker
+        node.keeper = worker if node.makes else None
         self._needs.settled(node)
         if node.uses is not None:
             self._hold(node.uses, worker)

@@ -12,6 +12,7 @@ from itertools import groupby
 from counterweight.pipeline.estimate import (
     Costs,
     Estimate,
+    SharedSeconds,
     again,
     block_seconds,
     estimate,
@@ -34,10 +35,12 @@ from counterweight.pipeline.resolve import (
     linears_of,
     stored_name,
 )
+from counterweight.pipeline.shared_blocks import balanced, sharing
 from counterweight.pipeline.sizes import kept_bytes, quantized_bytes, quantized_parameters
 from counterweight.pipeline.units import bytes_text
 from counterweight.workers.arithmetic import Arithmetic, arithmetic
 from counterweight.workers.arithmetic.distillation import training_flops
+from counterweight.workers.arithmetic.units import Unit, units
 from counterweight.workers.config import Config
 from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.footprint import Load, footprint
@@ -84,6 +87,8 @@ class BlockPlan(Config):
     """Of training, 0 without it."""
     solve_flops: int
     """Of codes, branches, stores and errors; and of the gains that a budget is shared out by."""
+    units: tuple[Unit, ...] = ()
+    """By which workers may share the block; none where each has blocks of its own."""
 
     @property
     def phases(self) -> Mapping[str, int]:
@@ -205,6 +210,7 @@ def make_plan(
         (0, 0) if training is None else (training.state_read_bytes, training.state_written_bytes)
     )
     reference = reference_bytes(job, source.layout.hidden_size)
+    shared_read, shared_written = _shared_bytes(job, costed, boundary)
     host = PROCESS_BYTES + (max(block.host_bytes for block in blocks) if on_gpu else most)
     room = _room(job, gpu, memory, host, blocks)
     hidden = hidden_states(job, boundary, len(blocks) + passed, room)
@@ -239,12 +245,13 @@ def make_plan(
         # The source by inventory and blocks, what was written by its check, and both again by the validation.
         storage_read_bytes=total * 2
         + hidden.read_bytes
+        + shared_read
         + sum(block.source_bytes for block in blocks[:passed])
         + artifact
         + validation_bytes(job, total, artifact)
         + reference
         + states_read,
-        storage_written_bytes=2 * artifact + hidden.written_bytes + reference + states_written,
+        storage_written_bytes=2 * artifact + hidden.written_bytes + shared_written + reference + states_written,
         flops=sum(block.flops for block in blocks) + (0 if training is None else training.flops),
         distillation=training,
         header_bytes_read=source.checkpoint.bytes_read,
@@ -286,24 +293,55 @@ def _costs(
     hidden: HiddenStatesPlan,
 ) -> Costs:
     """What the job's tasks take at these rates; blocks that are alike are priced once."""
-    alike = {(id(block.load), hidden.written(place)): block for place, block in enumerate(blocks)}
+    kinds = [(id(block.load), hidden.written(place)) for place, block in enumerate(blocks)]
+    alike = dict(zip(kinds, blocks, strict=True))
     prices = {
-        key: block_seconds(
-            block.load, block.arithmetic, rates, judged=judged(job), kept=hidden.kept, written=key[1], away=away(job)
+        kind: block_seconds(
+            block.load, block.arithmetic, rates, judged=judged(job), kept=hidden.kept, written=kind[1], away=away(job)
         )
-        for key, block in alike.items()
+        for kind, block in alike.items()
+    }
+    shared = {
+        kind: SharedSeconds(
+            load=block.load,
+            rates=rates,
+            stored=prices[kind].stored,
+            kept=hidden.kept,
+            written=kind[1],
+            away=away(job),
+        )
+        for kind, block in alike.items()
     }
     return Costs(
         job=job,
         source=source,
         rates=rates,
         recipes=[block.plan.recipe for block in blocks],
-        blocks=[prices[id(block.load), hidden.written(place)] for place, block in enumerate(blocks)],
+        blocks=[prices[kind] for kind in kinds],
+        units=[block.plan.units for block in blocks],
+        shared=[shared[kind] for kind in kinds],
         calibrated=[block.plan.calibrated_bytes for block in blocks],
         distillation=[]
         if training is None
         else [training.flops / training.replicas / rates.products32] * training.replicas,
     )
+
+
+def _shared_bytes(job: CompressionJob, blocks: Sequence[_Costed], boundary: int) -> tuple[int, int]:
+    """What workers read and write beyond one of them, of blocks that they share: each its own copy of the block and of what
+    enters it, and what others have solved. boundary: bytes of hidden states behind a block."""
+    together = sharing(job.spec.resources.workers, len(blocks), job.spec.calibration.segment_blocks)
+    read = written = 0
+    for block in blocks:
+        parts = len(balanced(block.plan.units, together)) if together > 1 else 0
+        if parts:
+            stretches = min(together, block.load.all_shards)
+            solved = quantized_bytes([block.load])
+            streams = 1 + block.load.paired
+            read += (max(parts, stretches) - 1) * block.plan.source_bytes
+            read += (streams * (parts + 1) - 1) * boundary + (stretches + 1) * solved
+            written += (streams - 1) * boundary + solved
+    return read, written
 
 
 def _held_bytes(job: CompressionJob, blocks: Sequence[_Resolved]) -> int:
@@ -392,6 +430,7 @@ def _costed(source: ModelSource, blocks: Sequence[_Resolved], budget: int | None
             before, whole = load, footprint(load)
             done, found = (load, whole) if budget is None else fitted(load, budget)
             computed = arithmetic(done)
+            shares = units(done) if done.compressed else ()
         plan = BlockPlan(
             index=index,
             parameters=load.parameters,
@@ -414,6 +453,7 @@ def _costed(source: ModelSource, blocks: Sequence[_Resolved], budget: int | None
             statistics_flops=computed.statistics.total,
             tune_flops=computed.tune.total,
             solve_flops=computed.solve.total,
+            units=shares,
         )
         yield _Costed(plan, done, computed)
 

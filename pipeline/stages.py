@@ -158,6 +158,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
         workers=job.dispatcher.workers,
         ahead=job.setting.device == "cuda",
         lasting=lasting,
+        units=[block.units for block in job.plan.blocks],
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -74,6 +74,11 @@ class CalibratedBlock:
         """Rows of tokens that nothing is solved on, of the groups of these statistics."""
         return {} if self.unseen is None else judged_by(self.loaded.block, statistics, self.unseen)
 
+    def without_statistics(self, key: str) -> CalibratedBlock:
+        """What is left to run it, to be held by this key."""
+        nothing = RunningStatistics(self.loaded.block, {})
+        return replace(self, key=key, sums=nothing, rows=None, unseen=None, _statistics=None)
+
     @property
     def bytes(self) -> int:
         """Memory that it takes, on host and device together."""
@@ -105,7 +110,7 @@ def calibrated(
     if begun is None:
         if context.held.make_room():
             release(context.device)  # whatever else ends before gives back what it held itself
-        start, begun = 0, _begun(context, spec, workspace, clock)
+        start, begun = 0, prepared(context, spec, workspace, clock)
     inputs, originals = (each[start:] for each in streams(context, spec, workspace))
 
     def emit(output: Tensor) -> Blob | None:
@@ -159,7 +164,7 @@ def _makes_outputs(spec: BlockSpec) -> bool:
     return spec.propagate == "original" or bool(spec.original_inputs)
 
 
-def _begun(context: TaskContext, spec: BlockSpec, workspace: Workspace, clock: Clock) -> CalibratedBlock:
+def prepared(context: TaskContext, spec: BlockSpec, workspace: Workspace, clock: Clock) -> CalibratedBlock:
     """The block before its first shard. 1. Read it and verify every byte. 2. Decide from the first shard what needs rows of
     inputs and not moments: scales, outliers, clips."""
     dtype = DTYPES[spec.setting.compute_dtype]
@@ -197,8 +202,11 @@ def first_sums(spec: BlockSpec, block: Block, gatherings: Mapping[SharedInputGro
 def held_out_rows(
     spec: BlockSpec, block: Block, gatherings: Mapping[SharedInputGroup, Gathering]
 ) -> HeldOutRows | None:
-    """What keeps rows of the shards that are held out; None without any."""
-    return None if spec.held_out_from is None else HeldOutRows(block, gatherings)
+    """What keeps rows of the shards that are held out, for what is solved; None without any."""
+    if spec.held_out_from is None:
+        return None
+    passes = [of_pass(spec, place, gatherings) for place in range(max(1, len(spec.passes)))]
+    return HeldOutRows(block, {group: gathering for own in passes for group, gathering in own.items()})
 
 
 def of_pass(

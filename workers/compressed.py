@@ -192,7 +192,7 @@ def read_block(
         if form is not None and parameter.endswith(".weight"):
             _check_width(module, form, shape)
             try:
-                linear = _linear(module, form, read, device, branch_of=builder.layout.stock_name(module))
+                linear = read_linear(module, form, read, device, branch_of=builder.layout.stock_name(module))
             except ValueError as error:  # what kernels say of sizes and bits that do not go together
                 raise CheckpointError(f"{module}: {error}") from error
             _expect_shape(module, linear.weight.shape, shape)
@@ -203,7 +203,7 @@ def read_block(
     return builder.block(index, parameters, device, dtype, absent=linears), linears
 
 
-def _linear(
+def read_linear(
     module: str,
     form: ModuleFormat,
     read: Callable[[Sequence[str]], Mapping[str, Tensor]],
@@ -211,7 +211,7 @@ def _linear(
     *,
     branch_of: str,
 ) -> CompressedLinear:
-    """branch_of: what the adapter calls the module."""
+    """The linear `module` from its stored tensors, see `read_block`. branch_of: what the adapter calls it. CheckpointError."""
     weight = read_weight(read(weight_names(module, form)), module, form)
     branch = None
     if form.rank:

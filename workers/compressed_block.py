@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -27,7 +27,8 @@ from counterweight.workers.memory import release, trim
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.families import family_of
 from counterweight.workers.passing import pass_on
-from counterweight.workers.shard import write_block
+from counterweight.workers.shard import as_stored, kept_parameters, write_block
+from counterweight.workers.shards import Load
 from counterweight.workers.tasks.block import BlockRecord, BlockSpec
 from counterweight.workers.tasks.records import ModuleReport
 from counterweight.workers.tuning.lsi import LinearFormat, learned_scales
@@ -53,6 +54,36 @@ def compressed(
         read_ahead(context, following.setting, following.index, following.tensors)
     clock = Clock(context.device, held.timing)
     held, codes = tuned(context, spec, held, workspace)
+    linears, reports = in_passes(context, spec, held, workspace, clock, codes, keep=keep)
+    outputs = propagated(context, spec, held.loaded.block, linears, workspace)
+    clock.lap("forward")
+    builder = context.source(spec.setting)[1]
+    kept = kept_parameters(builder, spec)
+    stored = as_stored(builder, spec.index, held.loaded, linears, context.device, kept=kept)
+    record = write_block(spec, builder, stored, reports, workspace, held.timing)
+    clock.lap("write")
+    originals = held.outputs if spec.original_inputs else ()
+    record = record.model_copy(
+        update={"outputs": outputs, "original_outputs": originals, "timing": clock.timing()},
+    )
+    if keep:
+        context.held.hold(held)
+    del held, linears, stored
+    release(context.device)
+    return record
+
+
+def in_passes(
+    context: TaskContext,
+    spec: BlockSpec,
+    held: CalibratedBlock,
+    workspace: Workspace,
+    clock: Clock,
+    codes: Mapping[str, StoredWeight] | None = None,
+    *,
+    keep: bool = False,
+) -> tuple[dict[str, CompressedLinear], list[ModuleReport]]:
+    """The linears of all passes over the shards, in the host's memory. keep: see `compressed`."""
     linears: dict[str, CompressedLinear] = {}
     reports: list[ModuleReport] = []
     for statistics in gathered(context, spec, held, workspace):
@@ -63,20 +94,7 @@ def compressed(
         reports += told
         clock.lap("solve")
         trim()
-    outputs = propagated(context, spec, held.loaded.block, linears, workspace)
-    clock.lap("forward")
-    _, builder = context.source(spec.setting)
-    record = write_block(spec, builder, held.loaded, linears, reports, workspace, held.timing, context.device)
-    clock.lap("write")
-    originals = held.outputs if spec.original_inputs else ()
-    record = record.model_copy(
-        update={"outputs": outputs, "original_outputs": originals, "timing": clock.timing()},
-    )
-    if keep:
-        context.held.hold(held)
-    del held, linears
-    release(context.device)
-    return record
+    return linears, reports
 
 
 def solved(
@@ -158,7 +176,13 @@ def propagated(
     if spec.propagate == "original":
         return ()
     install(block, {name: linear.to(context.device) for name, linear in linears.items()})
-    inputs, _ = streams(context, spec, workspace)
+    return passed(context, spec, block, streams(context, spec, workspace)[0], workspace)
+
+
+def passed(
+    context: TaskContext, spec: BlockSpec, block: Block, inputs: Sequence[Load], workspace: Workspace
+) -> tuple[Blob, ...]:
+    """What the block makes of these shards."""
     outputs = context.shards.run(
         inputs,
         read=lambda load: load(),

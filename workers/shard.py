@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from counterweight.kernels.residual import Correction
 from counterweight.workers.block import CompressedLinear, tensor_bits
 from counterweight.workers.checkpoint.digest import tensor_digest
 from counterweight.workers.formats import ModuleFormat
-from counterweight.workers.interchange.compressed_tensors import weight_tensors
-from counterweight.workers.interchange.peft import factor_tensors
-from counterweight.workers.interchange.residual_store import residual_tensors
+from counterweight.workers.interchange.compressed_tensors import weight_names, weight_tensors
+from counterweight.workers.interchange.peft import factor_names, factor_tensors
+from counterweight.workers.interchange.residual_store import residual_names, residual_tensors
 from counterweight.workers.loaded_block import LoadedBlock
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.parallel import in_parallel
@@ -26,55 +26,95 @@ from counterweight.workers.tensor_blobs import put_tensors
 from counterweight.workers.workspace import Blob, Workspace
 
 
-def write_block(
-    spec: BlockSpec,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """What of a block is stored: tensors of a checkpoint (of quantized linears and of what is kept), an adapter and residual
+    stores, by their names. formats: of the linears among them, by full names as stored."""
+
+    tensors: Mapping[str, Tensor]
+    formats: Mapping[str, ModuleFormat]
+
+
+def as_stored(
     builder: BlockBuilder,
+    index: int,
     loaded: LoadedBlock,
     linears: Mapping[str, CompressedLinear],
-    reports: Iterable[ModuleReport],
-    workspace: Workspace,
-    timing: Timing,
     device: torch.device,
-) -> BlockRecord:
-    """Stores the block as a finished checkpoint shard (its factors and residual stores too), and says what became of each
-    parameter.
+    *,
+    kept: Container[str],
+) -> Stored:
+    """These linears of a block, and those of its parameters that are `kept`.
 
     loaded: with the parameters as they were solved, and the dtypes in which those that are kept are stored. device: on which
     codes are packed; one thread of a host took 10 s for a block of Mixtral-8x7B.
     """
+    layout = builder.layout
+    tensors: dict[str, Tensor] = {}
+    formats: dict[str, ModuleFormat] = {}
+    for module, linear in linears.items():
+        name = layout.module_name(index, module)
+        tensors |= {key: part.cpu() for key, part in weight_tensors(name, linear.weight.to(device)).items()}
+        if linear.low_rank is not None:
+            tensors |= factor_tensors(layout.stock_name(name), linear.low_rank)
+        tensors |= {} if linear.residual is None else residual_tensors(name, linear.residual)
+        formats[name] = _format(linear)
+    for parameter in layout.block_parameters(index):
+        if parameter in kept:
+            tensors[layout.disk_name(index, parameter)] = loaded.parameters[parameter].to(loaded.dtypes[parameter])
+    return Stored(tensors=tensors, formats=formats)
+
+
+def kept_parameters(builder: BlockBuilder, spec: BlockSpec) -> list[str]:
+    """Those of the block's parameters that no recipe applies to."""
+    quantized = {f"{name}.weight" for name in spec.recipe}
+    return [name for name in builder.layout.block_parameters(spec.index) if name not in quantized]
+
+
+def write_block(
+    spec: BlockSpec,
+    builder: BlockBuilder,
+    stored: Stored,
+    reports: Sequence[ModuleReport],
+    workspace: Workspace,
+    timing: Timing,
+) -> BlockRecord:
+    """Stores the block as a finished checkpoint shard (its factors and residual stores too), and says what became of each
+    parameter. stored: all linears and what is kept, in any order."""
+    layout = builder.layout
     tensors: dict[str, Tensor] = {}
     factors: dict[str, Tensor] = {}
     residuals: dict[str, Tensor] = {}
     formats: dict[str, ModuleFormat] = {}
     ledger: list[LedgerEntry] = []
     kept_bits = 0
-    slices = builder.layout.sources(spec.index, spec.tensors)
-    reports = tuple(reports)
+    shapes = layout.block_parameters(spec.index)
     departures = {report.name: "; ".join(f"{f.step}: {f.cause}" for f in report.fallbacks) for report in reports}
-    for parameter, part in slices.items():
-        stored = builder.layout.disk_name(spec.index, parameter)
-        module = parameter.removesuffix(".weight")
-        if parameter.endswith(".weight") and module in linears:
-            linear, name = linears[module], stored.removesuffix(".weight")
-            packed = {key: part.cpu() for key, part in weight_tensors(name, linear.weight.to(device)).items()}
-            tensors.update(packed)
-            if linear.low_rank is not None:
-                factors.update(factor_tensors(builder.layout.stock_name(name), linear.low_rank))
-            residuals.update({} if linear.residual is None else residual_tensors(name, linear.residual))
-            formats[name] = _format(linear)
-            ledger.append(
-                LedgerEntry(
-                    source=part.source,
-                    shape=linear.weight.shape,
-                    fate="quantized",
-                    stored_as=tuple(packed),
-                    reason=departures.get(module, ""),
-                )
+    for parameter, part in layout.sources(spec.index, spec.tensors).items():
+        name = layout.disk_name(spec.index, parameter)
+        module = name.removesuffix(".weight")
+        form = stored.formats.get(module) if parameter.endswith(".weight") else None
+        if form is None:
+            tensors[name] = stored.tensors[name]
+            kept_bits += tensor_bits(tensors[name])
+            ledger.append(LedgerEntry(source=part.source, shape=shapes[parameter], fate="kept", stored_as=(name,)))
+            continue
+        names = weight_names(module, form)
+        tensors |= {key: stored.tensors[key] for key in names}
+        if form.rank:
+            of_branch = factor_names(layout.stock_name(module), form.factor_bits)
+            factors |= {key: stored.tensors[key] for key in of_branch}
+        residuals |= {key: stored.tensors[key] for key in residual_names(module, form)}
+        formats[module] = form
+        ledger.append(
+            LedgerEntry(
+                source=part.source,
+                shape=shapes[parameter],
+                fate="quantized",
+                stored_as=names,
+                reason=departures.get(parameter.removesuffix(".weight"), ""),
             )
-        else:
-            kept = tensors[stored] = loaded.parameters[parameter].to(loaded.dtypes[parameter])
-            kept_bits += tensor_bits(kept)
-            ledger.append(LedgerEntry(source=part.source, shape=tuple(kept.shape), fate="kept", stored_as=(stored,)))
+        )
     (checkpoint, of_tensors), *others = _stored(workspace, [tensors, factors, residuals])
     assert checkpoint is not None  # a block has tensors
     (adapter, of_factors), (residual, of_residuals) = others
@@ -87,7 +127,7 @@ def write_block(
         residual=residual,
         residuals=of_residuals,
         modules=tuple(
-            report.model_copy(update={"name": _full_name(builder, spec.index, report.name)}) for report in reports
+            report.model_copy(update={"name": layout.module_name(spec.index, report.name)}) for report in reports
         ),
         formats=formats,
         kept_bits=kept_bits,
@@ -104,10 +144,6 @@ def _stored(workspace: Workspace, parts: Sequence[Mapping[str, Tensor]]) -> list
         writing = [writer.submit(put_tensors, workspace, part) if part else None for part in parts]
         digests = [dict(zip(part, in_parallel(tensor_digest, list(part.values())), strict=True)) for part in parts]
         return [(None if blob is None else blob.result(), found) for blob, found in zip(writing, digests, strict=True)]
-
-
-def _full_name(builder: BlockBuilder, index: int, module: str) -> str:
-    return builder.layout.module_name(index, module)
 
 
 def _format(linear: CompressedLinear) -> ModuleFormat:

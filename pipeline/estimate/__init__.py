@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from counterweight.pipeline.estimate.costs import BlockSeconds, again, block_seconds
+from counterweight.pipeline.estimate.sharing import SharedSeconds
 from counterweight.pipeline.estimate.timeline import (
     START,
     Costs,
@@ -24,6 +25,7 @@ __all__ = [
     "BlockSeconds",
     "Costs",
     "Estimate",
+    "SharedSeconds",
     "again",
     "block_seconds",
     "estimate",

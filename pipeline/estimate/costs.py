@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import nlargest
+from math import prod
 
 from counterweight.pipeline.rates import Rates
 from counterweight.workers.arithmetic import Arithmetic
@@ -85,24 +86,25 @@ def block_seconds(
     """Of a block's tasks on one worker. judged: bytes of an activation when the model is validated. kept: share of the hidden
     states that is read from memory; away: of these, share that lies on another node, None where the memory is the worker's
     own; written: share of those behind the block that goes to the store."""
-    threads = min(load.threads, load.shards * -(-load.shard // load.piece))
-    branch = sum(factors(group) for group in load.groups)
-    solved = sum(rows * columns for group in load.groups for rows, columns in _solved(group))
-    stored = sum(packed(group) for group in load.groups) + branch + load.compute * (load.parameters - solved)
+    threads = running_threads(load)
+    branch, solved = sum(map(factors, load.groups)), solved_of(load)
+    stored = sum(map(stored_of, load.groups)) + load.compute * (load.parameters - solved)
     rotated = rotating(load)
     hidden = load.all_tokens * load.hidden * load.compute
-    passing_on = _Passing(hidden, kept, written, away)
+    passing_on = Passing(hidden, kept, written, away)
+    # The compressed block is run over the shards too; behind it there may be those of the original beside its own.
+    reads, writes = passes(load) + load.compressed, 1 + load.paired
     running = load.parameters * load.compute
     once = run(load, load.all_tokens)
     forward = rates.seconds(arithmetic.forward + once * -float(load.passed), itemsize=load.compute) / threads
-    statistics = _statistics(load, arithmetic.statistics, rates) / threads
+    statistics = gathering(load, arithmetic.statistics, rates) / threads
     passing = rates.seconds(once, itemsize=load.compute) / threads
     steps = {
         "read": rates.read(load.source_bytes) + rates.moved(running),
         "rotate": rates.seconds(rotated)
         + (rates.moved(load.source_bytes + SINGLE * load.parameters) if rotated.total else 0),
         "prepare": rates.seconds(arithmetic.prepare + rotated * -1.0),
-        "hidden states": _waiting(load, rates, passing_on, passes(load), forward + statistics),
+        "hidden states": waiting(load, rates, passing_on, reads, writes, forward + statistics),
         "forward": forward,
         "statistics": statistics,
         "tune": rates.seconds(arithmetic.tune),
@@ -117,11 +119,11 @@ def block_seconds(
         branch=round(branch),
         evaluated=rates.seconds(run(load, load.tokens), itemsize=judged) / load.tokens,
         read_back=rates.seconds(elementwise(DEQUANTIZED * solved)),
-        edge=(passes(load) * passing_on.reading(rates) + passing_on.writing(rates)) / load.all_shards
+        edge=(reads * passing_on.reading(rates) + writes * passing_on.writing(rates)) / load.all_shards
         if load.gpu
         else 0.0,
         passed={
-            "hidden states": _waiting(load, rates, passing_on, 1, passing),
+            "hidden states": waiting(load, rates, passing_on, 1, 1, passing),
             "forward": passing,
             "statistics": 0.0,
         },
@@ -129,7 +131,7 @@ def block_seconds(
 
 
 @dataclass(frozen=True, slots=True)
-class _Passing:
+class Passing:
     """Hidden states of so many bytes that enter and leave a block. kept, written, away: as in `block_seconds`. Other nodes are
     reached at the rate of the storage: by one link."""
 
@@ -153,28 +155,39 @@ class _Passing:
         copying = 0.0 if self.away is None else self.kept * self.bytes / rates.copied
         return self.bytes / rates.hash + copying + self.written * self.bytes / rates.storage + rates.moved(self.bytes)
 
-    def stored(self, rates: Rates, times: int) -> float:
-        """Seconds of the link to storage and other nodes, where they are read `times` times."""
-        return (times * (1.0 - self.kept + self.fetched) + self.written) * self.bytes / rates.storage
+    def stored(self, rates: Rates, reads: int, writes: int) -> float:
+        """Seconds of the link to storage and other nodes, where they are read and written so often."""
+        return (reads * (1.0 - self.kept + self.fetched) + writes * self.written) * self.bytes / rates.storage
 
 
-def _waiting(load: Load, rates: Rates, hidden: _Passing, times: int, computing: float) -> float:
-    """Seconds for hidden states that are read `times` times and written once. computing: seconds of the arithmetic, beside
-    which a GPU's host does so."""
-    reading, writing = times * hidden.reading(rates), hidden.writing(rates)
+def waiting(load: Load, rates: Rates, hidden: Passing, reads: int, writes: int, computing: float) -> float:
+    """Seconds for hidden states that are read and written so often. computing: seconds of the arithmetic, beside which a GPU's
+    host does so."""
+    reading, writing = reads * hidden.reading(rates), writes * hidden.writing(rates)
     if not load.gpu:
         return (reading + writing) / min(load.threads, load.shards)
-    return max(0.0, max(hidden.stored(rates, times), reading / AHEAD, writing / BEHIND) - computing)
+    return max(0.0, max(hidden.stored(rates, reads, writes), reading / AHEAD, writing / BEHIND) - computing)
 
 
-def _statistics(load: Load, work: Work, rates: Rates) -> float:
-    """On a GPU products of streams are taken in the dtype of the activations, both kinds by one kernel; everything else is in
-    float32."""
+def gathering(load: Load, work: Work, rates: Rates) -> float:
+    """Seconds for statistics. On a GPU products of streams are taken in the dtype of the activations, both kinds by one kernel;
+    everything else is in float32."""
     if not (load.gpu and load.compute == 2):
         return rates.seconds(work)
     sums = Work(grams32=work.grams32 + work.products32)
     return rates.seconds(sums, itemsize=2) + rates.seconds(replace(work, grams32=0, products32=0))
 
 
-def _solved(group: Group) -> list[tuple[int, int]]:
-    return [group.linears[name] for name in group.recipe]
+def running_threads(load: Load) -> int:
+    """Threads that share a shard's pieces, and shards."""
+    return min(load.threads, load.shards * -(-load.shard // load.piece))
+
+
+def solved_of(load: Load) -> int:
+    """Entries of the weights that are solved."""
+    return sum(prod(group.linears[name]) for group in load.groups for name in group.recipe)
+
+
+def stored_of(group: Group) -> int:
+    """Bytes that become of a group's linears, with their branches."""
+    return packed(group) + factors(group)

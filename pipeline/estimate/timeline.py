@@ -11,6 +11,7 @@ from counterweight.pipeline.blocks import BlockRecipe, Budget, add_blocks, stret
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.estimate.costs import BlockSeconds
 from counterweight.pipeline.estimate.pool import Simulated, SimulatedPool
+from counterweight.pipeline.estimate.sharing import SharedSeconds
 from counterweight.pipeline.graph import Graph, Node, giving
 from counterweight.pipeline.hidden_states import on_a_node
 from counterweight.pipeline.inventory import batches
@@ -19,6 +20,7 @@ from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.rates import Rates
 from counterweight.pipeline.shares import original_shares, shares
+from counterweight.workers.arithmetic.units import Unit
 from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.matrix_flops import Work, elementwise, product
 from counterweight.workers.parallel import BEHIND
@@ -43,7 +45,8 @@ JUDGED = 8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
     """What a job's tasks take. distillation: seconds of the training for each replica, none without. calibrated: bytes of each
-    block in a worker's memory."""
+    block in a worker's memory. units, shared: of each block, what workers share it by, and the seconds of that; none where they
+    do not."""
 
     job: CompressionJob
     source: ModelSource
@@ -52,6 +55,8 @@ class Costs:
     blocks: Sequence[BlockSeconds]
     calibrated: Sequence[int]
     distillation: Sequence[float]
+    units: Sequence[Sequence[Unit]] = ()
+    shared: Sequence[SharedSeconds] = ()
 
     @property
     def judged(self) -> int:
@@ -93,7 +98,7 @@ def timeline(costs: Costs, workers: int, threads: int) -> Timeline:
     sharing = budgeted(costs.recipes)
     kept = [bytes if sharing else 0 for bytes in costs.calibrated]
     on_gpu = costs.rates.link is not None
-    pool = SimulatedPool(workers, threads, costs.blocks, costs.rates.task, kept, ahead=on_gpu)
+    pool = SimulatedPool(workers, threads, costs.blocks, costs.rates.task, kept, ahead=on_gpu, shared=costs.shared)
     dispatcher = Dispatcher(pool, RetryPolicy(), lambda _: None, Graph())
     stages, idle = {START: costs.rates.start}, {START: costs.rates.start * workers}
     validation = _validation(costs, workers)
@@ -175,6 +180,7 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node
         segment=calibration.segment_blocks,
         workers=dispatcher.workers,
         ahead=rates.link is not None,
+        units=costs.units,
     )
     kept = [Simulated(f"kept {name}", {"carry over": _carried(costs, name)}) for name in costs.outside]
     outside = [graph.add(giving(task)) for task in kept]

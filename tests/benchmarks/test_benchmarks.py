@@ -300,5 +300,11 @@ def test_plans_of_published_shapes_are_a_table() -> None:
     )  # plans, and what is in the way
 
 
+def test_sharing() -> None:
+    """By the model, workers that share blocks take less than those that wait for each other."""
+    for _, _, workers, shared, apart, *_ in (row.split(" | ") for row in rows(ran("sharing", "Llama-3-8B"))):
+        assert (float(shared) < float(apart)) == (workers != "1")
+
+
 def test_submissions_to_two_instances() -> None:
     assert rows(ran("submissions", "--jobs", 4, "--clients", 2))[0].startswith("| 4 | 2 |")

@@ -24,6 +24,7 @@ PLANS = "2026-11-26-plans.md"
 BLOCK = "2026-11-26-time-model-gpu.md"
 DRAWING = "2026-11-26-drawing-mixtral.md"
 HIDDEN = "2026-11-26-hidden-states.md"
+SHARING = "2026-11-26-sharing.md"
 SIZES = (
     ("Llama-3-8B", "W4A16 GPTQ g128", "1"),
     ("Llama-3-8B", "W4A4 LRC 10 %", "8"),
@@ -106,7 +107,24 @@ def handed_on(out: str, back: str) -> float:
     return sum(float(row(HIDDEN, label)["median"]) for label in (out, back))
 
 
+def shared(model: str, workers: str, way: str) -> float:
+    """Seconds of the blocks of a model in W4A4 with LRC. way: in which workers have blocks."""
+    of_recipe = (one for one in rows(SHARING) if one["recipe"] == "W4A4 LRC 10 %" and one["workers"] == workers)
+    (found,) = (one for one in of_recipe if one["model"] == model)
+    return float(found[f"{way}, s"])
+
+
 SAID = (
+    Said(
+        "eight H100 take N s for Mixtral-8x7B's blocks in W4A4 with LRC, one at a time N s, a single GPU N s",
+        lambda: [
+            shared("Mixtral-8x7B", workers, way) for workers, way in (("8", "shared"), ("8", "apart"), ("1", "shared"))
+        ],
+    ),
+    Said(
+        "Llama-3-8B's take N s for N s: what is waited for",
+        lambda: [shared("Llama-3-8B", "8", way) for way in ("shared", "apart")],
+    ),
     Said(
         "takes N CPU s a GB through a file store, N in the object store and N in memory",
         lambda: [
@@ -257,6 +275,7 @@ def test_every_result_file_that_the_readme_names_is_looked_at() -> None:
         PROMPTS,
         BLOCK,
         HIDDEN,
+        SHARING,
     }
     looked |= {DRAWING, "serving.json"}  # the latter in tests/stock/test_matrix.py
     assert named - looked == {"2026-11-26-quality.md"}

@@ -12,15 +12,17 @@ import pytest
 from counterweight.pipeline.blocks import EDGE, add_blocks, stretches
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.estimate import BlockSeconds, Estimate, again, validation_bytes
-from counterweight.pipeline.estimate.costs import STREAMED, _Passing
+from counterweight.pipeline.estimate.costs import STREAMED, Passing
 from counterweight.pipeline.estimate.pool import Simulated, SimulatedPool
+from counterweight.pipeline.estimate.sharing import SharedSeconds, Steps
 from counterweight.pipeline.graph import Graph
 from counterweight.pipeline.hidden_states import away
 from counterweight.pipeline.model_source import ModelSource, open_model
-from counterweight.pipeline.plan import make_plan
+from counterweight.pipeline.plan import Plan, make_plan
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.rates import COPIED, HASH, STORAGE, Rates, rates_of
 from counterweight.pipeline.rates import GPUS as KNOWN
+from counterweight.workers.arithmetic.units import Unit
 from counterweight.workers.errors import RequestError
 from counterweight.workers.matrix_flops import Work
 from counterweight.workers.parallel import READERS
@@ -61,9 +63,11 @@ def simulated(
     parts: Sequence[range] = (),
     segment: int | None = None,
     ahead: bool = False,
+    shared: SharedSeconds | None = None,
 ) -> float:
     """Seconds of so many blocks, by the dispatcher and the graph of a job."""
-    pool = SimulatedPool(workers, 1, [block] * count, 0.0, [0] * count, ahead=ahead)
+    seconds = () if shared is None else [shared] * count
+    pool = SimulatedPool(workers, 1, [block] * count, 0.0, [0] * count, ahead=ahead, shared=seconds)
     dispatcher = Dispatcher(pool, RetryPolicy(), lambda _: None, Graph())
 
     def spec_of(index: int, recipe: object, inputs: object, originals: object, propagate: str) -> BlockSpec:
@@ -81,9 +85,10 @@ def simulated(
         segment=segment,
         workers=workers,
         ahead=ahead,
+        units=() if shared is None else [UNITS] * count,
     )
     dispatcher.run(blocks.compress)
-    if block is BLOCK and not ahead and segment is None:
+    if block is BLOCK and not ahead and segment is None and shared is None:
         assert sum(pool.steps.values()) == pytest.approx(count * (LOAD + SHARDS * SHARD + SOLVE))
     return pool.clock
 
@@ -145,6 +150,74 @@ def test_a_death_costs_passes_without_statistics_and_a_block() -> None:
 
 def test_compressed_blocks_come_one_after_the_other() -> None:
     assert simulated(4, 3, "compressed") == pytest.approx(simulated(4, 1, "compressed"))
+
+
+UNITS = [Unit(linears=(name,), flops=flops) for name, flops in (("down", 6), ("up", 3), ("o", 2), ("qkv", 1))]
+
+
+class Even(SharedSeconds):
+    """A second for each operation that a unit is counted as; a tenth for a shard that is run over, or read by a part; what is
+    installed and put together takes 0.4 and 0.6."""
+
+    def solve(self, linears: tuple[str, ...]) -> Steps:
+        flops = sum(unit.flops for unit in UNITS if set(unit.linears) <= set(linears))
+        return {"hidden states": 0.1 * SHARDS, "solve": float(flops), "write": 0.0}
+
+    def install(self) -> Steps:
+        return {"read": 0.4}
+
+    def propagate(self, shards: int) -> Steps:
+        return {"forward": 0.1 * shards}
+
+    def compress(self) -> Steps:
+        return {"write": 0.6}
+
+
+def even() -> Even:
+    return Even.__new__(Even)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4, 6])
+def test_workers_share_blocks_of_compressed(workers: int) -> None:
+    """They wait for the largest part, and for the worker with the most shards. Putting a block together holds somebody up where
+    all parts of the next one are as long, and at the end. Those without a part load the block for their shards."""
+    read, longest, install = 0.1 * SHARDS, 6, 0.4
+    each = LOAD + read + longest + install + 0.1 * SHARDS / workers + (LOAD if workers > len(UNITS) else 0)
+    joining = 5 * 0.6 if workers == 2 else 0.6
+    assert simulated(5, workers, "compressed", shared=even()) == pytest.approx(5 * each + joining)
+
+
+def test_what_a_worker_of_a_shared_block_reads_ahead_is_not_waited_for() -> None:
+    """Each reads the next block while it solves its part of this one."""
+    waited = simulated(5, 2, "compressed", shared=even()) - simulated(5, 2, "compressed", shared=even(), ahead=True)
+    assert waited == pytest.approx(4 * LOAD)
+
+
+def test_segments_share_workers_that_are_more_than_they_are() -> None:
+    beside = simulated(4, 4, "compressed", shared=even(), segment=2)
+    assert beside < simulated(4, 2, "compressed", segment=2)
+    assert simulated(4, 2, "compressed", shared=even(), segment=2) == simulated(4, 2, "compressed", segment=2)
+
+
+def test_parts_of_a_block_sum_up_to_what_one_worker_computes(tmp_path: Path) -> None:
+    """Statistics and solves; forward passes are run by each part, without the experts of others."""
+    manifest = write_job(tmp_path, case="mixtral", layers=2)
+    source = open_model((tmp_path / "model").as_uri())
+
+    def planned(workers: int) -> Plan:
+        calibration = "spec.calibration.propagate=compressed"
+        return make_plan(job_of(manifest, GPUS, calibration, f"spec.resources.workers={workers}"), source, "H100-80G")
+
+    alone, divided = planned(1), planned(4)
+    assert alone.estimate is not None
+    assert divided.estimate is not None
+    for block in alone.blocks:
+        assert len(block.units) == 4 + 2  # experts; what attention reads, and what its output does
+        assert sum(unit.flops for unit in block.units) == pytest.approx(block.statistics_flops + block.solve_flops)
+    one, several = alone.estimate.steps, divided.estimate.steps
+    assert one["forward"] < several["forward"] < 4 * one["forward"]
+    assert divided.storage_read_bytes > alone.storage_read_bytes + 3 * sum(b.source_bytes for b in alone.blocks)
+    assert divided.storage_written_bytes > alone.storage_written_bytes
 
 
 def test_segments_run_beside_each_other_and_cost_a_pass_through_the_blocks_before() -> None:
@@ -251,10 +324,10 @@ def test_hidden_states_of_several_workers_are_copied_and_those_of_other_nodes_fe
     """Against the seconds of a thread that are worked out here."""
     rates, size = KNOWN["H100-80G"], 1e9
     moved, hashed = size / 50e9, size / HASH
-    of_one, beside = _Passing(size, 1.0, 0.0, None), _Passing(size, 1.0, 0.0, 0.0)
-    apart, spilled = _Passing(size, 1.0, 0.0, 0.5), _Passing(size, 0.75, 0.25, 0.0)
+    of_one, beside = Passing(size, 1.0, 0.0, None), Passing(size, 1.0, 0.0, 0.0)
+    apart, spilled = Passing(size, 1.0, 0.0, 0.5), Passing(size, 0.75, 0.25, 0.0)
     assert of_one.reading(rates) == beside.reading(rates) == pytest.approx(moved)
-    assert apart.reading(rates) - moved == apart.stored(rates, 1) == pytest.approx(0.5 * size / STORAGE)
+    assert apart.reading(rates) - moved == apart.stored(rates, 1, 1) == pytest.approx(0.5 * size / STORAGE)
     assert of_one.writing(rates) == pytest.approx(hashed + moved)
     assert beside.writing(rates) == apart.writing(rates) == pytest.approx(hashed + moved + size / COPIED)
     assert spilled.reading(rates) == pytest.approx(moved + 0.25 * (size / STORAGE + hashed))

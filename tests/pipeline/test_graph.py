@@ -14,17 +14,21 @@ from hypothesis import strategies as st
 from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks
 from counterweight.pipeline.graph import Graph, Node
 from counterweight.pipeline.needs import Needs
+from counterweight.pipeline.shared_blocks import balanced, in_stretches
+from counterweight.workers.arithmetic.units import Unit
 from counterweight.workers.tasks.block import CALIBRATE, COMPRESS, GAINS, BlockRecord, BlockSpec
 from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.embed import Embed
 from counterweight.workers.tasks.gains import Gains, GainsRecord
 from counterweight.workers.tasks.prefetch import Prefetch
+from counterweight.workers.tasks.propagate import Propagate, PropagatedRecord
 from counterweight.workers.tasks.records import HiddenRecord, Timing
 from counterweight.workers.tasks.setting import Setting
-from counterweight.workers.workspace import AnyRecord, Blob, Workspace
+from counterweight.workers.tasks.solve import Solve, SolvedRecord
+from counterweight.workers.workspace import AnyRecord, Blob, Record, Workspace
 
-Propagate = Literal["original", "compressed"]
+Mode = Literal["original", "compressed"]
 
 SETTING = Setting(source="file:///model", config={}, workspace="file:///work", compute_dtype="float32", device="cpu")
 
@@ -62,7 +66,10 @@ class MemoryWorkspace(Workspace):
         return earlier
 
 
-BlockTask = Calibrate | Gains | Compress
+BlockTask = Calibrate | Gains | Compress | Solve | Propagate
+
+UNITS = tuple(Unit(linears=(name,), flops=flops) for name, flops in (("a", 3), ("b", 1), ("c", 2)))
+"""Of each block that workers share."""
 
 
 class Cluster:
@@ -79,13 +86,14 @@ class Cluster:
         *,
         count: int,
         workers: int,
-        propagate: Propagate = "original",
+        propagate: Mode = "original",
         budget: bool = False,
         hold: int = 100,
         stretch: int = len(FIRST),
         segment: int | None = None,
         ahead: bool = False,
         every: int | None = None,
+        shared: bool = False,
     ):
         self.workspace, self.propagate, self.count, self.hold = workspace, propagate, count, hold
         self.shared = 0
@@ -106,6 +114,7 @@ class Cluster:
             workers=workers,
             ahead=ahead,
             lasting=self.lasting,
+            units=[UNITS] * count if shared else (),
         )
         self.graph.open()
         self.running: dict[int, Node[object]] = {}
@@ -143,7 +152,7 @@ class Cluster:
         recipe: BlockRecipe,
         inputs: tuple[Blob, ...],
         original_inputs: tuple[Blob, ...],
-        propagate: Propagate,
+        propagate: Mode,
     ) -> BlockSpec:
         return BlockSpec(
             setting=SETTING,
@@ -170,7 +179,8 @@ class Cluster:
                 index = task.block.index
                 others = [other.made() for other in self.running.values()]
                 alike = [(other.block_index, passing(other)) for other in others]
-                assert (index, passing(task)) not in alike, "a block on two workers"
+                divided = isinstance(task, Solve | Propagate) or (isinstance(task, Compress) and task.solved)
+                assert divided or (index, passing(task)) not in alike, "a block on two workers"
                 self._assert_one_block_at_a_time(worker, task)
                 self.started.append((task.kind, index, worker))
             self.running[worker] = node
@@ -208,7 +218,7 @@ class Cluster:
             assert self.running, "nothing runs, nothing can start, and blocks are missing"
             self.finish(min(self.running))
             steps += 1
-            assert steps <= 8 * self.count + 1, "no progress"
+            assert steps <= 8 * (self.count + len(self.workers)) + 1, "no progress"
 
     def _assert_one_block_at_a_time(self, worker: int, task: BlockTask) -> None:
         """A worker that waits for shards of a block begins no other, unless nothing runs that could bring them."""
@@ -224,6 +234,12 @@ class Cluster:
         if isinstance(node.made(), Embed | Prefetch):
             return True
         task = block_task(node)
+        if isinstance(task, Propagate | Compress) and not all(map(self._has, parts_read(task))):
+            return False
+        if isinstance(task, Propagate):
+            return all(map(self._has, task.block.inputs[task.start : task.stop]))
+        if isinstance(task, Compress) and task.solved:
+            return True
         shards = self.holds[worker].get(task.block.index) if task.block.propagate == "original" else None
         start, stop = (task.start, task.stop) if isinstance(task, Calibrate) else [len(task.block.inputs)] * 2
         again = shards is None or shards != start or (isinstance(task, Calibrate) and not start)
@@ -239,7 +255,7 @@ class Cluster:
         kept = list(self.holds[worker].items())[-self.hold :] if self.hold else []
         self.holds[worker] = {**dict(kept), index: end}
 
-    def _work(self, worker: int, node: Node[object]) -> HiddenRecord | BlockRecord | GainsRecord | None:
+    def _work(self, worker: int, node: Node[object]) -> Record | None:
         if isinstance(node.made(), Embed):
             self.workspace.put(*FIRST)
             return HiddenRecord(outputs=FIRST, timing=Timing())
@@ -258,6 +274,17 @@ class Cluster:
                 record = HiddenRecord(outputs=outputs, timing=Timing())
                 self.workspace.commit(CALIBRATE, spec.calibrate_key(), record)
             return HiddenRecord(outputs=own, timing=Timing())
+        if isinstance(task, Solve):
+            if (found := task.lookup(self.workspace)) is not None and all(map(self._has, found.blobs)):
+                return found
+            part = blob("part", spec.index, task.linears)
+            self.workspace.put(part)
+            solved = SolvedRecord(blobs=(part,), formats={}, modules=(), timing=Timing())
+            return self.workspace.commit(task.kind, task.key(), solved)
+        if isinstance(task, Propagate):
+            own = outputs[task.start : task.stop]
+            self._pass_on(worker, spec.index, own)
+            return PropagatedRecord(outputs=own, timing=Timing())
         if isinstance(task, Gains):
             if not task.keep:
                 self._forget(worker, spec.index)
@@ -266,7 +293,7 @@ class Cluster:
             self._forget(worker, spec.index)
         checkpoint = blob("checkpoint", spec.index)
         self.workspace.put(checkpoint)
-        if self.propagate == "compressed":
+        if self.propagate == "compressed" and not task.solved:
             self._pass_on(worker, spec.index, outputs)
         record = BlockRecord(
             index=spec.index,
@@ -290,8 +317,13 @@ class Cluster:
 
 def block_task(node: Node[object]) -> BlockTask:
     task = node.made()
-    assert isinstance(task, Prefetch | Calibrate | Gains | Compress)
+    assert isinstance(task, Prefetch | Calibrate | Gains | Compress | Solve | Propagate)
     return task
+
+
+def parts_read(task: Propagate | Compress) -> list[Blob]:
+    """Blobs of solved linears that it reads."""
+    return [each for solved in task.solved for each in solved.blobs]
 
 
 def passing(task: object) -> bool:
@@ -299,7 +331,7 @@ def passing(task: object) -> bool:
     return isinstance(task, Calibrate) and task.passing
 
 
-def finished(count: int, propagate: Propagate = "original") -> MemoryWorkspace:
+def finished(count: int, propagate: Mode = "original") -> MemoryWorkspace:
     """What a job that ran to its end leaves behind, hidden states included."""
     cluster = Cluster(MemoryWorkspace(), count=count, workers=1, propagate=propagate)
     cluster.run()
@@ -440,7 +472,7 @@ def test_a_worker_that_dies_after_its_commit_loses_nothing() -> None:
 
 @pytest.mark.parametrize("propagate", ["original", "compressed"])
 @pytest.mark.parametrize("done", [(), (0,), (0, 1), (0, 1, 2, 3), (1, 3), (2,)])
-def test_a_resumed_job_runs_what_is_missing(propagate: Propagate, done: tuple[int, ...]) -> None:
+def test_a_resumed_job_runs_what_is_missing(propagate: Mode, done: tuple[int, ...]) -> None:
     workspace = finished(4, propagate)
     missing = [index for index in range(4) if index not in done]
     forget_blocks(workspace, missing)
@@ -607,7 +639,7 @@ def test_compressed_outputs_that_are_gone_are_made_again_from_the_last_that_are_
 
 
 @pytest.mark.parametrize("propagate", ["original", "compressed"])
-def test_hidden_states_that_vanish_while_the_job_runs_are_made_again(propagate: Propagate) -> None:
+def test_hidden_states_that_vanish_while_the_job_runs_are_made_again(propagate: Mode) -> None:
     """Two jobs share their work; the one that is published first discards what the other still needs."""
     workspace = finished(4, propagate)
     forget_blocks(workspace, [2, 3])
@@ -825,7 +857,7 @@ def test_a_value_that_is_not_there_yet_is_an_error() -> None:
 def test_whatever_happens_in_whatever_order_the_chain_ends(data: st.DataObject) -> None:
     """Workers finish in any order, die, fail, and hidden states vanish: while there are fewer faults than patience,
     every block is solved, no half runs without its inputs, and nothing hangs."""
-    propagate: Propagate = data.draw(st.sampled_from(["original", "compressed"]))
+    propagate: Mode = data.draw(st.sampled_from(["original", "compressed"]))
     budget, hold = data.draw(st.booleans()), data.draw(st.integers(0, 3))
     count = data.draw(st.integers(1, 6))
     workers = data.draw(st.sampled_from([1, 2, 3, 5]))
@@ -836,6 +868,8 @@ def test_whatever_happens_in_whatever_order_the_chain_ends(data: st.DataObject) 
     cluster = Cluster(workspace, count=count, workers=workers, propagate=propagate)
     hidden = [each for behind in boundaries(cluster) for each in behind]
     hidden += FIRST if data.draw(st.booleans()) else ()
+    parts = balanced(UNITS, workers)
+    hidden += [blob("part", index, linears) for index in range(count) for linears in parts]
     for each in data.draw(st.sets(st.sampled_from(hidden))):
         workspace.discard(each)
     stretch = data.draw(st.integers(1, len(FIRST)))
@@ -850,10 +884,11 @@ def test_whatever_happens_in_whatever_order_the_chain_ends(data: st.DataObject) 
         stretch=stretch,
         segment=segment,
         every=data.draw(st.sampled_from([None, 0, 1, 2, 3])),
+        shared=data.draw(st.booleans()),
     )
     cluster.faulty = True
     faults = data.draw(st.integers(0, 6))
-    for _ in range(60 * (count + 1)):
+    for _ in range(80 * (count + 1)):
         if cluster.done:
             break
         cluster.assign()
@@ -877,7 +912,7 @@ def test_whatever_happens_in_whatever_order_the_chain_ends(data: st.DataObject) 
 
 
 @pytest.mark.parametrize("propagate", ["original", "compressed"])
-def test_a_worker_that_dies_while_it_is_idle_takes_its_hidden_states_with_it(propagate: Propagate) -> None:
+def test_a_worker_that_dies_while_it_is_idle_takes_its_hidden_states_with_it(propagate: Mode) -> None:
     """They are made again at once, from the last that were written."""
     cluster = Cluster(MemoryWorkspace(), count=5, workers=1, propagate=propagate, every=2)
     while len(cluster.blocks.reused) + sum(node.done for node in cluster.blocks.compress) < 3:
@@ -890,3 +925,68 @@ def test_a_worker_that_dies_while_it_is_idle_takes_its_hidden_states_with_it(pro
     again = [index for _, index, _ in cluster.started[before:]]
     assert again == [2, 3, 3, 4, 4] if propagate == "original" else [2, 3, 4]
     assert cluster.recalculated == []
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5])
+def test_workers_share_a_block_and_nobody_waits_until_it_is_put_together(workers: int) -> None:
+    cluster = Cluster(MemoryWorkspace(), count=3, workers=workers, propagate="compressed", shared=True)
+    cluster.run()
+    parts, stretches = min(workers, len(UNITS)), min(workers, len(FIRST))
+    assert cluster.halves("solve") == sorted([0, 1, 2] * parts)
+    assert cluster.halves("propagate") == sorted([0, 1, 2] * stretches)
+    assert cluster.halves("block") == [0, 1, 2]
+    kinds = [(kind, index) for kind, index, _ in cluster.started]
+    assert kinds.index(("block", 0)) > kinds.index(("solve", 1))
+    for kind in ("solve", "propagate"):
+        together = {worker for own, index, worker in cluster.started if (own, index) == (kind, 1)}
+        assert len(together) > 1
+    assert [record.outputs for record in cluster.blocks.records] == boundaries(cluster)
+
+
+@pytest.mark.parametrize("before", [1, 3])
+def test_shared_blocks_are_found_however_they_were_divided(before: int) -> None:
+    """Two finished blocks, without anything that lay beside them; the third alone is solved."""
+    first = Cluster(MemoryWorkspace(), count=3, workers=before, propagate="compressed", shared=before > 1)
+    first.run()
+    forget_blocks(first.workspace, {2})
+    first.workspace.records = {key: record for key, record in first.workspace.records.items() if key[0] != "solve"}
+    cluster = Cluster(first.workspace, count=3, workers=2, propagate="compressed", shared=True)
+    cluster.run()
+    assert [record.index for record in cluster.blocks.reused] == [0, 1]
+    assert cluster.halves("solve") == [2, 2]
+    alone = Cluster(cluster.workspace, count=3, workers=1, propagate="compressed")
+    assert [record.index for record in alone.blocks.reused] == [0, 1, 2]
+
+
+def test_a_resumed_job_goes_on_with_parts_that_were_solved() -> None:
+    """Those whose blobs are there; a death takes nothing else."""
+    workspace = MemoryWorkspace()
+    cluster = Cluster(workspace, count=2, workers=3, propagate="compressed", shared=True)
+    cluster.assign()
+    for worker in (0, 1):
+        cluster.finish(worker)
+    cluster.finish(2, dies=True)
+    gone = cluster.blocks.shared[1].hidden_states
+    assert gone
+    workspace.discard(*gone)
+    again = Cluster(workspace, count=2, workers=3, propagate="compressed", shared=True)
+    again.run()
+    assert again.halves("solve") == [0, 0, 1, 1, 1]
+
+
+def test_shards_and_linears_are_divided_evenly() -> None:
+    assert in_stretches(129, 8) == [range(129 * place // 8, 129 * (place + 1) // 8) for place in range(8)]
+    assert in_stretches(2, 8) == [range(1), range(1, 2)]
+    assert [len(stretch) for stretch in in_stretches(10, 3)] == [3, 3, 4]
+    assert balanced(UNITS, 2) == [("a",), ("c", "b")]
+    assert balanced(UNITS, 8) == [("a",), ("c",), ("b",)]
+    assert balanced((), 8) == []
+
+
+def test_a_block_that_is_put_together_forgets_no_hidden_states_of_those_who_made_them() -> None:
+    """Its record names them; the parts of the next block read them from the memory of who ran it."""
+    cluster = Cluster(MemoryWorkspace(), count=3, workers=2, propagate="compressed", shared=True, every=0)
+    cluster.run()
+    assert cluster.halves("propagate") == [0, 0, 1, 1, 2, 2], "none is made twice"
+    assert cluster.recalculated == []
+    assert not any(cluster.memory.values())

@@ -28,9 +28,12 @@ def forward(load: Load) -> Work:
             work += run(load, min(load.shard, load.tokens))
     if (options := tunes(load)) is not None:
         work += run(load, load.tokens) + once * ((1 + load.paired) * options.transforms)
-    if load.compressed:
-        work += once + sum((_branches(load, group) for group in load.groups), NOTHING)
-    return work
+    return work + propagating(load) if load.compressed else work
+
+
+def propagating(load: Load) -> Work:
+    """One pass through the compressed block, for the next one."""
+    return sum((_branches(load, group) for group in load.groups), run(load, load.all_tokens))
 
 
 def statistics(load: Load) -> Work:

@@ -97,7 +97,9 @@ def footprint(load: Load) -> Footprint:
     if any(part.tuning is not None for part in parts):
         phases["tune"] = weights + stays + statistics[0] + tuning(load)
     if load.compressed:
-        phases["propagate"] = kept + back + load.threads * running(load, stored=True)
+        # Where workers share the block, the original is run beside it.
+        beside = original(load) if load.paired else 0
+        phases["propagate"] = kept + beside + back + load.threads * running(load, stored=True)
     host = 0
     if load.gpu:
         # Hidden states as bytes and as a tensor, of the shards that are read and written; or what is written.

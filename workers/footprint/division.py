@@ -55,7 +55,7 @@ def _divided(load: Load, budget: int) -> tuple[Passes, Footprint]:
     whole = footprint(load)
     if whole.peak <= budget:
         return (), whole
-    units = _units(load)
+    units = list(units_of(load).items())
     if len(units) < 2:
         return (), whole
 
@@ -76,7 +76,7 @@ def _divided(load: Load, budget: int) -> tuple[Passes, Footprint]:
     return with_passes(counts[min(place, len(counts) - 1)])
 
 
-def _units(load: Load) -> list[tuple[tuple[str, ...], int]]:
+def units_of(load: Load) -> dict[tuple[str, ...], int]:
     """Linears that are solved after one pass at least, in order, and the bytes of their statistics."""
     found: dict[str, tuple[tuple[str, ...], int]] = {}
     for group in load.groups:
@@ -85,7 +85,7 @@ def _units(load: Load) -> list[tuple[tuple[str, ...], int]]:
             key = first.rpartition(".")[0] if is_expert(first) else first
             names, size = found.get(key, ((), 0))
             found[key] = ((*names, *group.recipe), size + moments(load, group, DOUBLE))
-    return list(found.values())
+    return dict(found.values())
 
 
 def _in_runs(units: Sequence[tuple[tuple[str, ...], int]], count: int) -> Passes:

@@ -137,6 +137,11 @@ class Load:
         groups = [group if not own.isdisjoint(group.linears) else replace(group, recipe={}) for group in self.groups]
         return replace(self, groups=groups)
 
+    def with_only(self, names: Iterable[str]) -> Load:
+        """The same of the groups of the linears `names`, as if the block had no others."""
+        own = set(names)
+        return replace(self, groups=[group for group in self.groups if not own.isdisjoint(group.linears)])
+
 
 def scales(part: ModuleRecipe) -> bool:
     """Whether a norm or linear before takes scales in, after which the block is another one."""

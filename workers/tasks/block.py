@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -49,6 +49,8 @@ class BlockSpec(Config):
     passes: tuple[tuple[str, ...], ...] = ()
     """Linears that are solved after each pass over the shards, which gathers the statistics of their inputs alone: what takes
     less memory, and no part of the result. Those of one input are in one pass, and those of one expert. Empty: all are."""
+    part_of_passes: bool = False
+    """Whether all linears of the block take several passes, of which these are a part."""
 
     lasting: bool = True
     """Whether hidden states behind the block are written to the store even where they are kept in memory; no part of the
@@ -84,7 +86,14 @@ class BlockSpec(Config):
     @property
     def lends(self) -> bool:
         """Whether experts run on their weights as they were read: where memory is short, and nothing trains them."""
-        return len(self.passes) > 1 and all(part.tuning is None for part in self.recipe.values())
+        short = self.part_of_passes or len(self.passes) > 1
+        return short and all(part.tuning is None for part in self.recipe.values())
+
+    def solving_only(self, linears: Collection[str]) -> BlockSpec:
+        """The same where these linears alone are solved, in passes in which all are or fewer."""
+        passes = [tuple(name for name in own if name in linears) for own in self.passes or (tuple(linears),)]
+        found = tuple(own for own in passes if own) or ((),)
+        return self.model_copy(update={"passes": found, "part_of_passes": len(self.passes) > 1})
 
     def before(self, shard: int) -> BlockSpec:
         """The same on the shards before this one alone."""

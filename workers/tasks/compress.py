@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.tasks.block import COMPRESS, BlockRecord, BlockSpec, BlockTask
+from counterweight.workers.tasks.propagate import PropagatedRecord
+from counterweight.workers.tasks.solve import SolvedRecord
 from counterweight.workers.tasks.task import DurableTask
 from counterweight.workers.workspace import Workspace
 
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
 
 class Compress(BlockTask, DurableTask[BlockRecord]):
     """Solves every linear of a block and stores what a checkpoint, an adapter and a residual store hold of it. What this worker
-    has just calibrated is not calibrated again; done elsewhere or by a process that died, it has the same bits."""
+    has just calibrated is not calibrated again; done elsewhere or by a process that died, it has the same bits. A block that
+    workers have shared is put together."""
 
     kind: ClassVar[str] = COMPRESS
     record: ClassVar[type[BlockRecord]] = BlockRecord
@@ -24,6 +27,10 @@ class Compress(BlockTask, DurableTask[BlockRecord]):
     beside: str = ""
     """Name of another job that the block is compressed for, beside the one that runs: what was calibrated then stays in memory,
     for that one's own. Of blocks that are solved in one pass and train nothing. No part of the result."""
+    solved: tuple[SolvedRecord, ...] = ()
+    propagated: tuple[PropagatedRecord, ...] = ()
+    """What others have made of a block that they share: all its linears, and all hidden states behind it, in order. Empty:
+    nothing. No part of the result."""
 
     @property
     def name(self) -> str:
@@ -34,5 +41,8 @@ class Compress(BlockTask, DurableTask[BlockRecord]):
 
     def compute(self, context: TaskContext, workspace: Workspace) -> BlockRecord:
         from counterweight.workers.compressed_block import compressed
+        from counterweight.workers.divided_block import joined
 
+        if self.solved:
+            return joined(context, self.block, self.solved, self.propagated, workspace)
         return compressed(context, self.block, workspace, following=self.following, keep=bool(self.beside))

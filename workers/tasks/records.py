@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from counterweight.workers.config import Config
@@ -22,6 +23,19 @@ class Timing(Config):
     @property
     def total(self) -> float:
         return self.load + self.forward + self.solve + self.write
+
+    @classmethod
+    def of_all(cls, parts: Iterable[Timing]) -> Timing:
+        """Seconds of all of them, and the highest of their marks."""
+        found = cls()
+        for part in parts:
+            seconds = {
+                phase: getattr(found, phase) + getattr(part, phase) for phase in ("load", "forward", "solve", "write")
+            }
+            host = max(found.host_peak_bytes, part.host_peak_bytes)
+            device = max(found.device_peak_bytes, part.device_peak_bytes)
+            found = cls(**seconds, host_peak_bytes=host, device_peak_bytes=device, device=part.device)
+        return found
 
 
 class HiddenRecord(Record):

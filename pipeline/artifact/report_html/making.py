@@ -15,7 +15,7 @@ from counterweight.workers.metrics import METRICS
 
 KINDS = {
     **dict.fromkeys(("describe", "inspect", "prefetch"), "load"),
-    **dict.fromkeys(("embed", "forward", "sample", "original", "evaluate"), "forward"),
+    **dict.fromkeys(("embed", "forward", "propagate", "sample", "original", "evaluate"), "forward"),
     **dict.fromkeys(("keep", "copy", "join", "checksum"), "write"),
 }
 """Kind of a task -> class of its colour: what it mostly does; of any other `solve`."""
