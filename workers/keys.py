@@ -14,6 +14,7 @@ from functools import cache
 from importlib import metadata
 
 from counterweight.workers.config import Config, Method
+from counterweight.workers.parallel import PIECE_TOKENS
 
 NUMERICS = 2
 
@@ -38,7 +39,7 @@ def _libraries() -> dict[str, str]:
 
 def numerics() -> dict[str, str | int]:
     """What computes: part of every key, so that work of other versions never matches."""
-    return {"counterweight": NUMERICS, **_libraries()}
+    return {"counterweight": NUMERICS, "piece_tokens": PIECE_TOKENS, **_libraries()}
 
 
 def versions(options: object) -> dict[str, int]:

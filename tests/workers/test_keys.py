@@ -14,6 +14,7 @@ from counterweight.workers.keys import LIBRARIES, canonical_json, digest, numeri
 from counterweight.workers.methods.quantizers import GPTQ
 from counterweight.workers.methods.scales import MeanSquare
 from counterweight.workers.methods.transforms import Rotation
+from counterweight.workers.parallel import PIECE_TOKENS
 from counterweight.workers.recipe import Recipe
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.setting import Setting
@@ -52,6 +53,7 @@ def test_what_is_no_json_is_refused(value: object) -> None:
 def test_numerics_name_our_revision_and_the_libraries() -> None:
     assert numerics() == {
         "counterweight": keys.NUMERICS,
+        "piece_tokens": PIECE_TOKENS,
         "torch": metadata.version("torch"),
         "transformers": metadata.version("transformers"),
     }

@@ -36,6 +36,7 @@ def made_from(spec: BlockSpec) -> dict[str, str]:
     }
     computing = numerics()
     parts["numerics"] = str(computing.pop("counterweight"))
+    parts["tokens per piece"] = str(computing.pop("piece_tokens"))
     parts |= {library: str(version) for library, version in computing.items()}
     recipe = {name: part.model_dump(mode="json") for name, part in spec.recipe.items()}
     for field in ModuleRecipe.model_fields:

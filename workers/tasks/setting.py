@@ -9,7 +9,6 @@ from counterweight.workers.config import Config
 from counterweight.workers.dtypes import ComputeDtype
 from counterweight.workers.keys import numerics, versions
 from counterweight.workers.methods.transforms import Rotation
-from counterweight.workers.parallel import PIECE_TOKENS
 from counterweight.workers.storage import open_store
 from counterweight.workers.workspace import Workspace
 
@@ -66,7 +65,6 @@ class Setting(Config):
             "compute_dtype": self.compute_dtype,
             "device": self.device,
             "shard_tokens": SHARD_TOKENS,
-            "piece_tokens": PIECE_TOKENS,
             "rotation": None if self.rotation is None else self.rotation.model_dump(mode="json"),
             "versions": versions(self.rotation),
             **({"run": self.run} if self.run else {}),
