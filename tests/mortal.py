@@ -6,6 +6,7 @@ from counterweight.pipeline.pool import Outcome
 from counterweight.workers.errors import WorkerError
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.worker import Worker
+from tests.common_memory import Member
 from tests.inprocess import InProcessPool
 
 
@@ -24,9 +25,10 @@ class MortalPool(InProcessPool):
             return super().submit(worker, task)
         self.calls.append((worker, task.kind))
         if tries == 2:
-            self._workers[worker].run(task)
-        self._workers[worker].close()
-        self._workers[worker] = Worker("cpu", self.threads)
+            self._members[worker].run(task, [], self._references.given(worker, task))
+        self._members[worker].worker.close()
+        self._members[worker] = Member(Worker("cpu", self.threads), shares=self.size > 1)
+        self._references.lost(worker)
         self.deaths += 1
         ticket = len(self.calls)
         self._finished.append(Outcome(ticket, worker, error=WorkerError("died"), worker_died=True))
