@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from counterweight.pipeline.judging.task_files import read_documents
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.plan import make_plan
@@ -29,7 +30,9 @@ def expected_stages(job: CompressionJob, root: str, *, forked: bool) -> Mapping[
     """Stage -> seconds, in their order; empty where that is not known before workers answer, or where something is wrong, which
     is for those to say who open the job. root: where the model lies; forked: whether workers are forks of this process."""
     try:
-        plan = make_plan(job, open_model(root, _plain), rates=_rates(job))
+        source = open_model(root, _plain)
+        documents = read_documents(job.spec.validation, source.store)
+        plan = make_plan(job, source, rates=_rates(job), documents=documents)
     except CounterweightError:
         return {}
     if plan.estimate is None or plan.problems:

@@ -36,8 +36,8 @@ def foresee(job: CompressionJob, device: str | None = None) -> Foresight:
     with ThreadPoolExecutor(1, "texts") as beside:  # a process of its own tokenizes
         texts = beside.submit(check_texts)
         source = open_model(root)
-        made = make_plan(job, source, device)
-        read_documents(job.spec.validation, source.store)  # which refuses tasks that cannot be asked
+        documents = read_documents(job.spec.validation, source.store)  # which refuses tasks that cannot be asked
+        made = make_plan(job, source, device, documents=documents)
         texts.result()
     return Foresight(plan=made, reuse=foreseen(job, source, made), notes=tuple(_notes(job, source, device)))
 
@@ -50,6 +50,6 @@ def _notes(job: CompressionJob, source: ModelSource, device: str | None) -> Iter
     if source.checkpoint.asks_for_code:
         yield f"auto_map: code of the repository is never run; transformers' own runs {source.layout.model_type}"
     if job.spec.validation is not None and job.spec.validation.tasks:
-        yield "spec.validation.tasks: their time is not in the plan: it is that of their items, on three models"
+        yield "spec.validation.tasks: their time is an upper bound: what templates make of their rows only the harness knows"
     if job.spec.resources.gpus_per_worker > 0 and device is None and not any(map(os.path.exists, GPUS)):
         yield "this machine has no GPU: workers here would compute on the CPU"

@@ -272,8 +272,7 @@ class Graph:
         """Deletes hidden states that no node has to read any more."""
         for node in nodes:
             if node.present and self._workspace is not None:
-                for blob in node.hidden_states:
-                    self._workspace.discard(blob)
+                self._workspace.discard(*node.hidden_states)
             node.present, node.keeper = False, None
         self._needs.forget()
 

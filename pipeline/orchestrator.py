@@ -177,8 +177,7 @@ class Orchestrator:
         pass_or_withhold(artifact, report)
         published = publish(artifact, report, files, parts.ledger())
         leftovers = () if trained is None else trained.discardable
-        for blob in dict.fromkeys([*model.discardable, *leftovers]):
-            self._workspace.discard(blob)
+        self._workspace.discard(*dict.fromkeys([*model.discardable, *leftovers]))
         return published
 
     def _report(

@@ -20,6 +20,7 @@ from counterweight.pipeline.estimate import (
     reference_bytes,
     validation_bytes,
 )
+from counterweight.pipeline.estimate.asked import Asked, asked
 from counterweight.pipeline.hidden_states import HiddenStatesPlan, away, hidden_states, reserved
 from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
@@ -47,6 +48,7 @@ from counterweight.workers.footprint import Load, footprint
 from counterweight.workers.footprint.distillation import Texts, state_traffic, trained_parameters, training_bytes
 from counterweight.workers.footprint.division import fitted
 from counterweight.workers.footprint.whole import BATCH, whole_bytes
+from counterweight.workers.harness import Documents
 from counterweight.workers.held_blocks import HOLD_BYTES
 from counterweight.workers.recipe import ModuleRecipe
 
@@ -170,12 +172,13 @@ def make_plan(
     *,
     gpu_bytes: int = 0,
     rates: Rates | None = None,
+    documents: Documents | None = None,
 ) -> Plan:
     """The plan of a job. device: a name of `devices.MEMORY` or a file of rates, RequestError for another. gpu_bytes: memory of
     the GPU that workers have, for which blocks are divided where none is named; 0: not known. rates: of the workers, where no
-    device is named. ManifestError for
-    what the recipe asks and the model cannot give (a rank above a layer's size, a group size that does not divide a width, an
-    override that matches nothing)."""
+    device is named. documents: tasks that models are asked; None: none are timed. ManifestError for what the recipe asks and
+    the model cannot give (a rank above a layer's size, a group size that does not divide a width, an override that matches
+    nothing)."""
     check_recipe(job.spec.recipe, source)
     check_gates_apply(job.spec.validation, source)
     gpu = None if device is None or device.endswith(MEASURED) else device
@@ -221,10 +224,10 @@ def make_plan(
     made: Estimate | None = None
     if rates is not None and timed:
         alone = _with_one_worker(job)
-        of_one = _costs(
-            alone, source, costed, training, rates, hidden_states(alone, boundary, len(blocks) + passed, room)
-        )
-        costs = _costs(job, source, costed, training, rates, hidden)
+        alone_hidden = hidden_states(alone, boundary, len(blocks) + passed, room)
+        asking = None if documents is None else asked(documents.tasks.values())
+        of_one = _costs(alone, source, costed, training, rates, alone_hidden, asking)
+        costs = _costs(job, source, costed, training, rates, hidden, asking)
         made = estimate(costs, of_one, job.spec.resources, costed[0].load.threads)
         hidden = hidden.model_copy(update={"lost_seconds": again(costs.blocks, hidden.lost_blocks)})
     return Plan(
@@ -291,6 +294,7 @@ def _costs(
     training: DistillationPlan | None,
     rates: Rates,
     hidden: HiddenStatesPlan,
+    asking: Asked | None,
 ) -> Costs:
     """What the job's tasks take at these rates; blocks that are alike are priced once."""
     kinds = [(id(block.load), hidden.written(place)) for place, block in enumerate(blocks)]
@@ -324,6 +328,7 @@ def _costs(
         distillation=[]
         if training is None
         else [training.flops / training.replicas / rates.products32] * training.replicas,
+        asked=asking,
     )
 
 

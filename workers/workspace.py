@@ -32,6 +32,7 @@ from pydantic import ValidationError
 from counterweight.workers.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
 from counterweight.workers.config import Config, first_problem
 from counterweight.workers.errors import IntegrityError, ObjectNotFoundError
+from counterweight.workers.parallel import in_parallel
 from counterweight.workers.storage import ObjectInfo, ObjectStore
 
 WORK = "_work"
@@ -123,9 +124,10 @@ class Workspace:
         except ObjectNotFoundError:
             return False
 
-    def discard(self, blob: Blob) -> None:
-        """Deletes a blob that no job needs any more."""
-        self.store.delete(blob.key)
+    def discard(self, *blobs: Blob) -> None:
+        """Deletes blobs that no job needs any more, several at a time: a job has thousands, and S3 takes its time."""
+        for _ in in_parallel(lambda blob: self.store.delete(blob.key), blobs):
+            pass
 
     def lookup(self, kind: str, key: str, record: type[AnyRecord]) -> AnyRecord | None:
         """The committed record of a task, which then stays for the age of a prune and with it the blobs that it names; or

@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 from counterweight.pipeline.allocation import budgeted
 from counterweight.pipeline.blocks import BlockRecipe, Budget, add_blocks, stretches
 from counterweight.pipeline.dispatch import Dispatcher
+from counterweight.pipeline.estimate.asked import Asked
 from counterweight.pipeline.estimate.costs import BlockSeconds
 from counterweight.pipeline.estimate.pool import Simulated, SimulatedPool
 from counterweight.pipeline.estimate.sharing import SharedSeconds
@@ -22,6 +23,7 @@ from counterweight.pipeline.rates import Rates
 from counterweight.pipeline.shares import original_shares, shares
 from counterweight.workers.arithmetic.units import Unit
 from counterweight.workers.dtypes import ITEMSIZE
+from counterweight.workers.footprint.whole import BATCH
 from counterweight.workers.matrix_flops import Work, elementwise, product
 from counterweight.workers.parallel import BEHIND
 from counterweight.workers.tasks.block import BlockSpec
@@ -46,7 +48,7 @@ JUDGED = 8
 class Costs:
     """What a job's tasks take. distillation: seconds of the training for each replica, none without. calibrated: bytes of each
     block in a worker's memory. units, shared: of each block, what workers share it by, and the seconds of that; none where they
-    do not."""
+    do not. asked: by tasks of the harness, of each model; None without any."""
 
     job: CompressionJob
     source: ModelSource
@@ -57,6 +59,7 @@ class Costs:
     distillation: Sequence[float]
     units: Sequence[Sequence[Unit]] = ()
     shared: Sequence[SharedSeconds] = ()
+    asked: Asked | None = None
 
     @property
     def judged(self) -> int:
@@ -121,8 +124,8 @@ def timeline(costs: Costs, workers: int, threads: int) -> Timeline:
             for task, before in zip(validation, references, strict=True)
         ]
         stage("validate", lambda: dispatcher.run(nodes))
-    if samples := _samples(costs):
-        stage("whole models", lambda: dispatcher.run_all(samples))
+    if whole := [*_tasks(costs), *_samples(costs)]:
+        stage("whole models", lambda: dispatcher.run_all(whole))
     return Timeline(stages=stages, idle=idle, steps=dict(pool.steps))
 
 
@@ -284,27 +287,42 @@ def _validation(costs: Costs, workers: int) -> list[Simulated]:
     ]
 
 
+def _tasks(costs: Costs) -> list[Simulated]:
+    """Of the harness."""
+    if (asked := costs.asked) is None:
+        return []
+    return _on_whole_models(costs, "tasks", read=asked.read, written=asked.written, together=BATCH)
+
+
 def _samples(costs: Costs) -> list[Simulated]:
-    """Of each model, which is read as a whole: its prompts together, then a token at a time, and every one of them passes over
-    all weights."""
+    """Of what models write."""
     validation = costs.job.spec.validation
     if validation is None or (asked := validation.generation) is None:
         return []
+    prompts = asked.prompts
+    return _on_whole_models(
+        costs, "samples", read=prompts * asked.prompt_tokens, written=prompts * asked.new_tokens, together=prompts
+    )
+
+
+def _on_whole_models(costs: Costs, name: str, *, read: int, written: int, together: int) -> list[Simulated]:
+    """A task for each model, which is read as a whole. read: tokens of what is asked; written: of answers, `together` of them
+    at a time, and every time passes over all weights."""
     rates, parameters = costs.rates, costs.source.parameters
     token = sum(block.evaluated for block in costs.blocks)
     token += rates.seconds(_judging(costs), itemsize=costs.judged)
-    step = asked.prompts * token + rates.seconds(elementwise(parameters))
-    written = asked.prompts * asked.prompt_tokens * token + asked.new_tokens * step
+    passes = -(-written // together)
+    answered = (read + written) * token + passes * rates.seconds(elementwise(parameters))
     dense = sum(block.read_back for block in costs.blocks)
     sizes = {"baseline": sum(map(costs.bytes_of, costs.source.tensors)), "quantized": costs.stored}
     if any(block.branch for block in costs.blocks):
         sizes["compensated"] = costs.stored
     return [
         Simulated(
-            f"samples of {name}",
-            {"read": rates.read(size) + rates.moved(costs.judged * parameters) + dense, "samples": written},
+            f"{name} of {model}",
+            {"read": rates.read(size) + rates.moved(costs.judged * parameters) + dense, name: answered},
         )
-        for name, size in sizes.items()
+        for model, size in sizes.items()
     ]
 
 

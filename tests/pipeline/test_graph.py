@@ -55,8 +55,8 @@ class MemoryWorkspace(Workspace):
     def has(self, blob: Blob) -> bool:
         return blob.sha256 in self.blobs
 
-    def discard(self, blob: Blob) -> None:
-        self.blobs.discard(blob.sha256)
+    def discard(self, *blobs: Blob) -> None:
+        self.blobs -= {each.sha256 for each in blobs}
 
     def lookup(self, kind: str, key: str, record: type[AnyRecord]) -> AnyRecord | None:
         return self.records.get((kind, key))

@@ -193,6 +193,12 @@ def test_a_discarded_blob_is_gone(workspace: Workspace) -> None:
     workspace.discard(blob)
 
 
+def test_blobs_are_discarded_side_by_side(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2, timeout=30)
+    monkeypatch.setattr(workspace.store, "delete", lambda _: both.wait())
+    workspace.discard(*(Blob(sha256=name * 64, size=1) for name in "ab"))
+
+
 def test_the_first_commit_holds(workspace: Workspace, tmp_path: Path) -> None:
     assert workspace.lookup("kind", "key", Found) is None
     assert workspace.commit("kind", "key", Found(value=1)) == Found(value=1)

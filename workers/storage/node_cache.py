@@ -41,10 +41,9 @@ class NodeCache:
         self._user: BinaryIO | None = None
 
     def __enter__(self) -> Self:
-        if file_root(self._store.uri) is None and _is_ours(_root()):
-            for other in _root().iterdir():
-                _remove_unused(other)
-            self._user = _joined(self._folder)
+        if file_root(self._store.uri) is None:
+            with suppress(OSError):  # no room, or nothing may be written: every worker reads for itself
+                self._join()
         return self
 
     def __exit__(
@@ -55,12 +54,22 @@ class NodeCache:
             self._user = None
             _remove_unused(self._folder)
 
+    def _join(self) -> None:
+        if _is_ours(_root()):
+            for other in _root().iterdir():
+                _remove_unused(other)
+            self._user = _joined(self._folder)
+
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """See `ObjectStore.read_range`. Where another reads the same range, waits for it."""
-        if self._user is None:
-            return self._store.read_range(key, start, length)
         path = self._folder / hashlib.sha256(f"{key} {start} {length}".encode()).hexdigest()
-        with path.open("a+b") as file:
+        try:
+            held = None if self._user is None else path.open("a+b")
+        except OSError:  # no room for a name
+            held = None
+        if held is None:
+            return self._store.read_range(key, start, length)
+        with held as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             data = file.read()

@@ -15,13 +15,18 @@ import torch
 from counterweight import load_model
 from counterweight.pipeline.artifact.report import Report
 from counterweight.pipeline.artifact.verdict import GateReport
+from counterweight.pipeline.estimate.asked import CHOICES, NEW_TOKENS, Asked, asked
 from counterweight.pipeline.judging import task_files
 from counterweight.pipeline.judging.task_files import read_documents
 from counterweight.pipeline.judging.tasks import benchmarks, judge_tasks
 from counterweight.pipeline.manifest.validation import HarnessTask, Validation
+from counterweight.pipeline.model_source import open_model
+from counterweight.pipeline.plan import make_plan
+from counterweight.pipeline.rates import UNMEASURED
 from counterweight.pipeline.service.roots import Roots
 from counterweight.workers.calibration.source import TextSource
 from counterweight.workers.errors import RequestError
+from counterweight.workers.harness import TaskDocument
 from counterweight.workers.storage import open_store
 from counterweight.workers.tasks.harness import TaskScore
 from tests.models import VOCABULARY
@@ -233,3 +238,54 @@ def test_what_the_harness_refuses_is_named(tmp_path: Path) -> None:
     wrong = write_task(tmp_path / "wrong", CONFIG.replace("{{question}}", "{{questions}}"))
     with pytest.raises(RequestError, match=r"spec.validation.tasks.words: "):
         run_local(job_of(manifest, f"spec.validation.tasks={{words: {{uri: '{wrong}'}}}}"))
+
+
+def documented(rows: int = 10, limit: int | None = None, shots: int | None = None, **config: object) -> TaskDocument:
+    """A task whose rows have 30 characters of text, 10 tokens."""
+    row: dict[str, Any] = {"question": "q" * 24, "choices": ["aaa", "bbb"], "answer": 1}
+    asked_of = {"output_type": "multiple_choice", "doc_to_choice": "choices", "test_split": "test", **config}
+    return TaskDocument.model_validate(
+        {"config": asked_of, "rows": {"test": [row] * rows}, "limit": limit, "num_fewshot": shots}
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        (documented(), Asked(10 * 2 * 10)),
+        (documented(limit=3), Asked(3 * 2 * 10)),
+        (documented(shots=2), Asked(10 * 2 * 30)),
+        (documented(num_fewshot=1), Asked(10 * 2 * 20)),
+        (documented(doc_to_choice=["A", "B", "C"]), Asked(10 * 3 * 10)),
+        (documented(doc_to_choice="{{choices}}"), Asked(10 * CHOICES * 10)),
+        (documented(output_type="loglikelihood"), Asked(10 * 10)),
+        (documented(output_type="generate_until"), Asked(10 * 10, 10 * NEW_TOKENS)),
+        (
+            documented(output_type="generate_until", generation_kwargs={"max_gen_toks": 7}, limit=2),
+            Asked(2 * 10, 2 * 7),
+        ),
+        (documented(test_split=None, validation_split="test"), Asked(10 * 2 * 10)),
+        (documented(rows=0), Asked()),
+        (documented(test_split=None), Asked()),
+    ],
+)
+def test_what_a_task_asks_is_counted_from_its_rows(task: TaskDocument, expected: Asked) -> None:
+    assert asked([task]) == expected
+    assert asked([task, task]) == expected + expected
+
+
+@pytest.mark.usefixtures("with_harness")
+def test_the_plan_has_the_time_of_tasks(tmp_path: Path) -> None:
+    """Of all models, and longer the more is asked."""
+    job = job_of(write_job(tmp_path, layers=1))
+    source = open_model(job.spec.model.uri)
+
+    def planned(limit: int) -> float:
+        asking = validation(write_task(tmp_path / "tasks"), limit=limit)
+        asked_job = job.model_copy(update={"spec": job.spec.model_copy(update={"validation": asking})})
+        found = make_plan(asked_job, source, rates=UNMEASURED, documents=read_documents(asking, source.store))
+        assert found.estimate is not None
+        assert found.estimate.steps["tasks"] <= found.estimate.stages["whole models"]
+        return found.estimate.steps["tasks"]
+
+    assert planned(12) == pytest.approx(2 * planned(6), rel=0.05)

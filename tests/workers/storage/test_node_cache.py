@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -99,3 +100,20 @@ def test_a_folder_of_somebody_else_is_not_used(remote: FileStore, tmp_path: Path
     with NodeCache(remote, "a") as cache:
         assert read_all(cache) == DATA
         assert not folders()
+
+
+def test_where_nothing_can_be_written_every_worker_reads_for_itself(
+    remote: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "no folder").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no folder"))
+    with NodeCache(remote, "a") as cache:
+        assert read_all(cache) == DATA
+
+
+def test_a_folder_that_goes_while_it_is_used_costs_reads_alone(remote: FileStore) -> None:
+    with NodeCache(remote, "a") as cache:
+        cache.read_range("object", *RANGES[0])
+        (folder,) = folders()
+        shutil.rmtree(folder)
+        assert read_all(cache) == DATA
