@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cached_property, partial
 from itertools import takewhile
 from math import sqrt
 from typing import Literal, Protocol
@@ -101,170 +101,207 @@ class Blocks:
         return [blob for node in (*self.calibrate, *self.shared, *self.compress) for blob in node.hidden_states]
 
 
-def add_blocks(
-    graph: Graph,
-    embedded: Node[HiddenRecord],
-    recipes: Sequence[BlockRecipe],
-    spec_of: SpecOf,
-    *,
-    propagate: Literal["original", "compressed"],
-    budget: Budget | None = None,
-    stretches: Sequence[range],
-    segment: int | None = None,
-    workers: int = 1,
-    ahead: bool = False,
-    lasting: Callable[[int], bool] = lambda _: True,
-    units: Sequence[Sequence[Unit]] = (),
-) -> Blocks:
-    """Nodes for all blocks behind the embedding. lasting: whether hidden states behind a block are written to the store, as its
-    spec says. stretches: of the shards, in order, in which blocks are calibrated. segment:
-    blocks after which one in `compressed` sees the original's activations again; None: none does. workers: that share the
-    blocks, so that each knows which it takes next. ahead: whether they read one block while they do something else. units: of
-    each block, which workers may share it by; empty: they do not."""
-    count = len(recipes)
-    borders = range(0, count, segment or count)  # the first block of each segment
-    # Whether what enters a block in the original model goes beside what enters the compressed one.
-    paired = propagate == "compressed" and any(part.regresses for recipe in recipes for part in recipe.values())
-    ends: list[Sequence[Node[HiddenRecord]]] = [[embedded]]
-    """What makes the shards that enter each block in the original model: one node for all, or one for each stretch."""
-    gains: dict[int, Node[GainsRecord]] = {}
-    compresses: list[Node[BlockRecord]] = []
-    shares: dict[int, SharedBlock] = {}
-    behind: list[Sequence[Node[BlockRecord]] | Sequence[Node[PropagatedRecord]]] = []
-    """What makes the shards behind each block in `compressed`."""
-    reading: dict[int, Node[None]] = {}
-    foreseen: set[int] = set()
-    """Blocks that a worker reads ahead while it compresses another one."""
+@dataclass(kw_only=True)
+class BlockNodes:
+    """Adds nodes for all blocks behind the embedding.
 
-    def entering(index: int) -> tuple[Blob, ...]:
+    lasting: whether hidden states behind a block are written to the store, as its spec says. stretches: of the shards, in
+    order, in which blocks are calibrated. segment: blocks after which one in `compressed` sees the original's activations
+    again; None: none does. workers: that share the blocks, so that each knows which it takes next. ahead: whether they read one
+    block while they do something else. units: of each block, which workers may share it by; empty: they do not.
+    """
+
+    graph: Graph
+    recipes: Sequence[BlockRecipe]
+    spec_of: SpecOf
+    propagate: Literal["original", "compressed"]
+    budget: Budget | None = None
+    stretches: Sequence[range]
+    segment: int | None = None
+    workers: int = 1
+    ahead: bool = False
+    lasting: Callable[[int], bool] = lambda _: True
+    units: Sequence[Sequence[Unit]] = ()
+
+    def __post_init__(self) -> None:
+        self._count = len(self.recipes)
+        self._borders = range(0, self._count, self.segment or self._count)
+        """The first block of each segment."""
+        regresses = any(part.regresses for recipe in self.recipes for part in recipe.values())
+        self._paired = self.propagate == "compressed" and regresses
+        """Whether what enters a block in the original model goes beside what enters the compressed one."""
+        self._ends: list[Sequence[Node[HiddenRecord]]] = []
+        """What makes the shards that enter each block in the original model: one node for all, or one for each stretch."""
+        self._behind: list[Sequence[Node[BlockRecord]] | Sequence[Node[PropagatedRecord]]] = []
+        """What makes the shards behind each block in `compressed`."""
+        self._gains: dict[int, Node[GainsRecord]] = {}
+        self._compresses: list[Node[BlockRecord]] = []
+        self._shares: dict[int, SharedBlock] = {}
+        self._reading: dict[int, Node[None]] = {}
+        self._foreseen: set[int] = set()
+        """Blocks that a worker reads ahead while it compresses another one."""
+
+    def add(self, embedded: Node[HiddenRecord]) -> Blocks:
+        """Called once."""
+        self._ends.append([embedded])
+        for index in range(self._count if self._apart or self.budget is not None else self._borders[-1]):
+            self._add_calibration(index)
+        if self._apart:
+            self._add_compressions_apart()
+        else:
+            self._add_compressions_in_turn()
+        return Blocks(
+            tuple(self._compresses),
+            tuple(node for own in self._ends[1:] for node in own),
+            tuple(node for share in self._shares.values() for node in share.nodes),
+            lambda index: self._compress(index).block,
+        )
+
+    @property
+    def _apart(self) -> bool:
+        """Whether no block waits for what the one before it is compressed to."""
+        return self.propagate == "original"
+
+    def _add_calibration(self, index: int) -> None:
+        before = self._ends[index] if len(self._ends[index]) > 1 else [self._ends[index][0]] * len(self.stretches)
+        if self.ahead and self.workers > 1:
+            # By a worker that waits for what enters it, where it was not read while another one was solved.
+            self._reading[index] = self.graph.add(partial(self._prefetch, index), wanted=False)
+        own: list[Node[HiddenRecord]] = []
+        for place, stretch in enumerate(self.stretches):
+            own.append(
+                self.graph.add(
+                    partial(self._calibrate, index, stretch),
+                    reads=before[place : place + 1],
+                    uses=own[-1] if own else self._reading.get(index),
+                    rereads=before[:place],
+                    lasting=self.lasting(index),
+                    wanted=False,
+                    bytes=0 if self.budget is None else self.budget.bytes[index],
+                )
+            )
+        if self.budget is not None and index in self.budget.blocks:
+            measure = partial(self._measure, index)
+            self._gains[index] = self.graph.add(measure, uses=own[-1], rereads=self._ends[index])
+        self._ends.append(own)
+
+    def _add_compressions_apart(self) -> None:
+        after = tuple(self._gains.values())
+        for index in range(self._count):
+            make, own = partial(self._compress, index), self._ends[index + 1][-1]
+            self._compresses.append(self.graph.add(make, after=after, uses=own, rereads=self._ends[index]))
+
+    def _add_compressions_in_turn(self) -> None:
+        """Each behind the one before it in its segment; workers that would wait for those which have a segment of their own
+        share its blocks."""
+        together = sharing(self.workers, self._count, self.segment)
+        stretches = in_stretches(self.stretches[-1].stop, together)
+        after = tuple(self._gains.values())
+        unjoined: SharedBlock | None = None  # the block before, which is put together behind the parts of this one
+        for index in range(self._count):
+            parts = balanced(self.units[index], together) if self.units and together > 1 else []
+            entered = self._ends[index] if index in self._borders else self._behind[-1]
+            spec, beside = partial(self._spec, index), partial(self._beside, index)
+            solve = add_parts(self.graph, spec, parts, reads=entered, after=after, following=beside)
+            if unjoined is not None:
+                self._compresses.append(unjoined.add_compress(self.graph))
+                unjoined = None
+            if parts:
+                apiece = index not in self._borders and index - 1 in self._shares
+                reads = [[node] for node in entered] if apiece else [entered] * len(stretches)
+                unjoined = add_propagation(self.graph, spec, solve, stretches, reads=reads, lasting=self.lasting(index))
+                self._shares[index] = unjoined
+                self._behind.append(unjoined.propagate)
+            else:
+                make = partial(self._compress, index)
+                node = self.graph.add(make, reads=entered, lasting=self.lasting(index), after=after)
+                self._compresses.append(node)
+                self._behind.append([node])
+        if unjoined is not None:
+            self._compresses.append(unjoined.add_compress(self.graph))
+
+    # Tasks, made when a worker takes them.
+
+    def _prefetch(self, index: int) -> Prefetch:
+        return Prefetch(block=self.spec_of(index, self.recipes[index], (), (), "original"))
+
+    def _calibrate(self, index: int, stretch: range) -> Calibrate:
+        spec = self.spec_of(index, self.recipes[index], self._entering(index), (), "original")
+        # Of a block that is compressed only the outputs can be wanted still, by those behind it.
+        passing = (not self._apart and self.budget is None) or (not self._gains and self._compresses[index].done)
+        shards = self.stretches[-1].stop
+        return Calibrate(block=spec, shards=shards, start=stretch.start, stop=stretch.stop, passing=passing)
+
+    def _measure(self, index: int) -> Gains:
+        spec = self.spec_of(index, self.recipes[index], self._entering(index), (), "original")
+        return Gains(block=spec, keep=self._apart)
+
+    def _compress(self, index: int) -> Compress:
+        if index in self._shares:
+            return self._shares[index].compress()
+        return Compress(block=self._spec(index), following=self._outlined(self._following(index)))
+
+    # What they are made of.
+
+    def _entering(self, index: int) -> tuple[Blob, ...]:
         """The shards that enter a block in the original model, from the first as far as they are known."""
-        known = takewhile(lambda node: node.done, ends[index])
+        known = takewhile(lambda node: node.done, self._ends[index])
         return tuple(blob for node in known for blob in node.value.outputs)
 
-    def calibrate(index: int, stretch: range) -> Calibrate:
-        spec = spec_of(index, recipes[index], entering(index), (), "original")
-        # Of a block that is compressed only the outputs can be wanted still, by those behind it.
-        passing = (propagate == "compressed" and budget is None) or (not gains and compresses[index].done)
-        return Calibrate(block=spec, shards=stretches[-1].stop, start=stretch.start, stop=stretch.stop, passing=passing)
+    @cached_property
+    def _shared_out(self) -> Sequence[BlockRecipe]:
+        """Recipes with what the budget gives to each; asked when all gains are known."""
+        if self.budget is None:
+            return self.recipes
+        return self.budget.share({index: node.value for index, node in self._gains.items()})
 
-    def measure(index: int) -> Gains:
-        spec = spec_of(index, recipes[index], entering(index), (), "original")
-        return Gains(block=spec, keep=propagate == "original")
-
-    @cache
-    def shared() -> Sequence[BlockRecipe]:
-        return recipes if budget is None else budget.share({index: node.value for index, node in gains.items()})
-
-    def spec(index: int) -> BlockSpec:
-        if propagate == "original" or index in borders:
-            inputs = entering(index)
-            originals = inputs if paired else ()
+    def _spec(self, index: int) -> BlockSpec:
+        if self._apart or index in self._borders:
+            inputs = self._entering(index)
+            originals = inputs if self._paired else ()
         else:
-            inputs = tuple(blob for node in behind[index - 1] for blob in node.value.outputs)
-            originals = tuple(blob for node in behind[index - 1] for blob in node.value.original_outputs)
-        found = spec_of(index, shared()[index], inputs, originals, propagate)
-        budgeted = tuple(name for name, part in recipes[index].items() if part.budget_bits is not None)
+            inputs = tuple(blob for node in self._behind[index - 1] for blob in node.value.outputs)
+            originals = tuple(blob for node in self._behind[index - 1] for blob in node.value.original_outputs)
+        found = self.spec_of(index, self._shared_out[index], inputs, originals, self.propagate)
+        budgeted = tuple(name for name, part in self.recipes[index].items() if part.budget_bits is not None)
         return found.model_copy(update={"budgeted": budgeted})
 
-    def compress(index: int) -> Compress:
-        if index in shares:
-            return shares[index].compress()
-        return Compress(block=spec(index), following=outlined(following(index)))
+    def _outlined(self, index: int | None) -> BlockSpec | None:
+        return None if index is None else self.spec_of(index, self.recipes[index], (), (), self.propagate)
 
-    def outlined(index: int | None) -> BlockSpec | None:
-        return None if index is None else spec_of(index, recipes[index], (), (), propagate)
-
-    def beside(index: int) -> BlockSpec | None:
+    def _beside(self, index: int) -> BlockSpec | None:
         """The block that workers read while they solve one that they share."""
         found = index + 1
-        wanted = budget is None and found < count and found not in borders and not compresses[found].done
-        return outlined(found if wanted else None)
+        wanted = self.budget is None and found < self._count and found not in self._borders
+        return self._outlined(found) if wanted and not self._compresses[found].done else None
 
-    def begun(index: int) -> bool:
+    def _begun(self, index: int) -> bool:
         """Whether a worker has begun with a block."""
-        own = [*ends[index + 1], compresses[index], *([reading[index]] if index in reading else [])]
+        reading = [self._reading[index]] if index in self._reading else []
+        own = [*self._ends[index + 1], self._compresses[index], *reading]
         return any(node.running or node.ran for node in own)
 
-    def following(index: int) -> int | None:
+    def _following(self, index: int) -> int | None:
         """The block that a worker takes behind this one, where that is known: in turn with those who have none, or the next of
         its segment."""
-        if propagate == "original" and begun(index):
-            left = [block for block in range(index + 1, count) if block not in foreseen and not begun(block)]
-            found = next(iter(left[workers - graph.busy :]), count)
-        elif propagate == "original":
-            found = index + workers  # this task is only looked up: nobody has begun
+        count, borders = self._count, self._borders
+        if self._apart and self._begun(index):
+            left = [
+                block for block in range(index + 1, count) if block not in self._foreseen and not self._begun(block)
+            ]
+            found = next(iter(left[self.workers - self.graph.busy :]), count)
+        elif self._apart:
+            found = index + self.workers  # this task is only looked up: nobody has begun
         else:
             found = index + 1
             if found in borders:
-                found = index // borders.step * borders.step + workers * borders.step
+                found = index // borders.step * borders.step + self.workers * borders.step
         # With a budget it may hold the statistics, and the weights with them.
-        known = budget is None and (propagate == "original" or len(borders) >= workers)
-        if not known or found >= count or compresses[found].done:
+        known = self.budget is None and (self._apart or len(borders) >= self.workers)
+        if not known or found >= count or self._compresses[found].done:
             return None
-        foreseen.add(found)
+        self._foreseen.add(found)
         return found
-
-    def prefetch(index: int) -> Prefetch:
-        return Prefetch(block=spec_of(index, recipes[index], (), (), "original"))
-
-    through = count if propagate == "original" or budget is not None else borders[-1]
-    # Each is read by a worker that waits for what enters it, where it was not read while another one was solved.
-    early = ahead and workers > 1
-    for index in range(through):
-        size = 0 if budget is None else budget.bytes[index]
-        before = ends[index] if len(ends[index]) > 1 else [ends[index][0]] * len(stretches)
-        own: list[Node[HiddenRecord]] = []
-        if early:
-            reading[index] = graph.add(partial(prefetch, index), wanted=False)
-        for place, stretch in enumerate(stretches):
-            own.append(
-                graph.add(
-                    partial(calibrate, index, stretch),
-                    reads=before[place : place + 1],
-                    uses=own[-1] if own else reading.get(index),
-                    rereads=before[:place],
-                    lasting=lasting(index),
-                    wanted=False,
-                    bytes=size,
-                )
-            )
-        if budget is not None and index in budget.blocks:
-            gains[index] = graph.add(partial(measure, index), uses=own[-1], rereads=ends[index])
-        ends.append(own)
-    after = tuple(gains.values())
-    # Workers that would wait for those which have a segment of their own share its blocks.
-    together = sharing(workers, count, segment)
-    apart = in_stretches(stretches[-1].stop, together)
-    unjoined: SharedBlock | None = None
-    for index in range(count):
-        make = partial(compress, index)
-        if propagate == "original":
-            compresses.append(graph.add(make, after=after, uses=ends[index + 1][-1], rereads=ends[index]))
-            continue
-        parts = balanced(units[index], together) if units and together > 1 else []
-        entered = ends[index] if index in borders else behind[-1]
-        block = partial(spec, index)
-        solve = add_parts(graph, block, parts, reads=entered, after=after, following=partial(beside, index))
-        if unjoined is not None:
-            compresses.append(unjoined.add_compress(graph))
-            unjoined = None
-        if parts:
-            apiece = index not in borders and index - 1 in shares
-            reads = [[node] for node in entered] if apiece else [entered] * len(apart)
-            unjoined = add_propagation(graph, block, solve, apart, reads=reads, lasting=lasting(index))
-            shares[index] = unjoined
-            behind.append(unjoined.propagate)
-        else:
-            compresses.append(graph.add(make, reads=entered, lasting=lasting(index), after=after))
-            behind.append(compresses[-1:])
-    if unjoined is not None:
-        compresses.append(unjoined.add_compress(graph))
-    return Blocks(
-        tuple(compresses),
-        tuple(node for own in ends[1:] for node in own),
-        tuple(node for share in shares.values() for node in share.nodes),
-        lambda index: compress(index).block,
-    )
 
 
 FILLED = 100

@@ -14,7 +14,7 @@ from counterweight.pipeline.artifact import Artifact, FileEntry
 from counterweight.pipeline.artifact.assemble import Parts
 from counterweight.pipeline.artifact.report import TaskReport
 from counterweight.pipeline.behind import behind_blocks
-from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks, stretches
+from counterweight.pipeline.blocks import BlockNodes, BlockRecipe, Blocks, Budget, stretches
 from counterweight.pipeline.carrying import carrying
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.events import BlockDone, EventLog, FellBack, Planned, StageEntered, WindowsDone
@@ -140,11 +140,10 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
             share=lambda gains: share_out(source, recipes, gains),
             bytes=[block.calibrated_bytes for block in job.plan.blocks],
         )
-    return add_blocks(
-        job.dispatcher.graph,
-        embedded,
-        recipes,
-        spec_of,
+    nodes = BlockNodes(
+        graph=job.dispatcher.graph,
+        recipes=recipes,
+        spec_of=spec_of,
         propagate=propagate,
         budget=budget,
         stretches=stretches(
@@ -160,6 +159,7 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
         lasting=lasting,
         units=[block.units for block in job.plan.blocks],
     )
+    return nodes.add(embedded)
 
 
 def add_outside(job: Job) -> Outside:

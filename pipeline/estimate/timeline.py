@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from counterweight.pipeline.allocation import budgeted
-from counterweight.pipeline.blocks import BlockRecipe, Budget, add_blocks, stretches
+from counterweight.pipeline.blocks import BlockNodes, BlockRecipe, Budget, stretches
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.estimate.asked import Asked
 from counterweight.pipeline.estimate.costs import BlockSeconds
@@ -172,11 +172,10 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node
 
     sharing = budgeted(costs.recipes)
     budget = Budget(blocks=sharing, share=lambda _: costs.recipes, bytes=costs.calibrated) if sharing else None
-    blocks = add_blocks(
-        graph,
-        graph.add(lambda: embed),
-        costs.recipes,
-        spec_of,
+    nodes = BlockNodes(
+        graph=graph,
+        recipes=costs.recipes,
+        spec_of=spec_of,
         propagate=propagate,
         budget=budget,
         stretches=stretches(shards, len(costs.blocks), dispatcher.workers, threads, gpu=rates.link is not None),
@@ -185,6 +184,7 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node
         ahead=rates.link is not None,
         units=costs.units,
     )
+    blocks = nodes.add(graph.add(lambda: embed))
     kept = [Simulated(f"kept {name}", {"carry over": _carried(costs, name)}) for name in costs.outside]
     outside = [graph.add(giving(task)) for task in kept]
     references = _originals(costs, dispatcher)

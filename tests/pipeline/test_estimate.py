@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from counterweight.pipeline.blocks import EDGE, add_blocks, stretches
+from counterweight.pipeline.blocks import EDGE, BlockNodes, stretches
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.estimate import BlockSeconds, Estimate, again, validation_bytes
 from counterweight.pipeline.estimate.costs import STREAMED, Passing
@@ -75,11 +75,10 @@ def simulated(
             index=index, recipe=recipe, inputs=inputs, original_inputs=originals, propagate=propagate
         )
 
-    blocks = add_blocks(
-        dispatcher.graph,
-        dispatcher.graph.add(lambda: Simulated("embedding", {}, block.shards)),
-        [{}] * count,
-        spec_of,
+    nodes = BlockNodes(
+        graph=dispatcher.graph,
+        recipes=[{}] * count,
+        spec_of=spec_of,
         propagate=propagate,
         stretches=parts or stretches(SHARDS, count, workers, 1),
         segment=segment,
@@ -87,6 +86,7 @@ def simulated(
         ahead=ahead,
         units=() if shared is None else [UNITS] * count,
     )
+    blocks = nodes.add(dispatcher.graph.add(lambda: Simulated("embedding", {}, block.shards)))
     dispatcher.run(blocks.compress)
     if block is BLOCK and not ahead and segment is None and shared is None:
         assert sum(pool.steps.values()) == pytest.approx(count * (LOAD + SHARDS * SHARD + SOLVE))

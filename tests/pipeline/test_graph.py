@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterweight.pipeline.blocks import BlockRecipe, Blocks, Budget, add_blocks
+from counterweight.pipeline.blocks import BlockNodes, BlockRecipe, Blocks, Budget
 from counterweight.pipeline.graph import Graph, Node
 from counterweight.pipeline.needs import Needs
 from counterweight.pipeline.shared_blocks import balanced, in_stretches
@@ -102,11 +102,10 @@ class Cluster:
         self.graph = Graph(workspace, hold_bytes=hold)
         embedded: Node[HiddenRecord] = self.graph.add(lambda: EMBED)
         shares = Budget(blocks=frozenset(range(count)), share=self._share, bytes=[1] * count)
-        self.blocks: Blocks = add_blocks(
-            self.graph,
-            embedded,
-            [{}] * count,
-            self.spec_of,
+        nodes = BlockNodes(
+            graph=self.graph,
+            recipes=[{}] * count,
+            spec_of=self.spec_of,
             propagate=propagate,
             budget=shares if budget else None,
             stretches=[range(len(FIRST))[start : start + stretch] for start in range(0, len(FIRST), stretch)],
@@ -116,6 +115,7 @@ class Cluster:
             lasting=self.lasting,
             units=[UNITS] * count if shared else (),
         )
+        self.blocks: Blocks = nodes.add(embedded)
         self.graph.open()
         self.running: dict[int, Node[object]] = {}
         self.workers = range(workers)
