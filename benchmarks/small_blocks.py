@@ -1,6 +1,6 @@
 """CPU seconds of one more block of a model whose blocks are small, and what of them is neither forward pass nor solve.
 
-    python benchmarks/small_blocks.py [--record]
+    python benchmarks/small_blocks.py [--blocks 20 60] [--record]
 
 Two jobs in this process, on one thread and without validation, which differ in their number of blocks: W4 GPTQ of a random
 Llama of hidden 32 on 16 x 32 tokens. The difference of their CPU seconds by that of their blocks, the least of some repeats.
@@ -26,7 +26,6 @@ from counterweight.workers.models.block_builder import Block
 from tests.inprocess import run_job
 from tests.models import checkpoint
 
-FEW, MANY = 20, 60
 RECIPE = {"weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "gptq"}}}
 CALIBRATION = {"sequences": 16, "sequence_length": 32}
 SIZES: Mapping[str, Any] = {
@@ -69,21 +68,23 @@ def seconds(model: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", nargs=2, type=int, default=(20, 60), metavar=("FEW", "MANY"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
     about = f"{machine()}. {versions('torch', 'transformers')}"
-    runs: dict[int, list[dict[str, float]]] = {FEW: [], MANY: []}
+    few, many = arguments.blocks
+    runs: dict[int, list[dict[str, float]]] = {few: [], many: []}
     with tempfile.TemporaryDirectory() as place:
         models = {blocks: Path(place) / str(blocks) for blocks in runs}
         for blocks, model in models.items():
             checkpoint("llama", model, num_hidden_layers=blocks, **SIZES)
-        seconds(models[FEW])  # what is made once in a process
+        seconds(models[few])  # what is made once in a process
         for _ in range(arguments.repeats):
             for blocks, model in models.items():
                 runs[blocks].append(seconds(model))
     least = {blocks: {part: min(run[part] for run in found) for part in found[0]} for blocks, found in runs.items()}
-    each = {part: (least[MANY][part] - least[FEW][part]) / (MANY - FEW) for part in least[FEW]}
+    each = {part: (least[many][part] - least[few][part]) / (many - few) for part in least[few]}
     rest = each["all"] - each["forward"] - each["solve"]
     rows = [[f"{1000 * part:.1f}" for part in (each["all"], each["forward"], each["solve"], rest)]]
     body = table(["all, CPU ms", "forward pass", "solving seven linears", "the rest"], rows)

@@ -306,5 +306,17 @@ def test_sharing() -> None:
         assert (float(shared) < float(apart)) == (workers != "1")
 
 
+def test_lrc_job(place: Path) -> None:
+    sizes = ("--sequences", 8, "--repeats", 1, "--set", "spec.recipe.activations={bits: 4}")
+    plain, lrc = rows(ran("lrc_job", "--manifest", place / "job" / "job.yaml", *sizes))
+    assert plain.split(" | ")[2].rstrip(" |") == "1.00"
+    assert float(lrc.split(" | ")[1]) > 0
+
+
+def test_small_blocks() -> None:
+    (row,) = rows(ran("small_blocks", "--blocks", 1, 3, "--repeats", 1))
+    assert len(NUMBER.findall(row)) == 4
+
+
 def test_submissions_to_two_instances() -> None:
     assert rows(ran("submissions", "--jobs", 4, "--clients", 2))[0].startswith("| 4 | 2 |")

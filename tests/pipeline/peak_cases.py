@@ -109,7 +109,7 @@ CASES: Mapping[str, Case] = {
         "forward",
     ),
     "GPTQ": (few(GPTQ, 256, 4096), "solve"),
-    "GPTQ, rows": (few(GPTQ, 1024, 2048), "solve"),
+    "GPTQ, rows": (few(GPTQ, 1024, 3072), "solve"),
     "sign": (few({"weights": {"format": "sign"}}, 768, 3072), "solve"),
     "RTN, weighted": (few(WEIGHTED, 1024, 4096, dtype="float32"), "solve"),
     "SVD, few tokens": (few(svd(0.3), 512, 1792), "solve"),
@@ -146,7 +146,7 @@ CASES: Mapping[str, Case] = {
         "tune",
     ),
     "tuning": (few({**RTN, "tuning": {"kind": "lsi", "epochs": 1}}, 1024, 2048), "tune"),
-    "propagation": (many(RTN, 512, 2048, propagate="compressed"), "forward"),
+    "propagation": (many(RTN, 512, 2048, propagate="compressed"), "propagate"),
 }
 
 LARGE: Mapping[str, Case] = {

@@ -153,7 +153,8 @@ def test_the_plan_counts_drawn_windows(tmp_path: Path) -> None:
     few, enough = "spec.calibration.experts.floor=16", "spec.calibration.experts.floor=0.1"
     plain, drawn = planned(few), planned(few, "spec.calibration.drawn=24")
     assert (plain.tokens, plain.drawn_tokens, drawn.tokens, drawn.drawn_tokens) == (12 * 32, 0, 12 * 32, 24 * 32)
-    assert drawn.storage_written_bytes - plain.storage_written_bytes == 2 * 24 * 32 * 64 * 4
+    # The embedding's; behind the block they stay in the workers' memory.
+    assert drawn.storage_written_bytes - plain.storage_written_bytes == 24 * 32 * 64 * 4
     assert drawn.blocks[0].statistics_flops > plain.blocks[0].statistics_flops
     assert drawn.estimate.seconds > plain.estimate.seconds
     fed, unfed = (planned(enough, *more).blocks[0] for more in (("spec.calibration.drawn=24",), ()))

@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from counterweight import load_model
 from counterweight.pipeline.artifact import Published
 from counterweight.pipeline.model_source import open_model
+from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.ledger import Ledger
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.models.layout import Slice
 from counterweight.workers.models.source import whole
+from counterweight.workers.storage import open_store
 from tests.inprocess import local, run_job
 from tests.models import EMBEDDING, build, checkpoint, read_config, read_tensors, save_mxfp4, token_ids
 
@@ -158,8 +160,8 @@ def test_a_source_in_mxfp4_is_the_model_of_the_decoded_weights(tmp_path: Path) -
     """As transformers decodes them; every tensor is accounted for."""
     model = build("gpt_oss")
     save_mxfp4(model, tmp_path / "model")
-    opened = open_model((tmp_path / "model").as_uri())
-    read = whole(opened.checkpoint, BlockBuilder(opened.checkpoint.config), CPU, torch.float32)
+    opened = Checkpoint.open(open_store((tmp_path / "model").as_uri()))
+    read = whole(opened, BlockBuilder(opened.config), CPU, torch.float32)
     ids = token_ids(2, 32)
     with torch.no_grad():
         torch.testing.assert_close(read(ids).logits, model(ids).logits, rtol=0, atol=1e-4)
