@@ -3,7 +3,8 @@
     python benchmarks/workers.py --manifest manifests/reference-mixtral-w4a16-g128.yaml [--workers 2] [--repeats 3] [--record]
 
 Every worker has one CPU, and runs begin in an empty place. Seconds are the report's own, stage by stage; the whole is their
-sum, which begins when the workers have answered. Artifacts of all runs must be the same.
+sum, which begins when the workers have answered. The original runs over the validation's windows as soon as a worker has
+nothing else to do, in whatever stage that is, so that only sums of stages compare. Artifacts of all runs must be the same.
 """
 
 from __future__ import annotations
@@ -65,8 +66,10 @@ def main() -> None:
     if any(artifact != artifacts[0] for artifact in artifacts):
         raise SystemExit("the runs' artifacts differ: expected the same bytes")
     rows = []
-    for stage in [*found[1][0], "all"]:
-        seconds = [[sum(one.values()) if stage == "all" else one[stage] for one in runs] for runs in found.values()]
+    names = tuple(found[1][0])
+    parts = {name: (name,) for name in names} | {"from blocks on": names[names.index(BLOCKS) :], "all": names}
+    for stage, summed in parts.items():
+        seconds = [[sum(one[name] for name in summed) for one in runs] for runs in found.values()]
         ratios = [one / several for one, several in zip(*seconds, strict=True)]
         medians = [f"{statistics.median(own):.2f}" for own in seconds]
         rows.append([stage, *medians, f"{statistics.median(ratios):.2f}", ", ".join(f"{r:.2f}" for r in ratios)])

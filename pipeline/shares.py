@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from counterweight.workers.parallel import PIECE_TOKENS
 from counterweight.workers.tasks.setting import shard_sequences
 
 READ_TOKENS = 1 << 19
@@ -9,17 +10,18 @@ READ_TOKENS = 1 << 19
 380 thousand of a dense one, 1.4 million of Mixtral (`pipeline.rates`)."""
 
 
-def shares(windows: int, length: int, workers: int) -> list[range]:
-    """The windows of each worker: whole batches, because the last bits of a matrix product may depend on its number of rows (an
-    expert's few tokens)."""
-    batch = shard_sequences(length)
-    share = -(-windows // (batch * workers)) * batch
+def shares(windows: int, length: int, workers: int, *, gpu: bool) -> list[range]:
+    """The windows of each worker: those that run together stay together, because the last bits of a matrix product may depend
+    on its number of rows (an expert's few tokens). On a GPU these are batches, on a CPU pieces of one."""
+    batch, piece = shard_sequences(length), max(1, PIECE_TOKENS // length)
+    grain = piece if not gpu and batch % piece == 0 else batch
+    share = -(-windows // (grain * workers)) * grain
     return [range(start, min(start + share, windows)) for start in range(0, windows, share)]
 
 
 def original_shares(windows: int, length: int, workers: int, *, gpu: bool) -> list[list[range]]:
     """The windows of each worker, those together that one task runs through the original."""
-    each = shares(windows, length, workers)
+    each = shares(windows, length, workers, gpu=gpu)
     tasks = min(len(each), -(-windows * length // READ_TOKENS)) if gpu else len(each)
     together = -(-len(each) // tasks)
     return [each[first : first + together] for first in range(0, len(each), together)]

@@ -234,7 +234,7 @@ def windows_of_workers(job: CompressionJob, workers: int) -> list[range]:
     if validation is None:
         return []
     windows = sum(count or WINDOWS for _, count in validation.sources.values())
-    return shares(windows, window_tokens(job), workers)
+    return shares(windows, window_tokens(job), workers, gpu=job.spec.resources.gpus_per_worker > 0)
 
 
 def windows_of_originals(job: CompressionJob, workers: int, *, gpu: bool) -> list[list[range]]:

@@ -42,7 +42,7 @@ def report_of(uri: str) -> Report:
 def test_the_windows_are_shared_out_without_gap_or_overlap_and_the_figures_do_not_notice(
     manifest: Path, tmp_path: Path
 ) -> None:
-    """Seven windows in batches of four on one, two, three and nine workers: whole batches, equal bits."""
+    """Seven windows, four to a batch, on one, two, three and nine workers: equal bits."""
     assert shard_sequences(2048) == 4
     text = tmp_path / "long.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 4000)
@@ -61,7 +61,7 @@ def test_the_windows_are_shared_out_without_gap_or_overlap_and_the_figures_do_no
         )
         windows = [number for spec in sorted(specs, key=lambda s: s.start) for number in range(spec.start, spec.stop)]
         assert windows == list(range(7))
-        assert len(specs) == min(workers, 2)
+        assert len(specs) == {1: 1, 2: 2, 3: 3, 9: 7}[workers], "a window of 2048 tokens runs alone on a CPU"
         assert events.named("windows") == [(done + 1, len(specs)) for done in range(len(specs))]
         report = report_of(published.uri)
         names = [task.name for task in report.tasks if task.name.startswith("validation")]
@@ -81,7 +81,34 @@ def test_originals_are_no_more_than_a_gpu_has_tokens_for() -> None:
     assert [len(each) for each in original_shares(few, length, 8, gpu=False)] == [1] * 8
     for windows in (batch + 1, few, many):
         together = original_shares(windows, length, 8, gpu=True)
-        assert [share for each in together for share in each] == shares(windows, length, 8)
+        assert [share for each in together for share in each] == shares(windows, length, 8, gpu=True)
+
+
+def test_windows_that_run_together_stay_together(tmp_path: Path) -> None:
+    """Of a sparse model, where the bits of an expert's few tokens depend on their number: ten windows, four at a time."""
+    manifest = write_job(tmp_path / "job", layers=1, case="mixtral")
+    text = write_text(tmp_path / "job" / "validation.txt", 10 * 256, seed=1)
+    asked = (f"spec.validation.text.uri={text}", "spec.validation.sequence_length=256")
+    figures = []
+    for workers in (1, 2):
+        pool = LocalPool(workers)
+        found = report_of(run_local(job_of(manifest, f"spec.output.uri={tmp_path / str(workers)}", *asked), pool).uri)
+        assert sum(isinstance(task, Evaluate) for _, task in pool.calls) == workers
+        figures.append((found.judged, found.routers))
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize(
+    ("length", "gpu", "expected"),
+    [
+        (256, False, [80, 80]),  # pieces of 4 windows
+        (256, True, [96, 64]),  # batches of 32
+        (2048, False, [80, 80]),
+        (350, False, [92, 68]),  # batches of 23 are not whole pieces of 2
+    ],
+)
+def test_workers_have_about_as_many_windows_each(length: int, gpu: bool, expected: list[int]) -> None:
+    assert [len(share) for share in shares(160, length, 2, gpu=gpu)] == expected
 
 
 def test_windows_that_one_task_runs_through_the_original_are_judged_by_all_workers_to_the_same_bits(
