@@ -78,11 +78,11 @@ class Reference:
 
 
 def add_originals(graph: Graph, whole: Original, length: int, workers: int) -> list[Reference]:
-    """The nodes of what the original makes of each worker's windows, of `length` tokens. Nothing in them is a recipe's: workers
-    that wait for a block run them, and another recipe on this model and text finds them done. whole: of all windows.
+    """The nodes of what the original makes of each worker's windows, of `length` tokens. Nothing in them is a recipe's: another
+    recipe on this model and text finds them done. whole: of all windows.
 
-    On a GPU each reads the model for longer than it computes, so they are no more than they have tokens for; each takes longer
-    than a block then, and is begun before them.
+    Each takes longer than a block, so several workers begin with them: at the end of the blocks one would run alone. On a GPU
+    each reads the model for longer than it computes, so they are no more than they have tokens for.
     """
 
     divided = original_shares(whole.stop, length, workers, gpu=whole.setting.device == "cuda")
@@ -93,7 +93,7 @@ def add_originals(graph: Graph, whole: Original, length: int, workers: int) -> l
     found: list[Reference] = []
     for together in divided:
         first = together[0].start
-        node = graph.add(giving(of(range(first, together[-1].stop))), soon=len(together) > 1)
+        node = graph.add(giving(of(range(first, together[-1].stop))), soon=sum(map(len, divided)) > 1)
         found += [Reference(of(share), node, first) for share in together]
     return found
 

@@ -260,7 +260,9 @@ def _originals(costs: Costs, dispatcher: Dispatcher) -> list[Node[HiddenRecord]]
     for together in divided:
         windows = range(together[0].start, together[-1].stop)
         steps = _validated(costs, whole, windows, 1, costs.rates.sent(_left(costs, windows)))
-        node = dispatcher.graph.add(giving(Simulated(f"original {windows.start}", steps)), soon=len(together) > 1)
+        node = dispatcher.graph.add(
+            giving(Simulated(f"original {windows.start}", steps)), soon=sum(map(len, divided)) > 1
+        )
         found += [node] * len(together)
     return found
 
