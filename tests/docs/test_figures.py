@@ -71,6 +71,7 @@ def speed(file: str) -> list[float]:
 
 FIRST, SECOND = speed("2026-11-22-speed-earlier.md"), speed("2026-11-22-speed.md")
 GENERATION, MEMORY, BRANCHES = "2026-11-22-generation-demo.md", "2026-11-22-memory.md", "2026-11-25-branches.md"
+PEERS = "2026-11-26-peers.md"
 DECODING, PROMPTS = "2026-11-26-kernels.md", "2026-11-26-kernels-prompts.md"
 
 
@@ -114,7 +115,35 @@ def shared(model: str, workers: str, way: str) -> float:
     return float(found[f"{way}, s"])
 
 
+def beside(tool: str, name: str) -> float:
+    """A median, or a number that stands alone, of one tool beside others."""
+    (found,) = (one for one in rows(PEERS) if one["tool"] == tool)
+    return float(found[name].split(" / ")[-1])
+
+
+TOKENS, PROCESS, PEAK, PERPLEXITY = (
+    "tokens to checkpoint, s",
+    "whole process, s",
+    "peak, MiB",
+    "perplexity, loaded again",
+)
+
 SAID = (
+    Said(
+        "to checkpoint N s against N s of it (N times faster), whole processes N s against N s, N MiB against N MiB; "
+        "perplexity N against N",
+        lambda: [
+            (ours := beside("counterweight", TOKENS)),
+            (theirs := beside("llmcompressor", TOKENS)),
+            theirs / ours,
+            *(
+                beside(tool, name)
+                for name in (PROCESS, PEAK, PERPLEXITY)
+                for tool in ("counterweight", "llmcompressor")
+            ),
+        ],
+    ),
+    Said("the process takes N s", lambda: [beside("whole", PROCESS)]),
     Said(
         "eight H100 take N s for Mixtral-8x7B's blocks in W4A4 with LRC, one at a time N s, a single GPU N s",
         lambda: [
@@ -276,6 +305,7 @@ def test_every_result_file_that_the_readme_names_is_looked_at() -> None:
         BLOCK,
         HIDDEN,
         SHARING,
+        PEERS,
     }
     looked |= {DRAWING, "serving.json"}  # the latter in tests/stock/test_matrix.py
     assert named - looked == {"2026-11-26-quality.md"}
