@@ -223,11 +223,12 @@ def make_plan(
     rates = rates if device is None else rates_of(device)
     made: Estimate | None = None
     if rates is not None and timed:
-        alone = _with_one_worker(job)
-        alone_hidden = hidden_states(alone, boundary, len(blocks) + passed, room)
         asking = None if documents is None else asked(documents.tasks.values())
-        of_one = _costs(alone, source, costed, training, rates, alone_hidden, asking)
-        costs = _costs(job, source, costed, training, rates, hidden, asking)
+        of_one = costs = _costs(job, source, costed, training, rates, hidden, asking)
+        if job.spec.resources.workers > 1:
+            alone = _with_one_worker(job)
+            alone_hidden = hidden_states(alone, boundary, len(blocks) + passed, room)
+            of_one = _costs(alone, source, costed, training, rates, alone_hidden, asking)
         made = estimate(costs, of_one, job.spec.resources, costed[0].load.threads)
         hidden = hidden.model_copy(update={"lost_seconds": again(costs.blocks, hidden.lost_blocks)})
     return Plan(

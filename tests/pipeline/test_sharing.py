@@ -19,26 +19,13 @@ from counterweight.workers.worker import Worker
 from tests.common_memory import Member
 from tests.inprocess import InProcessPool, run_job
 from tests.models import checkpoint
+from tests.pipeline.unlike_recipes import RECIPES
 
 CALIBRATION = {"sequences": 12, "sequence_length": 32, "propagate": "compressed", "held_out": 2}
 """Two shards: one that is solved on, and one that is held out."""
 
 DRAWN = {"drawn": 2}
 """A third, for experts."""
-
-RECIPES: dict[str, Any] = {
-    "W4A4, LRC": {
-        "weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "gptq"}},
-        "activations": {"bits": 4, "clip": "search"},
-        "compensation": {"kind": "lrc", "rank": {"count": 4}},
-    },
-    "smoothed, ranks shared out": {
-        "transforms": [{"kind": "smoothing"}],
-        "weights": {"bits": 3, "group_size": 32, "quantizer": {"kind": "rtn"}},
-        "activations": {"bits": 8},
-        "compensation": {"kind": "svd", "rank": {"budget_bits": 2.0}},
-    },
-}
 
 
 GPTQ = {"weights": {"bits": 3, "group_size": 32, "quantizer": {"kind": "gptq"}}}

@@ -12,26 +12,13 @@ from counterweight.pipeline.artifact import REPORT, REPORT_PAGE, open_artifact
 from counterweight.workers.tasks.setting import shard_sequences
 from tests.inprocess import local, run_job
 from tests.models import checkpoint
+from tests.pipeline.unlike_recipes import RECIPES
 
 LENGTH = 2048
 CALIBRATION = {"sequences": 2 * shard_sequences(LENGTH) + 1, "sequence_length": LENGTH}
 """Three shards, of which the last is small."""
 
 SHORT = {"sequences": 12, "sequence_length": 32, "held_out": 0}
-
-RECIPES: dict[str, Any] = {
-    "W4A4, LRC": {
-        "weights": {"bits": 4, "group_size": 32, "quantizer": {"kind": "gptq"}},
-        "activations": {"bits": 4, "clip": "search"},
-        "compensation": {"kind": "lrc", "rank": {"count": 4}},
-    },
-    "smoothed, ranks shared out": {
-        "transforms": [{"kind": "smoothing"}],
-        "weights": {"bits": 3, "group_size": 32, "quantizer": {"kind": "rtn"}},
-        "activations": {"bits": 8},
-        "compensation": {"kind": "svd", "rank": {"budget_bits": 2.0}},
-    },
-}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
