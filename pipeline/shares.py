@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from counterweight.workers.parallel import PIECE_TOKENS
+from counterweight.workers.parallel import piece_sequences
 from counterweight.workers.tasks.setting import shard_sequences
 
 READ_TOKENS = 1 << 19
@@ -13,7 +13,7 @@ READ_TOKENS = 1 << 19
 def shares(windows: int, length: int, workers: int, *, gpu: bool) -> list[range]:
     """The windows of each worker: those that run together stay together, because the last bits of a matrix product may depend
     on its number of rows (an expert's few tokens). On a GPU these are batches, on a CPU pieces of one."""
-    batch, piece = shard_sequences(length), max(1, PIECE_TOKENS // length)
+    batch, piece = shard_sequences(length), piece_sequences(length)
     grain = piece if not gpu and batch % piece == 0 else batch
     share = -(-windows // (grain * workers)) * grain
     return [range(start, min(start + share, windows)) for start in range(0, windows, share)]

@@ -23,7 +23,7 @@ from counterweight.workers.errors import RequestError
 from counterweight.workers.metrics import METRICS, PROFILES, Comparison
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.routing import watched
-from counterweight.workers.parallel import PIECE_TOKENS, OrderedPool
+from counterweight.workers.parallel import OrderedPool, piece_sequences
 from counterweight.workers.tasks.evaluate import (
     BASELINE,
     COMPENSATED,
@@ -88,7 +88,7 @@ def advance(
 
 def _pieces(batch: Tensor) -> list[Tensor]:
     """What one thread runs at a time of a batch of windows [windows, length, ...]: all on a GPU."""
-    return [batch] if batch.is_cuda else list(batch.split(max(1, PIECE_TOKENS // batch.shape[1])))
+    return [batch] if batch.is_cuda else list(batch.split(piece_sequences(batch.shape[1])))
 
 
 def variants_of(model: CompressedModel) -> dict[str, str]:

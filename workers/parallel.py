@@ -44,6 +44,11 @@ def in_turn(parts: Sequence[Callable[[], R]]) -> list[R]:
     return [part() for part in parts]
 
 
+def piece_sequences(length: int, tokens: int = PIECE_TOKENS) -> int:
+    """Sequences of `length` tokens in one piece of so many `tokens`; one where a single sequence is longer."""
+    return max(1, tokens // length)
+
+
 def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     """Results in the order of `items`, by `READERS` threads; the first failure cancels what has not begun."""
     with ThreadPoolExecutor(READERS) as pool:

@@ -19,7 +19,7 @@ from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.statistics import Gathering
 from counterweight.workers.hooks import expert_hook, input_hooks
 from counterweight.workers.models.family import SharedInputGroup, expert_of, is_expert
-from counterweight.workers.parallel import Shards, Share
+from counterweight.workers.parallel import Shards, Share, piece_sequences
 from counterweight.workers.quantization.inputs import check_activations
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class ShardRun(Generic[Found]):
         What `Gatherer.add` takes, and the output."""
         entered, original = hidden
         most = self._shards.piece_tokens
-        together = len(entered) if most is None else max(1, most // entered.shape[1])
+        together = len(entered) if most is None else piece_sequences(entered.shape[1], most)
         parts = entered.split(together)
         originals = [None] * len(parts) if original is None else original.split(together)
         found: dict[SharedInputGroup, Found] = {}

@@ -10,7 +10,7 @@ from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.matrix_bytes import DOUBLE, triangle
 from counterweight.workers.methods.transforms import Rotation
 from counterweight.workers.models.family import ModelFamily, is_expert
-from counterweight.workers.parallel import PIECE_TOKENS
+from counterweight.workers.parallel import piece_sequences
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.tasks.setting import shard_sequences
 
@@ -96,7 +96,7 @@ class Load:
     @property
     def piece(self) -> int:
         """Tokens of a shard that a thread runs at a time."""
-        return self.shard if self.gpu else min(self.shard, max(1, PIECE_TOKENS // self.length) * self.length)
+        return self.shard if self.gpu else min(self.shard, piece_sequences(self.length) * self.length)
 
     @property
     def in_pieces(self) -> bool:
