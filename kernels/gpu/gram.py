@@ -16,8 +16,12 @@ from counterweight.kernels.gpu import launch
 STRIP = 128
 """Rows of a strip of a packed triangle, as `workers.calibration.triangle` has them."""
 
+BLOCKS_HOPPER = {"TOKENS": 64, "TILE": 128, "num_warps": 4, "num_stages": 4}
+"""16-bit input on Hopper: 8192 tokens of 4096 and of 14336 channels take 237 and 3079 us on an H200; 251 and 3440 us with 8 warps,
+288 and 2927 us in tiles of 128 x 256 (8 warps), 271 and 3405 us in 3 stages."""
+
 BLOCKS_16_BIT = {"TOKENS": 64, "TILE": 128, "num_warps": 8, "num_stages": 3}
-"""16-bit input: two warpgroups on a tile of 128 x 128, 96 KB of shared memory, which an sm_89 has."""
+"""16-bit input elsewhere: two warpgroups on a tile of 128 x 128, 96 KB of shared memory, which an sm_89 has."""
 
 BLOCKS_FLOAT32 = {"TOKENS": 32, "TILE": 64, "num_warps": 8, "num_stages": 2}
 """float32 is multiplied without tensor cores; a larger tile spills."""
@@ -66,7 +70,7 @@ def _add_(total: Tensor, shape: tuple[int, ...], x: Tensor, y: Tensor, *, packed
     if total.device != x.device:
         raise ValueError(f"total: on {total.device}: expected {x.device}")
     constants = launch.arithmetic(x.dtype)
-    blocks = BLOCKS_FLOAT32 if x.dtype is torch.float32 else BLOCKS_16_BIT
+    blocks = blocks_of(x.dtype, launch.major_of(x.device))
     grid = tuple(triton.cdiv(stream.shape[1], blocks["TILE"]) for stream in (x, y))
     with launch.current(x.device):
         gram_kernel[grid](
@@ -79,11 +83,19 @@ def _add_(total: Tensor, shape: tuple[int, ...], x: Tensor, y: Tensor, *, packed
             x.stride(0),
             y.stride(0),
             PACKED=packed,
+            EVEN=all(stream.shape[1] % blocks["TILE"] == 0 for stream in (x, y)),
             STRIP=STRIP,
             COMPUTE=constants["COMPUTE"],
             PRECISION=constants["PRECISION"],
             **blocks,
         )
+
+
+def blocks_of(dtype: torch.dtype, major: int) -> dict[str, int]:
+    """Constants and options of the kernel for inputs of `dtype` on compute capability `major`."""
+    if dtype is torch.float32:
+        return BLOCKS_FLOAT32
+    return BLOCKS_HOPPER if major == 9 else BLOCKS_16_BIT
 
 
 @triton.jit
@@ -97,6 +109,7 @@ def gram_kernel(
     x_stride,
     y_stride,
     PACKED: tl.constexpr,
+    EVEN: tl.constexpr,
     STRIP: tl.constexpr,
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
@@ -104,26 +117,32 @@ def gram_kernel(
     PRECISION: tl.constexpr,
 ):
     """grid (tiles, tiles). A program sums its tile over all tokens in float32 and adds it in float64. PACKED: to the lower
-    triangle, see `add_gram_`; programs above the diagonal have nothing to do."""
+    triangle, see `add_gram_`; programs above the diagonal have nothing to do. EVEN: whether all tiles are whole."""
     row_tile = tl.program_id(0)
     column_tile = tl.program_id(1)
     if PACKED & (column_tile > row_tile):
         return
     row = row_tile * TILE + tl.arange(0, TILE)
     column = column_tile * TILE + tl.arange(0, TILE)
+    token = tl.arange(0, TOKENS).to(tl.int64)
+    rows = x + (token[:, None] * x_stride + row[None, :])
+    columns = y + (token[:, None] * y_stride + column[None, :])
     sums = tl.zeros((TILE, TILE), tl.float32)
-    for first in tl.range(0, tokens, TOKENS):
-        token = (first + tl.arange(0, TOKENS)).to(tl.int64)
-        inside = token < tokens
-        rows = tl.load(
-            x + token[None, :] * x_stride + row[:, None], mask=inside[None, :] & (row < x_width)[:, None], other=0.0
-        )
-        columns = tl.load(
-            y + token[:, None] * y_stride + column[None, :],
-            mask=inside[:, None] & (column < y_width)[None, :],
-            other=0.0,
-        )
-        sums = tl.dot(rows.to(COMPUTE), columns.to(COMPUTE), sums, input_precision=PRECISION)
+    whole = tokens // TOKENS * TOKENS
+    for _ in tl.range(0, whole, TOKENS):
+        if EVEN:
+            left, right = tl.load(rows), tl.load(columns)
+        else:
+            left = tl.load(rows, mask=(row < x_width)[None, :], other=0.0)
+            right = tl.load(columns, mask=(column < y_width)[None, :], other=0.0)
+        sums = tl.dot(tl.trans(left.to(COMPUTE)), right.to(COMPUTE), sums, input_precision=PRECISION)
+        rows += TOKENS * x_stride
+        columns += TOKENS * y_stride
+    if whole < tokens:
+        inside = (whole + token < tokens)[:, None]
+        left = tl.load(rows, mask=inside & (row < x_width)[None, :], other=0.0)
+        right = tl.load(columns, mask=inside & (column < y_width)[None, :], other=0.0)
+        sums = tl.dot(tl.trans(left.to(COMPUTE)), right.to(COMPUTE), sums, input_precision=PRECISION)
     # The tile's first entry by 64 bits; within a tile 32 are enough, and take half of the registers.
     first_row = row_tile.to(tl.int64) * TILE
     stride = y_width
@@ -133,15 +152,36 @@ def gram_kernel(
         first_row -= strip * STRIP
         total += strip * (strip + 1) // 2 * STRIP * STRIP
     total += first_row * stride
-    left, right = tl.split(tl.permute(tl.reshape(sums, (TILE, 2, TILE // 2)), (0, 2, 1)))
-    column = column_tile * TILE + tl.arange(0, TILE // 2)
-    _add(total, left, row - row_tile * TILE, row, column, stride, x_width, y_width, PACKED)
-    _add(total, right, row - row_tile * TILE, row, column + TILE // 2, stride, x_width, y_width, PACKED)
+    # An eighth at a time: its float64 entries take twice the registers of the sums.
+    local = row - row_tile * TILE
+    first, second = _halves(sums, TILE, TILE)
+    _add_quarters(total, first, local, row, column_tile * TILE, stride, x_width, y_width, PACKED, TILE, TILE // 2)
+    middle = column_tile * TILE + TILE // 2
+    _add_quarters(total, second, local, row, middle, stride, x_width, y_width, PACKED, TILE, TILE // 2)
+
+
+@triton.jit
+def _add_quarters(
+    total, sums, local, row, column, stride, x_width, y_width, PACKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """sums [ROWS, COLUMNS], whose first column is `column`, in four parts."""
+    first, second = _halves(sums, ROWS, COLUMNS)
+    PART: tl.constexpr = COLUMNS // 4
+    for half in tl.static_range(2):
+        left, right = _halves(first if half == 0 else second, ROWS, COLUMNS // 2)
+        columns = column + half * (COLUMNS // 2) + tl.arange(0, PART)
+        _add(total, left, local, row, columns, stride, x_width, y_width, PACKED)
+        _add(total, right, local, row, columns + PART, stride, x_width, y_width, PACKED)
+
+
+@triton.jit
+def _halves(sums, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of the columns of sums [ROWS, COLUMNS]."""
+    return tl.split(tl.permute(tl.reshape(sums, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def _add(total, sums, local, row, column, stride, x_width, y_width, PACKED: tl.constexpr):
-    """Half of a tile at a time: its float64 entries take twice the registers of the sums."""
     to = total + (local[:, None] * stride + column[None, :])
     kept = (row < x_width)[:, None] & (column < y_width)[None, :]
     if PACKED:

@@ -1,21 +1,23 @@
-"""Inputs of any width; a last tile is masked, and so are all."""
+"""Inputs of widths that tiles divide, and of any."""
 
 from __future__ import annotations
 
 import torch
 
-from counterweight.kernels.gate.case import Case
+from counterweight.kernels.gate.case import ARCHS, Case
 from counterweight.kernels.gpu import launch
-from counterweight.kernels.gpu.gram import BLOCKS_16_BIT, BLOCKS_FLOAT32, STRIP, gram_kernel
+from counterweight.kernels.gpu.gram import STRIP, blocks_of, gram_kernel
 
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def _case(dtype: torch.dtype, *, packed: bool) -> Case:
-    blocks = BLOCKS_FLOAT32 if dtype is torch.float32 else BLOCKS_16_BIT
+def _case(dtype: torch.dtype, *, packed: bool, even: bool, major: int) -> Case:
+    """major: of the compute capabilities that it is compiled for; others of that dtype have the same blocks."""
+    blocks = blocks_of(dtype, major)
     arithmetic = launch.arithmetic(dtype)
+    name = ["gram/" + _NAMES[dtype], *(["Hopper"] if major == 9 else []), *([] if packed else ["two inputs"]), *(["even"] if even else [])]
     return Case(
-        name=f"gram/{_NAMES[dtype]}" + ("" if packed else ", two inputs"),
+        name=", ".join(name),
         kernel=gram_kernel,
         types={
             "total": "*fp64",
@@ -25,6 +27,7 @@ def _case(dtype: torch.dtype, *, packed: bool) -> Case:
         },
         constants={
             "PACKED": packed,
+            "EVEN": even,
             "STRIP": STRIP,
             "TOKENS": blocks["TOKENS"],
             "TILE": blocks["TILE"],
@@ -34,11 +37,16 @@ def _case(dtype: torch.dtype, *, packed: bool) -> Case:
         aligned=("total", "x", "y", "x_width", "y_width", "x_stride", "y_stride"),
         options={"num_warps": blocks["num_warps"], "num_stages": blocks["num_stages"]},
         required={80: ("HMMA",), 89: ("HMMA",), 90: ("HGMMA",)} if dtype is torch.bfloat16 else {},
+        archs=tuple(arch for arch in ARCHS if blocks_of(dtype, arch // 10) == blocks),
     )
 
 
 CASES = [
-    _case(torch.bfloat16, packed=True),
-    _case(torch.float32, packed=True),
-    _case(torch.bfloat16, packed=False),
+    *(
+        _case(torch.bfloat16, packed=packed, even=even, major=major)
+        for major in (8, 9)
+        for packed in (True, False)
+        for even in (True, False)
+    ),
+    _case(torch.float32, packed=True, even=False, major=8),
 ]
