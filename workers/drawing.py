@@ -38,6 +38,10 @@ class DrawnStatistics:
         """See `RunningStatistics`."""
         return self._sums.of(group, rows, original, share)
 
+    def refuses(self, group: SharedInputGroup) -> bool:
+        """See `RunningStatistics`."""
+        return self._sums.refuses(group)
+
     def add(self, moments: dict[SharedInputGroup, ShardMoments | None], given: list[Tensor]) -> None:
         """See `Gatherer`. Of the tokens that experts are given none is kept: the layer's are those of the first shards."""
         self._sums.add(moments, given)

@@ -58,6 +58,10 @@ class HeldOutRows:
         kept = None if original is None else original.reshape(flat.shape)[::step].clone()
         return Rows(flat[::step].clone(), kept)
 
+    def refuses(self, group: SharedInputGroup) -> bool:
+        """See `Gatherer`."""
+        return False
+
     def add(self, found: dict[SharedInputGroup, Rows], given: list[Tensor]) -> None:
         """Takes a shard's rows out of `found`, and the tokens that experts were given out of `given`."""
         while given:

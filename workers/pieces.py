@@ -47,6 +47,10 @@ class Gatherer(Protocol[Found]):
         does what threads may do side by side."""
         ...
 
+    def refuses(self, group: SharedInputGroup) -> bool:
+        """Whether it refuses rows of this group that are not finite by itself, later than they come by."""
+        ...
+
     def add(self, found: dict[SharedInputGroup, Found], given: list[Tensor]) -> None:
         """Takes a shard's out of `found`, in the order of the shards, so that nothing of one stays while the next one runs.
         given: the tokens that its experts were given, of which some are kept; taken out likewise."""
@@ -113,7 +117,8 @@ class ShardRun(Generic[Found]):
         given: list[Tensor] = []
 
         def take(group: SharedInputGroup, entering: Tensor) -> None:
-            check_activations(f"the input of {group[0]}", entering)
+            if not self._gatherer.refuses(group):
+                check_activations(f"the input of {group[0]}", entering)
             if found is None:
                 rows[group] = entering
             else:

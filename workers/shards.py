@@ -14,11 +14,10 @@ from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, ShardMoments
 from counterweight.workers.drawing import DrawnStatistics
-from counterweight.workers.errors import RequestError
 from counterweight.workers.models.family import SharedInputGroup, is_expert
 from counterweight.workers.parallel import Shards, Share
 from counterweight.workers.pieces import Found, Gatherer, ShardRun
-from counterweight.workers.quantization.inputs import all_finite
+from counterweight.workers.quantization.inputs import all_finite, not_finite
 
 if TYPE_CHECKING:
     from counterweight.workers.models.block_builder import (
@@ -47,6 +46,7 @@ class RunningStatistics:
         self.sample = sample
         self._sums = {group: _accumulator(block, group, gathering) for group, gathering in gatherings.items()}
         self._drawn: DrawnStatistics | None = None
+        self._device, self._dtype = block.device, block.dtype
 
     @property
     def bytes(self) -> int:
@@ -63,6 +63,10 @@ class RunningStatistics:
             self._sums[group].add_rows(rows, original)
             return None
         return ShardMoments.of(rows, self.gatherings[group], original, share)
+
+    def refuses(self, group: SharedInputGroup) -> bool:
+        """See `Gatherer`: on a GPU, which would be waited for at each of them, `result` looks at the sums instead."""
+        return self.gatherings[group].products and runs_kernels(self._device)
 
     def add(self, moments: dict[SharedInputGroup, ShardMoments | None], given: list[Tensor]) -> None:
         """See `Gatherer`."""
@@ -99,7 +103,7 @@ class RunningStatistics:
         packed = {group: self._sums.pop(group).packed() for group in self.gatherings}
         for group, found in packed.items():
             if "xx" in found.triangles and not all_finite(found.triangles["xx"].entries):
-                raise RequestError(f"the input of {group[0]} is not finite on the calibration tokens")
+                raise not_finite(f"the input of {group[0]}", self._dtype)
         for group, before in {} if self._drawn is None else self._drawn.lacking.items():
             packed[group] = replace(packed[group], drawn=packed[group].tokens - before)
         return PackedStatistics(packed)

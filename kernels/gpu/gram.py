@@ -17,8 +17,8 @@ STRIP = 128
 """Rows of a strip of a packed triangle, as `workers.calibration.triangle` has them."""
 
 BLOCKS_HOPPER = {"TOKENS": 64, "TILE": 128, "num_warps": 4, "num_stages": 4}
-"""16-bit input on Hopper: 8192 tokens of 4096 and of 14336 channels take 237 and 3079 us on an H200; 251 and 3440 us with 8 warps,
-288 and 2927 us in tiles of 128 x 256 (8 warps), 271 and 3405 us in 3 stages."""
+"""16-bit input on Hopper: 8192 tokens of 4096 and of 14336 channels take 237 and 3079 us on an H200; 251 and 3440 us with 8
+warps, 288 and 2927 us in tiles of 128 x 256 (8 warps), 271 and 3405 us in 3 stages."""
 
 BLOCKS_16_BIT = {"TOKENS": 64, "TILE": 128, "num_warps": 8, "num_stages": 3}
 """16-bit input elsewhere: two warpgroups on a tile of 128 x 128, 96 KB of shared memory, which an sm_89 has."""
@@ -162,7 +162,17 @@ def gram_kernel(
 
 @triton.jit
 def _add_quarters(
-    total, sums, local, row, column, stride, x_width, y_width, PACKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    total,
+    sums,
+    local,
+    row,
+    column,
+    stride,
+    x_width,
+    y_width,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """sums [ROWS, COLUMNS], whose first column is `column`, in four parts."""
     first, second = _halves(sums, ROWS, COLUMNS)

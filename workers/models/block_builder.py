@@ -311,6 +311,11 @@ class Block:
         return frequencies.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """In which it computes."""
+        return next(self.layer.parameters()).dtype  # of attention: experts may be lent in the dtype they are stored in
+
+    @property
     def model_type(self) -> str:
         """The family's `model_type`."""
         return str(self._base.config.model_type)

@@ -53,6 +53,14 @@ class SeparateExperts(nn.Module):
         output: Tensor = down(self.product(gate(x), up(x)))
         return output
 
+    def _parts(self, experts: Tensor) -> list[tuple[int, int, int]]:
+        """Of `experts`, sorted: those that are run and are in it, each with where it begins and where it ends. Asked of the
+        device once, which would be waited for as often as it is asked."""
+        bounds = torch.arange(self.experts + 1, device=experts.device)
+        starts = torch.searchsorted(experts, bounds).tolist()
+        parts = ((expert, starts[expert], starts[expert + 1]) for expert in self.running())
+        return [part for part in parts if part[1] < part[2]]
+
     @abstractmethod
     def tokens(self, *arguments: Tensor) -> Tensor:
         """What experts are given in a call with these `arguments`, [tokens, hidden]: each token once for a call that says which
@@ -68,11 +76,11 @@ class LinearExperts(SeparateExperts):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         output = torch.zeros_like(hidden_states)
-        for expert in self.running():
-            token, slot = torch.where(top_k_index == expert)
-            if token.numel() == 0:
-                continue
-            weighted = self.run(expert, hidden_states[token]) * top_k_weights[token, slot, None]
+        of_slot, slots = top_k_index.flatten().sort(stable=True)  # an expert's in the order of the tokens
+        tokens, weights = slots // top_k_index.shape[1], top_k_weights.flatten()[slots, None]
+        for expert, first, end in self._parts(of_slot):
+            token = tokens[first:end]
+            weighted = self.run(expert, hidden_states[token]) * weights[first:end]
             output.index_add_(0, token, weighted.to(output.dtype))
         return output
 
@@ -88,13 +96,12 @@ class SortedExperts(SeparateExperts):
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        rows = hidden_states.unflatten(0, (self.experts, -1))
-        output = torch.zeros_like(rows)
-        for expert in self.running():
-            (token,) = torch.where(rows[expert].any(-1))
-            if token.numel() > 0:
-                output[expert, token] = self.run(expert, rows[expert, token]).to(output.dtype)
-        return output.flatten(0, 1)
+        output = torch.zeros_like(hidden_states)
+        (rows,) = torch.where(hidden_states.any(-1))
+        for expert, first, end in self._parts(rows // (len(hidden_states) // self.experts)):
+            row = rows[first:end]
+            output[row] = self.run(expert, hidden_states[row]).to(output.dtype)
+        return output
 
     def tokens(self, *arguments: Tensor) -> Tensor:
         (hidden_states,) = arguments

@@ -13,16 +13,21 @@ from counterweight.workers.errors import RequestError
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite, without a copy of the tensor; an empty tensor's are not."""
-    return not tensor.numel() or all(bool(torch.isfinite(bound)) for bound in tensor.aminmax())
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def check_activations(what: str, tensor: Tensor) -> None:
     """RequestError, naming what they are, for activations that are not finite: the model, not the machine, is to blame."""
-    if tensor.numel() and not all_finite(tensor):
-        kind = str(tensor.dtype).removeprefix("torch.")
-        raise RequestError(
-            f"{what} is not finite on the calibration tokens: expected a model whose activations stay within {kind}"
-        )
+    if not all_finite(tensor):
+        raise not_finite(what, tensor.dtype)
+
+
+def not_finite(what: str, dtype: torch.dtype) -> RequestError:
+    """What is to be said of activations, computed in `dtype`, that are not finite."""
+    kind = str(dtype).removeprefix("torch.")
+    return RequestError(
+        f"{what} is not finite on the calibration tokens: expected a model whose activations stay within {kind}"
+    )
 
 
 def checked_matrix(name: str, matrix: Tensor) -> Tensor:

@@ -15,7 +15,12 @@ def _case(dtype: torch.dtype, *, packed: bool, even: bool, major: int) -> Case:
     """major: of the compute capabilities that it is compiled for; others of that dtype have the same blocks."""
     blocks = blocks_of(dtype, major)
     arithmetic = launch.arithmetic(dtype)
-    name = ["gram/" + _NAMES[dtype], *(["Hopper"] if major == 9 else []), *([] if packed else ["two inputs"]), *(["even"] if even else [])]
+    name = [
+        "gram/" + _NAMES[dtype],
+        *(["Hopper"] if major == 9 else []),
+        *([] if packed else ["two inputs"]),
+        *(["even"] if even else []),
+    ]
     return Case(
         name=", ".join(name),
         kernel=gram_kernel,
