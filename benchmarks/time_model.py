@@ -41,12 +41,12 @@ from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.context import DTYPES
 from counterweight.workers.footprint import footprint
 from counterweight.workers.matrix_flops import cholesky, eigh, product
+from counterweight.workers.passing import pass_on
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.records import Timing
 from counterweight.workers.tasks.setting import Device, Setting, shard_sequences
-from counterweight.workers.tensor_blobs import put_tensors
 from counterweight.workers.transfer import to_device, to_host
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Blob
@@ -85,7 +85,16 @@ GPU_CASES = {
     "Mixtral-8x7B, W4A4 LRC": Case(model="Mixtral-8x7B", recipe=LRC, sequences=512, length=2048),
     "Qwen3-30B-A3B, W4A16 GPTQ": Case(model="Qwen3-30B-A3B", recipe=GPTQ, sequences=512, length=2048),
 }
+ROOM = 64 << 30
+"""Bytes of hidden states in memory: of 512 x 2048 tokens of 4096 numbers of 16 bits, what enters a block and what leaves it are
+16 GiB."""
+
 TINY = {"tiny": Case(model="Llama-3-8B", narrow=16, recipe=GPTQ, sequences=4, length=128)}
+
+
+STEPS = 1000
+LASTING = 0.2
+"""Seconds of a measurement of one rate: an idle H200 runs at a sixth of its clock, and 3 products end before it has risen."""
 
 
 class Stopwatch:
@@ -100,9 +109,13 @@ class Stopwatch:
         torch.cuda.synchronize()
         return time.perf_counter()
 
-    def mean(self, run: Callable[[], object], times: int = 3) -> float:
-        """Of one call, behind one that warms up."""
-        run()
+    def mean(self, run: Callable[[], object]) -> float:
+        """Of one call, out of so many that they take `LASTING` seconds, behind as many that warm up: a GPU's clock, too."""
+        times, before = 0, time.perf_counter()
+        while (times := times + 1) < 3 or time.perf_counter() - before < LASTING:
+            run()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
         before = self.now()
         for _ in range(times):
             run()
@@ -141,7 +154,7 @@ def measured_rates(device: Device, size: int | None = None) -> Rates:
         factorizations=rate(cholesky(size).total, lambda: torch.linalg.cholesky_ex(positive)),
         decompositions=rate(eigh(size).total, lambda: torch.linalg.eigh(positive)),
         elementwise=rate(x.numel(), lambda: torch.mul(x, x, out=buffer)),
-        step=watch.mean(lambda: one.add_(1.0), times=1000),
+        step=watch.mean(lambda: [one.add_(1.0) for _ in range(STEPS)]) / STEPS,
         hash=rate(len(data), lambda: hashlib.sha256(data).digest(), host),
         copied=rate(resting.nbytes, lambda: copy.copy_(resting), host),
         link=None if device == "cpu" else rate(half.nbytes, lambda: to_device(to_host(half), half.device)) * 2,
@@ -221,7 +234,9 @@ def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
     source = open_model(job.spec.model.uri)
     recipe = block_recipe(source, 0, job.spec.recipe)
     load = load_of(job, source, 0, recipe)
-    predicted = block_seconds(load, arithmetic(load), rates)
+    # As a job on one worker has them: in its memory, and with each block of a job on CPUs in the store too.
+    lasting = device == "cpu"
+    predicted = block_seconds(load, arithmetic(load), rates, kept=1.0, written=float(lasting))
     setting = Setting(
         source=source.uri,
         config=source.checkpoint.config,
@@ -229,8 +244,10 @@ def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
         compute_dtype=job.spec.calibration.compute_dtype,
         device=device,
         rotation=job.spec.recipe.rotation,
+        room=ROOM,
     )
-    inputs = _hidden(setting, case, source.layout.hidden_size)
+    worker, watch = Worker(device, 1), Stopwatch(device)
+    inputs = _hidden(worker, setting, case, source.layout.hidden_size, lasting=lasting)
     checkpoint = Checkpoint.open(source.store)
     spec = BlockSpec(
         setting=setting,
@@ -239,8 +256,9 @@ def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
         inputs=inputs,
         recipe=recipe,
         propagate="original",
+        lasting=lasting,
+        experts=job.spec.calibration.experts_among(recipe),
     )
-    worker, watch = Worker(device, 1), Stopwatch(device)
     print("  checkpoint and inputs are made", flush=True)
     started = watch.now()
     worker.run(Calibrate(block=spec, shards=len(inputs), stop=len(inputs)))
@@ -280,17 +298,18 @@ def _job(case: Case, model: Path, device: Device) -> CompressionJob:
     )
 
 
-def _hidden(setting: Setting, case: Case, width: int) -> tuple[Blob, ...]:
-    """Random hidden states that enter the block, shard by shard."""
+def _hidden(worker: Worker, setting: Setting, case: Case, width: int, *, lasting: bool) -> tuple[Blob, ...]:
+    """Random hidden states that enter the block, shard by shard, as the block before leaves them."""
     generator = torch.Generator(setting.device).manual_seed(0)
     workspace, of_shard = setting.open_workspace(), shard_sequences(case.length)
 
-    def shard(start: int) -> Tensor:
+    def shard(start: int) -> Blob:
         sequences = min(of_shard, case.sequences - start)
         hidden = torch.randn(sequences, case.length, width, generator=generator, device=setting.device)
-        return hidden.to(DTYPES[setting.compute_dtype]).cpu()
+        hidden = hidden.to(DTYPES[setting.compute_dtype])
+        return pass_on(worker.context, workspace, hidden, room=setting.room, lasting=lasting)
 
-    return tuple(put_tensors(workspace, {"hidden": shard(start)}) for start in range(0, case.sequences, of_shard))
+    return tuple(shard(start) for start in range(0, case.sequences, of_shard))
 
 
 def _shown(rates: Rates) -> str:
