@@ -258,6 +258,7 @@ def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
         propagate="original",
         lasting=lasting,
         experts=job.spec.calibration.experts_among(recipe),
+        batch_bytes=load.batch_bytes,
     )
     print("  checkpoint and inputs are made", flush=True)
     started = watch.now()
