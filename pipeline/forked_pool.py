@@ -29,7 +29,7 @@ from counterweight.pipeline.awake import Awake
 from counterweight.pipeline.child import call_me, die_with
 from counterweight.pipeline.pool import STARTS, Outcome, PoolSize
 from counterweight.workers.errors import CounterweightError, WorkerError
-from counterweight.workers.process import Done, WorkerProcess, importing
+from counterweight.workers.process import Done, WorkerProcess, import_computing
 
 if TYPE_CHECKING:
     from counterweight.workers.identity import WorkerReport
@@ -99,11 +99,7 @@ class ForkedPool:
     ) -> None:
         if size.gpus > 0:
             raise ValueError(f"gpus: {size.gpus}: expected 0: a process that uses a GPU cannot be forked")
-        with importing():
-            # What tasks import when they compute, so that no worker has to.
-            import counterweight.workers.compressed_block
-            import counterweight.workers.evaluation
-            import counterweight.workers.worker  # noqa: F401
+        import_computing()  # so that no worker has to
         self._size, self._note = size, note
         self.size, self.threads = size.workers, size.cpus
         self._context = multiprocessing.get_context("fork")
