@@ -1,15 +1,17 @@
 """A block over one shard of its inputs, on a CPU piece by piece: threads that have nothing else to do take some.
 
 A piece is a few sequences, as many whatever the number of threads. What enters the linears is looked at when all pieces are
-through, so that sums over a shard know nothing of its pieces.
+through, so that sums over a shard know nothing of its pieces. Until then pieces put it, and what comes out, where a shard's
+lies, each in its own place.
 """
 
 from __future__ import annotations
 
 import queue
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
@@ -17,10 +19,10 @@ from torch import Tensor
 
 from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.statistics import Gathering
-from counterweight.workers.hooks import expert_hook, input_hooks
+from counterweight.workers.hooks import Take, expert_hook, input_hooks
 from counterweight.workers.models.family import SharedInputGroup, expert_of, is_expert
 from counterweight.workers.parallel import Shards, Share, piece_sequences
-from counterweight.workers.quantization.inputs import check_activations
+from counterweight.workers.quantization.inputs import all_finite, check_activations
 
 if TYPE_CHECKING:
     from counterweight.workers.models.block_builder import (
@@ -57,15 +59,43 @@ class Gatherer(Protocol[Found]):
         ...
 
 
+Key = tuple[SharedInputGroup, bool]
+"""A group of linears, and whether what enters it in the original model is meant, where that differs."""
+
+
+class _Room:
+    """Of one shard, what enters groups of linears that every token enters, [tokens, in] each. Threads put a piece's rows in
+    their place. The next shard finds the memory again: a page that is new to the process takes longer than filling it."""
+
+    def __init__(self) -> None:
+        self._space: dict[Key, Tensor] = {}
+        self._filled: dict[Key, int] = {}
+        self._lock = Lock()
+
+    def put(self, key: Key, piece: slice, tokens: int, rows: Tensor) -> None:
+        """rows: [..., in] of the tokens `piece` of a shard of so many `tokens`."""
+        flat = rows.flatten(0, -2)
+        with self._lock:
+            space = self._space.get(key)
+            if space is None or len(space) < tokens:
+                space = self._space[key] = flat.new_empty(tokens, flat.shape[1])
+            self._filled[key] = tokens
+        space[piece] = flat
+
+    def take(self, key: Key) -> Tensor | None:
+        """Of the whole shard [tokens, in], until the next one begins; None where nothing came."""
+        tokens = self._filled.pop(key, None)
+        return None if tokens is None else self._space[key][:tokens]
+
+
 @dataclass(slots=True)
 class _Piece:
-    """What came by while a piece ran. output: the block's, of the original's inputs if there are any. rows: of each group what
-    entered it, [..., in]; meant: in the original model, where that differs; given: what experts were given."""
+    """What came by while a piece ran. output: the block's, of the original's inputs if there are any. given: what experts were
+    given. rows: of each group that only some tokens enter, what entered it [..., in]."""
 
     output: Tensor
-    rows: dict[SharedInputGroup, Tensor]
-    meant: dict[SharedInputGroup, Tensor]
     given: list[Tensor]
+    rows: dict[SharedInputGroup, Tensor] = field(default_factory=dict)
 
 
 class ShardRun(Generic[Found]):
@@ -77,6 +107,9 @@ class ShardRun(Generic[Found]):
         self._replicas.put(block)
         for _ in range(shards.computing - 1):
             self._replicas.put(block.replica())
+        self._rooms: queue.SimpleQueue[_Room] = queue.SimpleQueue()
+        for _ in range(shards.computing):
+            self._rooms.put(_Room())
         # A router may send other tokens to an expert than in the original model, so that rows have no partners.
         self._partnered = [group for group in gatherer.gatherings if not is_expert(group[0])]
         self._routed = self._partnered if gatherer.every_token else list(gatherer.gatherings)
@@ -90,62 +123,100 @@ class ShardRun(Generic[Found]):
         entered, original = hidden
         most = self._shards.piece_tokens
         together = len(entered) if most is None else piece_sequences(entered.shape[1], most)
-        parts = entered.split(together)
-        originals = [None] * len(parts) if original is None else original.split(together)
-        found: dict[SharedInputGroup, Found] = {}
-        if len(parts) == 1:
-            piece = self._run(entered, original, found)
-            return (found, piece.given), piece.output
-        pieces = self._shards.share([partial(self._run, *part) for part in zip(parts, originals, strict=True)])
-        output = torch.cat([piece.output for piece in pieces])
-        given = [torch.cat(parts) for parts in zip(*(piece.given for piece in pieces), strict=True)]
+        if together >= len(entered):
+            return self._at_once(entered, original)
+        room = self._rooms.get()
+        try:
+            return self._in_pieces(entered, original, together, room)
+        finally:
+            self._rooms.put(room)
 
+    def _at_once(
+        self, entered: Tensor, original: Tensor | None
+    ) -> tuple[tuple[dict[SharedInputGroup, Found], list[Tensor]], Tensor]:
+        """A shard whose rows are looked at as they come by, and not kept."""
+        found: dict[SharedInputGroup, Found] = {}
+        meant: dict[SharedInputGroup, Tensor] = {}
+
+        def take(group: SharedInputGroup, rows: Tensor) -> None:
+            found[group] = self._gatherer.of(group, rows, meant.get(group), self._shards.share)
+
+        piece = self._run(entered, original, meant.__setitem__, take)
+        return (found, piece.given), piece.output
+
+    def _in_pieces(
+        self, entered: Tensor, original: Tensor | None, together: int, room: _Room
+    ) -> tuple[tuple[dict[SharedInputGroup, Found], list[Tensor]], Tensor]:
+        """A shard of which a piece is so many sequences `together`."""
+        sequences, length, _ = entered.shape
+        output = torch.empty_like(entered)
+
+        def run(first: int) -> _Piece:
+            own = slice(first, min(first + together, sequences))
+            tokens = slice(own.start * length, own.stop * length)
+            rows: dict[SharedInputGroup, Tensor] = {}
+
+            def mean(group: SharedInputGroup, entering: Tensor) -> None:
+                room.put((group, True), tokens, sequences * length, entering)
+
+            def take(group: SharedInputGroup, entering: Tensor) -> None:
+                if is_expert(group[0]):
+                    rows[group] = entering
+                else:
+                    room.put((group, False), tokens, sequences * length, entering)
+
+            piece = self._run(entered[own], None if original is None else original[own], mean, take)
+            output[own] = piece.output
+            return _Piece(output[own], piece.given, rows)
+
+        pieces = self._shards.share([partial(run, first) for first in range(0, sequences, together)])
+        given = [torch.cat(parts) for parts in zip(*(piece.given for piece in pieces), strict=True)]
+        found: dict[SharedInputGroup, Found] = {}
         for group in self._gatherer.gatherings:
-            rows = _joined([piece.rows for piece in pieces], group)
+            rows = _joined(pieces, group) if is_expert(group[0]) else room.take((group, False))
             if rows is not None:
-                meant = _joined([piece.meant for piece in pieces], group)
-                found[group] = self._gatherer.of(group, rows, meant, self._shards.share)
+                found[group] = self._gatherer.of(group, rows, room.take((group, True)), self._shards.share)
         return (found, given), output
 
-    def _run(
-        self, entered: Tensor, original: Tensor | None, found: dict[SharedInputGroup, Found] | None = None
-    ) -> _Piece:
-        """One piece. found: where it is the whole shard; then rows are looked at as they come by, and not kept."""
+    def _run(self, entered: Tensor, original: Tensor | None, mean: Take, take: Take) -> _Piece:
+        """One piece. mean, take: called with what enters each group in the original model, where that differs, and here."""
         replica = self._replicas.get()
-        rows: dict[SharedInputGroup, Tensor] = {}
-        meant: dict[SharedInputGroup, Tensor] = {}
         given: list[Tensor] = []
 
-        def take(group: SharedInputGroup, entering: Tensor) -> None:
+        def checked(group: SharedInputGroup, entering: Tensor) -> None:
             if not self._gatherer.refuses(group):
-                check_activations(f"the input of {group[0]}", entering)
-            if found is None:
-                rows[group] = entering
-            else:
-                found[group] = self._gatherer.of(group, entering, meant.get(group), self._shards.share)
+                _check(group, entering)
+            take(group, entering)
 
         def look(experts: SeparateExperts, tokens: Tensor) -> None:
             if self._gatherer.sample is not None:
                 given.append(tokens)
-            with input_hooks(replica, self._forced, take):
+            with input_hooks(replica, self._forced, checked):
                 for expert in sorted({expert_of(group[0]) for group in self._forced}):
                     experts.run(expert, tokens)
 
         try:
             output: Tensor | None = None
             if original is not None:
-                with input_hooks(replica, self._partnered, meant.__setitem__):
+                with input_hooks(replica, self._partnered, mean):
                     output = replica.run(original)
-            with input_hooks(replica, self._routed, take), expert_hook(replica, look):
+            with input_hooks(replica, self._routed, checked), expert_hook(replica, look):
                 seen = replica.run(entered)
             output = seen if output is None else output
-            check_activations("the block's output", output)
-            return _Piece(output=output, rows=rows, meant=meant, given=given)
+            if not all_finite(output):
+                with input_hooks(replica, self._routed, _check):  # again, for the first linear to be named
+                    replica.run(entered)
+                check_activations("the block's output", output)
+            return _Piece(output, given)
         finally:
             self._replicas.put(replica)
 
 
-def _joined(pieces: Sequence[dict[SharedInputGroup, Tensor]], group: SharedInputGroup) -> Tensor | None:
+def _check(group: SharedInputGroup, entering: Tensor) -> None:
+    check_activations(f"the input of {group[0]}", entering)
+
+
+def _joined(pieces: Sequence[_Piece], group: SharedInputGroup) -> Tensor | None:
     """Rows of a group [tokens, in], taken out of the pieces that have some; None where none has."""
-    found = [piece.pop(group).flatten(0, -2) for piece in pieces if group in piece]
+    found = [piece.rows.pop(group).flatten(0, -2) for piece in pieces if group in piece.rows]
     return torch.cat(found) if found else None

@@ -46,7 +46,7 @@ class RunningStatistics:
         self.sample = sample
         self._sums = {group: _accumulator(block, group, gathering) for group, gathering in gatherings.items()}
         self._drawn: DrawnStatistics | None = None
-        self._device, self._dtype = block.device, block.dtype
+        self._dtype = block.dtype
 
     @property
     def bytes(self) -> int:
@@ -65,8 +65,9 @@ class RunningStatistics:
         return ShardMoments.of(rows, self.gatherings[group], original, share)
 
     def refuses(self, group: SharedInputGroup) -> bool:
-        """See `Gatherer`: on a GPU, which would be waited for at each of them, `result` looks at the sums instead."""
-        return self.gatherings[group].products and runs_kernels(self._device)
+        """See `Gatherer`: `result` looks at the sums. At rows a GPU would be waited for, and a CPU reads them once more."""
+        gathering = self.gatherings[group]
+        return gathering.products and not gathering.thresholds  # which are no sums
 
     def add(self, moments: dict[SharedInputGroup, ShardMoments | None], given: list[Tensor]) -> None:
         """See `Gatherer`."""

@@ -26,7 +26,7 @@ from tests.workers.test_block import block_of, loaders, shards
 
 GATHERING = Gathering(activations=ActivationFormat(bits=4), absolute=True, thresholds=True)
 HIDDEN = {
-    "a small shard behind a large one": [shards(1, sequences=9, length=7)[0], shards(1, sequences=2, length=7)[0]],
+    "small shards behind a large one": [shards(1, sequences=count, length=7)[0] for count in (9, 3, 2)],
     "one sequence": shards(1, sequences=1, length=45),
     "sequences longer than a piece": shards(2, sequences=3, length=23),
 }

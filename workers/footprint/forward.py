@@ -52,19 +52,21 @@ def running(load: Load, *, stored: bool) -> int:
 
 def _shard_of_pieces(load: Load, *, solved: bool = True) -> int:
     """One shard that runs piece by piece: what entered, what comes out, and the inputs of all linears are kept of the whole
-    shard, until they are looked at, one group after the other. solved: whether products are taken of them."""
+    shard. Experts' are put together, and let go, when they are looked at, one group after the other; the others' stay, because
+    the next shard takes their memory over. solved: whether products are taken of them."""
     stream = load.shard * load.compute * load.hidden
     given = stream if kept_rows(load) else 0
     entering = _entering(load)
     rows, products = sum(size for _, size in entering), 0
     peaks = [2 * stream + rows + _piece(load)]
     for group, size in entering:
-        peaks.append(3 * stream + rows + size + products)  # of the pieces, and put together
+        joined = size if group.of_expert else 0
+        peaks.append(2 * stream + rows + joined + products)
         if solved:
             _, multiplying = _gathered(load, group)  # it is quantized piece by piece, which takes less
             products += _products(load, group)
-            peaks.append(3 * stream + rows - size + size // load.compute * multiplying + products)
-        rows -= size
+            peaks.append(2 * stream + rows - size + size // load.compute * multiplying + products)
+        rows -= joined
     return max(peaks) + given + _meant(load)
 
 
