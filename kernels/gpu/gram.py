@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from counterweight.kernels.gpu import launch
+from counterweight.kernels.gpu.grouped import Places
 
 STRIP = 128
 """Rows of a strip of a packed triangle, as `workers.calibration.triangle` has them."""
@@ -35,11 +36,7 @@ def add_gram_(entries: Tensor, x: Tensor) -> Tensor:
     entries: float64, contiguous. x: [tokens, in] float16, bfloat16 or float32, rows contiguous. Products and their sums over
     the tokens are float32, in the order of the tokens: the same bits each time. ValueError for anything else.
     """
-    _check("x", x, x)
-    width, strips = x.shape[1], x.shape[1] // STRIP
-    # Whole strips, then what is left.
-    count = STRIP * STRIP * strips * (strips + 1) // 2 + (width - STRIP * strips) * width
-    _add_(entries, (count,), x, x, packed=True)
+    _add_(entries, _packed_shape(x.shape[1]), x, x, packed=True)
     return entries
 
 
@@ -49,10 +46,27 @@ def add_product_(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
     total: [in, in'] float64, contiguous. x: [tokens, in], y: [tokens, in'], both float16, bfloat16 or float32 alike, rows
     contiguous. Products and sums as in `add_gram_`. ValueError for anything else.
     """
-    _check("x", x, x)
     _check("y", y, x)
     _add_(total, (x.shape[1], y.shape[1]), x, y, packed=False)
     return total
+
+
+def add_grams_(totals: Places, x: Tensor, bounds: Tensor) -> None:
+    """`add_gram_` of each group of rows, in one launch: rows from bounds[g] to bounds[g + 1] are added to total g. totals: of
+    triangles; groups that have none are left out. bounds: int64 [groups + 1], ascending, on the device."""
+    _add_(totals.first, _packed_shape(x.shape[1]), x, x, packed=True, places=totals, bounds=bounds)
+
+
+def add_products_(totals: Places, x: Tensor, y: Tensor, bounds: Tensor) -> None:
+    """`add_product_` of each group of rows, as `add_grams_` does it."""
+    _check("y", y, x)
+    _add_(totals.first, (x.shape[1], y.shape[1]), x, y, packed=False, places=totals, bounds=bounds)
+
+
+def _packed_shape(width: int) -> tuple[int]:
+    strips = width // STRIP
+    # Whole strips, then what is left.
+    return (STRIP * STRIP * strips * (strips + 1) // 2 + (width - STRIP * strips) * width,)
 
 
 def _check(name: str, rows: Tensor, like: Tensor) -> None:
@@ -64,14 +78,28 @@ def _check(name: str, rows: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name}: {found}: expected {len(like)} in {like.dtype} on {like.device}")
 
 
-def _add_(total: Tensor, shape: tuple[int, ...], x: Tensor, y: Tensor, *, packed: bool) -> None:
+def _add_(
+    total: Tensor,
+    shape: tuple[int, ...],
+    x: Tensor,
+    y: Tensor,
+    *,
+    packed: bool,
+    places: Places | None = None,
+    bounds: Tensor | None = None,
+) -> None:
+    """places, bounds: of groups; None: all rows are one."""
+    _check("x", x, x)
     if total.shape != shape or total.dtype is not torch.float64 or not total.is_contiguous():
         raise ValueError(f"total: {list(total.shape)} {total.dtype}: expected {list(shape)} float64, contiguous")
     if total.device != x.device:
         raise ValueError(f"total: on {total.device}: expected {x.device}")
     constants = launch.arithmetic(x.dtype)
     blocks = blocks_of(x.dtype, launch.major_of(x.device))
-    grid = tuple(triton.cdiv(stream.shape[1], blocks["TILE"]) for stream in (x, y))
+    groups = 1 if places is None else len(places.elements)
+    if bounds is not None and (bounds.shape != (groups + 1,) or bounds.dtype is not torch.int64):
+        raise ValueError(f"bounds: {list(bounds.shape)} {bounds.dtype}: expected [{groups + 1}] int64")
+    grid = (*(triton.cdiv(stream.shape[1], blocks["TILE"]) for stream in (x, y)), groups)
     with launch.current(x.device):
         gram_kernel[grid](
             total,
@@ -82,6 +110,8 @@ def _add_(total: Tensor, shape: tuple[int, ...], x: Tensor, y: Tensor, *, packed
             y.shape[1],
             x.stride(0),
             y.stride(0),
+            places=None if places is None else places.elements,
+            bounds=bounds,
             PACKED=packed,
             EVEN=all(stream.shape[1] % blocks["TILE"] == 0 for stream in (x, y)),
             STRIP=STRIP,
@@ -108,6 +138,8 @@ def gram_kernel(
     y_width,
     x_stride,
     y_stride,
+    places,
+    bounds,
     PACKED: tl.constexpr,
     EVEN: tl.constexpr,
     STRIP: tl.constexpr,
@@ -116,12 +148,22 @@ def gram_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grid (tiles, tiles). A program sums its tile over all tokens in float32 and adds it in float64. PACKED: to the lower
-    triangle, see `add_gram_`; programs above the diagonal have nothing to do. EVEN: whether all tiles are whole."""
+    """grid (tiles, tiles, groups). A program sums its tile over all tokens of its group in float32 and adds it in float64. PACKED:
+    to the lower triangle, see `add_gram_`; programs above the diagonal have nothing to do. EVEN: whether all tiles are whole.
+    places, bounds: see `add_grams_`; None: there is one group, of all tokens."""
     row_tile = tl.program_id(0)
     column_tile = tl.program_id(1)
     if PACKED & (column_tile > row_tile):
         return
+    if bounds is not None:
+        group = tl.program_id(2)
+        place, begin = tl.load(places + group), tl.load(bounds + group)
+        tokens = (tl.load(bounds + group + 1) - begin).to(tl.int32)
+        if (place < 0) | (tokens == 0):
+            return
+        total += tl.multiple_of(place, 2)
+        x += begin * x_stride
+        y += begin * y_stride
     row = row_tile * TILE + tl.arange(0, TILE)
     column = column_tile * TILE + tl.arange(0, TILE)
     token = tl.arange(0, TOKENS).to(tl.int64)

@@ -11,7 +11,7 @@ from counterweight.kernels.gpu.gram import STRIP, blocks_of, gram_kernel
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def _case(dtype: torch.dtype, *, packed: bool, even: bool, major: int) -> Case:
+def _case(dtype: torch.dtype, *, packed: bool, even: bool, major: int, grouped: bool = False) -> Case:
     """major: of the compute capabilities that it is compiled for; others of that dtype have the same blocks."""
     blocks = blocks_of(dtype, major)
     arithmetic = launch.arithmetic(dtype)
@@ -20,6 +20,7 @@ def _case(dtype: torch.dtype, *, packed: bool, even: bool, major: int) -> Case:
         *(["Hopper"] if major == 9 else []),
         *([] if packed else ["two inputs"]),
         *(["even"] if even else []),
+        *(["groups"] if grouped else []),
     ]
     return Case(
         name=", ".join(name),
@@ -29,8 +30,10 @@ def _case(dtype: torch.dtype, *, packed: bool, even: bool, major: int) -> Case:
             "x": f"*{_NAMES[dtype]}",
             "y": f"*{_NAMES[dtype]}",
             **dict.fromkeys(("tokens", "x_width", "y_width", "x_stride", "y_stride"), "i32"),
+            **({"places": "*i64", "bounds": "*i64"} if grouped else {}),
         },
         constants={
+            **({} if grouped else {"places": None, "bounds": None}),
             "PACKED": packed,
             "EVEN": even,
             "STRIP": STRIP,
@@ -52,6 +55,11 @@ CASES = [
         for major in (8, 9)
         for packed in (True, False)
         for even in (True, False)
+    ),
+    *(
+        _case(torch.bfloat16, packed=packed, even=True, major=major, grouped=True)
+        for major in (8, 9)
+        for packed in (True, False)
     ),
     _case(torch.float32, packed=True, even=False, major=8),
 ]
