@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -37,6 +37,14 @@ class DrawnStatistics:
     ) -> ShardMoments | None:
         """See `RunningStatistics`."""
         return self._sums.of(group, rows, original, share)
+
+    def takes_all(self, groups: Iterable[SharedInputGroup]) -> bool:
+        """See `RunningStatistics`."""
+        return self._sums.takes_all(groups)
+
+    def of_all(self, groups: Sequence[SharedInputGroup | None], rows: Tensor, bounds: Tensor) -> None:
+        """See `Gatherer`."""
+        self._sums.of_all([group if group in self.lacking else None for group in groups], rows, bounds)
 
     def refuses(self, group: SharedInputGroup) -> bool:
         """See `RunningStatistics`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,14 @@ class HeldOutRows:
         # Copies, because a slice would keep the whole shard's rows of every group in memory.
         kept = None if original is None else original.reshape(flat.shape)[::step].clone()
         return Rows(flat[::step].clone(), kept)
+
+    def takes_all(self, groups: Iterable[SharedInputGroup]) -> bool:
+        """See `Gatherer`: of each expert rows are kept."""
+        return False
+
+    def of_all(self, groups: Sequence[SharedInputGroup | None], rows: Tensor, bounds: Tensor) -> None:
+        """See `Gatherer`."""
+        raise NotImplementedError
 
     def refuses(self, group: SharedInputGroup) -> bool:
         """See `Gatherer`."""

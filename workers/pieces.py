@@ -8,7 +8,8 @@ lies, each in its own place.
 from __future__ import annotations
 
 import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
@@ -20,7 +21,7 @@ from torch import Tensor
 from counterweight.workers.calibration.row_sample import RowSample
 from counterweight.workers.calibration.statistics import Gathering
 from counterweight.workers.hooks import Take, expert_hook, input_hooks
-from counterweight.workers.models.family import SharedInputGroup, expert_of, is_expert
+from counterweight.workers.models.family import PROJECTIONS, SharedInputGroup, expert_of, is_expert
 from counterweight.workers.parallel import Shards, Share, piece_sequences
 from counterweight.workers.quantization.inputs import all_finite, check_activations
 
@@ -47,6 +48,15 @@ class Gatherer(Protocol[Found]):
     def of(self, group: SharedInputGroup, rows: Tensor, original: Tensor | None, share: Share[None]) -> Found:
         """What one shard gives. rows: [..., in]; original: in the original model, where that differs. Threads call it. share:
         does what threads may do side by side."""
+        ...
+
+    def takes_all(self, groups: Iterable[SharedInputGroup]) -> bool:
+        """Whether it takes rows of all experts at once, in the place of each one's."""
+        ...
+
+    def of_all(self, groups: Sequence[SharedInputGroup | None], rows: Tensor, bounds: Tensor) -> None:
+        """What one shard gives of experts. groups: of each expert's linears the one that the rows enter, None where nothing is
+        gathered of it. rows [rows, in], bounds: see `workers.models.at_once.Watch`."""
         ...
 
     def refuses(self, group: SharedInputGroup) -> bool:
@@ -114,6 +124,7 @@ class ShardRun(Generic[Found]):
         self._partnered = [group for group in gatherer.gatherings if not is_expert(group[0])]
         self._routed = self._partnered if gatherer.every_token else list(gatherer.gatherings)
         self._forced = [group for group in gatherer.gatherings if group not in self._routed]
+        self._of_experts = [group for group in self._routed if is_expert(group[0])]
 
     def __call__(
         self, hidden: tuple[Tensor, Tensor | None]
@@ -200,7 +211,9 @@ class ShardRun(Generic[Found]):
             if original is not None:
                 with input_hooks(replica, self._partnered, mean):
                     output = replica.run(original)
-            with input_hooks(replica, self._routed, checked), expert_hook(replica, look):
+            watching = self._watching(replica, entered) if self._shards.piece_tokens is None else None
+            hooked = self._routed if watching is None else self._partnered
+            with watching or nullcontext(), input_hooks(replica, hooked, checked), expert_hook(replica, look):
                 seen = replica.run(entered)
             output = seen if output is None else output
             if not all_finite(output):
@@ -210,6 +223,26 @@ class ShardRun(Generic[Found]):
             return _Piece(output, given)
         finally:
             self._replicas.put(replica)
+
+    def _watching(self, replica: Block, entered: Tensor) -> AbstractContextManager[None] | None:
+        """What has the gatherer see all experts at once while it is open; None where it sees one by one."""
+        sparse = replica.experts()
+        if not self._of_experts or not sparse or not self._gatherer.takes_all(self._of_experts):
+            return None
+        _, experts = sparse[0]
+        rows = entered.shape[0] * entered.shape[1] * replica.experts_of_token
+        with torch.no_grad():  # as the block runs
+            together = experts.at_once(rows, entered.dtype, entered.device)
+        if together is None:
+            return None
+        entering: dict[bool, list[SharedInputGroup | None]] = {down: [None] * experts.experts for down in (False, True)}
+        for group in self._of_experts:
+            entering[group[0].endswith(f".{PROJECTIONS[-1]}")][expert_of(group[0])] = group
+
+        def watch(projection: str, given: Tensor, bounds: Tensor) -> None:
+            self._gatherer.of_all(entering[projection == PROJECTIONS[-1]], given, bounds)
+
+        return experts.watched(together, watch)
 
 
 def _check(group: SharedInputGroup, entering: Tensor) -> None:

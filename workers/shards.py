@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,7 +12,7 @@ from counterweight.kernels.backend import runs_kernels
 from counterweight.workers.calibration.experts import ExpertCalibration
 from counterweight.workers.calibration.packed import PackedStatistics
 from counterweight.workers.calibration.row_sample import RowSample
-from counterweight.workers.calibration.statistics import Accumulator, Gathering, ShardMoments
+from counterweight.workers.calibration.statistics import Accumulator, Gathering, ShardMoments, add_groups
 from counterweight.workers.drawing import DrawnStatistics
 from counterweight.workers.models.family import SharedInputGroup, is_expert
 from counterweight.workers.parallel import Shards, Share
@@ -46,7 +46,8 @@ class RunningStatistics:
         self.sample = sample
         self._sums = {group: _accumulator(block, group, gathering) for group, gathering in gatherings.items()}
         self._drawn: DrawnStatistics | None = None
-        self._dtype = block.dtype
+        self._uncounted: list[tuple[list[Accumulator | None], Tensor]] = []
+        self._device, self._dtype = block.device, block.dtype
 
     @property
     def bytes(self) -> int:
@@ -64,6 +65,18 @@ class RunningStatistics:
             return None
         return ShardMoments.of(rows, self.gatherings[group], original, share)
 
+    def takes_all(self, groups: Iterable[SharedInputGroup]) -> bool:
+        """See `Gatherer`."""
+        chosen = [self.gatherings[group] for group in groups if group in self.gatherings]
+        return runs_kernels(self._device) and not any(one.absolute or one.thresholds for one in chosen)
+
+    def of_all(self, groups: Sequence[SharedInputGroup | None], rows: Tensor, bounds: Tensor) -> None:
+        """See `Gatherer`."""
+        sums = [None if group is None else self._sums[group] for group in groups]
+        if any(one is not None for one in sums):
+            add_groups(sums, rows, bounds)
+            self._uncounted.append((sums, bounds))
+
     def refuses(self, group: SharedInputGroup) -> bool:
         """See `Gatherer`: `result` looks at the sums. At rows a GPU would be waited for, and a CPU reads them once more."""
         gathering = self.gatherings[group]
@@ -80,6 +93,11 @@ class RunningStatistics:
             if shard is not None:
                 self._sums[group].add(shard)
             del shard
+        while self._uncounted:
+            sums, bounds = self._uncounted.pop()
+            for one, tokens in zip(sums, bounds.diff().tolist(), strict=True):
+                if one is not None:
+                    one.count(tokens)
 
     def drawing(self, options: ExpertCalibration | None) -> DrawnStatistics:
         """What adds drawn shards to the sums of experts below their floor; below it when this is called first. options: how

@@ -148,9 +148,9 @@ def gram_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grid (tiles, tiles, groups). A program sums its tile over all tokens of its group in float32 and adds it in float64. PACKED:
-    to the lower triangle, see `add_gram_`; programs above the diagonal have nothing to do. EVEN: whether all tiles are whole.
-    places, bounds: see `add_grams_`; None: there is one group, of all tokens."""
+    """grid (tiles, tiles, groups). A program sums its tile over all tokens of its group in float32 and adds it in float64.
+    PACKED: to the lower triangle, see `add_gram_`; programs above the diagonal have nothing to do. EVEN: whether all tiles are
+    whole. places, bounds: see `add_grams_`; None: there is one group, of all tokens."""
     row_tile = tl.program_id(0)
     column_tile = tl.program_id(1)
     if PACKED & (column_tile > row_tile):

@@ -1,5 +1,5 @@
-"""Products of rows that are sorted by group, each group's by a weight of its own, in one launch: a sparse MLP's experts, of which
-each takes less time on a GPU than its launch does on the host.
+"""Products of rows that are sorted by group, each group's by a weight of its own, in one launch: a sparse MLP's experts, of
+which each takes a GPU less time than its launch takes the host.
 
 Weights lie where they are: a kernel is given the first of them, and how far the others are from it.
 """
@@ -29,8 +29,8 @@ TOGETHER = 8
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where tensors of one dtype and device lie. first: the one that comes first in memory. elements: int64 [tensors], from there
-    to each; negative for none."""
+    """Where tensors of one dtype and device lie. first: the one that comes first in memory. elements: int64 [tensors], from
+    there to each; negative for none."""
 
     first: Tensor
     elements: Tensor
@@ -120,8 +120,8 @@ def grouped_linear_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """grid (tiles of rows * tiles of outputs). begins: int64 [groups + 1], of each group its first tile of rows; programs behind
-    the last one have nothing to do. EVEN: whether all tiles of a weight are whole."""
+    """grid (tiles of rows * tiles of outputs). begins: int64 [groups + 1], of each group its first tile of rows; programs
+    behind the last one have nothing to do. EVEN: whether all tiles of a weight are whole."""
     wide = tl.cdiv(outputs, TILE)
     program = tl.program_id(0)
     tile = program // (TOGETHER * wide) * TOGETHER + program % TOGETHER

@@ -14,7 +14,7 @@ solves with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import combinations
@@ -276,15 +276,21 @@ class Accumulator:
         for name, stream in streams.items():
             add_gram_(self._triangle(name * 2).entries, stream)
         for one, other in combinations(streams, 2):
-            if one + other not in self._crossed:
-                square = (self.width, self.width)
-                self._crossed[one + other] = torch.zeros(square, dtype=torch.float64, device=self._device)
-            add_product_(self._crossed[one + other], streams[one], streams[other])
+            add_product_(self._cross(one + other), streams[one], streams[other])
         self._add_vectors(
             len(x),
             x.float().abs().sum(0) if self._gathering.absolute else None,
             Thresholds.of(x.float()) if self._gathering.thresholds else None,
         )
+
+    def count(self, tokens: int) -> None:
+        """So many rows were added by `add_groups`."""
+        self._tokens += tokens
+
+    def _cross(self, name: str) -> Tensor:
+        if name not in self._crossed:
+            self._crossed[name] = torch.zeros(self.width, self.width, dtype=torch.float64, device=self._device)
+        return self._crossed[name]
 
     def _triangle(self, name: str) -> LowerTriangle:
         if name not in self._triangles:
@@ -313,6 +319,30 @@ class Accumulator:
     def result(self) -> InputStatistics:
         """The sum so far, unpacked."""
         return self.packed().unpacked()
+
+
+def add_groups(accumulators: Sequence[Accumulator | None], rows: Tensor, bounds: Tensor) -> None:
+    """`Accumulator.add_rows` of each, where kernels run, in one launch a product: of the rows [rows, in] from bounds[i] to
+    bounds[i + 1]; int64, on the device, so that who knows their number calls `Accumulator.count`. None: nothing is added. All
+    gather the same, and nothing but products."""
+    from counterweight.kernels.gpu.gram import add_grams_, add_products_
+    from counterweight.kernels.gpu.grouped import Places
+
+    gathering = next(one._gathering for one in accumulators if one is not None)
+
+    def places(totals: list[Tensor | None]) -> Places:
+        found = Places.of(totals)
+        if found is None:
+            raise ValueError("statistics: of different widths or devices: expected those of experts of one layer")
+        return found
+
+    streams = _streams(rows, gathering, None, fake_quantize_activations)
+    for name, stream in streams.items():
+        triangles = [None if one is None else one._triangle(name * 2).entries for one in accumulators]
+        add_grams_(places(triangles), stream, bounds)
+    for one, other in combinations(streams, 2):
+        squares = [None if each is None else each._cross(one + other) for each in accumulators]
+        add_products_(places(squares), streams[one], streams[other], bounds)
 
 
 def _streams(

@@ -274,6 +274,12 @@ class Block:
         family = family_of(self.model_type)
         return 0 if family.experts is None else int(getattr(self._base.config, family.experts.count_key))
 
+    @property
+    def experts_of_token(self) -> int:
+        """Experts that a token is given to; 0 in a model without."""
+        family = family_of(self.model_type)
+        return 0 if family.experts is None else int(getattr(self._base.config, family.experts.active_key))
+
     @contextmanager
     def asking(self, linears: Iterable[str]) -> Iterator[None]:
         """While it is open, experts with none of these linears are not run: what enters the others stays the same, the block's

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from counterweight.workers.models.at_once import AtOnce, Watch
 from counterweight.workers.models.family import PROJECTIONS, Product
 
 
@@ -74,7 +76,29 @@ class LinearExperts(SeparateExperts):
     An expert without tokens is not run.
     """
 
+    _watched: tuple[AtOnce, Watch] | None = None
+
+    def at_once(self, rows: int, dtype: torch.dtype, device: torch.device) -> AtOnce | None:
+        """How all experts run together on so many rows in all; None where they do not."""
+        linears = [[self.get_submodule(f"{expert}.{name}") for expert in range(self.experts)] for name in PROJECTIONS]
+        return AtOnce.of(linears, self.product, rows, dtype, device)
+
+    @contextmanager
+    def watched(self, together: AtOnce, watch: Watch) -> Iterator[None]:
+        """While it is open, experts run together, and `watch` sees what enters them."""
+        self._watched = together, watch
+        try:
+            yield
+        finally:
+            self._watched = None
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        together, watch = self._watched or (
+            self.at_once(top_k_index.numel(), hidden_states.dtype, hidden_states.device),
+            None,
+        )
+        if together is not None:
+            return together(hidden_states, top_k_index, top_k_weights, frozenset(self.running()), watch)
         output = torch.zeros_like(hidden_states)
         of_slot, slots = top_k_index.flatten().sort(stable=True)  # an expert's in the order of the tokens
         tokens, weights = slots // top_k_index.shape[1], top_k_weights.flatten()[slots, None]
