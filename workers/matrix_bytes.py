@@ -9,8 +9,8 @@ from functools import cache
 
 from counterweight.workers import matrix_flops
 
-SINGLE, DOUBLE = 4, 8
-"""Of an element in float32 and in float64."""
+HALF, SINGLE, DOUBLE = 2, 4, 8
+"""Of an element in 16 bits, in float32 and in float64."""
 
 DECODE = 3 * SINGLE
 """Of a weight while a stored one is read back: codes, scales and products in float32. One of the three stays."""

@@ -36,6 +36,7 @@ def add_gram_(entries: Tensor, x: Tensor) -> Tensor:
     entries: float64, contiguous. x: [tokens, in] float16, bfloat16 or float32, rows contiguous. Products and their sums over
     the tokens are float32, in the order of the tokens: the same bits each time. ValueError for anything else.
     """
+    _check("x", x, x)
     _add_(entries, _packed_shape(x.shape[1]), x, x, packed=True)
     return entries
 
@@ -46,6 +47,7 @@ def add_product_(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
     total: [in, in'] float64, contiguous. x: [tokens, in], y: [tokens, in'], both float16, bfloat16 or float32 alike, rows
     contiguous. Products and sums as in `add_gram_`. ValueError for anything else.
     """
+    _check("x", x, x)
     _check("y", y, x)
     _add_(total, (x.shape[1], y.shape[1]), x, y, packed=False)
     return total
@@ -54,11 +56,13 @@ def add_product_(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def add_grams_(totals: Places, x: Tensor, bounds: Tensor) -> None:
     """`add_gram_` of each group of rows, in one launch: rows from bounds[g] to bounds[g + 1] are added to total g. totals: of
     triangles; groups that have none are left out. bounds: int64 [groups + 1], ascending, on the device."""
+    _check("x", x, x)
     _add_(totals.first, _packed_shape(x.shape[1]), x, x, packed=True, places=totals, bounds=bounds)
 
 
 def add_products_(totals: Places, x: Tensor, y: Tensor, bounds: Tensor) -> None:
     """`add_product_` of each group of rows, as `add_grams_` does it."""
+    _check("x", x, x)
     _check("y", y, x)
     _add_(totals.first, (x.shape[1], y.shape[1]), x, y, packed=False, places=totals, bounds=bounds)
 
@@ -89,7 +93,6 @@ def _add_(
     bounds: Tensor | None = None,
 ) -> None:
     """places, bounds: of groups; None: all rows are one."""
-    _check("x", x, x)
     if total.shape != shape or total.dtype is not torch.float64 or not total.is_contiguous():
         raise ValueError(f"total: {list(total.shape)} {total.dtype}: expected {list(shape)} float64, contiguous")
     if total.device != x.device:

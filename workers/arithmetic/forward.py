@@ -40,9 +40,10 @@ def statistics(load: Load) -> Work:
     """Products of the inputs, once for each time that they are gathered."""
     options = tunes(load)
     again = 0 if options is None else options.transforms
-    work = sum((_moments(load, group) for group in load.groups), NOTHING) * again
+    together = load.at_once
+    work = sum((_moments(load, group, together) for group in load.groups), NOTHING) * again
     for calibration in calibrations(load):
-        work += sum((_moments(calibration, group) for group in load.groups), NOTHING)
+        work += sum((_moments(calibration, group, together) for group in load.groups), NOTHING)
     return work
 
 
@@ -98,12 +99,12 @@ def run(load: Load, tokens: float) -> Work:
     """One pass of so many tokens: linears, with the transforms of their inputs, and attention, whose queries are taken to be as
     wide as its values; its masked half is counted, because kernels differ in whether they skip it. Not counted: a recurrence in
     attention's place (Gated DeltaNet)."""
-    work = NOTHING
+    work, together = NOTHING, load.at_once
     for group in load.groups:
         for name, (rows, columns) in group.linears.items():
             seen = tokens * group.share
             work += product(seen, columns, rows) + online_flops(load, name, seen, columns)
-            work += steps(STEPS * -(-tokens // load.shard))
+            work += steps(STEPS * -(-tokens // load.shard) / (together if group.of_expert else 1))
             if name == load.family.output:
                 work += product(tokens, load.length, columns) * 2
     return work
@@ -134,8 +135,8 @@ def _branches(load: Load, group: Group) -> Work:
     return work
 
 
-def _moments(load: Load, group: Group) -> Work:
-    """Products of a group's streams: a triangle of each with itself, a square of each two."""
+def _moments(load: Load, group: Group, together: int) -> Work:
+    """Products of a group's streams: a triangle of each with itself, a square of each two. together: experts of one launch."""
     if not gathers(load, group):
         return NOTHING
     count, tokens = streams(load, group), load.tokens * gathered_share(load, group)
@@ -146,6 +147,6 @@ def _moments(load: Load, group: Group) -> Work:
     # Of each product of a shard: zeros, the product, and its strips added to the sum; on a GPU one kernel.
     each = 1 if load.gpu else 2 + -(-group.width // TRIANGLE_BLOCK)
     shards = load.shards + (-(-load.drawn_tokens // load.shard) if drawn_share(load, group) else 0)
-    launched = steps(shards * (count + pairs) * each)
+    launched = steps(shards * (count + pairs) * each / (together if group.of_expert else 1))
     triangles = gram(tokens, group.width, TRIANGLE_BLOCK) * count
     return triangles + product(group.width, tokens, group.width) * pairs + quantized + launched

@@ -47,7 +47,18 @@ def running(load: Load, *, stored: bool) -> int:
             looking, multiplying = _gathered(load, group)
             peaks.append(round(tokens * group.width * looking) + before)
             peaks.append(round(tokens * group.width * multiplying) + products)
+    if (experts := load.at_once) > 1:
+        peaks.append(_experts_at_once(load, experts) + products)
     return load.shard * stream + max(peaks) + _meant(load)
+
+
+def _experts_at_once(load: Load, experts: int) -> int:
+    """Where all experts run together: their rows, what is between their linears, and what is put together of it again."""
+    group = next(group for group in load.groups if group.of_expert)
+    inner = max(rows for rows, _ in group.linears.values())
+    quantized = any(part.activations is not None for part in group.recipe.values())
+    inside = max(group.width * (1 + 2 * quantized) + 3 * inner, inner + 3 * load.hidden)
+    return round(load.compute * load.shard * group.share * experts * inside)
 
 
 def _shard_of_pieces(load: Load, *, solved: bool = True) -> int:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from counterweight.workers.batches import BATCH_BYTES
 from counterweight.workers.calibration.experts import ExpertCalibration
-from counterweight.workers.matrix_bytes import DOUBLE, triangle
+from counterweight.workers.matrix_bytes import DOUBLE, HALF, triangle
 from counterweight.workers.methods.transforms import Rotation
-from counterweight.workers.models.family import ModelFamily, is_expert
-from counterweight.workers.parallel import piece_sequences
+from counterweight.workers.models.family import ModelFamily, expert_of, is_expert
+from counterweight.workers.parallel import FEW_TOKENS, piece_sequences
 from counterweight.workers.recipe import ModuleRecipe
 from counterweight.workers.tasks.setting import shard_sequences
 
@@ -122,6 +122,23 @@ class Load:
     def lends(self) -> bool:
         """See `BlockSpec`."""
         return len(self.passes) > 1 and not any(part.tuning for group in self.groups for part in group.recipe.values())
+
+    @property
+    def at_once(self) -> int:
+        """Experts of a shard that run together, see `workers.models.at_once`; 1 where each runs by itself."""
+        of_experts = [group for group in self.groups if group.of_expert]
+        if not self.gpu or self.compute != HALF or not of_experts or self.shard * of_experts[0].share >= FEW_TOKENS:
+            return 1
+        layout = self.family.experts
+        apart = layout is not None and (layout.scaled_inputs or layout.fused_biases_on_disk is not None)
+        if apart or any(self._transformed(name, group.width) for group in of_experts for name in group.linears):
+            return 1
+        return len({expert_of(name) for group in of_experts for name in group.linears})
+
+    def _transformed(self, name: str, columns: int) -> bool:
+        """Whether the input of a linear is transformed while the block runs."""
+        rotation = self.rotation
+        return rotation is not None and rotation.online_size(self.family, name, columns, self.heads) is not None
 
     def by_pass(self) -> list[Load]:
         """The same with the recipes of one pass's linears alone, pass by pass."""

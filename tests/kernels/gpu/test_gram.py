@@ -132,7 +132,7 @@ def test_a_shard_is_added_as_it_is_seen_where_kernels_run(
 
     class Block:
         def __init__(self) -> None:
-            self.device = device
+            self.device, self.dtype = device, torch.float32
 
         def linear(self, name: str) -> torch.nn.Linear:
             return {"up": torch.nn.Linear(40, 1)}[name]
