@@ -68,7 +68,7 @@ def test_sums_and_outputs_are_those_of_one_by_one(
     gathering: Gathering, device: torch.device, on_kernels: Callable[[bool], list[int]]
 ) -> None:
     block = block_on(device)
-    hidden = shards_on(device, block)
+    hidden = shards_on(device, block)[:1]
     on_kernels(False)
     expected, outputs = ran(block, hidden, gathering)
     calls = on_kernels(True)
