@@ -20,7 +20,7 @@ from torch.nn import functional
 from counterweight.workers.block import install
 from counterweight.workers.compressed import CompressedModel
 from counterweight.workers.errors import RequestError
-from counterweight.workers.metrics import METRICS, PROFILES, Comparison
+from counterweight.workers.metrics import METRICS, PROFILES, Comparison, Expected
 from counterweight.workers.models.block_builder import Block
 from counterweight.workers.models.routing import watched
 from counterweight.workers.parallel import OrderedPool, piece_sequences
@@ -104,6 +104,11 @@ def compressed_blocks(
 ) -> dict[str, Block]:
     """Block `index` of an artifact, as each variant runs it."""
     block, linears = model.block(index, device, dtype)
+    if (
+        device.type == "cpu"
+    ):  # kernels multiply codes; here all pieces of all windows, and all variants, share one dense weight
+        for linear in linears.values():
+            linear.weight.hold(dtype)
     blocks: dict[str, Block] = {}
     for variant in variants:
         blocks[variant] = block.replica()
@@ -132,12 +137,13 @@ def measure(
         for start in range(0, ids.shape[1], HEAD_TOKENS):
             positions = slice(start, start + HEAD_TOKENS)
             following = ids[index, 1:][positions]
-            reference = _log_probabilities(heads[BASELINE], states[BASELINE][positions])
+            expected = Expected.of(_log_probabilities(heads[BASELINE], states[BASELINE][positions]))
             for variant, compared in parts.items():
-                own = reference
-                if variant != BASELINE:
+                if variant == BASELINE:
+                    compared.append(Comparison.of_original(expected, following))
+                else:
                     own = _log_probabilities(heads[variant], states[variant][positions])
-                compared.append(Comparison.of(reference, own, following))
+                    compared.append(Comparison.of(expected, own, following))
         return {
             variant: Measured.of(
                 variant,

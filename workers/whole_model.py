@@ -15,7 +15,7 @@ from counterweight.workers.block import install
 from counterweight.workers.compressed import CompressedModel
 from counterweight.workers.errors import RequestError
 from counterweight.workers.evaluation import Measured
-from counterweight.workers.metrics import Comparison
+from counterweight.workers.metrics import Comparison, Expected
 from counterweight.workers.tasks.evaluate import BASELINE, QUANTIZED
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def measure_whole(
         if own.shape != before.shape:
             raise RequestError(f"a vocabulary of {own.shape[-1]}: expected {before.shape[-1]}, the original's")
         for row, window in enumerate(ids):
-            expected = before[row]
-            found[BASELINE].add(Measured.of(BASELINE, Comparison.of(expected, expected, window[1:])))
+            expected = Expected.of(before[row])
+            found[BASELINE].add(Measured.of(BASELINE, Comparison.of_original(expected, window[1:])))
             found[QUANTIZED].add(Measured.of("the model", Comparison.of(expected, own[row], window[1:])))
         done(len(found[BASELINE].metrics))
     return found

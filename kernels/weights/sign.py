@@ -71,9 +71,12 @@ class SignWeight(StoredWeight):
         scaled = self.signs(torch.float32) * self.row_scale.float().unsqueeze(1) * self.column_scale.float()
         return scaled.to(dtype)
 
+    def dense_factor(self, dtype: torch.dtype) -> Tensor:
+        return self.signs(dtype)
+
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         # Sums of signs in x's dtype: no dense weight is rounded to it.
-        y = functional.linear(x * self.column_scale.to(x.dtype), self.signs(x.dtype)) * self.row_scale.to(x.dtype)
+        y = functional.linear(x * self.column_scale.to(x.dtype), self._factor(x.dtype)) * self.row_scale.to(x.dtype)
         return y if bias is None else y + bias
 
     def rows(self, rows: slice) -> Self:

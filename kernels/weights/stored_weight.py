@@ -18,6 +18,9 @@ from torch.nn import functional
 
 from counterweight.kernels.forms import WeightForm
 
+_HELD = "_held"
+"""Attribute of a weight's dense factor; no field, so that another weight made of this one has none."""
+
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes in which a checkpoint stores scales."""
 
@@ -89,7 +92,19 @@ class StoredWeight(ABC):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] of any float dtype times the weight's transpose, plus bias [out]: [..., out] of the same dtype."""
-        return functional.linear(x, self.dequantize(x.dtype), bias)
+        return functional.linear(x, self._factor(x.dtype), bias)
+
+    def dense_factor(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [out, in] that `linear` multiplies by."""
+        return self.dequantize(dtype)
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Keeps the dense factor for every `linear` on activations of this dtype, where many batches will follow each other."""
+        self.__dict__[_HELD] = self.dense_factor(dtype)
+
+    def _factor(self, dtype: torch.dtype) -> Tensor:
+        held: Tensor | None = self.__dict__.get(_HELD)
+        return held if held is not None and held.dtype == dtype else self.dense_factor(dtype)
 
     # -- in memory ----------------------------------------------------------------------------------------------------
 

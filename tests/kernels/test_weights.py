@@ -152,6 +152,27 @@ def test_hostile_tensors_are_refused_by_name(weight: StoredWeight) -> None:
         read(tensors, replace(form, bits=5))
 
 
+def test_a_dense_weight_that_is_held_is_made_once_and_changes_no_bit(
+    weight: StoredWeight, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, bias = random(9, IN), random(OUT)
+    found = {dtype: weight.linear(x.to(dtype), bias.to(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    weight.hold(torch.float32)
+    made: list[torch.dtype] = []
+    dense_factor = type(weight).dense_factor
+
+    def counted(self: StoredWeight, dtype: torch.dtype) -> Tensor:
+        made.append(dtype)
+        return dense_factor(self, dtype)
+
+    monkeypatch.setattr(type(weight), "dense_factor", counted)
+    for dtype, expected in found.items():
+        assert torch.equal(weight.linear(x.to(dtype), bias.to(dtype)), expected)
+    assert made == [torch.bfloat16], "on activations of another dtype it is made anew"
+    other = weight.with_gains(torch.full((OUT,), 2.0))
+    assert not torch.equal(other.linear(x), weight.linear(x)), "a weight that is made of it has its own"
+
+
 def test_a_kind_that_nobody_knows_is_refused() -> None:
     with pytest.raises(ValueError, match=r"kind: '\.\./x': expected one of sign, uniform"):
         format_of("../x")

@@ -12,9 +12,9 @@ from counterweight.workers.metrics import (
     router_agreement,
     top1_agreement,
 )
-from counterweight.workers.metrics.metric import Comparison, Measure, Metric, Profile
+from counterweight.workers.metrics.metric import Comparison, Expected, Measure, Metric, Profile
 
-__all__ = ["BOUNDED", "METRICS", "PROFILES", "Comparison", "Measure", "Metric", "Profile"]
+__all__ = ["BOUNDED", "METRICS", "PROFILES", "Comparison", "Expected", "Measure", "Metric", "Profile"]
 
 METRICS: tuple[Metric, ...] = (
     perplexity.METRIC,

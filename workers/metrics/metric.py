@@ -11,13 +11,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Expected:
+    """What the original expects behind some positions of one window, which every model is compared with.
+
+    log_probabilities, probabilities: of the next token, [positions, vocabulary] float32. top: the most probable one,
+    [positions, 1] int64.
+    """
+
+    log_probabilities: Tensor
+    probabilities: Tensor
+    top: Tensor
+
+    @classmethod
+    def of(cls, log_probabilities: Tensor) -> Expected:
+        """log_probabilities: of the next token, [positions, vocabulary] float32."""
+        return cls(
+            log_probabilities=log_probabilities,
+            probabilities=log_probabilities.exp(),
+            top=log_probabilities.argmax(-1, keepdim=True),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Comparison:
     """Positions of one window under two models, the original and the one that is judged.
 
     divergence: KL(original || this) of the next token, in nats, [positions] float32. likelihood: this model's log-probability
-    of the token that follows, where there is one, [positions, the window's last without] float32. agreed: whether both find the
-    same next token most probable, [positions] bool. routed: share of the window's tokens that go to the same experts under
-    both, of each sparse block.
+    of the token that follows, where there is one, [positions, the window's last without] float32. agreed: whether the
+    original's most probable next token is this model's too, [positions] bool. routed: share of the window's tokens that go to
+    the same experts under both, of each sparse block.
     """
 
     divergence: Tensor
@@ -26,21 +48,26 @@ class Comparison:
     routed: Sequence[float] = ()
 
     @classmethod
-    def of(cls, reference: Tensor, own: Tensor, following: Tensor) -> Comparison:
-        """reference, own: log-probabilities of the next token under the original and under this model, [positions, vocabulary]
-        float32; the same tensor where this is the original. following: the tokens that follow, one less at a window's end."""
+    def of_original(cls, expected: Expected, following: Tensor) -> Comparison:
+        """The original with itself. following: the tokens that follow, one less at a window's end."""
         import torch
-        from torch.nn import functional
 
-        likelihood = own[: len(following)].gather(1, following.long().to(own.device)[:, None])[:, 0]
-        if own is reference:
-            zeros = own[:, 0] - own[:, 0]  # but where logits are not finite: a whole row is NaN then
-            return cls(divergence=zeros, likelihood=likelihood, agreed=torch.ones_like(zeros, dtype=torch.bool))
-        return cls(
-            divergence=functional.kl_div(own, reference, reduction="none", log_target=True).sum(-1),
-            likelihood=likelihood,
-            agreed=own.argmax(-1) == reference.argmax(-1),
-        )
+        own = expected.log_probabilities
+        zeros = own[:, 0] - own[:, 0]  # but where logits are not finite: a whole row is NaN then
+        agreed = torch.ones_like(zeros, dtype=torch.bool)
+        return cls(divergence=zeros, likelihood=_likelihood(own, following), agreed=agreed)
+
+    @classmethod
+    def of(cls, expected: Expected, own: Tensor, following: Tensor) -> Comparison:
+        """own: log-probabilities of the next token under this model, [positions, vocabulary] float32, which are overwritten:
+        they are the largest tensors of a validation, and memory that is new to a process costs more than what is computed in
+        it. following: as above."""
+        import torch
+
+        likelihood = _likelihood(own, following)
+        agreed = own.gather(1, expected.top)[:, 0] == own.amax(-1)
+        excess = torch.sub(expected.log_probabilities, own, out=own).mul_(expected.probabilities)
+        return cls(divergence=excess.sum(-1), likelihood=likelihood, agreed=agreed)
 
     @classmethod
     def joined(cls, parts: Sequence[Comparison], routed: Sequence[float] = ()) -> Comparison:
@@ -53,6 +80,11 @@ class Comparison:
             agreed=torch.cat([part.agreed for part in parts]),
             routed=routed,
         )
+
+
+def _likelihood(own: Tensor, following: Tensor) -> Tensor:
+    """Log-probabilities of the tokens that follow, [those]. own: [positions, vocabulary]."""
+    return own[: len(following)].gather(1, following.long().to(own.device)[:, None])[:, 0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
