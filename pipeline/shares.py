@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from counterweight.workers.parallel import piece_sequences
 from counterweight.workers.tasks.setting import shard_sequences
 
@@ -25,3 +27,9 @@ def original_shares(windows: int, length: int, workers: int, *, gpu: bool) -> li
     tasks = min(len(each), -(-windows * length // READ_TOKENS)) if gpu else len(each)
     together = -(-len(each) // tasks)
     return [each[first : first + together] for first in range(0, len(each), together)]
+
+
+def originals_first(divided: Sequence[Sequence[range]]) -> bool:
+    """Whether workers begin with the original, before the blocks: each of its tasks takes longer than a block, so that at the
+    end of the blocks one would run alone. One worker has nobody to wait for. divided: by `original_shares`."""
+    return sum(map(len, divided)) > 1

@@ -18,7 +18,7 @@ from counterweight.pipeline.artifact.report import (
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.graph import Graph, Node, giving
 from counterweight.pipeline.manifest import Validation
-from counterweight.pipeline.shares import original_shares
+from counterweight.pipeline.shares import original_shares, originals_first
 from counterweight.pipeline.tokens import Tokens
 from counterweight.workers.ledger import LEDGER
 from counterweight.workers.metrics import kl_by_position
@@ -81,8 +81,7 @@ def add_originals(graph: Graph, whole: Original, length: int, workers: int) -> l
     """The nodes of what the original makes of each worker's windows, of `length` tokens. Nothing in them is a recipe's: another
     recipe on this model and text finds them done. whole: of all windows.
 
-    Each takes longer than a block, so several workers begin with them: at the end of the blocks one would run alone. On a GPU
-    each reads the model for longer than it computes, so they are no more than they have tokens for.
+    On a GPU each reads the model for longer than it computes, so they are no more than they have tokens for.
     """
 
     divided = original_shares(whole.stop, length, workers, gpu=whole.setting.device == "cuda")
@@ -93,7 +92,7 @@ def add_originals(graph: Graph, whole: Original, length: int, workers: int) -> l
     found: list[Reference] = []
     for together in divided:
         first = together[0].start
-        node = graph.add(giving(of(range(first, together[-1].stop))), soon=sum(map(len, divided)) > 1)
+        node = graph.add(giving(of(range(first, together[-1].stop))), soon=originals_first(divided))
         found += [Reference(of(share), node, first) for share in together]
     return found
 

@@ -20,7 +20,7 @@ from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.rates import Rates
-from counterweight.pipeline.shares import original_shares, shares
+from counterweight.pipeline.shares import original_shares, originals_first, shares
 from counterweight.workers.arithmetic.units import Unit
 from counterweight.workers.dtypes import ITEMSIZE
 from counterweight.workers.footprint.whole import BATCH
@@ -261,7 +261,7 @@ def _originals(costs: Costs, dispatcher: Dispatcher) -> list[Node[HiddenRecord]]
         windows = range(together[0].start, together[-1].stop)
         steps = _validated(costs, whole, windows, 1, costs.rates.sent(_left(costs, windows)))
         node = dispatcher.graph.add(
-            giving(Simulated(f"original {windows.start}", steps)), soon=sum(map(len, divided)) > 1
+            giving(Simulated(f"original {windows.start}", steps)), soon=originals_first(divided)
         )
         found += [node] * len(together)
     return found

@@ -53,7 +53,9 @@ def history(job: Job) -> list[dict[str, object]]:
 
 def rows(job: Job) -> list[tuple[str, str]]:
     """Label and value of each line, for people."""
-    told = [(name, str(value)) for name, value in facts(job).items() if value not in (None, {}) and name not in _HIDDEN]
+    told = [
+        (name, str(value)) for name, value in facts(job).items() if value not in (None, {}, "") and name not in _HIDDEN
+    ]
     return [(name.replace("_", " "), value) for name, value in told]
 
 

@@ -177,6 +177,14 @@ class TestWatching:
         assert [entry["kind"] for entry in said["journal"]] == ["leased", "ended"]
         assert "kl 0.2: expected at most 0.1" in command("status", id).out
 
+    def test_a_job_that_is_done_has_no_last_line_to_tell(self, command: Command, id: str, jobs: JobStore) -> None:
+        lease = take(jobs, id, "host:1")
+        assert lease is not None
+        lease.end(Ended(cause=Cause.DONE, exit_code=0, artifact="file:///x"))
+        said = [line.strip() for line in command("status", id).out.splitlines()]
+        assert any(line.startswith("artifact") for line in said)
+        assert "line" not in said
+
     def test_without_an_id_the_queue_is_told(self, command: Command, id: str) -> None:
         said = command("status", "--json").json
         assert (said["jobs"], said["queue"], said["startable"]) == ({"queued": 1}, [id], [id])
