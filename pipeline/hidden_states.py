@@ -7,6 +7,8 @@ with its next block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.units import bytes_text, seconds_text
 from counterweight.workers.config import Config
@@ -14,7 +16,12 @@ from counterweight.workers.config import Config
 GPU_EVERY = 8
 """Blocks between two boundaries that are written, with GPUs, unless the manifest says otherwise. A GPU runs a block over its
 shards in the time that storage takes to write them, so that writing costs as much as running a block again: seven are run again
-at worst, and seven of eight boundaries are not written. A CPU takes far longer to run them, and writes every boundary."""
+at worst, and seven of eight boundaries are not written."""
+
+CPU_LOSS = 60.0
+"""Seconds of work that a death may cost a single worker on CPUs, unless the manifest says otherwise. A block of a large model
+takes longer, and writing what leaves it is little beside that; of a small one it is a twentieth of the block's seconds. Several
+workers write every boundary: what one has made others have begun to work on."""
 
 GPU_ROOM = 24 << 30
 """Memory of the host for them, for a worker with a GPU, unless the manifest says otherwise: what enters and what leaves a block
@@ -45,6 +52,12 @@ class HiddenStatesPlan(Config):
     def written(self, block: int) -> float:
         """Share of what leaves a block that is written: all, or what memory has no room for."""
         return 1.0 if self.lasting(block) else 1.0 - self.kept
+
+    def sparing(self, lost: Callable[[int], float]) -> HiddenStatesPlan:
+        """The same with as few boundaries written as `CPU_LOSS` allows. lost: seconds of a death that costs so many blocks
+        beside the one under way."""
+        every = next((count for count in range(self.blocks, 1, -1) if lost(count - 1) <= CPU_LOSS), 1)
+        return self.model_copy(update={"durable_every": every if every < self.blocks else 0})
 
     @property
     def read_bytes(self) -> int:

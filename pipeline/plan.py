@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 from counterweight.pipeline.estimate import (
@@ -26,7 +27,7 @@ from counterweight.pipeline.loads import load_of
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.memory import PROCESS_BYTES, Memory, host_bytes, misfits, worker_memory
 from counterweight.pipeline.model_source import ModelSource
-from counterweight.pipeline.rates import MEASURED, Rates, rates_of
+from counterweight.pipeline.rates import MEASURED, UNMEASURED, Rates, rates_of
 from counterweight.pipeline.resolve import (
     block_recipe,
     check_block,
@@ -217,6 +218,8 @@ def make_plan(
     host = PROCESS_BYTES + (max(block.host_bytes for block in blocks) if on_gpu else most)
     room = _room(job, gpu, memory, host, blocks)
     hidden = hidden_states(job, boundary, len(blocks) + passed, room)
+    if not on_gpu and job.spec.resources.workers == 1 and job.spec.resources.hidden_states.durable_every is None:
+        hidden = hidden.sparing(partial(again, _costs(job, source, costed, training, UNMEASURED, hidden, None).blocks))
     host += hidden.memory_bytes if on_gpu else hidden.memory_bytes - reserved(job, boundary)
     peak = most if on_gpu else host
     timed = device is None or on_gpu == (gpu is not None)
@@ -228,6 +231,7 @@ def make_plan(
         if job.spec.resources.workers > 1:
             alone = _with_one_worker(job)
             alone_hidden = hidden_states(alone, boundary, len(blocks) + passed, room)
+            alone_hidden = alone_hidden.model_copy(update={"durable_every": hidden.durable_every})
             of_one = _costs(alone, source, costed, training, rates, alone_hidden, asking)
         made = estimate(costs, of_one, job.spec.resources, costed[0].load.threads)
         hidden = hidden.model_copy(update={"lost_seconds": again(costs.blocks, hidden.lost_blocks)})

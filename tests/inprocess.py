@@ -120,6 +120,8 @@ def run_job(
         "calibration": {"source": {"uri": text}, "sequences": 8, "sequence_length": 32, **(calibration or {})},
         "output": {"uri": (output / "artifacts").as_uri()},
     }
+    if pool is not None and pool.size > 1:
+        spec["resources"] = {"workers": pool.size}
     if validation is not None:
         spec["validation"] = {"text": {"uri": text}, "windows": 8, **validation}
     if distillation is not None:

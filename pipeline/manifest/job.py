@@ -117,7 +117,8 @@ class HiddenStates(Section):
     """
     durable_every: Annotated[int, Field(ge=0, le=10_000)] | None = None
     """Blocks between two places at which they are written even so: when a worker or the job dies, the original blocks behind
-    the last of these are run again. 0: nowhere, but behind the embedding. null: 1 on CPUs, 8 with GPUs.
+    the last of these are run again. 0: nowhere, but behind the embedding. null: 8 with GPUs; on CPUs as many as a
+    single worker runs again within a minute, 1 for several.
     """
 
     @property

@@ -283,7 +283,8 @@ def test_the_plan_counts_bytes_and_what_a_death_costs(folder: Path) -> None:
         assert plan.boundary_bytes == boundary
         return plan.memory_bytes, plan.read_bytes, plan.written_bytes, plan.lost_blocks
 
-    assert counted() == (2 * boundary, 0, 5 * boundary, 0)
+    assert counted() == (2 * boundary, 0, boundary, 3), "all blocks are run again within a minute"
+    assert counted(grain(1)) == (2 * boundary, 0, 5 * boundary, 0)
     assert counted(grain(2)) == (2 * boundary, 0, 3 * boundary, 1)
     assert counted(grain(0)) == (2 * boundary, 0, boundary, 3)
     assert counted(grain(0), NO_MEMORY) == (0, 4 * boundary, 5 * boundary, 0)
@@ -304,3 +305,12 @@ def test_memory_for_hidden_states_is_not_there_for_tasks(folder: Path) -> None:
     tight = plan(f"spec.resources.memory_per_worker={without.peak_bytes_per_worker / 2**20 + 0.05:.3f}MiB")
     assert 0 < tight.hidden_states.memory_bytes <= 0.026 * 2**20, "half of what is free"
     assert not tight.problems
+
+
+@pytest.mark.parametrize(("seconds", "every"), [(70.0, 1), (25.0, 2), (1.0, 0)])
+def test_cpus_write_what_a_death_may_not_cost(seconds: float, every: int) -> None:
+    planned = HiddenStatesPlan(boundary_bytes=1, memory_bytes=2, durable_every=1, blocks=4)
+    found = planned.sparing(lambda lost: seconds * (lost + 1))
+    assert found.durable_every == every
+    assert seconds * (found.lost_blocks + 1) <= 60.0 or every == 1
+    assert [block for block in range(4) if found.lasting(block)] == {1: [0, 1, 2, 3], 2: [1, 3], 0: []}[every]
