@@ -38,7 +38,7 @@ FACTORIZATIONS: Mapping[str, Count] = {
     "linalg_cholesky_ex": lambda s: s[0][0] ** 3 / 3,
     "cholesky_solve": lambda s: 2 * s[1][0] ** 2 * s[0][1],
     "_cholesky_solve_helper": lambda s: 2 * s[1][0] ** 2 * s[0][1],
-    "linalg_solve_triangular": lambda s: s[0][0] ** 2 * s[1][1],
+    "linalg_solve_triangular": lambda s: s[0][0] * prod(s[1]),
     "linalg_qr": lambda s: 4 * s[0][0] * s[0][1] ** 2 - 4 / 3 * s[0][1] ** 3,
 }
 DECOMPOSITIONS: Mapping[str, Count] = {

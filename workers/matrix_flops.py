@@ -90,6 +90,27 @@ def gram(tokens: float, width: int, strip: int) -> Work:
     return Work(grams32=tokens * width * (width + min(strip, width)))
 
 
+BLOCK_LEAST, BLOCKS = 128, 8
+"""Of `workers.blocked`: rows of a block at least, and blocks of a wide matrix. Few, because a GPU wants large products."""
+
+
+def block_of(size: int) -> int:
+    """Rows of a block of a matrix of so many."""
+    return max(BLOCK_LEAST, -(-size // BLOCKS))
+
+
+def _in_blocks(size: int) -> float:
+    """The sum of the squares of the sizes of the blocks."""
+    block = block_of(size)
+    return size // block * block**2 + (size % block) ** 2
+
+
+def symmetric_product(size: int, inner: float) -> Work:
+    """[size, inner] times [inner, size] in float32 where that is symmetric."""
+    corners = _in_blocks(size)
+    return Work(products32=inner * (size**2 + corners), elementwise=corners)
+
+
 def cholesky(size: float) -> Work:
     """The factor of [size, size]."""
     return Work(factorizations=size**3 / 3)
@@ -155,6 +176,9 @@ def spectrum(rows: int, columns: int) -> Work:
 
 RANGE_PRODUCTS = 16
 """Products with M G M^T that the range finder takes at most: see `compensation.range_finder`."""
+RANGE_PLANNED = {True: 10, False: 12}
+"""That a plan counts, with two filters; by whether M G M^T is multiplied out, which tells more of what may be missing. At least
+what matrices of independent entries take, 8 to 12; spectra that decay take 2 to 7, clusters at the rank all products."""
 RANGE_DEGREE = 5
 """Of its filters at most."""
 RANGE_LEAST = 512
@@ -174,8 +198,8 @@ def range_columns(rank: int) -> int:
 def squares_first(rows: int, columns: int, rank: int, *, metric: bool) -> bool:
     """Whether the range finder takes M G M^T as one matrix: less than its factors in turn where the rank is large."""
     count = range_columns(rank)
-    formed = _through(rows, columns, rows, metric) + product(rows, rows, count) * RANGE_PRODUCTS
-    return formed.total < (_through(rows, columns, count, metric, back=True) * RANGE_PRODUCTS).total
+    formed = _formed(rows, columns, metric) + product(rows, rows, count) * RANGE_PLANNED[True]
+    return formed.total < (_through(rows, columns, count, metric) * RANGE_PLANNED[False]).total
 
 
 @lru_cache(maxsize=ASKED)
@@ -188,25 +212,26 @@ def finds_range(rows: int, columns: int, rank: int, *, metric: bool) -> bool:
 
 
 def range_finder(rows: int, columns: int, rank: int, *, metric: bool) -> Work:
-    """`rank` leading directions by the range finder, with filters of the highest degree: a spectrum of wide range takes more
-    of lower degree, between which the basis is made orthonormal."""
-    count, filters = range_columns(rank), (RANGE_PRODUCTS - 1) // RANGE_DEGREE
-    if squares_first(rows, columns, rank, metric=metric):
-        products = _through(rows, columns, rows, metric) + product(rows, rows, count) * RANGE_PRODUCTS
+    """`rank` leading directions by the range finder."""
+    count, made, formed = range_columns(rank), 3, squares_first(rows, columns, rank, metric=metric)
+    taken = RANGE_PLANNED[formed]
+    if formed:
+        products = _formed(rows, columns, metric) + product(rows, rows, count) * taken
     else:
-        products = _through(rows, columns, count, metric, back=True) * RANGE_PRODUCTS
+        products = _through(rows, columns, count, metric) * taken
     turned = product64(count, rows, count) + eigh(count) + product64(rows, count, count) * 2
-    return (
-        products
-        + qr(rows, count) * (filters + 1)
-        + turned * (filters + 1)
-        + elementwise(4 * rows * count * RANGE_PRODUCTS)
-    )
+    return products + (qr(rows, count) + turned) * made + elementwise(4 * rows * count * (taken + made))
 
 
-def _through(rows: int, columns: int, count: int, metric: bool, back: bool = False) -> Work:
-    """M G times [columns, count]; back: behind M^T times [rows, count]."""
-    found = product(rows, columns, count) * (1 + back)
+def _formed(rows: int, columns: int, metric: bool) -> Work:
+    """M G M^T multiplied out."""
+    found = symmetric_product(rows, columns)
+    return found + product(rows, columns, columns) if metric else found
+
+
+def _through(rows: int, columns: int, count: int, metric: bool) -> Work:
+    """M, G and M^T times so many columns in turn."""
+    found = product(rows, columns, count) * 2
     return found + product(columns, columns, count) if metric else found
 
 
@@ -229,16 +254,16 @@ def trace(rows: int, columns: int) -> Work:
     return product(rows, columns, columns) + elementwise(2 * rows * columns)
 
 
-def branch_terms(rows: int, columns: int, rank: int) -> Work:
-    """What a branch of this rank adds to the error of a layer whose streams differ, through its small factors, in float32."""
-    # What it reads of three streams; of what two terms make of it, and of itself.
-    read = product(rank, columns, columns) * 3 + product(rank, columns, rows) * 2 + product(rank, columns, rank)
+def branch_terms(rows: int, columns: int, rank: int, streams: int) -> Work:
+    """What a branch of this rank adds to the error of a layer whose `streams` differ, through its small factors, in float32."""
+    # What it reads of each stream; of what two terms make of it, and of itself.
+    read = product(rank, columns, columns) * streams + product(rank, columns, rows) * 2 + product(rank, columns, rank)
     return read + product(rank, rows, rank)
 
 
-def branch_terms64(rows: int, columns: int, rank: int) -> Work:
+def branch_terms64(rows: int, columns: int, rank: int, streams: int) -> Work:
     """The same in float64."""
-    return Work(products64=branch_terms(rows, columns, rank).products32)
+    return Work(products64=branch_terms(rows, columns, rank, streams).products32)
 
 
 def hadamard(elements: float, size: int) -> Work:

@@ -133,7 +133,7 @@ def _judging(part: ModuleRecipe, rows: int, columns: int, streams: int) -> Work:
         if streams == 1:
             work += product(rows, most, columns) + trace + elementwise(entries)
         else:
-            work += matrix_flops.branch_terms(rows, columns, most)
+            work += matrix_flops.branch_terms(rows, columns, most, streams)
     return work
 
 

@@ -44,10 +44,10 @@ def squared_errors(
     if branch is None:
         return unit, max(plain, 0.0), None
     up, down = branch.factors(weight.dtype)
-    # What the branch reads of t, y and x.
-    read = [down @ statistics.product(f"x{stream}").to(weight.dtype) for stream in "tyx"]
-    shared = read[0] @ weight.T - read[1] @ codes.T
-    gained = 2 * _dot(shared.T, up) - _dot(read[2] @ down.T, up.T @ up)
+    # What the branch reads of the streams that there are.
+    read = {stream: down @ statistics.product(f"x{stream}").to(weight.dtype) for stream in statistics.streams}
+    shared = read.get("t", read["x"]) @ weight.T - read.get("y", read["x"]) @ codes.T
+    gained = 2 * _dot(shared.T, up) - _dot(read["x"] @ down.T, up.T @ up)
     return unit, max(plain, 0.0), max(plain - gained, 0.0)
 
 

@@ -92,11 +92,13 @@ def directions(matrix: Tensor, gram: Tensor | None, rank: Rank) -> tuple[Tensor,
 
 
 def factors(left: Tensor, residual: Tensor, dtype: torch.dtype) -> LowRank:
-    """The projection of `residual` on the columns of `left`; each direction's two factors have the same length.
+    """The projection of `residual` [out, in] on the orthonormal columns of `left` [out, r]."""
+    return balanced(left, left.T @ residual, dtype)
 
-    Equal lengths keep both factors far from the ends of float16's range.
-    """
-    right = left.T @ residual
+
+def balanced(left: Tensor, right: Tensor, dtype: torch.dtype) -> LowRank:
+    """The product of `left` [out, r], whose columns have length 1, and `right` [r, in]: each direction's two factors have the
+    same length, which keeps both far from the ends of float16's range."""
     length = right.norm(dim=1).sqrt()
     length = torch.where(length > 0, length, 1.0)
     return LowRank(up=(left * length).to(dtype).contiguous(), down=(right / length.unsqueeze(1)).to(dtype).contiguous())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -17,6 +18,7 @@ from counterweight.workers.matrix_flops import (
     product64,
     right_divide,
     solves_in_single,
+    symmetric_product,
     triangular,
 )
 from counterweight.workers.methods.compensations.branch import Branch
@@ -31,6 +33,12 @@ if TYPE_CHECKING:
     from counterweight.workers.methods.activations import Activations
     from counterweight.workers.methods.weights.stored import StoredWeights
 
+PROBES = 32
+"""Random columns by which it is estimated how much a branch can take off what rounding leaves: see `compensation.lrc`."""
+
+WEAKEST = 8
+"""Columns by which it is judged whether a step of Update-LR was enough."""
+
 
 class LRC(Branch):
     """Low-rank correction on the unquantized input, fitted jointly with the codes (Scetbon & Hensman 2024).
@@ -41,7 +49,7 @@ class LRC(Branch):
     calibration tokens is smaller.
     """
 
-    VERSION: ClassVar[int] = 5
+    VERSION: ClassVar[int] = 6
     joint: ClassVar[bool] = True
 
     kind: Literal["lrc"] = "lrc"
@@ -104,7 +112,10 @@ class LRC(Branch):
         # or its directions, in a metric that is definite.
         regressing = entries + max(matrix_bytes.right_divide(rows, columns), 2 * entries)
         refitting = again + 3 * entries
-        refitting += max(regressing, square + matrix_bytes.directions(rows, columns, rank, columns))
+        if matrix_flops.finds_range(rows, columns, rank, metric=True):
+            refitting += self._step_bytes(rows, columns)
+        else:
+            refitting += max(regressing, square + matrix_bytes.directions(rows, columns, rank, columns))
         # Whether plain codes can win: what quantizing the input loses, and in float32 the metric and the rounding.
         deciding = entries + 2 * square + max(square, single + matrix_bytes.SINGLE * (columns**2 + rows**2))
         # Behind plain codes; then both branches' products and errors.
@@ -116,19 +127,32 @@ class LRC(Branch):
         quantizing = batch * (again + single) + max(both, weights.quantize_bytes(rows, columns, batch))
         return (batch - 1) * entries + max(alone, entries + quantizing)
 
+    def _step_bytes(self, rows: int, columns: int) -> int:
+        """Of Update-LR by one step, beside the weight, the codes and what they leave in float64."""
+        square = matrix_bytes.DOUBLE * columns * columns
+        one = matrix_bytes.SINGLE if solves_in_single(columns, self.damping) else matrix_bytes.DOUBLE
+        # Up to two products with what the input is not, in float64; the damped metric and its factor; all that in the dtype
+        # that is solved in, with the matrices that are multiplied by them.
+        moved = 2 if self.refit == "joint" else 0
+        return (2 + moved) * square + one * ((2 + moved) * columns * columns + (1 + moved) * rows * columns)
+
     def gain_flops(self, rows: int, columns: int, tokens: float, *, original: bool) -> Work:
         root = matrix_flops.root(columns, definite=tokens >= columns)
         return self._metric_flops(rows, columns, original=original) + root
 
     def _metric_flops(self, rows: int, columns: int, *, original: bool) -> Work:
         # What a damped y predicts of x, for the metric; with another original input also what it predicts of that.
-        one = product if solves_in_single(columns, self.damping) else product64
-        solved, factor = triangular(columns, columns), cholesky(columns)
-        predicted = factor + solved + one(columns, columns, columns) + elementwise(5 * columns**2)
+        single = solves_in_single(columns, self.damping)
+        solved, around = triangular(columns, columns), cholesky(columns) + elementwise(5 * columns**2)
+        symmetric = symmetric_product(columns, columns)
+        if not single:
+            symmetric = replace(symmetric, products32=0, products64=symmetric.products32)
+        seen = around + solved + symmetric
         if not original:
-            return predicted
+            return seen
         # Of two streams: both are solved for.
-        both = predicted * 2 + solved + elementwise(columns**2)
+        crossed = around + solved * 2 + (product if single else product64)(columns, columns, columns)
+        both = seen + crossed + elementwise(columns**2)
         return both + product64(rows, columns, columns) + right_divide(rows, columns)
 
     def solve_flops(
@@ -143,28 +167,19 @@ class LRC(Branch):
     ) -> Work:
         entries, square, rank = rows * columns, columns**2, self.rank.at_most(rows, columns)
         whitened, projected = product64(rows, columns, columns), product64(rank, rows, columns)
-        one = product if solves_in_single(columns, self.damping) else product64
         known = rank if self.rank.known_ahead else None
         # Beside the branch, which is multiplied out for the target and for what rounding leaves.
         codes = weights.target_flops(rows, columns, branch=True) + weights.quantize_flops(rows, columns)
         codes += product(rows, rank, columns) * 2 + elementwise(4 * entries)
-        # What the codes leave: its products with what the input is not, and their regression.
-        moved = (
-            one(rows, columns, columns) * (1 + original)
-            + right_divide(rows, columns)
-            + elementwise((1 + original) * (square + entries))
-        )
-        refit = NOTHING
-        if self.refits:
-            refit = (moved if self.refit == "joint" else NOTHING) + projected
-            refit += matrix_flops.directions(rows, columns, rank, definite=True)
+        refit = self._refit_flops(rows, columns, original=original) if self.refits else NOTHING
         # The check of the Gram matrix and the one of the weight, which its target has too.
         checks = elementwise(square + entries)
         initial = checks + self._metric_flops(rows, columns, original=original) + projected
         initial += matrix_flops.directions(rows, columns, known, definite=tokens >= columns)
-        # What the start takes off, through its small factor; and the Gram matrix of what rounding leaves.
-        gain = product64(rank, columns, columns) + product64(rank, columns, rows + rank) + product64(rank, rows, rank)
-        deciding = gain + product(rows, columns, columns) + product(rows, columns, rows)
+        # What the start takes off, through its small factor; and what rounding leaves, of a few columns.
+        gain = product(rank, columns, columns) + product(rank, columns, rows + rank) + product(rank, rows, rank)
+        probes = min(PROBES, rows)
+        deciding = gain + product(rows, columns, probes) * 2 + product(columns, columns, probes)
         found = initial + (codes + refit) * self.iterations + deciding + elementwise(3 * square + 5 * entries)
         if activations is not None and activations.bits <= weights.code_bits:
             # Where the input has no more bits than the codes the start is taken to win: in W4 A4 of the reference model it does
@@ -176,8 +191,31 @@ class LRC(Branch):
         if activations is None and not original:
             errors += product(rows, rank, columns) + elementwise(2 * entries)
         else:
-            errors += matrix_flops.branch_terms64(rows, columns, rank)
+            streams = 1 + original + (activations is not None)
+            errors += matrix_flops.branch_terms64(rows, columns, rank, streams)
         return found + plain + self._behind.fit_flops(rows, columns, tokens) + errors * 2
+
+    def _refit_flops(self, rows: int, columns: int, *, original: bool) -> Work:
+        """Of Update-LR."""
+        entries, square, rank = rows * columns, columns**2, self.rank.at_most(rows, columns)
+        one = product if solves_in_single(columns, self.damping) else product64
+        moved = (1 + original) if self.refit == "joint" else 0
+        differences = elementwise(moved * square + entries)
+        if matrix_flops.finds_range(rows, columns, rank, metric=True):
+            # Of the directions before, and of a few by which it is judged whether that was enough: what M^T makes of them, the
+            # metric of that and M of that. Then M^T of their directions. A further step is the exception.
+            few = rank + min(WEAKEST, rank)
+            plain = one(rows, columns, 2 * few + rank) + one(columns, columns, few)
+            regressed = (one(rows, columns, 2 * few + rank) + one(columns, columns, 2 * few + rank)) * moved
+            solved = matrix_flops.solve(columns, few + rank) * (moved > 0)
+            ends = matrix_flops.qr(rows, rank) + elementwise(rank * (2 * (1 + moved) * (rows + columns) + 3 * rows))
+            ends += product64(rank, rows, min(WEAKEST, rank)) * 2
+            return differences + cholesky(columns) + plain + regressed + solved + ends
+        found = differences + product64(rank, rows, columns)
+        if moved:
+            # What the codes leave: its products with what the input is not, and their regression.
+            found += one(rows, columns, columns) * moved + right_divide(rows, columns) + elementwise(moved * entries)
+        return found + matrix_flops.directions(rows, columns, rank, definite=True)
 
     @property
     def _behind(self) -> SVD:
