@@ -5,9 +5,9 @@
     python benchmarks/time_model.py [--device cuda] --rates FILE
 
 Measures the rates of this machine by kind of work, then calibrates and compresses single blocks with the shapes of published
-models: on one thread of the CPU at a part of their width, in CPU seconds, which other people's load changes less than wall
-seconds; on a GPU whole, in wall seconds, behind a shard that has the kernels compiled. With `--rates` only the rates are
-measured and written, for `counterweight plan --device FILE`.
+models, behind one of their shards: on one thread of the CPU at a part of their width, in CPU seconds, which other people's
+load changes less than wall seconds; on a GPU whole, in wall seconds. With `--rates` only the rates are measured and written,
+for `counterweight plan --device FILE`.
 """
 
 from __future__ import annotations
@@ -261,12 +261,11 @@ def compared(case: Case, rates: Rates, root: Path, device: Device) -> Compared:
         batch_bytes=load.batch_bytes,
     )
     print("  checkpoint and inputs are made", flush=True)
-    if device == "cuda":
-        # A job's first block compiles kernels and opens libraries for all of them.
-        first = replace(spec, inputs=inputs[:1])
-        worker.run(Calibrate(block=first, shards=1, stop=1))
-        worker.run(Compress(block=first))
-        print("  a shard has run", flush=True)
+    # A job's first block loads libraries, and compiles a GPU's kernels, for all of them.
+    first = spec.model_copy(update={"inputs": inputs[:1]})
+    worker.run(Calibrate(block=first, shards=1, stop=1))
+    worker.run(Compress(block=first))
+    print("  a shard has run", flush=True)
     started = watch.now()
     worker.run(Calibrate(block=spec, shards=len(inputs), stop=len(inputs)))
     between = watch.now()

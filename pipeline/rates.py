@@ -94,9 +94,9 @@ class Rates(Config):
 ENTRY_BYTES = 12
 """Memory that an operation on a float32 entry reads and writes: two read, one written."""
 
-START, TASK = 30.0, 0.01
-"""Seconds: of a process that imports torch and transformers and opens a GPU; and from a task's end to the next one's beginning,
-by way of the driver."""
+START, TASK = 13.0, 0.01
+"""Seconds: of a process that imports torch and transformers and opens a GPU, 12.6 and 12.8 on an H200's host; and from a task's
+end to the next one's beginning, by way of the driver."""
 
 HASH = 1.4e9
 """Bytes per second of one thread of a server's CPU (Zen 4), rounded: as `benchmarks/time_model.py --rates` finds it."""
@@ -138,15 +138,15 @@ TAKEN = Shares(
 
 HOPPER = Shares(
     source="with the shares of them that an H200 reached (benchmarks/results/2026-11-26-rates-h200.md)",
-    products16=0.660,
-    products32=0.745,
-    grams16=0.166,
-    grams32=0.519,
-    products64=0.939,
-    factorizations=0.158,
-    decompositions=0.0846,
-    elementwise=0.95,
-    step=9.56e-6,
+    products16=0.722,
+    products32=0.757,
+    grams16=0.525,
+    grams32=0.536,
+    products64=0.915,
+    factorizations=0.163,
+    decompositions=0.0845,
+    elementwise=1.27,
+    step=9.88e-6,
 )
 
 

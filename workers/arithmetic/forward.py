@@ -9,9 +9,12 @@ from counterweight.workers.arithmetic.preparing import curious, online_flops, sc
 from counterweight.workers.footprint.experts import drawn_share, gathered_share, kept_rows, starving
 from counterweight.workers.footprint.load import Group, Load, gathers, streams
 from counterweight.workers.matrix_bytes import TRIANGLE_BLOCK
-from counterweight.workers.matrix_flops import NOTHING, Work, gram, product, steps
+from counterweight.workers.matrix_flops import NOTHING, Work, elementwise, gram, product, steps
 from counterweight.workers.methods.tuning import Tuning
 from counterweight.workers.models.family import is_expert
+
+ADDED = 4 / 3
+"""Operations on an entry of a sum: 16 bytes are read and written, where an operation on float32 entries is taken for 12."""
 
 STEPS = 4
 """Operations around a linear of a shard: itself, its share of finding an expert's rows, of the product between linears, and of
@@ -149,4 +152,6 @@ def _moments(load: Load, group: Group, together: int) -> Work:
     shards = load.shards + (-(-load.drawn_tokens // load.shard) if drawn_share(load, group) else 0)
     launched = steps(shards * (count + pairs) * each / (together if group.of_expert else 1))
     triangles = gram(tokens, group.width, TRIANGLE_BLOCK) * count
-    return triangles + product(group.width, tokens, group.width) * pairs + quantized + launched
+    # Of each product of a shard: an entry read as float32 or made at once, and added in float64.
+    added = elementwise(shards * ADDED * group.width**2 * (count / 2 + pairs))
+    return triangles + added + product(group.width, tokens, group.width) * pairs + quantized + launched

@@ -19,6 +19,11 @@ IN_KERNELS = 1 / 40
 kernels of 30 us, in the place of 1216 operations (with two passes of refinement)."""
 
 
+OF_A_MATRIX, OF_A_STEP = 100, 1 / 200
+"""What a GPU starts for each matrix of a batch beside that: to put its input's moments in order, to factorize, judge and pack
+it; and two kernels for its product of each block and pass. Counted with a profiler for a block of Qwen3-30B-A3B."""
+
+
 def solving(load: Load) -> Work:
     """Of all groups."""
     solves = sum((_batch(load, batch) for batch in batched(load)), NOTHING)
@@ -41,8 +46,9 @@ def _batch(load: Load, batch: Sequence[Solve]) -> Work:
         for one in batch
     ]
     judged = sum((_judging_rows(load, one) for one in batch), NOTHING)
-    launched = each[0].steps * (IN_KERNELS if load.gpu else 1)
-    return replace(sum(each, judged), steps=launched / loops * first.loops(count, load.batch_bytes))
+    launched = each[0].steps * (IN_KERNELS if load.gpu else 1) / loops * first.loops(count, load.batch_bytes)
+    of_each = count * (loops * OF_A_MATRIX + each[0].steps * OF_A_STEP) if load.gpu else 0
+    return replace(sum(each, judged), steps=launched + of_each)
 
 
 def _gains(load: Load, group: Group) -> Work:

@@ -121,8 +121,9 @@ def test_drawn_rows_are_added_to_the_experts_that_lack_them(
 
 def test_who_cannot_run_together_runs_one_by_one(device: torch.device, on_kernels: Callable[[bool], list[int]]) -> None:
     on_kernels(True)
-    ((_, experts),) = block_on(device).experts()
-    few = experts.experts
+    block = block_on(device)
+    ((_, experts),) = block.experts()
+    few, device = experts.experts, block.device
     with torch.no_grad():
         assert experts.at_once(few, torch.float16, device) is not None
         assert experts.at_once(few, torch.float32, device) is None
