@@ -127,10 +127,10 @@ def calibrated(
         begun.original = begun.original if more else None
         look(context, spec, begun, workspace, lambda _: None, start=start)
     clock.lap("forward")
-    trim()
     begun.key = spec.statistics_key()
     begun.outputs = (*begun.outputs, *(blob for blob in outputs if blob is not None))
     if not more:
+        trim()  # before, what is given back is asked for again by the next stretch
         _ = begun.statistics  # now, so that an activation that is not finite is the calibration's error
     begun.timing = clock.timing()
     return begun
