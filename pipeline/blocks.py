@@ -12,6 +12,9 @@ at a time as there are workers, and each is compressed where its statistics are 
     block 0   s0 s1 s2 s3 compress          block 2   ...
     block 1      s0 s1 s2 s3 compress
 
+Nobody waits for what leaves the last block, so it is not calibrated: from three workers on half of them share it, as soon as
+the one before it is calibrated (`shared_blocks.last_parts`).
+
 With a budget a block is calibrated once where its statistics fit in memory until the budget is shared out (`HOLD_BYTES`),
 otherwise twice. In `compressed` gains are measured on the original's activations, so statistics are gathered twice. Segments
 need no statistics of the original, which only runs over the blocks before the last of them.
@@ -33,6 +36,7 @@ from counterweight.pipeline.shared_blocks import (
     add_propagation,
     balanced,
     in_stretches,
+    last_parts,
     sharing,
 )
 from counterweight.workers.arithmetic.units import Unit
@@ -108,7 +112,7 @@ class BlockNodes:
     lasting: whether hidden states behind a block are written to the store, as its spec says. stretches: of the shards, in
     order, in which blocks are calibrated. segment: blocks after which one in `compressed` sees the original's activations
     again; None: none does. workers: that share the blocks, so that each knows which it takes next. ahead: whether they read one
-    block while they do something else. units: of each block, which workers may share it by; empty: they do not.
+    block while they do something else. units: of each block, which workers may share it by; empty: they share none.
     """
 
     graph: Graph
@@ -141,13 +145,14 @@ class BlockNodes:
         self._foreseen: set[int] = set()
         """Blocks that a worker reads ahead while it compresses another one."""
 
-    def add(self, embedded: Node[HiddenRecord]) -> Blocks:
-        """Called once."""
-        self._ends.append([embedded])
-        for index in range(self._count if self._apart or self.budget is not None else self._borders[-1]):
+    def add(self, embedded: Sequence[Node[HiddenRecord]]) -> Blocks:
+        """Called once. embedded: what makes the shards that enter the first block, one node for each stretch or one for all."""
+        self._ends.append(embedded)
+        last = self._last_parts
+        for index in range(self._count - bool(last) if self._apart or self.budget is not None else self._borders[-1]):
             self._add_calibration(index)
         if self._apart:
-            self._add_compressions_apart()
+            self._add_compressions_apart(last)
         else:
             self._add_compressions_in_turn()
         return Blocks(
@@ -185,11 +190,25 @@ class BlockNodes:
             self._gains[index] = self.graph.add(measure, uses=own[-1], rereads=self._ends[index])
         self._ends.append(own)
 
-    def _add_compressions_apart(self) -> None:
+    @property
+    def _last_parts(self) -> list[tuple[str, ...]]:
+        """Linears of the last block by those who solve them, where blocks are calibrated apart; none where it is done as a
+        whole."""
+        apart = self._apart and self.budget is None and self._count > 1 and self.units
+        return last_parts(self.units[-1], self.workers) if apart else []
+
+    def _add_compressions_apart(self, last: Sequence[tuple[str, ...]]) -> None:
+        """last: parts of the last block, see `_last_parts`."""
         after = tuple(self._gains.values())
-        for index in range(self._count):
+        for index in range(self._count - bool(last)):
             make, own = partial(self._compress, index), self._ends[index + 1][-1]
             self._compresses.append(self.graph.add(make, after=after, uses=own, rereads=self._ends[index]))
+        if last:
+            index = self._count - 1
+            spec = partial(self._spec, index)
+            solve = add_parts(self.graph, spec, last, reads=self._ends[index], after=after, following=lambda: None)
+            self._shares[index] = SharedBlock(spec=spec, solve=solve, propagate=())
+            self._compresses.append(self._shares[index].add_compress(self.graph))
 
     def _add_compressions_in_turn(self) -> None:
         """Each behind the one before it in its segment; workers that would wait for those which have a segment of their own
@@ -278,7 +297,8 @@ class BlockNodes:
     def _begun(self, index: int) -> bool:
         """Whether a worker has begun with a block."""
         reading = [self._reading[index]] if index in self._reading else []
-        own = [*self._ends[index + 1], self._compresses[index], *reading]
+        calibrating = self._shares[index].solve if index in self._shares else self._ends[index + 1]
+        own = [*calibrating, self._compresses[index], *reading]
         return any(node.running or node.ran for node in own)
 
     def _following(self, index: int) -> int | None:
@@ -307,7 +327,7 @@ class BlockNodes:
 FILLED = 100
 """A pipeline's work is this many times what its workers wait until all have begun: 1 % of it."""
 
-EDGE = 2
+EDGE = 3
 """Shards that a GPU computes while one is read and another written, about: what it waits for in each stretch, because only
 between these two do others read and write beside it. By `counterweight plan` with an H100's rates 0.6 (Mixtral-8x7B, W4A4 LRC)
 to 3 (GPTQ)."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.model_source import ModelSource, check_stored_head
+from counterweight.pipeline.neighbours import TASK_BYTES, neighbours
 from counterweight.workers.checkpoint.inspector import TensorDigest
 from counterweight.workers.errors import CheckpointError
 from counterweight.workers.tasks.inspect import Inspect
-
-INSPECT_BYTES = 1 << 30
-"""Source bytes per task: enough to keep a worker busy, small enough to spread a model over many."""
 
 SHOWN = 20
 """Bad tensors listed in one error."""
@@ -44,15 +42,7 @@ def inventory(source: ModelSource, dispatcher: Dispatcher) -> dict[str, str]:
 
 
 def batches(source: ModelSource) -> list[list[str]]:
-    """Tensors that lie together, in batches of about `INSPECT_BYTES`."""
+    """Tensors that lie together, a task's in each."""
     entry = source.checkpoint.entry
-    found: list[list[str]] = [[]]
-    size = 0
-    for name in sorted(source.tensors, key=lambda n: (entry(n).file, entry(n).start)):
-        length = entry(name).length
-        if found[-1] and size + length > INSPECT_BYTES:
-            found.append([])
-            size = 0
-        found[-1].append(name)
-        size += length
-    return found
+    names = sorted(source.tensors, key=lambda name: (entry(name).file, entry(name).start))
+    return [[names[place] for place in part] for part in neighbours([entry(name).length for name in names], TASK_BYTES)]

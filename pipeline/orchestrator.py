@@ -137,12 +137,16 @@ class Orchestrator:
         unseen = 0 if tokens.unseen is None else tokens.unseen.sequences
         calibration = tokens.calibration.digest
         outlined = outlines(self._job, self._source, self._plan, self._setting, digests, calibration, unseen)
-        model = add_model(job, add_embedding(job, tokens), tokens, outlined)
+        # Statistics that other jobs' blocks are solved with too are gathered by one worker.
+        model = add_model(job, add_embedding(job, tokens), tokens, outlined, shared=not self._beside)
         if self._beside:
             add_beside(job, model, sharing(job, self._beside, outlined, self._gpu_bytes))
         outside = add_outside(job)
         texts = add_texts(job, tokens)
         references = add_references(job, tokens)
+        assembler = Assembler(artifact, self._source, self._workspace, self._dispatcher)
+        if texts is None:
+            assembler.begin([outside.first, *model.compress, *outside.behind])
         validated = sum(text.ids.numel() for text in tokens.validation.values())
         compress_blocks(job, model, outlined, validated)
         parts = gather_parts(job, model, outside)
@@ -152,7 +156,7 @@ class Orchestrator:
             trained = distill(job, texts, model, outside, parts)
             parts = trained.parts
         self._watch.stage("assemble")
-        files = Assembler(artifact, self._source, self._workspace, self._dispatcher, parts).assemble()
+        files = assembler.assemble(parts)
         windows: Windows | None = None
         validations: list[TaskReport] = []
         if references:

@@ -37,7 +37,7 @@ from counterweight.pipeline.resolve import (
     linears_of,
     stored_name,
 )
-from counterweight.pipeline.shared_blocks import balanced, sharing
+from counterweight.pipeline.shared_blocks import balanced, last_parts, sharing
 from counterweight.pipeline.sizes import kept_bytes, quantized_bytes, quantized_parameters
 from counterweight.pipeline.units import bytes_text
 from counterweight.workers.arithmetic import Arithmetic, arithmetic
@@ -91,7 +91,7 @@ class BlockPlan(Config):
     solve_flops: int
     """Of codes, branches, stores and errors; and of the gains that a budget is shared out by."""
     units: tuple[Unit, ...] = ()
-    """By which workers may share the block; none where each has blocks of its own."""
+    """By which workers may share the block; none where each has blocks of its own, but for the last."""
 
     @property
     def phases(self) -> Mapping[str, int]:
@@ -340,7 +340,12 @@ def _costs(
 def _shared_bytes(job: CompressionJob, blocks: Sequence[_Costed], boundary: int) -> tuple[int, int]:
     """What workers read and write beyond one of them, of blocks that they share: each its own copy of the block and of what
     enters it, and what others have solved. boundary: bytes of hidden states behind a block."""
-    together = sharing(job.spec.resources.workers, len(blocks), job.spec.calibration.segment_blocks)
+    resources, calibration = job.spec.resources, job.spec.calibration
+    if calibration.propagated == "original":
+        parts = len(last_parts(blocks[-1].plan.units, resources.workers)) if len(blocks) > 1 else 0
+        solved = quantized_bytes([blocks[-1].load]) if parts else 0
+        return max(0, parts - 1) * (blocks[-1].plan.source_bytes + boundary) + solved, solved
+    together = sharing(resources.workers, len(blocks), calibration.segment_blocks)
     read = written = 0
     for block in blocks:
         parts = len(balanced(block.plan.units, together)) if together > 1 else 0
@@ -441,6 +446,8 @@ def _costed(source: ModelSource, blocks: Sequence[_Resolved], budget: int | None
             done, found = (load, whole) if budget is None else fitted(load, budget)
             computed = arithmetic(done)
             shares = units(done) if done.compressed else ()
+        if block is blocks[-1]:
+            shares = units(done)
         plan = BlockPlan(
             index=index,
             parameters=load.parameters,

@@ -1,5 +1,5 @@
 """A block that several workers share, as nodes of the graph: where each block sees what the compressed ones before it make, all
-workers are at one block, or one of few.
+workers are at one block, or one of few; otherwise they share the last one, of which nothing is propagated.
 
     solve k, part 0 ──┐      ┌──> propagate k, shards 0 to 16 ──┐
     solve k, part 1 ──┼──────┼──> propagate k, shards 17 to 33 ─┼──> all parts of block k + 1
@@ -38,6 +38,16 @@ def balanced(units: Sequence[Unit], count: int) -> list[tuple[str, ...]]:
         parts[place] += unit.linears
         taken[place] += unit.flops
     return [tuple(part) for part in parts]
+
+
+def last_parts(units: Sequence[Unit], workers: int) -> list[tuple[str, ...]]:
+    """Parts of the last block where nobody waits for what leaves it: half of the workers are still at those before it when it
+    can begin, about. None where that leaves one, or where one unit is more than half of the block: its worker would be the
+    last in any case, and run the block over all shards beside the others."""
+    count = -(-workers // 2)
+    largest = max((unit.flops for unit in units), default=0)
+    shared = count > 1 and 2 * largest <= sum(unit.flops for unit in units)
+    return balanced(units, count) if shared else []
 
 
 def in_stretches(shards: int, count: int) -> list[range]:

@@ -18,7 +18,7 @@ from counterweight.pipeline.blocks import BlockNodes, BlockRecipe, Blocks, Budge
 from counterweight.pipeline.carrying import carrying
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.events import BlockDone, EventLog, FellBack, Planned, StageEntered, WindowsDone
-from counterweight.pipeline.graph import Node
+from counterweight.pipeline.graph import Node, giving
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.pipeline.plan import Plan
@@ -85,14 +85,30 @@ class Outside:
     beside: Node[PassThroughRecord] | None
     dropped: tuple[LedgerEntry, ...]
 
+    @property
+    def behind(self) -> list[Node[PassThroughRecord]]:
+        """All but the first."""
+        return [self.last, *([] if self.beside is None else [self.beside])]
 
-def add_embedding(job: Job, tokens: Tokens) -> Node[HiddenRecord]:
-    """The node that makes what enters block 0: of the calibration tokens, drawn ones, held-out ones."""
+
+def stretches_of(job: Job, tokens: Tokens) -> list[range]:
+    """Of the calibration's shards, in order: drawn ones and held-out ones are behind the others."""
+    return stretches(
+        sum(shard_count(each) for each in (tokens.calibration, tokens.drawn, tokens.unseen)),
+        job.source.layout.blocks,
+        job.dispatcher.workers,
+        job.threads,
+        gpu=job.setting.device == "cuda",
+    )
+
+
+def add_embedding(job: Job, tokens: Tokens) -> list[Node[HiddenRecord]]:
+    """The nodes that make what enters block 0, one for each stretch: of the calibration tokens, drawn ones, held-out ones."""
     embedding = job.source.layout.names.embedding
     further = [each.ids for each in (tokens.drawn, tokens.unseen) if each is not None]
     read = TokenSet(torch.cat([tokens.calibration.ids, *further]))
     cost = carrying(job.source, [embedding], rotated=job.setting.rotation is not None)
-    task = Embed(
+    whole = Embed(
         setting=job.setting,
         tokens=stored_tokens(job, read),
         tensor=(embedding, job.digests[embedding]),
@@ -101,12 +117,25 @@ def add_embedding(job: Job, tokens: Tokens) -> Node[HiddenRecord]:
         bytes=cost.bytes + SINGLE * read.sequences * read.length * job.source.layout.hidden_size,
         flops=cost.flops,
     )
-    return job.dispatcher.graph.add(lambda: task)
+    parts = stretches_of(job, tokens)
+    if len(parts) == 1:
+        return [job.dispatcher.graph.add(giving(whole))]
+    nodes = [job.dispatcher.graph.add(giving(whole.of(part.start, part.stop))) for part in parts]
+    # By the record of the whole a job on another number of workers finds what was made of these shards.
+    job.dispatcher.graph.add(lambda: whole.joined(node.value for node in nodes), after=nodes, makes=False)
+    return nodes
 
 
-def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: Sequence[BlockSpec]) -> Blocks:
+def add_model(
+    job: Job,
+    embedded: Sequence[Node[HiddenRecord]],
+    tokens: Tokens,
+    outlined: Sequence[BlockSpec],
+    *,
+    shared: bool = True,
+) -> Blocks:
     """The nodes of all blocks, compressed as the recipe says. embedded: what `add_embedding` makes of the tokens. outlined:
-    each block without what enters it."""
+    each block without what enters it. shared: whether workers may share a block."""
     spec, source = job.job.spec, job.source
     recipes: list[BlockRecipe] = [block.recipe for block in outlined]
     passing = job.plan.hidden_states
@@ -146,18 +175,12 @@ def add_model(job: Job, embedded: Node[HiddenRecord], tokens: Tokens, outlined: 
         spec_of=spec_of,
         propagate=propagate,
         budget=budget,
-        stretches=stretches(
-            sum(shard_count(each) for each in (tokens.calibration, tokens.drawn, tokens.unseen)),
-            source.layout.blocks,
-            job.dispatcher.workers,
-            job.threads,
-            gpu=job.setting.device == "cuda",
-        ),
+        stretches=stretches_of(job, tokens),
         segment=spec.calibration.segment_blocks,
         workers=job.dispatcher.workers,
         ahead=job.setting.device == "cuda",
         lasting=lasting,
-        units=[block.units for block in job.plan.blocks],
+        units=[block.units for block in job.plan.blocks] if shared else (),
     )
     return nodes.add(embedded)
 
@@ -240,8 +263,7 @@ def _not_reused(job: Job, blocks: Blocks, outlined: Sequence[BlockSpec]) -> list
 
 def gather_parts(job: Job, blocks: Blocks, outside: Outside) -> Parts:
     """Everything that an artifact is made of."""
-    optional = [] if outside.beside is None else [outside.beside]
-    first, last, *beside = job.dispatcher.run([outside.first, outside.last, *optional])
+    first, last, *beside = job.dispatcher.run([outside.first, *outside.behind])
     return Parts(first, blocks.records, last, outside.dropped, *beside)
 
 

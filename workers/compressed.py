@@ -19,7 +19,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from counterweight.workers.block import CompressedLinear
-from counterweight.workers.checkpoint.header import LENGTH_BYTES, header_length, parse_header
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.checkpoint.strict_json import check_object
 from counterweight.workers.config import first_problem
@@ -100,9 +99,9 @@ class CompressedModel:
             raise CheckpointError(f"{store.uri}: no {LEDGER}: expected an artifact of Counterweight") from error
         except ValidationError as error:
             raise CheckpointError(f"{store.uri_of(LEDGER)}: {first_problem(error)}") from error
-        adapter = _open_file(store, ADAPTER) if any(form.rank for form in ledger.formats.values()) else None
+        adapter = Checkpoint.of_file(store, ADAPTER) if any(form.rank for form in ledger.formats.values()) else None
         with_store = any(form.residual is not None for form in ledger.formats.values())
-        residual = _open_file(store, RESIDUAL_STORE) if with_store else None
+        residual = Checkpoint.of_file(store, RESIDUAL_STORE) if with_store else None
         return cls(checkpoint, adapter, residual, ledger)
 
     def block(self, index: int, device: torch.device, dtype: torch.dtype) -> tuple[Block, dict[str, CompressedLinear]]:
@@ -241,10 +240,3 @@ def _check_width(module: str, form: ModuleFormat, shape: tuple[int, ...]) -> Non
 def _expect_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
     if found != shape:
         raise CheckpointError(f"{name}: shape {list(found)}: expected {list(shape)} (config.json)")
-
-
-def _open_file(store: ObjectStore, key: str) -> Checkpoint:
-    size = store.size(key)
-    length = header_length(store.read_range(key, 0, min(LENGTH_BYTES, size)), file=key, file_size=size)
-    header = parse_header(store.read_range(key, LENGTH_BYTES, length), file=key, file_size=size)
-    return Checkpoint(store, config={}, entries=header.entries, bytes_read=LENGTH_BYTES + length, ours=True)

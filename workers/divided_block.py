@@ -49,7 +49,7 @@ def solved_part(
         release(context.device)
     held = prepared(context, part, workspace, clock)
     # Where experts are let go when they are solved, or the original is another block, a worker reads it again to run it.
-    stays = not held.loaded.lent and held.original is None
+    stays = spec.propagate == "compressed" and not held.loaded.lent and held.original is None
     held.original = None
     with held.loaded.block.asking(linears):
         look(context, part, held, workspace, lambda _: None)

@@ -19,9 +19,10 @@ AHEAD, BEHIND = 2, 4
 hashes 1.2 to 1.8 GB a second on one thread (`benchmarks/time_model.py`); a block of Llama-3-8B runs over some 4 GB a second at
 an H100's rates. What is read may come from memory, where nothing is hashed; what is made always is."""
 
-READERS = 4
+READERS = 8
 """Requests for a checkpoint's tensors, or an artifact's files, in flight, and threads that verify what came: in pieces of
-`checkpoint.ranges.MAX_READ` 64 MiB are held beside the tensors."""
+`checkpoint.ranges.MAX_READ` 64 MiB are held beside the tensors. Where workers of a machine read the same, each verifies all of
+it: eight GPUs' host has a dozen cores for each."""
 
 PIECE_TOKENS = 1024
 """Tokens of a shard that one thread of a CPU runs at a time. Part of the numerics, because products of other shapes may have

@@ -1,6 +1,6 @@
 """Finished blocks to an artifact: every block's blob is already a checkpoint shard, so assembly is copying and naming.
 
-The order of writes is the safety: the ledger first, which keeps a prune from the folder that an earlier run left; then the
+The order of writes is the safety: a ledger first, which keeps a prune from the folder that an earlier run left; then the
 other files, then the report, then artifact.json (created once), then latest.json.
 Files whose bytes follow from the artifact's id are written unconditionally; the report holds times and is created once,
 and whoever finds one there takes it over, so two writers of one artifact never mix.
@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from counterweight.pipeline.artifact.document import CONFIG, INDEX, FileEntry, json_bytes
 from counterweight.pipeline.artifact.reader import Artifact
+from counterweight.pipeline.artifact.shards import Record, Shard, add_joined, add_shards, shard_paths
 from counterweight.pipeline.dispatch import Dispatcher
+from counterweight.pipeline.graph import Node
 from counterweight.pipeline.model_source import ModelSource
 from counterweight.workers.checkpoint.beside import SideFile
 from counterweight.workers.errors import IntegrityError
@@ -24,12 +28,10 @@ from counterweight.workers.interchange.peft import adapter_config
 from counterweight.workers.ledger import ADAPTER, ADAPTER_CONFIG, LEDGER, RESIDUAL_STORE, Ledger
 from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.storage import sha256_hex
-from counterweight.workers.storage.base import Written
 from counterweight.workers.tasks.block import BlockRecord
-from counterweight.workers.tasks.files import Checksum, Copy, Join
+from counterweight.workers.tasks.files import Checksum, Join
 from counterweight.workers.tasks.pass_through import PassThroughRecord
 from counterweight.workers.tasks.records import LedgerEntry
-from counterweight.workers.tasks.task import Task
 from counterweight.workers.workspace import Blob, Workspace
 
 
@@ -48,6 +50,12 @@ class Parts:
     def kept(self) -> tuple[PassThroughRecord, ...]:
         """Everything outside the blocks."""
         return (self.first, self.last, *([] if self.beside is None else [self.beside]))
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """Of the checkpoint's files, in order."""
+        first, *behind = self.kept
+        return [first, *self.blocks, *behind]
 
     def ledger(self, files: Sequence[SideFile] = ()) -> Ledger:
         """The account of every source tensor and every stored one. files: of those beside the source's weights."""
@@ -81,32 +89,38 @@ def published_config(config: Mapping[str, Any], layout: ModelLayout, *, untied: 
 class Assembler:
     """Writes one artifact's files."""
 
-    def __init__(
-        self, artifact: Artifact, source: ModelSource, workspace: Workspace, dispatcher: Dispatcher, parts: Parts
-    ) -> None:
+    def __init__(self, artifact: Artifact, source: ModelSource, workspace: Workspace, dispatcher: Dispatcher) -> None:
         self._artifact, self._source, self._workspace = artifact, source, workspace
-        self._dispatcher, self._parts = dispatcher, parts
+        self._dispatcher = dispatcher
         self._files: dict[str, FileEntry] = {}
+        self._shards: Mapping[str, Shard] = {}
 
-    def assemble(self) -> dict[str, FileEntry]:
+    def begin(self, made: Sequence[Node[Record]]) -> None:
+        """Has shards copied and checked as soon as they are finished. made: the nodes of `Parts.records`."""
+        self._claim()
+        records = [partial(_value, node) for node in made]
+        self._shards = add_shards(self._dispatcher.graph, self._artifact, records, made)
+
+    def assemble(self, parts: Parts) -> dict[str, FileEntry]:
         """Everything but the report and artifact.json.
 
         1. Every source tensor stands in the ledger exactly as often as it should: at least once, and quantized where the
            recipe said so (the block task has seen to that); anything else is an error.
         2. ledger.json, in which every file beside the weights stands, too.
-        3. Workers have shards copied under the names that transformers expects, and beside that join factors into one adapter
-           file, residual stores into another; the index and the adapter's config follow.
+        3. Workers have shards copied under the names that transformers expects, as far as they have not begun to, and beside
+           that join factors into one adapter file, residual stores into another; the index and the adapter's config follow.
         4. Workers read what was copied and joined, and compare it with what the tasks had written.
         5. config.json; tokenizer, templates, licence and what else is carried over, as they are.
         """
         beside = self._source.checkpoint.beside()
-        ledger = self._parts.ledger(beside)
+        ledger = parts.ledger(beside)
         self._check_account(ledger)
-        self._claim(ledger.model_dump_json(indent=1).encode())
-        self._weights()
-        self._index()
+        self._write(LEDGER, ledger.model_dump_json(indent=1).encode())
+        while not self._workspace.spared(self._artifact.key(LEDGER)):
+            self._write(LEDGER, ledger.model_dump_json(indent=1).encode())
+        self._weights(parts)
+        self._index(parts)
         self._adapter_config(ledger)
-        self._check_bytes()
         layout = self._source.layout
         linears = [layout.stock_name(name) for name in self._linears()]
         untied = layout.names.head in ledger.tensors
@@ -124,43 +138,45 @@ class Assembler:
         if missing:
             raise IntegrityError(f"{len(missing)} source tensors are not accounted for: {', '.join(missing[:5])}")
 
-    def _claim(self, ledger: bytes) -> None:
-        """Makes the folder young with its first file, whatever an earlier run left in it."""
-        self._write(LEDGER, ledger)
-        while not self._workspace.spared(self._artifact.key(LEDGER)):
-            self._write(LEDGER, ledger)
+    def _claim(self) -> None:
+        """Makes the folder young with its first file, whatever an earlier run left in it: an empty ledger, or the one that is
+        there, which may be another run's that is further."""
+        key = self._artifact.key(LEDGER)
+        while True:
+            if not self._artifact.store.create(key, b"{}"):
+                self._artifact.store.touch(key, timedelta(0))
+            if self._workspace.spared(key):
+                return
 
-    @property
-    def _shards(self) -> dict[str, BlockRecord | PassThroughRecord]:
-        """Checkpoint file -> the record of what lies in it."""
-        first, *behind = self._parts.kept
-        records: list[BlockRecord | PassThroughRecord] = [first, *self._parts.blocks, *behind]
-        return {
-            f"model-{number:05}-of-{len(records):05}.safetensors": record
-            for number, record in enumerate(records, start=1)
-        }
-
-    def _weights(self) -> None:
+    def _weights(self, parts: Parts) -> None:
         """The files that hold tensors. What is joined comes first: one worker is longer at it than others are at a shard."""
-        blocks = self._parts.blocks
+        blocks, graph = parts.blocks, self._dispatcher.graph
         factors = [(r.adapter, tuple(r.factors)) for r in blocks if r.adapter is not None]
         stores = [(r.residual, tuple(r.residuals)) for r in blocks if r.residual is not None]
-        tasks: dict[str, Task[Written]] = {}
-        if factors:
-            tasks[ADAPTER] = self._join("adapter", factors, ADAPTER)
-        if stores:
-            tasks[RESIDUAL_STORE] = self._join("residual store", stores, RESIDUAL_STORE)
-        for path, record in self._shards.items():
-            tasks[path] = Copy(root=self._artifact.store.uri, blob=record.checkpoint, key=self._artifact.key(path))
-        for path, written in zip(tasks, self._dispatcher.run_all(list(tasks.values())), strict=True):
-            self._files[path] = FileEntry(size=written.size, sha256=written.sha256)
+        digests = {name: sha256 for r in blocks for name, sha256 in {**r.factors, **r.residuals}.items()}
+        joins = [self._join("adapter", factors, ADAPTER)] if factors else []
+        joins += [self._join("residual store", stores, RESIDUAL_STORE)] if stores else []
+        joined = {join.path: add_joined(graph, self._artifact, join, digests) for join in joins}
+        if not self._shards:
+            records = [partial(_same, record) for record in parts.records]
+            self._shards = add_shards(graph, self._artifact, records)
+        shards = self._shards
+        written = {path: one.join for path, one in joined.items()} | {path: one.copy for path, one in shards.items()}
+        checks = [node for one in joined.values() for node in one.checks]
+        self._dispatcher.run([*written.values(), *checks, *(shard.check for shard in shards.values())])
+        for path, node in written.items():
+            self._files[path] = FileEntry(size=node.value.size, sha256=node.value.sha256)
+        suspects = [path for path, one in joined.items() if not all(node.value for node in one.checks)]
+        suspects += [path for path, shard in shards.items() if shard.check.value != self._files[path].sha256]
+        self._check_again(suspects)
 
     def _join(self, what: str, parts: Sequence[tuple[Blob, tuple[str, ...]]], path: str) -> Join:
         return Join(workspace=self._workspace.store.uri, parts=parts, output=self._artifact.uri, path=path, what=what)
 
-    def _index(self) -> None:
-        weight_map = {name: path for path, record in self._shards.items() for name in record.tensors}
-        total = sum(record.checkpoint.size for record in self._shards.values())
+    def _index(self, parts: Parts) -> None:
+        shards = dict(zip(shard_paths(len(parts.records)), parts.records, strict=True))
+        weight_map = {name: path for path, record in shards.items() for name in record.tensors}
+        total = sum(record.checkpoint.size for record in shards.values())
         self._write(
             INDEX, json_bytes({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
         )
@@ -170,16 +186,12 @@ class Assembler:
             family, formats = self._source.layout.family, self._stock_formats(ledger)
             self._write(ADAPTER_CONFIG, json_bytes(adapter_config(formats, self._artifact.name, family)))
 
-    def _check_bytes(self) -> None:
+    def _check_again(self, suspects: Sequence[str]) -> None:
         """A finished shard may have rotted since its task was done. It is discarded then, so that the next run makes it
-        anew; what differs once is read again, because a bit may have turned on the way."""
-        suspects = [path for path in self._files if path.endswith(".safetensors")]
-        for _ in range(2):
-            tasks = [Checksum(self._artifact.uri, path, self._files[path].size) for path in suspects]
-            found = self._dispatcher.run_all(tasks)
-            suspects = [
-                path for path, sha256 in zip(suspects, found, strict=True) if sha256 != self._files[path].sha256
-            ]
+        anew. suspects: files that differ; they are read again, because a bit may have turned on the way."""
+        again = [Checksum(self._artifact.uri, path, self._files[path].size) for path in suspects]
+        found = dict(zip(suspects, self._dispatcher.run_all(again), strict=True))
+        suspects = [path for path, sha256 in found.items() if sha256 != self._files[path].sha256]
         if not suspects:
             return
         for path in suspects:
@@ -211,3 +223,11 @@ class Assembler:
                 writer.write(piece)
             written = writer.commit()
         self._files[name] = FileEntry(size=written.size, sha256=written.sha256)
+
+
+def _value(node: Node[Record]) -> Record:
+    return node.value
+
+
+def _same(record: Record) -> Record:
+    return record

@@ -18,6 +18,7 @@ from counterweight.pipeline.hidden_states import on_a_node
 from counterweight.pipeline.inventory import batches
 from counterweight.pipeline.manifest import CompressionJob
 from counterweight.pipeline.model_source import ModelSource
+from counterweight.pipeline.neighbours import TASK_BYTES, neighbours
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.rates import Rates
 from counterweight.pipeline.shares import original_shares, originals_first, shares
@@ -114,10 +115,10 @@ def timeline(costs: Costs, workers: int, threads: int) -> Timeline:
         return found
 
     stage("inventory", lambda: dispatcher.run_all(_inventory(costs)))
-    references = stage("blocks", lambda: _run_blocks(costs, dispatcher, threads))
+    references, shards = stage("blocks", lambda: _run_blocks(costs, dispatcher, threads))
     if costs.distillation:
         stage("distill", lambda: dispatcher.run_all(_replicas(costs)))
-    stage("assemble", lambda: _assemble(costs, dispatcher))
+    stage("assemble", lambda: _assemble(costs, dispatcher, shards))
     if validation:
         nodes = [
             dispatcher.graph.add(giving(task), reads=(before,), after=(before,))
@@ -142,8 +143,11 @@ def _inventory(costs: Costs) -> list[Simulated]:
     return [Simulated(f"inventory {place}", {"inventory": costs.rates.read(size)}) for place, size in enumerate(parts)]
 
 
-def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node[HiddenRecord]]:
-    """Runs the nodes that `stages.add_model`, `add_outside` and `add_references` add; gives the last, which may run on."""
+def _run_blocks(
+    costs: Costs, dispatcher: Dispatcher, threads: int
+) -> tuple[list[Node[HiddenRecord]], list[Node[HiddenRecord]]]:
+    """Runs the nodes that `stages.add_model`, `add_outside` and `add_references` add; gives the last, which may run on, and
+    those of the artifact's shards, which do."""
     spec, rates, graph = costs.job.spec, costs.rates, dispatcher.graph
     calibration, propagate = spec.calibration, spec.calibration.propagated
     together = shard_sequences(calibration.sequence_length)
@@ -153,11 +157,12 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node
         sum(kinds) * calibration.sequence_length * costs.source.layout.hidden_size * ITEMSIZE[calibration.compute_dtype]
     )
     table = costs.bytes_of(costs.source.layout.names.embedding)
-    embed = Simulated(
-        "embedding",
-        {"embed": rates.read(table) + rates.moved(table + hidden) + _written(hidden, rates, threads)},
-        shards,
-    )
+    parts = stretches(shards, len(costs.blocks), dispatcher.workers, threads, gpu=rates.link is not None)
+
+    def embed(part: range) -> Simulated:
+        made = hidden * len(part) / shards
+        seconds = rates.read(table) + rates.moved(table + made) + _written(made, rates, threads)
+        return Simulated(f"embedding of {part}", {"embed": seconds}, len(part))
 
     def spec_of(
         index: int,
@@ -178,19 +183,23 @@ def _run_blocks(costs: Costs, dispatcher: Dispatcher, threads: int) -> list[Node
         spec_of=spec_of,
         propagate=propagate,
         budget=budget,
-        stretches=stretches(shards, len(costs.blocks), dispatcher.workers, threads, gpu=rates.link is not None),
+        stretches=parts,
         segment=calibration.segment_blocks,
         workers=dispatcher.workers,
         ahead=rates.link is not None,
         units=costs.units,
     )
-    blocks = nodes.add(graph.add(lambda: embed))
+    embedded = [graph.add(giving(embed(part))) for part in parts]
+    if len(parts) > 1:
+        graph.add(giving(Simulated("embedding, all shards", {})), after=embedded)
+    blocks = nodes.add(embedded)
     kept = [Simulated(f"kept {name}", {"carry over": _carried(costs, name)}) for name in costs.outside]
     outside = [graph.add(giving(task)) for task in kept]
     references = _originals(costs, dispatcher)
+    copied = [] if costs.distillation else _shards(costs, graph, [*blocks.compress, *outside])
     dispatcher.run(blocks.compress)
     dispatcher.run(outside)
-    return references
+    return references, copied
 
 
 def _written(hidden: float, rates: Rates, threads: int) -> float:
@@ -205,21 +214,31 @@ def _carried(costs: Costs, name: str) -> float:
     return costs.rates.read(size) + costs.rates.sent(size) + size / costs.rates.hash
 
 
-def _assemble(costs: Costs, dispatcher: Dispatcher) -> None:
-    """Workers have shards copied, while one joins the branches, of which the next part is read beside; all read what was
-    written."""
+def _shards(costs: Costs, graph: Graph, made: Sequence[Node[object]] = ()) -> list[Node[HiddenRecord]]:
+    """As `artifact.shards.add_shards`; made: blocks, and what lies outside them."""
     rates = costs.rates
-    branches = sum(block.branch for block in costs.blocks)
-    files = [block.stored - block.branch for block in costs.blocks] + [costs.bytes_of(name) for name in costs.outside]
-    making = [Simulated(f"copy {place}", {"copy": 2 * size / rates.storage}) for place, size in enumerate(files)]
-    if branches:
+    sizes = [block.stored - block.branch for block in costs.blocks] + [costs.bytes_of(name) for name in costs.outside]
+    nodes: list[Node[HiddenRecord]] = []
+    for place, size in enumerate(sizes):
+        copy = Simulated(f"copy {place}", {"copy": 2 * size / rates.storage})
+        nodes.append(graph.add(giving(copy), after=made[place : place + 1]))
+        check = Simulated(f"check {place}", {"check": rates.checked(size)})
+        nodes.append(graph.add(giving(check), after=nodes[-1:]))
+    return nodes
+
+
+def _assemble(costs: Costs, dispatcher: Dispatcher, shards: Sequence[Node[HiddenRecord]]) -> None:
+    """One worker joins the branches, of which the next part is read beside; others copy and check what is left of `shards`."""
+    rates, graph = costs.rates, dispatcher.graph
+    wanted: list[Node[HiddenRecord]] = []
+    if branches := sum(block.branch for block in costs.blocks):
         join = rates.sent(branches) + (rates.received(branches) if rates.link is None else 0.0)
-        making.insert(0, Simulated("adapter", {"join": join}))
-        files.insert(0, branches)
-    dispatcher.run_all(making)
-    dispatcher.run_all(
-        [Simulated(f"check {place}", {"check": rates.checked(size)}) for place, size in enumerate(files)]
-    )
+        wanted.append(graph.add(giving(Simulated("adapter", {"join": join}))))
+        for part in neighbours([block.branch for block in costs.blocks], TASK_BYTES):
+            size = sum(costs.blocks[place].branch for place in part)
+            check = Simulated(f"check of the adapter, {part}", {"check": rates.read(size)})
+            wanted.append(graph.add(giving(check), after=wanted[:1]))
+    dispatcher.run([*wanted, *(shards or _shards(costs, graph))])
 
 
 def judged(job: CompressionJob) -> int:
@@ -270,9 +289,9 @@ def _originals(costs: Costs, dispatcher: Dispatcher) -> list[Node[HiddenRecord]]
 def _validation(costs: Costs, workers: int) -> list[Simulated]:
     """Each reads the whole artifact, runs its windows under the models that are in it, and compares them with the original."""
     models = 2 if any(block.branch for block in costs.blocks) else 1
-    read = costs.rates.read(costs.stored, on_a_node(costs.job, workers))
-    read += sum(block.read_back for block in costs.blocks) * models
-    read += costs.rates.moved(costs.judged * costs.source.parameters)
+    # Codes are moved as they are stored; what the device makes of them is computed there.
+    read = costs.rates.read(costs.stored, on_a_node(costs.job, workers)) + costs.rates.moved(costs.stored)
+    dense = sum(block.read_back for block in costs.blocks) * models
     token = costs.rates.seconds(_judging(costs), itemsize=costs.judged) * (models + 1)
     return [
         Simulated(
@@ -283,6 +302,7 @@ def _validation(costs: Costs, workers: int) -> list[Simulated]:
                 share,
                 models,
                 costs.rates.received(_left(costs, share)) + token * len(share) * window_tokens(costs.job),
+                dense=dense,
             ),
         )
         for share in windows_of_workers(costs.job, workers)
@@ -328,9 +348,12 @@ def _on_whole_models(costs: Costs, name: str, *, read: int, written: int, togeth
     ]
 
 
-def _validated(costs: Costs, read: float, share: range, models: int, behind: float) -> dict[str, float]:
-    """Steps of a task of the validation. read: seconds for all blocks; behind: what comes after them."""
-    running = sum(block.evaluated for block in costs.blocks) * models * len(share) * window_tokens(costs.job)
+def _validated(
+    costs: Costs, read: float, share: range, models: int, behind: float, *, dense: float = 0.0
+) -> dict[str, float]:
+    """Steps of a task of the validation. read: seconds for all blocks; behind: what comes after them; dense: of making stored
+    weights dense."""
+    running = dense + sum(block.evaluated for block in costs.blocks) * models * len(share) * window_tokens(costs.job)
     if costs.rates.link is not None:
         # What is waited for: the first block, or what takes longer than the arithmetic.
         read = max(read / len(costs.blocks), read - running)

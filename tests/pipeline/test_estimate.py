@@ -22,6 +22,7 @@ from counterweight.pipeline.plan import Plan, make_plan
 from counterweight.pipeline.policies import RetryPolicy
 from counterweight.pipeline.rates import COPIED, HASH, STORAGE, Rates, rates_of
 from counterweight.pipeline.rates import GPUS as KNOWN
+from counterweight.pipeline.shared_blocks import last_parts
 from counterweight.workers.arithmetic.units import Unit
 from counterweight.workers.errors import RequestError
 from counterweight.workers.matrix_flops import Work
@@ -86,7 +87,7 @@ def simulated(
         ahead=ahead,
         units=() if shared is None else [UNITS] * count,
     )
-    blocks = nodes.add(dispatcher.graph.add(lambda: Simulated("embedding", {}, block.shards)))
+    blocks = nodes.add([dispatcher.graph.add(lambda: Simulated("embedding", {}, block.shards))])
     dispatcher.run(blocks.compress)
     if block is BLOCK and not ahead and segment is None and shared is None:
         assert sum(pool.steps.values()) == pytest.approx(count * (LOAD + SHARDS * SHARD + SOLVE))
@@ -187,6 +188,18 @@ def test_workers_share_blocks_of_compressed(workers: int) -> None:
     assert simulated(5, workers, "compressed", shared=even()) == pytest.approx(5 * each + joining)
 
 
+def test_half_of_the_workers_share_the_last_block_where_blocks_are_calibrated_apart() -> None:
+    """Of 17 on 4 workers it would be one worker's alone: two of them are free before the last two. What takes more than
+    half of a block is one worker's anyhow."""
+    together = simulated(17, 4, shared=even())
+    free = simulated(16, 4) - 2 * (LOAD + SHARD)
+    assert together == pytest.approx(free + LOAD + 0.1 * SHARDS + 6 + 0.6)
+    assert together < simulated(17, 4) - 2
+    assert simulated(17, 2, shared=even()) == simulated(17, 2), "half of two is one"
+    assert last_parts(UNITS, 4) == [("down",), ("up", "o", "qkv")]
+    assert not last_parts([Unit(linears=("down",), flops=7), *UNITS[1:]], 4)
+
+
 def test_what_a_worker_of_a_shared_block_reads_ahead_is_not_waited_for() -> None:
     """Each reads the next block while it solves its part of this one."""
     waited = simulated(5, 2, "compressed", shared=even()) - simulated(5, 2, "compressed", shared=even(), ahead=True)
@@ -234,7 +247,7 @@ def test_stretches_are_as_short_as_the_pipeline_needs() -> None:
     assert {len(part) for part in stretches(128, 32, 8, 1)} == {1}
     assert {len(part) for part in stretches(128, 94, 8, 1)} == {2}
     assert [len(part) for part in stretches(9, 32, 2, 4)] == [4, 4, 1]
-    assert [len(part) for part in stretches(9, 1, 2, 4, gpu=True)] == [3, 3, 3]
+    assert [len(part) for part in stretches(9, 1, 2, 4, gpu=True)] == [4, 4, 1]
     assert stretches(128, 32, 1, 4, gpu=True) == [range(128)]
     for count, workers in ((94, 8), (61, 3), (80, 2)):
         parts = stretches(128, count, workers, 1)
@@ -351,9 +364,11 @@ def test_hidden_states_lie_on_as_many_nodes_as_workers_need(
 
 def test_what_workers_of_a_node_read_together_each_fetches_a_part_of_and_verifies_as_a_whole() -> None:
     rates, size = KNOWN["H100-80G"], 1e9
-    assert rates.read(size) == pytest.approx(size / STORAGE)
-    for sharing in (2, 8):
-        assert rates.read(size, sharing) == pytest.approx((size / STORAGE / sharing + size / HASH) / READERS)
+    fetching, verifying = size / STORAGE, size / HASH
+    assert fetching / 2 > (fetching / 2 + verifying) / READERS, "two workers wait for storage still"
+    for sharing in (1, 2):
+        assert rates.read(size, sharing) == pytest.approx(fetching / sharing)
+    assert rates.read(size, 8) == pytest.approx((fetching / 8 + verifying) / READERS)
 
 
 def test_workers_work_or_wait(manifest: Path, source: ModelSource) -> None:

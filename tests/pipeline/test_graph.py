@@ -115,7 +115,7 @@ class Cluster:
             lasting=self.lasting,
             units=[UNITS] * count if shared else (),
         )
-        self.blocks: Blocks = nodes.add(embedded)
+        self.blocks: Blocks = nodes.add([embedded])
         self.graph.open()
         self.running: dict[int, Node[object]] = {}
         self.workers = range(workers)

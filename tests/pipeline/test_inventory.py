@@ -40,7 +40,7 @@ def test_the_digests_are_the_tensors(directory: Path) -> None:
 
 def test_the_work_is_spread_in_batches_that_lie_together(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(open_model(directory.as_uri()), LocalPool(1))
-    monkeypatch.setattr(module, "INSPECT_BYTES", 30_000)
+    monkeypatch.setattr(module, "TASK_BYTES", 30_000)
     source, pool = open_model(directory.as_uri()), LocalPool(2)
     assert run(source, pool) == whole
     batches = [task.names for _, task in pool.calls if isinstance(task, Inspect)]

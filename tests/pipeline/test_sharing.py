@@ -11,7 +11,9 @@ from counterweight.pipeline.artifact import REPORT, REPORT_PAGE, Published
 from counterweight.pipeline.pool import Outcome
 from counterweight.workers.errors import WorkerError
 from counterweight.workers.tasks.block import BlockRecord
+from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
+from counterweight.workers.tasks.files import Checksum
 from counterweight.workers.tasks.propagate import Propagate
 from counterweight.workers.tasks.solve import Solve, SolvedRecord
 from counterweight.workers.tasks.task import Task
@@ -73,6 +75,19 @@ def test_the_artifact_is_that_of_one_worker(case: str, recipe: str, further: dic
         parts = {blob.sha256 for text in named for blob in SolvedRecord.model_validate_json(text).blobs}
         assert not left & parts, "parts of blocks are left behind"
     assert made[1] == made[2] == made[3]
+
+
+def test_of_blocks_that_are_calibrated_apart_the_last_is_shared(tmp_path: Path) -> None:
+    """By half of three workers; nobody calibrates it. Shards are copied and checked while blocks are solved."""
+    checkpoint("mixtral", tmp_path / "model", num_hidden_layers=3)
+    calibration = {**CALIBRATION, "propagate": "original"}
+    pool = Watched(3)
+    shared = run_job(tmp_path / "model", tmp_path / "3", GPTQ, calibration=calibration, pool=pool)
+    assert [len(pool.workers_of(Solve, block)) for block in range(3)] == [0, 0, 2]
+    assert [bool(pool.workers_of(Calibrate, block)) for block in range(3)] == [True, True, False]
+    kinds = [type(task) for _, task in pool.tasks]
+    assert kinds.index(Checksum) < len(kinds) - kinds[::-1].index(Compress) - 1
+    assert files_of(shared) == files_of(run_job(tmp_path / "model", tmp_path / "1", GPTQ, calibration=calibration))
 
 
 def test_segments_that_are_fewer_than_workers_are_shared(tmp_path: Path) -> None:

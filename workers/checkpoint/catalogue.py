@@ -63,6 +63,14 @@ class Catalogue:
         self.names: tuple[str, ...] = tuple(sorted(self._entries.keys() - self.parts.keys()))
 
     @classmethod
+    def of_file(cls, store: ObjectStore, key: str) -> Self:
+        """One safetensors file that we have written, without a config. Reads its header."""
+        size = store.size(key)
+        length = header_length(store.read_range(key, 0, min(LENGTH_BYTES, size)), file=key, file_size=size)
+        header = parse_header(store.read_range(key, LENGTH_BYTES, length), file=key, file_size=size)
+        return cls(store, config={}, entries=header.entries, bytes_read=LENGTH_BYTES + length, ours=True)
+
+    @classmethod
     def open(cls, store: ObjectStore, *, quantized: bool = False) -> Self:
         """Reads the config, the index and the headers at the root of `store`, and no tensor.
 

@@ -9,8 +9,8 @@ from operator import attrgetter
 
 from counterweight.workers.checkpoint.header import TensorEntry
 
-# Object stores reach a connection's full rate from about 8 MiB a request; four in flight stay within 64 MiB.
-MAX_READ = 16 << 20
+# Object stores reach a connection's full rate from about 8 MiB a request; eight in flight stay within 64 MiB.
+MAX_READ = 8 << 20
 
 # A request costs some 20 ms, in which a connection of 100 MB/s would have carried 2 MB: below, read across.
 MAX_GAP = 1 << 20

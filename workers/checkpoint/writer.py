@@ -86,6 +86,11 @@ def write_in_turn(
     return written
 
 
+def header_bytes(layout: Layout, metadata: Mapping[str, str] = PT_METADATA) -> bytes:
+    """What a file of these tensors begins with: the header, with its length in front."""
+    return _plan(layout, metadata, file="safetensors bytes").header
+
+
 def _in_turn(layout: Layout, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
     for name in writing_order(layout):
         yield tensors[name]

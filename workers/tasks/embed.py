@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from counterweight.workers.config import Config
 from counterweight.workers.keys import digest
 from counterweight.workers.tasks.patience import patience
-from counterweight.workers.tasks.records import HiddenRecord
+from counterweight.workers.tasks.records import HiddenRecord, Timing
 from counterweight.workers.tasks.setting import Setting, shard_sequences
 from counterweight.workers.tasks.task import DurableTask
 from counterweight.workers.workspace import Blob, Workspace
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class Embed(Config, DurableTask[HiddenRecord]):
-    """Token ids to hidden states, cut into shards."""
+    """Token ids to hidden states, cut into shards: all of them, or shards [start, stop), of which no record is kept. How shards
+    are divided is no part of a result: a stretch is found where the whole is."""
 
     kind: ClassVar[str] = "embed"
     record: ClassVar[type[HiddenRecord]] = HiddenRecord
@@ -36,10 +38,25 @@ class Embed(Config, DurableTask[HiddenRecord]):
     """Sequences before those that are held out, that only some experts are solved on: in shards of their own."""
     held_out: int = 0
     """The last sequences, that nothing is solved on: likewise."""
+    start: int = 0
+    stop: int | None = None
+    """None: to the last."""
+    parts: tuple[HiddenRecord, ...] = ()
+    """What others have made of its stretches, all of them in order; empty: nothing."""
+
+    def of(self, start: int, stop: int) -> Embed:
+        """The task of these shards."""
+        return self.model_copy(update={"start": start, "stop": stop})
+
+    def joined(self, parts: Iterable[HiddenRecord]) -> Embed:
+        """The task that keeps the record of the whole, of its stretches."""
+        return self.model_copy(update={"parts": tuple(parts)})
 
     @property
     def name(self) -> str:
-        return "embedding"
+        if self.stop is not None:
+            return f"embedding, shards {self.start} to {self.stop - 1}"
+        return "embedding, all shards" if self.parts else "embedding"
 
     @property
     def patience(self) -> float:
@@ -53,7 +70,17 @@ class Embed(Config, DurableTask[HiddenRecord]):
     def workspace(self) -> Workspace:
         return self.setting.open_workspace()
 
+    def lookup(self, workspace: Workspace) -> HiddenRecord | None:
+        found = super().lookup(workspace)
+        return None if found is None else found.model_copy(update={"outputs": found.outputs[self.start : self.stop]})
+
+    def run(self, context: TaskContext) -> HiddenRecord:
+        return super().run(context) if self.stop is None else self.compute(context, self.workspace())
+
     def compute(self, context: TaskContext, workspace: Workspace) -> HiddenRecord:
+        if self.parts:
+            joined = tuple(blob for part in self.parts for blob in part.outputs)
+            return HiddenRecord(outputs=joined, timing=Timing.of_all([part.timing for part in self.parts]))
         import torch
 
         from counterweight.workers.clock import Clock
@@ -72,7 +99,7 @@ class Embed(Config, DurableTask[HiddenRecord]):
         clock.lap("load")
         solved, together = len(ids) - self.drawn - self.held_out, shard_sequences(ids.shape[1])
         kinds = [kind for kind in ids.split([solved, self.drawn, self.held_out]) if len(kind)]
-        parts = [part for kind in kinds for part in kind.split(together)]
+        parts = [part for kind in kinds for part in kind.split(together)][self.start : self.stop]
 
         def compute(part: Tensor) -> tuple[None, Tensor]:
             with torch.no_grad():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from counterweight.workers.errors import CheckpointError
 from counterweight.workers.storage import open_store, stream_sha256
 from counterweight.workers.storage.base import Written
 from counterweight.workers.tasks.patience import patience
@@ -87,3 +88,43 @@ class Checksum(Task[str]):
 
     def run(self, context: TaskContext) -> str:
         return stream_sha256(open_store(self.root), self.path)
+
+
+@dataclass(frozen=True)
+class CheckTensors(Task[bool]):
+    """Whether these tensors of a safetensors file that we have written are what they should be, and its header is: one of
+    several workers that read a large file. key: of the object below the root URI `root`. tensors: name -> digest
+    (`checkpoint.digest`), of `count` in all. bytes: of these, about; part: of which blocks they are, for people."""
+
+    kind: ClassVar[str] = "checksum"
+
+    root: str
+    path: str
+    tensors: Mapping[str, str]
+    count: int
+    bytes: int
+    part: str
+
+    @property
+    def patience(self) -> float:
+        return patience(bytes=self.bytes)
+
+    @property
+    def name(self) -> str:
+        return f"check of {self.path}, blocks {self.part}"
+
+    def run(self, context: TaskContext) -> bool:
+        from counterweight.workers.checkpoint.reader import Checkpoint
+        from counterweight.workers.checkpoint.writer import header_bytes
+
+        store = open_store(self.root)
+        try:
+            file = Checkpoint.of_file(store, self.path)
+            if len(file.names) != self.count or not self.tensors.keys() <= set(file.names):
+                return False
+            expected = header_bytes({name: (file.entry(name).dtype, file.entry(name).shape) for name in file.names})
+            found = file.inspect(self.tensors)
+        except CheckpointError:
+            return False
+        header = store.read_range(self.path, 0, len(expected)) if store.size(self.path) >= len(expected) else b""
+        return header == expected and {name: one.sha256 for name, one in found.items()} == dict(self.tensors)
