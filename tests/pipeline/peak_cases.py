@@ -58,7 +58,7 @@ CASES: Mapping[str, Case] = {
     "activations, quantized": (many({**RTN, "activations": {"bits": 8}}, 256, 2048, sequences=32), "forward"),
     "activations, bfloat16": (many(RTN, 256, 3072, compute="bfloat16"), "forward"),
     "held out, more than is solved on": (
-        few({**RTN, "activations": {"bits": 8}}, 256, 2048, length=512, held_out=16),
+        few({**RTN, "activations": {"bits": 8}}, 256, 2560, length=512, held_out=16),
         "forward",
     ),
     "held out, no products": (few(RTN, 1024, 4096, length=512, held_out=2), "solve"),
