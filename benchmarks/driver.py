@@ -45,13 +45,14 @@ from counterweight.workers.tasks.calibrate import Calibrate
 from counterweight.workers.tasks.compress import Compress
 from counterweight.workers.tasks.embed import Embed
 from counterweight.workers.tasks.evaluate import BASELINE, COMPENSATED, QUANTIZED, Evaluate, EvaluateRecord
-from counterweight.workers.tasks.files import Checksum, Copy, Join
+from counterweight.workers.tasks.files import Checksum, CheckTensors, Copy, Join
 from counterweight.workers.tasks.inspect import Inspect
 from counterweight.workers.tasks.original import Original, OriginalRecord
 from counterweight.workers.tasks.pass_through import PassThrough, PassThroughRecord
 from counterweight.workers.tasks.prefetch import Prefetch
 from counterweight.workers.tasks.records import HeldOutErrors, HiddenRecord, LedgerEntry, ModuleReport, Timing
 from counterweight.workers.tasks.setting import shard_sequences
+from counterweight.workers.tasks.solve import Solve, SolvedRecord
 from counterweight.workers.tasks.task import Task
 from counterweight.workers.workspace import Blob
 
@@ -83,6 +84,7 @@ class Answers:
             Embed: self._embedded,
             Prefetch: lambda _: None,
             Calibrate: self._calibrated,
+            Solve: self._solved,
             Compress: lambda task: self._compressed(task.block.index, task.block.recipe),
             PassThrough: self._kept,
             Original: lambda task: OriginalRecord(outputs=(blob_of("original", task.start),), timing=TIMING),
@@ -90,6 +92,7 @@ class Answers:
             Copy: lambda task: Written(size=task.blob.size, sha256=task.blob.sha256),
             Join: lambda task: Written(size=1 << 20, sha256=digest_of(task.path)),
             Checksum: lambda task: self.written[task.path],
+            CheckTensors: lambda _: True,
         }
         self.written: dict[str, str] = {}
         """File -> its sha256."""
@@ -105,15 +108,21 @@ class Answers:
     def _embedded(self, task: Embed) -> HiddenRecord:
         sequences, length = 512, 2048
         solved, unseen = (-(-count // shard_sequences(length)) for count in (sequences, task.held_out))
-        return HiddenRecord(
-            outputs=tuple(blob_of("embedded", shard) for shard in range(solved + unseen)), timing=TIMING
-        )
+        shards = range(solved + unseen)[task.start : task.stop]
+        if task.parts:
+            return HiddenRecord(outputs=tuple(blob for part in task.parts for blob in part.outputs), timing=TIMING)
+        return HiddenRecord(outputs=tuple(blob_of("embedded", shard) for shard in shards), timing=TIMING)
 
     def _calibrated(self, task: Calibrate) -> HiddenRecord:
         shards = range(task.start, task.stop)
         return HiddenRecord(
             outputs=tuple(blob_of("hidden", task.block.index, shard) for shard in shards), timing=TIMING
         )
+
+    def _solved(self, task: Solve) -> SolvedRecord:
+        whole = self._compressed(task.block.index, {name: task.block.recipe[name] for name in task.linears})
+        blobs = (blob_of("solved", task.block.index, task.part),)
+        return SolvedRecord(blobs=blobs, formats=whole.formats, modules=whole.modules, timing=TIMING)
 
     def _compressed(self, index: int, recipe: Mapping[str, Any]) -> BlockRecord:
         source = self._source

@@ -90,7 +90,8 @@ def test_one_fault_at_any_call_leaves_no_trace_in_the_bytes(
         number += 1
         once, events = Once(number, fault), Events()
         pool = LocalPool(workers, fault=once)
-        published = run_local(job_of(manifest, f"spec.output.uri={tmp_path / str(number)}"), pool, events)
+        settings = (f"spec.output.uri={tmp_path / str(number)}", f"spec.resources.workers={workers}")
+        published = run_local(job_of(manifest, *settings), pool, events)
         seen = once.calls >= number
         assert files_of(local_path(published.uri)) == expected
         assert sum(": try 1 of 3 failed: " in note for (note,) in events.named("note")) == seen

@@ -66,7 +66,9 @@ def test_a_pass_is_two_operations_a_weight_a_token_and_the_gram_matrices(manifes
     # together, and the values that they mix.
     assert block.forward_flops == 2 * 416 * sum(map(prod, LINEARS.values())) + 4 * 416 * 32 * 64
     # One matrix per distinct input: q/k/v, o, gate/up (width 64) and down (width 96), each within one strip of its triangle.
-    assert block.statistics_flops == 2 * 384 * (3 * 64**2 + 96**2)
+    # What a shard gives of it is added in float64: 16 bytes an entry, counted in operations of 12.
+    entries = 3 * 64**2 + 96**2
+    assert block.statistics_flops == 2 * 384 * entries + entries / 2 * 16 / 12
     assert block.statistics_bytes == (3 * 64**2 + 96**2) * 8  # no more than one strip each
     assert block.solve_flops > 0
     assert block.prepare_flops == block.tune_flops == 0
@@ -234,8 +236,8 @@ def test_the_plans_storage_traffic_is_near_what_a_job_writes(
     published = run_local(job)
     shards = sum(path.stat().st_size for path in local_path(published.uri).glob("*.safetensors"))
     blobs = sum(path.stat().st_size for path in (tmp_path / "_work" / "blobs").iterdir())
-    hidden = 2 * 384 * 64 * 4  # thrown away by now; the embedding's output is among the blobs
-    assert plan.storage_written_bytes == pytest.approx(shards + blobs + hidden, rel=0.1)
+    # The embedding's output is among the blobs; what leaves a block waits in the memory of a job's only worker.
+    assert plan.storage_written_bytes == pytest.approx(shards + blobs, rel=0.1)
 
 
 class StrictStore(RecordingStore):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from counterweight.kernels.gate.case import ARCHS, Case
@@ -49,17 +51,14 @@ def _case(dtype: torch.dtype, *, packed: bool, even: bool, major: int, grouped: 
     )
 
 
+_BF16 = partial(_case, torch.bfloat16)
+
 CASES = [
-    *(
-        _case(torch.bfloat16, packed=packed, even=even, major=major)
-        for major in (8, 9)
-        for packed in (True, False)
-        for even in (True, False)
-    ),
-    *(
-        _case(torch.bfloat16, packed=packed, even=True, major=major, grouped=True)
-        for major in (8, 9)
-        for packed in (True, False)
-    ),
+    _BF16(packed=True, even=True, major=8),
+    _BF16(packed=False, even=False, major=8),
+    _BF16(packed=True, even=True, major=9),
+    _BF16(packed=True, even=False, major=9),
+    _BF16(packed=False, even=True, major=9),
+    _BF16(packed=True, even=True, major=9, grouped=True),
     _case(torch.float32, packed=True, even=False, major=8),
 ]
