@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         if asked.only in name and arch in asked.archs
     }
     if asked.brief:
-        chosen = brief(chosen)
+        chosen = brief(chosen, asked.whole)
     if not chosen:
         print(f"no case whose name contains {asked.only!r} for {asked.archs}")
         return 1
@@ -54,7 +54,8 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--update", action="store_true", help="raise the limits to what is measured, drop old entries")
     parser.add_argument("--only", default="", metavar="PART", help="cases whose name contains this")
     parser.add_argument("--archs", type=_archs, default=ARCHS, help="such as 80,90; all of them by default")
-    parser.add_argument("--brief", action="store_true", help="one case of each kernel on every arch, all on sm_90")
+    parser.add_argument("--brief", action="store_true", help="one case of each kernel on every arch")
+    parser.add_argument("--whole", type=int, metavar="ARCH", help="with --brief: all cases on this one")
     parser.add_argument("--budgets", type=Path, default=_BUDGETS, help="the file of limits")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     return parser.parse_args(arguments)

@@ -35,15 +35,16 @@ def all_cases() -> Mapping[str, Case]:
     return found
 
 
-def brief(chosen: Mapping[tuple[str, int], Case]) -> dict[tuple[str, int], Case]:
-    """What continuous integration has time for: on every architecture the first case of each kernel, on sm_90 all of them."""
+def brief(chosen: Mapping[tuple[str, int], Case], whole: int | None) -> dict[tuple[str, int], Case]:
+    """What continuous integration has time for: on every architecture the first case of each kernel, on `whole` all of
+    them."""
     first: dict[tuple[str, int], str] = {}
     for (name, arch), case in chosen.items():
         first.setdefault((case.kernel.__name__, arch), name)
     return {
         (name, arch): case
         for (name, arch), case in chosen.items()
-        if arch == 90 or first[case.kernel.__name__, arch] == name
+        if arch == whole or first[case.kernel.__name__, arch] == name
     }
 
 
