@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 	@$(BIN)/counterweight run manifests/demo.yaml
 
 test: $(INSTALLED)
-	@echo "the whole suite: about 24 minutes on 2 cores" >&2
+	@echo "the whole suite: about 27 minutes on 2 cores" >&2
 	$(BIN)/python -m pytest -n $(TESTERS) --dist=worksteal
 
 # Hostile configs, headers, tokenizers, texts, data sets, manifests and artifacts from random seeds, for MINUTES; the suite has
