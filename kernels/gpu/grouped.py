@@ -68,12 +68,11 @@ def grouped_linear(x: Tensor, bounds: Tensor, weights: Places) -> Tensor:
     if bounds.shape != (groups + 1,) or bounds.dtype is not torch.int64:
         raise ValueError(f"bounds: {list(bounds.shape)} {bounds.dtype}: expected [{groups + 1}] int64")
     out = x.new_zeros(len(x), weight.shape[0])
-    blocks = BLOCKS
-    tiles = -(bounds.diff() // -blocks["TOKENS"])
+    tiles = -(bounds.diff() // -BLOCKS["TOKENS"])
     begins = torch.cat([bounds.new_zeros(1), tiles.cumsum(0)])
     # Every group's last tile may be padding but for one row.
-    most = len(x) // blocks["TOKENS"] + min(len(x), groups)
-    wide = triton.cdiv(weight.shape[0], blocks["TILE"])
+    most = len(x) // BLOCKS["TOKENS"] + min(len(x), groups)
+    wide = triton.cdiv(weight.shape[0], BLOCKS["TILE"])
     constants = launch.arithmetic(x.dtype)
     with launch.current(x.device):
         grouped_linear_kernel[(triton.cdiv(most, TOGETHER) * TOGETHER * wide,)](
@@ -90,10 +89,10 @@ def grouped_linear(x: Tensor, bounds: Tensor, weights: Places) -> Tensor:
             weight.stride(0),
             GROUPS=triton.next_power_of_2(groups + 1),
             TOGETHER=TOGETHER,
-            EVEN=x.shape[1] % blocks["DEPTH"] == 0 and weight.shape[0] % blocks["TILE"] == 0,
+            EVEN=x.shape[1] % BLOCKS["DEPTH"] == 0 and weight.shape[0] % BLOCKS["TILE"] == 0,
             COMPUTE=constants["COMPUTE"],
             PRECISION=constants["PRECISION"],
-            **blocks,
+            **BLOCKS,
         )
     return out
 

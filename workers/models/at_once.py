@@ -3,7 +3,7 @@ than the device to compute."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,17 +33,16 @@ class AtOnce:
     @classmethod
     def of(
         cls,
-        linears: Sequence[Sequence[nn.Module]],
+        linears: Iterable[Sequence[nn.Module]],
         product: Product,
-        rows: int,
+        tokens: float,
         dtype: torch.dtype,
         device: torch.device,
     ) -> AtOnce | None:
         """None where they have to run one by one: not on a GPU, trained, hooked, with biases, in another dtype than what enters
         them, or with many tokens each, of which a library's product makes more of the device. linears: of each of
-        `PROJECTIONS`, of each expert. rows: that are given to all of them."""
-        few = rows < FEW_TOKENS * len(linears[0]) and dtype.itemsize == 2
-        if not few or not runs_kernels(device) or torch.is_grad_enabled():
+        `PROJECTIONS`, of each expert. tokens: that one is given on average."""
+        if tokens >= FEW_TOKENS or dtype.itemsize != 2 or not runs_kernels(device) or torch.is_grad_enabled():
             return None
         from counterweight.kernels.gpu.grouped import Places
 

@@ -80,8 +80,9 @@ class LinearExperts(SeparateExperts):
 
     def at_once(self, rows: int, dtype: torch.dtype, device: torch.device) -> AtOnce | None:
         """How all experts run together on so many rows in all; None where they do not."""
-        linears = [[self.get_submodule(f"{expert}.{name}") for expert in range(self.experts)] for name in PROJECTIONS]
-        return AtOnce.of(linears, self.product, rows, dtype, device)
+        # Looked up where they are needed: each shard asks, and on a CPU the answer is always no.
+        linears = ([self.get_submodule(f"{expert}.{name}") for expert in range(self.experts)] for name in PROJECTIONS)
+        return AtOnce.of(linears, self.product, rows / self.experts, dtype, device)
 
     @contextmanager
     def watched(self, together: AtOnce, watch: Watch) -> Iterator[None]:
