@@ -105,7 +105,7 @@ CASES: Mapping[str, Case] = {
         "forward",
     ),
     "experts, in passes, compressed": (
-        experts(GPTQ, 256, 1024, 40, share=0.5, compute="bfloat16", propagate="compressed"),
+        experts(GPTQ, 256, 1024, 40, share=0.5, propagate="compressed"),
         "forward",
     ),
     "GPTQ": (few(GPTQ, 256, 4096), "solve"),
