@@ -32,8 +32,8 @@ class Rates(Config):
     Operations of the kinds of `workers.matrix_flops.Work`, on the device, or on one thread of a CPU; products16 and grams16: of
     numbers of 16 bits. step: seconds of an operation of torch that is started and computes next to nothing. hash: bytes of
     sha256 on one thread of the host; copied: bytes that it copies. link: bytes between host and device; null: they are one.
-    storage: bytes that a worker reads or writes. start: seconds until a worker answers. task: seconds between two tasks of a
-    worker.
+    storage: bytes that a worker reads or writes. start: seconds until a worker answers, and by which its first block takes
+    longer. task: seconds between two tasks of a worker.
     """
 
     source: str
@@ -98,6 +98,10 @@ START, TASK = 13.0, 0.01
 """Seconds: of a process that imports torch and transformers and opens a GPU, 12.6 and 12.8 on an H200's host; and from a task's
 end to the next one's beginning, by way of the driver."""
 
+FIRST = 2.6
+"""Seconds that a GPU's worker loses once, in its first block: Triton compiles kernels (1.4), cuDNN looks for attention's plan
+(1.2; `benchmarks/results/2026-11-26-time-model-gpu.md`)."""
+
 HASH = 1.4e9
 """Bytes per second of one thread of a server's CPU (Zen 4), rounded: as `benchmarks/time_model.py --rates` finds it."""
 
@@ -137,7 +141,8 @@ TAKEN = Shares(
 )
 
 HOPPER = Shares(
-    source="with the shares of them that an H200 reached (benchmarks/results/2026-11-26-rates-h200.md)",
+    source="with the shares of them that an H200 reached (benchmarks/results/2026-11-26-rates-h200.md); blocks that were"
+    " measured on it took two to three times as long (benchmarks/results/2026-11-26-time-model-gpu.md)",
     products16=0.722,
     products32=0.757,
     grams16=0.525,
@@ -168,7 +173,7 @@ def _rates(bits16: float, float32: float, float64: float, memory: float, link: f
         step=shares.step,
         link=link * 1e9,
         storage=STORAGE,
-        start=START,
+        start=START + FIRST,
         task=TASK,
         hash=HASH,
     )
