@@ -27,11 +27,15 @@ from counterweight.pipeline.memory import PROCESS_BYTES
 from counterweight.pipeline.model_source import open_model
 from counterweight.pipeline.plan import BlockPlan, make_plan
 from counterweight.pipeline.resolve import block_recipe
+from counterweight.pipeline.shared_blocks import balanced, in_stretches
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.memory import release
 from counterweight.workers.tasks.block import BlockSpec
 from counterweight.workers.tasks.compress import Compress
+from counterweight.workers.tasks.propagate import Propagate
+from counterweight.workers.tasks.records import Timing
 from counterweight.workers.tasks.setting import Setting, shard_sequences
+from counterweight.workers.tasks.solve import Solve, SolvedRecord
 from counterweight.workers.tensor_blobs import put_tensors
 from counterweight.workers.worker import Worker
 from counterweight.workers.workspace import Blob, Workspace
@@ -43,7 +47,8 @@ TINY = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 1
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """A job of one block. config: of the model, beside `BASE` of `tests.models`. dtype: of the source. share: of the memory
-    that the block needs at once, which its worker is given; None: all. beside: whether what is calibrated stays in memory."""
+    that the block needs at once, which its worker is given; None: all. beside: whether what is calibrated stays in memory.
+    workers: that share the block."""
 
     recipe: Mapping[str, Any]
     case: str = "llama"
@@ -59,6 +64,7 @@ class Measured:
     threads: int = 1
     share: float | None = None
     beside: bool = False
+    workers: int = 1
 
     def tiny(self) -> Measured:
         """The same job, as small as it can be."""
@@ -86,7 +92,7 @@ class Measured:
                         "held_out": self.held_out,
                     },
                     "recipe": self.recipe,
-                    "resources": {"workers": 1, "cpus_per_worker": self.threads, **given},
+                    "resources": {"workers": self.workers, "cpus_per_worker": self.threads, **given},
                     "output": {"uri": source.as_uri()},
                 },
             }
@@ -176,14 +182,32 @@ def measure(measured: Measured, root: Path) -> Peak:
     """Growth of this process while it does the task, and the plan's figure for it."""
     real = prepared(measured, root / "real")
     worker = Worker("cpu", measured.threads)
-    worker.run(prepared(measured.tiny(), root / "tiny").task)
+    list(_run(worker, prepared(measured.tiny(), root / "tiny"), measured.workers))
     release(worker.context.device)
     before = resident_bytes()
-    record = worker.run(real.task)
+    most = max(timing.host_peak_bytes for timing in _run(worker, real, measured.workers))
     worker.close()
-    grown = record.timing.host_peak_bytes - before
+    grown = most - before
     planned = real.plan.kept_peak_bytes if measured.beside else real.plan.peak_bytes
     return Peak(measured=grown, planned=planned, phase=real.plan.peak_phase)
+
+
+def _run(worker: Worker, prepared: Prepared, workers: int) -> Iterator[Timing]:
+    """Accounts of the block's task; or of those of a worker that does all parts of a block that `workers` share, in turn."""
+    task = prepared.task
+    if workers == 1:
+        yield worker.run(task).timing
+        return
+    solved: list[SolvedRecord] = []
+    parts = balanced(prepared.plan.units, workers)
+    assert len(parts) == workers, "each worker has a part"
+    for place, linears in enumerate(parts):
+        solved.append(worker.run(Solve(block=task.block, linears=linears, part=place, parts=len(parts))))
+        yield solved[-1].timing
+    if task.block.propagate == "compressed":
+        for stretch in in_stretches(len(task.block.inputs), workers):
+            propagate = Propagate(block=task.block, solved=tuple(solved), start=stretch.start, stop=stretch.stop)
+            yield worker.run(propagate).timing
 
 
 def _child(measured: Measured, answers: multiprocessing.SimpleQueue[Peak]) -> None:
@@ -217,10 +241,10 @@ def main(arguments: list[str]) -> None:
                 raise SystemExit(f"{case}: exit status {child.exitcode}")
             print(json.dumps(asdict(answers.get())), flush=True)
         return
-    from tests.pipeline.peak_cases import CASES, LARGE
+    from tests.pipeline.peak_cases import CASES, LARGE, SHARED
 
     print(f"{'case':30} {'phase':10} {'measured':>9} {'planned':>9}  MiB")
-    names, known = arguments or list(CASES), {**CASES, **LARGE}
+    names, known = arguments or list(CASES), {**CASES, **SHARED, **LARGE}
     for name, found in zip(names, measured_apart([known[name][0] for name in names]), strict=True):
         off = found.planned / found.measured - 1
         sizes = f"{found.measured >> 20:9} {found.planned >> 20:9}"

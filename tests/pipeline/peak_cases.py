@@ -149,6 +149,12 @@ CASES: Mapping[str, Case] = {
     "propagation": (many(RTN, 512, 2048, propagate="compressed"), "propagate"),
 }
 
+SHARED: Mapping[str, Case] = {
+    "two workers, LRC, compressed": (few(lrc(0.1, 1), 512, 1536, propagate="compressed", workers=2), "solve"),
+    "three workers, experts": (experts(GPTQ, 256, 1024, 24, propagate="compressed", workers=3), "forward"),
+}
+"""Blocks that workers share."""
+
 LARGE: Mapping[str, Case] = {
     "Mixtral-8x7B at half width, half of its memory": (experts(GPTQ, 2048, 7168, 8, share=0.5), "solve"),
     "the same, W4A4 LRC": (experts(lrc(0.1, 1), 2048, 7168, 8, share=0.5), "solve"),

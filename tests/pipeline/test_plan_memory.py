@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from tests.pipeline.peak import measured_apart
-from tests.pipeline.peak_cases import CASES
+from tests.pipeline.peak_cases import CASES, SHARED
 
 TOLERANCE = 0.15
 BY_CHANCE = 0.35
@@ -33,3 +33,12 @@ def test_a_blocks_peak_is_what_is_planned(part: int) -> None:
         if not near or found.measured < LEAST or found.phase != CASES[name][1]:
             wrong[name] = found
     assert not wrong
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_what_a_worker_does_of_a_shared_block_takes_no_more_than_the_block_alone() -> None:
+    """Of few large linears as much: whoever has the largest takes what the block does. Of many experts a share."""
+    found = dict(zip(SHARED, measured_apart([job for job, _ in SHARED.values()]), strict=True))
+    wrong = {name: peak for name, peak in found.items() if peak.planned / peak.measured < 1 - TOLERANCE}
+    assert not wrong
+    assert min(peak.measured for peak in found.values()) > LEAST
