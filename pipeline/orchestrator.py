@@ -146,7 +146,8 @@ class Orchestrator:
         references = add_references(job, tokens)
         assembler = Assembler(artifact, self._source, self._workspace, self._dispatcher)
         if texts is None:
-            assembler.begin([outside.first, *model.compress, *outside.behind])
+            recipes = [block.recipe for block in outlined]
+            assembler.begin([outside.first, *model.compress, *outside.behind], model.compress, recipes)
         validated = sum(text.ids.numel() for text in tokens.validation.values())
         compress_blocks(job, model, outlined, validated)
         parts = gather_parts(job, model, outside)

@@ -8,6 +8,7 @@ from counterweight.workers.ahead import ReadAhead
 from counterweight.workers.checkpoint.reader import Checkpoint
 from counterweight.workers.held_blocks import HOLD_BYTES, HeldBlocks
 from counterweight.workers.held_training import HeldTraining
+from counterweight.workers.join import BegunFiles
 from counterweight.workers.models.block_builder import BlockBuilder
 from counterweight.workers.parallel import OrderedPool, Overlapped, Shards, SideBySide
 from counterweight.workers.passing import Mailbox, OwnMemory
@@ -20,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class TaskContext:
     """device: where tensors are computed with. pool: threads that share the solves. shards: how blocks are run over shards.
     ahead: what is read while it computes. held: blocks whose statistics are in memory. training: the model that is trained.
-    mailbox: hidden states in memory."""
+    mailbox: hidden states in memory. begun: files of all blocks' tensors that are being joined."""
 
     def __init__(self, device: torch.device, threads: int, hold_bytes: int = HOLD_BYTES) -> None:
         self.device = device
@@ -30,6 +31,7 @@ class TaskContext:
         self.held = HeldBlocks(hold_bytes)
         self.training = HeldTraining()
         self.mailbox: Mailbox = OwnMemory()
+        self.begun = BegunFiles()
         self._sources: dict[str, tuple[Checkpoint, BlockBuilder]] = {}
 
     def source(self, setting: Setting) -> tuple[Checkpoint, BlockBuilder]:
@@ -46,4 +48,5 @@ class TaskContext:
         self.ahead.close()
         self.shards.close()
         self.training.keep(None)
+        self.begun.drop()
         self.pool.close()

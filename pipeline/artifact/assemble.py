@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from counterweight.pipeline.artifact.document import CONFIG, INDEX, FileEntry, json_bytes
 from counterweight.pipeline.artifact.reader import Artifact
-from counterweight.pipeline.artifact.shards import Record, Shard, add_joined, add_shards, shard_paths
+from counterweight.pipeline.artifact.shards import JOINED, Record, Shard, add_checks, add_join, add_shards, shard_paths
+from counterweight.pipeline.blocks import BlockRecipe
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.graph import Node
 from counterweight.pipeline.model_source import ModelSource
@@ -25,14 +26,17 @@ from counterweight.workers.errors import IntegrityError
 from counterweight.workers.formats import ModuleFormat
 from counterweight.workers.interchange.compressed_tensors import artifact_config
 from counterweight.workers.interchange.peft import adapter_config
-from counterweight.workers.ledger import ADAPTER, ADAPTER_CONFIG, LEDGER, RESIDUAL_STORE, Ledger
+from counterweight.workers.ledger import ADAPTER, ADAPTER_CONFIG, LEDGER, Ledger
 from counterweight.workers.models.layout import ModelLayout
 from counterweight.workers.storage import sha256_hex
+from counterweight.workers.storage.base import Written
 from counterweight.workers.tasks.block import BlockRecord
-from counterweight.workers.tasks.files import Checksum, Join
+from counterweight.workers.tasks.files import Checksum
 from counterweight.workers.tasks.pass_through import PassThroughRecord
 from counterweight.workers.tasks.records import LedgerEntry
 from counterweight.workers.workspace import Blob, Workspace
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +98,21 @@ class Assembler:
         self._dispatcher = dispatcher
         self._files: dict[str, FileEntry] = {}
         self._shards: Mapping[str, Shard] = {}
+        self._joined: dict[str, Node[Written | None]] = {}
 
-    def begin(self, made: Sequence[Node[Record]]) -> None:
-        """Has shards copied and checked as soon as they are finished. made: the nodes of `Parts.records`."""
+    def begin(
+        self, made: Sequence[Node[Record]], blocks: Sequence[Node[BlockRecord]], recipes: Sequence[BlockRecipe]
+    ) -> None:
+        """Has shards copied and checked as soon as they are finished, and what is joined begun. made: the nodes of
+        `Parts.records`; blocks: those among them that are blocks; recipes: of these."""
         self._claim()
-        records = [partial(_value, node) for node in made]
-        self._shards = add_shards(self._dispatcher.graph, self._artifact, records, made)
+        graph, values = self._dispatcher.graph, [partial(_value, node) for node in blocks]
+        for file in JOINED:
+            if any(file.wanted(part) for recipe in recipes for part in recipe.values()):
+                self._joined[file.path] = add_join(
+                    graph, self._workspace, self._artifact, file, values, blocks, self._dispatcher.workers
+                )
+        self._shards = add_shards(graph, self._artifact, [partial(_value, node) for node in made], made)
 
     def assemble(self, parts: Parts) -> dict[str, FileEntry]:
         """Everything but the report and artifact.json.
@@ -151,27 +164,26 @@ class Assembler:
     def _weights(self, parts: Parts) -> None:
         """The files that hold tensors. What is joined comes first: one worker is longer at it than others are at a shard."""
         blocks, graph = parts.blocks, self._dispatcher.graph
-        factors = [(r.adapter, tuple(r.factors)) for r in blocks if r.adapter is not None]
-        stores = [(r.residual, tuple(r.residuals)) for r in blocks if r.residual is not None]
-        digests = {name: sha256 for r in blocks for name, sha256 in {**r.factors, **r.residuals}.items()}
-        joins = [self._join("adapter", factors, ADAPTER)] if factors else []
-        joins += [self._join("residual store", stores, RESIDUAL_STORE)] if stores else []
-        joined = {join.path: add_joined(graph, self._artifact, join, digests) for join in joins}
+        written: dict[str, Node[Written] | Node[Written | None]] = {}
+        checks: dict[str, list[Node[bool]]] = {}
+        for file in JOINED:
+            if any(file.of(record)[0] is not None for record in blocks):
+                records = [partial(_same, record) for record in blocks]
+                join = self._joined.get(file.path) or add_join(graph, self._workspace, self._artifact, file, records)
+                written[file.path] = join
+                checks[file.path] = add_checks(graph, self._artifact, file, blocks, join)
         if not self._shards:
-            records = [partial(_same, record) for record in parts.records]
-            self._shards = add_shards(graph, self._artifact, records)
+            self._shards = add_shards(graph, self._artifact, [partial(_same, record) for record in parts.records])
         shards = self._shards
-        written = {path: one.join for path, one in joined.items()} | {path: one.copy for path, one in shards.items()}
-        checks = [node for one in joined.values() for node in one.checks]
-        self._dispatcher.run([*written.values(), *checks, *(shard.check for shard in shards.values())])
+        written |= {path: one.copy for path, one in shards.items()}
+        again = [node for own in checks.values() for node in own]
+        self._dispatcher.run([*written.values(), *again, *(shard.check for shard in shards.values())])
         for path, node in written.items():
-            self._files[path] = FileEntry(size=node.value.size, sha256=node.value.sha256)
-        suspects = [path for path, one in joined.items() if not all(node.value for node in one.checks)]
+            if node.value is not None:
+                self._files[path] = FileEntry(size=node.value.size, sha256=node.value.sha256)
+        suspects = [path for path, own in checks.items() if not all(node.value for node in own)]
         suspects += [path for path, shard in shards.items() if shard.check.value != self._files[path].sha256]
         self._check_again(suspects)
-
-    def _join(self, what: str, parts: Sequence[tuple[Blob, tuple[str, ...]]], path: str) -> Join:
-        return Join(workspace=self._workspace.store.uri, parts=parts, output=self._artifact.uri, path=path, what=what)
 
     def _index(self, parts: Parts) -> None:
         shards = dict(zip(shard_paths(len(parts.records)), parts.records, strict=True))
@@ -225,9 +237,9 @@ class Assembler:
         self._files[name] = FileEntry(size=written.size, sha256=written.sha256)
 
 
-def _value(node: Node[Record]) -> Record:
+def _value(node: Node[R]) -> R:
     return node.value
 
 
-def _same(record: Record) -> Record:
+def _same(record: R) -> R:
     return record

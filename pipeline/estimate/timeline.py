@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from counterweight.pipeline.allocation import budgeted
+from counterweight.pipeline.artifact.shards import begun_behind
 from counterweight.pipeline.blocks import BlockNodes, BlockRecipe, Budget, stretches
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.estimate.asked import Asked
@@ -115,10 +116,11 @@ def timeline(costs: Costs, workers: int, threads: int) -> Timeline:
         return found
 
     stage("inventory", lambda: dispatcher.run_all(_inventory(costs)))
-    references, shards = stage("blocks", lambda: _run_blocks(costs, dispatcher, threads))
+    references, joined, shards = stage("blocks", lambda: _run_blocks(costs, dispatcher, threads))
     if costs.distillation:
         stage("distill", lambda: dispatcher.run_all(_replicas(costs)))
-    stage("assemble", lambda: _assemble(costs, dispatcher, shards))
+        joined, shards = _joined(costs, dispatcher.graph, (), workers), _shards(costs, dispatcher.graph)
+    stage("assemble", lambda: _assemble(costs, dispatcher, joined, shards))
     if validation:
         nodes = [
             dispatcher.graph.add(giving(task), reads=(before,), after=(before,))
@@ -145,9 +147,9 @@ def _inventory(costs: Costs) -> list[Simulated]:
 
 def _run_blocks(
     costs: Costs, dispatcher: Dispatcher, threads: int
-) -> tuple[list[Node[HiddenRecord]], list[Node[HiddenRecord]]]:
+) -> tuple[list[Node[HiddenRecord]], list[Node[HiddenRecord]], list[Node[HiddenRecord]]]:
     """Runs the nodes that `stages.add_model`, `add_outside` and `add_references` add; gives the last, which may run on, and
-    those of the artifact's shards, which do."""
+    those of the artifact's joined file and shards, which do."""
     spec, rates, graph = costs.job.spec, costs.rates, dispatcher.graph
     calibration, propagate = spec.calibration, spec.calibration.propagated
     together = shard_sequences(calibration.sequence_length)
@@ -196,10 +198,11 @@ def _run_blocks(
     kept = [Simulated(f"kept {name}", {"carry over": _carried(costs, name)}) for name in costs.outside]
     outside = [graph.add(giving(task)) for task in kept]
     references = _originals(costs, dispatcher)
+    joined = [] if costs.distillation else _joined(costs, graph, blocks.compress, dispatcher.workers)
     copied = [] if costs.distillation else _shards(costs, graph, [*blocks.compress, *outside])
     dispatcher.run(blocks.compress)
     dispatcher.run(outside)
-    return references, copied
+    return references, joined, copied
 
 
 def _written(hidden: float, rates: Rates, threads: int) -> float:
@@ -227,18 +230,38 @@ def _shards(costs: Costs, graph: Graph, made: Sequence[Node[object]] = ()) -> li
     return nodes
 
 
-def _assemble(costs: Costs, dispatcher: Dispatcher, shards: Sequence[Node[HiddenRecord]]) -> None:
-    """One worker joins the branches, of which the next part is read beside; others copy and check what is left of `shards`."""
-    rates, graph = costs.rates, dispatcher.graph
-    wanted: list[Node[HiddenRecord]] = []
-    if branches := sum(block.branch for block in costs.blocks):
-        join = rates.sent(branches) + (rates.received(branches) if rates.link is None else 0.0)
-        wanted.append(graph.add(giving(Simulated("adapter", {"join": join}))))
-        for part in neighbours([block.branch for block in costs.blocks], TASK_BYTES):
-            size = sum(costs.blocks[place].branch for place in part)
-            check = Simulated(f"check of the adapter, {part}", {"check": rates.read(size)})
-            wanted.append(graph.add(giving(check), after=wanted[:1]))
-    dispatcher.run([*wanted, *(shards or _shards(costs, graph))])
+def _joined(costs: Costs, graph: Graph, blocks: Sequence[Node[object]], workers: int) -> list[Node[HiddenRecord]]:
+    """As `artifact.shards.add_join`, where there are branches: one worker joins them, of which the next part is read beside."""
+    rates, branches = costs.rates, [block.branch for block in costs.blocks]
+    if not any(branches):
+        return []
+    coded = any(part.compensation.branch_bits for recipe in costs.recipes for part in recipe.values())
+    # Names are sorted as text, behind their dtypes, of which codes and steps have two: there is nothing to begin with then.
+    order = sorted(range(len(branches)), key=str)
+    nodes: list[Node[HiddenRecord]] = []
+    written = 0
+    for stop in [*begun_behind(len(blocks), workers), len(branches)]:
+        missing = (place for place, index in enumerate(order) if index >= stop)
+        end = len(branches) if stop == len(branches) else 0 if coded else next(missing)
+        size = sum(branches[index] for index in order[written:end])
+        join = rates.checked(size) + (rates.received(size) if rates.link is None else 0.0)
+        task = Simulated(f"adapter, {stop} blocks", {"join": join})
+        nodes.append(graph.add(giving(task), after=blocks[:stop], uses=nodes[-1] if nodes else None, bytes=1))
+        written = end
+    return nodes[-1:]
+
+
+def _assemble(
+    costs: Costs, dispatcher: Dispatcher, joined: Sequence[Node[HiddenRecord]], shards: Sequence[Node[HiddenRecord]]
+) -> None:
+    """Copies and checks what is left of `shards`, and what is `joined`."""
+    graph = dispatcher.graph
+    wanted = [*joined]
+    for part in neighbours([block.branch for block in costs.blocks], TASK_BYTES) if joined else []:
+        size = sum(costs.blocks[place].branch for place in part)
+        check = Simulated(f"check of the adapter, {part}", {"check": costs.rates.read(size)})
+        wanted.append(graph.add(giving(check), after=joined))
+    dispatcher.run([*wanted, *shards])
 
 
 def judged(job: CompressionJob) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
+from unittest.mock import patch
 
 import pytest
 
@@ -403,6 +404,24 @@ def test_a_plan_names_what_the_job_asks_for(manifest: Path, source: ModelSource)
     without = found(manifest, source, GPUS, "spec.validation=null")
     assert "validate" not in without.stages
     assert found(manifest, source, "spec.resources={workers: 1, gpus_per_worker: 1}").efficiency == 1
+
+
+def test_branches_are_joined_while_the_last_blocks_are_solved(manifest: Path, source: ModelSource) -> None:
+    """Of three blocks the first's, where solving takes long and hashing too; codes lie behind all of their steps."""
+
+    def estimated(further: str = "") -> Estimate:
+        branch = f"spec.recipe.compensation={{kind: svd, rank: {{count: 4}}{further}}}"
+        return found(manifest, source, GPUS, branch, "spec.validation=")
+
+    slow = KNOWN["H100-80G"].model_copy(update={"hash": 1e5, "decompositions": 1e6})
+    with patch.dict("counterweight.pipeline.rates.GPUS", {"H100-80G": slow}):
+        begun, coded = estimated(), estimated(", factor_bits: 8")
+        with patch("counterweight.pipeline.estimate.timeline.begun_behind", lambda *_: []):
+            whole, coded_whole = estimated(), estimated(", factor_bits: 8")
+    assert begun.steps["join"] == pytest.approx(whole.steps["join"])
+    saved = whole.stages["assemble"] - begun.stages["assemble"]
+    assert saved == pytest.approx(begun.steps["join"] / 3, rel=0.05)
+    assert coded.stages["assemble"] == pytest.approx(coded_whole.stages["assemble"])
 
 
 def test_gpus_read_the_original_once_for_few_windows_and_the_artifact_each(manifest: Path, source: ModelSource) -> None:

@@ -107,7 +107,7 @@ def test_segments_that_are_fewer_than_workers_are_shared(tmp_path: Path) -> None
 class Deadly(Watched):
     """Workers that die of these tasks, once each: what they held is gone. tasks: kind and block."""
 
-    def __init__(self, workers: int, *tasks: tuple[type[Task[Any]], int]) -> None:
+    def __init__(self, workers: int, *tasks: tuple[type[Task[Any]], int | None]) -> None:
         super().__init__(workers)
         self.deadly = list(tasks)
 

@@ -13,7 +13,8 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
+from typing import Self
 
 import numpy as np
 import torch
@@ -54,7 +55,10 @@ def write_safetensors(
     `StorageError` as the store does.
     """
     layout = _layout(tensors, file=key)
-    return write_in_turn(store, key, layout, _in_turn(layout, tensors), metadata)
+    with TurnWriter(store, key, layout, metadata) as file:
+        for tensor in _in_turn(layout, tensors):
+            file.write(tensor)
+        return file.commit()
 
 
 Layout = Mapping[str, tuple[StoredDtype, tuple[int, ...]]]
@@ -67,23 +71,66 @@ def writing_order(layout: Layout) -> list[str]:
     return sorted(layout, key=lambda name: (ranks[layout[name][0].word], name))
 
 
-def write_in_turn(
-    store: ObjectStore,
-    key: str,
-    layout: Layout,
-    tensors: Iterable[Tensor],
-    metadata: Mapping[str, str] = PT_METADATA,
-) -> Written:
-    """As `write_safetensors`, of tensors that come in `writing_order`; IntegrityError for one that is not what `layout`
-    says."""
-    plan = _plan(layout, metadata, file=key)
-    with store.open_writer(key) as writer:
-        for piece in _pieces(plan, _as_said(layout, plan.names, tensors, file=key)):
-            writer.write(piece)
-        written = writer.commit()
-    if written.size != plan.size:
-        raise IntegrityError(f"write {store.uri_of(key)}: {written.size} bytes written, expected {plan.size}")
-    return written
+class TurnWriter:
+    """A safetensors file that is written tensor by tensor, in `writing_order`; nothing is visible before `commit`.
+
+    A context manager, as `Writer` is, and raises as it does; IntegrityError for a tensor that is not what `layout` says, and
+    for a file that is not whole.
+    """
+
+    def __init__(self, store: ObjectStore, key: str, layout: Layout, metadata: Mapping[str, str] = PT_METADATA) -> None:
+        self._plan, self._layout = _plan(layout, metadata, file=key), layout
+        self._count = 0
+        self._writer = store.open_writer(key)
+        try:
+            self._writer.write(self.header)
+        except BaseException:
+            self.abort()
+            raise
+
+    @property
+    def header(self) -> bytes:
+        """What the file begins with: the header, with its length in front."""
+        return self._plan.header
+
+    @property
+    def left(self) -> Sequence[str]:
+        """Names of the tensors that are to be written yet, in order."""
+        return self._plan.names[self._count :]
+
+    def write(self, tensor: Tensor) -> None:
+        """The next one."""
+        name = self._plan.names[self._count]
+        found = (_dtype_of(name, tensor, file=self._writer.uri), tuple(tensor.shape))
+        if found != self._layout[name]:
+            raise IntegrityError(f"tensor {show(name)}: {found}, expected {self._layout[name]}")
+        flat = flat_bytes(tensor)
+        if flat.size:
+            self._writer.write(flat.data)
+        self._count += 1
+
+    def commit(self) -> Written:
+        """Makes the file visible, whole."""
+        if self.left:
+            raise IntegrityError(
+                f"write {self._writer.uri}: {len(self.left)} of {len(self._layout)} tensors are missing"
+            )
+        written = self._writer.commit()
+        if written.size != self._plan.size:
+            raise IntegrityError(f"write {self._writer.uri}: {written.size} bytes written, expected {self._plan.size}")
+        return written
+
+    def abort(self) -> None:
+        """Discards what is written; does nothing after `commit`."""
+        self._writer.abort()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.__exit__(kind, error, trace)
 
 
 def header_bytes(layout: Layout, metadata: Mapping[str, str] = PT_METADATA) -> bytes:
@@ -94,14 +141,6 @@ def header_bytes(layout: Layout, metadata: Mapping[str, str] = PT_METADATA) -> b
 def _in_turn(layout: Layout, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
     for name in writing_order(layout):
         yield tensors[name]
-
-
-def _as_said(layout: Layout, names: Sequence[str], tensors: Iterable[Tensor], *, file: str) -> Iterator[Tensor]:
-    for name, tensor in zip(names, tensors, strict=True):
-        found = (_dtype_of(name, tensor, file=file), tuple(tensor.shape))
-        if found != layout[name]:
-            raise IntegrityError(f"tensor {show(name)}: {found}, expected {layout[name]}")
-        yield tensor
 
 
 def serialize_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = PT_METADATA) -> bytes:

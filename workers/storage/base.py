@@ -23,6 +23,9 @@ from counterweight.workers.storage.traffic import METER
 # Large enough that per-chunk Python work vanishes beside the network, small enough to hold dozens of them.
 STREAM_CHUNK = 4 << 20
 
+HASHED_BESIDE = 1 << 20
+"""Bytes of a write from which a thread hashes them while they are written: a millisecond's."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
@@ -65,20 +68,30 @@ class Writer(abc.ABC):
         self.uri = uri
         self._size = 0
         self._sha256, self._digest = sha256, hashlib.sha256()
+        self._hasher: ThreadPoolExecutor | None = None
         self._open = True
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Appends `data` (any C-contiguous buffer); the caller may reuse the buffer afterwards.
+        """Appends `data` (any C-contiguous buffer), and hashes it meanwhile; the caller may reuse the buffer afterwards.
 
         Raises `StorageError` when the store fails, `ValueError` after commit or abort.
         """
         self._require_open()
         view = memoryview(data).cast("B")
-        if self._sha256 is None:
-            self._digest.update(view)
         self._size += len(view)
         METER.wrote(len(view))
-        self._append(view)
+        if self._sha256 is not None:
+            self._append(view)
+        elif len(view) < HASHED_BESIDE:
+            self._digest.update(view)
+            self._append(view)
+        else:
+            self._hasher = self._hasher or ThreadPoolExecutor(1, thread_name_prefix="hash")
+            hashing = self._hasher.submit(self._digest.update, view)
+            try:
+                self._append(view)
+            finally:
+                hashing.result()
 
     def commit(self) -> Written:
         """Makes the object visible, whole, replacing an earlier one under the same key.
@@ -88,14 +101,19 @@ class Writer(abc.ABC):
         """
         self._require_open()
         self._publish()
-        self._open = False
+        self._close()
         return Written(size=self._size, sha256=self._sha256 or self._digest.hexdigest())
 
     def abort(self) -> None:
         """Discards everything written; does nothing after commit or abort. Raises `StorageError`."""
         if self._open:
-            self._open = False
+            self._close()
             self._discard()
+
+    def _close(self) -> None:
+        self._open = False
+        if self._hasher is not None:
+            self._hasher.shutdown()
 
     def __enter__(self) -> Self:
         return self

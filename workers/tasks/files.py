@@ -15,6 +15,7 @@ from counterweight.workers.workspace import Blob, Workspace
 
 if TYPE_CHECKING:
     from counterweight.workers.context import TaskContext
+    from counterweight.workers.join import Awaited, Part
 
 
 @dataclass(frozen=True)
@@ -41,31 +42,35 @@ class Copy(Task[Written]):
 
 
 @dataclass(frozen=True)
-class Join(Task[Written]):
-    """Writes blobs of tensors as one file `path` below the root URI `output`; its size and sha256. workspace: root URI. parts:
-    blob -> names of its tensors. what: for people."""
+class Join(Task[Written | None]):
+    """Writes blobs of tensors as one file `path` below the root URI `output`; its size and sha256, None where there are no
+    blobs. workspace: root URI. parts: blobs, and their tensors with digests. awaited: see `join_tensors`; the worker then holds
+    what it has written of the file. what: for people."""
 
     kind: ClassVar[str] = "join"
 
     workspace: str
-    parts: Sequence[tuple[Blob, Sequence[str]]]
+    parts: Sequence[Part]
     output: str
     path: str
     what: str
+    awaited: Sequence[Awaited] = ()
 
     @property
     def name(self) -> str:
-        return self.what
+        return f"{self.what}, without {len(self.awaited)} blocks" if self.awaited else self.what
 
     @property
     def patience(self) -> float:
         return patience(bytes=2 * sum(blob.size for blob, _ in self.parts))
 
-    def run(self, context: TaskContext) -> Written:
+    def run(self, context: TaskContext) -> Written | None:
         from counterweight.workers.join import join_tensors
 
+        if not self.parts:
+            return None
         workspace, output = Workspace(open_store(self.workspace)), open_store(self.output)
-        return join_tensors(workspace, self.parts, output, self.path, context.ahead)
+        return join_tensors(workspace, self.parts, output, self.path, context.ahead, context.begun, self.awaited)
 
 
 @dataclass(frozen=True)

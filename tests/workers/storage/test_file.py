@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
+from time import sleep
 from types import SimpleNamespace
 
 import pytest
 
 from counterweight.workers.errors import CounterweightError, ObjectNotFoundError, RequestError, StorageError
 from counterweight.workers.storage import file, open_named, open_store, sha256_hex, stream_sha256
+from counterweight.workers.storage.base import HASHED_BESIDE
 from counterweight.workers.storage.file import FileStore
 from tests.patience import PATIENCE
 
@@ -425,3 +427,59 @@ def test_a_piece_is_hashed_while_the_next_is_read(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(store, "stream", pieces)
     monkeypatch.setattr("counterweight.workers.storage.base.hashlib", SimpleNamespace(sha256=Late))
     assert stream_sha256(store, "a") == expected
+
+
+def test_a_large_piece_is_hashed_while_it_is_written(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, data = Event(), bytes(HASHED_BESIDE)
+    expected = sha256_hex(data)
+
+    class Late:
+        """Takes in the piece when it is written, and not before."""
+
+        def __init__(self) -> None:
+            self._own = hashlib.sha256()
+
+        def update(self, piece: bytes) -> None:
+            assert written.wait(PATIENCE), "the piece is written behind its hashing"
+            self._own.update(piece)
+
+        def hexdigest(self) -> str:
+            return self._own.hexdigest()
+
+    monkeypatch.setattr("counterweight.workers.storage.base.hashlib", SimpleNamespace(sha256=Late))
+    with store.open_writer("a") as writer:
+        append = writer._append
+
+        def told(view: memoryview) -> None:
+            append(view)
+            written.set()
+
+        monkeypatch.setattr(writer, "_append", told)
+        writer.write(data)
+        assert writer.commit().sha256 == expected
+    assert store.read("a") == data
+
+
+def test_a_piece_that_cannot_be_written_is_not_hashed_any_more_when_its_owner_takes_it_back(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken_in: list[bytes] = []
+
+    class Slow:
+        def __init__(self) -> None:
+            self._own = hashlib.sha256()
+
+        def update(self, piece: bytes) -> None:
+            sleep(0.05)
+            taken_in.append(bytes(piece[:1]))
+
+    monkeypatch.setattr("counterweight.workers.storage.base.hashlib", SimpleNamespace(sha256=Slow))
+    with store.open_writer("a") as writer:
+
+        def full(view: memoryview) -> None:
+            raise StorageError("full")
+
+        monkeypatch.setattr(writer, "_append", full)
+        with pytest.raises(StorageError, match="full"):
+            writer.write(bytearray(HASHED_BESIDE))
+        assert taken_in == [b"\0"]
