@@ -59,6 +59,8 @@ def coding(part: ModuleRecipe, shapes: Sequence[tuple[int, int]], count: int) ->
     moments = (1 if part.activations is None else 3) * DOUBLE * columns * columns
     if part.compensation.joint:
         # Tokens are not known here: the most that it can be.
-        solving = part.compensation.solve_bytes(part.weights, shapes[0][0], columns, 0, count * len(shapes))
+        solving = part.compensation.solve_bytes(
+            part.weights, shapes[0][0], columns, 0, count * len(shapes), siblings=len(shapes) > 1
+        )
         return count * (moments + entries) + solving
     return count * (moments + 2 * entries) + max(count * entries, part.weights.quantize_bytes(rows, columns, count))

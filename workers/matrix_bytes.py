@@ -61,16 +61,21 @@ def spectrum(rows: int, columns: int) -> int:
 
 def range_finder(rows: int, columns: int, rank: int, *, metric: bool) -> int:
     """Leading directions of [rows, columns] float64 by the range finder. metric: whether a Gram matrix stands behind."""
-    count = matrix_flops.range_columns(rank)
+    count, side = matrix_flops.range_columns(rank), matrix_flops.range_side(rows, columns, rank, metric=metric)
+    size, square = columns if side == "right" else rows, SINGLE * columns * columns
     # In float32, what is multiplied; it may be multiplied out first.
-    single = SINGLE * (rows * columns + columns * columns * metric)
-    formed = 0
-    if matrix_flops.squares_first(rows, columns, rank, metric=metric):
-        formed = SINGLE * (rows * rows + rows * columns * metric)
+    single = SINGLE * rows * columns + square * metric
+    formed = {
+        "factors": 0,
+        "left": SINGLE * (rows * rows + rows * columns * metric),
+        "right": square * (1 + 2 * metric),
+    }
+    kept = SINGLE * size * size * (side != "factors")
     # The basis, its image and what both become, two steps of a filter; and a block on its way through the factors.
-    return single + max(
-        formed, SINGLE * rows * rows * bool(formed) + 6 * DOUBLE * rows * count + 2 * SINGLE * columns * count
-    )
+    basis = 6 * DOUBLE * size * count + 2 * SINGLE * columns * count
+    # The right side begins with the root in float64, and ends with left vectors and their orthonormal basis.
+    begun, ended = (cholesky(columns) * metric, 4 * DOUBLE * rows * rank) if side == "right" else (0, 0)
+    return single + max(begun, formed[side], kept + basis, ended)
 
 
 def directions(rows: int, columns: int, rank: int | None, tokens: float) -> int:

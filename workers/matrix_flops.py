@@ -8,8 +8,10 @@ value decompositions are nominal: both iterate, and divide and conquer skips wha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from counterweight.kernels.hadamard_orders import factor_sizes, largest_order
 
@@ -175,15 +177,20 @@ def spectrum(rows: int, columns: int) -> Work:
 
 
 RANGE_PRODUCTS = 16
-"""Products with M G M^T that the range finder takes at most: see `compensation.range_finder`."""
-RANGE_PLANNED = {True: 10, False: 12}
-"""That a plan counts, with two filters; by whether M G M^T is multiplied out, which tells more of what may be missing. At least
-what matrices of independent entries take, 8 to 12; spectra that decay take 2 to 7, clusters at the rank all products."""
+"""Products with M G M^T, or the other square, that the range finder takes at most: see `compensation.range_finder`."""
 RANGE_DEGREE = 5
 """Of its filters at most."""
 RANGE_LEAST = 512
 """Rows and columns from which the range finder is taken. Below, the whole spectrum takes less than a second."""
 
+
+Side = Literal["factors", "left", "right"]
+"""Of the range finder, see `range_side`."""
+
+RANGE_PLANNED: Mapping[Side, int] = {"factors": 12, "left": 10, "right": 14}
+"""Products that a plan counts, with two filters. At least what matrices of independent entries take: 8 to 10 where the square
+is multiplied out, which tells more of what may be missing, and up to 14 of tall ones, whose spectrum is flatter; spectra that
+decay take 2 to 7, clusters at the rank all products."""
 
 ASKED = 4096
 """Answers that are kept: a plan asks the same of each of thousands of experts."""
@@ -195,11 +202,11 @@ def range_columns(rank: int) -> int:
 
 
 @lru_cache(maxsize=ASKED)
-def squares_first(rows: int, columns: int, rank: int, *, metric: bool) -> bool:
-    """Whether the range finder takes M G M^T as one matrix: less than its factors in turn where the rank is large."""
-    count = range_columns(rank)
-    formed = _formed(rows, columns, metric) + product(rows, rows, count) * RANGE_PLANNED[True]
-    return formed.total < (_through(rows, columns, count, metric) * RANGE_PLANNED[False]).total
+def range_side(rows: int, columns: int, rank: int, *, metric: bool) -> Side:
+    """What the range finder multiplies by, with A = M G^(1/2), M [rows, columns]: `left`: A A^T as one matrix; `right`: A^T A
+    as one, of a tall M; `factors`: those of A A^T in turn. What is least work."""
+    sides: tuple[Side, ...] = ("factors", "left", "right") if rows > columns else ("factors", "left")
+    return min(sides, key=lambda side: _ranged(rows, columns, rank, metric, side).total)
 
 
 @lru_cache(maxsize=ASKED)
@@ -213,26 +220,28 @@ def finds_range(rows: int, columns: int, rank: int, *, metric: bool) -> bool:
 
 def range_finder(rows: int, columns: int, rank: int, *, metric: bool) -> Work:
     """`rank` leading directions by the range finder."""
-    count, made, formed = range_columns(rank), 3, squares_first(rows, columns, rank, metric=metric)
-    taken = RANGE_PLANNED[formed]
-    if formed:
-        products = _formed(rows, columns, metric) + product(rows, rows, count) * taken
+    return _ranged(rows, columns, rank, metric, range_side(rows, columns, rank, metric=metric))
+
+
+def _ranged(rows: int, columns: int, rank: int, metric: bool, side: Side) -> Work:
+    """The same by way of one `Side`."""
+    count, made, taken = range_columns(rank), 3, RANGE_PLANNED[side]
+    size, formed, ends = rows, NOTHING, NOTHING
+    if side == "factors":
+        one = product(rows, columns, count) * 2 + product(columns, columns, count) * metric
+    elif side == "left":
+        formed = symmetric_product(rows, columns) + product(rows, columns, columns) * metric
+        one = product(rows, rows, count)
     else:
-        products = _through(rows, columns, count, metric) * taken
-    turned = product64(count, rows, count) + eigh(count) + product64(rows, count, count) * 2
-    return products + (qr(rows, count) + turned) * made + elementwise(4 * rows * count * (taken + made))
-
-
-def _formed(rows: int, columns: int, metric: bool) -> Work:
-    """M G M^T multiplied out."""
-    found = symmetric_product(rows, columns)
-    return found + product(rows, columns, columns) if metric else found
-
-
-def _through(rows: int, columns: int, count: int, metric: bool) -> Work:
-    """M, G and M^T times so many columns in turn."""
-    found = product(rows, columns, count) * 2
-    return found + product(columns, columns, count) if metric else found
+        size, formed = columns, symmetric_product(columns, rows)
+        if metric:
+            formed += cholesky(columns) + product(columns, columns, columns) + symmetric_product(columns, columns)
+        one = product(columns, columns, count)
+        # Left vectors of the right ones.
+        ends = product(rows, columns, rank) + product(columns, columns, rank) * metric + qr(rows, rank)
+    turned = product64(count, size, count) + eigh(count) + product64(size, count, count) * 2
+    bases = (qr(size, count) + turned) * made + elementwise(4 * size * count * (taken + made))
+    return formed + one * taken + bases + ends
 
 
 def exact(rows: int, columns: int, *, definite: bool | None) -> Work:

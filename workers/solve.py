@@ -171,21 +171,17 @@ def _compensated(recipe: ModuleRecipe, layer: LayerState) -> LayerState:
 
 
 def _jointly(recipe: ModuleRecipe, layers: Sequence[LayerState], batch_bytes: int) -> list[LayerState]:
-    """With codes and branch that are fitted to each other, for layers of one shape, `batch_bytes` of them at a time."""
+    """With codes and branch that are fitted to each other, for layers of one shape."""
     first = layers[0]
     rows, columns = first.weight.shape
-    most = batch_size(recipe, [(rows, columns)], batch_bytes)
-    solved = []
-    for start in range(0, len(layers), most):
-        some = layers[start : start + most]
-        fitted = recipe.compensation.solve(
-            recipe.weights,
-            [(layer.weight, layer.statistics) for layer in some],
-            scale_dtype=first.scale_dtype,
-            factor_dtype=first.factor_dtype,
-        )
-        solved += [
-            replace(layer, codes=found.weight, branch=found.low_rank, fallbacks=found.fallbacks)
-            for layer, found in zip(some, fitted, strict=True)
-        ]
-    return solved
+    fitted = recipe.compensation.solve(
+        recipe.weights,
+        [(layer.weight, layer.statistics) for layer in layers],
+        scale_dtype=first.scale_dtype,
+        factor_dtype=first.factor_dtype,
+        at_once=batch_size(recipe, [(rows, columns)], batch_bytes),
+    )
+    return [
+        replace(layer, codes=found.weight, branch=found.low_rank, fallbacks=found.fallbacks)
+        for layer, found in zip(layers, fitted, strict=True)
+    ]

@@ -75,12 +75,13 @@ def solve(
     if part.tuning is None and not part.compensation.joint:
         work += part.weights.target_flops(stacked, columns) + part.weights.quantize_flops(stacked, columns)
         work += part.compensation.foresee_flops(shapes[0][0], columns)
+    if part.compensation.joint:
+        # Of one shape.
+        work += part.compensation.solve_flops(
+            part.weights, shapes[0][0], columns, tokens, len(shapes), original=original, activations=part.activations
+        )
     for rows, _ in shapes:
-        if part.compensation.joint:
-            work += part.compensation.solve_flops(
-                part.weights, rows, columns, tokens, original=original, activations=part.activations
-            )
-        else:
+        if not part.compensation.joint:
             work += _left(rows, columns) + part.compensation.fit_flops(rows, columns, tokens)
         work += _stored(part, rows, columns)
         if in_sample:

@@ -30,13 +30,16 @@ from torch import Tensor
 from counterweight.kernels.formats import LowRank
 from counterweight.kernels.weights import StoredWeight
 from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.compensation.latest import Latest
+from counterweight.workers.compensation.moments import lost
 from counterweight.workers.compensation.objective import squared_error
-from counterweight.workers.compensation.regressed import Regressed
+from counterweight.workers.compensation.range_finder import leading_of
+from counterweight.workers.compensation.regressed import Regressed, Regressor, differences
 from counterweight.workers.compensation.regression import balanced, directions, factors, root_of, stored
-from counterweight.workers.compensation.symmetric import symmetric_product
+from counterweight.workers.compensation.unseen import Unseen
 from counterweight.workers.matrix_flops import finds_range
 from counterweight.workers.methods.compensations import LRC, SVD
-from counterweight.workers.methods.compensations.lrc import PROBES, WEAKEST
+from counterweight.workers.methods.compensations.lrc import PROBES, WEAKEST, through_weight
 from counterweight.workers.methods.compensations.rank import CountRank, Rank
 from counterweight.workers.methods.weights.stored import StoredWeights
 from counterweight.workers.quantization.inputs import checked_matrix, checked_statistics, one_batch
@@ -63,13 +66,43 @@ def lrc(
     *,
     scale_dtype: torch.dtype,
     factor_dtype: torch.dtype,
+    at_once: int | None = None,
 ) -> list[LRCResult]:
     """Codes and branch of each of `layers`: weights [out, in], of one shape, with statistics of their inputs. Gram matrices are
-    factorized in float64 and, where their damping allows it, solved with in float32 (`solving_dtype`). Whenever a layer needs
-    codes, those of all are chosen in one batch, of each those that it gets alone. Raises ValueError as `weights` does, and for
-    a rank that a layer is too small for. A layer that saw no token gets plain SVD of what its rounding left."""
+    factorized in float64 and, where their damping allows it, solved with in float32 (`solving_dtype`). Neighbours with the same
+    statistics share what depends on these alone. Whenever layers need codes, those of `at_once` (None: of all) are chosen in
+    one batch; each gets what it gets alone. Raises ValueError as `weights` does, and for a rank that a layer is too small for.
+    A layer that saw no token gets plain SVD of what its rounding left."""
+    unseen = Latest(lambda statistics: Unseen(statistics, options.damping))
+    starts = []
+    for weight, statistics in layers:
+        matrix = checked_matrix("weight", weight).double()
+        checked_statistics(statistics, matrix.shape[1])
+        starts.append(
+            initial_branch(matrix, statistics, options.rank, options.damping, factor_dtype, unseen.of(statistics))
+        )
+    unseen.drop()
+    regressors = Latest(lambda statistics: Regressor.of(statistics, options.damping, joint=options.refit == "joint"))
+    last = {id(statistics): place for place, (_, statistics) in enumerate(layers)}
+    fits = [
+        _fit(options, weights, *layer, start, factor_dtype, regressors, keep=place < last[id(layer[1])])
+        for place, (layer, start) in enumerate(zip(layers, starts, strict=True))
+    ]
     metrics = [InputStatistics(gram=seen.product("yy"), tokens=seen.tokens) for _, seen in layers]
-    fits = [_fit(options, weights, *layer, factor_dtype) for layer in layers]
+    step, found = at_once or len(layers), []
+    for first in range(0, len(layers), step):
+        some = slice(first, first + step)
+        found += _together(weights, fits[some], metrics[some], scale_dtype)
+    return found
+
+
+def _together(
+    weights: StoredWeights,
+    fits: Sequence[Generator[Tensor, QuantizationResult, LRCResult]],
+    metrics: Sequence[InputStatistics],
+    scale_dtype: torch.dtype,
+) -> list[LRCResult]:
+    """Results of fits whose codes are chosen in one batch, of each those that it gets alone."""
     results: dict[int, LRCResult] = {}
     targets = {place: next(fit) for place, fit in enumerate(fits)}
     while targets:
@@ -82,23 +115,34 @@ def lrc(
                 targets[place] = fits[place].send(codes)
             except StopIteration as end:
                 results[place] = end.value
-    return [results[place] for place in range(len(layers))]
+    return [results[place] for place in range(len(fits))]
 
 
 def _fit(
-    options: LRC, weights: StoredWeights, weight: Tensor, statistics: InputStatistics, dtype: torch.dtype
+    options: LRC,
+    weights: StoredWeights,
+    weight: Tensor,
+    statistics: InputStatistics,
+    start: LowRank,
+    dtype: torch.dtype,
+    regressors: Latest[Regressor | None],
+    *,
+    keep: bool,
 ) -> Generator[Tensor, QuantizationResult, LRCResult]:
-    """Of one layer: yields a target [out, in] float32 whenever it needs codes, and is sent them."""
-    matrix = checked_matrix("weight", weight).double()
-    checked_statistics(statistics, matrix.shape[1])
-    start = initial_branch(matrix, statistics, options.rank, options.damping, dtype)
+    """Of one layer: yields a target [out, in] float32 whenever it needs codes, and is sent them. keep: whether others behind it
+    have the same statistics."""
+    matrix = weight.double()
     branch = start if options.refits else stored(start, options.factor_bits)
     for _ in range(options.iterations):
         solved = yield weights.target(matrix, statistics, branch.product(torch.float64)).float()
         codes = solved.weight.dequantize().double()
         rounding = matrix - branch.product(torch.float64) - codes
         if options.refits:
-            branch = updated_branch(options, matrix, codes, statistics, branch.rank, dtype, before=branch)
+            branch = updated_branch(
+                options, matrix, codes, statistics, branch.rank, dtype, before=branch, regressors=regressors
+            )
+            if not keep:
+                regressors.drop()
         del codes
     if options.refits:
         branch = stored(branch, options.factor_bits)
@@ -116,11 +160,9 @@ def start_wins(weight: Tensor, rounding: Tensor, start: LowRank, statistics: Inp
     can take off what rounding leaves, `rounding` [out, in]. Of the latter's squared singular values s in the metric E[y y^T],
     the r largest add up to at most sum s and, by Cauchy-Schwarz, to sqrt(r sum s^2); both sums are estimated from what the
     square makes of `PROBES` random columns (Hutchinson, 1990). All of it in float32."""
-    crossed = statistics.product("xy")
-    lost = (statistics.product("xx") - crossed).sub_(crossed.T).add_(statistics.product("yy")).float()
     up, down = start.factors(torch.float32)
     # tr(W D W^T) - tr((W - L) D (W - L)^T), by way of the small factor.
-    read = down @ lost
+    read = down @ lost(statistics, torch.float32)
     gain: float = 2 * float(((read @ weight.float().T).T * up).sum()) - float(((read @ down.T) * (up.T @ up)).sum())
     single, seen = rounding.float(), statistics.product("yy").float()
     probes = _probes(len(single)).to(single.device)
@@ -162,73 +204,30 @@ def _better(weight: Tensor, statistics: InputStatistics, first: LRCResult, secon
 
 
 def initial_branch(
-    weight: Tensor, statistics: InputStatistics, rank: Rank, damping: float, dtype: torch.dtype
+    weight: Tensor,
+    statistics: InputStatistics,
+    rank: Rank,
+    damping: float,
+    dtype: torch.dtype,
+    unseen: Unseen | None = None,
 ) -> LowRank:
-    """Init-LRC for `weight` [out, in] float64; `rank` by energy counts the singular values of W E[x' x'^T]^(1/2)."""
-    matrix, gram = _initial_metric(weight, statistics, damping)
+    """Init-LRC for `weight` [out, in] float64; `rank` by energy counts the singular values of W E[x' x'^T]^(1/2). unseen: of
+    these statistics, where it was made before."""
+    seen, (rows, columns) = unseen or Unseen(statistics, damping), weight.shape
+    if statistics.tokens and "t" not in statistics.streams and through_weight(rows, columns, rank, damping):
+        square = seen.square(weight)
+        if square is not None:
+            _, vectors = leading_of(square, rank.at_most(rows, columns))
+            return factors(vectors, weight, dtype)
+    matrix, gram = seen.problem(weight)
     _, vectors = directions(matrix, gram, rank)
     return factors(vectors, matrix, dtype)
 
 
 def initial_problem(weight: Tensor, statistics: InputStatistics, damping: float) -> tuple[Tensor, Tensor]:
     """M [out, in] and a root R [in, in] of the metric, whose product's singular vectors are Init-LRC's; float64."""
-    matrix, gram = _initial_metric(weight, statistics, damping)
+    matrix, gram = Unseen(statistics, damping).problem(weight)
     return matrix, root_of(gram)
-
-
-def _initial_metric(weight: Tensor, statistics: InputStatistics, damping: float) -> tuple[Tensor, Tensor]:
-    """The same M, and the metric itself."""
-    if statistics.tokens == 0:
-        return weight, torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
-    unseen = remainder(statistics, "xx", damping)
-    matrix = weight
-    if "t" in statistics.streams:
-        matrix = right_divide(weight @ remainder(statistics, "tx", damping), unseen, damping)
-    return matrix, unseen
-
-
-def remainder(statistics: InputStatistics, streams: str, damping: float) -> Tensor:
-    """Sum over tokens of a' b'^T for two streams a and b less what a damped y predicts linearly of them: the Schur
-    complement, [in, in] float64. Semidefinite when a is b; of a recipe that is weight-only nothing but the damping is left.
-
-    With a = y + e, b = y + f and d the damping it is
-
-        e f^T + d - (e y^T - d) (y y^T + d)^-1 (f y^T - d)^T,
-
-    whose second term is of the size of the result, not of the Gram matrices: float32 is enough for it.
-    """
-    first, second = streams[0], streams[1]
-    yy = statistics.product("yy")
-    added = damping * yy.diagonal().mean()
-
-    def beside(stream: str) -> Tensor:
-        """f y^T - d."""
-        found = statistics.product(f"{stream}y") - yy
-        found.diagonal().sub_(added)
-        return found
-
-    left = beside(first)
-    right = left if first == second else beside(second)
-    predicted = _through_inverse(left, right, damped(yy, damping), solving_dtype(len(yy), damping))
-    noise = statistics.product(streams) - statistics.product(f"{first}y")
-    noise.sub_(statistics.product(f"y{second}")).add_(yy).diagonal().add_(added)
-    return noise.sub_(predicted)
-
-
-def _through_inverse(left: Tensor, right: Tensor, regular: Tensor, dtype: torch.dtype) -> Tensor:
-    """left regular^-1 right^T, factorized in float64 and solved in `dtype`; symmetric where left is right."""
-    root, failed = torch.linalg.cholesky_ex(regular)
-    if int(failed):
-        inverse: Tensor = torch.linalg.pinv(regular, hermitian=True)
-        return left @ (inverse @ right.T)
-    # From the right: LAPACK takes rows as they lie, and half of the time.
-    upper = root.to(dtype).T
-    solved = torch.linalg.solve_triangular(upper, left.to(dtype), upper=True, left=False)
-    if left is right:
-        return symmetric_product(solved, solved.T)
-    other = torch.linalg.solve_triangular(upper, right.to(dtype), upper=True, left=False)
-    found: Tensor = solved @ other.T
-    return found
 
 
 def updated_branch(
@@ -239,65 +238,57 @@ def updated_branch(
     rank: int,
     dtype: torch.dtype,
     before: LowRank | None = None,
+    regressors: Latest[Regressor | None] | None = None,
 ) -> LowRank:
     """Update-LR: the branch of `rank` for what `codes` [out, in] leave of `weight` [out, in], both float64. before: the branch
-    of the same rank that the codes were made for.
+    of the same rank that the codes were made for; regressors: of linears that share an input.
 
     What regression adds to W - Q is damped, not W itself: on inputs that lose nothing this is whitened SVD, and in directions
     that calibration did not see, codes and branch together stay at the weight.
     """
+    joint = options.refit == "joint"
+    if before is not None and finds_range(*weight.shape, rank, metric=True):
+        made = (
+            Regressor.of(statistics, options.damping, joint=joint) if regressors is None else regressors.of(statistics)
+        )
+        if made is not None:
+            return _step(weight - codes, [codes, weight], made, before, dtype)
     metric = (
         damped(statistics.product("xx"), options.damping)
         if statistics.tokens
         else torch.eye(weight.shape[1]).to(weight)
     )
-    moved = _moved(weight, codes, statistics) if options.refit == "joint" and statistics.tokens else []
-    if before is not None and finds_range(*weight.shape, rank, metric=True):
-        stepped = _step(weight - codes, moved, metric, before, solving_dtype(len(metric), options.damping), dtype)
-        if stepped is not None:
-            return stepped
     matrix = weight - codes
-    if moved:
-        single = solving_dtype(len(metric), options.damping)
-        products = [one.to(single) @ difference.to(single) for one, difference in moved]
-        matrix = matrix + right_divide(sum(products[1:], products[0]), statistics.product("xx"), options.damping)
+    if joint and statistics.tokens:
+        matrix = matrix + right_divide(
+            _moved(weight, codes, statistics, options), statistics.product("xx"), options.damping
+        )
     _, vectors = directions(matrix, metric, CountRank(count=rank))
     return factors(vectors, matrix, dtype)
 
 
-def _moved(weight: Tensor, codes: Tensor, statistics: InputStatistics) -> list[tuple[Tensor, Tensor]]:
-    """What the codes and the weight make of what their inputs are not, to be regressed on x: matrices [out, in] with products
-    [in, in], float64. The products of those of each pair add up to E[(W t - Q y - (W - Q) x) x^T]."""
-    gram = statistics.product("xx")
-    found = [(codes, gram - statistics.product("yx"))]
-    if "t" in statistics.streams:
-        found.append((weight, statistics.product("tx") - gram))
-    return found
+def _moved(weight: Tensor, codes: Tensor, statistics: InputStatistics, options: LRC) -> Tensor:
+    """E[(W t - Q y - (W - Q) x) x^T] [out, in], to be regressed on x."""
+    dtype = solving_dtype(weight.shape[1], options.damping)
+    found, *others = (
+        matrix.to(dtype) @ product
+        for matrix, product in zip((codes, weight), differences(statistics, dtype), strict=False)
+    )
+    return sum(others, found)
 
 
-def _step(
-    rest: Tensor,
-    moved: list[tuple[Tensor, Tensor]],
-    metric: Tensor,
-    before: LowRank,
-    solving: torch.dtype,
-    dtype: torch.dtype,
-) -> LowRank | None:
-    """One step of subspace iteration from the directions of the branch before; None where the metric has no Cholesky factor.
+def _step(rest: Tensor, moved: Sequence[Tensor], by: Regressor, before: LowRank, dtype: torch.dtype) -> LowRank:
+    """One step of subspace iteration from the directions of the branch before. moved: what each difference is multiplied by, or
+    more.
 
     The codes were made for that branch and leave it whole, so that in M G M^T its directions are stronger than the next by
     what it carries over what codes lose, most often 5 to 150 times: the loss is within 0.03 % of the exact decomposition's.
     Where a few channels hold nearly all of an input of 4 bits they are 1.3 times as strong, and a second step is taken, with
     which it is 0.12 % (tests/workers/compensation/test_lrc_wide.py).
     """
-    root, failed = torch.linalg.cholesky_ex(metric)
-    if int(failed):
-        return None
+    solving = by.metric.dtype
     matrix = Regressed(
-        rest=rest.to(solving),
-        moved=[(one.to(solving), difference.to(solving)) for one, difference in moved],
-        metric=metric.to(solving),
-        root=root.to(solving),
+        rest=rest.to(solving), moved=[one.to(solving) for one, _ in zip(moved, by.differences, strict=False)], by=by
     )
     up, _ = before.factors(solving)
     start = up / up.norm(dim=0).clamp_min(torch.finfo(solving).tiny)

@@ -1,10 +1,10 @@
-"""The r leading left singular vectors of A = M G^(1/2), where r is a small part of them: without a root of G, and without
-A's whole spectrum.
+"""The r leading left singular vectors of A = M G^(1/2), where r is a small part of them: without A's whole spectrum.
 
-They are the leading eigenvectors of A A^T = M G M^T, which is only ever multiplied by a few columns. A randomized range finder
-(Halko, Martinsson & Tropp, "Finding Structure with Randomness", SIAM Review 2011) with oversampling, whose power iteration is a
-Chebyshev filter (Zhou, Saad, Tiago & Chelikowsky, 2006): a polynomial that is small below the smallest Ritz value and grows
-fastest above it. Products are taken in float32; the basis, its orthonormality and Rayleigh-Ritz are float64.
+They are the leading eigenvectors of A A^T = M G M^T, which is only ever multiplied by a few columns. Of a tall M those of
+A^T A, which is smaller, are multiplied by A, with Cholesky's factor for the root. A randomized range finder (Halko, Martinsson
+& Tropp, "Finding Structure with Randomness", SIAM Review 2011) with oversampling, whose power iteration is a Chebyshev filter
+(Zhou, Saad, Tiago & Chelikowsky, 2006): a polynomial that is small below the smallest Ritz value and grows fastest above it.
+Products are taken in float32; the basis, its orthonormality and Rayleigh-Ritz are float64.
 
 With Ritz values t_i, residuals r_i = A A^T u_i - t_i u_i and the smallest Ritz value t_0, the wanted vectors miss about
 sum_i |r_i|^2 / (t_i - t_0): perturbation of the second order, what lies outside the basis taken to be as strong as its weakest
@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from counterweight.workers.compensation.symmetric import symmetric_product
-from counterweight.workers.matrix_flops import RANGE_DEGREE, RANGE_PRODUCTS, range_columns, squares_first
+from counterweight.workers.matrix_flops import RANGE_DEGREE, RANGE_PRODUCTS, range_columns, range_side
 
 CAPTURED, LEFT, ROUNDING = 1e-3, 5e-3, 1e-6
 SAFETY = 1.5
@@ -34,16 +35,61 @@ _AMPLIFIED = 1e5
 
 
 def leading(matrix: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    """Singular values, descending, [rank] and left singular vectors [out, rank] of matrix gram^(1/2); float64.
+    """Singular values, descending, [rank] and left singular vectors [out, rank] of A = matrix gram^(1/2); float64.
 
     matrix: [out, in] float64. gram: [in, in] float64, semidefinite; None: the identity. Every call begins with the same random
     columns for a shape, so that a result has the same bits again.
     """
-    product, total = _square(matrix, gram, rank)
-    start = torch.randn(
-        len(matrix), range_columns(rank), generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    basis = torch.linalg.qr(start.to(matrix.device)).Q
+    side, narrow = range_side(*matrix.shape, rank, metric=gram is not None), matrix.float()
+    if side == "right":
+        if gram is None:
+            return _by_the_right(narrow, None, rank)
+        root, failed = torch.linalg.cholesky_ex(gram)
+        root = root.float()
+        if not int(failed):
+            return _by_the_right(narrow, root, rank)
+        del root
+    metric = None if gram is None else gram.float()
+    if side == "left":
+        return leading_of(symmetric_product(narrow if metric is None else narrow @ metric, narrow.T), rank)
+
+    def product(block: Tensor) -> Tensor:
+        seen = narrow.T @ block
+        return narrow @ (seen if metric is None else metric @ seen)
+
+    return _eigenvectors(product, narrow, None, rank)
+
+
+def leading_of(square: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same, given A A^T [out, out] float32."""
+    return _eigenvectors(partial(torch.mm, square), square, float(square.trace()), rank)
+
+
+def _by_the_right(matrix: Tensor, root: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """`leading` of a tall matrix with a root [in, in] of gram, both float32: by the eigenvectors V of A^T A, which is [in, in],
+    and an orthonormal basis of A V."""
+    square = symmetric_product(matrix.T, matrix)
+    if root is not None:
+        square = symmetric_product(root.T, square @ root)
+    values, right = leading_of(square, rank)
+    narrow = right.float()
+    return values, torch.linalg.qr((matrix @ (narrow if root is None else root @ narrow)).double()).Q
+
+
+def _eigenvectors(
+    multiply: Callable[[Tensor], Tensor], like: Tensor, total: float | None, rank: int
+) -> tuple[Tensor, Tensor]:
+    """Roots of the `rank` largest eigenvalues, descending, and eigenvectors [n, rank], float64, of a symmetric matrix [n, n].
+
+    multiply: what it makes of columns [n, m] float32. like: a matrix of n rows where it lies. total: its trace, None where
+    that is not known.
+    """
+
+    def product(block: Tensor) -> Tensor:
+        return multiply(block.float()).double()
+
+    start = torch.randn(len(like), range_columns(rank), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis = torch.linalg.qr(start.to(like.device)).Q
     image, done = product(basis), 1
     while True:
         small = basis.T @ image
@@ -60,20 +106,6 @@ def leading(matrix: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Ten
             before, filtered = filtered, (product(filtered) * (2 / cut) - filtered) * 2 - before
         basis = torch.linalg.qr(filtered).Q
         image, done = product(basis), done + degree
-
-
-def _square(matrix: Tensor, gram: Tensor | None, rank: int) -> tuple[Callable[[Tensor], Tensor], float | None]:
-    """What M G M^T makes of columns [out, n] float64; and its trace, None where it is not multiplied out."""
-    narrow, metric = matrix.float(), None if gram is None else gram.float()
-    if squares_first(*matrix.shape, rank, metric=metric is not None):
-        square = symmetric_product(narrow if metric is None else narrow @ metric, narrow.T)
-        return lambda block: (square @ block.float()).double(), float(square.trace())
-
-    def product(block: Tensor) -> Tensor:
-        seen = narrow.T @ block.float()
-        return (narrow @ (seen if metric is None else metric @ seen)).double()
-
-    return product, None
 
 
 def _missing(values: Tensor, basis: Tensor, image: Tensor, rank: int) -> float:

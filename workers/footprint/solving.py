@@ -73,7 +73,9 @@ def _solve(solve: Solve, tokens: float, count: int, at_once: int, judging: int) 
     columns = shapes[0][1]
     rows = sum(rows for rows, _ in shapes)
     if part.compensation.joint:
-        return part.compensation.solve_bytes(part.weights, shapes[0][0], columns, tokens, at_once)
+        return part.compensation.solve_bytes(
+            part.weights, shapes[0][0], columns, tokens, at_once, siblings=len(shapes) > 1
+        )
     stacked = SINGLE * rows * columns * count
     taken = stacked if part.compensation.needs_rows else 0
     foreseen = part.compensation.foresee_bytes(columns)

@@ -12,6 +12,8 @@ that a dense matrix can have, but E||Z y||^2 is at most E||W t - L x||^2, layer 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -46,13 +48,22 @@ def damped(gram: Tensor, share: float) -> Tensor:
 def right_divide(products: Tensor, gram: Tensor, damping: float) -> Tensor:
     """products (gram + damping * mean diagonal)^-1 for a symmetric, semidefinite gram [in, in] float64. Factorized in float64,
     solved in the dtype of `products`, see `solving_dtype`."""
+    return divider(gram, damping)(products)
+
+
+def divider(gram: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
+    """`right_divide` of several by one gram, which is factorized once."""
     regular = damped(gram, damping)
     root, failed = torch.linalg.cholesky_ex(regular)
     if int(failed):
-        inverse: Tensor = torch.linalg.pinv(regular, hermitian=True).to(products.dtype)
-        return products @ inverse
-    solved: Tensor = torch.cholesky_solve(products.T, root.to(products.dtype))
-    return solved.T
+        inverse: Tensor = torch.linalg.pinv(regular, hermitian=True)
+        return lambda products: products @ inverse.to(products.dtype)
+
+    def divide(products: Tensor) -> Tensor:
+        solved: Tensor = torch.cholesky_solve(products.T, root.to(products.dtype))
+        return solved.T
+
+    return divide
 
 
 def solving_dtype(width: int, damping: float) -> torch.dtype:

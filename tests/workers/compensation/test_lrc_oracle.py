@@ -10,8 +10,9 @@ from counterweight.kernels.formats import LowRank
 from counterweight.kernels.reference import fake_quantize_activations
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from counterweight.workers.compensation import lrc
-from counterweight.workers.compensation.lrc import initial_branch, remainder, start_wins, updated_branch
+from counterweight.workers.compensation.lrc import initial_branch, start_wins, updated_branch
 from counterweight.workers.compensation.objective import energy, squared_error
+from counterweight.workers.compensation.unseen import remainder
 from counterweight.workers.methods.compensations import LRC, SVD
 from counterweight.workers.methods.compensations.rank import CountRank
 from counterweight.workers.methods.grid import WeightFormat

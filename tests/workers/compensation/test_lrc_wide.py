@@ -12,15 +12,19 @@ from counterweight.kernels.formats import LowRank
 from counterweight.kernels.forms import ActivationFormat
 from counterweight.workers.calibration.statistics import Accumulator, Gathering, InputStatistics, ShardMoments
 from counterweight.workers.compensation import lrc
-from counterweight.workers.compensation.lrc import PROBES, initial_branch, start_wins, updated_branch
+from counterweight.workers.compensation.lrc import PROBES, LRCResult, initial_branch, start_wins, updated_branch
 from counterweight.workers.compensation.objective import squared_error
 from counterweight.workers.compensation.regressed import Regressed
 from counterweight.workers.compensation.regression import factors, spectrum
 from counterweight.workers.compensation.symmetric import symmetric_product
+from counterweight.workers.compensation.unseen import Unseen
+from counterweight.workers.methods.activations import Activations
 from counterweight.workers.methods.compensations import LRC
+from counterweight.workers.methods.compensations.lrc import through_weight
 from counterweight.workers.methods.compensations.rank import CountRank
 from counterweight.workers.methods.grid import WeightFormat
 from counterweight.workers.methods.quantizers import GPTQ
+from counterweight.workers.methods.weights import Weights
 from counterweight.workers.quantization.target import damped, right_divide
 from tests.flop_counter import counted, deviations
 
@@ -115,7 +119,7 @@ def test_a_step_is_taken_where_the_spectrum_is_not_needed(monkeypatch: pytest.Mo
 def test_without_a_cholesky_factor_directions_are_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("decaying", 4)
     searched = updated_branch(LRC(), case.weight, case.codes, case.statistics, RANK, torch.float32)
-    monkeypatch.setattr(lrc, "_step", lambda *arguments: None)
+    monkeypatch.setattr(lrc.Regressor, "of", lambda *arguments, **options: None)
     assert torch.equal(case.updated().product(), searched.product())
 
 
@@ -123,7 +127,9 @@ def test_without_a_cholesky_factor_directions_are_searched_for(monkeypatch: pyte
 @pytest.mark.parametrize("moved", [0.0, 0.2])
 def test_a_step_computes_what_is_planned(refit: str, moved: float) -> None:
     case = Case("white", 4, moved)
-    planned = LRC.model_validate({"refit": refit})._refit_flops(ROWS, WIDTH, original=moved > 0)
+    method, original = LRC.model_validate({"refit": refit}), moved > 0
+    planned = method._refit_flops(ROWS, WIDTH, original=original)
+    planned += method._regressor_flops(ROWS, WIDTH, original=original)
     executed = counted(lambda: case.updated(refit=refit))
     assert deviations(planned, executed, exact=0.01, entries=0.15) == {}
 
@@ -145,3 +151,65 @@ def test_symmetric_products(size: int) -> None:
     found = symmetric_product(left, left.T)
     assert torch.equal(found, found.T)
     torch.testing.assert_close(found, left @ left.T)
+
+
+WIDE = LRC.model_validate({"rank": {"fraction": 0.1}})
+
+
+def wide(rows: int, width: int) -> tuple[Tensor, InputStatistics]:
+    """A weight and its input's statistics."""
+    x = draw(width + 64, width, seed=1) * torch.linspace(0.1, 2, width)
+    return draw(rows, width) / width**0.5, InputStatistics.of(x, Gathering(activations=ActivationFormat(bits=4)))
+
+
+def test_a_weight_of_few_rows_goes_through_the_terms_of_the_metric() -> None:
+    """To the same square, and branch; with the work that is planned."""
+    weight, statistics = wide(512, 1024)
+    matrix = weight.double()
+    assert through_weight(512, 1024, WIDE.rank, 0.01)
+    _, gram = Unseen(statistics, 0.01).problem(matrix)
+    exact = matrix @ gram @ matrix.T
+    found = Unseen(statistics, 0.01).square(matrix)
+    assert found is not None
+    assert float((found - exact).norm()) < 1e-5 * float(exact.norm())
+    executed = counted(lambda: initial_branch(matrix, statistics, WIDE.rank, 0.01, torch.float32))
+    planned = WIDE._initial_flops(512, 1024, 1088, 1, original=False)
+    assert 0.8 * planned.products32 < executed.products32 < 1.01 * planned.products32
+    assert 0.9 * planned.factorizations < executed.factorizations < 1.1 * planned.factorizations
+
+
+def test_without_a_cholesky_factor_the_metric_is_made() -> None:
+    """Where no channel had input but zero."""
+    nothing = InputStatistics.of(torch.zeros(8, 1024), Gathering(activations=ActivationFormat(bits=4)))
+    weight, _ = wide(512, 1024)
+    assert Unseen(nothing, 0.01).square(weight.double()) is None
+    assert initial_branch(weight.double(), nothing, WIDE.rank, 0.01, torch.float32).rank == 51
+
+
+@pytest.mark.parametrize(("rows", "width"), [(560, 512), (512, 1024)])
+def test_linears_of_one_input_share_what_depends_on_it_alone(rows: int, width: int) -> None:
+    """Each has the bits that it has alone, and what is shared is computed once, as planned."""
+    (first, statistics), second = wide(rows, width), draw(rows, width, seed=5) / width**0.5
+    codes = Weights.model_validate({"bits": 4, "quantizer": {"kind": "rtn"}})
+    found: list[LRCResult] = []
+
+    def solve(*weights: Tensor, at_once: int | None = None) -> None:
+        layers = [(weight, statistics) for weight in weights]
+        dtypes = {"scale_dtype": torch.float32, "factor_dtype": torch.float32}
+        found.extend(lrc.lrc(WIDE, codes, layers, **dtypes, at_once=at_once))
+
+    alone = counted(lambda: (solve(first), solve(second)))
+    together = counted(lambda: solve(first, second))
+    solve(first, second, at_once=1)
+    for one, *others in zip(found[:2], found[2:4], found[4:], strict=True):
+        for other in others:
+            assert torch.equal(one.low_rank.product(), other.low_rank.product())
+            assert torch.equal(one.weight.dequantize(), other.weight.dequantize())
+    planned = [
+        WIDE.solve_flops(codes, rows, width, len(first), count, original=False, activations=Activations(bits=4))
+        for count in (1, 2)
+    ]
+    for kind in ("products32", "products64", "factorizations"):
+        saved = 2 * getattr(planned[0], kind) - getattr(planned[1], kind)
+        assert getattr(alone, kind) - getattr(together, kind) == pytest.approx(saved, rel=1e-3)
+    assert together.factorizations < 0.8 * alone.factorizations

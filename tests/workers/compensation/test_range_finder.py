@@ -48,33 +48,53 @@ MATRICES: Mapping[str, Callable[[], Tensor]] = {
 }
 
 
-def energies(matrix: Tensor, gram: Tensor | None, vectors: Tensor) -> tuple[float, float, float]:
-    """What orthonormal `vectors` hold of ||A||_F^2, A = matrix gram^(1/2); the most that as many can hold; all of it."""
-    square = matrix @ matrix.T if gram is None else matrix @ gram @ matrix.T
-    values = torch.linalg.eigvalsh(square).clamp_min(0)
-    held = torch.trace(vectors.T @ square @ vectors)
-    return float(held), float(values[-vectors.shape[1] :].sum()), float(values.sum())
-
-
-@pytest.mark.parametrize("rank", [32, 51, 128])
-@pytest.mark.parametrize("metric", GRAMS)
-@pytest.mark.parametrize("kind", MATRICES)
-def test_holds_what_the_exact_decomposition_holds(kind: str, metric: str, rank: int) -> None:
-    matrix, gram = MATRICES[kind](), GRAMS[metric]()
+def check(
+    matrix: Tensor, gram: Tensor | None, square: Tensor, eigenvalues: Tensor, rank: int, apart: float = 1e-5
+) -> None:
+    """What the vectors hold of ||A||_F^2, A = matrix gram^(1/2). square: A A^T, with its eigenvalues, ascending; apart: by how
+    much the values may be less."""
     values, vectors = leading(matrix, gram, rank)
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12)
-    held, most, total = energies(matrix, gram, vectors)
+    held, most, total = (
+        float(each)
+        for each in (torch.trace(vectors.T @ square @ vectors), eigenvalues[-rank:].sum(), eigenvalues.sum())
+    )
     assert held >= (1 - CAPTURED) * most
     assert total - held <= (1 + LEFT) * (total - most) + ROUNDING * total
-    assert float(values.square().sum()) == pytest.approx(held, rel=1e-5)
+    assert float(values.square().sum()) == pytest.approx(held, rel=apart)
     assert bool((values.diff() <= 0).all())
+
+
+def squared(matrix: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A A^T and its eigenvalues, by all of them in float64."""
+    square = matrix @ matrix.T if gram is None else matrix @ gram @ matrix.T
+    return square, torch.linalg.eigvalsh(square).clamp_min(0)
+
+
+@pytest.mark.parametrize("metric", GRAMS)
+@pytest.mark.parametrize("kind", MATRICES)
+def test_holds_what_the_exact_decomposition_holds(kind: str, metric: str) -> None:
+    matrix, gram = MATRICES[kind](), GRAMS[metric]()
+    exact = squared(matrix, gram)
+    for rank in (32, 51, 128):
+        check(matrix, gram, *exact, rank)
+
+
+@pytest.mark.parametrize("metric", GRAMS)
+def test_a_tall_matrix_is_decomposed_by_its_right_side(metric: str) -> None:
+    """With the same bound, where the metric has a Cholesky factor and where it has none."""
+    gram = GRAMS[metric]()
+    matrix = draw(800, SIZE) * torch.linspace(0.2, 2, SIZE, dtype=torch.float64)
+    assert matrix_flops.range_side(*matrix.shape, 51, metric=gram is not None) == "right"
+    check(matrix, gram, *squared(matrix, gram), 51, apart=CAPTURED)
 
 
 def test_a_bound_that_a_plain_random_projection_breaks() -> None:
     """So that the test above says something: a range without filters."""
     matrix = MATRICES["of independent entries"]()
     vectors = torch.linalg.qr(matrix @ matrix.T @ draw(SIZE, 32)).Q
-    held, most, _ = energies(matrix, None, vectors)
+    square, values = squared(matrix, None)
+    held, most = float(torch.trace(vectors.T @ square @ vectors)), float(values[-32:].sum())
     assert held < (1 - 100 * CAPTURED) * most
 
 
@@ -106,7 +126,9 @@ def test_is_taken_where_the_rank_is_small_and_known_and_nowhere_else() -> None:
     assert held >= 0.1 * whole.sum() > held - whole[vectors.shape[1] - 1]
 
 
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(512, 512, 32), (512, 640, 100), (1024, 512, 16)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank"), [(512, 512, 32), (512, 640, 100), (1024, 512, 16), (1024, 512, 51)]
+)
 @pytest.mark.parametrize("metric", [True, False])
 def test_computes_at_most_what_is_planned(rows: int, columns: int, rank: int, metric: bool) -> None:
     """Of a spectrum without outliers; the basis may be made orthonormal once more than the plan says. It ends where a further

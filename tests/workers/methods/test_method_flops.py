@@ -156,7 +156,7 @@ def test_anticipation(rows: int, columns: int) -> None:
 
 
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
-@pytest.mark.parametrize(("tokens", "original"), [(100, False), (800, False), (800, True)])
+@pytest.mark.parametrize(("tokens", "original"), [(100, False), (800, False), (1000, True)])
 @pytest.mark.parametrize("options", [{"iterations": 2}, {"refit": "weight", "rank": {"count": 32}}])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_branch_that_is_fitted_with_the_codes(

@@ -29,7 +29,7 @@ class ASER(Branch):
     before can do it, their columns of the weight go to the branch whole, and codes are made of the rest.
     """
 
-    VERSION: ClassVar[int] = 5
+    VERSION: ClassVar[int] = 6
     needs_rows: ClassVar[bool] = True
 
     kind: Literal["aser"] = "aser"

@@ -117,9 +117,11 @@ class Compensation(Method):
         *,
         scale_dtype: torch.dtype,
         factor_dtype: torch.dtype,
+        at_once: int | None = None,
     ) -> list[LRCResult]:
         """Codes and branch of each of `layers` where they are `joint`; TypeError elsewhere. layers: weights [out, in] float32,
-        of one shape, with the statistics of their inputs; each gets what it gets alone."""
+        of one shape, with the statistics of their inputs; each gets what it gets alone. at_once: of how many codes may be
+        chosen in one batch; None: of all."""
         raise TypeError(f"{type(self).__name__}: expected a compensation that is joint")
 
     def foresee_bytes(self, columns: int) -> int:
@@ -132,9 +134,12 @@ class Compensation(Method):
         del rows, columns, tokens
         return 0
 
-    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int, tokens: float, batch: int = 1) -> int:
-        """Memory of `solve` at its peak for `batch` layers, beside their weights [rows, columns] float32, if `joint`."""
-        del weights, rows, columns, tokens, batch
+    def solve_bytes(
+        self, weights: StoredWeights, rows: int, columns: int, tokens: float, batch: int = 1, *, siblings: bool = False
+    ) -> int:
+        """Memory of `solve` at its peak beside weights [rows, columns] float32, if `joint`. batch: of how many codes are chosen
+        in one; siblings: whether linears share an input."""
+        del weights, rows, columns, tokens, batch, siblings
         return 0
 
     def foresee_flops(self, rows: int, columns: int) -> Work:
@@ -158,11 +163,12 @@ class Compensation(Method):
         rows: int,
         columns: int,
         tokens: float,
+        count: int = 1,
         *,
         original: bool,
         activations: Activations | None,
     ) -> Work:
-        """Arithmetic of `solve` for a weight [rows, columns]. original: whether the input in the original model is another;
-        activations: how the input is quantized."""
-        del weights, rows, columns, tokens, original, activations
+        """Arithmetic of `solve` for `count` weights [rows, columns] that share an input. original: whether the input in the
+        original model is another; activations: how the input is quantized."""
+        del weights, rows, columns, tokens, count, original, activations
         return NOTHING

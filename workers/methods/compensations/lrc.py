@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from counterweight.workers.calibration.statistics import InputStatistics
     from counterweight.workers.compensation.lrc import LRCResult
     from counterweight.workers.methods.activations import Activations
+    from counterweight.workers.methods.compensations.rank import Rank
     from counterweight.workers.methods.weights.stored import StoredWeights
 
 PROBES = 32
@@ -38,6 +39,16 @@ PROBES = 32
 
 WEAKEST = 8
 """Columns by which it is judged whether a step of Update-LR was enough."""
+
+
+def through_weight(rows: int, columns: int, rank: Rank, damping: float) -> bool:
+    """Whether Init-LRC of a weight [rows, columns] whose input is the original's goes through what the weight makes of the
+    metric's terms, and not through the metric: where that is less work for one such weight alone."""
+    if 2 * rows > columns or not rank.known_ahead or not solves_in_single(columns, damping):
+        return False
+    most = rank.at_most(rows, columns)
+    found = matrix_flops.finds_range(rows, columns, most, metric=True)
+    return found and matrix_flops.range_side(rows, columns, most, metric=True) == "left"
 
 
 class LRC(Branch):
@@ -49,7 +60,7 @@ class LRC(Branch):
     calibration tokens is smaller.
     """
 
-    VERSION: ClassVar[int] = 6
+    VERSION: ClassVar[int] = 7
     joint: ClassVar[bool] = True
 
     kind: Literal["lrc"] = "lrc"
@@ -92,12 +103,15 @@ class LRC(Branch):
         *,
         scale_dtype: torch.dtype,
         factor_dtype: torch.dtype,
+        at_once: int | None = None,
     ) -> list[LRCResult]:
         from counterweight.workers.compensation.lrc import lrc
 
-        return lrc(self, weights, layers, scale_dtype=scale_dtype, factor_dtype=factor_dtype)
+        return lrc(self, weights, layers, scale_dtype=scale_dtype, factor_dtype=factor_dtype, at_once=at_once)
 
-    def solve_bytes(self, weights: StoredWeights, rows: int, columns: int, tokens: float, batch: int = 1) -> int:
+    def solve_bytes(
+        self, weights: StoredWeights, rows: int, columns: int, tokens: float, batch: int = 1, *, siblings: bool = False
+    ) -> int:
         square, entries = matrix_bytes.DOUBLE * columns * columns, matrix_bytes.DOUBLE * rows * columns
         single, rank = matrix_bytes.SINGLE * rows * columns, self.rank.at_most(rows, columns)
         # Codes and what rounding left before, in a further iteration.
@@ -111,37 +125,35 @@ class LRC(Branch):
         # What the codes leave: the codes, their rounding and the matrix to be fitted; what is regressed and the sum with that;
         # or its directions, in a metric that is definite.
         regressing = entries + max(matrix_bytes.right_divide(rows, columns), 2 * entries)
-        refitting = again + 3 * entries
-        if matrix_flops.finds_range(rows, columns, rank, metric=True):
-            refitting += self._step_bytes(rows, columns)
+        refitting, kept = again + 3 * entries, 0
+        if self._steps(rows, columns):
+            one = matrix_bytes.SINGLE if solves_in_single(columns, self.damping) else matrix_bytes.DOUBLE
+            # Up to two products with what the input is not; the damped metric and its factor, which were float64; with them the
+            # matrices that are multiplied by them. Further weights of the input find the former.
+            moved = 2 if self.refit == "joint" else 0
+            shared = one * (2 + moved) * columns * columns
+            refitting += max(3 * square, shared + one * (1 + moved) * rows * columns)
+            kept = shared * siblings
         else:
             refitting += max(regressing, square + matrix_bytes.directions(rows, columns, rank, columns))
-        # Whether plain codes can win: what quantizing the input loses, and in float32 the metric and the rounding.
-        deciding = entries + 2 * square + max(square, single + matrix_bytes.SINGLE * (columns**2 + rows**2))
+        # Whether plain codes can win: what quantizing the input loses, and the metric and the rounding; float32.
+        deciding = entries + matrix_bytes.SINGLE * (2 * columns**2 + rows * columns + rows * min(PROBES, rows))
         # Behind plain codes; then both branches' products and errors.
         plain = single + self._behind.fit_bytes(rows, columns, tokens)
         # In turn; meanwhile the others wait with their weights, and their targets or codes.
-        alone = entries + max(initial, aiming, refitting, deciding, plain, 5 * entries) + (batch - 1) * (again + single)
+        after = kept + max(aiming, deciding, plain, 5 * entries)
+        alone = entries + max(initial, refitting, after) + (batch - 1) * (again + single)
         # Together: the targets, and the same put together.
         both = single * batch if batch > 1 else 0
-        quantizing = batch * (again + single) + max(both, weights.quantize_bytes(rows, columns, batch))
+        quantizing = kept + batch * (again + single) + max(both, weights.quantize_bytes(rows, columns, batch))
         return (batch - 1) * entries + max(alone, entries + quantizing)
-
-    def _step_bytes(self, rows: int, columns: int) -> int:
-        """Of Update-LR by one step, beside the weight, the codes and what they leave in float64."""
-        square = matrix_bytes.DOUBLE * columns * columns
-        one = matrix_bytes.SINGLE if solves_in_single(columns, self.damping) else matrix_bytes.DOUBLE
-        # Up to two products with what the input is not, in float64; the damped metric and its factor; all that in the dtype
-        # that is solved in, with the matrices that are multiplied by them.
-        moved = 2 if self.refit == "joint" else 0
-        return (2 + moved) * square + one * ((2 + moved) * columns * columns + (1 + moved) * rows * columns)
 
     def gain_flops(self, rows: int, columns: int, tokens: float, *, original: bool) -> Work:
         root = matrix_flops.root(columns, definite=tokens >= columns)
-        return self._metric_flops(rows, columns, original=original) + root
+        return self._metric_flops(columns, original=original) + self._projected(rows, columns, original=original) + root
 
-    def _metric_flops(self, rows: int, columns: int, *, original: bool) -> Work:
-        # What a damped y predicts of x, for the metric; with another original input also what it predicts of that.
+    def _metric_flops(self, columns: int, *, original: bool) -> Work:
+        """Of what a damped y predicts of x, for the metric; with another original input also of what it predicts of that."""
         single = solves_in_single(columns, self.damping)
         solved, around = triangular(columns, columns), cholesky(columns) + elementwise(5 * columns**2)
         symmetric = symmetric_product(columns, columns)
@@ -150,10 +162,25 @@ class LRC(Branch):
         seen = around + solved + symmetric
         if not original:
             return seen
-        # Of two streams: both are solved for.
+        # Of two streams: both are solved for. And the factor of the metric.
         crossed = around + solved * 2 + (product if single else product64)(columns, columns, columns)
-        both = seen + crossed + elementwise(columns**2)
-        return both + product64(rows, columns, columns) + right_divide(rows, columns)
+        return seen + crossed + elementwise(columns**2) + cholesky(columns)
+
+    def _projected(self, rows: int, columns: int, *, original: bool) -> Work:
+        """Of what a weight makes of another original input, regressed."""
+        return product64(rows, columns, columns) + matrix_flops.solve(columns, rows) if original else NOTHING
+
+    def _initial_flops(self, rows: int, columns: int, tokens: float, count: int, *, original: bool) -> Work:
+        """Of Init-LRC's directions for `count` weights that share an input."""
+        rank = self.rank.at_most(rows, columns)
+        known = rank if self.rank.known_ahead else None
+        each = matrix_flops.directions(rows, columns, known, definite=tokens >= columns)
+        if not original and through_weight(rows, columns, self.rank, self.damping):
+            # The first term is in the place of the metric; the second is taken off it.
+            each += product(rows, columns, columns) + triangular(columns, rows) + symmetric_product(rows, columns)
+            return (each + elementwise(rows**2)) * count + cholesky(columns) + elementwise(4 * columns**2)
+        each += self._projected(rows, columns, original=original)
+        return each * count + self._metric_flops(columns, original=original)
 
     def solve_flops(
         self,
@@ -161,21 +188,21 @@ class LRC(Branch):
         rows: int,
         columns: int,
         tokens: float,
+        count: int = 1,
         *,
         original: bool,
         activations: Activations | None,
     ) -> Work:
         entries, square, rank = rows * columns, columns**2, self.rank.at_most(rows, columns)
         whitened, projected = product64(rows, columns, columns), product64(rank, rows, columns)
-        known = rank if self.rank.known_ahead else None
         # Beside the branch, which is multiplied out for the target and for what rounding leaves.
         codes = weights.target_flops(rows, columns, branch=True) + weights.quantize_flops(rows, columns)
         codes += product(rows, rank, columns) * 2 + elementwise(4 * entries)
         refit = self._refit_flops(rows, columns, original=original) if self.refits else NOTHING
+        regressor = self._regressor_flops(rows, columns, original=original) if self.refits else NOTHING
         # The check of the Gram matrix and the one of the weight, which its target has too.
-        checks = elementwise(square + entries)
-        initial = checks + self._metric_flops(rows, columns, original=original) + projected
-        initial += matrix_flops.directions(rows, columns, known, definite=tokens >= columns)
+        initial = elementwise(square + entries) + projected
+        shared = self._initial_flops(rows, columns, tokens, count, original=original) + regressor * self.iterations
         # What the start takes off, through its small factor; and what rounding leaves, of a few columns.
         gain = product(rank, columns, columns) + product(rank, columns, rows + rank) + product(rank, rows, rank)
         probes = min(PROBES, rows)
@@ -184,7 +211,7 @@ class LRC(Branch):
         if activations is not None and activations.bits <= weights.code_bits:
             # Where the input has no more bits than the codes the start is taken to win: in W4 A4 of the reference model it does
             # for 42 linears of 42, in W4 A6 for 3, in W4 A8 for none.
-            return found
+            return found * count + shared
         plain = weights.target_flops(rows, columns) + weights.quantize_flops(rows, columns) + elementwise(2 * entries)
         # Both errors: their terms; in one stream the energy and, with the branch multiplied out, both squares.
         errors = (whitened + elementwise(2 * entries)) * 3
@@ -193,25 +220,39 @@ class LRC(Branch):
         else:
             streams = 1 + original + (activations is not None)
             errors += matrix_flops.branch_terms64(rows, columns, rank, streams)
-        return found + plain + self._behind.fit_flops(rows, columns, tokens) + errors * 2
+        return (found + plain + self._behind.fit_flops(rows, columns, tokens) + errors * 2) * count + shared
+
+    def _moved(self, *, original: bool) -> int:
+        """Products that Update-LR regresses on x."""
+        return (1 + original) if self.refit == "joint" else 0
+
+    def _steps(self, rows: int, columns: int) -> bool:
+        """Whether Update-LR takes one step from the directions before."""
+        return matrix_flops.finds_range(rows, columns, self.rank.at_most(rows, columns), metric=True)
+
+    def _regressor_flops(self, rows: int, columns: int, *, original: bool) -> Work:
+        """Of what the step of Update-LR shares between weights of one input."""
+        if not self._steps(rows, columns):
+            return NOTHING
+        return cholesky(columns) + elementwise(self._moved(original=original) * columns**2)
 
     def _refit_flops(self, rows: int, columns: int, *, original: bool) -> Work:
-        """Of Update-LR."""
+        """Of Update-LR, without that."""
         entries, square, rank = rows * columns, columns**2, self.rank.at_most(rows, columns)
         one = product if solves_in_single(columns, self.damping) else product64
-        moved = (1 + original) if self.refit == "joint" else 0
-        differences = elementwise(moved * square + entries)
-        if matrix_flops.finds_range(rows, columns, rank, metric=True):
+        moved = self._moved(original=original)
+        if self._steps(rows, columns):
             # Of the directions before, and of a few by which it is judged whether that was enough: what M^T makes of them, the
-            # metric of that and M of that. Then M^T of their directions. A further step is the exception.
+            # metric of that and M of that. Then M^T of their directions. A second step depends on the data, is the exception
+            # (where four channels hold nearly all of an input), and is not counted.
             few = rank + min(WEAKEST, rank)
             plain = one(rows, columns, 2 * few + rank) + one(columns, columns, few)
             regressed = (one(rows, columns, 2 * few + rank) + one(columns, columns, 2 * few + rank)) * moved
             solved = matrix_flops.solve(columns, few + rank) * (moved > 0)
             ends = matrix_flops.qr(rows, rank) + elementwise(rank * (2 * (1 + moved) * (rows + columns) + 3 * rows))
             ends += product64(rank, rows, min(WEAKEST, rank)) * 2
-            return differences + cholesky(columns) + plain + regressed + solved + ends
-        found = differences + product64(rank, rows, columns)
+            return elementwise(entries) + plain + regressed + solved + ends
+        found = elementwise(moved * square + entries) + product64(rank, rows, columns)
         if moved:
             # What the codes leave: its products with what the input is not, and their regression.
             found += one(rows, columns, columns) * moved + right_divide(rows, columns) + elementwise(moved * entries)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class SVD(Branch):
     """Truncated singular value decomposition of the (whitened) residual."""
 
-    VERSION: ClassVar[int] = 4
+    VERSION: ClassVar[int] = 5
 
     kind: Literal["svd"] = "svd"
     whitening: Literal["none", "magnitude", "diagonal", "full"] = "full"
