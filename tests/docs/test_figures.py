@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 OPERATIONS = ROOT / "docs" / "operations.md"
-PLANS = "2026-11-26-plans.md"
+PLANS = "2026-11-27-plans.md"
 BLOCK = "2026-11-26-time-model-gpu.md"
 DRAWING = "2026-11-26-drawing-mixtral.md"
 HIDDEN = "2026-11-26-hidden-states.md"
