@@ -24,12 +24,13 @@ from counterweight.pipeline.artifact.report import (
     bits_per_weight,
     tokens_report,
 )
+from counterweight.pipeline.artifact.shards import Record
 from counterweight.pipeline.beside import add_beside, sharing
 from counterweight.pipeline.blocks import Blocks
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.distillation import Trained, add_texts, distill
 from counterweight.pipeline.events import ArtifactPublished, EventLog, JobAdmitted
-from counterweight.pipeline.graph import Graph
+from counterweight.pipeline.graph import Graph, Node
 from counterweight.pipeline.inventory import inventory
 from counterweight.pipeline.judging.gates import base_model_problem, judge, pass_or_withhold
 from counterweight.pipeline.judging.rivals import read_rivals
@@ -147,7 +148,8 @@ class Orchestrator:
         assembler = Assembler(artifact, self._source, self._workspace, self._dispatcher)
         if texts is None:
             recipes = [block.recipe for block in outlined]
-            assembler.begin([outside.first, *model.compress, *outside.behind], model.compress, recipes)
+            made: Sequence[Node[Record]] = [outside.first, *model.compress, *outside.behind]
+            assembler.begin(made, model.compress, recipes, self._job.spec.calibration.propagated)
         validated = sum(text.ids.numel() for text in tokens.validation.values())
         compress_blocks(job, model, outlined, validated)
         parts = gather_parts(job, model, outside)

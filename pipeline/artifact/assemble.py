@@ -12,11 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from counterweight.pipeline.artifact.document import CONFIG, INDEX, FileEntry, json_bytes
 from counterweight.pipeline.artifact.reader import Artifact
-from counterweight.pipeline.artifact.shards import JOINED, Record, Shard, add_checks, add_join, add_shards, shard_paths
+from counterweight.pipeline.artifact.shards import (
+    JOINED,
+    Record,
+    Shard,
+    add_checks,
+    add_join,
+    add_shards,
+    begun_behind,
+    shard_paths,
+)
 from counterweight.pipeline.blocks import BlockRecipe
 from counterweight.pipeline.dispatch import Dispatcher
 from counterweight.pipeline.graph import Node
@@ -101,17 +110,21 @@ class Assembler:
         self._joined: dict[str, Node[Written | None]] = {}
 
     def begin(
-        self, made: Sequence[Node[Record]], blocks: Sequence[Node[BlockRecord]], recipes: Sequence[BlockRecipe]
+        self,
+        made: Sequence[Node[Record]],
+        blocks: Sequence[Node[BlockRecord]],
+        recipes: Sequence[BlockRecipe],
+        propagate: Literal["original", "compressed"],
     ) -> None:
         """Has shards copied and checked as soon as they are finished, and what is joined begun. made: the nodes of
-        `Parts.records`; blocks: those among them that are blocks; recipes: of these."""
+        `Parts.records`; blocks: those among them that are blocks; recipes, propagate: of these."""
         self._claim()
         graph, values = self._dispatcher.graph, [partial(_value, node) for node in blocks]
+        stops = begun_behind(len(blocks), self._dispatcher.workers, propagate)
         for file in JOINED:
             if any(file.wanted(part) for recipe in recipes for part in recipe.values()):
-                self._joined[file.path] = add_join(
-                    graph, self._workspace, self._artifact, file, values, blocks, self._dispatcher.workers
-                )
+                join = add_join(graph, self._workspace, self._artifact, file, values, blocks, stops)
+                self._joined[file.path] = join
         self._shards = add_shards(graph, self._artifact, [partial(_value, node) for node in made], made)
 
     def assemble(self, parts: Parts) -> dict[str, FileEntry]:

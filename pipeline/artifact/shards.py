@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from counterweight.pipeline.artifact.reader import Artifact
 from counterweight.pipeline.graph import Graph, Node, giving
@@ -105,10 +105,13 @@ def add_shards(
     return shards
 
 
-def begun_behind(blocks: int, workers: int) -> list[int]:
+def begun_behind(blocks: int, workers: int, propagate: Literal["original", "compressed"]) -> list[int]:
     """Behind how many of so many blocks, from the first, a joined file is begun, and gone on with: where each worker has one
-    left, and where two are, which take as long as a solve. Not at all by one worker, which is done with all blocks first."""
-    return sorted({stop for stop in (blocks - workers, blocks - 2) if stop > 0}) if workers > 1 else []
+    left, and where two are, which take as long as a solve. Not at all by one worker, which is done with all blocks first, nor
+    by workers that share each block, where all would wait for the one that joins."""
+    if workers == 1 or propagate == "compressed":
+        return []
+    return sorted({stop for stop in (blocks - workers, blocks - 2) if stop > 0})
 
 
 def add_join(
@@ -118,9 +121,10 @@ def add_join(
     file: JoinedFile,
     records: Sequence[Callable[[], BlockRecord]],
     made: Sequence[Node[BlockRecord]] = (),
-    workers: int = 1,
+    stops: Sequence[int] = (),
 ) -> Node[Written | None]:
-    """The node that joins a file of all blocks, behind those that begin it on the same worker. made: as for `add_shards`."""
+    """The node that joins a file of all blocks, behind those that begin it on the same worker. made: as for `add_shards`.
+    stops: by `begun_behind`."""
 
     def join(stop: int) -> Join:
         parts, awaited = file.parts([record() for record in records[:stop]], len(records))
@@ -134,7 +138,7 @@ def add_join(
         )
 
     node: Node[Written | None] | None = None
-    for stop in begun_behind(len(made), workers):
+    for stop in stops:
         node = graph.add(partial(join, stop), after=made[:stop], uses=node, bytes=WRITER_BYTES)
     return graph.add(partial(join, len(records)), after=made, uses=node)
 

@@ -240,7 +240,8 @@ def _joined(costs: Costs, graph: Graph, blocks: Sequence[Node[object]], workers:
     order = sorted(range(len(branches)), key=str)
     nodes: list[Node[HiddenRecord]] = []
     written = 0
-    for stop in [*begun_behind(len(blocks), workers), len(branches)]:
+    propagate = costs.job.spec.calibration.propagated
+    for stop in [*begun_behind(len(blocks), workers, propagate), len(branches)]:
         missing = (place for place, index in enumerate(order) if index >= stop)
         end = len(branches) if stop == len(branches) else 0 if coded else next(missing)
         size = sum(branches[index] for index in order[written:end])

@@ -71,6 +71,13 @@ def test_a_worker_that_dies_with_it_leaves_it_to_another(model: Path, tmp_path: 
 
 
 def test_it_is_begun_where_each_worker_has_a_block_left_and_gone_on_with_where_two_are() -> None:
-    assert [begun_behind(32, workers) for workers in (1, 2, 8)] == [[], [30], [24, 30]]
-    assert begun_behind(2, 2) == begun_behind(0, 8) == []
-    assert begun_behind(4, 8) == [2]
+    assert [begun_behind(32, workers, "original") for workers in (1, 2, 8)] == [[], [30], [24, 30]]
+    assert begun_behind(2, 2, "original") == begun_behind(0, 8, "original") == []
+    assert begun_behind(4, 8, "original") == [2]
+
+
+def test_workers_that_share_each_block_do_not_wait_for_one_that_joins(model: Path, tmp_path: Path) -> None:
+    assert not begun_behind(32, 8, "compressed")
+    pool = Watched(3)
+    run_job(model, tmp_path, RECIPE, calibration={**CALIBRATION, "propagate": "compressed"}, pool=pool)
+    assert [len(task.awaited) for _, task in pool.tasks if isinstance(task, Join)] == [0, 0]
