@@ -1,6 +1,7 @@
 """One job on one worker and on several, one after the other in pairs: how many times faster are the blocks, and the whole?
 
     python benchmarks/workers.py --manifest manifests/reference-mixtral-w4a16-g128.yaml [--workers 2] [--repeats 3] [--record]
+        [--address none]
 
 Every worker has one CPU, and runs begin in an empty place. Seconds are the report's own, stage by stage; the whole is their
 sum, which begins when the workers have answered. The original runs over the validation's windows as soon as a worker has
@@ -23,7 +24,9 @@ from common import machine, record, table, versions
 BLOCKS = "blocks"
 
 
-def run(manifest: Path, workers: int, overrides: list[str]) -> tuple[Mapping[str, str], Mapping[str, float]]:
+def run(
+    manifest: Path, workers: int, overrides: list[str], address: str | None
+) -> tuple[Mapping[str, str], Mapping[str, float]]:
     """Of the artifact file -> sha256, without its report, which has times; and stage -> seconds."""
     resources = [f"spec.resources.workers={workers}", "spec.resources.cpus_per_worker=1"]
     chosen = [part for override in (*resources, *overrides) for part in ("--set", override)]
@@ -36,6 +39,7 @@ def run(manifest: Path, workers: int, overrides: list[str]) -> tuple[Mapping[str
             str(manifest),
             "--output",
             output,
+            *([] if address is None else ["--address", address]),
             *chosen,
         ]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -51,6 +55,9 @@ def main() -> None:
     parser.add_argument("--manifest", required=True, type=Path)
     parser.add_argument("--set", action="append", default=[], help="a field of the manifest, as for `run`")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--address", help="as for `run`, of all runs; default: what it chooses, Ray for several workers"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--record", action="store_true")
     arguments = parser.parse_args()
@@ -59,7 +66,7 @@ def main() -> None:
     artifacts: list[Mapping[str, str]] = []
     for repeat in range(arguments.repeats):
         for workers in list(found) if repeat % 2 == 0 else list(reversed(found)):
-            artifact, stages = run(arguments.manifest.resolve(), workers, arguments.set)
+            artifact, stages = run(arguments.manifest.resolve(), workers, arguments.set, arguments.address)
             artifacts.append(artifact)
             found[workers].append(stages)
             print(f"{workers} workers: blocks {stages[BLOCKS]:.2f} s, all {sum(stages.values()):.2f} s", flush=True)

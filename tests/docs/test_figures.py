@@ -24,7 +24,7 @@ PLANS = "2026-11-27-plans.md"
 BLOCK = "2026-11-26-time-model-gpu.md"
 DRAWING = "2026-11-26-drawing-mixtral.md"
 HIDDEN = "2026-11-26-hidden-states.md"
-SHARING = "2026-11-26-sharing.md"
+SHARING = "2026-11-27-sharing.md"
 SIZES = (
     ("Llama-3-8B", "W4A16 GPTQ g128", "1"),
     ("Llama-3-8B", "W4A4 LRC 10 %", "8"),
