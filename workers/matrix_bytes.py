@@ -91,3 +91,10 @@ def directions(rows: int, columns: int, rank: int | None, tokens: float) -> int:
 def trace(rows: int, columns: int) -> int:
     """tr(A G B^T) of float32 matrices [rows, columns] and a float64 G: G in float32 and the product; the sum in float64."""
     return max(SINGLE * columns * columns + SINGLE * rows * columns, (SINGLE + DOUBLE) * rows * columns)
+
+
+def square_trace(rows: int, columns: int) -> int:
+    """tr(A G A^T) of a float32 matrix [rows, columns] and a symmetric G: a block of G's rows in float32; its product, and the
+    sum in float64."""
+    block = matrix_flops.block_of(columns)
+    return SINGLE * block * columns + (SINGLE + DOUBLE) * rows * block

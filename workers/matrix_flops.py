@@ -263,6 +263,19 @@ def trace(rows: int, columns: int) -> Work:
     return product(rows, columns, columns) + elementwise(2 * rows * columns)
 
 
+def square_trace(rows: int, columns: int) -> Work:
+    """tr(A G A^T) of a float32 matrix [rows, columns] and a symmetric Gram matrix G, by blocks of its lower triangle."""
+    corners = _in_blocks(columns)
+    work = Work(products32=rows * (columns**2 + corners))
+    return work + elementwise(2 * rows * columns + (columns**2 - corners) / 2)
+
+
+def square_trace64(rows: int, columns: int) -> Work:
+    """The same in float64."""
+    single = square_trace(rows, columns)
+    return Work(products64=single.products32, elementwise=single.elementwise)
+
+
 def branch_terms(rows: int, columns: int, rank: int, streams: int) -> Work:
     """What a branch of this rank adds to the error of a layer whose `streams` differ, through its small factors, in float32."""
     # What it reads of each stream; of what two terms make of it, and of itself.

@@ -97,7 +97,8 @@ def gains(part: ModuleRecipe, rows: int, columns: int, tokens: float) -> Work:
         problem = codes + _left(rows, columns) * 2 + matrix_flops.root(columns, definite=tokens >= columns)
     # Behind the metric's root, and the original output's energy.
     whitened = product64(rows, columns, columns)
-    return problem + whitened * 2 + matrix_flops.spectrum(rows, columns) + elementwise(2 * rows * columns)
+    energy = matrix_flops.square_trace64(rows, columns)
+    return problem + whitened + energy + matrix_flops.spectrum(rows, columns)
 
 
 def _judging_rows(load: Load, one: Solve) -> Work:
@@ -133,12 +134,14 @@ def _judging(part: ModuleRecipe, rows: int, columns: int, streams: int) -> Work:
     An error is one square where codes and weight see one stream, otherwise three terms and those of the branch."""
     rank, entries = part.compensation.branch_rank, rows * columns
     # The energy and the codes, read back; the error.
-    trace = matrix_flops.trace(rows, columns)
-    work = trace * 2 + elementwise(4 * entries) if streams == 1 else trace * 3 + elementwise(3 * entries)
+    square = matrix_flops.square_trace(rows, columns)
+    work = square * 2 + elementwise(4 * entries if streams == 1 else 3 * entries)
+    if streams > 1:
+        work += matrix_flops.trace(rows, columns)
     if rank is not None:
         most = rank.at_most(rows, columns)
         if streams == 1:
-            work += product(rows, most, columns) + trace + elementwise(entries)
+            work += product(rows, most, columns) + square + elementwise(entries)
         else:
             work += matrix_flops.branch_terms(rows, columns, most, streams)
     return work

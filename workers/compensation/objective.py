@@ -2,7 +2,8 @@
 model, x here, y = Q(x), as in `lrc`.
 
 Streams that are one are taken together. A term is a trace tr(A G B^T); cross terms come twice, and the branch's are taken
-through its small factors, so that a layer costs three products with Gram matrices, not one for each two of its terms.
+through its small factors, so that a layer costs three products with Gram matrices, not one for each two of its terms; of a
+stream with itself half of a product.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from counterweight.kernels.formats import LowRank
 from counterweight.workers.calibration.statistics import InputStatistics
+from counterweight.workers.matrix_flops import block_of
 
 
 def energy(weight: Tensor, statistics: InputStatistics) -> float:
     """E||W t||^2 times the tokens: the square of the original output, summed over them. weight: [out, in]."""
-    return _trace(weight, statistics.product("tt"), weight)
+    return _square(weight, statistics.product("tt"))
 
 
 def squared_error(weight: Tensor, codes: Tensor, branch: LowRank | None, statistics: InputStatistics) -> float:
@@ -34,13 +36,13 @@ def squared_errors(
     if statistics.streams == {"x"}:
         # One stream: the sum is one square, without the rounding of differences.
         left, gram = weight - codes, statistics.product("xx")
-        plain = max(_trace(left, gram, left), 0.0)
+        plain = max(_square(left, gram), 0.0)
         if branch is None:
             return unit, plain, None
         rest = left - branch.product(weight.dtype)
-        return unit, plain, max(_trace(rest, gram, rest), 0.0)
+        return unit, plain, max(_square(rest, gram), 0.0)
     crossed = _trace(weight, statistics.product("ty"), codes)
-    plain = unit - 2 * crossed + _trace(codes, statistics.product("yy"), codes)
+    plain = unit - 2 * crossed + _square(codes, statistics.product("yy"))
     if branch is None:
         return unit, max(plain, 0.0), None
     up, down = branch.factors(weight.dtype)
@@ -54,6 +56,18 @@ def squared_errors(
 def _trace(first: Tensor, gram: Tensor, second: Tensor) -> float:
     """tr(A G B^T)."""
     return _dot(first @ gram.to(first.dtype), second)
+
+
+def _square(matrix: Tensor, gram: Tensor) -> float:
+    """tr(A G A^T) of a symmetric G: of each block of its rows what lies left of the diagonal, which counts twice, and the block
+    on it."""
+    total, block = torch.zeros((), dtype=torch.float64, device=matrix.device), block_of(len(gram))
+    for start in range(0, len(gram), block):
+        stop = min(start + block, len(gram))
+        strip = gram[start:stop, :stop].to(matrix.dtype, copy=True)
+        strip[:, :start] *= 2
+        total += ((matrix[:, :stop] @ strip.T) * matrix[:, start:stop]).sum(dtype=torch.float64)
+    return float(total)
 
 
 def _dot(first: Tensor, second: Tensor) -> float:

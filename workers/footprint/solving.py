@@ -105,8 +105,10 @@ def _judging(load: Load, solve: Solve, rows: int) -> int:
         most = max(DECODE * rows * columns, entries + branch + outputs, (SINGLE + DOUBLE) * seen * rows)
         return max(inputs + 2 * outputs + most, residual)
     # Read back, turned round, added to the rest (or kept apart, where there are more streams); the product with the statistics.
-    held = 2 * entries + branch + (entries if streams(load, solve.group) == 1 else 0)
-    return max(held + matrix_bytes.trace(rows, columns), entries + DECODE * rows * columns, residual)
+    one = streams(load, solve.group) == 1
+    summed = (matrix_bytes.square_trace if one else matrix_bytes.trace)(rows, columns)
+    held = 2 * entries + branch + (entries if one else 0)
+    return max(held + summed, entries + DECODE * rows * columns, residual)
 
 
 def _left(part: ModuleRecipe, rows: int, columns: int, itemsize: float) -> int:
