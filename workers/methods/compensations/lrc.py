@@ -194,7 +194,7 @@ class LRC(Branch):
         activations: Activations | None,
     ) -> Work:
         entries, square, rank = rows * columns, columns**2, self.rank.at_most(rows, columns)
-        whitened, projected = product64(rows, columns, columns), product64(rank, rows, columns)
+        projected = product64(rank, rows, columns)
         # Beside the branch, which is multiplied out for the target and for what rounding leaves.
         codes = weights.target_flops(rows, columns, branch=True) + weights.quantize_flops(rows, columns)
         codes += product(rows, rank, columns) * 2 + elementwise(4 * entries)
@@ -214,11 +214,13 @@ class LRC(Branch):
             return found * count + shared
         plain = weights.target_flops(rows, columns) + weights.quantize_flops(rows, columns) + elementwise(2 * entries)
         # Both errors: their terms; in one stream the energy and, with the branch multiplied out, both squares.
-        errors = (whitened + elementwise(2 * entries)) * 3
+        square_error = matrix_flops.square_trace64(rows, columns)
+        errors = square_error * 2
         if activations is None and not original:
-            errors += product(rows, rank, columns) + elementwise(2 * entries)
+            errors += square_error + product(rows, rank, columns) + elementwise(2 * entries)
         else:
             streams = 1 + original + (activations is not None)
+            errors += product64(rows, columns, columns) + elementwise(2 * entries)
             errors += matrix_flops.branch_terms64(rows, columns, rank, streams)
         return (found + plain + self._behind.fit_flops(rows, columns, tokens) + errors * 2) * count + shared
 
