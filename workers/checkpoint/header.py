@@ -212,7 +212,7 @@ class _Scanner:
 
     def _parsed(self, text: str) -> object:
         try:
-            return _DECODER.decode(text)
+            return (_CAREFUL if _UNUSUAL.search(text) else _DECODER).decode(text)
         except (ValueError, RecursionError) as error:
             raise self.misfit(f"{show(text)} is not JSON: {error}") from error
 
@@ -226,8 +226,12 @@ def _plain_count(text: str) -> int | str:
     return int(text) if text[0] != "-" and len(text) <= _MAX_COUNT_DIGITS else text
 
 
+_UNUSUAL = re.compile(f"-|[0-9]{{{_MAX_COUNT_DIGITS + 1}}}")
+"""What may be no plain count; a header has twenty numbers a tensor, and hardly ever one that is not."""
+
 # Objects become lists of pairs, so that a field said twice is seen.
-_DECODER = json.JSONDecoder(
+_DECODER = json.JSONDecoder(object_pairs_hook=list, parse_float=str, parse_constant=str, strict=True)
+_CAREFUL = json.JSONDecoder(
     object_pairs_hook=list, parse_int=_plain_count, parse_float=str, parse_constant=str, strict=True
 )
 
@@ -274,7 +278,7 @@ def _entry(pairs: object, name: str, file: str, data_start: int, dtypes: Mapping
 
 def _counts(value: object, field: str) -> tuple[int, ...]:
     # Not isinstance: JSON's true is an int to Python.
-    if not isinstance(value, list) or any(type(item) is not int for item in value):
+    if not isinstance(value, list) or not {int}.issuperset(map(type, value)):
         raise _BadField(f"{field} {show(value)}, expected a list of whole numbers from 0 to 2**63")
     return tuple(value)
 
