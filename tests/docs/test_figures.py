@@ -71,7 +71,7 @@ def speed(file: str) -> list[float]:
 
 FIRST, SECOND = speed("2026-11-22-speed-earlier.md"), speed("2026-11-22-speed.md")
 GENERATION, MEMORY, BRANCHES = "2026-11-22-generation-demo.md", "2026-11-22-memory.md", "2026-11-25-branches.md"
-PEERS = "2026-11-26-peers.md"
+PEERS = "2026-11-27-peers.md"
 DECODING, PROMPTS = "2026-11-26-kernels.md", "2026-11-26-kernels-prompts.md"
 
 
