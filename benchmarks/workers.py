@@ -84,7 +84,8 @@ def main() -> None:
     body = table(header, rows) + f"\n\n{len(artifacts[0])} files of the artifact have the same bytes in all runs."
     print(body)
     if arguments.record:
-        print(record(f"workers-{arguments.manifest.stem}", f"{arguments.workers} workers and one", body, about))
+        forks = "-forks" if arguments.address == "none" else ""
+        print(record(f"workers-{arguments.manifest.stem}{forks}", f"{arguments.workers} workers and one", body, about))
 
 
 if __name__ == "__main__":

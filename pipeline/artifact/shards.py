@@ -23,11 +23,11 @@ from counterweight.workers.tasks.files import Checksum, CheckTensors, Copy, Join
 from counterweight.workers.tasks.pass_through import PassThroughRecord
 from counterweight.workers.workspace import Blob, Workspace
 
-WRITER_BYTES = 128 << 20
-"""That a worker holds of a file which it has begun, about: parts on their way to S3."""
-
 if TYPE_CHECKING:
     from counterweight.workers.join import Awaited, Part
+
+WRITER_BYTES = 128 << 20
+"""That a worker holds of a file which it has begun, about: parts on their way to S3."""
 
 Record = BlockRecord | PassThroughRecord
 """Of what becomes one file of the checkpoint."""

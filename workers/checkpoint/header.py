@@ -266,7 +266,7 @@ def _entry(pairs: object, name: str, file: str, data_start: int, dtypes: Mapping
     dtype = dtypes[word]
     length = math.prod(shape) * dtype.itemsize
     # Strides are computed from the dimensions that are not empty, and must not overflow either.
-    if (length or math.prod(size or 1 for size in shape) * dtype.itemsize) >= 2**63:
+    if (length or math.prod(filter(None, shape)) * dtype.itemsize) >= 2**63:
         raise _BadField(f"shape {show(list(shape))} of {word}: beyond 2**63 bytes")
     if offsets[1] - offsets[0] != length:
         raise _BadField(
